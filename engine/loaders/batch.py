@@ -1,0 +1,47 @@
+"""The Batch that models receive: the only thing a model knows of data."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One padded batch of utterances. All sequences are padded on the RIGHT with zeros.
+
+    Attributes:
+        index: int64 [B], row of each sample in its split (file order).
+        ids: B sample ids.
+        label: float32 [B, n_label] (regression) or int64 [B] (classification).
+        token_ids: int64 [B, Lt] or None where text features are precomputed.
+        token_mask: int64 [B, Lt], 1 at attended tokens (CLS and SEP included).
+        text: float32 [B, Lt, d_t] precomputed text features, or None where tokens are given.
+        audio: float32 [B, La, d_a]; audio_length: int64 [B], 1 <= length <= La.
+        vision: float32 [B, Lv, d_v]; vision_length: int64 [B], 1 <= length <= Lv.
+
+    A missing modality is one zero frame of length 1.
+    """
+
+    index: Tensor
+    ids: list[str]
+    label: Tensor
+    token_ids: Tensor | None
+    token_mask: Tensor
+    text: Tensor | None
+    audio: Tensor
+    audio_length: Tensor
+    vision: Tensor
+    vision_length: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch with every tensor on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
