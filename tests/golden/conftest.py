@@ -1,0 +1,5 @@
+from tests.golden.common import entries, golden_dir
+
+
+def pytest_report_header() -> str:
+    return f"golden: {golden_dir()} ({len(entries(''))} recordings)"
