@@ -1,0 +1,321 @@
+"""The two-stage step and the epoch around it, for any model that returns `(prediction, features)`.
+
+Stage 1 moves the estimators on detached features; stage 2 moves the model on its task loss and on the information terms
+those estimators report. Batches are `Batch` objects or plain `(inputs, target, index)` tuples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from engine.loaders.batch import Batch
+from engine.objective import Objective, ObjectiveOutput, Rows
+
+StageOneFeatures = Literal["fresh", "cached", "bank"]
+
+
+class FeatureBank:
+    """Detached features of every sample of a training set, stored by row: what product rows are drawn from.
+
+    Args:
+        size: number of samples in the set.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.rows: dict[str, Tensor] = {}
+        self.filled = torch.zeros(size, dtype=torch.bool)
+
+    def store(self, index: Tensor, features: Mapping[str, Tensor]) -> None:
+        """Keep a copy of `features` [B, width] of the samples `index` int64 [B]."""
+        for name, value in features.items():
+            if name not in self.rows:
+                self.rows[name] = value.new_zeros(self.size, *value.shape[1:])
+            self.rows[name][index] = value.detach()
+        self.filled[index.to(self.filled.device)] = True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The features of the samples seen, [n, width] each, in row order."""
+        if bool(self.filled.all()):
+            return dict(self.rows)
+        return {name: value[self.filled.to(value.device)] for name, value in self.rows.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"filled": self.filled, "rows": self.rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.filled, self.rows = state["filled"].clone(), {k: v.clone() for k, v in state["rows"].items()}
+
+
+@dataclass
+class StepOutput:
+    """One stage-2 step: detached prediction [B, n] and features, and detached 0-d losses."""
+
+    prediction: Tensor
+    features: dict[str, Tensor]
+    loss: Tensor
+    task: Tensor
+    information: ObjectiveOutput | None
+
+
+class Average:
+    """Sample-weighted means of named 0-d tensors, read back once (so that a device is not made to wait at every step)."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.weights: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor], weight: int) -> None:
+        for name, value in values.items():
+            value = value.detach() * weight
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.weights[name] = self.weights.get(name, 0) + weight
+
+    def result(self) -> dict[str, float]:
+        return {name: float(value) / self.weights[name] for name, value in self.sums.items()}
+
+
+@dataclass
+class EpochResult:
+    """Means over one pass. `information` and `estimators` (nats) are empty where the terms were not evaluated."""
+
+    loss: float
+    task: float
+    information: dict[str, float] = field(default_factory=dict)
+    estimators: dict[str, float] = field(default_factory=dict)
+    prediction: Tensor | None = None
+    target: Tensor | None = None
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
+class TwoStageStep:
+    """Both stages' updates on one batch.
+
+    Args:
+        model: maps a batch's inputs to `(prediction [B, n], features {name: [B, width]})`.
+        objective: the information terms, or None to train on the task loss alone.
+        task_loss: maps (prediction, target) to a 0-d loss.
+        main_optimizer: over the model's parameters.
+        estimator_optimizer: over the objective's parameters; None where the objective is None.
+        clip_value: clip every gradient element to ±clip_value, in both stages.
+        clip_norm: clip the norm of a stage's whole gradient.
+        label: name under which the target enters the objective's features, as float [B, n]; None to leave it out.
+        generator: CPU generator that product rows are drawn with.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective | None,
+        task_loss: Callable[[Tensor, Tensor], Tensor],
+        main_optimizer: torch.optim.Optimizer,
+        estimator_optimizer: torch.optim.Optimizer | None = None,
+        *,
+        clip_value: float | None = None,
+        clip_norm: float | None = None,
+        label: str | None = "C",
+        generator: torch.Generator | None = None,
+    ):
+        self.model, self.objective, self.task_loss = model, objective, task_loss
+        self.main_optimizer, self.estimator_optimizer = main_optimizer, estimator_optimizer
+        self.clip_value, self.clip_norm, self.label = clip_value, clip_norm, label
+        self.generator = generator or torch.Generator().manual_seed(0)
+
+    # -- pieces ---------------------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The model's prediction and features, with the target among the features as `label`."""
+        prediction, features = self.model(inputs)
+        features = dict(features)
+        if self.label is not None:
+            features[self.label] = target.reshape(len(target), -1).to(prediction.dtype)
+        return prediction, features
+
+    def draw_products(self, bank: Mapping[str, Tensor] | None, batch_size: int) -> dict[str, Rows] | None:
+        """Product rows for one batch, or None where no term needs them."""
+        if bank is None or self.objective is None or not self.objective.needs_products:
+            return None
+        return self.objective.sample_products(bank, batch_size, self.generator)
+
+    def _update(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self.clip_value)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        optimizer.step()
+
+    # -- the two stages -------------------------------------------------------------------------------------------------
+
+    def stage1(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> ObjectiveOutput:
+        """One update of the estimators on features [B, width], which are detached first."""
+        self.objective.train()
+        output = self.objective.estimator_loss({k: v.detach() for k, v in features.items()}, products)
+        self._update(output.loss, self.estimator_optimizer)
+        return output
+
+    def stage2(
+        self, inputs: Any, target: Tensor, products: Mapping[str, Rows] | None, *, information: bool = True
+    ) -> StepOutput:
+        """One update of the model on task loss + information terms (`information=False`: on the task loss alone)."""
+        self.model.train()
+        output, loss = self._stage2_loss(inputs, target, products, information)
+        self._update(loss, self.main_optimizer)
+        return output
+
+    def _stage2_loss(
+        self, inputs: Any, target: Tensor, products: Mapping[str, Rows] | None, information: bool
+    ) -> tuple[StepOutput, Tensor]:
+        prediction, features = self.forward(inputs, target)
+        task = self.task_loss(prediction, target)
+        terms = None
+        loss = task
+        if information and self.objective is not None:
+            # Stage 2 does not step the estimators: in eval mode they keep their running state (MINE's average), and
+            # without requires_grad their weight gradients are not computed.
+            self.objective.eval()
+            with _without_grad(self.objective):
+                terms = self.objective.model_loss(features, products)
+            loss = task + terms.loss
+        output = StepOutput(
+            prediction.detach(), {k: v.detach() for k, v in features.items()}, loss.detach(), task.detach(), terms
+        )
+        return output, loss
+
+    # -- whole passes ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def collect(self, loader: Iterable, size: int) -> FeatureBank:
+        """Features of every sample of `loader` in the model's present state, dropout included as in training."""
+        self.model.train()
+        bank = FeatureBank(size)
+        for inputs, target, index in map(unpack, loader):
+            bank.store(index, self.forward(inputs, target)[1])
+        return bank
+
+    def train_epoch(
+        self,
+        loader: Iterable,
+        size: int,
+        bank: FeatureBank | None,
+        *,
+        batch_size: int,
+        stage1_n: int = 1,
+        stage1_features: StageOneFeatures = "cached",
+        on_batch: Callable[[str, int], None] = lambda stage, batch_index: None,
+    ) -> tuple[EpochResult, FeatureBank]:
+        """`stage1_n` passes of stage 1, then one of stage 2.
+
+        Without a bank (the first epoch) stage 1 is skipped and stage 2 uses the task loss alone.
+
+        Args:
+            loader: the training batches, iterated anew for every pass.
+            size: number of training samples.
+            bank: the bank returned by the previous epoch.
+            batch_size: rows of a stage-1 batch where features are taken from a bank.
+            stage1_features: "fresh" runs the model in every stage-1 batch (as the reference), "cached" once an epoch
+                (and product rows come from that pass too), "bank" not at all: last epoch's features serve.
+            on_batch: called after every batch with the stage ("collect", "stage1", "stage2") and the batch's number.
+
+        Returns:
+            The means over stage 2 (`estimators`: over stage 1), and the bank for the next epoch.
+        """
+        use_information = self.objective is not None and bank is not None
+        estimators = Average()
+        if use_information and stage1_n > 0:
+            if stage1_features == "cached":
+                bank = self.collect(_counted(loader, "collect", on_batch), size)
+            for _ in range(stage1_n):
+                if stage1_features == "fresh":
+                    batches = self._fresh_features(loader)
+                else:
+                    batches = self._bank_batches(bank, batch_size)
+                known = bank.tensors()
+                for number, features in enumerate(batches):
+                    rows = len(next(iter(features.values())))
+                    output = self.stage1(features, self.draw_products(known, rows))
+                    estimators.add(output.values, rows)
+                    on_batch("stage1", number)
+        known = bank.tensors() if use_information else None
+        next_bank = FeatureBank(size)
+        losses, information = Average(), Average()
+        for number, (inputs, target, index) in enumerate(map(unpack, loader)):
+            products = self.draw_products(known, len(target))
+            output = self.stage2(inputs, target, products, information=use_information)
+            next_bank.store(index, output.features)
+            losses.add({"loss": output.loss, "task": output.task}, len(target))
+            if output.information is not None:
+                information.add(output.information.values, len(target))
+            on_batch("stage2", number)
+        return EpochResult(**losses.result(), information=information.result(), estimators=estimators.result()), next_bank
+
+    @torch.no_grad()
+    def _fresh_features(self, loader: Iterable) -> Iterator[dict[str, Tensor]]:
+        for inputs, target, _ in map(unpack, loader):
+            self.model.train()
+            yield self.forward(inputs, target)[1]
+
+    def _bank_batches(self, bank: FeatureBank, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        known = bank.tensors()
+        count = len(next(iter(known.values())))
+        order = torch.randperm(count, generator=self.generator)
+        for rows in order.split(batch_size):
+            if len(rows) > 1:  # every bound is undefined on a single sample
+                yield {name: value[rows.to(value.device)] for name, value in known.items()}
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable, bank: FeatureBank | None = None) -> EpochResult:
+        """Stage-2 loss, prediction [N, n], target and features [N, width] over `loader`, in its order.
+
+        Information terms are evaluated with product rows from `bank`; without one, or on a batch of one, they are left out.
+        """
+        self.model.eval()
+        known = bank.tensors() if bank is not None else None
+        losses, information = Average(), Average()
+        predictions, targets, features = [], [], []
+        for inputs, target, _ in map(unpack, loader):
+            use = known is not None and len(target) > 1
+            products = self.draw_products(known, len(target)) if use else None
+            output, _ = self._stage2_loss(inputs, target, products, use)
+            losses.add({"loss": output.loss, "task": output.task}, len(target))
+            if output.information is not None:
+                information.add(output.information.values, len(target))
+            predictions.append(output.prediction)
+            targets.append(target)
+            features.append(output.features)
+        joined = {name: torch.cat([f[name] for f in features]) for name in features[0]}
+        return EpochResult(
+            **losses.result(), information=information.result(), prediction=torch.cat(predictions),
+            target=torch.cat(targets), features=joined,
+        )  # fmt: skip
+
+
+def unpack(item: Batch | tuple) -> tuple[Any, Tensor, Tensor]:
+    """A batch as (inputs, target, index)."""
+    return (item, item.label, item.index) if isinstance(item, Batch) else item
+
+
+@contextlib.contextmanager
+def _without_grad(module: nn.Module) -> Iterator[None]:
+    needing = [p for p in module.parameters() if p.requires_grad]
+    for p in needing:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in needing:
+            p.requires_grad_(True)
+
+
+def _counted(loader: Iterable, stage: str, on_batch: Callable[[str, int], None]) -> Iterator:
+    for number, item in enumerate(loader):
+        yield item
+        on_batch(stage, number)
