@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from engine.errors import EstimatorError
+from engine.kernels.critics import ACTIVATIONS, concat_scores, mlp, separate_scores
+from engine.kernels.mi_bounds import BOUNDS, bound_value, mimrl_mine_loss, update_log_ema
+
+CRITICS = ("separate", "concat")
+BASELINES = ("constant", "unnormalized", "gaussian")
+
+MODULES = {"relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "leakyrelu": nn.LeakyReLU, "tanh": nn.Tanh}
+
+# sigmoid of the published MIMRL code's alpha_logit of .01
+MIMRL_ALPHA = 1 / (1 + math.exp(-0.01))
 
 
 @dataclass
@@ -22,3 +37,219 @@ class Estimate:
     surrogate: Tensor
     loss: Tensor
     details: dict[str, Tensor] = field(default_factory=dict)
+
+
+class MIEstimator(nn.Module):
+    """A lower bound on (or, for DV, SMILE and JS, an estimate of) I(X;Y), with its trainable critic and log-baseline.
+
+    The bounds are defined in `engine.kernels.mi_bounds`. Values may be negative and are never clipped: a negative value
+    means a critic that is not trained yet. InfoNCE cannot exceed log B, the interpolated bound
+    1 + log((B - 1) / alpha).
+
+    Args:
+        dim_x, dim_y: widths of x and y.
+        critic: "separate", h(y) g(x)^T, or "concat", f([x; y]) on all pairs.
+        bound: one of `engine.kernels.mi_bounds.BOUNDS`.
+        baseline: log a(y), used by `tuba` and `interpolate`: "constant" (0), "unnormalized" (an MLP), "gaussian" (see
+            `LogBaseline`).
+        hidden, embed, layers, activation: MLPs of `layers` + 1 hidden layers of width `hidden`; `embed` is the width of
+            the separate critic's g and h.
+        compat: "none": the corrected bounds, the default. "mimrl": what the published MIMRL code computes: see
+            `bound_value`; MINE is minimised by that code's loss, the concat critic's scores come out transposed, and
+            `alpha` and `smile_tau` are that code's (.5025 and 1) whatever is given.
+        alpha: interpolate: weight of the multi-sample baseline.
+        smile_tau: smile: scores are clipped to +-tau in the partition function.
+        ema_rate: mine: rate of the moving average of mean e^S, kept in the log domain in the buffer `log_ema`, which
+            state_dict carries. The first batch begins it; eval mode reads it without changing it.
+        on_degenerate: a batch of one, non-finite scores or a non-finite estimate: "raise" an EstimatorError, or "skip":
+            value, surrogate and loss are 0 with zero gradients, and `details["skipped"]` is 1.
+
+    All biases start at 0; weights are Xavier-uniform, which keeps the scores of standardised inputs of order 1 at the
+    start, where every bound still has a gradient.
+    """
+
+    def __init__(
+        self,
+        dim_x: int,
+        dim_y: int,
+        critic: str = "separate",
+        bound: str = "infonce",
+        baseline: str = "constant",
+        hidden: int = 256,
+        embed: int = 128,
+        layers: int = 2,
+        activation: str = "relu",
+        compat: str = "none",
+        alpha: float = 0.01,
+        smile_tau: float = 5.0,
+        ema_rate: float = 0.01,
+        on_degenerate: str = "raise",
+    ):
+        super().__init__()
+        _one_of("bound", bound, BOUNDS)
+        _one_of("compat", compat, ("none", "mimrl"))
+        _one_of("on_degenerate", on_degenerate, ("raise", "skip"))
+        self.dim_x, self.dim_y = dim_x, dim_y
+        self.bound, self.compat, self.on_degenerate = bound, compat, on_degenerate
+        self.alpha = MIMRL_ALPHA if compat == "mimrl" else alpha
+        self.smile_tau, self.ema_rate = smile_tau, ema_rate
+        self.critic = Critic(dim_x, dim_y, critic, hidden, embed, layers, activation, compat)
+        self.baseline = LogBaseline(dim_y, baseline, hidden, layers, activation)
+        if bound == "mine" and compat == "none":
+            # -inf is the logarithm of an average that has not begun
+            self.register_buffer("log_ema", torch.tensor(-math.inf))
+
+    def forward(self, x: Tensor, y: Tensor) -> Estimate:
+        """x [B, dim_x], y [B, dim_y], row i of both from the same sample.
+
+        Raises:
+            EstimatorError: shapes that do not fit; a degenerate batch under on_degenerate="raise".
+        """
+        self._check_shapes(x, y)
+        if len(x) < 2:
+            return self._degenerate(
+                f"a batch of {len(x)}",
+                "at least 2 samples: one alone has no product samples",
+                x,
+                y,
+            )
+        scores, log_baseline = self.critic(x, y), self.baseline(y)
+        if not scores.isfinite().all():
+            return self._degenerate("non-finite scores", "finite scores", x, y)
+        log_ema = None
+        if self.bound == "mine" and self.compat == "none":
+            log_ema = update_log_ema(self.log_ema, scores, self.ema_rate)
+        value, surrogate = bound_value(
+            scores,
+            self.bound,
+            log_baseline,
+            alpha=self.alpha,
+            smile_tau=self.smile_tau,
+            log_ema=log_ema,
+            compat=self.compat,
+        )
+        if not value.isfinite():
+            size = scores.detach().abs().max().item()
+            return self._degenerate(
+                f"the estimate {value.item()} from scores of up to {size:.3g}", "a finite estimate", x, y
+            )
+        if log_ema is not None and self.training:
+            self.log_ema.copy_(log_ema)
+        loss = mimrl_mine_loss(scores) if self.bound == "mine" and self.compat == "mimrl" else -surrogate
+        return Estimate(value, surrogate, loss)
+
+    def reset_average(self) -> None:
+        """Forget MINE's moving average: the next batch begins it anew. Nothing to do for the other bounds."""
+        if hasattr(self, "log_ema"):
+            self.log_ema.fill_(-math.inf)
+
+    def _check_shapes(self, x: Tensor, y: Tensor) -> None:
+        fits = x.dim() == y.dim() == 2 and x.shape[1] == self.dim_x and y.shape[1] == self.dim_y and len(x) == len(y)
+        if not fits:
+            raise EstimatorError(
+                self._where(),
+                f"x {list(x.shape)} and y {list(y.shape)}",
+                f"x [B, {self.dim_x}] and y [B, {self.dim_y}]",
+                "Give both features of the same samples, at the widths the estimator was built for.",
+            )
+
+    def _where(self) -> str:
+        return f"mutual information ({self.bound})"
+
+    def _degenerate(self, found: str, expected: str, x: Tensor, y: Tensor) -> Estimate:
+        if self.on_degenerate == "raise":
+            raise EstimatorError(
+                self._where(), found, expected, 'Check the features and the learning rate, or set on_degenerate="skip".'
+            )
+        zero = zero_with_gradients(x, y, *self.parameters())
+        return Estimate(zero.detach(), zero, zero, {"skipped": torch.ones((), device=x.device)})
+
+
+class Critic(nn.Module):
+    """Scores of every x against every y: `scores[i, j] = f(x_j, y_i)`, [B, B], fp32.
+
+    kind "separate": <h(y_i), g(x_j)>; "concat": f([x_j; y_i]). compat="mimrl" transposes the scores of "concat", as the
+    published MIMRL code does.
+    """
+
+    def __init__(
+        self,
+        dim_x: int,
+        dim_y: int,
+        kind: str = "separate",
+        hidden: int = 256,
+        embed: int = 128,
+        layers: int = 2,
+        activation: str = "relu",
+        compat: str = "none",
+    ):
+        super().__init__()
+        _one_of("critic", kind, CRITICS)
+        self.kind, self.activation = kind, activation
+        self.transpose = kind == "concat" and compat == "mimrl"
+        if kind == "separate":
+            self.g = build_mlp(dim_x, embed, hidden, layers, activation)
+            self.h = build_mlp(dim_y, embed, hidden, layers, activation)
+        else:
+            self.f = build_mlp(dim_x + dim_y, 1, hidden, layers, activation)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [B, dim_x], y [B, dim_y] -> [B, B]."""
+        if self.kind == "separate":
+            return separate_scores(x, y, mlp_layers(self.g), mlp_layers(self.h), self.activation)
+        scores = concat_scores(x, y, mlp_layers(self.f), self.activation)
+        return scores.t() if self.transpose else scores
+
+
+class LogBaseline(nn.Module):
+    """log a(y), [B, dim_y] -> [B, 1], fp32.
+
+    kind "constant": 0. "unnormalized": an MLP. "gaussian": the sum over the columns of y of log N(y; 0, 1), without
+    parameters. It falls by .92 nats or more a column, so in many dimensions e^(S - log a) overflows: use it for few.
+    """
+
+    def __init__(
+        self, dim_y: int, kind: str = "constant", hidden: int = 256, layers: int = 2, activation: str = "relu"
+    ):
+        super().__init__()
+        _one_of("baseline", kind, BASELINES)
+        self.kind, self.activation = kind, activation
+        if kind == "unnormalized":
+            self.mlp = build_mlp(dim_y, 1, hidden, layers, activation)
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.kind == "unnormalized":
+            return mlp(y, mlp_layers(self.mlp), self.activation)
+        y = y if y.dtype == torch.float64 else y.float()
+        if self.kind == "gaussian":
+            return -0.5 * (y.square() + math.log(2 * math.pi)).sum(1, keepdim=True)
+        return y.new_zeros(len(y), 1)
+
+
+def build_mlp(dim_in: int, dim_out: int, hidden: int, layers: int, activation: str) -> nn.Sequential:
+    """`layers` + 1 hidden layers; Xavier-uniform weights, zero biases."""
+    _one_of("activation", activation, tuple(ACTIVATIONS))
+    widths = [dim_in] + [hidden] * (layers + 1) + [dim_out]
+    modules: list[nn.Module] = []
+    for width_in, width_out in pairwise(widths):
+        linear = nn.Linear(width_in, width_out)
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        modules += [linear, MODULES[activation]()]
+    return nn.Sequential(*modules[:-1])
+
+
+def mlp_layers(sequential: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
+    """(weight, bias) of each linear layer, for the functions of `engine.kernels.critics`."""
+    return [(module.weight, module.bias) for module in sequential if isinstance(module, nn.Linear)]
+
+
+def zero_with_gradients(*tensors: Tensor) -> Tensor:
+    """0, whose gradient is zero for every one of `tensors`, even for those that hold NaN or infinity."""
+    total = sum(tensor.sum() for tensor in tensors)
+    return torch.where(torch.zeros_like(total, dtype=torch.bool), total, torch.zeros_like(total))
+
+
+def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise EstimatorError(what, repr(value), f"one of {', '.join(choices)}", "Choose one of these.")

@@ -38,12 +38,12 @@ def _index() -> dict[str, dict]:
 
 
 def entries(prefix: str) -> list[tuple[str, dict]]:
-    """(name, info) of every recording whose name starts with `prefix`, in the order of the index; [] without a folder."""
+    """(name, info) of every recording whose name starts with `prefix`, in index order; [] without a folder."""
     return [(name, info) for name, info in _index().items() if name.startswith(prefix)]
 
 
 def cases(prefix: str):
-    """Parametrise a test with `name, info` over `entries(prefix)`; one skipped case with its reason where there are none."""
+    """Parametrise a test with `name, info` over `entries(prefix)`; one skipped case where there are none."""
     found = [pytest.param(name, info, id=name) for name, info in entries(prefix)]
     reason = f"no recording named {prefix}* in {golden_dir()}" if _index() else ABSENT
     return pytest.mark.parametrize(

@@ -1,0 +1,3 @@
+from engine.kernels.critics.reference import ACTIVATIONS, concat_scores, mlp, separate_scores
+
+__all__ = ["ACTIVATIONS", "concat_scores", "mlp", "separate_scores"]

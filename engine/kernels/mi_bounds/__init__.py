@@ -1,0 +1,10 @@
+from engine.kernels.mi_bounds.reference import (
+    BOUNDS,
+    bound_gradient,
+    bound_value,
+    leave_one_out,
+    mimrl_mine_loss,
+    update_log_ema,
+)
+
+__all__ = ["BOUNDS", "bound_gradient", "bound_value", "leave_one_out", "mimrl_mine_loss", "update_log_ema"]

@@ -1,0 +1,297 @@
+"""The nine variational bounds of mutual information as functions of a score matrix, in plain torch.
+
+Notation, everywhere: `scores[i, j] = f(x_j, y_i)`, rows are y, columns are x; the diagonal holds the joint samples, the
+M = B (B - 1) others stand for the product of the marginals. D_i = scores[i, i], R_i = LSE over j != i of scores[i, j],
+a_i = log a(y_i). All values are in nats. The arithmetic is fp32 (fp64 for fp64 scores), also under autocast, and takes
+exponentials of differences only.
+
+Sources: Barber & Agakov 2003 and Poole et al. 2019 (TUBA, NWJ, InfoNCE, interpolated), Donsker & Varadhan 1983 (DV),
+Belghazi et al. 2018 (MINE), Nowozin et al. 2016 (f-GAN JS), Song & Ermon 2020 (SMILE).
+
+`compat="mimrl"` computes what the published MIMRL code computes instead, faults included: JS is evaluated as NWJ at a
+critic trained for JS, SMILE's tau is always 1, the interpolated bound's marginal takes the baseline of the column, and
+its leave-one-out mean is unstable for dominant scores. MINE's loss of that code is `mimrl_mine_loss`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
+
+from engine.errors import EstimatorError
+
+BOUNDS = ("infonce", "dv", "mine", "tuba", "nwj", "js", "js_fgan", "smile", "interpolate")
+
+
+def bound_value(
+    scores: Tensor,
+    bound: str,
+    log_baseline: Tensor | None = None,
+    *,
+    alpha: float = 0.01,
+    smile_tau: float = 5.0,
+    log_ema: Tensor | None = None,
+    compat: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """One bound on I(X;Y) from one batch of scores.
+
+    Args:
+        scores: [B, B], `scores[i, j] = f(x_j, y_i)`, B >= 2.
+        bound: one of `BOUNDS`.
+        log_baseline: [B, 1], log a(y_i); zero if None. Used by `tuba` and `interpolate` only.
+        alpha: interpolate: weight in [0, 1] of the multi-sample baseline (1: InfoNCE-like, 0: TUBA).
+        smile_tau: smile: scores are clipped to +-tau in the partition function.
+        log_ema: mine: 0-d, log of the moving average of mean e^S, this batch included (`update_log_ema`);
+            None takes the batch alone, which makes it DV's gradient.
+        compat: "none" or "mimrl".
+
+    Returns:
+        `(value, surrogate)`, 0-d, in nats, numerically equal. `value` is detached. The gradient of `surrogate`, to be
+        *increased*, is the bound's own except for `js` and `smile` (gradient of `js_fgan`) and `mine` (the marginal
+        weights are normalised by the moving average).
+
+    Raises:
+        EstimatorError: scores not [B, B] with B >= 2, a log-baseline not [B, 1], or an unknown bound.
+    """
+    _check(scores, bound, log_baseline)
+    with torch.autocast(scores.device.type, enabled=False):
+        scores = full_precision(scores)
+        joint = scores.diagonal()
+        count = len(scores)
+        log_pairs = math.log(count * (count - 1))
+        a = scores.new_zeros(count) if log_baseline is None else log_baseline[:, 0].to(scores.dtype)
+        objective = None  # whose gradient stands in for the value's own
+
+        if bound == "infonce":
+            # D_i - logaddexp(R_i, D_i), in the form that stays right for an infinite diagonal
+            value = math.log(count) - softplus(_row_lse(scores) - joint).mean()
+        elif bound == "dv":
+            value = _dv(scores)
+        elif bound == "mine":
+            value = _dv(scores)
+            if log_ema is not None and compat == "none":
+                log_mean = _off(scores).logsumexp((0, 1)) - log_pairs
+                objective = joint.mean() - (log_mean - log_ema.to(scores.dtype)).exp()
+        elif bound == "tuba":
+            value = 1 + (joint - a).mean() - ((_row_lse(scores) - a).logsumexp(0) - log_pairs).exp()
+        elif bound == "nwj":
+            value = _nwj(scores)
+        elif bound == "js_fgan":
+            value = _js_fgan(scores)
+        elif bound == "js":
+            # the JS critic tends to log r, NWJ's to 1 + log r: the value is NWJ's at 1 + f
+            value = _nwj(scores) if compat == "mimrl" else _nwj(scores + 1)
+            objective = _js_fgan(scores)
+        elif bound == "smile":
+            tau = 1.0 if compat == "mimrl" else smile_tau
+            value = joint.mean() - (_off(scores.clamp(-tau, tau)).logsumexp((0, 1)) - log_pairs)
+            objective = _js_fgan(scores)
+        else:
+            value = (_interpolate_mimrl if compat == "mimrl" else _interpolate)(scores, a, alpha)
+
+        if objective is None:
+            return value.detach(), value
+        return value.detach(), value.detach() + (objective - objective.detach())
+
+
+def update_log_ema(log_ema: Tensor, scores: Tensor, rate: float) -> Tensor:
+    """log of (1 - rate) e^log_ema + rate * mean over i != j of e^scores[i, j]; detached, 0-d.
+
+    -inf stands for an average that has not begun: the first batch then *is* the average. Taking the current batch in
+    bounds MINE's marginal weight by 1/rate, whatever the scores do.
+    """
+    with torch.autocast(scores.device.type, enabled=False):
+        scores = full_precision(scores.detach())
+        count = len(scores)
+        log_mean = _off(scores).logsumexp((0, 1)) - math.log(count * (count - 1))
+        log_ema = log_ema.to(scores.dtype)
+        if rate >= 1:
+            return log_mean
+        mixed = torch.logaddexp(log_ema + math.log1p(-rate), log_mean + math.log(rate))
+        return torch.where(log_ema == -math.inf, log_mean, mixed)
+
+
+def mimrl_mine_loss(scores: Tensor) -> Tensor:
+    """What the published MIMRL code minimises for MINE: mean D - E / ma, 0-d.
+
+    E = (1/B^2) sum over i != j of e^S, ma = .99 + .01 E held constant. The sign is wrong (minimising it lowers the
+    bound), the average is begun anew in every batch, and the mean counts the diagonal: kept for parity only.
+    """
+    with torch.autocast(scores.device.type, enabled=False):
+        scores = full_precision(scores)
+        log_e = _off(scores).logsumexp((0, 1)) - 2 * math.log(len(scores))
+        log_ma = torch.logaddexp(log_e.new_tensor(math.log(0.99)), log_e.detach() + math.log(0.01))
+        return scores.diagonal().mean() - (log_e - log_ma).exp()
+
+
+def bound_gradient(
+    scores: Tensor,
+    bound: str,
+    log_baseline: Tensor | None = None,
+    *,
+    alpha: float = 0.01,
+    log_ema: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `bound_value`'s surrogate in closed form, without autograd (corrected bounds).
+
+    Args: as for `bound_value`; SMILE's gradient does not depend on tau.
+
+    Returns:
+        gradient with respect to scores [B, B] and to log_baseline [B, 1] (zero where the bound does not use it).
+    """
+    _check(scores, bound, log_baseline)
+    scores = full_precision(scores.detach())
+    joint = scores.diagonal()
+    count = len(scores)
+    pairs = count * (count - 1)
+    log_pairs = math.log(pairs)
+    a = scores.new_zeros(count) if log_baseline is None else log_baseline.detach()[:, 0].to(scores.dtype)
+    off, rows = _off(scores), _row_lse(scores)
+    grad_a = torch.zeros_like(a)
+
+    if bound == "infonce":
+        p = (off - torch.logaddexp(rows, joint)[:, None]).exp()
+        grad = -p / count
+        on_diagonal = torch.sigmoid(rows - joint) / count
+    elif bound in ("js", "js_fgan", "smile"):
+        grad = -torch.sigmoid(off) / pairs
+        on_diagonal = torch.sigmoid(-joint) / count
+    elif bound == "interpolate":
+        loo = leave_one_out(scores)
+        loo.diagonal().copy_(rows)  # L_ii leaves out the joint sample: exact, whatever its score
+        log_p, log_rest = _mixture_log_weights(loo - math.log(count - 1), a[:, None], alpha)
+        log_m = (rows - math.log(count - 1)) - torch.logaddexp(
+            _log(alpha) + rows - math.log(count - 1), _log(1 - alpha) + a
+        )
+        mixed = leave_one_out(_off(log_p - loo))
+        marginal = (log_m + log_rest.diagonal())[:, None] + off - rows[:, None]
+        grad = -(scores + mixed).exp() / pairs - marginal.exp() / count
+        on_diagonal = 1 / count + grad.diagonal()
+        grad_a = -_off(log_rest).exp().sum(1) / pairs + (log_m + log_rest.diagonal()).exp() / count
+    else:
+        log_weight = {
+            "dv": lambda: off - off.logsumexp((0, 1)),
+            "mine": lambda: off - (off.logsumexp((0, 1)) if log_ema is None else log_pairs + log_ema),
+            "nwj": lambda: off - 1 - log_pairs,
+            "tuba": lambda: off - a[:, None] - log_pairs,
+        }[bound]()
+        grad = -log_weight.exp()
+        on_diagonal = torch.full_like(joint, 1 / count)
+        if bound == "tuba":
+            grad_a = -1 / count + (rows - a - log_pairs).exp()
+    grad = grad.clone()
+    grad.diagonal().copy_(on_diagonal)
+    return grad, grad_a[:, None]
+
+
+def leave_one_out(scores: Tensor) -> Tensor:
+    """LSE over l != j of scores[i, l], for every (i, j): [B, B] -> [B, B].
+
+    For a column that is not the row's largest, e^(S_ij - LSE_i) <= 1/2, so LSE_i + log1p(-e^(S_ij - LSE_i)) loses no
+    digits; for the largest the sum of the others is accumulated directly. The usual S + log(expm1(LSE - S)) has no
+    digits left there, and is undefined once LSE rounds to S.
+    """
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    largest = columns == scores.argmax(1, keepdim=True)
+    total = scores.logsumexp(1, keepdim=True)
+    without_largest = scores.masked_fill(largest, -math.inf).logsumexp(1, keepdim=True)
+    share = (scores - total).exp().masked_fill(largest, 0)
+    return torch.where(largest, without_largest, total + torch.log1p(-share))
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """fp32, or fp64 left as it is: scores of 16 bits leave no digits to a log-sum-exp."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _check(scores: Tensor, bound: str, log_baseline: Tensor | None) -> None:
+    where = f"bound {bound}"
+    if bound not in BOUNDS:
+        raise EstimatorError(where, "an unknown bound", f"one of {', '.join(BOUNDS)}", "Choose one of these.")
+    if scores.dim() != 2 or scores.shape[0] != scores.shape[1]:
+        raise EstimatorError(where, f"scores {list(scores.shape)}", "[B, B]", "Score every x against every y.")
+    if len(scores) < 2:
+        raise EstimatorError(
+            where,
+            f"a batch of {len(scores)}",
+            "at least 2 samples: one alone has no product samples",
+            'Drop the last short batch, or set on_degenerate="skip".',
+        )
+    if log_baseline is not None and log_baseline.shape != (len(scores), 1):
+        raise EstimatorError(
+            where, f"log_baseline {list(log_baseline.shape)}", f"[{len(scores)}, 1]", "Give one value a row of scores."
+        )
+
+
+def _off(scores: Tensor) -> Tensor:
+    """Scores with a diagonal of -inf: a fill, not a subtraction, so that an infinite diagonal gives no NaN."""
+    eye = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    return scores.masked_fill(eye, -math.inf)
+
+
+def _row_lse(scores: Tensor) -> Tensor:
+    """R_i, [B]."""
+    return _off(scores).logsumexp(1)
+
+
+def _log(weight: float) -> float:
+    return math.log(weight) if weight > 0 else -math.inf
+
+
+def _dv(scores: Tensor) -> Tensor:
+    count = len(scores)
+    return scores.diagonal().mean() - (_off(scores).logsumexp((0, 1)) - math.log(count * (count - 1)))
+
+
+def _nwj(scores: Tensor) -> Tensor:
+    count = len(scores)
+    return scores.diagonal().mean() - (_off(scores).logsumexp((0, 1)) - 1 - math.log(count * (count - 1))).exp()
+
+
+def _js_fgan(scores: Tensor) -> Tensor:
+    count = len(scores)
+    return -softplus(-scores.diagonal()).mean() - softplus(_off(scores)).sum() / (count * (count - 1))
+
+
+def _interpolate(scores: Tensor, a: Tensor, alpha: float) -> Tensor:
+    """1 + mean D - mean over i != j of A_ij - marg (Poole et al. 2019, eq. 14), both terms in bounded form.
+
+    L_ij = log of the mean of e^S_il over l != j, A_ij = logaddexp(log alpha + L_ij, log(1 - alpha) + a_i). The marginal
+    term summed over the columns of row i has the factor (B - 1) e^(L_ii), so that
+    marg = mean_i 1 / (alpha + (1 - alpha) e^(a_i - L_ii)), at most 1/alpha.
+    """
+    count = len(scores)
+    joint = scores.diagonal()
+    eye = torch.eye(count, dtype=torch.bool, device=scores.device)
+    # rows relative to their joint score: D_i - A_ij is then small numbers, even where D_i is huge or infinite
+    shifted = (scores.masked_fill(eye, 0) - joint[:, None]).masked_fill(eye, 0)
+    loo = leave_one_out(shifted) - math.log(count - 1)
+    excess = torch.logaddexp(_log(alpha) + loo, (_log(1 - alpha) + a - joint)[:, None]).masked_fill(eye, 0)
+    log_mean = _row_lse(scores) - math.log(count - 1)
+    log_marginal = -torch.logaddexp(torch.full_like(a, _log(alpha)), _log(1 - alpha) + a - log_mean)
+    return 1 - excess.sum() / (count * (count - 1)) - log_marginal.exp().mean()
+
+
+def _mixture_log_weights(log_mean: Tensor, a: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """log p and log(1 - p): the share of A that comes from the multi-sample baseline, and the rest."""
+    odds = _log(alpha) + log_mean - _log(1 - alpha) - a
+    return logsigmoid(odds), logsigmoid(-odds)
+
+
+def _interpolate_mimrl(scores: Tensor, a: Tensor, alpha: float) -> Tensor:
+    """The interpolated bound as the published MIMRL code has it: e^(S_ij - A_jj), row i with the baseline of y_j.
+
+    Its leave-one-out sum is S + log(expm1(d)), d = LSE - S, with d = 1 where d rounds to 0.
+    """
+    count = len(scores)
+    distance = scores.logsumexp(1, keepdim=True) - scores
+    distance = torch.where(distance == 0, 1.0, distance)
+    loo = scores + distance + (-torch.expm1(-distance)).log() - math.log(count - 1)
+    mixture = torch.logaddexp(_log(alpha) + loo, (_log(1 - alpha) + a)[:, None])
+    eye = torch.eye(count, dtype=torch.bool, device=scores.device)
+    pairs = count * (count - 1)
+    marginal = (_off(scores - mixture.diagonal()[None, :]).logsumexp((0, 1)) - math.log(pairs)).exp()
+    return 1 + scores.diagonal().mean() - mixture.masked_fill(eye, 0).sum() / pairs - marginal
