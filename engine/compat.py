@@ -1,7 +1,7 @@
 """Moving from the reference: its parameter names, its checkpoints and its command line.
 
-The reference is the published MIMRL code (IEEE Trans. Affective Computing 2025). Nothing here runs it: a checkpoint is read with
-`torch.load(weights_only=True)`, a command line is parsed as text.
+The reference is the published MIMRL code (IEEE Trans. Affective Computing 2025). Nothing here runs it: a checkpoint is
+read with `torch.load(weights_only=True)`, a command line is parsed as text.
 """
 
 from __future__ import annotations

@@ -1,0 +1,245 @@
+"""Checkpoints: safetensors for the tensors, JSON for everything else, no pickle.
+
+A state is a tree of dicts, lists and tuples whose leaves are tensors, NumPy arrays, numbers, strings, booleans and
+None: what `state_dict()` of modules, optimisers and schedulers, `torch.get_rng_state()` and `numpy.random.get_state()`
+return. The tree comes back as it was: dtypes, the types of keys (an optimiser's state is keyed by int) and non-finite
+floats included.
+The file is one safetensors file, readable by any other tool; tensor names are the path of keys joined by `/`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.errors import CheckpointError
+from engine.files import atomic_path
+
+FORMAT = "engine-checkpoint"
+VERSION = 1
+
+
+def save(path: str | Path, state: dict[Any, Any], meta: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint atomically: after any failure the file that was there before is still whole.
+
+    Args:
+        path: file to write; by convention `*.safetensors`.
+        state: tree of dicts, lists and tuples with tensors and plain values as leaves. Tensors are saved from whatever
+            device they are on, in their own dtype; tensors that share memory are each written in full.
+        meta: what describes the checkpoint (epoch, widths, …): plain values that JSON holds.
+
+    Raises:
+        OutputError: the folder cannot be written to, or the disk is full.
+        TypeError: the tree holds something else (a programming error, hence no `EngineError`).
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    encoder = _Encoder()
+    tree, about, tensors = json.dumps(encoder.tree(state)), json.dumps(meta or {}), encoder.tensors
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "state": tree,
+        "meta": about,
+        "checksum": _checksum(tree, about, tensors),
+    }
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except SafetensorError as cause:
+            raise _as_os_error(cause) from cause
+
+
+def load(path: str | Path) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """Read a checkpoint written by `save`: `(state, meta)`. Tensors are on the CPU, independent of the file.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, damaged, of another format, or of another format version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            str(path),
+            "a folder" if path.is_dir() else "no such file",
+            "a checkpoint file",
+            "Name a checkpoint such as RUN/best.safetensors.",
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            header = opened.metadata() or {}
+            _check_format(path, header)
+            # A clone leaves the file's memory map: later writes to the file cannot reach the tensors.
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as cause:
+        raise _unreadable(path, cause) from cause
+    except OSError as cause:
+        raise CheckpointError(
+            str(path), cause.strerror or str(cause), "a readable file", "Check the file and its permissions."
+        ) from cause
+    try:
+        intact = header["checksum"] == _checksum(header["state"], header["meta"], tensors)
+        state, meta = _decode(json.loads(header["state"]), tensors), json.loads(header["meta"])
+    except (KeyError, ValueError, TypeError, IndexError):
+        intact = False
+    if not intact:
+        raise CheckpointError(
+            str(path),
+            "contents that do not match their checksum",
+            "the bytes that were written",
+            "The file is damaged; use another copy, or the other of best/last.safetensors.",
+        )
+    return state, meta
+
+
+def load_into(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Load a state dict into a module, every name and shape matching; values take the module's dtype and device.
+
+    Args:
+        where: how the user would name the source, for the error's first words.
+
+    Raises:
+        CheckpointError: names the first missing, unexpected or misshapen parameter, and how many there are.
+    """
+    own = module.state_dict()
+    problems = [
+        ([name for name in own if name not in state], "no parameter {name}", "a parameter of shape {own}"),
+        ([name for name in state if name not in own], "a parameter {name} that the model does not have", "none"),
+        (
+            [name for name in own if name in state and own[name].shape != state[name].shape],
+            "{name} of shape {found}",
+            "shape {own}",
+        ),
+    ]
+    for names, found, expected in problems:
+        if names:
+            name = names[0]
+            facts = {
+                "name": name,
+                "own": list(own[name].shape) if name in own else None,
+                "found": list(state[name].shape) if name in state else None,
+            }
+            more = f" ({len(names) - 1} more like it)" if len(names) > 1 else ""
+            raise CheckpointError(
+                where,
+                found.format(**facts) + more,
+                expected.format(**facts),
+                "Use the config that the checkpoint was trained with.",
+            )
+    module.load_state_dict(state)
+
+
+class _Encoder:
+    """Takes the tensors out of a tree: `tree(state)` is JSON-able, `tensors` holds what it refers to by name."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._storages: set[int] = set()
+
+    def tree(self, value: Any, path: tuple[str, ...] = ()) -> Any:
+        """A plain value stands for itself, anything else becomes `{kind: content}`."""
+        if isinstance(value, Tensor):
+            return {"tensor": self._add(value, path)}
+        if isinstance(value, np.ndarray):
+            return {"array": self._add(torch.from_numpy(np.array(value)), path)}
+        if value is None or isinstance(value, (bool, int, str)):
+            return value
+        if isinstance(value, float):
+            return float(value) if math.isfinite(value) else {"float": repr(float(value))}
+        if isinstance(value, (list, tuple)):
+            kind = "list" if isinstance(value, list) else "tuple"
+            return {kind: [self.tree(item, (*path, str(i))) for i, item in enumerate(value)]}
+        if isinstance(value, dict):
+            if not all(isinstance(key, (str, int)) for key in value):
+                raise TypeError(f"{'/'.join(path)}: keys of a checkpoint's dicts are str or int")
+            kind = "counter" if isinstance(value, Counter) else "dict"  # MultiStepLR keeps its milestones in a Counter
+            return {kind: [[key, self.tree(item, (*path, str(key)))] for key, item in value.items()]}
+        raise TypeError(f"{'/'.join(path)}: a checkpoint cannot hold a {type(value).__name__}")
+
+    def _add(self, tensor: Tensor, path: tuple[str, ...]) -> str:
+        name = "/".join(path)
+        while name in self.tensors:  # keys may themselves hold a "/"
+            name += "'"
+        saved = tensor.detach().cpu().contiguous()
+        storage = saved.untyped_storage()
+        if storage.data_ptr() in self._storages:  # safetensors refuses tensors that share memory (tied weights)
+            saved = saved.clone()
+        self._storages.add(storage.data_ptr())
+        self.tensors[name] = saved
+        return name
+
+
+def _decode(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "array":
+        return tensors[content].numpy()
+    if kind == "float":
+        return float(content)
+    if kind in ("dict", "counter"):
+        pairs = {key: _decode(item, tensors) for key, item in content}
+        return Counter(pairs) if kind == "counter" else pairs
+    items = [_decode(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _checksum(tree: str, about: str, tensors: dict[str, Tensor]) -> str:
+    """CRC-32 over everything that `load` returns: safetensors itself notices missing bytes, not changed ones."""
+    crc = zlib.crc32(about.encode(), zlib.crc32(tree.encode()))
+    for name in sorted(tensors):
+        if tensors[name].numel():
+            crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def _as_os_error(cause: Exception) -> Exception:
+    """The `OSError` behind a safetensors error, so that writing fails in one way only."""
+    code = re.search(r"os error (\d+)", str(cause))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else cause
+
+
+def _check_format(path: Path, header: dict[str, str]) -> None:
+    if header.get("format") != FORMAT:
+        raise CheckpointError(
+            str(path),
+            "a safetensors file that is not a checkpoint of this project",
+            f"metadata format={FORMAT}",
+            "Name best.safetensors or last.safetensors of a run folder.",
+        )
+    if header.get("version") != str(VERSION):
+        raise CheckpointError(
+            str(path),
+            f"checkpoint format version {header.get('version')}",
+            f"version {VERSION}",
+            "Read it with the version of engine that wrote it, or upgrade engine.",
+        )
+
+
+def _unreadable(path: Path, cause: Exception) -> CheckpointError:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+        found, do = "a PyTorch pickle", "If it comes from the reference code, convert it with `engine import`."
+    elif "header" in str(cause) and "not fully covered" not in str(cause):
+        found, do = "a file that is not safetensors, or one cut off in its header", "Name a checkpoint of a run folder."
+    else:
+        found, do = (
+            "a file of another length than its header tells (truncated)",
+            "Use another copy, or the other of best/last.safetensors.",
+        )
+    return CheckpointError(str(path), found, "a complete safetensors checkpoint", do)

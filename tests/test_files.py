@@ -1,0 +1,132 @@
+"""Files are complete or absent, and a failure is one line."""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from engine.errors import OutputError
+from engine.files import atomic_path, output_error, write_json, write_text
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_folders_are_made_and_nothing_else_is_left(tmp_path):
+    write_text(tmp_path / "a" / "b" / "c.txt", "σ\n")
+    assert (tmp_path / "a" / "b" / "c.txt").read_text(encoding="utf-8") == "σ\n"
+    assert names(tmp_path / "a" / "b") == ["c.txt"]
+
+
+def test_a_failure_keeps_the_old_file_and_passes_through(tmp_path):
+    path = tmp_path / "x.json"
+    write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["x.json"]
+
+
+def test_an_interrupt_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "x") as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_disk_full_while_writing(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_text(path, "old")
+
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OutputError) as caught:
+        write_text(path, "new")
+    monkeypatch.undo()
+    assert "no space left" in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["x.json"]
+
+
+def test_disk_full_only_noticed_by_fsync(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="no space left"):
+        write_text(tmp_path / "x", "new")
+    assert names(tmp_path) == []
+
+
+def test_folder_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="a file where a folder is needed"):
+        write_text(tmp_path / "file" / "metrics.json", "")
+    with pytest.raises(OutputError, match="a file where a folder is needed"):
+        write_text(tmp_path / "file" / "run" / "metrics.json", "")
+
+
+def test_file_name_taken_by_a_folder(tmp_path):
+    (tmp_path / "metrics.json").mkdir()
+    with pytest.raises(OutputError) as caught:
+        write_text(tmp_path / "metrics.json", "")
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == ["metrics.json"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a /proc file system, which nobody can write to")
+def test_unwritable_folder():
+    with pytest.raises(OutputError) as caught:
+        write_text("/proc/run/metrics.json", "")
+    assert "/proc/run/metrics.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write into read-only folders")
+def test_read_only_folder(tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        with pytest.raises(OutputError, match="cannot be written to"):
+            write_text(tmp_path / "x", "")
+    finally:
+        tmp_path.chmod(stat.S_IRWXU)
+
+
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        (errno.ENOSPC, "no space left"),
+        (errno.EDQUOT, "no space left"),
+        (errno.EACCES, "cannot be written to"),
+        (errno.EROFS, "cannot be written to"),
+        (errno.ENOTDIR, "a file where a folder is needed"),
+        (errno.ENAMETOOLONG, "name too long"),
+    ],
+)
+def test_every_cause_has_a_line(code, words):
+    error = output_error(Path("out/x"), OSError(code, os.strerror(code)))
+    assert words in str(error).lower()
+    assert str(error).startswith("out/x: found")
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "x", "")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+
+
+def test_json_without_nan(tmp_path):
+    write_json(tmp_path / "m.json", {"mae": float("nan"), "corr": [1.5, float("inf")], "n": (1, None)})
+    assert json.loads((tmp_path / "m.json").read_text()) == {"mae": None, "corr": [1.5, None], "n": [1, None]}
