@@ -1,0 +1,188 @@
+"""Task losses: what stage 2 minimises besides the information terms.
+
+Values and gradients are the reference's. Where it divides by zero a rule is stated: RMSE at zero error has a zero
+gradient; the CCC loss of two constants is 1 with a zero gradient (by the reference's 1e-10 in the denominator).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.errors import ConfigError, DataError
+
+LOSSES = ("MAE", "MSE", "RMSE", "SIMSE", "CCC", "CE", "BCE", "Focal")
+_REGRESSION = ("MAE", "MSE", "RMSE", "SIMSE", "CCC")
+_ONE_OF_MANY = ("CE", "Focal")
+
+
+def task_loss(name: str, num_class: int = 1, task: str | None = None) -> nn.Module:
+    """The loss called `name`: a module `(output, target) -> 0-d tensor`, the mean over the batch.
+
+    Args:
+        name: MAE MSE RMSE SIMSE CCC (regression), CE Focal (one of `num_class` >= 2 classes), BCE (one logit, or one a
+            class).
+        num_class: width of the model's output.
+        task: `regression` or `classification`; None takes the one the loss is for.
+
+    `output` is [B, num_class] (or [B] where num_class is 1). `target` is, for regression, as many values as the output,
+    of any shape; for CE and Focal [B] or [B, 1] class numbers, integers or integral floats; for BCE the same (made
+    one-hot where num_class >= 2), or [B, num_class] of 0 and 1.
+
+    Raises:
+        ConfigError: the loss is unknown or does not fit the task or the number of outputs.
+        DataError: (when called) sizes that do not fit, or a label that is no class.
+    """
+    if name not in LOSSES:
+        raise ConfigError("train.loss", repr(name), " ".join(LOSSES), "Choose one of these.")
+    if task not in (None, "regression", "classification"):
+        raise ConfigError("model.task", repr(task), "regression or classification", "Choose one of these.")
+    if num_class < 1:
+        raise ConfigError("model.num_class", str(num_class), "at least 1", "Set it to the number of outputs.")
+    kind = "regression" if name in _REGRESSION else "classification"
+    if task is not None and task != kind:
+        fitting = " ".join(loss for loss in LOSSES if (loss in _REGRESSION) == (task == "regression"))
+        raise ConfigError("train.loss", f"{name} with model.task={task}", fitting, "Change train.loss or model.task.")
+    if kind == "regression" and num_class > 1 and task is None:
+        raise ConfigError(
+            "train.loss",
+            f"{name} with model.num_class={num_class}",
+            "CE BCE or Focal for classes, or num_class=1 for regression",
+            "Change train.loss or model.num_class.",
+        )
+    if name in _ONE_OF_MANY and num_class < 2:
+        raise ConfigError(
+            "train.loss",
+            f"{name} with model.num_class={num_class}",
+            "num_class of at least 2 (BCE takes 1)",
+            "Set model.num_class to the number of classes.",
+        )
+    if kind == "regression":
+        return _Regression(name)
+    return BCE(num_class) if name == "BCE" else _OneOfMany(name, num_class)
+
+
+def rmse(output: Tensor, target: Tensor) -> Tensor:
+    """Root of the mean squared error, no eps. At zero error value and gradient are 0 (sqrt's own is infinite)."""
+    mean = (output - target).square().mean()
+    # The inner `where` keeps sqrt away from 0 in the backward pass too: 0 x inf would be NaN.
+    return torch.where(mean > 0, torch.where(mean > 0, mean, 1.0).sqrt(), mean)
+
+
+def simse(output: Tensor, target: Tensor) -> Tensor:
+    """(sum of errors)^2 / n^2: the term the scale-invariant MSE subtracts, alone, as the reference has it."""
+    return (output - target).sum().square() / output.numel() ** 2
+
+
+def ccc(output: Tensor, target: Tensor) -> Tensor:
+    """1 - concordance correlation of the batch, population moments, 1e-10 added to the denominator.
+
+    Depends on the batch size. A constant target gives 1 with a zero gradient; so do two equal constants.
+    """
+    mean_o, mean_t = output.mean(), target.mean()
+    covariance = ((output - mean_o) * (target - mean_t)).mean()
+    spread = (output - mean_o).square().mean() + (target - mean_t).square().mean() + (mean_o - mean_t).square()
+    return 1 - 2 * covariance / (spread + 1e-10)
+
+
+def focal(output: Tensor, target: Tensor) -> Tensor:
+    """(1 - e^-CE)^2 CE of the batch-mean cross entropy (not the mean of per-sample focal terms)."""
+    entropy = F.cross_entropy(output, target)
+    return (1 - torch.exp(-entropy)).square() * entropy
+
+
+_FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "MAE": F.l1_loss,
+    "MSE": F.mse_loss,
+    "RMSE": rmse,
+    "SIMSE": simse,
+    "CCC": ccc,
+    "CE": F.cross_entropy,
+    "Focal": focal,
+}
+
+
+class _Loss(nn.Module):
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
+class _Regression(_Loss):
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        # Flattened first: [B, 1] against [B] would silently broadcast to [B, B].
+        output, target = output.reshape(-1), target.reshape(-1).to(output.dtype)
+        if output.numel() != target.numel() or not output.numel():
+            raise DataError(
+                f"{self.name} loss",
+                f"{output.numel()} predictions and {target.numel()} labels",
+                "as many of one as of the other, and at least one",
+                "Set model.num_class to the number of labels a sample has.",
+            )
+        return _FUNCTIONS[self.name](output, target)
+
+
+class _OneOfMany(_Loss):
+    def __init__(self, name: str, num_class: int):
+        super().__init__(name)
+        self.num_class = num_class
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        output = _scores(self.name, output, self.num_class)
+        return _FUNCTIONS[self.name](output, _classes(self.name, target, len(output), self.num_class))
+
+
+class BCE(_Loss):
+    """Binary cross entropy on logits: one logit a sample, or one a class."""
+
+    def __init__(self, num_class: int):
+        super().__init__("BCE")
+        self.num_class = num_class
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        output = _scores(self.name, output, self.num_class)
+        if self.num_class == 1:
+            wanted = _classes(self.name, target, len(output), 2)[:, None]
+        elif target.numel() == output.numel():
+            wanted = target.reshape(output.shape)
+        else:
+            wanted = F.one_hot(_classes(self.name, target, len(output), self.num_class), self.num_class)
+        return F.binary_cross_entropy_with_logits(output, wanted.to(output.dtype))
+
+
+def _scores(name: str, output: Tensor, num_class: int) -> Tensor:
+    if output.numel() == 0 or output.numel() % num_class or (output.ndim > 1 and output.shape[-1] != num_class):
+        raise DataError(
+            f"{name} loss",
+            f"output of shape {list(output.shape)}",
+            f"[batch, {num_class}]",
+            "Set model.num_class to the width of the output.",
+        )
+    return output.reshape(-1, num_class)
+
+
+def _classes(name: str, target: Tensor, batch: int, num_class: int) -> Tensor:
+    flat = target.reshape(-1)
+    if flat.numel() != batch:
+        raise DataError(
+            f"{name} loss",
+            f"{flat.numel()} labels for {batch} samples",
+            "one class number a sample",
+            "Check the labels.",
+        )
+    classes = flat.long()
+    bad = (classes < 0) | (classes >= num_class) | (classes.to(flat.dtype) != flat)
+    if bad.any():
+        raise DataError(
+            f"{name} loss",
+            f"label {flat[bad][0].item():g}",
+            f"class numbers 0 to {num_class - 1}",
+            "Set model.num_class to the number of classes, or use a regression loss for real-valued labels.",
+        )
+    return classes
