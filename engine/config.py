@@ -1,7 +1,7 @@
 """One typed configuration: YAML presets, dotted overrides, clear errors, saved with every run.
 
-    config = load("mosi", ["mode=faithful", "train.lr=5e-4"])     # a preset
-    config = load("my.yaml")                                      # a file; `preset: mosi` in it starts from that preset
+    config = load_config("mosi", ["mode=faithful", "train.lr=5e-4"])     # a preset
+    config = load_config("my.yaml")                                      # a file; `preset: mosi` in it starts from that preset
     config.save("run/config.yaml")
 
 Every problem is a `ConfigError`: one line that names the key, what was found and what is allowed.
@@ -387,7 +387,7 @@ class Config(Section):
         return _build(values, overrides)
 
 
-def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     """A configuration from a preset's name or a YAML file's path, then `key=value` overrides in order.
 
     Keys are dotted (`train.lr=5e-4`); values are read as YAML, and CubeMLP shapes also as `20-3-128=10-3-128`.
@@ -406,7 +406,7 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def presets() -> dict[str, str]:
     """Name and one-line summary (the first comment line) of every packaged preset."""
-    files = sorted((f for f in _preset_folder().iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    files = sorted((f for f in _preset_folder().iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name[:-5])
     return {f.name[:-5]: f.read_text("utf-8").split("\n", 1)[0].lstrip("# ") for f in files}
 
 

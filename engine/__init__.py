@@ -1,0 +1,54 @@
+"""Mutual information objectives for multimodal models: estimators, two-stage training, and MIMRL built on them.
+
+Every public name is imported when it is first used, so that `import engine` costs next to nothing and needs neither
+torch nor any optional package.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "train": "engine.trainer",
+    "train_seeds": "engine.trainer",
+    "evaluate": "engine.trainer",
+    "predict": "engine.trainer",
+    "Config": "engine.config",
+    "load_config": "engine.config",
+    "Objective": "engine.objective",
+    "MI": "engine.objective",
+    "CMI": "engine.objective",
+    "TwoStageStep": "engine.step",
+    "MIEstimator": "engine.model.estimators",
+    "CMIEstimator": "engine.model.cmi",
+    "estimate_mi": "engine.estimate",
+    "estimate_cmi": "engine.estimate",
+    "register_fusion": "engine.model.fusion",
+    "EngineError": "engine.errors",
+}
+
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from engine.config import Config, load_config
+    from engine.errors import EngineError
+    from engine.estimate import estimate_cmi, estimate_mi
+    from engine.model.cmi import CMIEstimator
+    from engine.model.estimators import MIEstimator
+    from engine.model.fusion import register_fusion
+    from engine.objective import CMI, MI, Objective
+    from engine.step import TwoStageStep
+    from engine.trainer import evaluate, predict, train, train_seeds
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

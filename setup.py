@@ -1,0 +1,8 @@
+"""The build entry; metadata and dependencies are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=find_packages(include=["engine", "engine.*"]),
+    package_data={"engine": ["presets/*.yaml", "py.typed"]},
+)
