@@ -1,0 +1,74 @@
+"""Audio and vision encoders: recurrent or convolutional, then LayerNorm and ReLU."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from engine.errors import ConfigError
+
+LAYER_NORM_EPS = 1e-6
+ENCODERS = ("gru", "lstm", "conv")
+
+
+def length_mask(length: Tensor, size: int) -> Tensor:
+    """bool [B, size], true at positions before each row's length (int64 [B])."""
+    return torch.arange(size, device=length.device) < length[:, None]
+
+
+def nonzero_length(x: Tensor) -> Tensor:
+    """int64 [B]: the number of frames of x [B, L, d] whose absolute sum is not 0, at least 1.
+
+    The reference's rule. A zero frame inside a sequence makes it one too short: the LAST frame is lost, not that one.
+    """
+    return (x.abs().sum(-1) != 0).sum(1).clamp(min=1)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x [B, L, d] over the positions where mask (bool [B, L]) is true -> [B, d]; 0 where there are none."""
+    weight = mask.to(x.dtype)
+    return torch.einsum("bld,bl->bd", x, weight) / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+class SequenceEncoder(nn.Module):
+    """One modality's frames to the common width.
+
+    gru: 2 bidirectional layers, the directions summed. lstm: 1 bidirectional layer, summed. conv: kernel 3, padding 1.
+    Then LayerNorm (eps 1e-6) and ReLU. Recurrent matrices start orthogonal.
+
+    Args:
+        kind: gru, lstm or conv. d_in: width of a frame. d_out: the common width.
+        zero_padding: True treats rows past the valid length as absent: the convolution reads zeros there and the output
+            is zero there, so that a row's result does not depend on the width it is padded to. False is the reference:
+            the convolution reads what is there and a padded row of a recurrent encoder is ReLU(LayerNorm's bias).
+    """
+
+    def __init__(self, kind: str, d_in: int, d_out: int, zero_padding: bool = True):
+        super().__init__()
+        self.kind, self.zero_padding = kind, zero_padding
+        if kind == "gru":
+            self.rnn = nn.GRU(d_in, d_out, num_layers=2, bidirectional=True, batch_first=True)
+        elif kind == "lstm":
+            self.rnn = nn.LSTM(d_in, d_out, num_layers=1, bidirectional=True, batch_first=True)
+        elif kind == "conv":
+            self.conv = nn.Conv1d(d_in, d_out, kernel_size=3, padding=1)
+        else:
+            raise ConfigError("model.encoder", repr(kind), "one of " + ", ".join(ENCODERS), "Choose one of these.")
+        self.norm = nn.LayerNorm(d_out, eps=LAYER_NORM_EPS)
+        for name, parameter in self.named_parameters():
+            if "weight_hh" in name:
+                nn.init.orthogonal_(parameter)
+
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
+        """float32 [B, L, d_in], int64 [B] with 1 <= length <= L -> float32 [B, L, d_out]."""
+        mask = length_mask(length, x.shape[1])[..., None] if self.zero_padding else None
+        if self.kind == "conv":
+            x = x if mask is None else x * mask
+            h = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        else:
+            packed = pack_padded_sequence(x, length.cpu(), batch_first=True, enforce_sorted=False)
+            h, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=x.shape[1])
+            forward, backward = h.chunk(2, dim=-1)
+            h = forward + backward
+        h = F.relu(self.norm(h))
+        return h if mask is None else h * mask

@@ -1,0 +1,140 @@
+"""Fusion encoders: three aligned sequences to one feature. CubeMLP is one of them; register_fusion adds yours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import Config
+from engine.errors import ConfigError
+from engine.model.cubemlp import CubeMLP, compose
+from engine.model.encoders import masked_mean
+
+MODALITIES = 3  # text, audio, vision, in this order
+
+
+class FusionEncoder(Protocol):
+    """What a fusion encoder is: an nn.Module with a `dim` and this forward.
+
+    A sample's result must not depend on the other rows of the batch.
+    """
+
+    dim: int
+
+    def __call__(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x float32 [B, L, 3, D] (text, audio, vision), mask bool [B, L, 3], true at valid positions -> [B, dim].
+
+        L is data.time_len. In fast mode x is zero where mask is false.
+        """
+        ...
+
+
+class CubeMLPFusion(CubeMLP):
+    """CubeMLP, then the modality axis and the time axis removed, each by mean, sum or cat. It reads no mask."""
+
+    def __init__(self, *args, compose_k: str = "mean", compose_t: str = "mean", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.compose_k, self.compose_t = compose_k, compose_t
+        time, modality, channel = self.d_out
+        self.dim = channel * (modality if compose_k == "cat" else 1) * (time if compose_t == "cat" else 1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = super().forward(x)
+        return compose(compose(x, 2, self.compose_k), 1, self.compose_t)
+
+
+class TensorFusion(nn.Module):
+    """Tensor fusion (Zadeh et al., EMNLP 2017) on masked means: all products of up to one factor a modality.
+
+    Each modality's mean is projected to `factors` values; the outer product of [1; t], [1; a], [1; v] holds every
+    unimodal, bimodal and trimodal product, and one Linear maps it to `dim`.
+    """
+
+    def __init__(self, dim: int, factors: int = 16):
+        super().__init__()
+        self.dim = dim
+        self.factor = nn.ModuleList(nn.Sequential(nn.Linear(dim, factors), nn.ReLU()) for _ in range(MODALITIES))
+        self.out = nn.Linear((factors + 1) ** MODALITIES, dim)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        z = [f(masked_mean(x[:, :, k], mask[:, :, k])) for k, f in enumerate(self.factor)]
+        t, a, v = (torch.cat([torch.ones_like(u[:, :1]), u], dim=1) for u in z)
+        return self.out(torch.einsum("bi,bj,bk->bijk", t, a, v).flatten(1))
+
+
+class TransformerFusion(nn.Module):
+    """A small transformer over all valid positions of all modalities at once, then their mean.
+
+    Padded positions are masked out as keys and left out of the mean.
+    """
+
+    def __init__(self, dim: int, time_len: int, layers: int = 2, dropout: float = 0.0):
+        super().__init__()
+        self.dim = dim
+        heads = next(n for n in (4, 2, 1) if dim % n == 0)
+        self.time_embedding = nn.Parameter(torch.randn(time_len, 1, dim) * 0.02)
+        self.modality_embedding = nn.Parameter(torch.randn(1, MODALITIES, dim) * 0.02)
+        layer = nn.TransformerEncoderLayer(dim, heads, 2 * dim, dropout, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(dim), enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = (x + self.time_embedding + self.modality_embedding).flatten(1, 2)
+        mask = mask.flatten(1)
+        return masked_mean(self.encoder(x, src_key_padding_mask=~mask), mask)
+
+
+def _cubemlp(config: Config) -> CubeMLPFusion:
+    model, cube = config.model, config.model.cubemlp
+    return CubeMLPFusion(
+        (config.data.time_len, MODALITIES, model.d_common),
+        cube.d_hiddens,
+        cube.d_outs,
+        cube.activate,
+        cube.bias,
+        cube.ln_first,
+        cube.res_project,
+        cube.dropout,
+        compose_k=model.compose_k,
+        compose_t=model.compose_t,
+    )
+
+
+BUILT_IN: dict[str, Callable[[Config], nn.Module]] = {
+    "cubemlp": _cubemlp,
+    "tfn": lambda config: TensorFusion(config.model.d_common),
+    "transformer": lambda config: TransformerFusion(config.model.d_common, config.data.time_len),
+}
+_REGISTERED: dict[str, Callable[[Config], nn.Module]] = {}
+
+
+def register_fusion(name: str, factory: Callable[[Config], nn.Module]) -> None:
+    """Make `model.fusion: name` build `factory(config)`, a FusionEncoder. A name of your own may be registered again.
+
+    Raises:
+        ConfigError: the name is a built-in one.
+    """
+    if name in BUILT_IN:
+        raise ConfigError("register_fusion", repr(name), "a name that is not built in", "Choose another name.")
+    _REGISTERED[name] = factory
+
+
+def make_fusion(config: Config) -> nn.Module:
+    """The fusion encoder that `model.fusion` names; ConfigError where none has that name or it lacks `dim`."""
+    factories = BUILT_IN | _REGISTERED
+    name = config.model.fusion
+    if name not in factories:
+        raise ConfigError(
+            "model.fusion", repr(name), "one of " + ", ".join(factories), "Choose one, or add it by register_fusion."
+        )
+    fusion = factories[name](config)
+    if not isinstance(getattr(fusion, "dim", None), int):
+        raise ConfigError(
+            f"model.fusion={name}",
+            "an encoder without .dim",
+            "the width of its output",
+            "Set self.dim in its __init__.",
+        )
+    return fusion

@@ -1,0 +1,37 @@
+"""The prediction head."""
+
+from torch import Tensor, nn
+
+from engine.errors import ConfigError
+
+HEAD_WIDTH = 128
+
+
+class Head(nn.Module):
+    """Fused feature to prediction: Linear(c -> n) for c <= 128, else Linear(c -> 128), ReLU, Dropout, Linear(128 -> n).
+
+    Args:
+        dim: c. n: values to regress, or classes (the prediction is then their logits).
+        dropout: of the wide head; the narrow one has none.
+    """
+
+    def __init__(self, dim: int, n: int, dropout: float = 0.0):
+        super().__init__()
+        if dim <= HEAD_WIDTH:
+            layers = [nn.Linear(dim, n)]
+        else:
+            layers = [nn.Linear(dim, HEAD_WIDTH), nn.ReLU(), nn.Dropout(dropout), nn.Linear(HEAD_WIDTH, n)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, fused: Tensor) -> Tensor:
+        """float32 [B, c] -> float32 [B, n]."""
+        return self.layers(fused)
+
+
+def make_head(dim: int, task: str, num_class: int, dropout: float = 0.0) -> Head:
+    """The head of a task; ConfigError for a classification into fewer than two classes."""
+    if task == "classification" and num_class < 2:
+        raise ConfigError(
+            "model.num_class", str(num_class), "at least 2 for model.task=classification", "Set model.num_class."
+        )
+    return Head(dim, num_class, dropout)

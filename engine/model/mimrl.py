@@ -1,0 +1,141 @@
+"""MIMRL: encoders of text, audio and vision, a fusion encoder, a head; and the features that information terms name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.config import Config
+from engine.errors import ConfigError
+from engine.loaders.batch import Batch
+from engine.model.encoders import SequenceEncoder, length_mask, masked_mean, nonzero_length
+from engine.model.fusion import make_fusion
+from engine.model.heads import make_head
+from engine.model.text_encoder import encode_without_padding
+
+
+@dataclass
+class ModelOutput:
+    """What a model returns.
+
+    Attributes:
+        prediction: float32 [B, n]: values, or a classification's logits.
+        features: float32 "F" [B, c] (the fused feature, input of the head), and "T", "A", "V" [B, d_common].
+    """
+
+    prediction: Tensor
+    features: dict[str, Tensor]
+
+
+def fit_length(x: Tensor, size: int) -> Tensor:
+    """x [B, L, ...] with its axis 1 zero-padded or cut on the right to `size`."""
+    if x.shape[1] >= size:
+        return x[:, :size]
+    return torch.cat([x, x.new_zeros(x.shape[0], size - x.shape[1], *x.shape[2:])], dim=1)
+
+
+class MIMRL(nn.Module):
+    """Multimodal sentiment analysis with mutual-information-based disentangled representations (IEEE TAC 2025).
+
+    faithful mode: the reference's mathematics. A row's valid frames are counted from the tensor, and T, A, V are means
+    over all positions of the padded batch, so they depend on the batch mates. fast mode: lengths come from the batch,
+    means are over attended tokens and valid frames, rows past the valid length are zero, padding of text is mostly not
+    computed; a sample's result does not depend on the rest of its batch.
+
+    Args:
+        config: sections model and data, and mode. audio_dim, vision_dim: widths of a frame.
+        text_encoder: (token_ids, token_mask) -> [B, Lt, .dim].
+    """
+
+    def __init__(self, config: Config, audio_dim: int, vision_dim: int, text_encoder: nn.Module):
+        super().__init__()
+        model = config.model
+        self.faithful = config.mode == "faithful"
+        self.time_len = config.data.time_len
+        self.dropout = model.dropout[:3]
+        self.text_encoder = text_encoder
+        self.text_projection = nn.Linear(text_encoder.dim, model.d_common, bias=False)
+        self.audio_encoder = SequenceEncoder(model.encoder, audio_dim, model.d_common, zero_padding=not self.faithful)
+        self.vision_encoder = SequenceEncoder(model.encoder, vision_dim, model.d_common, zero_padding=not self.faithful)
+        self.fusion = make_fusion(config)
+        self.head = make_head(self.fusion.dim, model.task, model.num_class, model.dropout[3])
+
+    @property
+    def fused_dim(self) -> int:
+        """Width c of the fused feature F."""
+        return self.fusion.dim
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        """One padded batch -> predictions and features; ConfigError where its widths or its text do not fit."""
+        self._check(batch)
+        if self.faithful:
+            audio_length, vision_length = nonzero_length(batch.audio), nonzero_length(batch.vision)
+        else:
+            audio_length, vision_length = batch.audio_length, batch.vision_length
+        text_mask = batch.token_mask != 0
+        text = self.text_projection(self._encode_text(batch))
+        masks = [
+            text_mask,
+            length_mask(audio_length, batch.audio.shape[1]),
+            length_mask(vision_length, batch.vision.shape[1]),
+        ]
+        sequences = [
+            text if self.faithful else text * text_mask[..., None],
+            self.audio_encoder(batch.audio, audio_length),
+            self.vision_encoder(batch.vision, vision_length),
+        ]
+        sequences = [F.dropout(x, p, self.training) for x, p in zip(sequences, self.dropout, strict=True)]
+        if self.faithful:
+            means = [x.mean(1) for x in sequences]
+        else:
+            means = [masked_mean(x, mask) for x, mask in zip(sequences, masks, strict=True)]
+        cube = torch.stack([fit_length(x, self.time_len) for x in sequences], dim=2)
+        mask = torch.stack([fit_length(m, self.time_len) for m in masks], dim=2)
+        fused = self.fusion(cube, mask)
+        features = {"F": fused, **dict(zip("TAV", means, strict=True))}
+        return ModelOutput(self.head(fused), features)
+
+    def _encode_text(self, batch: Batch) -> Tensor:
+        if batch.text is not None:
+            return batch.text
+        if self.faithful:
+            return self.text_encoder(batch.token_ids, batch.token_mask)
+        return encode_without_padding(self.text_encoder, batch.token_ids, batch.token_mask)
+
+    def _check(self, batch: Batch) -> None:
+        if batch.text is None and batch.token_ids is None:
+            raise ConfigError(
+                "batch", "neither tokens nor text features", "one of them", "Open the data with a text_encoder."
+            )
+        widths = {
+            "audio": (batch.audio.shape[-1], self._width(self.audio_encoder)),
+            "vision": (batch.vision.shape[-1], self._width(self.vision_encoder)),
+        }
+        if batch.text is not None:
+            widths["text"] = (batch.text.shape[-1], self.text_projection.in_features)
+        for name, (found, expected) in widths.items():
+            if found != expected:
+                raise ConfigError(
+                    f"{name} features",
+                    f"width {found}",
+                    f"width {expected}, for which the model was built",
+                    f"Use data with the same {name} features, or build a model for these.",
+                )
+
+    @staticmethod
+    def _width(encoder: SequenceEncoder) -> int:
+        return encoder.conv.in_channels if encoder.kind == "conv" else encoder.rnn.input_size
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trainable parameters: "text" (the text encoder's) and "main" (all others)."""
+        text = [p for p in self.text_encoder.parameters() if p.requires_grad]
+        main = [p for n, p in self.named_parameters() if p.requires_grad and not n.startswith("text_encoder.")]
+        return {"text": text, "main": main}
+
+
+def build_model(config: Config, audio_dim: int, vision_dim: int, text_encoder: nn.Module) -> MIMRL:
+    """The model that `config` describes, for frames of these widths; ConfigError where its parts do not fit."""
+    return MIMRL(config, audio_dim, vision_dim, text_encoder)

