@@ -28,18 +28,25 @@ _HOME = {
     "EngineError": "engine.errors",
 }
 
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
-    from engine.config import Config, load_config
-    from engine.errors import EngineError
-    from engine.estimate import estimate_cmi, estimate_mi
-    from engine.model.cmi import CMIEstimator
-    from engine.model.estimators import MIEstimator
-    from engine.model.fusion import register_fusion
-    from engine.objective import CMI, MI, Objective
-    from engine.step import TwoStageStep
-    from engine.trainer import evaluate, predict, train, train_seeds
+    from engine.config import Config as Config
+    from engine.config import load_config as load_config
+    from engine.errors import EngineError as EngineError
+    from engine.estimate import estimate_cmi as estimate_cmi
+    from engine.estimate import estimate_mi as estimate_mi
+    from engine.model.cmi import CMIEstimator as CMIEstimator
+    from engine.model.estimators import MIEstimator as MIEstimator
+    from engine.model.fusion import register_fusion as register_fusion
+    from engine.objective import CMI as CMI
+    from engine.objective import MI as MI
+    from engine.objective import Objective as Objective
+    from engine.step import TwoStageStep as TwoStageStep
+    from engine.trainer import evaluate as evaluate
+    from engine.trainer import predict as predict
+    from engine.trainer import train as train
+    from engine.trainer import train_seeds as train_seeds
 
 
 def __getattr__(name: str) -> Any:

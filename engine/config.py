@@ -1,7 +1,7 @@
 """One typed configuration: YAML presets, dotted overrides, clear errors, saved with every run.
 
-    config = load_config("mosi", ["mode=faithful", "train.lr=5e-4"])     # a preset
-    config = load_config("my.yaml")                                      # a file; `preset: mosi` in it starts from that preset
+    config = load_config("mosi", ["mode=faithful", "train.lr=5e-4"])  # a preset
+    config = load_config("my.yaml")  # a file; `preset: mosi` in it starts from that preset
     config.save("run/config.yaml")
 
 Every problem is a `ConfigError`: one line that names the key, what was found and what is allowed.
@@ -439,6 +439,8 @@ def text_of(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         if value and isinstance(value[0], (list, tuple)):
             return "=".join(_dash(v) for v in value)
+        if len(value) > 1 and isinstance(value[0], float) and len(set(value)) == 1:
+            return text_of(value[0])  # one number stands for all of them
         return "[" + ", ".join(text_of(v) for v in value) + "]"
     return f"{value:g}" if isinstance(value, float) else str(value)
 

@@ -1,0 +1,519 @@
+"""The `engine` command: a thin layer over the Python API, one function a command."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engine import __version__
+from engine.errors import CheckpointError, ConfigError, EngineError, OutputError
+
+RUN_MARKS = ("config.yaml", "metrics.json", "history.jsonl", "last.safetensors")
+
+DESCRIPTION = "Train multimodal models with mutual information objectives, and see what the information terms do."
+
+EXAMPLES = """\
+examples:
+  engine demo                                                    generated data, a trained model and a report in minutes
+  engine inspect mosi_data_noalign.pkl                           what is in a file, and what is wrong with it
+  engine train --preset mosi --data data/mosi --out runs/mosi    train on your own files
+  engine train --preset mosi --data data/mosi --out runs/paper mode=faithful seeds=0-2
+  engine evaluate --run runs/mosi --data data/mosi               metrics of the best model
+  engine import-command 'python Main.py --task_name x --dataset mosi_Dec'    a reference command line as YAML
+
+`engine COMMAND --help` tells more. Errors are one line on stderr with exit code 2; --debug shows the traceback."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line like every other problem: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())} (`{self.prog} --help` shows how)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for a problem the user can mend, 130 when interrupted."""
+    arguments, rest = _parser().parse_known_args(argv)
+    try:
+        settings = _settings(arguments, rest)
+        arguments.run(arguments, settings) if settings is not None else arguments.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone (`engine config | head`); Python would complain once more at exit.
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    except (EngineError, OSError) as cause:
+        if isinstance(cause, OSError):
+            cause = _environment_error(cause)
+        if arguments.debug:
+            raise
+        print(f"error: {cause}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _environment_error(cause: OSError) -> EngineError:
+    """A full disk or a folder without write permission is the user's to mend; any other OSError is raised as it is."""
+    from engine.files import output_error
+
+    if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        raise cause
+    return output_error(Path(cause.filename or "output"), cause)
+
+
+def _settings(arguments: argparse.Namespace, rest: list[str]) -> list[str] | None:
+    """The `key=value` words of a command that takes them; None for the others. Any other leftover word is an error."""
+    takes = getattr(arguments, "takes_settings", False)
+    for word in rest:
+        if not takes or word.startswith("-") or "=" not in word:
+            options = [option for action in arguments.parser._actions for option in action.option_strings]
+            raise ConfigError(
+                f"engine {arguments.command}",
+                f"the argument {word!r}",
+                f"the options {', '.join(options)}" + (", or settings such as train.lr=5e-4" if takes else ""),
+                f"See engine {arguments.command} --help.",
+            )
+    return rest if takes else None
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def _train(a: argparse.Namespace, settings: list[str]) -> None:
+    seeds, settings = _split_seeds(settings)
+    config = _config(a, settings, resumed=_saved_config(a.out, seeds) if a.resume else None)
+    if a.data:
+        config.data.path = a.data
+    if not config.data.path:
+        raise ConfigError("--data", "no data", "the path of a feature file, a folder or a store", "Add --data PATH.")
+    if not Path(config.data.path).exists():
+        raise ConfigError(f"--data {config.data.path}", "no such file or folder", "existing data", "Check the path.")
+    for folder in [a.out] if seeds is None else [a.out / f"seed{seed}" for seed in seeds]:
+        _check_out(folder, a.resume)
+    from engine import trainer
+
+    if seeds is None:
+        result = trainer.train(config, a.out, resume=a.resume)
+        _print_metrics(result.metrics["test"], f"test metrics at the best epoch ({result.metrics['best_epoch']})")
+    else:
+        results = trainer.train_seeds(config, a.out, seeds, resume=a.resume)
+        _print_seeds([result.metrics["test"] for result in results], seeds)
+    _print_results(a.out)
+
+
+def _evaluate(a: argparse.Namespace) -> None:
+    from engine.trainer import evaluate
+
+    metrics = evaluate(_run_folder(a.run_folder), a.data, split=a.split, batch_size=a.batch_size)
+    if a.json:
+        print(json.dumps({k: v if v == v else None for k, v in metrics.items()}, indent=2))
+    else:
+        _print_metrics(metrics, f"{a.split} metrics of {a.run_folder}")
+
+
+def _predict(a: argparse.Namespace) -> None:
+    from engine.trainer import predict
+
+    predict(_run_folder(a.run_folder), a.data, a.out, split=a.split)
+    print(f"predictions: {a.out}")
+
+
+def _convert(a: argparse.Namespace) -> None:
+    from engine.loaders.convert import convert
+
+    convert(a.src, a.dst, text_encoder=a.text_encoder, length_rule=a.length_rule)
+    print(f"store: {a.dst}")
+
+
+def _inspect(a: argparse.Namespace) -> None:
+    from engine.loaders.inspect import inspect_path
+
+    rendered = inspect_path(a.path).render()
+    print(rendered) if isinstance(rendered, str) else _console().print(rendered)
+
+
+def _import(a: argparse.Namespace) -> None:
+    from engine.compat import import_checkpoint
+
+    if (a.reference_command is None) == (a.config is None):
+        raise ConfigError(
+            "engine import",
+            "neither --command nor --config" if a.config is None else "both --command and --config",
+            "one of them: how the reference model was built",
+            "Give the command line it was trained with, or a YAML file.",
+        )
+    from engine.config import load_config
+
+    _check_out(a.out, resume=False)
+    config = load_config(a.config) if a.config else None
+    import_checkpoint(a.checkpoint, a.out, command=a.reference_command, config=config, text_encoder=a.text_encoder)
+    print(f"run: {a.out}\nnext: engine evaluate --run {a.out} --data PATH")
+
+
+def _import_command(a: argparse.Namespace) -> None:
+    from engine.compat import import_command
+
+    config, notes = import_command(a.text)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if a.out is None:
+        print(config.to_yaml(), end="")
+    else:
+        config.save(a.out)
+        print(f"configuration: {a.out}\nnext: engine train --config {a.out} --data PATH --out DIR")
+
+
+def _report(a: argparse.Namespace) -> None:
+    from engine.report import write_report
+
+    print(f"report: {write_report(_run_folder(a.run_folder))}")
+
+
+def _demo(a: argparse.Namespace, settings: list[str]) -> None:
+    from engine.config import load_config
+
+    load_config("demo", settings)
+    _clear_demo(a.out)
+    from engine.demo import run_demo
+
+    run_demo(a.out, settings)
+    _print_results(a.out)
+
+
+def _show_config(a: argparse.Namespace, settings: list[str]) -> None:
+    if a.keys:
+        from rich.table import Table
+
+        from engine.config import keys
+
+        table = Table("key", "default", "values", "meaning", box=None, pad_edge=False)
+        for key in keys():
+            table.add_row(*(_escape(text) for text in (key.name, key.default, key.type, key.description)))
+        _console().print(table)
+        return
+    print(_config(a, settings).resolve().to_yaml(), end="")
+
+
+# -- helpers ---------------------------------------------------------------------------------------
+
+
+def _config(a: argparse.Namespace, settings: list[str], resumed: Path | None = None) -> Any:
+    from engine.config import load_config, presets
+
+    if a.preset is not None:
+        return load_config(a.preset, settings)
+    if a.config is not None:
+        return load_config(Path(a.config), settings)
+    if resumed is not None:
+        return load_config(resumed, settings)
+    raise ConfigError(
+        f"engine {a.command}",
+        "neither --preset nor --config",
+        f"a preset ({', '.join(presets())}) or a YAML file",
+        "Add --preset NAME or --config FILE.",
+    )
+
+
+def _split_seeds(settings: list[str]) -> tuple[list[int] | None, list[str]]:
+    """`seeds=0-2` and `seeds=0,3,5` apart from the other settings."""
+    seeds, others = None, []
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name != "seeds":
+            others.append(setting)
+            continue
+        seeds = []
+        for part in text.split(","):
+            found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+            if first > last:
+                raise ConfigError("seeds", repr(text), "a range or a list such as 0-2 or 0,3,5", "Write it that way.")
+            seeds += range(first, last + 1)
+        if len(set(seeds)) < len(seeds):
+            raise ConfigError("seeds", f"{text!r}, which repeats a seed", "each seed once", "Drop the repeats.")
+    if seeds is not None and any(setting.partition("=")[0] == "seed" for setting in others):
+        raise ConfigError("seeds", "seed= beside it", "one of the two", "Drop one.")
+    return seeds, others
+
+
+def _saved_config(out: Path, seeds: list[int] | None) -> Path | None:
+    """The configuration of the run to go on with, so that --resume needs no --preset."""
+    folders = [out] if seeds is None else [out / f"seed{seed}" for seed in seeds]
+    return next((path for folder in folders if (path := folder / "config.yaml").is_file()), None)
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    """Refuse an output folder that is a file or holds a run, before anything slow begins."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"--out {out}", "a file", "a folder", "Choose another --out.")
+    if not resume and any((out / mark).exists() for mark in RUN_MARKS):
+        raise OutputError(
+            f"--out {out}", "another run", "an empty or new folder", "Choose another --out, or go on with --resume."
+        )
+
+
+def _run_folder(run: Path) -> Path:
+    if not run.is_dir():
+        found = "a file" if run.exists() else "no such folder"
+        raise CheckpointError(f"--run {run}", found, "a folder made by engine train", "Check the path.")
+    return run
+
+
+def _clear_demo(out: Path) -> None:
+    """Remove an earlier demo run from `out`, so that `engine demo` can be repeated; nobody else's run."""
+    _check_out(out, resume=True)
+    saved = out / "config.yaml"
+    if not saved.exists():
+        return _check_out(out, resume=False)
+    from engine.config import load_config
+
+    if load_config(saved).preset != "demo":
+        _check_out(out, resume=False)
+    import shutil
+
+    for pattern in ("*.yaml", "*.json", "*.jsonl", "*.csv", "*.safetensors", "report.html", "tensorboard"):
+        for path in out.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return None
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return "-" if value is None else str(value)
+
+
+def _print_metrics(metrics: dict[str, Any], title: str) -> None:
+    from rich.table import Table
+
+    table = Table("metric", "value", title=title, title_justify="left")
+    table.columns[1].justify = "right"
+    for name, value in metrics.items():
+        table.add_row(name, _number(value))
+    _console().print(table)
+
+
+def _print_seeds(metrics: list[dict[str, Any]], seeds: list[int]) -> None:
+    """One column a seed, then mean ± sample standard deviation."""
+    from rich.table import Table
+
+    from engine.metrics import summary
+
+    title = f"test metrics at each run's best epoch, {len(seeds)} seeds"
+    table = Table("metric", *(f"seed {seed}" for seed in seeds), "mean ± std", title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, both in summary(metrics).items():
+        spread = f" ± {both['std']:.4f}" if len(seeds) > 1 else ""
+        table.add_row(name, *(_number(one.get(name)) for one in metrics), f"{both['mean']:.4f}{spread}")
+    _console().print(table)
+
+
+def _print_results(out: Path) -> None:
+    """Where to look next: only what is really there."""
+    for label, name in (("report", "report.html"), ("metrics", "metrics.json"), ("summary", "summary.json")):
+        if (out / name).exists():
+            print(f"{label}: {out / name}")
+
+
+# -- the parser ------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("engine", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=_help_format)
+    parser.add_argument("--version", action="version", version=f"engine {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_LazyParser)
+
+    def command(
+        name: str, run: Callable[..., None], help: str, text: str = "", epilog: Callable[[], str] | None = None
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=help, description=textwrap.dedent(text) or f"{help[0].upper()}{help[1:]}.",
+            formatter_class=_help_format, allow_abbrev=False,
+        )  # fmt: skip
+        sub.make_epilog = epilog  # type: ignore[attr-defined]
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(run=run, parser=sub)
+        return sub
+
+    p = command(
+        "train",
+        _train,
+        "train a model and write a run folder",
+        """\
+        Train a model on feature files and write a run folder: config.yaml, metrics, predictions, checkpoints
+        (best and last), TensorBoard scalars and report.html. Settings are given as key=value, anywhere on the line.
+        seeds=0-2 (or 0,3,5) trains one run a seed in DIR/seed0 ... and writes summary.csv and summary.json with the
+        mean and standard deviation over them.""",
+        _train_epilog,
+    )
+    _config_arguments(p)
+    p.add_argument("--data", metavar="PATH", help="feature file or folder, or a store made by engine convert")
+    p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the run folder to write")
+    p.add_argument(
+        "--resume", action="store_true", help="go on with the run in DIR, by its own settings if none are given"
+    )
+    p.set_defaults(takes_settings=True)
+
+    p = command("evaluate", _evaluate, "print the metrics of a run's best model on a split of a data set")
+    _run_arguments(p)
+    p.add_argument("--batch-size", metavar="N", type=int, help="default: the run's; in fast mode it changes nothing")
+    p.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    p = command("predict", _predict, "write the predictions of a run's best model as CSV, in file order with ids")
+    _run_arguments(p)
+    p.add_argument("--out", metavar="CSV", type=Path, required=True, help="the file to write: id, label, prediction")
+
+    p = command(
+        "convert",
+        _convert,
+        "make a store of a feature file, so that training starts at once",
+        """\
+        Read a feature file of any supported format and write a ragged, memory-mapped store with tokenised text.
+        engine train does this by itself on first use; convert beforehand to look at the store or move it elsewhere.""",
+    )
+    p.add_argument("src", metavar="SRC", type=Path, help="feature file or folder")
+    p.add_argument("dst", metavar="DST", type=Path, help="the store to write")
+    p.add_argument("--text-encoder", metavar="NAME", default="minilm", help="whose tokeniser to use (minilm)")
+    rules = ("auto", "recorded", "all_zero", "sum_zero")
+    p.add_argument("--length-rule", choices=rules, default="auto", help="how padding is told from frames (auto)")
+
+    p = command(
+        "inspect", _inspect, "name a file's format, splits, dims, lengths, non-finite values and problems",
+        """\
+        Say what a data file is and what is wrong with it: format, splits, dims, length statistics, counts of
+        non-finite values, and problems. Nothing is executed from a pickle: only arrays and plain values are read.""",
+    )  # fmt: skip
+    p.add_argument("path", metavar="PATH", type=Path, help="feature file or folder, or a store")
+
+    p = command(
+        "import",
+        _import,
+        "turn a checkpoint of the published MIMRL code into a run folder",
+        """\
+        Load a REF.pth.tar of the published MIMRL code and write a run folder that evaluate and predict accept.
+        The checkpoint does not say how its model was built: give the command line it was trained with, or a YAML
+        file (engine import-command makes one).""",
+    )
+    p.add_argument("checkpoint", metavar="REF.pth.tar", type=Path, help="the reference's checkpoint")
+    p.add_argument("--command", metavar="TEXT", dest="reference_command", help="'python Main.py --task_name ...'")
+    p.add_argument("--config", metavar="FILE", help="a YAML file instead of --command")
+    p.add_argument("--text-encoder", metavar="NAME", help="the text encoder it was trained with: a path or a name")
+    p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the run folder to write")
+
+    p = command(
+        "import-command",
+        _import_command,
+        "turn a command line of the published MIMRL code into YAML",
+        """\
+        Map every flag of a command line of the published MIMRL code to a setting, or name it as unsupported, and
+        print the YAML. Notes go to stderr. Then: engine train --config FILE --data PATH --out DIR""",
+    )
+    p.add_argument("text", metavar="'python Main.py ...'", help="the command line, in quotes")
+    p.add_argument("--out", metavar="FILE", type=Path, help="write the YAML to a file instead of printing it")
+
+    p = command("report", _report, "write report.html of a run anew")
+    p.add_argument("--run", metavar="DIR", type=Path, required=True, dest="run_folder", help="a run folder")
+
+    p = command(
+        "demo",
+        _demo,
+        "train on generated utterances of known information and write a report",
+        """\
+        Generate utterances whose shared, specific and complementary information is known, train on them, and write
+        a report that shows the estimators against the truth and the model's information terms over time.
+        Settings are given as key=value, as for engine train. Repeating it replaces an earlier demo in DIR.""",
+    )
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="the run folder (runs/demo)")
+    p.set_defaults(takes_settings=True)
+
+    p = command(
+        "config",
+        _show_config,
+        "print the settings of a preset or file after overrides, or all keys",
+        """\
+        Print the YAML that engine train would use, `auto` resolved for the mode. --keys lists every key with its
+        default, its values and what it means.""",
+    )
+    _config_arguments(p)
+    p.add_argument("--keys", action="store_true", help="list all keys instead")
+    p.set_defaults(takes_settings=True)
+    return parser
+
+
+def _help_format(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=118)
+
+
+class _LazyParser(_Parser):
+    """A sub-command's parser whose epilog is made when help is asked for: it reads presets and settings."""
+
+    make_epilog: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        if self.make_epilog is not None:
+            self.epilog = self.make_epilog()
+        return super().format_help()
+
+
+def _config_arguments(p: argparse.ArgumentParser) -> None:
+    group = p.add_mutually_exclusive_group()
+    group.add_argument("--preset", metavar="NAME", help="a packaged recipe, see `engine train --help`")
+    group.add_argument("--config", metavar="FILE", help="a YAML file; `preset: NAME` in it starts from that preset")
+
+
+def _run_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--run", metavar="DIR", type=Path, required=True, dest="run_folder", help="a run folder")
+    p.add_argument("--data", metavar="PATH", type=Path, required=True, help="feature file or folder, or a store")
+    p.add_argument("--split", choices=("train", "valid", "test"), default="test", help="which split (test)")
+
+
+def _train_epilog() -> str:
+    from engine.config import COMMON_KEYS, keys, presets
+
+    lines = ["presets:"]
+    known = presets()
+    width = max(map(len, known)) + 2
+    lines += [f"  {name:<{width}}{summary}" for name, summary in known.items()]
+    lines += ["", "most used keys (default), `engine config --keys` lists all:"]
+    table = {key.name: key for key in keys()}
+    for name in COMMON_KEYS:
+        key = table[name]
+        values = f"{key.type}. " if "|" in key.type and key.type != "true | false" else ""
+        head = f"  {key.name} ({key.default})"
+        text = textwrap.wrap(values + key.description, 84)
+        lines += [f"{head:<36}{text[0]}" if len(head) < 36 else f"{head}\n{'':<36}{text[0]}"]
+        lines += [f"{'':<36}{more}" for more in text[1:]]
+    lines += [
+        "",
+        "examples:",
+        "  engine train --preset mosi --data data/mosi --out runs/mosi",
+        "  engine train --preset mosi --data data/mosi --out runs/long epochs=20 train.schedule.milestones=10-15",
+        "  engine train --preset mosi --data data/mosi --out runs/faithful mode=faithful seeds=0-2",
+        "  engine train --preset mosi-paper --data data/mosi --out runs/paper text_encoder=models/bert-base-uncased",
+        "  engine train --config mine.yaml --data data/mosi --out runs/mine model.cubemlp.d_outs=20-3-128=5-3-64",
+        "  engine train --resume --data data/mosi --out runs/mosi",
+    ]
+    return "\n".join(lines)
