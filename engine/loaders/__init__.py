@@ -1,0 +1,20 @@
+"""Data in: from the files users have to the batches models receive."""
+
+from engine.loaders.batch import Batch
+from engine.loaders.dataset import Dataset, DataWarning, Loader, Split, open_dataset
+from engine.loaders.formats import Format, register_format
+from engine.loaders.normalize import Normalizer
+from engine.loaders.text import load_tokenizer
+
+__all__ = [
+    "Batch",
+    "DataWarning",
+    "Dataset",
+    "Format",
+    "Loader",
+    "Normalizer",
+    "Split",
+    "load_tokenizer",
+    "open_dataset",
+    "register_format",
+]

@@ -1,0 +1,366 @@
+"""From a path to normalised batches: the only thing a trainer needs of this package."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.config import DataConfig
+from engine.errors import DataError
+from engine.loaders import formats
+from engine.loaders.batch import Batch
+from engine.loaders.normalize import Normalizer
+from engine.loaders.ragged import LengthRule, Ragged
+from engine.loaders.sampler import batches, epoch_order
+from engine.loaders.store import (
+    SplitData,
+    StoreData,
+    cache_places,
+    fingerprint,
+    is_store,
+    is_writable,
+    open_store,
+    prepare,
+    write_store,
+)
+from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
+
+MAX_TOKENS = 512
+
+
+class DataWarning(UserWarning):
+    """Something in the data that is handled, and that the user should know of."""
+
+
+@dataclass
+class DataReport:
+    """What was met while reading.
+
+    Attributes:
+        format, source: what was read.
+        nonfinite: split -> modality -> values replaced by 0.
+        missing: split -> modality -> samples without it.
+        notes: remarks of the reader.
+    """
+
+    format: str
+    source: str
+    length_rule: str
+    nonfinite: dict[str, dict[str, int]]
+    missing: dict[str, dict[str, int]]
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Sentences for the user; none where nothing was met."""
+        out = []
+        for modality in ("audio", "vision", "text"):
+            gone = {s: m[modality] for s, m in self.missing.items() if m.get(modality)}
+            if gone:
+                out.append(
+                    f"{sum(gone.values())} samples without {modality} ({_listed(gone)}): a missing modality, kept as one zero frame"
+                    if modality != "text"
+                    else f"{sum(gone.values())} samples with an empty text ({_listed(gone)})"
+                )
+            bad = {s: m[modality] for s, m in self.nonfinite.items() if m.get(modality)}
+            if bad:
+                out.append(f"{sum(bad.values())} NaN or infinite {modality} values replaced by 0 ({_listed(bad)})")
+        return out + self.notes
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in counts.items())
+
+
+class Split:
+    """One split, normalised, in memory, in file order.
+
+    Attributes:
+        ids: N names. text: N transcripts ("" where the data has none).
+        label: float32 [N, 1].
+        tokens: ragged int32 or None; features: ragged float32 or None.
+    """
+
+    def __init__(self, data: SplitData, normalizer: Normalizer, tokens: Ragged | None):
+        self._data, self._normalizer = data, normalizer
+        self.ids = data.ids
+        self.text = data.text if data.text is not None else [""] * len(data)
+        self.label = torch.from_numpy(np.array(data.label, np.float32))
+        self.tokens = tokens
+        self.features = data.features if tokens is None else None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def audio(self) -> Ragged:
+        """Normalised frames, made on first use."""
+        return Ragged(self._normalizer.apply("audio", self._data.audio.values), np.asarray(self._data.audio.offsets))
+
+    @cached_property
+    def vision(self) -> Ragged:
+        """Normalised frames, made on first use."""
+        return Ragged(self._normalizer.apply("vision", self._data.vision.values), np.asarray(self._data.vision.offsets))
+
+
+class Loader:
+    """Batches of one split; each iteration is one epoch of the order that `set_epoch` chose.
+
+    The same seed and epoch give the same batches.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        dataset: Dataset,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        pad_tokens_to: int | None,
+        drop_last: bool,
+        drop_singleton: bool,
+        task: Literal["regression", "classification"],
+    ):
+        self._split, self._dataset = split, dataset
+        self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
+        self._pad_to, self._drop_last, self._drop_singleton = pad_tokens_to, drop_last, drop_singleton
+        self._epoch = 0
+        self._label = split.label if task == "regression" else _classes(split)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self._epoch = epoch
+
+    def _pieces(self) -> list[Tensor]:
+        order = epoch_order(len(self._split), self._shuffle, self._seed, self._epoch)
+        return batches(order, self._batch_size, self._drop_last, self._drop_singleton)
+
+    def __len__(self) -> int:
+        return len(self._pieces())
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index in self._pieces():
+            yield self._gather(index)
+
+    def _gather(self, index: Tensor) -> Batch:
+        split, rows = self._split, index.numpy()
+        audio, audio_length = _pad(split.audio, rows)
+        vision, vision_length = _pad(split.vision, rows)
+        token_ids = text = None
+        if split.tokens is not None:
+            token_ids, mask = self._tokens(rows)
+        else:
+            text, length = _pad(split.features, rows, self._dataset.time_len, self._pad_to)
+            mask = (torch.arange(text.shape[1]) < length[:, None]).long()
+        return Batch(
+            index,
+            [split.ids[i] for i in rows],
+            self._label[index],
+            token_ids,
+            mask,
+            text,
+            audio,
+            audio_length,
+            vision,
+            vision_length,
+        )
+
+    def _tokens(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        tokens, cap = self._split.tokens, self._dataset.time_len
+        lengths = np.minimum(tokens.lengths[rows], cap)
+        width = self._pad_to or int(lengths.max())
+        ids = np.full((len(rows), width), self._dataset.pad_id, np.int64)
+        for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+            whole = tokens[row]
+            n = min(n, width)
+            ids[i, :n] = whole[:n]
+            if n < len(whole) and self._dataset.closing_id >= 0:
+                ids[i, n - 1] = self._dataset.closing_id
+            lengths[i] = n
+        mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def _pad(ragged: Ragged, rows: np.ndarray, cap: int | None = None, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Right-padded float32 [B, L, d] and int64 lengths [B]."""
+    starts = ragged.offsets[rows]
+    lengths = ragged.offsets[rows + 1] - starts
+    if cap is not None:
+        lengths = np.minimum(lengths, min(cap, width or cap))
+    out = torch.zeros(len(rows), width or int(lengths.max()), ragged.dim)
+    view = out.numpy()
+    for i, (start, n) in enumerate(zip(starts, lengths, strict=True)):
+        view[i, :n] = ragged.values[start : start + n]
+    return out, torch.from_numpy(lengths.astype(np.int64))
+
+
+def _classes(split: Split) -> Tensor:
+    label = split.label[:, 0]
+    wrong = torch.nonzero((label != label.round()) | (label < 0))
+    if len(wrong):
+        row = int(wrong[0])
+        raise DataError(
+            f"label, row {row} (id {split.ids[row]})",
+            f"{float(label[row]):g}",
+            "a class number 0, 1, 2, ...",
+            "Use task regression.",
+        )
+    return label.long()
+
+
+class Dataset:
+    """An open data set.
+
+    Attributes:
+        splits: "train", "valid", "test" -> Split.
+        audio_dim, vision_dim, text_dim: feature columns; text_dim is 0 unless text features are precomputed.
+        normalizer: the statistics in use.
+        report: what was replaced or missing.
+        pad_id, closing_id, time_len: of the tokens in batches.
+    """
+
+    def __init__(self, data: StoreData, config: DataConfig, tokenizer: Tokenizer | None, normalizer: Normalizer | None):
+        meta, train = data.meta, data.splits["train"]
+        self.time_len = config.time_len
+        self.normalizer = normalizer or Normalizer.fit(train, config)
+        self.pad_id = tokenizer.pad_id if tokenizer else 0
+        self.closing_id = tokenizer.closing_id if tokenizer else -1
+        self.splits: dict[str, Split] = {}
+        for name, split in data.splits.items():
+            tokens = None
+            if tokenizer is not None:
+                known = (meta.get("tokenizer") or {}).get("fingerprint") == tokenizer.fingerprint
+                tokens = split.tokens if known and split.tokens is not None else tokenizer.encode(split.text or [])
+            self.splits[name] = Split(split, self.normalizer, tokens)
+        self.audio_dim, self.vision_dim = train.audio.dim, train.vision.dim
+        self.text_dim = train.features.dim if tokenizer is None and train.features is not None else 0
+        counts = meta["counts"]
+        self.report = DataReport(
+            meta["format"], meta["source"], meta["length_rule"],
+            {s: c["nonfinite"] for s, c in counts.items()}, {s: c["missing"] for s, c in counts.items()}, list(meta["notes"]),
+        )  # fmt: skip
+
+    def loader(
+        self,
+        split: str,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        pad_tokens_to: int | None = None,
+        drop_last: bool = False,
+        drop_singleton: bool = False,
+        task: Literal["regression", "classification"] = "regression",
+    ) -> Loader:
+        """Batches of `split`.
+
+        Args:
+            shuffle: False keeps file order.
+            seed: of the shuffled order, together with the epoch.
+            pad_tokens_to: width of the token tensor; None pads to the longest of the batch.
+            drop_last: leave out a short last batch. drop_singleton: leave it out where it is one sample.
+            task: classification gives int64 labels [B].
+
+        Raises:
+            DataError: task is classification and a label is not a class number.
+        """
+        return Loader(
+            self.splits[split], self, batch_size, shuffle, seed, pad_tokens_to, drop_last, drop_singleton, task
+        )
+
+
+def _rule(data: DataConfig) -> LengthRule:
+    return "recorded" if data.length_rule == "auto" else data.length_rule
+
+
+def load_prepared(
+    path: str | Path, rule: LengthRule, tokenizer: Tokenizer | None, expected: str | None = None, cache: bool = True
+) -> StoreData:
+    """The content of `path`, read from a store: `path` itself, or one made on first use.
+
+    Raises:
+        DataError: anything that keeps the data from being used.
+    """
+    if is_store(path):
+        return open_store(path)
+    source = formats.find_source(path)
+    mark = fingerprint(source, sorted(next(iter(source.files.values())).parent.glob("*.csv")))
+    places = (
+        cache_places(source, {"length_rule": rule, "features": tokenizer is None, "expected": expected})
+        if cache
+        else []
+    )
+    for place in places:
+        if place.is_file():
+            try:
+                data = open_store(place)
+            except DataError:
+                continue  # a damaged or outdated cache is made again
+            if data.meta["fingerprint"] == mark:
+                return data
+    reader = formats.choose_format(source, expected)
+    data = prepare(source, reader.read(source, rule, tokenizer is None), rule, tokenizer, mark)
+    place = next((p for p in places if is_writable(p.parent)), None)
+    if place is None:
+        return data
+    try:
+        return open_store(write_store(place, data))
+    except DataError as problem:
+        data.meta["notes"].append(f"not cached: {problem}")
+        return data
+
+
+def open_dataset(
+    path: str | Path,
+    data: DataConfig,
+    text_encoder: str = "minilm",
+    normalizer: Normalizer | None = None,
+    expected: str | None = None,
+) -> Dataset:
+    """Open a data set for training or evaluation.
+
+    Foreign formats are converted on first use; the store is kept beside the source, or in the user's cache folder where that
+    cannot be written to.
+
+    Args:
+        path: a file or folder of any format, or a store.
+        data: length rule, normalisation and time_len are used.
+        text_encoder: whose tokeniser to apply; `features` uses precomputed text features.
+        normalizer: statistics to use instead of fitting on this data's training split.
+        expected: name of the format that the user says it is.
+
+    Raises:
+        DataError: anything that keeps the data from being used.
+    """
+    tokenizer = None if text_encoder == PRECOMPUTED else load_tokenizer(text_encoder)
+    content = load_prepared(path, _rule(data), tokenizer, expected)
+    for name, split in content.splits.items():
+        if tokenizer is None and split.features is None:
+            raise DataError(
+                f"{path}, {name}",
+                "no precomputed text features",
+                "them, as text_encoder=features says",
+                "Name a text encoder.",
+            )
+        if tokenizer is not None and split.text is None:
+            raise DataError(
+                f"{path}, {name}",
+                "no texts",
+                f"transcripts for the text encoder {text_encoder}",
+                "Use text_encoder=features.",
+            )
+    dataset = Dataset(content, data, tokenizer, normalizer)
+    for line in dataset.report.lines():
+        warnings.warn(f"{path}: {line}", DataWarning, stacklevel=2)
+    return dataset
+
+
+def summary(meta: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a store's metadata that are worth saving with a run."""
+    return {k: meta[k] for k in ("format", "source", "fingerprint", "length_rule", "counts", "notes")}

@@ -1,0 +1,108 @@
+"""MMSA and MMSA-FET pickles: aligned_50, unaligned_50, SIMS unaligned_39.
+
+Layout: `d[split] = {raw_text (N,), id (N,) 'video$_$clip', audio [N, La, da], vision [N, Lv, dv], regression_labels (N,), ...}`, padded with
+zeros on the RIGHT; unaligned files record lengths, which are not exact: frames after the recorded length are dropped.
+`text` holds precomputed features [N, Lt, d_t], `text_bert` [N, 3, Lt] token ids, mask and types.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from engine.errors import DataError
+from engine.loaders.formats import (
+    SPLITS,
+    RawDataset,
+    RawSplit,
+    Source,
+    check_keys,
+    check_rows,
+    check_splits,
+    read_labels,
+    to_text,
+)
+from engine.loaders.formats.declarelab import looks_like_mmsa
+from engine.loaders.ragged import LengthRule, from_padded
+
+TITLE = "MMSA"
+REQUIRED = ("id", "audio", "vision", "regression_labels")
+OPTIONAL = (
+    "raw_text", "text", "text_bert", "classification_labels", "annotations", "audio_lengths", "vision_lengths", "text_lengths",
+    "regression_labels_T", "regression_labels_A", "regression_labels_V",
+    "classification_labels_T", "classification_labels_A", "classification_labels_V",
+)  # fmt: skip
+
+
+class MMSA:
+    name = "mmsa"
+    title = TITLE
+
+    def recognises(self, source: Source) -> bool:
+        splits = source.split_dict()
+        first = next((v for k, v in splits.items() if k in SPLITS), None) if splits else None
+        return isinstance(first, dict) and looks_like_mmsa(first)
+
+    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+        splits = source.split_dict() or {}
+        where = str(source.path)
+        check_splits(where, splits)
+        need = (*REQUIRED, "text" if features else "raw_text")
+        for s in SPLITS:
+            check_keys(f"{where}, {s}", splits[s], need, (*REQUIRED, *OPTIONAL), TITLE)
+        data = RawDataset(self.name, {})
+        for s in SPLITS:
+            split = splits.pop(s)
+            count = check_rows(f"{where}, {s}/id", split["id"], TITLE)
+            ids = [to_text(i).replace("$_$", "_") for i in split["id"]]
+            data.dtypes.update({m: str(getattr(split[m], "dtype", "")) for m in ("audio", "vision")})
+            text = None if "raw_text" not in split else [to_text(t) for t in split["raw_text"]]
+            if text is not None and len(text) != count:
+                raise DataError(
+                    f"{where}, {s}/raw_text", f"{len(text)} texts", f"{count}, one a sample", "Write one text a sample."
+                )
+            mask = (
+                np.asarray(split["text_bert"])[:, 1].sum(1).astype(np.int64)
+                if features and "text_bert" in split
+                else None
+            )
+            embedded = split.pop("text", None)
+            sequences = {
+                m: from_padded(
+                    split.pop(m), "right", rule, _lengths(split, m, count, f"{where}, {s}"), ids, f"{where}, {s}/{m}"
+                )
+                for m in ("audio", "vision")
+            }
+            data.splits[s] = RawSplit(
+                ids,
+                text,
+                read_labels(split["regression_labels"], count, f"{where}, {s}/regression_labels", ids),
+                **sequences,
+                features=from_padded(embedded, "right", "recorded", mask, ids, f"{where}, {s}/text")
+                if features
+                else None,
+            )
+        return data
+
+
+def _lengths(split: dict[str, Any], modality: str, count: int, where: str) -> np.ndarray | None:
+    """Recorded lengths, int64 [N]. Aligned files record none, but their text mask holds for all modalities."""
+    key = f"{modality}_lengths"
+    if key in split:
+        try:
+            lengths = np.asarray(split[key], np.float64).reshape(-1)
+        except (TypeError, ValueError):
+            lengths = np.zeros(0)
+        wrong = (
+            len(lengths) != count or not np.isfinite(lengths).all() or (lengths < 0).any() or (lengths % 1 != 0).any()
+        )
+        if wrong:
+            raise DataError(
+                f"{where}/{key}",
+                f"{np.shape(split[key])} values",
+                f"{count} whole numbers",
+                "Write one length a sample, or drop the key.",
+            )
+        return lengths.astype(np.int64)
+    return None

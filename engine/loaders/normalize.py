@@ -1,0 +1,175 @@
+"""Feature normalisation with statistics of the training split only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from engine.config import DataConfig
+from engine.errors import DataError
+from engine.files import atomic_path
+
+if TYPE_CHECKING:
+    from engine.loaders.store import SplitData
+
+BLOCK = 1 << 16  # frames looked at together: bounds temporary copies of a memory-mapped array
+
+
+@dataclass
+class ColumnNormalizer:
+    """Normalises the columns of one modality: `(g - shift) * scale`, g the feature or its logarithm.
+
+    A column that is constant on train has scale 0. Frames that are all zero (a missing modality) stay so.
+
+    Attributes:
+        kind: none; zscore (mean 0, standard deviation 1, then clipped to +-clip); minmax (to [-1, 1] on train).
+        log: g = log(f - low + 1), f cut at low from below.
+        low, shift, scale: float64 [d].
+    """
+
+    kind: Literal["none", "zscore", "minmax"]
+    log: bool
+    clip: float | None
+    low: np.ndarray
+    shift: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def fit(
+        cls, values: np.ndarray, kind: Literal["none", "zscore", "minmax"], log: bool = False, clip: float | None = None
+    ) -> ColumnNormalizer:
+        """Statistics of `values` [frames, d] in float64; all-zero frames are left out."""
+        dim = values.shape[1]
+        result = cls(kind, log, clip, np.zeros(dim), np.zeros(dim), np.ones(dim))
+        if kind == "none" and not log:
+            return result
+        low, high = np.full(dim, np.inf), np.full(dim, -np.inf)
+        for block in _present(values):
+            low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
+        if not np.isfinite(low).all():
+            low, high = np.zeros(dim), np.zeros(dim)  # not one frame present
+        if log:
+            result.low = low
+            low, high = np.zeros(dim), np.log(high - low + 1)
+        varies = high > low
+        if kind == "minmax":
+            result.shift = (low + high) / 2
+            result.scale = np.divide(2, high - low, out=np.zeros(dim), where=varies)
+        elif kind == "zscore":
+            count, first, second = 0, np.zeros(dim), np.zeros(dim)
+            middle = (low + high) / 2  # summing around it keeps the squares small
+            for block in _present(values):
+                centred = result._logarithm(block) - middle
+                count += len(block)
+                first += centred.sum(0)
+                second += np.square(centred).sum(0)
+            mean = first / max(count, 1)
+            deviation = np.sqrt(np.maximum(second / max(count, 1) - mean**2, 0))
+            result.shift = middle + mean
+            result.scale = np.divide(1, deviation, out=np.zeros(dim), where=varies & (deviation > 0))
+        return result
+
+    def _logarithm(self, values: np.ndarray) -> np.ndarray:
+        return np.log(np.maximum(values - self.low, 0) + 1) if self.log else values
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """Normalised float32 copy of `values` [frames, d].
+
+        Raises:
+            DataError: another number of columns than on train.
+        """
+        if values.shape[1] != len(self.shift):
+            raise DataError(
+                "normaliser",
+                f"{values.shape[1]} feature columns",
+                f"{len(self.shift)} as fitted",
+                "Use data with the features of the training data.",
+            )
+        out = np.empty(values.shape, np.float32)
+        for start in range(0, len(values), BLOCK):
+            block = np.asarray(values[start : start + BLOCK], np.float64)
+            scaled = (self._logarithm(block) - self.shift) * self.scale
+            if self.kind == "zscore" and self.clip is not None:
+                np.clip(scaled, -self.clip, self.clip, out=scaled)
+            scaled[~block.any(1)] = 0
+            out[start : start + BLOCK] = scaled
+        return out
+
+
+def _present(values: np.ndarray):  # noqa: ANN202
+    """Blocks of the frames that are not all zero, as float64."""
+    for start in range(0, len(values), BLOCK):
+        block = np.asarray(values[start : start + BLOCK], np.float64)
+        block = block[block.any(1)]
+        if len(block):
+            yield block
+
+
+@dataclass
+class Normalizer:
+    """Normalisers of both modalities, saved with a run so that later data is treated as its training data was."""
+
+    audio: ColumnNormalizer
+    vision: ColumnNormalizer
+
+    @classmethod
+    def fit(cls, split: SplitData, data: DataConfig) -> Normalizer:
+        """Fit on the training split as `data` says."""
+        return cls(
+            ColumnNormalizer.fit(split.audio.values, data.normalize_audio, data.log_audio, data.clip),
+            ColumnNormalizer.fit(split.vision.values, data.normalize_vision, data.log_vision, data.clip),
+        )
+
+    def apply(self, modality: Literal["audio", "vision"], values: np.ndarray) -> np.ndarray:
+        """Normalised float32 [frames, d]."""
+        return getattr(self, modality).apply(values)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The statistics, float64 [d] each, by `<modality>.<name>`."""
+        return {
+            f"{m}.{k}": getattr(getattr(self, m), k) for m in ("audio", "vision") for k in ("low", "shift", "scale")
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write statistics and settings as safetensors.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        settings = {
+            m: {k: v for k, v in asdict(getattr(self, m)).items() if k in ("kind", "log", "clip")}
+            for m in ("audio", "vision")
+        }
+        with atomic_path(path) as temporary:
+            save_file(self.state(), temporary, metadata={"normalizer": json.dumps(settings)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Normalizer:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: the file is missing or is something else.
+        """
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                settings = json.loads(file.metadata()["normalizer"])
+                parts = {
+                    m: ColumnNormalizer(
+                        **settings[m], **{k: file.get_tensor(f"{m}.{k}") for k in ("low", "shift", "scale")}
+                    )
+                    for m in ("audio", "vision")
+                }
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as cause:
+            raise DataError(
+                str(path),
+                f"no normaliser ({cause or type(cause).__name__})",
+                "normalizer.safetensors of a run",
+                "Name a finished run folder.",
+            ) from None
+        return cls(**parts)

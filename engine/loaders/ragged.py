@@ -1,0 +1,197 @@
+"""Sequences of different lengths in one array, and how padded arrays become such."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from engine.errors import DataError
+
+LengthRule = Literal["recorded", "all_zero", "sum_zero"]
+BLOCK = 128  # samples looked at together: bounds the temporary copies of a padded array
+
+
+@dataclass
+class Ragged:
+    """N sequences end to end.
+
+    Attributes:
+        values: [total, d] (or [total]) array, possibly memory-mapped.
+        offsets: int64 [N + 1]; sequence i is `values[offsets[i]:offsets[i + 1]]`.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N]."""
+        return np.diff(self.offsets)
+
+    @property
+    def dim(self) -> int:
+        return self.values.shape[1]
+
+    @classmethod
+    def join(cls, pieces: Sequence[np.ndarray], dtype: np.dtype | type, dim: int | None = None) -> Ragged:
+        """Copy `pieces` end to end. `dim` is needed only when there are none."""
+        offsets = np.zeros(len(pieces) + 1, np.int64)
+        np.cumsum([len(p) for p in pieces], out=offsets[1:])
+        empty = np.zeros((0,) if dim is None else (0, dim), dtype)
+        return cls(np.concatenate([empty, *pieces]).astype(dtype, copy=False), offsets)
+
+
+@dataclass
+class Sequences:
+    """One modality of a split, cleaned.
+
+    Attributes:
+        ragged: float32 frames; a missing sequence is one zero frame.
+        nonfinite: NaN and infinite values that were replaced by 0.
+        missing: rows whose sequence is empty or all zero.
+    """
+
+    ragged: Ragged
+    nonfinite: int = 0
+    missing: list[int] = field(default_factory=list)
+
+
+def _clean(frames: np.ndarray, where: str, row: int, sample: str) -> tuple[np.ndarray, int]:
+    """float32 frames with non-finite values replaced by 0, and how many there were."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        frames = frames.astype(np.float32)
+    finite = np.isfinite(frames)
+    bad = frames.size - int(np.count_nonzero(finite))
+    if bad:
+        used = (frames != 0).any(1)
+        if not finite[used].any():
+            raise DataError(
+                f"{where}, row {row} (id {sample})",
+                "a sequence without one finite value",
+                "numbers, or zeros where the modality is missing",
+                "Extract the sample again, or write zeros for it.",
+            )
+        frames[~finite] = 0
+    return frames, bad
+
+
+def from_sequences(sequences: Sequence[np.ndarray], ids: Sequence[str], where: str) -> Sequences:
+    """Clean and join sequences that are not padded.
+
+    Args:
+        sequences: N arrays [length, d], any real dtype; length may be 0.
+        ids, where: for messages.
+
+    Raises:
+        DataError: an array of the wrong shape or dtype, another width, or with no finite value.
+    """
+    pieces, nonfinite, missing, dim = [], 0, [], None
+    for row, (frames, sample) in enumerate(zip(sequences, ids, strict=True)):
+        frames = np.asarray(frames)
+        at = f"{where}, row {row} (id {sample})"
+        if frames.size == 0 and frames.ndim < 3:
+            missing.append(row)
+            pieces.append(None)
+            continue
+        if frames.ndim != 2 or frames.dtype.kind not in "fiu":
+            raise DataError(
+                at,
+                f"an array of shape {frames.shape} and dtype {frames.dtype}",
+                "numbers of shape (frames, features)",
+                "Write every sequence as a 2-D float array.",
+            )
+        dim = dim or frames.shape[1]
+        if frames.shape[1] != dim:
+            raise DataError(
+                at,
+                f"{frames.shape[1]} features a frame",
+                f"{dim} as in the rows before",
+                "Use one feature set for all rows.",
+            )
+        frames, bad = _clean(frames, where, row, sample)
+        nonfinite += bad
+        if not frames.any():
+            missing.append(row)
+            frames = frames[:0]
+        pieces.append(frames)
+    if dim is None:
+        raise DataError(
+            where,
+            "not one frame in the whole split",
+            "at least one sequence with frames",
+            "Check the feature extraction.",
+        )
+    zero = np.zeros((1, dim), np.float32)
+    pieces = [zero if p is None or len(p) == 0 else p for p in pieces]
+    return Sequences(Ragged.join(pieces, np.float32, dim), nonfinite, missing)
+
+
+def from_padded(
+    padded: np.ndarray,
+    side: Literal["left", "right"],
+    rule: LengthRule,
+    lengths: np.ndarray | None,
+    ids: Sequence[str],
+    where: str,
+) -> Sequences:
+    """Take the sequences out of a zero-padded array.
+
+    Args:
+        padded: [N, L, d], any real dtype.
+        side: where the padding is.
+        rule: `recorded` uses `lengths` where given, else `all_zero`; `all_zero` takes frames of zeros at the padded side for
+            padding (zero frames inside are kept); `sum_zero` is the reference's rule: the length is L minus the number of
+            frames whose features sum to 0, wherever they are, so a zero frame inside drops a real one at the padded side.
+        lengths: int [N] or None.
+
+    Raises:
+        DataError: wrong shape or dtype, or a sequence with no finite value.
+    """
+    if (
+        not isinstance(padded, np.ndarray)
+        or padded.ndim != 3
+        or padded.dtype.kind not in "fiu"
+        or len(padded) != len(ids)
+    ):
+        shape, kind = np.shape(padded), getattr(padded, "dtype", type(padded).__name__)
+        raise DataError(
+            where,
+            f"{kind} of shape {shape}",
+            f"numbers of shape ({len(ids)}, length, features)",
+            "Write the features as one padded 3-D array.",
+        )
+    total, dim = padded.shape[1], padded.shape[2]
+    if dim == 0:
+        raise DataError(where, "no feature columns", "at least one", "Check the feature extraction.")
+    pieces, nonfinite, missing = [], 0, []
+    for first in range(0, len(padded), BLOCK):
+        block = padded[first : first + BLOCK]
+        if rule == "sum_zero":
+            sums = np.where(np.isfinite(block), block, 0).sum(-1)
+            length = total - (sums == 0).sum(1)
+        elif rule == "recorded" and lengths is not None:
+            length = np.clip(lengths[first : first + BLOCK], 0, total)
+        else:
+            used = (block != 0).any(-1)  # true for NaN and infinities: they are frames, not padding
+            edge = used if side == "left" else used[:, ::-1]
+            length = np.where(used.any(1), total - edge.argmax(1), 0)
+        for i, n in enumerate(length):
+            row = first + i
+            frames = block[i, total - n :] if side == "left" else block[i, :n]
+            frames, bad = _clean(frames, where, row, ids[row])
+            nonfinite += bad
+            if not frames.any():
+                missing.append(row)
+                frames = np.zeros((1, dim), np.float32)
+            pieces.append(frames)
+    del padded, block
+    return Sequences(Ragged.join(pieces, np.float32, dim), nonfinite, missing)

