@@ -55,8 +55,8 @@ class Term:
 class Expression:
     """A weighted sum of terms, with the weight and the name under which an objective uses it.
 
-    `value = Σ coefficient · term`; an objective MAXIMISES `weight · value`. `w * expression` scales the weight, so that the
-    reported value stays in nats; within a sum, weights fold into the coefficients.
+    `value = Σ coefficient · term`; an objective MAXIMISES `weight · value`. `w * expression` scales the weight, so that
+    the reported value stays in nats; within a sum, weights fold into the coefficients.
     """
 
     coefficients: tuple[tuple[Term, float], ...]
@@ -137,8 +137,8 @@ class Objective(nn.Module):
         dims: width of every feature named in an expression: features are float [B, width].
         discrete: features whose values are categories or few-valued labels; product rows conditioned on one of them are
             drawn within strata of equal value instead of among nearest neighbours (with compat="none").
-        estimators: order and stage-1 weights of the estimators, as {term: weight}; default: every term with weight 1, in
-            order of appearance, MI before CMI.
+        estimators: order and stage-1 weights of the estimators, as {term: weight}; default: every term with weight 1,
+            in order of appearance, MI before CMI.
         settings: estimators' settings; `compat` must be resolved ("none" or "mimrl").
 
     Raises:
@@ -161,11 +161,15 @@ class Objective(nn.Module):
         used = _terms(self.expressions)
         names = [e.name for e in self.expressions]
         if repeated := {n for n in names if names.count(n) > 1}:
-            raise ConfigError("objective", f"several expressions named {sorted(repeated)}", "distinct names", "Call .named().")
+            raise ConfigError(
+                "objective", f"several expressions named {sorted(repeated)}", "distinct names", "Call .named()."
+            )
         if estimators is None:
             estimators = dict.fromkeys(used, 1.0)
         if unused := [str(t) for t in estimators if t not in used]:
-            raise ConfigError("objective.estimators", f"{unused}", f"terms among {[str(t) for t in used]}", "Drop them.")
+            raise ConfigError(
+                "objective.estimators", f"{unused}", f"terms among {[str(t) for t in used]}", "Drop them."
+            )
         if missing := [str(t) for t in used if t not in estimators]:
             raise ConfigError("objective.estimators", f"no weight for {missing}", "one for every term", "Add them.")
         self.stage1_weights = dict(estimators)
@@ -174,16 +178,24 @@ class Objective(nn.Module):
             for feature in (term.x, term.y, term.given):
                 if feature is not None and feature not in dims:
                     raise ConfigError(
-                        f"objective term {term}", f"no width for feature {feature!r}", f"one of {sorted(dims)}", "Add it to dims."
+                        f"objective term {term}",
+                        f"no width for feature {feature!r}",
+                        f"one of {sorted(dims)}",
+                        "Add it to dims.",
                     )
         self.estimators = nn.ModuleDict({t.key: _estimator(t, dims, s) for t in self.terms})
 
-    # -- product rows ---------------------------------------------------------------------------------------------------
+    # -- product rows ------------------------------------------------------------------------------
 
     @property
     def needs_products(self) -> bool:
         """Whether any term is conditional, so that `estimator_loss` and `model_loss` need product rows."""
         return any(t.given is not None for t in self.terms)
+
+    @property
+    def min_batch(self) -> int:
+        """Smallest batch on which every term is defined: 2, or k_neighbor where product rows are needed."""
+        return max(2, self.settings.k_neighbor) if self.needs_products else 2
 
     def sample_products(
         self, bank: Mapping[str, Tensor], batch_size: int, generator: torch.Generator | None = None
@@ -229,9 +241,11 @@ class Objective(nn.Module):
             rows[str(term)] = (bank[term.x][neighbour], bank[term.y][repeated], z[repeated])
         return rows
 
-    # -- the two losses -------------------------------------------------------------------------------------------------
+    # -- the two losses ----------------------------------------------------------------------------
 
-    def estimate(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None) -> dict[str, Estimate]:
+    def estimate(
+        self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None
+    ) -> dict[str, Estimate]:
         """Every term's estimate on one batch.
 
         Args:
@@ -247,13 +261,18 @@ class Objective(nn.Module):
             else:
                 if products is None:
                     raise EstimatorError(
-                        f"objective term {term}", "no product rows", "rows from Objective.sample_products", "Pass products=."
+                        f"objective term {term}",
+                        "no product rows",
+                        "rows from Objective.sample_products",
+                        "Pass products=.",
                     )
                 estimates[str(term)] = estimator((x, y, features[term.given]), products[str(term)])
         return estimates
 
-    def estimator_loss(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None) -> ObjectiveOutput:
-        """Stage 1: Σ weight · (the estimator's own loss). Pass detached features: only estimators should learn from it."""
+    def estimator_loss(
+        self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None
+    ) -> ObjectiveOutput:
+        """Stage 1: Σ weight · (the estimator's own loss). Pass detached features: only estimators should learn."""
         estimates = self.estimate(features, products)
         losses = {str(t): estimates[str(t)].loss for t in self.terms}
         total = sum(self.stage1_weights[t] * losses[str(t)] for t in self.terms)
@@ -280,19 +299,34 @@ def _terms(expressions: Sequence[Expression]) -> list[Term]:
 def _estimator(term: Term, dims: Mapping[str, int], s: ObjectiveConfig) -> nn.Module:
     if term.given is None:
         return MIEstimator(
-            dims[term.x], dims[term.y], critic=s.critic, bound=s.bound, baseline=s.baseline, hidden=s.hidden, embed=s.embed,
-            compat=s.compat, alpha=s.alpha, smile_tau=s.smile_tau, ema_rate=s.ema_rate, on_degenerate=s.on_degenerate,
-        )  # fmt: skip
+            dims[term.x],
+            dims[term.y],
+            critic=s.critic,
+            bound=s.bound,
+            baseline=s.baseline,
+            hidden=s.hidden,
+            embed=s.embed,
+            compat=s.compat,
+            alpha=s.alpha,
+            smile_tau=s.smile_tau,
+            ema_rate=s.ema_rate,
+            on_degenerate=s.on_degenerate,
+        )
     return CMIEstimator(
-        max(dims[term.x], dims[term.y], dims[term.given]), hidden=s.hidden, estimator=s.cmi_estimator, compat=s.compat,
-        last_activate=s.cmi_last_activate, on_degenerate=s.on_degenerate,
-    )  # fmt: skip
+        max(dims[term.x], dims[term.y], dims[term.given]),
+        hidden=s.hidden,
+        estimator=s.cmi_estimator,
+        compat=s.compat,
+        last_activate=s.cmi_last_activate,
+        on_degenerate=s.on_degenerate,
+    )
 
 
 MIMRL_ESTIMATORS = (
-    Term("F", "T"), Term("F", "A"), Term("F", "V"), Term("T", "A"), Term("T", "V"), Term("A", "C", "T"), Term("T", "A", "C"),
-    Term("V", "C", "T"), Term("T", "V", "C"), Term("T", "C", "A"), Term("T", "C", "V"),
-)  # fmt: skip
+    *(Term("F", "T"), Term("F", "A"), Term("F", "V"), Term("T", "A"), Term("T", "V")),
+    *(Term("A", "C", "T"), Term("T", "A", "C"), Term("V", "C", "T"), Term("T", "V", "C")),
+    *(Term("T", "C", "A"), Term("T", "C", "V")),
+)
 """MIMRL's eleven estimators in the order of `objective.c1`."""
 
 

@@ -65,7 +65,7 @@ class StepOutput:
 
 
 class Average:
-    """Sample-weighted means of named 0-d tensors, read back once (so that a device is not made to wait at every step)."""
+    """Sample-weighted means of named 0-d tensors, read back once: a device need not wait at every step."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -127,7 +127,7 @@ class TwoStageStep:
         self.clip_value, self.clip_norm, self.label = clip_value, clip_norm, label
         self.generator = generator or torch.Generator().manual_seed(0)
 
-    # -- pieces ---------------------------------------------------------------------------------------------------------
+    # -- pieces ------------------------------------------------------------------------------------
 
     def forward(self, inputs: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The model's prediction and features, with the target among the features as `label`."""
@@ -153,7 +153,7 @@ class TwoStageStep:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         optimizer.step()
 
-    # -- the two stages -------------------------------------------------------------------------------------------------
+    # -- the two stages ----------------------------------------------------------------------------
 
     def stage1(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> ObjectiveOutput:
         """One update of the estimators on features [B, width], which are detached first."""
@@ -190,7 +190,7 @@ class TwoStageStep:
         )
         return output, loss
 
-    # -- whole passes ---------------------------------------------------------------------------------------------------
+    # -- whole passes ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def collect(self, loader: Iterable, size: int) -> FeatureBank:
@@ -214,7 +214,8 @@ class TwoStageStep:
     ) -> tuple[EpochResult, FeatureBank]:
         """`stage1_n` passes of stage 1, then one of stage 2.
 
-        Without a bank (the first epoch) stage 1 is skipped and stage 2 uses the task loss alone.
+        Without a bank (the first epoch) stage 1 is skipped and stage 2 uses the task loss alone. So does a last batch
+        smaller than `Objective.min_batch`, on which the terms are undefined.
 
         Args:
             loader: the training batches, iterated anew for every pass.
@@ -241,6 +242,8 @@ class TwoStageStep:
                 known = bank.tensors()
                 for number, features in enumerate(batches):
                     rows = len(next(iter(features.values())))
+                    if rows < self.objective.min_batch:
+                        continue
                     output = self.stage1(features, self.draw_products(known, rows))
                     estimators.add(output.values, rows)
                     on_batch("stage1", number)
@@ -248,14 +251,17 @@ class TwoStageStep:
         next_bank = FeatureBank(size)
         losses, information = Average(), Average()
         for number, (inputs, target, index) in enumerate(map(unpack, loader)):
-            products = self.draw_products(known, len(target))
-            output = self.stage2(inputs, target, products, information=use_information)
+            use = use_information and len(target) >= self.objective.min_batch
+            products = self.draw_products(known, len(target)) if use else None
+            output = self.stage2(inputs, target, products, information=use)
             next_bank.store(index, output.features)
             losses.add({"loss": output.loss, "task": output.task}, len(target))
             if output.information is not None:
                 information.add(output.information.values, len(target))
             on_batch("stage2", number)
-        return EpochResult(**losses.result(), information=information.result(), estimators=estimators.result()), next_bank
+        return EpochResult(
+            **losses.result(), information=information.result(), estimators=estimators.result()
+        ), next_bank
 
     @torch.no_grad()
     def _fresh_features(self, loader: Iterable) -> Iterator[dict[str, Tensor]]:
@@ -268,21 +274,21 @@ class TwoStageStep:
         count = len(next(iter(known.values())))
         order = torch.randperm(count, generator=self.generator)
         for rows in order.split(batch_size):
-            if len(rows) > 1:  # every bound is undefined on a single sample
-                yield {name: value[rows.to(value.device)] for name, value in known.items()}
+            yield {name: value[rows.to(value.device)] for name, value in known.items()}
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable, bank: FeatureBank | None = None) -> EpochResult:
         """Stage-2 loss, prediction [N, n], target and features [N, width] over `loader`, in its order.
 
-        Information terms are evaluated with product rows from `bank`; without one, or on a batch of one, they are left out.
+        Information terms are evaluated with product rows from `bank`; without one, or on a batch smaller than
+        `Objective.min_batch`, they are left out.
         """
         self.model.eval()
         known = bank.tensors() if bank is not None else None
         losses, information = Average(), Average()
         predictions, targets, features = [], [], []
         for inputs, target, _ in map(unpack, loader):
-            use = known is not None and len(target) > 1
+            use = known is not None and len(target) >= self.objective.min_batch
             products = self.draw_products(known, len(target)) if use else None
             output, _ = self._stage2_loss(inputs, target, products, use)
             losses.add({"loss": output.loss, "task": output.task}, len(target))

@@ -11,6 +11,7 @@ import os
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -79,3 +80,13 @@ def assert_grad(actual: Tensor | None, expected: Tensor, what: str = "grad") -> 
     difference, size = (actual - expected).norm().item(), expected.norm().item()
     # written so that a NaN anywhere fails
     assert difference <= 1e-3 * size + 1e-4, f"{what}: |difference| {difference:.3e}, |recorded| {size:.3e}"
+
+
+def recorded_parameters(info: dict) -> dict[str, Tensor]:
+    """The rule of the recordings' README, under the reference's names."""
+    values = {}
+    for k, name in enumerate(info["param_order"]):
+        r = np.random.RandomState(info["param_seed"] + k).randn(*info["param_shapes"][name]).astype(np.float32)
+        norm = ("ln_" in name or "LayerNorm" in name) and name.endswith("weight")
+        values[name] = torch.from_numpy(np.float32(1) + np.float32(0.05) * r if norm else np.float32(0.05) * r)
+    return values

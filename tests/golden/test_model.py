@@ -1,0 +1,157 @@
+"""The whole model over three recorded two-stage steps: features, estimates, losses and gradients, in faithful mode."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine import compat, losses
+from engine.config import Config
+from engine.loaders.batch import Batch
+from engine.model.mimrl import build_model
+from engine.model.text_encoder import text_encoder_from_config
+from engine.objective import MIMRL_ESTIMATORS, mimrl_objective
+from engine.step import TwoStageStep
+from tests.golden.common import assert_grad, assert_values, cases, load, part, recorded_parameters
+
+REFERENCE_TERM = {str(t): f"{t.x}{t.y}_{t.given}".lower() for t in MIMRL_ESTIMATORS if t.given is not None}
+
+
+def faithful_config(info: dict) -> Config:
+    return Config(
+        mode="faithful",
+        data={"time_len": info["time_len"]},
+        model={
+            "d_common": info["d_common"],
+            "encoder": info["encoder"],
+            "compose_t": info["compose_t"],
+            "compose_k": info["compose_k"],
+            "dropout": (0.0, 0.0, 0.0, 0.0),
+            "cubemlp": {k: info[k] for k in ("d_hiddens", "d_outs", "activate", "bias", "ln_first", "res_project")},
+        },
+        objective={
+            "critic": info["critic"],
+            "bound": info["bound"],
+            "baseline": info["baseline"].replace("gaussain", "gaussian"),
+            "hidden": info["critic_hidden"],
+            "embed": info["critic_embed"],
+            "k_neighbor": info["k_neighbor"],
+            "cmi_last_activate": info["cmi_last_activate"],
+            "c1": [info["stage1_coefficient"]] * 11,
+            "c2": [info["stage2_coefficient"]] * 8,
+        },
+    ).resolve()
+
+
+def batch_of(step: dict[str, Tensor]) -> Batch:
+    rows = len(step["label"])
+    return Batch(
+        index=torch.arange(rows), ids=[str(i) for i in range(rows)], label=step["label"],
+        token_ids=step["input_ids"].long(), token_mask=step["attention_mask"].long(), text=None,
+        audio=step["audio"], audio_length=torch.full((rows,), step["audio"].shape[1]),
+        vision=step["vision"], vision_length=torch.full((rows,), step["vision"].shape[1]),
+    )  # fmt: skip
+
+
+def products_of(stage: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    return {term: tuple(stage[f"prod.{name}.{c}"] for c in "xyz") for term, name in REFERENCE_TERM.items()}
+
+
+class Replay:
+    """Our model set up as the recording was, stepped on its batches and product rows."""
+
+    def __init__(self, info: dict):
+        config = faithful_config(info)
+        _, audio_dim, vision_dim = info["d_in"]
+        encoder = text_encoder_from_config({"model_type": "bert"} | info["bert"])
+        self.model = build_model(config, audio_dim, vision_dim, encoder)
+        self.objective = mimrl_objective(config.objective, self.model.fused_dim, config.model.d_common)
+        model, objective, unused = compat.split_reference_state(recorded_parameters(info))
+        assert not unused
+        self.model.load_state_dict(model)
+        self.objective.load_state_dict(objective)
+        sgd = info["sgd"]
+        groups = self.model.parameter_groups()
+        main = torch.optim.SGD(
+            [{"params": groups["main"]}, {"params": groups["text"], "lr": sgd["lr_text"]}],
+            lr=sgd["lr_main"], momentum=sgd["momentum"],
+        )  # fmt: skip
+        estimators = torch.optim.SGD(self.objective.parameters(), lr=sgd["lr_estimators"], momentum=sgd["momentum"])
+        self.gradients: dict[str, Tensor] = {}
+        self.step = TwoStageStep(
+            self.model, self.objective, losses.task_loss("MAE", 1), main, estimators, clip_value=sgd["clip_grad_value"]
+        )
+        for module in (self.model, self.objective):
+            for name, parameter in module.named_parameters():
+                parameter.register_post_accumulate_grad_hook(self._keep(compat.engine_to_reference(name)))
+
+    def _keep(self, name: str):
+        def hook(parameter: nn.Parameter) -> None:
+            self.gradients[name] = parameter.grad.clone()  # before clipping
+
+        return hook
+
+
+@cases("model_")
+def test_three_two_stage_steps(name, info):
+    recorded, replay = load(name), Replay(info)
+    count = len({key.split(".")[0] for key in recorded if key.startswith("step")})
+    assert count >= 1
+    for number in range(count):
+        step = part(recorded, f"step{number}.")
+        batch = batch_of(step)
+        for stage in ("stage1", "stage2"):
+            expected = part(step, f"{stage}.")
+            replay.gradients.clear()
+            if stage == "stage1":
+                with torch.no_grad():
+                    prediction, features = replay.step.forward(batch, batch.label)
+                output = replay.step.stage1(features, products_of(expected))
+                total = output.loss
+            else:
+                done = replay.step.stage2(batch, batch.label, products_of(expected))
+                prediction, features, output, total = done.prediction, done.features, done.information, done.loss
+            found = {k: features[k] for k in "FTAV"} | {
+                "prediction": prediction,
+                "values": torch.stack(list(output.values.values())),
+                "losses": torch.stack([loss.detach() for loss in output.losses.values()]),
+                "total": total,
+            }
+            for key, value in found.items():
+                where = f"{name} step {number} {stage} {key}"
+                if number == 0:
+                    assert_values(value, expected[key], where)
+                else:
+                    relative = (value.detach() - expected[key]).norm() / expected[key].norm()
+                    assert relative <= 2e-3, f"{where}: relative difference {relative:.2e}"
+            check_gradients(replay.gradients, expected, number, f"{name} step {number} {stage}")
+
+
+def check_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], number: int, where: str) -> None:
+    norms = part(expected, "grad_norm.")
+    assert norms, f"{where}: no recorded gradient norms"
+    for parameter, norm in norms.items():
+        actual, norm = found[parameter].norm().item() if parameter in found else 0.0, norm.item()
+        if norm < 1e-5:
+            assert actual < 1e-5, f"{where}: |grad {parameter}| {actual:.2e}, recorded {norm:.2e}"
+        elif number == 0:
+            assert abs(actual - norm) <= 1e-3 * norm + 1e-4, f"{where}: |grad {parameter}| {actual:.6e}, {norm:.6e}"
+        else:
+            assert abs(actual - norm) <= 0.1 * norm + 1e-5, f"{where}: |grad {parameter}| {actual:.6e}, {norm:.6e}"
+    if number == 0:
+        for parameter, gradient in part(expected, "grad.").items():
+            assert_grad(found.get(parameter), gradient, f"{where}: grad {parameter}")
+
+
+@cases("model_")
+def test_recordings_would_notice_the_corrected_estimators(name, info):
+    """Corrected estimators read other values on the same first step: the recordings pin the difference."""
+    recorded, replay = load(name), Replay(info)
+    settings = faithful_config(info).objective.model_copy(update={"compat": "none"})
+    corrected = mimrl_objective(settings, replay.model.fused_dim, info["d_common"])
+    step = part(recorded, "step0.")
+    batch, expected = batch_of(step), part(step, "stage1.")
+    with torch.no_grad():
+        _, features = replay.step.forward(batch, batch.label)
+        values = torch.stack(list(corrected.estimator_loss(features, products_of(expected)).values.values()))
+    with pytest.raises(AssertionError):
+        assert_values(values, expected["values"])
