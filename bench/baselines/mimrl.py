@@ -3,7 +3,7 @@
 It shares nothing with `engine/`. It does what the published code does, wastes included: text padded to `time_len`, a
 full backward through the encoders in stage 1 whose gradients are thrown away, one module a critic, `B²` pairs for the
 concat critic, nearest neighbours by scikit-learn on the host with Python loops over the bank, the conditional
-classifier run twice, banks that keep their graphs until they are used. Nobody may slow it down: tests/golden pins its numbers.
+classifier run twice, banks that keep their graphs until used. Nobody may slow it down: tests/golden pins its numbers.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,8 @@ from engine.model.heads import make_head
 from engine.model.text_encoder import encode_without_padding
 
 
-@dataclass
-class ModelOutput:
-    """What a model returns.
+class ModelOutput(NamedTuple):
+    """What a model returns; any module that returns such a pair can be trained in two stages.
 
     Attributes:
         prediction: float32 [B, n]: values, or a classification's logits.
