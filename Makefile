@@ -1,0 +1,44 @@
+# make demo   generated data, a trained model and runs/demo/report.html
+# make test   lint and tests; make test-all adds the slow ones
+# Both create .venv and install what they need first; later runs skip that.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.installed
+
+.PHONY: demo test test-all lint format wheel clean
+
+demo: $(READY)
+	$(BIN)/engine demo --out runs/demo
+	@echo "open $(CURDIR)/runs/demo/report.html"
+
+test: lint
+	$(BIN)/pytest
+
+test-all: lint
+	$(BIN)/pytest --slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(READY)
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache
+
+# The stamp is made last, so that an installation that failed half-way is taken up again.
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: $$($(PYTHON) --version 2>&1) is too old; expected 3.10 or newer. Run: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	  echo "error: $(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PIP) install --quiet --retries 10 --constraint constraints.txt --editable '.[minilm,triton,report,dev]'
+	@touch $(READY)

@@ -1,0 +1,286 @@
+"""The configuration: presets, overrides, shorthand, and one-line errors for whatever is wrong."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine.config import COMMON_KEYS, Config, TrainConfig, keys, load_config, presets
+from engine.errors import ConfigError, OutputError
+
+PROJECT = Path(__file__).resolve().parents[1]
+PRESETS = ("avec2019", "demo", "mosei", "mosi", "mosi-paper")
+
+
+def error(*overrides: str, source: str | Path = "mosi") -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(source, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# -- presets and files --
+
+
+def test_presets_are_the_documented_ones():
+    assert tuple(sorted(presets())) == PRESETS
+    assert all(len(summary) > 20 for summary in presets().values())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("mode", ["fast", "faithful"])
+def test_round_trip(name: str, mode: str, tmp_path: Path):
+    config = load_config(name, [f"mode={mode}"])
+    assert config.preset == name
+    config.save(tmp_path / "config.yaml")
+    assert Config.load_yaml(tmp_path / "config.yaml") == config
+    resolved = config.resolve()
+    resolved.save(tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml") == resolved == resolved.resolve()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_says_where_its_numbers_come_from(name: str):
+    assert "# Where the numbers come from: " in (PROJECT / f"engine/presets/{name}.yaml").read_text()
+
+
+def test_mosi_recipe():
+    c = load_config("mosi")
+    assert (c.batch_size, c.data.time_len, c.epochs, c.seed, c.mode) == (32, 40, 8, 0, "fast")
+    assert (c.data.normalize_audio, c.data.normalize_vision, c.data.clip) == ("zscore", "zscore", 5)
+    assert c.model.cubemlp.d_hiddens == c.model.cubemlp.d_outs == [(20, 3, 128), (10, 3, 128)]
+    assert (c.model.encoder, c.model.d_common, c.model.cubemlp.activate, c.model.dropout) == (
+        "gru",
+        128,
+        "gelu",
+        (0.1,) * 4,
+    )
+    assert (c.objective.critic, c.objective.baseline, c.objective.bound) == ("separate", "constant", "infonce")
+    assert (c.objective.c1, c.objective.c2, c.objective.k_neighbor) == ([1] * 11, [0.01] * 8, 2)
+    assert (c.train.stage1_n, c.train.loss, c.train.clip_value, c.train.lr, c.text.lr_rate) == (
+        2,
+        "MAE",
+        1.5,
+        1e-3,
+        0.05,
+    )
+    assert (c.train.schedule.kind, c.train.schedule.milestones, c.train.schedule.rate) == ("multi_step", [5], 0.1)
+
+
+def test_paper_recipe():
+    c = load_config("mosi-paper")
+    assert (c.batch_size, c.data.time_len, c.epochs, c.seed) == (128, 100, 70, 0)
+    assert (c.data.normalize_audio, c.data.normalize_vision, c.data.clip) == ("none", "none", None)
+    assert c.model.cubemlp.d_hiddens == c.model.cubemlp.d_outs == [(50, 3, 128), (10, 3, 128)]
+    assert (c.train.lr, c.text.lr_rate, c.train.schedule.milestones) == (4e-3, 0.01, [9, 60])
+
+
+def test_avec2019_recipe():
+    c = load_config("avec2019")
+    assert (c.data.dataset, c.batch_size, c.data.time_len, c.train.loss) == ("avec2019", 32, 100, "CCC")
+    assert (c.model.cubemlp.activate, c.objective.c2, c.train.lr) == ("relu", [0.1] * 8, 1e-3)
+
+
+def test_mode_resolves_auto():
+    fast, faithful = (load_config("mosi", [f"mode={m}"]).resolve() for m in ("fast", "faithful"))
+    assert (fast.objective.compat, fast.train.stage1_features, fast.data.length_rule) == ("none", "cached", "recorded")
+    assert (faithful.objective.compat, faithful.train.stage1_features, faithful.data.length_rule) == (
+        "mimrl",
+        "fresh",
+        "sum_zero",
+    )
+    assert load_config("mosi", ["mode=faithful", "objective.compat=none"]).resolve().objective.compat == "none"
+
+
+def test_file_starts_from_its_preset(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: mosi-paper\ntrain:\n  lr: 1e-4\n")
+    c = load_config(str(file))
+    assert (c.train.lr, c.batch_size, c.train.schedule.milestones) == (1e-4, 128, [9, 60])
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("epochs: [1", "line 1"),
+        ("- a\n- b\n", "found a YAML list"),
+        ("epoks: 3", "epoks: found an unknown key"),
+        ("preset: mosy", "preset 'mosy': found no preset of that name"),
+        ("train: 3", "train: found 3; expected a group of settings"),
+        ("epochs: 0", "epochs: found 0; expected a value >= 1"),
+    ],
+)
+def test_bad_file(content: str, expected: str, tmp_path: Path):
+    (tmp_path / "bad.yaml").write_text(content)
+    assert expected in error(source=tmp_path / "bad.yaml")
+
+
+def test_unreadable_file(tmp_path: Path):
+    assert "No such file" in error(source=tmp_path / "absent.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"preset: \xe9\xff")
+    assert "not UTF-8" in error(source=tmp_path / "latin.yaml")
+    assert "Did you mean mosi?" in error(source="mosii")
+
+
+def test_save_where_nothing_can_be_written(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        load_config("mosi").save(tmp_path / "file" / "config.yaml")
+
+
+# -- overrides --
+
+
+@pytest.mark.parametrize(
+    "override, get, value",
+    [
+        ("train.lr=5e-4", lambda c: c.train.lr, 5e-4),
+        ("mode=faithful", lambda c: c.mode, "faithful"),
+        ("text.freeze=no", lambda c: c.text.freeze, "no"),
+        ("data.clip=none", lambda c: c.data.clip, None),
+        ("threads=none", lambda c: c.threads, None),
+        ("output.report=false", lambda c: c.output.report, False),
+        ("data.path=2024-01-01", lambda c: c.data.path, "2024-01-01"),
+        ("text_encoder=models/a=b", lambda c: c.text_encoder, "models/a=b"),
+        ("device=cuda:1", lambda c: c.device, "cuda:1"),
+        ("objective.c2=0.1", lambda c: c.objective.c2, [0.1] * 8),
+        ("objective.c1=[1,2,3,4,5,6,7,8,9,10,11]", lambda c: c.objective.c1, list(range(1, 12))),
+        ("model.dropout=0", lambda c: c.model.dropout, (0, 0, 0, 0)),
+        ("model.cubemlp.d_outs=20-3-128=5-2-64", lambda c: c.model.cubemlp.d_outs, [(20, 3, 128), (5, 2, 64)]),
+        ("model.cubemlp.d_hiddens=[[9,3,8],[7,6,5]]", lambda c: c.model.cubemlp.d_hiddens, [(9, 3, 8), (7, 6, 5)]),
+        ("model.cubemlp.res_project=1-1", lambda c: c.model.cubemlp.res_project, [True, True]),
+        ("train.schedule.milestones=9-60", lambda c: c.train.schedule.milestones, [9, 60]),
+        ("train.schedule.milestones=3", lambda c: c.train.schedule.milestones, [3]),
+        ("train={lr: 0.5, loss: MSE}", lambda c: (c.train.lr, c.train.loss, c.train.stage1_n), (0.5, "MSE", 2)),
+    ],
+)
+def test_override(override: str, get, value):
+    assert get(load_config("mosi", [override])) == value
+
+
+def test_the_last_override_holds_and_siblings_stay():
+    c = load_config("mosi-paper", ["train.lr=1", "train.lr=2", "train.schedule.rate=0.5"])
+    assert (c.train.lr, c.train.schedule.rate, c.train.schedule.milestones) == (2, 0.5, [9, 60])
+
+
+@pytest.mark.parametrize(
+    "override, parts",
+    [
+        ("lr=1", ["lr: found an unknown key", "expected one of preset, mode, seed", "Did you mean train.lr?"]),
+        ("train.lrr=1", ["train.lrr: found an unknown key", "expected one of loss, stage1_n", "mean train.lr"]),
+        ("train.lr.x=1", ["expected no key below train.lr"]),
+        ("trainer.lr=1", ["trainer: found an unknown key", "train"]),
+        ("train=3", ["train: found one value for a group", "train.lr"]),
+        ("preset=mosei", ["--preset"]),
+        ("epochs", ["key=value"]),
+        ("=3", ["key=value"]),
+        ("epochs=", ["epochs", "an integer"]),
+        ("epochs={", ["epochs", "YAML"]),
+        ("epochs=2.5", ["epochs: found 2.5; expected an integer"]),
+        ("train.lr=abc", ["train.lr: found abc; expected a number"]),
+        ("train.lr=.inf", ["train.lr", "finite"]),
+        ("train.lr=-1", ["train.lr: found -1; expected a value > 0"]),
+        ("mode=fsat", ["mode: found fsat; expected one of fast, faithful", "Did you mean fast?"]),
+        ("text.freeze=some", ["one of no, part, all"]),
+        ("output.report=maybe", ["expected true or false"]),
+        ("device=gpu", ["device: found gpu; expected auto, cpu, cuda"]),
+        ("seed=-1", ["seed: found -1; expected a value >= 0"]),
+        ("batch_size=1", ["batch_size: found 1; expected a value >= 2"]),
+        ("model.dropout=[.1,.2]", ["model.dropout[2]"]),
+        ("model.cubemlp.d_outs=20-3-x=1-1-1", ["model.cubemlp.d_outs[0][2]: found x; expected an integer"]),
+        ("model.cubemlp.d_outs=20-3-0=1-1-1", ["model.cubemlp.d_outs[0][2]: found 0; expected a value >= 1"]),
+        ("objective={c2: 1, zz: 3}", ["objective.zz: found an unknown key"]),
+    ],
+)
+def test_bad_override(override: str, parts: list[str]):
+    text = error(override)
+    for part in parts:
+        assert part in text
+
+
+# -- settings at odds --
+
+
+@pytest.mark.parametrize(
+    "overrides, parts",
+    [
+        (["objective.k_neighbor=17"], ["objective.k_neighbor", "batch_size 32", "at most 16"]),
+        (["train.loss=CE"], ["train.loss: found CE with model.task=regression", "MAE, MSE, RMSE, SIMSE, CCC"]),
+        (["model.task=classification"], ["train.loss: found MAE with model.task=classification"]),
+        (["model.task=classification", "train.loss=CE"], ["model.num_class: found 1", "2 or more"]),
+        (["model.num_class=3"], ["model.num_class: found 3 with model.task=regression; expected 1"]),
+        (["objective.c1=[1, 2]"], ["objective.c1: found 2 coefficients; expected 11, for F_T"]),
+        (["objective.c2=[1, 2, 3]"], ["objective.c2: found 3 coefficients; expected 8, for I(F;T)"]),
+        (["train.schedule.milestones=60-9"], ["rising order"]),
+        (["model.cubemlp.d_outs=20-3-128"], ["found 2 d_hiddens, 1 d_outs and 2 res_project"]),
+        (["model.cubemlp.res_project=0-1"], ["block 0: found 20-3-128; expected 40-3-128"]),
+        (["model.cubemlp.res_project=1-0"], ["block 1: found 10-3-128; expected 20-3-128"]),
+        (["data.dataset=avec2019", "model.task=classification", "train.loss=CE", "model.num_class=2"], ["regression"]),
+    ],
+)
+def test_settings_at_odds(overrides: list[str], parts: list[str]):
+    text = error(*overrides)
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective.k_neighbor=16"],
+        ["objective.k_neighbor=17", "objective.enabled=false"],
+        ["model.task=classification", "train.loss=Focal", "model.num_class=3"],
+        ["model.cubemlp.res_project=0-1", "data.time_len=20"],
+        ["model.cubemlp.res_project=0-1", "model.fusion=tfn"],
+    ],
+)
+def test_settings_that_agree(overrides: list[str]):
+    load_config("mosi", overrides)
+
+
+# -- from Python --
+
+
+def test_construction_and_assignment_raise_our_error():
+    with pytest.raises(ConfigError, match="batch_size: found 1"):
+        Config(batch_size=1)
+    with pytest.raises(ConfigError, match=r"train\.loss: found L2"):
+        Config(train={"loss": "L2"})
+    config = Config()
+    with pytest.raises(ConfigError, match="epochs: found x"):
+        config.epochs = "x"
+    with pytest.raises(ConfigError, match="k_neighbor"):
+        config.batch_size = 2
+    assert (config.epochs, config.batch_size) == (8, 32)
+    config.train.loss = "CE"
+    with pytest.raises(ConfigError, match=r"found CE with model\.task=regression"):
+        config.resolve()
+    assert Config().train == TrainConfig()
+
+
+# -- the list of keys --
+
+
+def test_every_key_is_described_and_settable():
+    for key in keys():
+        assert key.description, key.name
+        if key.name not in ("preset", "data.path"):
+            load_config("mosi", [f"{key.name}={key.default}"])
+    assert set(COMMON_KEYS) <= {key.name for key in keys()}
+
+
+def test_keys_are_the_leaves_of_the_yaml():
+    def leaves(values: dict, prefix: str = "") -> list[str]:
+        found = []
+        for name, value in values.items():
+            found += leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+        return found
+
+    assert leaves(yaml.safe_load(Config().to_yaml())) == [key.name for key in keys()]
+
+
+def test_documentation_lists_every_key_with_its_default():
+    page = (PROJECT / "docs/config.md").read_text()
+    for key in keys():
+        assert f"| `{key.name}` | `{key.default or '(empty)'}` |" in page, key.name
