@@ -1,0 +1,808 @@
+"""`report.html`: one self-contained page about a run, made from the run's folder alone.
+
+Nothing is fetched when it is opened: charts are inline SVG, style and script are inline, and a Content-Security-Policy
+forbids everything else. Pieces a run does not have are named on the page and left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from engine.errors import CheckpointError, DataError
+from engine.files import write_text
+from engine.metrics import (
+    PHQ_RANGE,
+    Predictions,
+    avec2019_metrics,
+    read_predictions,
+    regression_metrics,
+    selection,
+    sentiment_classes,
+)
+from engine.report_charts import escape, lines, number, scatter, shape, truth
+
+SPLITS = ("train", "valid", "test")
+MOST_DOTS = 1500
+"""Dots a chart holds at most; more would be neither light nor legible."""
+
+DEPRESSED = 10
+"""The usual cut-off of the PHQ-8: a score of 10 or more."""
+
+
+@dataclass
+class Metric:
+    """How a metric is shown: name, what it means, percent or not, digits."""
+
+    name: str
+    about: str = ""
+    percent: bool = False
+    digits: int = 3
+
+    def show(self, value: Any) -> str:
+        if not _is_finite(value):
+            return "–"
+        return f"{100 * value:.2f} %" if self.percent else number(value, self.digits)
+
+
+METRICS: dict[str, Metric] = {
+    "mae": Metric("MAE", "mean absolute error, lower is better"),
+    "corr": Metric("Corr", "Pearson correlation"),
+    "acc7": Metric("Acc-7", "rounded to −3 … 3", True),
+    "acc5": Metric("Acc-5", "rounded to −2 … 2", True),
+    "acc2_non0": Metric("Acc-2, negative / positive", "labels of 0 dropped (non0)", True),
+    "acc2_has0": Metric("Acc-2, negative / non-negative", "all samples (has0)", True),
+    "f1_non0": Metric("F1, negative / positive", "weighted, labels of 0 dropped (non0)", True),
+    "f1_has0": Metric("F1, negative / non-negative", "weighted, all samples (has0)", True),
+    "ccc": Metric("CCC", "concordance correlation, higher is better"),
+    "rmse_phq": Metric("RMSE", "points of PHQ-8, lower is better"),
+    "mae_phq": Metric("MAE", "points of PHQ-8, lower is better"),
+    "acc": Metric("Accuracy", "", True),
+    "f1": Metric("F1", "weighted", True),
+}
+
+TERMS: dict[str, str] = {
+    "I(F;T)": "what the fused feature keeps of text",
+    "I(F;A)": "what the fused feature keeps of audio",
+    "I(F;V)": "what the fused feature keeps of vision",
+    "inv": "shared by the modalities: I(T;A) + I(T;V)",
+    "spec_t": "on the label, from text only: I(T;C|A) + I(T;C|V) − I(T;A|C) − I(T;V|C)",
+    "spec_a": "on the label, from audio only: I(A;C|T) − I(T;A|C)",
+    "spec_v": "on the label, from vision only: I(V;C|T) − I(T;V|C)",
+    "comp": "shared beyond the label: I(T;A|C) + I(T;V|C)",
+}
+
+MODALITIES = {"F": "F, fused", "T": "T, text", "A": "A, audio", "V": "V, vision"}
+
+
+@dataclass
+class Run:
+    """What a run folder holds; `missing` says in words what it does not."""
+
+    folder: Path
+    config_text: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    predictions: dict[str, Predictions] = field(default_factory=dict)
+    truth: list[dict[str, Any]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def setting(self, *keys: str, default: Any = None) -> Any:
+        """A value of the saved configuration, or the default where the file lacks it."""
+        value: Any = self.config
+        for key in keys:
+            if not isinstance(value, Mapping) or key not in value:
+                return default
+            value = value[key]
+        return value
+
+    @property
+    def kind(self) -> str:
+        """sentiment, avec2019 or classification."""
+        if self.setting("model", "task") == "classification" or "acc" in self.split_metrics("test"):
+            return "classification"
+        if self.setting("data", "dataset") == "avec2019" or "ccc" in self.split_metrics("test"):
+            return "avec2019"
+        return "sentiment"
+
+    @property
+    def selected_by(self) -> tuple[str, bool]:
+        return selection(
+            "avec2019" if self.kind == "avec2019" else "custom",
+            "classification" if self.kind == "classification" else "regression",
+        )
+
+    @property
+    def best_epoch(self) -> int | None:
+        best = self.metrics.get("best_epoch")
+        return best if isinstance(best, int) else None
+
+    def split_metrics(self, name: str) -> dict[str, Any]:
+        found = self.metrics.get(name)
+        return found if isinstance(found, dict) else {}
+
+
+def write_report(run: str | Path) -> Path:
+    """Write `report.html` into a run folder from what lies there, atomically.
+
+    Args:
+        run: folder of a run; an unfinished one is reported as far as it came.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        CheckpointError: the folder is missing or holds no run.
+        OutputError: the page cannot be written.
+    """
+    found = read_run(run)
+    path = found.folder / "report.html"
+    write_text(path, render(found))
+    return path
+
+
+def read_run(run: str | Path) -> Run:
+    """Read everything but the features of a run folder. Raises CheckpointError if it holds no run."""
+    folder = Path(run)
+    if not folder.is_dir():
+        raise CheckpointError(
+            str(folder), "no such folder", "the output folder of `engine train`", "Give the folder passed to --out."
+        )
+    if not any((folder / name).is_file() for name in ("metrics.json", "history.jsonl", "predictions_test.csv")):
+        raise CheckpointError(
+            str(folder),
+            "neither metrics.json nor history.jsonl nor predictions_test.csv",
+            "the output folder of `engine train`",
+            "Give the folder passed to --out.",
+        )
+    found = Run(folder)
+    _read(found, "config.yaml", "the settings", lambda text: _read_config(found, text))
+    _read(
+        found, "metrics.json", "the final metrics (training has not finished)", lambda text: _read_metrics(found, text)
+    )
+    _read(found, "history.jsonl", "the curves", lambda text: _read_history(found, text))
+    for split in ("valid", "test"):
+        path = folder / f"predictions_{split}.csv"
+        try:
+            found.predictions[split] = read_predictions(path)
+        except DataError as problem:
+            absent = "is missing" if not path.exists() else f"cannot be read ({problem.found})"
+            found.missing.append(f"{path.name} {absent}: no predictions of the {split} split.")
+    if (folder / "truth.json").is_file():
+        _read(found, "truth.json", "the comparison with the truth", lambda text: _read_truth(found, text))
+    return found
+
+
+def render(run: Run) -> str:
+    """The page as HTML text."""
+    sections = [
+        ("results", "Results", _results(run)),
+        ("curves", "Curves", _curves(run)),
+        ("information", "Information", _information(run)),
+        ("truth", "Truth", _truth(run)),
+        ("predictions", "Predictions", _predictions(run)),
+        ("features", "Features", _features(run)),
+        ("run", "Run", _settings(run)),
+    ]
+    shown = [section for section in sections if section[2]]
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in shown)
+    body = [_header(run), f"<nav>{links}</nav>"]
+    body += [f'<section id="{name}"><h2>{title}</h2>{content}</section>' for name, title, content in shown]
+    body.append("<footer>Written by engine from the files of the run folder. Information is in nats.</footer>")
+    template = resources.files("engine").joinpath("report_template.html").read_text(encoding="utf-8")
+    parts = {
+        "title": escape(f"{run.folder.resolve().name} · engine run"),
+        "groups": _palettes(),
+        "body": "\n".join(body),
+    }
+    return re.sub(r"\[\[(\w+)\]\]", lambda match: parts[match[1]], template)
+
+
+def environment(device: str = "cpu") -> dict[str, str]:
+    """Versions and kind of machine, for `metrics.json` under `environment`. Names no user, host or path.
+
+    Args:
+        device: the torch device the run used; for CUDA its name is recorded.
+    """
+    versions = {"python": platform.python_version()}
+    for name in ("engine", "torch", "transformers", "numpy", "safetensors", "triton"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions["system"] = f"{platform.system()} {platform.machine()}"
+    versions["processor"] = f"{_processor()}, {cores} cores"
+    if device.startswith("cuda"):
+        import torch
+
+        versions["device"] = torch.cuda.get_device_name(device)
+    else:
+        versions["device"] = device
+    return versions
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return model[1].strip() if model else platform.machine()
+
+
+# Reading
+
+
+def _read(run: Run, name: str, what: str, parse: Callable[[str], None]) -> None:
+    path = run.folder / name
+    try:
+        parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        run.missing.append(f"{name} is missing: no {what.removeprefix('the ')}.")
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as problem:
+        reason = " ".join(str(problem).split())[:120]
+        run.missing.append(f"{name} cannot be read ({reason}): no {what.removeprefix('the ')}.")
+
+
+def _read_config(run: Run, text: str) -> None:
+    run.config_text = text
+    loaded = yaml.safe_load(text)
+    if not isinstance(loaded, dict):
+        raise ValueError("not a mapping")
+    run.config = loaded
+
+
+def _read_metrics(run: Run, text: str) -> None:
+    loaded = json.loads(text)
+    if not isinstance(loaded, dict):
+        raise ValueError("not a mapping")
+    run.metrics = loaded
+
+
+def _read_history(run: Run, text: str) -> None:
+    rows = [line for line in text.splitlines() if line.strip()]
+    for i, row in enumerate(rows):
+        try:
+            epoch = json.loads(row)
+            if not isinstance(epoch, dict) or not isinstance(epoch.get("epoch"), int):
+                raise ValueError("no epoch number")
+        except ValueError:
+            # A run that was cut off leaves half a last line.
+            run.missing.append(f"history.jsonl line {i + 1} cannot be read and is left out.")
+            continue
+        run.history.append(epoch)
+    # A resumed run may have written an epoch twice: the later one holds.
+    run.history = [by for _, by in sorted({epoch["epoch"]: epoch for epoch in run.history}.items())]
+
+
+def _read_truth(run: Run, text: str) -> None:
+    for row in json.loads(text)["latents"]:
+        estimates = row.get("estimates")
+        run.truth.append(
+            {**row, "name": str(row["name"]), "estimates": estimates if isinstance(estimates, dict) else {}}
+        )
+
+
+# Sections
+
+
+def _header(run: Run) -> str:
+    key, _ = run.selected_by
+    shown = METRICS[key]
+    chips = [
+        f"{label}{value}"
+        for label, value in (
+            ("preset ", run.setting("preset")),
+            ("mode ", run.setting("mode")),
+            ("", run.setting("data", "dataset")),
+            ("text ", run.setting("text_encoder")),
+            ("fusion ", run.setting("model", "fusion")),
+            ("batch ", run.setting("batch_size")),
+            ("seed ", run.setting("seed")),
+        )
+        if value not in (None, "")
+    ]
+    if run.history:
+        chips.append(f"{len(run.history)} epoch{'s' if len(run.history) != 1 else ''}")
+    lead = ""
+    test = run.split_metrics("test").get(key)
+    if _is_finite(test) and run.best_epoch is not None:
+        how = "highest" if run.selected_by[1] else "lowest"
+        lead = (
+            f'<p class="lead">Test {shown.name} <b>{shown.show(test)}</b> at epoch {run.best_epoch}, '
+            f"the epoch of the {how} valid {shown.name}.</p>"
+        )
+    notes = "".join(f"<li>{escape(text)}</li>" for text in run.missing)
+    return (
+        f"<header><h1>{escape(run.folder.resolve().name)}</h1>"
+        f'<ul class="chips">{"".join(f"<li>{escape(chip)}</li>" for chip in chips)}</ul>{lead}'
+        + (f'<div class="note">Not in this run folder:<ul>{notes}</ul></div>' if notes else "")
+        + "</header>"
+    )
+
+
+def _results(run: Run) -> str:
+    test = run.split_metrics("test")
+    if not test and not run.split_metrics("valid"):
+        return ""
+    keys = [key for key in METRICS if key in test or key in run.split_metrics("valid")]
+    tiles = "".join(
+        f'<div class="tile"><span>{METRICS[key].name}</span><b>{METRICS[key].show(test.get(key))}</b>'
+        f"<em>{METRICS[key].about}</em></div>"
+        for key in keys
+    )
+    baseline = _constant(run)
+    oracle = run.split_metrics("oracle_test")
+    oracle_epoch = oracle.get("epoch")
+    best = "best-valid epoch" if run.best_epoch is None else f"epoch {run.best_epoch}, best on valid"
+    columns: list[tuple[str, str, str, Mapping[str, Any]]] = [
+        ("Test", best, "main", test),
+        ("Valid", best, "", run.split_metrics("valid")),
+    ]
+    if baseline:
+        columns.append(("Constant", "the valid labels’ mean, on test", "", baseline))
+    if oracle:
+        where = "" if oracle_epoch is None else f"epoch {oracle_epoch}, best on test: "
+        columns.append(("Oracle", f"{where}not for reporting", "oracle", oracle))
+    head = "".join(f'<th class="{css}">{name}<small>{escape(about)}</small></th>' for name, about, css, _ in columns)
+    rows = []
+    for key in keys:
+        cells = "".join(f'<td class="{css}">{METRICS[key].show(values.get(key))}</td>' for _, _, css, values in columns)
+        rows.append(f"<tr><th>{METRICS[key].name}<small>{METRICS[key].about}</small></th>{cells}</tr>")
+    table = f'<div class="card">{_table(f"<tr><th></th>{head}</tr>", "".join(rows))}</div>'
+    per_class = _per_class(test)
+    oracle_note = (
+        '<p class="muted small">The oracle column picks its epoch by looking at the test labels. Many published '
+        "numbers are picked that way; it is shown for comparison with them and is no result of this run.</p>"
+        if oracle
+        else ""
+    )
+    tiles_title = f'<p class="muted">Test split, {escape(best)}.</p>'
+    return f'{tiles_title}<div class="tiles">{tiles}</div>{table}{oracle_note}{per_class}{_spent(run)}'
+
+
+def _constant(run: Run) -> dict[str, float]:
+    """Metrics on test of predicting the mean label of the valid split."""
+    valid, test = run.predictions.get("valid"), run.predictions.get("test")
+    if run.kind == "classification" or valid is None or test is None or not len(valid.label) or not len(test.label):
+        return {}
+    if not (np.isfinite(valid.label).all() and np.isfinite(test.label).all()):
+        return {}
+    constant = np.full(len(test.label), valid.label.astype(np.float64).mean())
+    return (avec2019_metrics if run.kind == "avec2019" else regression_metrics)(constant, test.label)
+
+
+def _per_class(test: Mapping[str, Any]) -> str:
+    classes = sorted(int(key.removeprefix("recall_")) for key in test if re.fullmatch(r"recall_\d+", key))
+    if not classes:
+        return ""
+    percent = Metric("", percent=True)
+    rows = "".join(
+        f"<tr><th>class {c}</th>"
+        + "".join(f"<td>{percent.show(test.get(f'{name}_{c}'))}</td>" for name in ("recall", "precision", "f1"))
+        + "</tr>"
+        for c in classes
+    )
+    head = "<tr><th></th><th>Recall</th><th>Precision</th><th>F1</th></tr>"
+    return f'<div class="card below">{_table(head, rows)}</div>'
+
+
+def _spent(run: Run) -> str:
+    tiles = []
+    seconds = [epoch["seconds"] for epoch in run.history if _is_finite(epoch.get("seconds"))]
+    wall, rate, memory = (run.metrics.get(key) for key in ("wall_s", "samples_per_second", "peak_memory_mb"))
+    if _is_finite(wall):
+        tiles.append(("Time", _duration(wall), "whole run"))
+    if seconds:
+        tiles.append(("Epoch", _duration(float(np.median(seconds))), "median"))
+    if _is_finite(rate):
+        tiles.append(("Speed", f"{number(rate, 1)}/s", "samples a second"))
+    if _is_finite(memory):
+        tiles.append(("Memory", f"{memory / 1024:.2f} GiB" if memory >= 1024 else f"{memory:.0f} MiB", "peak"))
+    if not tiles:
+        return ""
+    inner = "".join(f'<div class="tile"><span>{a}</span><b>{b}</b><em>{c}</em></div>' for a, b, c in tiles)
+    return f'<div class="tiles">{inner}</div>'
+
+
+def _curves(run: Run) -> str:
+    if not run.history:
+        return ""
+    cards = []
+    for key, title in (("loss", "Loss"), ("task", "Task loss"), *((key, METRICS[key].name) for key in METRICS)):
+        about = {"loss": "task loss − weighted information", "task": f"{run.setting('train', 'loss') or ''}"}.get(key)
+        about = METRICS[key].about if about is None else about
+        chart = _chart(run, f"{title} over epochs", lambda split, key=key: split.get(key))
+        if chart:
+            best = _at_best(run, key)
+            shown = METRICS[key].show(best) if key in METRICS else number(best)
+            side = f"valid {shown} at epoch {run.best_epoch}" if _is_finite(best) else ""
+            cards.append(_card(title, chart, about, side))
+    if not cards:
+        return ""
+    table = _history_table(run)
+    return f'{_legend(run)}<div class="grid3">{"".join(cards)}</div>{table}'
+
+
+def _history_table(run: Run) -> str:
+    keys = [("loss", Metric("Loss")), *METRICS.items()]
+    columns = [
+        (split, key, metric)
+        for key, metric in keys
+        for split in SPLITS
+        if any(_is_finite(_part(epoch, split).get(key)) for epoch in run.history)
+    ]
+    head = "".join(
+        f"<th>{escape(metric.name.split(',')[0])}{_suffix(key)}<small>{split}</small></th>"
+        for split, key, metric in columns
+    )
+    rows = "".join(
+        f"<tr><th>{epoch['epoch']}</th>"
+        + "".join(f"<td>{metric.show(_part(epoch, split).get(key))}</td>" for split, key, metric in columns)
+        + "</tr>"
+        for epoch in run.history
+    )
+    table = _table(f"<tr><th>Epoch</th>{head}</tr>", rows, "")
+    return f"<details><summary>The numbers behind the curves</summary>{table}</details>"
+
+
+def _suffix(key: str) -> str:
+    return f" {key.rsplit('_', 1)[1]}" if key.endswith(("_non0", "_has0")) else ""
+
+
+def _information(run: Run) -> str:
+    if not run.history:
+        return ""
+    terms = _names(run, "information")
+    if not terms:
+        reason = (
+            "The objective was off (objective.enabled=false): the run trained on the task loss alone."
+            if run.setting("objective", "enabled") is False
+            else "No information terms are recorded: the first epoch has no bank of features, and none followed it."
+        )
+        return f"<p>{reason}</p>"
+    cards = [_information_card(run, "information", name, TERMS.get(name, "")) for name in terms]
+    notes = [
+        "Estimates in nats, averaged over an epoch's batches. The first epoch has no bank of features, hence no terms."
+    ]
+    batch, bound = run.setting("batch_size"), run.setting("objective", "bound")
+    compat = run.setting("objective", "compat")
+    if bound == "infonce" and isinstance(batch, int) and batch > 1:
+        notes.append(f"InfoNCE cannot read more than log(batch size) = {math.log(batch):.2f} nats a pair.")
+    if compat == "mimrl" or (compat in (None, "auto") and run.setting("mode") == "faithful"):
+        notes.append(
+            "In the reference’s form a conditional estimate is 1 + half the symmetrised divergence: it reads 1, not 0, "
+            "under independence. Read changes, not levels."
+        )
+    eleven = [_information_card(run, "estimators", name, "") for name in _names(run, "estimators")]
+    details = (
+        f'<details><summary>The {len(eleven)} estimators</summary><div class="grid4">{"".join(eleven)}</div></details>'
+        if eleven
+        else ""
+    )
+    return f'<p>{" ".join(notes)}</p>{_legend(run)}<div class="grid4">{"".join(cards)}</div>{details}'
+
+
+def _information_card(run: Run, group: str, name: str, about: str) -> str:
+    chart = _chart(run, f"{name} in nats over epochs", lambda split: _part(split, group).get(name), height=200)
+    last = next(
+        (
+            (split, value)
+            for epoch in reversed(run.history)
+            for split in ("valid", "train")
+            if _is_finite(value := _part(_part(epoch, split), group).get(name))
+        ),
+        None,
+    )
+    side = f"{last[0]} {number(last[1])} at last" if last else ""
+    return _card(name, chart or '<p class="muted">no finite value</p>', about, side)
+
+
+def _truth(run: Run) -> str:
+    if not run.truth:
+        return ""
+    estimators = list(dict.fromkeys(name for row in run.truth for name in row["estimates"]))
+    chart = truth(run.truth, estimators)
+    marks = "".join(f"<li>{_sign(16, shape(k, 8, 7))}{escape(name)}</li>" for k, name in enumerate(estimators))
+    signs = {name: _sign(10, f'<path class="{name}" d="M5 1V13"/>') for name in ("true", "ceiling")}
+    has_ceiling = any(_is_finite(row.get("ceiling")) for row in run.truth)
+    legend = f"<li>{signs['true']}true</li>{marks}" + (f"<li>{signs['ceiling']}ceiling</li>" if has_ceiling else "")
+    head = "".join(f"<th>{escape(name)}</th>" for name in estimators)
+    rows = "".join(
+        f'<tr><th>{escape(row["name"])}</th><td class="main">{number(row.get("true"))}</td>'
+        + "".join(f"<td>{number(row['estimates'].get(name))}</td>" for name in estimators)
+        + (f"<td>{number(row.get('ceiling'))}</td>" if has_ceiling else "")
+        + "</tr>"
+        for row in run.truth
+    )
+    ceiling = "<th>Ceiling</th>" if has_ceiling else ""
+    note = (
+        " InfoNCE, and every bound made of it, cannot read more than the ceiling log B of a batch of B."
+        if has_ceiling
+        else ""
+    )
+    return (
+        "<p>The estimators on the raw latents of the generated data, whose information is known."
+        f'{note}</p><div class="card"><ul class="legend">{legend}</ul>{chart or ""}</div>'
+        f'<div class="card below">{_table(f"<tr><th>nats</th><th>True</th>{head}{ceiling}</tr>", rows)}</div>'
+    )
+
+
+def _predictions(run: Run) -> str:
+    split = next((split for split in ("test", "valid") if split in run.predictions), None)
+    if split is None:
+        return ""
+    table = run.predictions[split]
+    kept = np.isfinite(table.label) & np.isfinite(table.prediction)
+    label, prediction = table.label[kept].astype(np.float64), table.prediction[kept].astype(np.float64)
+    ids = [name for name, keep in zip(table.ids, kept, strict=True) if keep]
+    if not ids:
+        return f"<p>No finite label with a finite prediction in predictions_{split}.csv.</p>"
+    scale, unit = (PHQ_RANGE, " (PHQ-8)") if run.kind == "avec2019" else (1.0, "")
+    label, prediction = label * scale, prediction * scale
+    if run.kind == "classification":
+        classes = int(max(label.max(), prediction.max())) + 1
+        names = [str(c) for c in range(classes)]
+        matrix = _confusion(label.astype(int), prediction.astype(int), names)
+        card = _card("Confusion by class", matrix, "rows: true, columns: predicted; shade: share of the row")
+        return f'<p class="muted">{split.capitalize()} split, {len(ids)} samples.</p><div class="grid2">{card}</div>'
+
+    shown = _subset(len(ids), MOST_DOTS)
+    low, high = min(label.min(), prediction.min()), max(label.max(), prediction.max())
+    room = 0.05 * (high - low) or 0.5
+    texts = [f"{ids[i]}\ntrue {number(label[i], 2)}, predicted {number(prediction[i], 2)}" for i in shown]
+    groups, palette, _ = _groups(run, label[shown] / scale)
+    chart = scatter(
+        f"predicted against true label, {split} split",
+        label[shown],
+        prediction[shown],
+        groups,
+        texts,
+        f"true{unit}",
+        f"predicted{unit}",
+        (low - room, high + room),
+    )
+    some = f", {len(shown)} of them drawn" if len(shown) < len(ids) else ""
+    cards = [f'<div class="{palette}">' + _card("Predicted against true", chart, "dotted: predicted = true") + "</div>"]
+    if run.kind == "avec2019":
+        names = [f"below {DEPRESSED}", f"{DEPRESSED} and more"]
+        matrix = _confusion((label >= DEPRESSED).astype(int), (prediction >= DEPRESSED).astype(int), names)
+        cards.append(
+            _card(f"PHQ-8 of {DEPRESSED} and more", matrix, "rows: true, columns: predicted; shade: share of the row")
+        )
+    else:
+        names = [f"{c:+d}".replace("-", "−") if c else "0" for c in range(-3, 4)]
+        matrix = _confusion(sentiment_classes(label), sentiment_classes(prediction), names)
+        cards.append(
+            _card(
+                "Confusion by class",
+                matrix,
+                "seven classes as in Acc-7; rows: true, columns: predicted; shade: share of the row",
+            )
+        )
+    far = np.argsort(-np.abs(label - prediction), kind="stable")[:12]
+    rows = "".join(
+        f"<tr><th>{escape(ids[i])}</th><td>{number(label[i], 2)}</td><td>{number(prediction[i], 2)}</td>"
+        f"<td>{number(prediction[i] - label[i], 2)}</td></tr>"
+        for i in far
+    )
+    head = "<tr><th>Sample</th><th>True</th><th>Predicted</th><th>Error</th></tr>"
+    worst = f"<details><summary>The largest errors</summary>{_table(head, rows, '')}</details>"
+    count = f'<p class="muted">{split.capitalize()} split, {len(ids)} samples{some}.</p>'
+    return f'{count}<div class="grid2">{"".join(cards)}</div>{worst}'
+
+
+def _confusion(true: NDArray[np.integer], predicted: NDArray[np.integer], names: Sequence[str]) -> str:
+    counts = np.zeros((len(names), len(names)), dtype=int)
+    np.add.at(counts, (true, predicted), 1)
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    rows = []
+    for i, name in enumerate(names):
+        cells = []
+        for j, count in enumerate(counts[i]):
+            share = count / max(counts[i].sum(), 1)
+            css = " ".join(word for word, on in (("hit", i == j), ("strong", share > 0.55), ("zero", count == 0)) if on)
+            cells.append(f'<td class="{css}" style="--share:{share:.3f}">{count}</td>')
+        rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
+    return f'<table class="confusion"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+
+
+def _features(run: Run) -> str:
+    split = next((s for s in ("test", "valid", "train") if (run.folder / f"features_{s}.safetensors").is_file()), None)
+    if split is None:
+        return ""
+    path = run.folder / f"features_{split}.safetensors"
+    try:
+        features, ids = _load_features(path)
+    except Exception as problem:  # the library raises its own, undocumented kinds of error
+        return f"<p>{path.name} cannot be read ({escape(' '.join(str(problem).split())[:120])}).</p>"
+    label = features.pop("label", None)
+    cards, legend, palette = [], "", ""
+    for name, values in features.items():
+        flat = values.reshape(len(values), -1).astype(np.float64) if values.ndim else np.zeros((0, 1))
+        kept = np.isfinite(flat).all(axis=1)
+        if label is not None and len(label) == len(flat):
+            kept &= np.isfinite(label.reshape(len(label), -1)[:, 0])
+        rows = np.flatnonzero(kept)
+        if len(rows) < 3:
+            cards.append(_card(MODALITIES.get(name, name), '<p class="muted">fewer than three finite rows</p>'))
+            continue
+        plane, share = principal_plane(flat[rows])
+        shown = _subset(len(rows), MOST_DOTS)
+        rows, plane = rows[shown], plane[shown]
+        texts = [ids[i] if i < len(ids) else f"sample {i}" for i in rows]
+        groups = np.zeros(len(rows), dtype=int)
+        if label is not None and len(label) == len(flat):
+            colour = label.reshape(len(label), -1)[rows, 0].astype(np.float64)
+            groups, palette, legend = _groups(run, colour)
+            scale = PHQ_RANGE if run.kind == "avec2019" else 1.0
+            texts = [f"{text}\nlabel {number(scale * c, 2)}" for text, c in zip(texts, colour, strict=True)]
+        chart = scatter(
+            f"features {name} in their principal plane", plane[:, 0], plane[:, 1], groups, texts, ticked=False
+        )
+        side = f"{100 * share.sum():.0f} % of the variance"
+        cards.append(_card(MODALITIES.get(name, name), chart, f"{flat.shape[1]} dimensions", side))
+    if not cards:
+        return ""
+    lead = (
+        f"<p>Features of the {split} split at the best epoch, each in the plane of its first two principal components, "
+        "coloured by label.</p>"
+    )
+    return f'{lead}<div class="{palette or "pal-q"}">{legend}<div class="grid4">{"".join(cards)}</div></div>'
+
+
+def principal_plane(x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Coordinates [N, 2] of the rows of x [N, D] in the plane of their first two principal components, and the shares
+    [2] of the variance on each. Deterministic: of each component the loading largest in size is positive."""
+    centred = x - x.mean(axis=0)
+    _, size, axes = np.linalg.svd(centred, full_matrices=False)
+    axes = axes[:2] * np.sign(axes[:2][np.arange(min(2, len(axes))), np.abs(axes[:2]).argmax(axis=1)])[:, None]
+    plane, share = centred @ axes.T, size[:2] ** 2 / max(float((size**2).sum()), np.finfo(np.float64).tiny)
+    missing = 2 - plane.shape[1]
+    return np.pad(plane, ((0, 0), (0, missing))), np.pad(share, (0, missing))
+
+
+def _load_features(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        features = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        listed = json.loads((file.metadata() or {}).get("ids", "[]"))
+    order = [name for name in (*MODALITIES, "label") if name in features]
+    order += sorted(set(features) - set(order))
+    return {name: features[name] for name in order}, [str(name) for name in listed]
+
+
+def _groups(run: Run, label: NDArray[np.float64]) -> tuple[NDArray[np.integer], str, str]:
+    """Colour group of each label, the palette's class, and the legend."""
+    if run.kind == "classification":
+        groups, palette, letter = label.astype(int) % 8, "pal-q", "q"
+        names = [str(c) for c in range(min(8, int(label.max()) + 1))]
+    elif run.kind == "avec2019":
+        groups = np.clip(PHQ_RANGE * label // 5, 0, 4).astype(int)
+        palette, letter, names = "pal-s", "s", ["PHQ-8 below 5", "5–9", "10–14", "15–19", "20 and more"]
+    else:
+        groups, palette, letter = sentiment_classes(label), "pal-d", "d"
+        names = [f"{c:+d}".replace("-", "−") if c else "0" for c in range(-3, 4)]
+    items = "".join(
+        f'<li><span class="swatch" style="background:var(--{letter}{k})"></span>{name}</li>'
+        for k, name in enumerate(names)
+    )
+    return groups, palette, f'<ul class="legend">{items}</ul>'
+
+
+def _settings(run: Run) -> str:
+    recorded = run.metrics.get("environment")
+    parts = []
+    if isinstance(recorded, dict) and recorded:
+        title, values = "Environment", recorded
+    else:
+        title, values = (
+            "Environment of this report (the run recorded none)",
+            environment(f"python {sys.version_info.major}"),
+        )
+        values.pop("device")
+    rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in values.items())
+    parts.append(f"<details open><summary>{title}</summary>{_table('', rows, 'plain')}</details>")
+    if run.config_text:
+        parts.append(
+            f"<details><summary>Settings (config.yaml)</summary><pre>{escape(run.config_text)}</pre></details>"
+        )
+    return "".join(parts)
+
+
+# Pieces
+
+
+def _part(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = mapping.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _chart(run: Run, label: str, value: Callable[[Mapping[str, Any]], Any], height: int = 220) -> str | None:
+    epochs = [epoch["epoch"] for epoch in run.history]
+    series = {split: [_float(value(_part(epoch, split))) for epoch in run.history] for split in SPLITS}
+    return lines(label, epochs, series, run.best_epoch, height)
+
+
+def _at_best(run: Run, key: str) -> Any:
+    return next((_part(e, "valid").get(key) for e in run.history if e["epoch"] == run.best_epoch), None)
+
+
+def _names(run: Run, group: str) -> list[str]:
+    """Names of the recorded terms or estimators, the known ones first and in their order."""
+    found = dict.fromkeys(
+        name for epoch in run.history for split in SPLITS for name in _part(_part(epoch, split), group)
+    )
+    return [name for name in TERMS if name in found] + [name for name in found if name not in TERMS]
+
+
+def _table(head: str, rows: str, css: str = "full") -> str:
+    return f'<div class="scroll"><table class="{css}"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+
+
+def _card(title: str, content: str, about: str = "", side: str = "") -> str:
+    small = f"<small>{escape(side)}</small>" if side else ""
+    text = f"<p>{escape(about)}</p>" if about else ""
+    return f'<div class="card"><h3>{escape(title)}{small}</h3>{text}{content}</div>'
+
+
+def _legend(run: Run) -> str:
+    signs = {split: _sign(34, f'<path class="line {split}" d="M2 7H32"/>') for split in SPLITS}
+    there = [split for split in SPLITS if any(_part(epoch, split) for epoch in run.history)]
+    items = "".join(f"<li>{signs[split]}{split}</li>" for split in there)
+    if run.best_epoch is not None:
+        mark = _sign(10, '<path class="mark" d="M5 0V14"/>')
+        items += f"<li>{mark}best epoch on valid ({run.best_epoch})</li>"
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _sign(width: int, drawing: str) -> str:
+    return f'<svg viewBox="0 0 {width} 14" width="{width}" height="14" aria-hidden="true">{drawing}</svg>'
+
+
+def _palettes() -> str:
+    rules = [
+        f".pal-{p} .g{k} {{ stroke: var(--{p}{k}); }}" for p, n in (("d", 7), ("q", 8), ("s", 5)) for k in range(n)
+    ]
+    rules += [f".m{k} {{ fill: var(--q{k}); }} .m{k}.open {{ stroke: var(--q{k}); }}" for k in range(8)]
+    return "\n".join(rules)
+
+
+def _subset(n: int, most: int) -> NDArray[np.integer]:
+    """All of n positions, or `most` of them evenly spread."""
+    return np.arange(n) if n <= most else np.linspace(0, n - 1, most).astype(int)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _float(value: Any) -> float | None:
+    return float(value) if _is_finite(value) else None
+
+
+__all__: Iterable[str] = ("environment", "read_run", "render", "write_report")
