@@ -196,9 +196,11 @@ def _show_config(a: argparse.Namespace, settings: list[str]) -> None:
 
         from engine.config import keys
 
-        table = Table("key", "default", "values", "meaning", box=None, pad_edge=False)
+        table = Table("key", "default", "values and meaning", box=None, pad_edge=False)
+        table.columns[0].no_wrap = True
+        table.columns[1].overflow = "fold"
         for key in keys():
-            table.add_row(*(_escape(text) for text in (key.name, key.default, key.type, key.description)))
+            table.add_row(key.name, _escape(key.default), _escape(_meaning(key)))
         _console().print(table)
         return
     print(_config(a, settings).resolve().to_yaml(), end="")
@@ -297,6 +299,12 @@ def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def _meaning(key: Any) -> str:
+    """A key's description, after its values where they are a choice."""
+    choice = "|" in key.type and key.type != "true | false"
+    return f"{key.type}. {key.description}" if choice else key.description
 
 
 def _number(value: Any) -> str:
@@ -501,9 +509,8 @@ def _train_epilog() -> str:
     table = {key.name: key for key in keys()}
     for name in COMMON_KEYS:
         key = table[name]
-        values = f"{key.type}. " if "|" in key.type and key.type != "true | false" else ""
         head = f"  {key.name} ({key.default})"
-        text = textwrap.wrap(values + key.description, 84)
+        text = textwrap.wrap(_meaning(key), 84)
         lines += [f"{head:<36}{text[0]}" if len(head) < 36 else f"{head}\n{'':<36}{text[0]}"]
         lines += [f"{'':<36}{more}" for more in text[1:]]
     lines += [

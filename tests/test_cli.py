@@ -1,0 +1,339 @@
+"""The command line: what each command asks of the Python API, and one-line errors with exit code 2."""
+
+import errno
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from engine import __version__
+from engine.cli import main
+from engine.config import COMMON_KEYS, Config, load_config, presets
+from engine.errors import DataError
+
+PROJECT = Path(__file__).resolve().parents[1]
+METRICS = {"best_epoch": 3, "test": {"mae": 0.75, "corr": 0.7, "acc7": None}}
+COMMANDS = (
+    "train", "evaluate", "predict", "convert", "inspect", "import", "import-command", "report", "demo", "config"
+)  # fmt: skip
+
+
+@dataclass
+class Result:
+    out: Path
+    metrics: dict[str, Any]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "features.pkl"
+    path.write_bytes(b"")
+    return path
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The command line's calls, recorded in place of the modules that do the work."""
+    made: list[tuple] = []
+
+    def record(name: str, result: Any = None):
+        def call(*args: Any, **options: Any) -> Any:
+            made.append((name, args, options))
+            return result(*args, **options) if callable(result) else result
+
+        return call
+
+    def module(name: str, **functions: Any) -> None:
+        stand_in = ModuleType(name)
+        stand_in.__dict__.update(functions)
+        monkeypatch.setitem(sys.modules, name, stand_in)
+        parent, _, child = name.rpartition(".")
+        monkeypatch.setattr(sys.modules.get(parent) or __import__(parent, fromlist="_"), child, stand_in, raising=False)
+
+    def seeds_result(config: Config, out: Path, seeds: list[int], resume: bool) -> list[Result]:
+        (out / "summary.json").parent.mkdir(parents=True, exist_ok=True)
+        (out / "summary.json").write_text("{}")
+        return [Result(out / f"seed{s}", {"best_epoch": 1, "test": {"mae": 0.7 + 0.1 * s}}) for s in seeds]
+
+    module(
+        "engine.trainer",
+        train=record("train", lambda config, out, resume: Result(out, METRICS)),
+        train_seeds=record("train_seeds", seeds_result),
+        evaluate=record("evaluate", METRICS["test"]),
+        predict=record("predict"),
+    )
+    module("engine.loaders.convert", convert=record("convert"))
+    inspection = type("Inspection", (), {"render": lambda self: "format: a store [not markup]"})()
+    module("engine.loaders.inspect", inspect_path=record("inspect_path", lambda path: inspection))
+    module(
+        "engine.compat",
+        import_checkpoint=record("import_checkpoint"),
+        import_command=record("import_command", lambda text: (load_config("mosi"), ["--radius has no effect"])),
+    )
+    module("engine.report", write_report=record("write_report", lambda run: run / "report.html"))
+    module("engine.demo", run_demo=record("run_demo"))
+    return made
+
+
+def run(*words: Any) -> int:
+    return main([str(word) for word in words])
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
+    """The one line that a command leaves on stderr when it ends with exit code 2."""
+    try:
+        code = run(*words)
+    except SystemExit as stop:  # a wrong command line, seen by argparse
+        code = stop.code
+    output = capsys.readouterr()
+    assert code == 2
+    assert output.out == ""
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1 and output.err.endswith("\n")
+    return output.err
+
+
+# -- train --
+
+
+def test_train(calls: list, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "run"
+    words = ("train", "epochs=3", "--preset", "mosi", "mode=faithful", "--data", data, "--out", out, "train.lr=5e-4")
+    assert run(*words) == 0
+    [(name, (config, folder), options)] = calls
+    assert (name, folder, options) == ("train", out, {"resume": False})
+    assert (config.preset, config.mode, config.epochs, config.train.lr) == ("mosi", "faithful", 3, 5e-4)
+    assert config.data.path == str(data)
+    printed = capsys.readouterr().out
+    assert "0.7500" in printed and "best epoch (3)" in printed
+
+
+def test_train_from_a_file_that_names_its_data(calls: list, data: Path, tmp_path: Path):
+    config = load_config("mosei", [f"data.path={data}"])
+    config.save(tmp_path / "mine.yaml")
+    assert run("train", "--config", tmp_path / "mine.yaml", "--out", tmp_path / "run") == 0
+    assert calls[0][1][0] == config
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("0-2", [0, 1, 2]), ("0,3,5", [0, 3, 5]), ("7", [7]), ("1-2,9", [1, 2, 9])]
+)
+def test_train_seeds(calls: list, data: Path, tmp_path: Path, capsys, text: str, seeds: list[int]):
+    out = tmp_path / "run"
+    assert run("train", "--preset", "mosi", "--data", data, "--out", out, f"seeds={text}") == 0
+    [(name, (_, folder, given), options)] = calls
+    assert (name, folder, given, options) == ("train_seeds", out, seeds, {"resume": False})
+    assert f"summary: {out / 'summary.json'}" in capsys.readouterr().out
+
+
+def test_train_seeds_prints_mean_and_spread(calls: list, data: Path, tmp_path: Path, capsys):
+    run("train", "--preset", "mosi", "--data", data, "--out", tmp_path / "run", "seeds=0-2")
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("seed 0", "0.7000", "seed 2", "0.9000", "0.8000 ± 0.1000"))
+
+
+@pytest.mark.parametrize("text", ["", "a", "2-0", "0-", "0;1", "1,1", "-1"])
+def test_bad_seeds(calls: list, data: Path, tmp_path: Path, capsys, text: str):
+    words = ("train", "--preset", "mosi", "--data", data, "--out", tmp_path / "run", f"seeds={text}")
+    assert "seeds" in fails(capsys, *words) and not calls
+    assert "seed= beside it" in fails(capsys, *words[:-1], "seeds=0-1", "seed=3")
+
+
+@pytest.mark.parametrize("mark", ["config.yaml", "metrics.json", "history.jsonl", "last.safetensors"])
+def test_a_folder_that_holds_a_run_is_refused(calls: list, data: Path, tmp_path: Path, capsys, mark: str):
+    for folder, extra in ((tmp_path / "one", ()), (tmp_path / "many/seed1", ("seeds=0-1",))):
+        folder.mkdir(parents=True)
+        (folder / mark).write_text("")
+        out = folder.parent if extra else folder
+        message = fails(capsys, "train", "--preset", "mosi", "--data", data, "--out", out, *extra)
+        assert str(folder) in message and "another run" in message and "--resume" in message
+    assert not calls
+    assert run("train", "--preset", "mosi", "--data", data, "--out", tmp_path / "one", "--resume") == 0
+
+
+def test_resume_uses_the_settings_of_the_run(calls: list, data: Path, tmp_path: Path):
+    saved = load_config("mosi-paper", [f"data.path={data}", "seed=5"])
+    saved.save(tmp_path / "run/config.yaml")
+    assert run("train", "--resume", "--out", tmp_path / "run", "epochs=90") == 0
+    [(_, (config, _), options)] = calls
+    saved.epochs = 90
+    assert config == saved and options == {"resume": True}
+
+
+def test_train_refuses_before_it_begins(calls: list, data: Path, tmp_path: Path, capsys):
+    out = tmp_path / "run"
+    assert "--preset NAME or --config FILE" in fails(capsys, "train", "--data", data, "--out", out)
+    assert "--preset NAME or --config FILE" in fails(capsys, "train", "--resume", "--data", data, "--out", out)
+    assert "Add --data PATH" in fails(capsys, "train", "--preset", "mosi", "--out", out)
+    assert "no such file" in fails(capsys, "train", "--preset", "mosi", "--data", tmp_path / "no", "--out", out)
+    assert "--out" in fails(capsys, "train", "--preset", "mosi", "--data", data)
+    assert "Did you mean mosi?" in fails(capsys, "train", "--preset", "mosy", "--data", data, "--out", out)
+    assert "Did you mean train.lr?" in fails(capsys, "train", "--preset", "mosi", "--data", data, "--out", out, "lr=1")
+    assert "'word'" in fails(capsys, "train", "--preset", "mosi", "--data", data, "--out", out, "word")
+    assert "'--reusme'" in fails(capsys, "train", "--preset", "mosi", "--data", data, "--out", out, "--reusme")
+    assert "not allowed with" in fails(capsys, "train", "--preset", "mosi", "--config", "x.yaml", "--out", out)
+    assert "a file" in fails(capsys, "train", "--preset", "mosi", "--data", data, "--out", data)
+    assert not calls and not out.exists()
+
+
+# -- the other commands --
+
+
+def test_evaluate(calls: list, data: Path, tmp_path: Path, capsys):
+    assert run("evaluate", "--run", tmp_path, "--data", data) == 0
+    assert "0.7500" in capsys.readouterr().out
+    assert run("evaluate", "--run", tmp_path, "--data", data, "--split", "valid", "--batch-size", 7, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == METRICS["test"]
+    assert calls == [
+        ("evaluate", (tmp_path, data), {"split": "test", "batch_size": None}),
+        ("evaluate", (tmp_path, data), {"split": "valid", "batch_size": 7}),
+    ]
+    assert "no such folder" in fails(capsys, "evaluate", "--run", tmp_path / "no", "--data", data)
+    assert "invalid choice: 'dev'" in fails(capsys, "evaluate", "--run", tmp_path, "--data", data, "--split", "dev")
+    assert "'epochs=3'" in fails(capsys, "evaluate", "--run", tmp_path, "--data", data, "epochs=3")
+
+
+def test_predict(calls: list, data: Path, tmp_path: Path):
+    assert run("predict", "--run", tmp_path, "--data", data, "--out", tmp_path / "p.csv") == 0
+    assert calls == [("predict", (tmp_path, data, tmp_path / "p.csv"), {"split": "test"})]
+
+
+def test_convert(calls: list, data: Path, tmp_path: Path):
+    assert run("convert", data, tmp_path / "store", "--text-encoder", "bert", "--length-rule", "all_zero") == 0
+    assert calls == [("convert", (data, tmp_path / "store"), {"text_encoder": "bert", "length_rule": "all_zero"})]
+
+
+def test_inspect(calls: list, data: Path, capsys):
+    assert run("inspect", data) == 0
+    assert calls == [("inspect_path", (data,), {})]
+    assert capsys.readouterr().out == "format: a store [not markup]\n"
+
+
+def test_import(calls: list, tmp_path: Path, capsys):
+    assert run("import", "REF.pth.tar", "--command", "--dataset mosi_Dec", "--out", tmp_path / "run") == 0
+    [(name, args, options)] = calls
+    assert (name, args) == ("import_checkpoint", (Path("REF.pth.tar"), tmp_path / "run"))
+    assert options == {"command": "--dataset mosi_Dec", "config": None, "text_encoder": None}
+    load_config("mosei").save(tmp_path / "mine.yaml")
+    capsys.readouterr()
+    both = ("--command", "--dataset x", "--config", tmp_path / "mine.yaml")
+    assert run("import", "REF.pth.tar", *both[2:], "--text-encoder", "bert", "--out", tmp_path / "run") == 0
+    assert calls[1][2] == {"command": None, "config": load_config("mosei"), "text_encoder": "bert"}
+    capsys.readouterr()
+    assert "both --command and --config" in fails(capsys, "import", "REF.pth.tar", *both, "--out", tmp_path / "run")
+    assert "neither --command nor" in fails(capsys, "import", "REF.pth.tar", "--out", tmp_path / "run")
+
+
+def test_import_command(calls: list, tmp_path: Path, capsys):
+    assert run("import-command", "python Main.py --dataset mosi_Dec") == 0
+    output = capsys.readouterr()
+    assert output.err == "note: --radius has no effect\n"
+    assert Config(**yaml.safe_load(output.out)) == load_config("mosi")
+    assert run("import-command", "python Main.py", "--out", tmp_path / "mine.yaml") == 0
+    assert Config.load_yaml(tmp_path / "mine.yaml") == load_config("mosi")
+
+
+def test_report(calls: list, tmp_path: Path, capsys):
+    assert run("report", "--run", tmp_path) == 0
+    assert calls == [("write_report", (tmp_path,), {})]
+    assert capsys.readouterr().out == f"report: {tmp_path / 'report.html'}\n"
+
+
+def test_demo_replaces_an_earlier_demo_and_nothing_else(calls: list, tmp_path: Path, capsys):
+    assert run("demo", "--out", tmp_path / "demo", "epochs=2") == 0
+    assert calls == [("run_demo", (tmp_path / "demo", ["epochs=2"]), {})]
+    assert "Did you mean epochs?" in fails(capsys, "demo", "--out", tmp_path / "demo", "epohcs=2")
+
+    load_config("demo").save(tmp_path / "demo/config.yaml")
+    (tmp_path / "demo/tensorboard").mkdir()
+    (tmp_path / "demo/notes.txt").write_text("mine")
+    assert run("demo", "--out", tmp_path / "demo") == 0
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["notes.txt"]
+
+    load_config("mosi").save(tmp_path / "other/config.yaml")
+    capsys.readouterr()
+    assert "another run" in fails(capsys, "demo", "--out", tmp_path / "other")
+    assert (tmp_path / "other/config.yaml").exists() and len(calls) == 2
+
+
+def test_config(capsys):
+    assert run("config", "--preset", "mosi", "mode=faithful", "batch_size=16") == 0
+    printed = Config(**yaml.safe_load(capsys.readouterr().out))
+    assert printed == load_config("mosi", ["mode=faithful", "batch_size=16"]).resolve()
+    assert run("config", "--keys") == 0
+    assert "train.schedule.milestones" in capsys.readouterr().out
+
+
+# -- problems --
+
+
+def test_our_errors_are_one_line_and_debug_shows_more(calls: list, tmp_path: Path, capsys, monkeypatch):
+    def broken(path: Path) -> None:
+        raise DataError("row 3", "text\nmissing", "text", "Add it.")
+
+    monkeypatch.setattr(sys.modules["engine.loaders.inspect"], "inspect_path", broken)
+    assert fails(capsys, "inspect", "x") == "error: row 3: found text missing; expected text. Add it.\n"
+    with pytest.raises(DataError):
+        run("inspect", "x", "--debug")
+
+
+def test_disk_full_and_interruption(calls: list, tmp_path: Path, capsys, monkeypatch):
+    def raising(cause: BaseException):
+        def write_report(run: Path) -> None:
+            raise cause
+
+        monkeypatch.setattr(sys.modules["engine.report"], "write_report", write_report)
+
+    raising(OSError(errno.ENOSPC, "No space left on device", "report.html"))
+    assert "no space left" in fails(capsys, "report", "--run", tmp_path)
+    raising(KeyboardInterrupt())
+    assert run("report", "--run", tmp_path) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    raising(FileNotFoundError(errno.ENOENT, "a fault of ours"))
+    with pytest.raises(FileNotFoundError):
+        run("report", "--run", tmp_path)
+
+
+# -- help --
+
+
+def test_help_of_train_names_presets_and_keys(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("train", "--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name, summary in presets().items():
+        assert name in text and summary in text
+    defaults = {key: f"  {key} (" for key in COMMON_KEYS}
+    assert all(shown in text for shown in defaults.values())
+    assert "train.lr (0.001)" in text and "engine train --preset mosi --data" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(command, "--help")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: engine {command} ")
+    with pytest.raises(SystemExit):
+        run("--help")
+    assert f"\n    {command}" in capsys.readouterr().out
+
+
+def test_no_command_and_unknown_command(capsys):
+    assert "COMMAND" in fails(capsys)
+    assert "'tarin'" in fails(capsys, "tarin")
+
+
+def test_python_m_engine():
+    def command(word: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "engine", word], capture_output=True, text=True, cwd=PROJECT)
+
+    assert command("--version").stdout == f"engine {__version__}\n"
+    done = command("config")
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
