@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from engine.config import ACTIVATIONS, BOUNDS, Config
-from engine.errors import CheckpointError, ConfigError
+from engine import checkpoint
+from engine.config import ACTIVATIONS, BOUNDS, Config, load_config, text_of
+from engine.errors import CheckpointError, ConfigError, OutputError
+from engine.files import write_json
+
+if TYPE_CHECKING:
+    from engine.loaders.normalize import Normalizer
 
 MI_NAMES = ("F_T", "F_A", "F_V", "T_A", "T_V")
 CMI_NAMES = ("AC_T", "TA_C", "VC_T", "TV_C", "TC_A", "TC_V")
@@ -263,7 +272,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("task_name", str, "test", fate="unused", note="name the run's folder with --out"),
     Flag("dataset", str, "mosi_SDK", "data.dataset", choices=DATASETS, note="--data names the files"),
     Flag("normalize", _bools, "0-0-0", "data.normalize_audio data.normalize_vision", length=3,
-         note="1 is minmax, by column, fitted on train (the reference: whole splits by themselves); no effect on `*_Dec`"),
+         note="1 is minmax by column, fitted on train (the reference: by split, all columns); no effect on `*_Dec`"),
     Flag("log_scale", _bools, "0-0-0", "data.log_audio data.log_vision", length=3, note="no effect on `*_Dec`"),
     Flag("text", str, "text", "text_encoder", note="`text` is the text encoder, other names are precomputed features"),
     Flag("audio", str, "covarep", fate="unsupported", note="the features are those that the data files hold"),
@@ -485,8 +494,8 @@ def _notes(given: Mapping[str, str], read: Mapping[str, Any]) -> list[str]:
     else:
         if any(read["normalize"][1:]):
             notes.append(
-                f"--normalize {given['normalize']}: minmax, by column, fitted on the training split; the reference scales "
-                "each split by its own extremes over all columns"
+                f"--normalize {given['normalize']}: minmax by column, fitted on the training split; the reference "
+                "scales each split by its own extremes over all columns"
             )
         for name in ("normalize", "log_scale"):
             if read[name][0]:
@@ -511,10 +520,371 @@ def _notes(given: Mapping[str, str], read: Mapping[str, Any]) -> list[str]:
         notes.append("--lr_decrease plateau: the reference waits for the validation loss of a classification to RISE")
     if _text_is_encoded(read, given):
         notes.append(
-            f"text encoder: {REFERENCE_TEXT_ENCODER}, as in the reference; text_encoder=minilm is a small one that needs "
-            "no download"
+            f"text encoder: {REFERENCE_TEXT_ENCODER}, as in the reference; text_encoder=minilm is a small one that "
+            "needs no download"
         )
     silent = [f"{f.name} {f.default or 'off'}" for f in FLAGS if f.name not in given and f.fate == "mapped"]
     if silent:
         notes.append("the reference's defaults: " + ", ".join(silent))
+    return notes
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+_STATE_KEYS = ("model", "state_dict", "net", "network", "model_state_dict", "model_state")
+_BERT_BASE = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12}
+_HEAD_WIDTH = 64  # of every published BERT: its number of heads is hidden_size / 64
+
+
+def import_checkpoint(
+    path: str | Path,
+    out: str | Path,
+    command: str | None = None,
+    config: str | Path | Config | None = None,
+    text_encoder: str | None = None,
+) -> list[str]:
+    """Turn a checkpoint of the reference into a run folder that `engine evaluate` and `engine predict` take.
+
+    Sizes come from the shapes of the parameters. What shapes cannot tell (activation, mean or sum, bound, …) comes from
+    `command` or `config`, else from the reference's defaults; the notes say which. The mode is `faithful`.
+
+    Args:
+        path: a file written by `torch.save`: the reference's `best_valid_model.pth.tar`, or a state dict, raw or under
+            a usual key. It is read without running any code in it.
+        out: the run folder to write.
+        command: the command line that trained it.
+        config: our configuration (or its YAML file) to take instead of `command`.
+        text_encoder: folder or name of the text encoder's configuration and tokenizer; default: what the shapes say,
+            with the tokenizer of bert-base-uncased if they are bert-base's.
+
+    Returns:
+        Notes for the user: what was inferred, what was assumed, what is missing.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, needs code to be read, or is not of the published model; or it
+            contradicts `command` or `config`.
+        ConfigError: both `command` and `config`, or a problem in one of them.
+        OutputError: `out` holds another run or cannot be written.
+    """
+    from engine.model.mimrl import build_model
+    from engine.model.text_encoder import text_encoder_from_config
+    from engine.objective import mimrl_objective
+
+    path, out = Path(path), Path(out)
+    if command is not None and config is not None:
+        raise ConfigError("engine import", "both a command and a config", "one of them", "Leave one out.")
+    if (out / "config.yaml").exists():
+        raise OutputError(str(out), "another run", "an empty or new folder", "Choose another --out.")
+    state, epoch = _read_reference(path)
+    model_state, objective_state, unused = split_reference_state(state, str(path))
+    for name in [name for name in model_state if name.startswith("text_encoder.model.pooler.")]:
+        unused.append(engine_to_reference(name))
+        del model_state[name]
+
+    notes: list[str] = []
+    if command is not None:
+        settings, command_notes = import_command(command)
+        notes += command_notes
+        source = "the command"
+    elif config is not None:
+        settings = config.model_copy(deep=True) if isinstance(config, Config) else load_config(config)
+        source = "the config"
+    else:
+        settings, _ = import_command("")
+        source = None
+    shapes = _Shapes(str(path), model_state, objective_state)
+    inferred = shapes.settings(settings)
+    settings = _reconcile(str(path), settings, inferred, source)
+    description = _text_description(str(path), shapes, text_encoder, notes)
+    settings = settings.model_copy(update={"text_encoder": _tokenizer(shapes, text_encoder, out, notes)})
+
+    resolved = settings.resolve()
+    model = build_model(resolved, shapes.audio_dim, shapes.vision_dim, text_encoder_from_config(description))
+    checkpoint.load_into(model, model_state, f"{path}: model")
+    objective = mimrl_objective(resolved.objective, model.fused_dim, resolved.model.d_common)
+    if objective_state:
+        checkpoint.load_into(objective, objective_state, f"{path}: estimators")
+    else:
+        notes.append("estimators: none in the checkpoint; the run's are untrained")
+    notes += _import_notes(settings, inferred, source, unused, path, epoch)
+
+    write_json(out / "text_encoder" / "config.json", description)
+    checkpoint.save(
+        out / "best.safetensors",
+        {"model": model.state_dict(), "objective": objective.state_dict()},
+        {
+            "epoch": epoch,
+            "audio_dim": shapes.audio_dim,
+            "vision_dim": shapes.vision_dim,
+            "text_encoder": description,
+            "imported_from": path.name,
+        },
+    )
+    _no_normalizer(shapes).save(out / "normalizer.safetensors")
+    settings.save(out / "config.yaml")
+    return notes
+
+
+def _no_normalizer(shapes: _Shapes) -> Normalizer:
+    """The reference normalises before training or not at all, and its checkpoints hold no statistics."""
+    from engine.loaders.normalize import ColumnNormalizer, Normalizer
+
+    return Normalizer(*(ColumnNormalizer.fit(np.zeros((1, d)), "none") for d in (shapes.audio_dim, shapes.vision_dim)))
+
+
+def _read_reference(path: Path) -> tuple[dict[str, Tensor], int | None]:
+    """The state dict in a file of `torch.save`, and the epoch beside it."""
+    if not path.is_file():
+        raise CheckpointError(
+            str(path), "no such file", "a file written by torch.save", "Name a .pth.tar file of the reference."
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as cause:
+        raise CheckpointError(
+            str(path), cause.strerror or str(cause), "a readable file", "Check the file and its permissions."
+        ) from None
+    except Exception as cause:  # UnpicklingError, RuntimeError, EOFError, KeyError, …, by the kind of damage
+        code = re.search(r"GLOBAL (\S+)", str(cause))
+        if code:
+            raise CheckpointError(
+                str(path),
+                f"a pickle that runs code when read ({code[1]})",
+                "tensors and plain values only",
+                "Save model.state_dict() with the code that trained it, and import that.",
+            ) from None
+        raise CheckpointError(
+            str(path),
+            f"a file that torch.load cannot read ({type(cause).__name__})",
+            "a complete file written by torch.save",
+            "It is damaged or of another kind: copy it again.",
+        ) from None
+    epoch = content.get("epoch") if isinstance(content, dict) else None
+    state = content
+    if isinstance(content, dict) and not _is_state(content):
+        state = next((content[key] for key in _STATE_KEYS if _is_state(content.get(key))), None)
+    if not _is_state(state):
+        inside = (
+            f"a dict of {', '.join(map(str, list(content)[:5]))}"
+            if isinstance(content, dict)
+            else type(content).__name__
+        )
+        raise CheckpointError(
+            str(path),
+            inside,
+            f"a state dict, raw or under {', '.join(_STATE_KEYS)}",
+            "Save model.state_dict() with the code that trained it, and import that.",
+        )
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return state, epoch if isinstance(epoch, int) else None
+
+
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
+
+
+class _Shapes:
+    """What the shapes of the parameters tell about the model."""
+
+    def __init__(self, where: str, model: Mapping[str, Tensor], objective: Mapping[str, Tensor]):
+        self.where, self.model, self.objective = where, model, objective
+        self.d_common, self.text_dim = self["text_projection.weight"]
+        self.encoder, self.audio_dim = self._sequence("audio_encoder")
+        _, self.vision_dim = self._sequence("vision_encoder")
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        tensor = self.model.get(name, self.objective.get(name))
+        if tensor is None:
+            raise CheckpointError(
+                self.where,
+                f"no parameter {engine_to_reference(name)}",
+                "every parameter of the published MIMRL model",
+                "Import a checkpoint of the whole model.",
+            )
+        return tuple(tensor.shape)
+
+    def _sequence(self, name: str) -> tuple[str, int]:
+        if f"{name}.conv.weight" in self.model:
+            return "conv", self[f"{name}.conv.weight"][1]
+        gates, width = self[f"{name}.rnn.weight_ih_l0"]
+        return ("gru" if gates == 3 * self.d_common else "lstm"), width
+
+    def settings(self, assumed: Config) -> dict[str, Any]:
+        """{our key: value} of everything that shapes determine; where they leave a choice, `assumed` makes it."""
+        found: dict[str, Any] = {"model.d_common": self.d_common, "model.encoder": self.encoder}
+        found |= self._cubemlp()
+        found |= self._compose(found["model.cubemlp.d_outs"][-1], assumed)
+        last = max(int(name.split(".")[2]) for name in self.model if name.startswith("head.layers."))
+        found["model.num_class"] = self[f"head.layers.{last}.weight"][0]
+        found["model.task"] = "regression" if found["model.num_class"] == 1 else "classification"
+        if self.objective:
+            separate = "estimators.F_T.critic.g.0.weight" in self.objective
+            found["objective.critic"] = "separate" if separate else "concat"
+            found["objective.hidden"] = self[f"estimators.F_T.critic.{'g' if separate else 'f'}.0.weight"][0]
+            if separate:
+                found["objective.embed"] = self["estimators.F_T.critic.g.6.weight"][0]
+            if "estimators.F_T.baseline.mlp.0.weight" in self.objective:
+                found["objective.baseline"] = "unnormalized"
+            elif assumed.objective.baseline == "unnormalized":
+                found["objective.baseline"] = "constant"
+        return found
+
+    def _cubemlp(self) -> dict[str, Any]:
+        blocks = 1 + max((int(n.split(".")[2]) for n in self.model if n.startswith("fusion.blocks.")), default=0)
+        axes = tuple(_AXIS.values())
+        d_hiddens, d_outs, d_ins, projected, norms = [], [], [], [], []
+        for i in range(blocks):
+            block = [f"fusion.blocks.{i}.{axis}" for axis in axes]
+            d_ins.append(tuple(self[f"{b}.fc1.weight"][1] for b in block))
+            d_hiddens.append(tuple(self[f"{b}.fc1.weight"][0] for b in block))
+            d_outs.append(tuple(self[f"{b}.fc2.weight"][0] for b in block))
+            norms.append(tuple(self[f"{b}.norm.weight"][0] for b in block))
+            projected.append(f"{block[0]}.residual.weight" in self.model)
+        found = {
+            "data.time_len": d_ins[0][0],
+            "model.cubemlp.d_hiddens": d_hiddens,
+            "model.cubemlp.d_outs": d_outs,
+            "model.cubemlp.res_project": projected,
+            "model.cubemlp.bias": "fusion.blocks.0.time.fc1.bias" in self.model,
+        }
+        if d_ins != d_outs:  # where no axis changes its length, both places of the LayerNorm have the same size
+            found["model.cubemlp.ln_first"] = norms == d_ins
+        return found
+
+    def _compose(self, cube: tuple[int, int, int], assumed: Config) -> dict[str, str]:
+        """cat multiplies the width of the fused feature by the length of the axis; mean and sum look alike."""
+        t, k, d = cube
+        width = self["head.layers.0.weight"][1]
+        wanted = (assumed.model.compose_t, assumed.model.compose_k)
+        fits = [
+            (how_t, how_k)
+            for how_t in ("mean", "sum", "cat")
+            for how_k in ("mean", "sum", "cat")
+            if d * (t if how_t == "cat" else 1) * (k if how_k == "cat" else 1) == width
+        ]
+        if not fits:
+            raise CheckpointError(
+                self.where,
+                f"a classifier of input width {width} after a cube of {t}-{k}-{d}",
+                f"{d}, {d * k}, {d * t} or {d * t * k}",
+                "Import a checkpoint of the published model.",
+            )
+        how_t, how_k = wanted if wanted in fits else fits[0]
+        return {"model.compose_t": how_t, "model.compose_k": how_k}
+
+    def bert(self) -> dict[str, int]:
+        """BertConfig's sizes."""
+        prefix = "text_encoder.model."
+        vocab, hidden = self[f"{prefix}embeddings.word_embeddings.weight"]
+        layers = {int(name.split(".")[4]) for name in self.model if name.startswith(f"{prefix}encoder.layer.")}
+        return {
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "num_hidden_layers": len(layers),
+            "intermediate_size": self[f"{prefix}encoder.layer.0.intermediate.dense.weight"][0],
+            "max_position_embeddings": self[f"{prefix}embeddings.position_embeddings.weight"][0],
+            "type_vocab_size": self[f"{prefix}embeddings.token_type_embeddings.weight"][0],
+        }
+
+
+def _reconcile(where: str, settings: Config, inferred: Mapping[str, Any], source: str | None) -> Config:
+    """`settings` with what the shapes say; where the user stated something else, an error."""
+    values = settings.model_dump()
+    for key, value in inferred.items():
+        *path, last = key.split(".")
+        node = values
+        for part in path:
+            node = node[part]
+        if source is not None and node[last] != value:
+            raise CheckpointError(
+                where,
+                f"{key}={text_of(value)} by the shapes of its parameters",
+                f"{text_of(node[last])}, as {source} says",
+                f"Give the command or config that trained this checkpoint, or correct {key}.",
+            )
+        node[last] = value
+    values["mode"] = "faithful"
+    values["data"] |= {"normalize_audio": "none", "normalize_vision": "none", "log_audio": False, "log_vision": False}
+    if source is None and values["model"]["task"] == "classification":
+        values["train"]["loss"] = "CE"
+    return Config(**values)
+
+
+def _text_description(where: str, shapes: _Shapes, text_encoder: str | None, notes: list[str]) -> dict[str, Any]:
+    """The text encoder's Hugging Face configuration."""
+    sizes = shapes.bert()
+    if sizes["hidden_size"] != shapes.text_dim:
+        raise CheckpointError(
+            where,
+            f"a text encoder of width {sizes['hidden_size']} before W_t of width {shapes.text_dim}",
+            "equal widths",
+            "Import a checkpoint of the whole model.",
+        )
+    if text_encoder is None:
+        from transformers import BertConfig
+
+        heads = max(1, sizes["hidden_size"] // _HEAD_WIDTH)
+        notes.append(
+            f"text encoder: BERT of {sizes['num_hidden_layers']} layers, width {sizes['hidden_size']}; ASSUMED are "
+            f"{heads} attention heads (width / {_HEAD_WIDTH}), gelu and layer_norm_eps 1e-12: name its folder with "
+            "--text-encoder to be sure"
+        )
+        return json.loads(BertConfig(**sizes, num_attention_heads=heads).to_json_string(use_diff=False))
+    from transformers import AutoConfig
+
+    from engine.model.text_encoder import load_pretrained
+
+    given = load_pretrained(AutoConfig, text_encoder)
+    for key, size in sizes.items():
+        if getattr(given, key, size) != size:
+            raise CheckpointError(
+                where,
+                f"a text encoder with {key} {size}",
+                f"{getattr(given, key)}, as in {text_encoder}",
+                "Name the text encoder that the checkpoint was trained with.",
+            )
+    return json.loads(given.to_json_string())
+
+
+def _tokenizer(shapes: _Shapes, text_encoder: str | None, out: Path, notes: list[str]) -> str:
+    """The value of our setting `text_encoder`, which names the tokenizer."""
+    if text_encoder is not None:
+        return text_encoder
+    if _BERT_BASE.items() <= shapes.bert().items():
+        notes.append(f"tokenizer: {REFERENCE_TEXT_ENCODER}, whose sizes the text encoder has")
+        return REFERENCE_TEXT_ENCODER
+    folder = out / "text_encoder"
+    notes.append(f"tokenizer: unknown; put its files into {folder}, or set text_encoder in config.yaml")
+    return str(folder)
+
+
+def _import_notes(
+    settings: Config, inferred: Mapping[str, Any], source: str | None, unused: list[str], path: Path, epoch: int | None
+) -> list[str]:
+    notes = ["from the shapes: " + ", ".join(f"{key}={text_of(value)}" for key, value in inferred.items())]
+    assumed = {
+        "model.cubemlp.activate": settings.model.cubemlp.activate,
+        "model.cubemlp.ln_first": settings.model.cubemlp.ln_first,
+        "objective.bound": settings.objective.bound,
+        "objective.baseline": settings.objective.baseline,
+        "objective.k_neighbor": settings.objective.k_neighbor,
+        "objective.cmi_last_activate": settings.objective.cmi_last_activate,
+    }
+    told = ", ".join(f"{key}={text_of(value)}" for key, value in assumed.items() if key not in inferred)
+    notes.append(f"from {source}: {told}" if source else f"ASSUMED, for want of a command or config: {told}")
+    notes.append(
+        "normalisation: none, for a checkpoint holds no statistics (the reference has none for `*_Dec` data); "
+        "give data scaled as in training"
+    )
+    if unused:
+        notes.append("not used: " + ", ".join(unused))
+    if epoch is not None and path.name.startswith("best_"):
+        notes.append(
+            f"{path.name}: the reference keeps references to its parameters, not copies, so its `best` files hold the "
+            "weights of the LAST epoch of the run: evaluate before comparing with its log"
+        )
     return notes
