@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from engine.loaders.store import (
     SplitData,
     StoreData,
     cache_places,
+    describe_tokenizer,
     fingerprint,
     is_store,
     is_writable,
@@ -32,8 +33,6 @@ from engine.loaders.store import (
     write_store,
 )
 from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
-
-MAX_TOKENS = 512
 
 
 class DataWarning(UserWarning):
@@ -63,13 +62,10 @@ class DataReport:
         out = []
         for modality in ("audio", "vision", "text"):
             gone = {s: m[modality] for s, m in self.missing.items() if m.get(modality)}
-            if gone:
-                out.append(
-                    f"{sum(gone.values())} samples without {modality} ({_listed(gone)}): a missing modality, kept as one zero frame"
-                    if modality != "text"
-                    else f"{sum(gone.values())} samples with an empty text ({_listed(gone)})"
-                )
             bad = {s: m[modality] for s, m in self.nonfinite.items() if m.get(modality)}
+            if gone:
+                kept = "an empty text" if modality == "text" else "one zero frame"
+                out.append(f"{sum(gone.values())} samples without {modality}, kept as {kept} ({_listed(gone)})")
             if bad:
                 out.append(f"{sum(bad.values())} NaN or infinite {modality} values replaced by 0 ({_listed(bad)})")
         return out + self.notes
@@ -88,13 +84,13 @@ class Split:
         tokens: ragged int32 or None; features: ragged float32 or None.
     """
 
-    def __init__(self, data: SplitData, normalizer: Normalizer, tokens: Ragged | None):
+    def __init__(self, data: SplitData, normalizer: Normalizer, tokenised: bool):
         self._data, self._normalizer = data, normalizer
         self.ids = data.ids
         self.text = data.text if data.text is not None else [""] * len(data)
         self.label = torch.from_numpy(np.array(data.label, np.float32))
-        self.tokens = tokens
-        self.features = data.features if tokens is None else None
+        self.tokens = data.tokens if tokenised else None
+        self.features = None if tokenised else data.features
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -232,20 +228,22 @@ class Dataset:
         self.normalizer = normalizer or Normalizer.fit(train, config)
         self.pad_id = tokenizer.pad_id if tokenizer else 0
         self.closing_id = tokenizer.closing_id if tokenizer else -1
-        self.splits: dict[str, Split] = {}
-        for name, split in data.splits.items():
-            tokens = None
-            if tokenizer is not None:
-                known = (meta.get("tokenizer") or {}).get("fingerprint") == tokenizer.fingerprint
-                tokens = split.tokens if known and split.tokens is not None else tokenizer.encode(split.text or [])
-            self.splits[name] = Split(split, self.normalizer, tokens)
+        if tokenizer is not None:
+            data = tokenised(data, tokenizer)
+        self.splits = {
+            name: Split(split, self.normalizer, tokenizer is not None) for name, split in data.splits.items()
+        }
         self.audio_dim, self.vision_dim = train.audio.dim, train.vision.dim
         self.text_dim = train.features.dim if tokenizer is None and train.features is not None else 0
         counts = meta["counts"]
         self.report = DataReport(
-            meta["format"], meta["source"], meta["length_rule"],
-            {s: c["nonfinite"] for s, c in counts.items()}, {s: c["missing"] for s, c in counts.items()}, list(meta["notes"]),
-        )  # fmt: skip
+            meta["format"],
+            meta["source"],
+            meta["length_rule"],
+            {name: c["nonfinite"] for name, c in counts.items()},
+            {name: c["missing"] for name, c in counts.items()},
+            list(meta["notes"]),
+        )
 
     def loader(
         self,
@@ -275,27 +273,31 @@ class Dataset:
         )
 
 
-def _rule(data: DataConfig) -> LengthRule:
-    return "recorded" if data.length_rule == "auto" else data.length_rule
-
-
 def load_prepared(
-    path: str | Path, rule: LengthRule, tokenizer: Tokenizer | None, expected: str | None = None, cache: bool = True
+    path: str | Path,
+    rule: LengthRule | Literal["auto"],
+    tokenizer: Tokenizer | None,
+    expected: str | None = None,
+    cache: bool = True,
 ) -> StoreData:
-    """The content of `path`, read from a store: `path` itself, or one made on first use.
+    """The content of `path`: of the store it names, or of the store made from it on first use.
+
+    Args:
+        rule: how padding is told from frames; auto is `recorded`. A store keeps the rule it was made with.
+        tokenizer: None asks for precomputed text features.
+        expected: name of the format that the user says it is.
+        cache: False reads foreign files without keeping a store.
 
     Raises:
         DataError: anything that keeps the data from being used.
     """
     if is_store(path):
         return open_store(path)
+    rule = "recorded" if rule == "auto" else rule
     source = formats.find_source(path)
     mark = fingerprint(source, sorted(next(iter(source.files.values())).parent.glob("*.csv")))
-    places = (
-        cache_places(source, {"length_rule": rule, "features": tokenizer is None, "expected": expected})
-        if cache
-        else []
-    )
+    settings = {"length_rule": rule, "features": tokenizer is None, "expected": expected}
+    places = cache_places(source, settings) if cache else []
     for place in places:
         if place.is_file():
             try:
@@ -311,9 +313,36 @@ def load_prepared(
         return data
     try:
         return open_store(write_store(place, data))
-    except DataError as problem:
-        data.meta["notes"].append(f"not cached: {problem}")
+    except DataError as problem:  # the disk is full, say: training can go on from memory
+        data.meta["notes"].append(f"the converted data could not be kept for the next run ({problem.found})")
         return data
+
+
+def require_text(data: StoreData, tokenizer: Tokenizer | None, where: str, text_encoder: str) -> None:
+    """Raise DataError unless every split has what the text encoder needs: transcripts, or precomputed features."""
+    for name, split in data.splits.items():
+        if tokenizer is None and split.features is None:
+            raise DataError(
+                f"{where}, {name}",
+                "no precomputed text features",
+                "them, as text_encoder=features says",
+                "Name a text encoder.",
+            )
+        if tokenizer is not None and split.text is None:
+            raise DataError(
+                f"{where}, {name}",
+                "no texts",
+                f"transcripts for the text encoder {text_encoder}",
+                "Use text_encoder=features.",
+            )
+
+
+def tokenised(data: StoreData, tokenizer: Tokenizer) -> StoreData:
+    """The same data with the tokens of `tokenizer`; made anew only where they are another tokeniser's."""
+    if (data.meta.get("tokenizer") or {}).get("fingerprint") == tokenizer.fingerprint:
+        return data
+    splits = {n: replace(s, tokens=tokenizer.encode(s.text or [])) for n, s in data.splits.items()}
+    return StoreData({**data.meta, "tokenizer": describe_tokenizer(tokenizer)}, splits)
 
 
 def open_dataset(
@@ -325,8 +354,8 @@ def open_dataset(
 ) -> Dataset:
     """Open a data set for training or evaluation.
 
-    Foreign formats are converted on first use; the store is kept beside the source, or in the user's cache folder where that
-    cannot be written to.
+    Foreign formats are converted on first use; the store is kept beside the source, or in the user's cache folder where
+    that cannot be written to. What was replaced or is missing is told once, as DataWarning.
 
     Args:
         path: a file or folder of any format, or a store.
@@ -339,28 +368,14 @@ def open_dataset(
         DataError: anything that keeps the data from being used.
     """
     tokenizer = None if text_encoder == PRECOMPUTED else load_tokenizer(text_encoder)
-    content = load_prepared(path, _rule(data), tokenizer, expected)
-    for name, split in content.splits.items():
-        if tokenizer is None and split.features is None:
-            raise DataError(
-                f"{path}, {name}",
-                "no precomputed text features",
-                "them, as text_encoder=features says",
-                "Name a text encoder.",
-            )
-        if tokenizer is not None and split.text is None:
-            raise DataError(
-                f"{path}, {name}",
-                "no texts",
-                f"transcripts for the text encoder {text_encoder}",
-                "Use text_encoder=features.",
-            )
+    content = load_prepared(path, data.length_rule, tokenizer, expected)
+    require_text(content, tokenizer, str(path), text_encoder)
     dataset = Dataset(content, data, tokenizer, normalizer)
+    made = content.meta["length_rule"]
+    if made != data.length_rule and data.length_rule != "auto":
+        dataset.report.notes.append(
+            f"the store was made by length rule {made}, not {data.length_rule}: convert the original files again"
+        )
     for line in dataset.report.lines():
         warnings.warn(f"{path}: {line}", DataWarning, stacklevel=2)
     return dataset
-
-
-def summary(meta: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a store's metadata that are worth saving with a run."""
-    return {k: meta[k] for k in ("format", "source", "fingerprint", "length_rule", "counts", "notes")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -102,7 +103,7 @@ class ColumnNormalizer:
         return out
 
 
-def _present(values: np.ndarray):  # noqa: ANN202
+def _present(values: np.ndarray) -> Iterator[np.ndarray]:
     """Blocks of the frames that are not all zero, as float64."""
     for start in range(0, len(values), BLOCK):
         block = np.asarray(values[start : start + BLOCK], np.float64)

@@ -148,9 +148,10 @@ def from_padded(
     Args:
         padded: [N, L, d], any real dtype.
         side: where the padding is.
-        rule: `recorded` uses `lengths` where given, else `all_zero`; `all_zero` takes frames of zeros at the padded side for
-            padding (zero frames inside are kept); `sum_zero` is the reference's rule: the length is L minus the number of
-            frames whose features sum to 0, wherever they are, so a zero frame inside drops a real one at the padded side.
+        rule: `recorded` uses `lengths` where given, else `all_zero`; `all_zero` takes frames of zeros at the padded
+            side for padding (zero frames inside are kept); `sum_zero` is the reference's rule: the length is L minus
+            the number of frames whose features sum to 0, wherever they are, so that a zero frame inside drops a real
+            one at the padded side.
         lengths: int [N] or None.
 
     Raises:

@@ -1,9 +1,9 @@
 """Reading other people's pickles without running them.
 
-A pickle is a program. This reader allows it to build numpy arrays, numbers, text and plain containers, and nothing else: every
-name it asks for must be on `ALLOWED`, and what it gets under that name is a stand-in of ours, never the real callable.
-Large array payloads are not copied into memory: they become read-only views of the memory-mapped file, so that opening a
-12 GB file costs what is later touched, not 12 GB.
+A pickle is a program. This reader allows it to build numpy arrays, numbers, text and plain containers, and nothing
+else: every name it asks for must be on `ALLOWED`, and what it gets under that name is a stand-in of ours, never the
+real callable. Large array payloads are not copied into memory: they become read-only views of the memory-mapped file,
+so that opening a 12 GB file costs what is later touched, not 12 GB.
 """
 
 import io
@@ -284,7 +284,7 @@ def _settle(value: Any, done: dict[int, Any], keep: list, depth: int = 0) -> Any
     elif kind is tuple:
         done[id(value)] = tuple(_settle(item, done, keep, depth + 1) for item in value)
     else:
-        flat = value if kind is list else value.reshape(-1)
+        flat = value if kind is list else value.reshape(-1, order="A")
         for i, item in enumerate(flat):
             flat[i] = _settle(item, done, keep, depth + 1)
     return done[id(value)]

@@ -1,15 +1,22 @@
 """One ragged, memory-mapped store for every format: a safetensors file.
 
-Tensors, for each split S: `S/label` float32 [N, 1]; `S/audio/values` float32 [total, d] and `S/audio/offsets` int64 [N + 1], the same for
-vision; `S/tokens/values` int32 [total] and offsets (special tokens included, not cut); `S/ids/values` and `S/text/values` uint8 (UTF-8) and
-offsets; `S/features/...` only where precomputed text features were asked for. The metadata entry `engine_store` is a JSON object: version,
-source format and fingerprint, length rule, tokeniser, what was cleaned, and a sha256 of every tensor.
+Tensors, for each split S:
+
+- `S/label` float32 [N, 1];
+- `S/audio/values` float32 [total, d] and `S/audio/offsets` int64 [N + 1]; the same for vision;
+- `S/tokens/values` int32 [total] and offsets: special tokens included, not cut;
+- `S/ids/values` and `S/text/values` uint8 (UTF-8) and offsets;
+- `S/features/values` float32 [total, d_t] and offsets, only where precomputed text features were asked for.
+
+The metadata entry `engine_store` is a JSON object: version, source format and fingerprint, length rule, tokeniser, what
+was cleaned, and a sha256 of every tensor.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -123,7 +130,7 @@ def prepare(source: Source, raw: RawDataset, rule: LengthRule, tokenizer: Tokeni
         "source": source.path.name,
         "fingerprint": mark,
         "length_rule": rule,
-        "tokenizer": _describe(tokenizer),
+        "tokenizer": describe_tokenizer(tokenizer),
         "dtypes": raw.dtypes,
         "counts": counts,
         "notes": raw.notes,
@@ -131,7 +138,8 @@ def prepare(source: Source, raw: RawDataset, rule: LengthRule, tokenizer: Tokeni
     return StoreData(meta, splits)
 
 
-def _describe(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
+def describe_tokenizer(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
+    """What a store records of the tokeniser that made its tokens."""
     if tokenizer is None:
         return None
     return {
@@ -344,8 +352,6 @@ def verify_store(path: str | Path) -> list[str]:
 
 def cache_places(source: Source, settings: dict[str, Any]) -> list[Path]:
     """Where a store made on first use may lie: beside the source, else in the user's cache folder."""
-    import os
-
     key = hashlib.sha256(json.dumps({**settings, "version": VERSION}, sort_keys=True).encode()).hexdigest()[:8]
     first = next(iter(source.files.values())).absolute()
     stem = first.stem if "" in source.files else source.path.absolute().stem

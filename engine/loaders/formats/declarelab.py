@@ -1,14 +1,15 @@
 """MulT's no-align pickles as DeclareLab's projects and the reference use them, with their label CSV.
 
-Layout: `d[split] = {vision [N, Lv, dv], audio [N, La, da], text [N, 50, 300], labels [N, 1, 1] or [N, 1, 7], id [N, 1..3]}`, padded with
-zeros on the LEFT. Transcripts are in a CSV beside it (video_id, clip_id, text, label, ...).
-MOSI ids are `<video>_<clip>`; MOSEI ids are rows (video, start, end), which the CSV does not have.
+Layout: `d[split] = {vision [N, Lv, dv], audio [N, La, da], text [N, 50, 300], labels [N, 1, 1 or 7], id [N, 1 to 3]}`,
+padded with zeros on the LEFT. Transcripts are in a CSV beside it (video_id, clip_id, text, label, in any order).
+MOSI ids are `<video>_<clip>`; MOSEI ids are rows (video, start, end), which the CSV need not have.
 """
 
 from __future__ import annotations
 
 import csv
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,18 +32,52 @@ from engine.loaders.ragged import LengthRule, from_padded
 
 TITLE = "DeclareLab/MulT no-align"
 KEYS = ("vision", "audio", "text", "labels", "id")
-MMSA_HINTS = ("regression_labels", "raw_text", "text_bert", "classification_labels", "audio_lengths", "vision_lengths")
+MMSA_HINTS = (
+    "regression_labels",
+    "raw_text",
+    "text_bert",
+    "classification_labels",
+    "annotations",
+    "audio_lengths",
+    "vision_lengths",
+)
 LABEL_TOLERANCE = 0.05  # CSVs round labels to one decimal; two different MOSI or MOSEI labels are further apart
 
 
 @dataclass
 class _Row:
+    """A row of the label CSV."""
+
     line: int
     video: str
     clip: str
     text: str
     label: float
     mode: str
+
+
+@dataclass
+class _Sample:
+    """A row of the pickle. `cells` are the non-empty columns of its id."""
+
+    where: str
+    cells: list[str]
+    label: float
+
+    @property
+    def name(self) -> str:
+        return "_".join(self.cells)
+
+    @property
+    def clip(self) -> tuple[str, str]:
+        """(video, clip) as MOSI's first column has them; video ids may hold underscores too."""
+        video, _, clip = self.cells[0].rpartition("_")
+        return video, clip
+
+    @property
+    def start(self) -> tuple[str, str]:
+        """(video, start) as in MOSEI's rows."""
+        return self.cells[0], _number(self.cells[1]) if len(self.cells) > 1 else ""
 
 
 class DeclareLab:
@@ -60,26 +95,28 @@ class DeclareLab:
         splits = source.split_dict() or {}
         where = str(source.path)
         check_splits(where, splits)
-        for name in SPLITS:
-            check_keys(f"{where}, {name}", splits[name], [k for k in KEYS if k != "text" or features], KEYS, TITLE)
-        names = {s: sample_ids(splits[s]["id"], f"{where}, {s}/id") for s in SPLITS}
-        label = {
-            s: read_labels(splits[s]["labels"], len(names[s]), f"{where}, {s}/labels", [n[0] for n in names[s]])
-            for s in SPLITS
-        }
-        data = RawDataset(self.name, {})
-        text = None if features else _join(source, names, label, data.notes)
+        required = KEYS if features else [k for k in KEYS if k != "text"]
+        samples: dict[str, list[_Sample]] = {}
         for s in SPLITS:
-            split, ids = splits.pop(s), [n[0] for n in names[s]]
+            check_keys(f"{where}, {s}", splits[s], required, KEYS, TITLE)
+            samples[s] = _samples(splits[s], f"{where}, {s}")
+        every = [x for s in SPLITS for x in samples[s]]
+        # MOSI's first column is a whole id, MOSEI's names only the video
+        whole = len({x.cells[0] for x in every}) == len(every) or all(len(x.cells) == 1 for x in every)
+        data = RawDataset(self.name, {})
+        text = None if features else _join(source, samples, data.notes)
+        for s in SPLITS:
+            split = splits.pop(s)
             data.dtypes.update({m: str(getattr(split[m], "dtype", "")) for m in ("audio", "vision")})
-            glove = split.pop("text", None)
+            ids = [x.cells[0] if whole else x.name for x in samples[s]]
+            embedded = split.pop("text", None)
             data.splits[s] = RawSplit(
                 ids,
                 text[s] if text else None,
-                label[s],
+                np.array([[x.label] for x in samples[s]], np.float32),
                 from_padded(split.pop("audio"), "left", rule, None, ids, f"{where}, {s}/audio"),
                 from_padded(split.pop("vision"), "left", rule, None, ids, f"{where}, {s}/vision"),
-                from_padded(glove, "left", "all_zero", None, ids, f"{where}, {s}/text") if features else None,
+                from_padded(embedded, "left", "all_zero", None, ids, f"{where}, {s}/text") if features else None,
             )
         return data
 
@@ -90,48 +127,40 @@ def looks_like_mmsa(split: dict) -> bool:
     return any(difflib.get_close_matches(k, keys, 1, 0.85) for k in MMSA_HINTS)
 
 
-def sample_ids(values: Any, where: str) -> list[tuple[str, str, str]]:
-    """(id, video, clip) of every row; clip is "" where ids are (video, start, end)."""
-    count = check_rows(where, values, TITLE)
-    out = []
+def _samples(split: dict[str, Any], where: str) -> list[_Sample]:
+    values = split["id"]
+    count = check_rows(f"{where}/id", values, TITLE)
+    cells = []
     for row in range(count):
         value = values[row]
-        cells = [
-            to_text(c)
-            for c in (
-                value.reshape(-1)
-                if isinstance(value, np.ndarray)
-                else [value]
-                if isinstance(value, (str, bytes))
-                else value
-            )
-        ]
-        cells = [c for c in cells if c]
-        if not cells:
+        parts = (
+            [value] if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__") else np.ravel(value).tolist()
+        )
+        cells.append([c for c in map(to_text, parts) if c])
+        if not cells[-1]:
             raise DataError(
-                f"{where}, row {row}", "an empty id", "video_clip or (video, start, end)", "Give every sample an id."
+                f"{where}/id, row {row}", "an empty id", "video_clip or (video, start, end)", "Give every sample an id."
             )
-        if len(cells) == 1:
-            video, _, clip = cells[0].rpartition("_")
-            out.append((cells[0], video, clip))
-        else:
-            out.append(("_".join(cells), cells[0], ""))
-    return out
+    label = read_labels(split["labels"], count, f"{where}/labels", [c[0] for c in cells])
+    return [_Sample(f"{where}, row {i}", c, float(label[i, 0])) for i, c in enumerate(cells)]
 
 
 def find_csv(source: Source) -> Path:
-    """The label CSV beside the pickle: the one with a video_id and a text column; of several, the one named most like it."""
-    folder = source.path if source.path.is_dir() else source.path.parent
-    tables = [p for p in sorted(folder.glob("*.csv")) if {"video_id", "text"} <= set(_header(p))]
+    """The label CSV beside the pickle: one with columns video_id and text; of several, the one named most like it.
+
+    Raises:
+        DataError: there is none.
+    """
+    file = next(iter(source.files.values()))
+    tables = [p for p in sorted(file.parent.glob("*.csv")) if {"video_id", "text"} <= set(_header(p))]
     if not tables:
         raise DataError(
             str(source.path),
-            f"no label CSV in {folder}",
-            "a CSV with columns video_id, clip_id, text, label",
-            "Put it beside the pickle: the texts are in it.",
+            f"no label CSV in {file.parent}",
+            "a CSV with columns video_id, clip_id, text, label beside the pickle, which has no transcripts",
+            "Put it there, or use text_encoder=features.",
         )
-    stem = next(iter(source.files.values())).stem.lower()
-    return max(tables, key=lambda p: difflib.SequenceMatcher(None, p.stem.lower(), stem).ratio())
+    return max(tables, key=lambda p: difflib.SequenceMatcher(None, p.stem.lower(), file.stem.lower()).ratio())
 
 
 def _header(path: Path) -> list[str]:
@@ -142,8 +171,7 @@ def _header(path: Path) -> list[str]:
         return []
 
 
-def read_csv(path: Path) -> list[_Row]:
-    """The rows of a label CSV, whatever the order of its columns."""
+def _read_csv(path: Path) -> list[_Row]:
     columns = _header(path)
     for need in ("video_id", "clip_id", "text", "label"):
         if need not in columns:
@@ -153,123 +181,105 @@ def read_csv(path: Path) -> list[_Row]:
     rows = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            reader.fieldnames = columns if next(reader.reader, None) is not None else columns
+            next(file)
+            reader = csv.DictReader(file, columns, restval="")
             for row in reader:
+                where = f"{path}, line {reader.line_num + 1}"
                 try:
                     label = float(row["label"])
-                except (TypeError, ValueError):
-                    raise DataError(
-                        f"{path}, line {reader.line_num}", f"label {row['label']!r}", "a number", "Mend the row."
-                    ) from None
-                rows.append(
-                    _Row(
-                        reader.line_num,
-                        row["video_id"].strip(),
-                        (row["clip_id"] or "").strip(),
-                        row["text"] or "",
-                        label,
-                        row.get("mode") or "",
-                    )
-                )
+                except ValueError:
+                    raise DataError(where, f"label {row['label']!r}", "a number", "Mend the row.") from None
+                video, clip = row["video_id"].strip(), row["clip_id"].strip()
+                rows.append(_Row(reader.line_num + 1, video, clip, row["text"], label, row.get("mode", "")))
     except UnicodeDecodeError as cause:
-        raise DataError(
-            str(path), f"bytes that are not UTF-8 at {cause.start}", "UTF-8 text", "Save the CSV as UTF-8."
-        ) from None
+        raise DataError(str(path), f"no UTF-8 at byte {cause.start}", "UTF-8 text", "Save the CSV as UTF-8.") from None
     return rows
 
 
-def _join(
-    source: Source, names: dict[str, list[tuple[str, str, str]]], label: dict[str, np.ndarray], notes: list[str]
-) -> dict[str, list[str]]:
-    """The transcript of every sample, checked against the CSV's labels."""
+def _join(source: Source, samples: dict[str, list[_Sample]], notes: list[str]) -> dict[str, list[str]]:
+    """The transcript of every sample, by id where the CSV allows it, else by position; labels must agree."""
     path = find_csv(source)
-    rows = read_csv(path)
-    by_id: dict[tuple[str, str], _Row] = {}
+    rows = _read_csv(path)
+    every = [(s, x) for s in SPLITS for x in samples[s]]
+    clips = {(r.video, r.clip) for r in rows}
+    starts = {(r.video, _number(r.clip)) for r in rows}
+    # MOSI's ids hold a clip; MOSEI's a start, which some CSVs have as clip_id
+    if all(len(x.cells) == 1 for _, x in every) or all(x.clip in clips for _, x in every):
+        joined = _by_id(every, rows, path, lambda x: x.clip, lambda r: (r.video, r.clip))
+    elif all(x.start in starts for _, x in every):
+        joined = _by_id(every, rows, path, lambda x: x.start, lambda r: (r.video, _number(r.clip)))
+    else:
+        joined = _by_position(every, rows, path)
+    moved = 0
+    text: dict[str, list[str]] = {s: [] for s in SPLITS}
+    for (s, sample), row in zip(every, joined, strict=True):
+        if not abs(row.label - sample.label) <= LABEL_TOLERANCE:
+            raise DataError(
+                f"{path}, line {row.line} ({row.video}, {row.clip})",
+                f"label {row.label:g}",
+                f"{sample.label:g}, the label of id {sample.name} ({s}) in the pickle",
+                "Use the CSV that belongs to this pickle, in its order: texts would go to the wrong samples.",
+            )
+        moved += bool(row.mode) and row.mode != s
+        text[s].append(row.text)
+    if moved:
+        notes.append(f"{moved} samples are in another split than the column mode of {path.name} says")
+    if len(rows) > len(every):
+        notes.append(f"{len(rows) - len(every)} rows of {path.name} belong to no sample")
+    return text
+
+
+def _by_id(
+    every: list[tuple[str, _Sample]],
+    rows: list[_Row],
+    path: Path,
+    sample_key: Callable[[_Sample], tuple[str, str]],
+    row_key: Callable[[_Row], tuple[str, str]],
+) -> list[_Row]:
+    index: dict[tuple[str, str], _Row] = {}
     for row in rows:
-        if (row.video, row.clip) in by_id:
+        if row_key(row) in index:
             raise DataError(
                 f"{path}, line {row.line}",
                 f"({row.video}, {row.clip}) a second time",
                 "every (video_id, clip_id) once",
                 "Remove one of them.",
             )
-        by_id[row.video, row.clip] = row
-    if all(clip for s in SPLITS for _, _, clip in names[s]):
-        joined = {
-            s: [_lookup(by_id, n, path, f"{source.path}, {s}/id, row {i}") for i, n in enumerate(names[s])]
-            for s in SPLITS
-        }
-    else:
-        joined = _by_row(rows, names, path, source)
-    for s in SPLITS:
-        for i, row in enumerate(joined[s]):
-            ours = float(label[s][i, 0])
-            if not abs(row.label - ours) <= LABEL_TOLERANCE:
-                raise DataError(
-                    f"{path}, line {row.line} ({row.video}, {row.clip})",
-                    f"label {row.label:g}",
-                    f"{ours:g}, the label of {s} row {i} (id {names[s][i][0]}) in the pickle",
-                    "Use the CSV that belongs to this pickle, in its order: texts would go to the wrong samples.",
-                )
-    moved = sum(bool(r.mode) and r.mode != s for s in SPLITS for r in joined[s])
-    if moved:
-        notes.append(f"{moved} samples are in another split than the column mode of {path.name} says")
-    unused = len(rows) - sum(map(len, joined.values()))
-    if unused:
-        notes.append(f"{unused} rows of {path.name} belong to no sample")
-    return {s: [r.text for r in joined[s]] for s in SPLITS}
+        index[row_key(row)] = row
+    for _, sample in every:
+        if sample_key(sample) not in index:
+            video, clip = sample_key(sample)
+            raise DataError(
+                sample.where,
+                f"id {sample.name}, which {path.name} does not have",
+                f"a row with video_id {video}, clip_id {clip} in it",
+                "Use the CSV of the same data set.",
+            )
+    return [index[sample_key(sample)] for _, sample in every]
 
 
-def _lookup(by_id: dict[tuple[str, str], _Row], name: tuple[str, str, str], path: Path, where: str) -> _Row:
-    row = by_id.get(name[1:])
-    if row is None:
-        raise DataError(
-            where,
-            f"id {name[0]}, which {path.name} does not have",
-            f"({name[1]}, {name[2]}) in its columns video_id, clip_id",
-            "Use the CSV of the same data set.",
-        )
-    return row
-
-
-def _by_row(
-    rows: list[_Row], names: dict[str, list[tuple[str, str, str]]], path: Path, source: Source
-) -> dict[str, list[_Row]]:
-    """(video, start, end) ids: by (video, start) where the CSV's clip_id is the start, else by position, videos checked."""
-    by_start = {(r.video, _number(r.clip)): r for r in rows}
-    starts = {
-        s: [(video, _number(name.removeprefix(video + "_").partition("_")[0])) for name, video, _ in names[s]]
-        for s in SPLITS
-    }
-    if len(by_start) == len(rows) and all(key in by_start for s in SPLITS for key in starts[s]):
-        return {s: [by_start[key] for key in starts[s]] for s in SPLITS}
-    count = sum(map(len, names.values()))
-    if len(rows) != count:
+def _by_position(every: list[tuple[str, _Sample]], rows: list[_Row], path: Path) -> list[_Row]:
+    if len(rows) != len(every):
         raise DataError(
             str(path),
             f"{len(rows)} rows",
-            f"{count}, one for each sample of {source.path.name} in train, valid, test order",
+            f"{len(every)}, one a sample of train, valid and test, in this order",
             "Use the CSV that belongs to this pickle.",
         )
-    out: dict[str, list[_Row]] = {}
-    at = 0
-    for s in SPLITS:
-        out[s] = rows[at : at + len(names[s])]
-        at += len(names[s])
-        for i, (row, name) in enumerate(zip(out[s], names[s], strict=True)):
-            if row.video != name[1]:
-                raise DataError(
-                    f"{path}, line {row.line}",
-                    f"video {row.video}",
-                    f"{name[1]}, the video of {s} row {i} (id {name[0]})",
-                    "Use a CSV in train, valid, test order of the pickle.",
-                )
-    return out
+    for row, (s, sample) in zip(rows, every, strict=True):
+        if row.video != sample.cells[0]:
+            raise DataError(
+                f"{path}, line {row.line}",
+                f"video {row.video}",
+                f"{sample.cells[0]}, the video of id {sample.name} ({s}) at this position of the pickle",
+                "Use the CSV that belongs to this pickle, in train, valid, test order.",
+            )
+    return rows
 
 
-def _number(text: str) -> float | str:
+def _number(text: str) -> str:
+    """One spelling for 1.0, 1.00 and 1."""
     try:
-        return round(float(text), 3)
+        return f"{float(text):.3f}"
     except ValueError:
         return text

@@ -1,8 +1,9 @@
 """MMSA and MMSA-FET pickles: aligned_50, unaligned_50, SIMS unaligned_39.
 
-Layout: `d[split] = {raw_text (N,), id (N,) 'video$_$clip', audio [N, La, da], vision [N, Lv, dv], regression_labels (N,), ...}`, padded with
-zeros on the RIGHT; unaligned files record lengths, which are not exact: frames after the recorded length are dropped.
-`text` holds precomputed features [N, Lt, d_t], `text_bert` [N, 3, Lt] token ids, mask and types.
+Layout: `d[split] = {raw_text (N,), id (N,), audio [N, La, da], vision [N, Lv, dv], regression_labels (N,)}` and
+optional keys; ids are `video$_$clip`; padded with zeros on the RIGHT. Unaligned files record lengths, which are not
+exact: frames after the recorded length are dropped. `text` holds precomputed features [N, Lt, d_t], `text_bert`
+[N, 3, Lt] token ids, mask and types.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from engine.loaders.ragged import LengthRule, from_padded
 TITLE = "MMSA"
 REQUIRED = ("id", "audio", "vision", "regression_labels")
 OPTIONAL = (
-    "raw_text", "text", "text_bert", "classification_labels", "annotations", "audio_lengths", "vision_lengths", "text_lengths",
+    "raw_text", "text", "text_bert", "classification_labels", "annotations",
+    "audio_lengths", "vision_lengths", "text_lengths",
     "regression_labels_T", "regression_labels_A", "regression_labels_V",
     "classification_labels_T", "classification_labels_A", "classification_labels_V",
 )  # fmt: skip
@@ -87,7 +89,7 @@ class MMSA:
 
 
 def _lengths(split: dict[str, Any], modality: str, count: int, where: str) -> np.ndarray | None:
-    """Recorded lengths, int64 [N]. Aligned files record none, but their text mask holds for all modalities."""
+    """Recorded lengths, int64 [N], or None where the file has none (aligned files)."""
     key = f"{modality}_lengths"
     if key in split:
         try:

@@ -1,6 +1,7 @@
 """Cached lists of tuples: MMIM's and the reference's (6 inner fields) and MISA's (4 inner fields), one file a split.
 
-Layout of a row: `((words, visual [Lv, dv], acoustic [La, da], actual_words[, vlen, alen]), label (1, 1) or (1, 7), id)`, not padded.
+Layout of a row: `((words, visual [Lv, dv], acoustic [La, da], actual_words[, vlen, alen]), label, id)`, label (1, 1) or
+(1, 7); sequences are not padded, so of the length rules only `recorded` (vlen, alen) can matter.
 """
 
 from __future__ import annotations
@@ -95,6 +96,6 @@ def _read_split(rows: Any, rule: LengthRule, where: str) -> RawSplit:
 
 
 def _cut(frames: Any, length: Any) -> np.ndarray:
-    """The first `length` frames where a length is recorded (0: the file's writer found the sequence empty or all zero)."""
+    """The first `length` frames where a length is recorded; 0 stands for an empty or all-zero sequence."""
     frames = np.asarray(frames)
     return frames[: int(length)] if np.ndim(length) == 0 and 0 < int(length) < len(frames) else frames
