@@ -23,7 +23,7 @@ _HOME = {
     "MIEstimator": "engine.model.estimators",
     "CMIEstimator": "engine.model.cmi",
     "estimate_mi": "engine.estimate",
-    "estimate_cmi": "engine.estimate",
+    "estimate_cmi": "engine.conditional",
     "register_fusion": "engine.model.fusion",
     "EngineError": "engine.errors",
 }
@@ -31,10 +31,10 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
+    from engine.conditional import estimate_cmi as estimate_cmi
     from engine.config import Config as Config
     from engine.config import load_config as load_config
     from engine.errors import EngineError as EngineError
-    from engine.estimate import estimate_cmi as estimate_cmi
     from engine.estimate import estimate_mi as estimate_mi
     from engine.model.cmi import CMIEstimator as CMIEstimator
     from engine.model.estimators import MIEstimator as MIEstimator

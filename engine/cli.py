@@ -303,7 +303,7 @@ def _escape(text: str) -> str:
 
 def _meaning(key: Any) -> str:
     """A key's description, after its values where they are a choice."""
-    choice = "|" in key.type and key.type != "true | false"
+    choice = "|" in key.type and not key.type.startswith(("true", "integer", "number"))
     return f"{key.type}. {key.description}" if choice else key.description
 
 
