@@ -2,6 +2,8 @@
 
 import errno
 import json
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ import pytest
 import yaml
 
 from engine import __version__
-from engine.cli import main
+from engine.cli import EXAMPLES, _parser, _settings, _split_seeds, _train_epilog, main
 from engine.config import COMMON_KEYS, Config, load_config, presets
 from engine.errors import DataError
 
@@ -323,6 +325,27 @@ def test_every_command_has_help(command: str, capsys):
     with pytest.raises(SystemExit):
         run("--help")
     assert f"\n    {command}" in capsys.readouterr().out
+
+
+def documented() -> list[str]:
+    """Every `engine ...` line of the documentation's shell blocks and of the help texts."""
+    pages = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+    blocks = [b for page in pages for b in re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]
+    lines = [line.strip() for text in (*blocks, EXAMPLES, _train_epilog()) for line in text.splitlines()]
+    return sorted({line for line in lines if line.startswith("engine ")})
+
+
+@pytest.mark.parametrize("line", documented())
+def test_documented_commands_are_accepted(line: str):
+    words = shlex.split(line.split("   ")[0], comments=True)[1:]
+    arguments, rest = _parser().parse_known_args(words)
+    settings = _settings(arguments, rest)
+    if settings:
+        load_config(getattr(arguments, "preset", None) or "mosi", _split_seeds(settings)[1])
+
+
+def test_the_documentation_shows_every_command():
+    assert {line.split()[1] for line in documented()} >= set(COMMANDS) - {"convert", "report"}
 
 
 def test_no_command_and_unknown_command(capsys):
