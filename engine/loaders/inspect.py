@@ -184,7 +184,7 @@ def _describe(label: np.ndarray, text: list[str] | None) -> dict[str, Any]:
     flat = label[:, 0].astype(np.float64)
     low, high = float(flat.min()), float(flat.max())
     # sentiment scales are centred on 0: one bin for each of Acc-7's classes
-    edges = np.arange(-3.5, 4) if -3 <= low and high <= 3 else np.linspace(low, high, 11)
+    edges = np.arange(-3.5, 4) if low >= -3 and high <= 3 else np.linspace(low, high, 11)
     counts = [int(n) for n in np.histogram(flat, edges)[0]]
     out: dict[str, Any] = {
         "samples": len(flat),

@@ -117,7 +117,9 @@ def _array(raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
         size = len(raw) if hasattr(raw, "__len__") else 0
         raise pickle.UnpicklingError(f"an array of shape {shape} and dtype {kind} with {size} bytes of data")
     if count == 0 or kind.itemsize == 0:
-        return np.zeros(shape, kind) if count < 1 << 32 else np.zeros(0, kind)
+        if count > 1 << 24:  # numpy gives elements of no width a width
+            raise pickle.UnpicklingError(f"an array of shape {shape} without data")
+        return np.zeros(shape, kind)
     return np.frombuffer(raw, kind).reshape(shape, order=order)
 
 

@@ -1,0 +1,150 @@
+"""Length rules, cleaning, and missing modalities."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import DataError
+from engine.loaders.ragged import Ragged, from_padded, from_sequences
+from tests.loaders.writers import pad
+
+IDS = ["a", "b", "c"]
+
+
+def take(array, side="left", rule="all_zero", lengths=None):
+    return from_padded(np.asarray(array, np.float32), side, rule, lengths, IDS[: len(array)], "x.pkl, train/audio")
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.integers(1, 8), min_size=1, max_size=300),
+    st.sampled_from(["left", "right"]),
+    st.sampled_from(["all_zero", "sum_zero", "recorded"]),
+    st.sampled_from([np.float32, np.float64, np.float16]),
+)
+def test_padding_and_taking_out_is_identity(lengths, side, rule, dtype):
+    rng = np.random.default_rng(0)
+    sequences = [rng.uniform(0.5, 1, (n, 3)).astype(dtype) for n in lengths]
+    got = from_padded(
+        pad(sequences, 8, side, dtype), side, rule, np.array(lengths), [str(i) for i in range(len(lengths))], "x"
+    )
+    assert got.ragged.values.dtype == np.float32
+    assert got.ragged.lengths.tolist() == lengths
+    assert np.array_equal(got.ragged.values, np.concatenate(sequences).astype(np.float32))
+    assert (got.nonfinite, got.missing) == (0, [])
+
+
+def test_zero_frames_inside_are_kept_by_all_zero_only():
+    frames = [[0, 0], [0, 0], [1, 2], [0, 0], [3, 4]]  # left-padded, zero frame inside
+    assert take([frames]).ragged[0].tolist() == [[1, 2], [0, 0], [3, 4]]
+    # the reference: 5 - 3 frames that sum to 0 = the last 2 frames: a real frame is lost
+    assert take([frames], rule="sum_zero").ragged[0].tolist() == [[0, 0], [3, 4]]
+    turned = [list(reversed(frames))]
+    assert take(turned, "right").ragged[0].tolist() == [[3, 4], [0, 0], [1, 2]]
+    assert take(turned, "right", "sum_zero").ragged[0].tolist() == [[3, 4], [0, 0]]
+
+
+def test_frames_that_sum_to_zero_count_as_padding_in_the_reference_only():
+    frames = [[0, 0], [1, -1], [2, 3]]
+    assert take([frames]).ragged[0].tolist() == [[1, -1], [2, 3]]
+    assert take([frames], rule="sum_zero").ragged[0].tolist() == [[2, 3]]
+
+
+def test_sum_zero_equals_the_reference_formula():
+    rng = np.random.default_rng(1)
+    x = rng.integers(-1, 2, (40, 7, 2)).astype(np.float64)
+    got = from_padded(x, "left", "sum_zero", None, [str(i) for i in range(40)], "x").ragged
+    for i, row in enumerate(x):
+        length = len(row) - sum(frame.sum() == 0 for frame in row)
+        want = row[len(row) - length :]
+        if not want.any():
+            want = np.zeros((1, 2))
+        assert np.array_equal(got[i], want)
+
+
+def test_recorded_lengths_cut_the_tail():
+    frames = [[1, 1], [2, 2], [3, 3], [0, 0]]
+    got = take([frames, frames, frames], "right", "recorded", np.array([2, 4, 99]))
+    assert [len(got.ragged[i]) for i in range(3)] == [2, 4, 4]
+    assert take([frames], "right", "all_zero", np.array([2])).ragged.lengths.tolist() == [3]
+
+
+@pytest.mark.parametrize("rule", ["all_zero", "sum_zero", "recorded"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_all_zero_is_missing(rule, side):
+    got = take([np.zeros((4, 2)), np.ones((4, 2))], side, rule, np.array([1, 4]))
+    assert got.missing == [0]
+    assert got.ragged[0].tolist() == [[0, 0]]
+    assert got.ragged.lengths.tolist() == [1, 4]
+
+
+def test_empty_sequences_are_missing():
+    got = from_sequences([np.zeros((0, 2)), np.array([]), np.ones((2, 2)), np.zeros((3, 2))], list("abcd"), "x")
+    assert got.missing == [0, 1, 3]
+    assert got.ragged.lengths.tolist() == [1, 1, 2, 1]
+
+
+def test_non_finite_values_become_zero_and_are_counted():
+    nan, inf = np.nan, np.inf
+    frames = np.array([[[0, 0], [nan, 1], [inf, -inf], [2, 3]]])
+    got = take(frames)
+    assert got.nonfinite == 3
+    assert got.ragged[0].tolist() == [[0, 1], [0, 0], [2, 3]]
+    assert from_sequences([frames[0]], ["a"], "x").nonfinite == 3
+
+
+def test_values_beyond_float32_count_as_infinite():
+    got = from_padded(np.array([[[1e300, 1.0]]]), "left", "all_zero", None, ["a"], "x")
+    assert got.nonfinite == 1
+    assert got.ragged[0].tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_sequence_without_a_finite_value_is_an_error_naming_the_id(bad):
+    padded = np.zeros((2, 4, 2), np.float32)
+    padded[0, 1:], padded[1, 3:] = 1, bad
+    with pytest.raises(DataError, match=r"x\.pkl, train/audio, row 1 \(id b\).*without one finite value"):
+        take(padded)
+    with pytest.raises(DataError, match=r"row 1 \(id b\)"):
+        from_sequences([padded[0], padded[1, 3:]], ["a", "b"], "x")
+
+
+def test_zeros_with_some_infinite_values_are_missing_not_an_error():
+    # silence: every column 0, one of them log(0)
+    got = take([[[0, -np.inf], [0, -np.inf]], [[1, 1], [1, 1]]])
+    assert got.missing == [0]
+    assert got.nonfinite == 2
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((3, 4)),
+        np.zeros((2, 4, 2)),
+        np.zeros((3, 4, 2), "U3"),
+        np.zeros((3, 4, 2), object),
+        [[[1.0]]] * 3,
+        np.zeros((3, 4, 0)),
+    ],
+)
+def test_wrong_shapes_and_dtypes(array):
+    with pytest.raises(DataError, match="x, train/audio"):
+        from_padded(array, "left", "all_zero", None, IDS, "x, train/audio")
+
+
+def test_wrong_sequences():
+    with pytest.raises(DataError, match=r"row 1 \(id b\).*3 features a frame.*2 as in the rows before"):
+        from_sequences([np.ones((2, 2)), np.ones((2, 3))], ["a", "b"], "x")
+    with pytest.raises(DataError, match=r"row 0 \(id a\).*\(2,\)"):
+        from_sequences([np.ones(2)], ["a"], "x")
+    with pytest.raises(DataError, match="dtype"):
+        from_sequences([np.array([["x"]])], ["a"], "x")
+    with pytest.raises(DataError, match="not one frame"):
+        from_sequences([np.zeros((0, 2))], ["a"], "x")
+
+
+def test_ragged_join():
+    r = Ragged.join([np.arange(2), np.arange(0), np.arange(3)], np.int32)
+    assert r.values.dtype == np.int32
+    assert [r[i].tolist() for i in range(len(r))] == [[0, 1], [], [0, 1, 2]]

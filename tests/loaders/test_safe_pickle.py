@@ -1,0 +1,275 @@
+"""The allow-list unpickler reads what numpy writes and runs nothing."""
+
+import collections
+import io
+import os
+import pickle
+import struct
+
+import numpy as np
+import pytest
+
+from engine.errors import DataError
+from engine.loaders import safe_pickle
+
+
+def write(path, content, protocol=4):
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    return path
+
+
+CONTENT = {
+    "f8": np.arange(24.0).reshape(2, 3, 4),
+    "f4": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)),
+    "big_endian": np.arange(4, dtype=">i4"),
+    "str": np.array(["a", "äöü"]),
+    "bytes": np.array([[b"video_1", b""]]),
+    "empty": np.zeros((0, 3), np.float32),
+    "no_width": np.array([""])[:0],
+    "object": np.array([None, "x", [1, 2], np.arange(2)], dtype=object),
+    "scalar": np.float32(1.5),
+    "word": np.str_("word"),
+    "no_word": np.str_(""),
+    "plain": [1, 2.5, None, True, "x", b"y", (1, (2, 3)), {1, 2}, frozenset({3}), bytearray(b"z")],
+    "tuple": ([], np.ones((2, 2)), ["a"], 2),
+}
+
+
+def equal(a, b):
+    if isinstance(b, np.ndarray):
+        if b.dtype == object:
+            return all(equal(x, y) for x, y in zip(a, b, strict=True))
+        return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a, b)
+    if isinstance(b, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_reads_what_numpy_writes(tmp_path, protocol):
+    loaded = safe_pickle.load(write(tmp_path / "x.pkl", CONTENT, protocol))
+    assert list(loaded) == list(CONTENT)
+    for key, value in CONTENT.items():
+        assert equal(loaded[key], value), key
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_large_arrays_are_views_of_the_file(tmp_path, protocol, order):
+    big = np.asarray(np.random.default_rng(0).normal(size=(100, 50, 8)), order=order)
+    assert big.nbytes > safe_pickle.LARGE
+    loaded = safe_pickle.load(write(tmp_path / "x.pkl", {"a": big, "b": [big, 1]}, protocol))
+    assert np.array_equal(loaded["a"], big)
+    assert np.array_equal(loaded["b"][0], big)
+    if protocol >= 3:  # protocols 0 to 2 hold bytes as escaped text
+        assert not loaded["a"].flags.writeable
+        assert not loaded["a"].flags.owndata
+
+
+def test_shared_objects_stay_shared(tmp_path):
+    a = np.arange(3)
+    loaded = safe_pickle.load(write(tmp_path / "x.pkl", [a, a, (a,)]))
+    assert loaded[0] is loaded[1] is loaded[2][0]
+
+
+def test_numpy_1_and_2_names(tmp_path):
+    data = pickle.dumps(np.arange(3), protocol=2)
+    assert b"numpy._core.multiarray" in data or b"numpy.core.multiarray" in data
+    old = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    new = old.replace(b"numpy.core.multiarray", b"numpy._core.multiarray")
+    for i, text in enumerate((old, new)):
+        path = tmp_path / f"{i}.pkl"
+        path.write_bytes(text)
+        assert safe_pickle.load(path).tolist() == [0, 1, 2]
+
+
+def test_python_2_strings(tmp_path):
+    # as Python 2's protocol 2 writes {'id': 'a_1'} and an int64 array [1, 2]: str payloads, not bytes
+    raw = np.array([1, 2], "<i8").tobytes()
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR(K\x01(K\x02tcnumpy\ndtype\n(U\x02i8K\x00K\x01tR"
+        b"(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U" + bytes([len(raw)]) + raw + b"tb"
+    )
+    path = tmp_path / "x.pkl"
+    path.write_bytes(b"\x80\x02}(U\x02idU\x03a_1U\x01x" + array + b"u.")
+    loaded = safe_pickle.load(path)
+    assert loaded["id"] == "a_1"
+    assert loaded["x"].tolist() == [1, 2]
+
+
+class Call:
+    """Unpickles to a call of `function`."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
+class State:
+    """Unpickles with a state, so that a class off the list is asked for."""
+
+    def __init__(self):
+        self.x = 1
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        (lambda mark: Call(os.system, f"touch {mark}"), "posix.system"),
+        (lambda mark: Call(eval, f"open({str(mark)!r}, 'w')"), "builtins.eval"),
+        (lambda mark: Call(exec, f"open({str(mark)!r}, 'w')"), "builtins.exec"),
+        (lambda mark: Call(getattr, "x", "upper"), "builtins.getattr"),
+        (lambda mark: Call(__import__, "os"), "builtins.__import__"),
+        (lambda mark: Call(os.open, str(mark), os.O_CREAT), "posix.open"),
+        (lambda mark: Call(np.save, str(mark), [1]), "numpy.save"),
+        (lambda mark: collections.OrderedDict(a=1), "collections.OrderedDict"),
+        (lambda mark: State(), "State"),
+    ],
+)
+def test_refuses_everything_else_without_running_it(tmp_path, what, name, nested, protocol):
+    mark = tmp_path / "mark"
+    value = what(mark)
+    content = {"train": {"audio": np.ones((50, 50, 50)), "x": [(1, value)]}} if nested else value
+    with pytest.raises(DataError) as error:
+        safe_pickle.load(write(tmp_path / "x.pkl", content, protocol))
+    text = str(error.value)
+    assert name in text.replace("__builtin__", "builtins") or "copyreg" in text or "copy_reg" in text
+    assert "x.pkl" in text
+    assert "\n" not in text
+    assert not mark.exists()
+
+
+def test_names_reached_through_attributes_are_refused(tmp_path):
+    # protocol 4 allows dotted names: numpy.ndarray.tofile would write files
+    stream = io.BytesIO()
+    stream.write(b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.")
+    path = tmp_path / "x.pkl"
+    path.write_bytes(stream.getvalue())
+    with pytest.raises(DataError, match=r"numpy\.ndarray\.tofile"):
+        safe_pickle.load(path)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"cnumpy\nndarray\n((I1000000000000\nt}tR.",  # would allocate
+        b"cbuiltins\nbytearray\n(I1000000000000\ntR.",
+        b"cbuiltins\nbytes\n(I1000000000000\ntR.",
+        b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(U\x02O8K\x00K\x01tRU\x08AAAAAAAAtR.",  # a forged pointer
+        b"cnumpy\ndtype\n(U\x02V8K\x00K\x01tR.",
+        b"cnumpy.core.multiarray\n_reconstruct\n(cbuiltins\nlist\n(I0\ntU\x01btR.",
+        b"\x82\x01.",  # EXT1: the extension registry bypasses names
+        b"Pid\n.",  # persistent id
+    ],
+)
+def test_forged_instructions_are_refused(tmp_path, body):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(b"\x80\x02" + body)
+    with pytest.raises(DataError, match="a pickle that asks for"):
+        safe_pickle.load(path)
+
+
+def test_dtype_flags_cannot_be_forged(tmp_path):
+    # an object dtype whose state claims plain bytes must not read the bytes as pointers
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR(K\x01(K\x01tcnumpy\ndtype\n(U\x02O8K\x00K\x01tR"
+        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x08AAAAAAAAtb."
+    )
+    path = tmp_path / "x.pkl"
+    path.write_bytes(b"\x80\x02" + array)
+    with pytest.raises(DataError, match="object array"):
+        safe_pickle.load(path)
+
+
+def test_state_cannot_be_put_on_functions(tmp_path):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(b"\x80\x02c_codecs\nencode\n}U\x05_callU\x01xsb.")
+    with pytest.raises(DataError, match="damaged or foreign"):
+        safe_pickle.load(path)
+    assert safe_pickle._FIXED["_codecs", "encode"]("a") == b"a"
+
+
+def test_every_truncation_is_one_line(tmp_path):
+    whole = pickle.dumps({"a": np.ones((100, 100)), "b": [1, "two", (3.0,)], "c": np.array(["x"])}, protocol=4)
+    path = tmp_path / "x.pkl"
+    for size in {*range(1, 200), *range(200, len(whole), 997), *range(len(whole) - 100, len(whole))}:
+        path.write_bytes(whole[:size])
+        with pytest.raises(DataError) as error:
+            safe_pickle.load(path)
+        assert "\n" not in str(error.value)
+        assert "ends early" in str(error.value)
+
+
+def test_flipped_bytes_never_escape(tmp_path):
+    whole = bytearray(pickle.dumps({"a": np.arange(4), "b": ["x", {"y": (1, 2)}]}, protocol=2))
+    path = tmp_path / "x.pkl"
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        broken = whole.copy()
+        broken[rng.integers(len(whole))] = rng.integers(256)
+        path.write_bytes(broken)
+        try:
+            safe_pickle.load(path)
+        except DataError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "an empty file"),
+        (b"<!DOCTYPE html><html>sign in</html>", "a web page"),
+        (b"\n  <html><head>", "a web page"),
+        (b"PK\x03\x04rest", "zip archive or a torch.save"),
+        (b"\x89HDF\r\n\x1a\nrest", "HDF5"),
+        (b"\x1f\x8brest", "gzip"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
+        (b"\xff\xd8\xff\xe0 a picture", "invalid load key b'\\xff' at byte 0"),
+        (b"video_id,clip_id\n", "damaged or foreign pickle"),
+    ],
+)
+def test_other_files_are_named(tmp_path, content, found):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        safe_pickle.load(path)
+    assert found in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_lengths_beyond_the_file_allocate_nothing(tmp_path):
+    path = tmp_path / "x.pkl"
+    for body in (
+        b"\x8e" + struct.pack("<Q", 1 << 60),
+        b"\x95" + struct.pack("<Q", 1 << 60),
+        b"B" + struct.pack("<I", 1 << 31),
+    ):
+        path.write_bytes(b"\x80\x04" + body + b"abc.")
+        with pytest.raises(DataError, match="ends early"):
+            safe_pickle.load(path)
+    path.write_bytes(b"\x80\x04Nr" + struct.pack("<I", (1 << 32) - 1) + b".")  # memo index: a table of 32 GB
+    with pytest.raises(DataError, match="memo index"):
+        safe_pickle.load(path)
+
+
+def test_deep_nesting_is_one_line(tmp_path):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
+    with pytest.raises(DataError, match="nested"):
+        safe_pickle.load(path)
+
+
+def test_self_reference_ends(tmp_path):
+    loop = [1]
+    loop.append(loop)
+    assert safe_pickle.load(write(tmp_path / "x.pkl", loop))[0] == 1
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        safe_pickle.load(tmp_path / "none.pkl")
