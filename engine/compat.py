@@ -11,6 +11,7 @@ import difflib
 import json
 import re
 import shlex
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -639,7 +640,9 @@ def _read_reference(path: Path) -> tuple[dict[str, Tensor], int | None]:
             str(path), "no such file", "a file written by torch.save", "Name a .pth.tar file of the reference."
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickle protocols; what cannot be read is an error below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as cause:
         raise CheckpointError(
             str(path), cause.strerror or str(cause), "a readable file", "Check the file and its permissions."
