@@ -40,5 +40,6 @@ $(READY): pyproject.toml setup.py constraints.txt
 	  echo "error: $$($(PYTHON) --version 2>&1) is too old; expected 3.10 or newer. Run: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "error: $(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "installing into $(VENV); the first time this takes minutes"
 	$(PIP) install --quiet --retries 10 --constraint constraints.txt --editable '.[minilm,triton,report,dev]'
 	@touch $(READY)
