@@ -1,0 +1,19 @@
+"""Conditional mutual information from the logits of a classifier of joint against product rows."""
+
+from engine.kernels.cmi.reference import (
+    LOGIT_LIMIT,
+    classifier_loss,
+    cmi_values,
+    mimrl_classifier_loss,
+    mimrl_cmi,
+    mimrl_log_ratio,
+)
+
+__all__ = [
+    "LOGIT_LIMIT",
+    "classifier_loss",
+    "cmi_values",
+    "mimrl_classifier_loss",
+    "mimrl_cmi",
+    "mimrl_log_ratio",
+]

@@ -70,7 +70,12 @@ def product_indices(
 
 @torch.no_grad()
 def stratified_product_indices(
-    label: Tensor, m: int, k: int, generator: torch.Generator | None = None, strata: Strata | None = None
+    label: Tensor,
+    m: int,
+    k: int,
+    generator: torch.Generator | None = None,
+    query: Tensor | None = None,
+    strata: Strata | None = None,
 ) -> Indices:
     """Queries and, for each, k rows drawn uniformly without replacement from the non-query rows of its stratum.
 
@@ -83,6 +88,7 @@ def stratified_product_indices(
         m: number of queries. 0 gives empty indices.
         k: rows drawn for each query.
         generator: source of the queries and of the draws.
+        query: int64 [m], distinct rows to use as queries instead of drawing them.
         strata: from `label_strata(label, k)`, to save the sorting while the bank stays the same.
 
     Returns:
@@ -99,7 +105,7 @@ def stratified_product_indices(
     label = label[:, 0].float()
     n = len(label)
     _check_bank(n, m, k)
-    query = _draw_queries(n, m, generator, label.device)
+    query = _draw_queries(n, m, generator, label.device) if query is None else query.to(label.device)
     if m == 0:
         return query, query
     strata = label_strata(label, k) if strata is None else strata
