@@ -1,0 +1,120 @@
+"""Normalisation: train statistics, missing frames, constant columns, save and load."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config import DataConfig
+from engine.errors import DataError
+from engine.loaders.normalize import ColumnNormalizer, Normalizer
+from engine.loaders.ragged import Ragged
+from engine.loaders.store import SplitData
+
+
+def columns(count=500, seed=0):
+    x = np.random.default_rng(seed).normal(loc=[3, -1000, 5], scale=[2, 0.5, 0], size=(count, 3)).astype(np.float32)
+    x[::7] = 0  # missing
+    return x
+
+
+def present(x):
+    return x[x.any(1)].astype(np.float64)
+
+
+def test_zscore_leaves_missing_frames_out_and_zero():
+    x = columns()
+    fitted = ColumnNormalizer.fit(x, "zscore")
+    y = fitted.apply(x)
+    assert y.dtype == np.float32
+    assert not y[::7].any()
+    assert np.allclose(y[x.any(1)].mean(0), 0, atol=1e-4)
+    assert np.allclose(y[x.any(1)].std(0), [1, 1, 0], atol=1e-4)
+    assert np.allclose(fitted.shift[:2], present(x).mean(0)[:2])
+    assert np.allclose(1 / fitted.scale[:2], present(x).std(0)[:2])
+
+
+def test_constant_column_is_zero_even_for_other_values():
+    fitted = ColumnNormalizer.fit(columns(), "zscore")
+    other = np.array([[1, 2, 77]], np.float32)
+    assert fitted.apply(other)[0, 2] == 0
+    assert ColumnNormalizer.fit(columns(), "minmax").apply(other)[0, 2] == 0
+
+
+def test_a_column_constant_up_to_rounding_of_its_mean_is_constant():
+    x = np.full((1001, 2), 0.1, np.float32)
+    x[:, 1] = np.arange(1001)
+    assert not ColumnNormalizer.fit(x, "zscore").apply(x)[:, 0].any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.5, 5))
+def test_clip_bounds_every_value(seed, clip):
+    x = columns(60, seed)
+    x[3] = 1e6
+    y = ColumnNormalizer.fit(x[10:], "zscore", clip=clip).apply(x)
+    assert np.abs(y).max() == np.float32(clip)
+
+
+def test_minmax_is_minus_one_to_one_on_train():
+    x = columns()
+    y = ColumnNormalizer.fit(x, "minmax", clip=0.5).apply(x)[x.any(1)]
+    assert np.allclose(y.min(0), [-1, -1, 0])
+    assert np.allclose(y.max(0), [1, 1, 0])
+
+
+def test_log_uses_the_minimum_of_train():
+    x = np.array([[1.0], [2], [5]], np.float32)
+    fitted = ColumnNormalizer.fit(x, "none", log=True)
+    below = np.array([[-3.0], [1], [5]], np.float32)
+    assert np.allclose(fitted.apply(below), np.log([[1], [1], [5]]))
+    y = ColumnNormalizer.fit(x, "minmax", log=True).apply(x)
+    assert np.allclose(y[:, 0], 2 * np.log([1, 2, 5]) / np.log(5) - 1)
+    z = ColumnNormalizer.fit(x, "zscore", log=True).apply(x)
+    g = np.log([1, 2, 5])
+    assert np.allclose(z[:, 0], (g - g.mean()) / g.std(), atol=1e-6)
+
+
+def test_none_changes_nothing():
+    x = columns()
+    assert np.array_equal(ColumnNormalizer.fit(x, "none").apply(x), x)
+
+
+def test_not_one_frame_present():
+    zero = np.zeros((4, 2), np.float32)
+    for kind in ("zscore", "minmax", "none"):
+        for log in (False, True):
+            assert not ColumnNormalizer.fit(zero, kind, log).apply(zero).any()
+
+
+def split(seed):
+    x = columns(seed=seed)
+    ragged = Ragged(x, np.array([0, 100, len(x)]))
+    return SplitData(["a", "b"], None, np.zeros((2, 1), np.float32), ragged, Ragged(x[:, :2].copy(), ragged.offsets))
+
+
+@pytest.mark.parametrize("kind", ["none", "zscore", "minmax"])
+def test_saved_statistics_give_the_same_values(tmp_path, kind):
+    config = DataConfig(normalize_audio=kind, log_vision=True, clip=None if kind == "none" else 3)
+    fitted = Normalizer.fit(split(0), config)
+    fitted.save(tmp_path / "n.safetensors")
+    loaded = Normalizer.load(tmp_path / "n.safetensors")
+    other = split(1)
+    for modality in ("audio", "vision"):
+        values = getattr(other, modality).values
+        assert np.array_equal(loaded.apply(modality, values), fitted.apply(modality, values))
+    assert set(fitted.state()) == {f"{m}.{k}" for m in ("audio", "vision") for k in ("low", "shift", "scale")}
+
+
+def test_load_names_the_file(tmp_path):
+    for content in (None, b"junk"):
+        path = tmp_path / "n.safetensors"
+        if content:
+            path.write_bytes(content)
+        with pytest.raises(DataError, match=r"n\.safetensors"):
+            Normalizer.load(path)
+
+
+def test_other_width_is_an_error():
+    with pytest.raises(DataError, match="2 feature columns; expected 3"):
+        Normalizer.fit(split(0), DataConfig()).apply("audio", np.ones((1, 2), np.float32))

