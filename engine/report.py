@@ -11,8 +11,7 @@ import math
 import os
 import platform
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, resources
 from pathlib import Path
@@ -50,12 +49,13 @@ class Metric:
     name: str
     about: str = ""
     percent: bool = False
-    digits: int = 3
+    short: str = ""
+    headline: bool = True
 
     def show(self, value: Any) -> str:
         if not _is_finite(value):
             return "–"
-        return f"{100 * value:.2f} %" if self.percent else number(value, self.digits)
+        return f"{100 * value:.2f} %" if self.percent else number(value)
 
 
 METRICS: dict[str, Metric] = {
@@ -63,10 +63,10 @@ METRICS: dict[str, Metric] = {
     "corr": Metric("Corr", "Pearson correlation"),
     "acc7": Metric("Acc-7", "rounded to −3 … 3", True),
     "acc5": Metric("Acc-5", "rounded to −2 … 2", True),
-    "acc2_non0": Metric("Acc-2, negative / positive", "labels of 0 dropped (non0)", True),
-    "acc2_has0": Metric("Acc-2, negative / non-negative", "all samples (has0)", True),
-    "f1_non0": Metric("F1, negative / positive", "weighted, labels of 0 dropped (non0)", True),
-    "f1_has0": Metric("F1, negative / non-negative", "weighted, all samples (has0)", True),
+    "acc2_non0": Metric("Acc-2, negative / positive", "labels of 0 dropped (non0)", True, "Acc-2 non0"),
+    "acc2_has0": Metric("Acc-2, negative / non-negative", "all samples (has0)", True, "Acc-2 has0"),
+    "f1_non0": Metric("F1, negative / positive", "weighted, labels of 0 dropped (non0)", True, "F1 non0", False),
+    "f1_has0": Metric("F1, negative / non-negative", "weighted, all samples (has0)", True, "F1 has0", False),
     "ccc": Metric("CCC", "concordance correlation, higher is better"),
     "rmse_phq": Metric("RMSE", "points of PHQ-8, lower is better"),
     "mae_phq": Metric("MAE", "points of PHQ-8, lower is better"),
@@ -342,9 +342,10 @@ def _results(run: Run) -> str:
         return ""
     keys = [key for key in METRICS if key in test or key in run.split_metrics("valid")]
     tiles = "".join(
-        f'<div class="tile"><span>{METRICS[key].name}</span><b>{METRICS[key].show(test.get(key))}</b>'
-        f"<em>{METRICS[key].about}</em></div>"
-        for key in keys
+        f'<div class="tile"><span>{metric.short or metric.name}</span><b>{metric.show(test.get(key))}</b>'
+        f"<em>{_explained(metric)}</em></div>"
+        for key, metric in METRICS.items()
+        if metric.headline and key in keys
     )
     baseline = _constant(run)
     oracle = run.split_metrics("oracle_test")
@@ -367,7 +368,7 @@ def _results(run: Run) -> str:
     table = f'<div class="card">{_table(f"<tr><th></th>{head}</tr>", "".join(rows))}</div>'
     per_class = _per_class(test)
     oracle_note = (
-        '<p class="muted small">The oracle column picks its epoch by looking at the test labels. Many published '
+        '<p class="muted small below">The oracle column picks its epoch by looking at the test labels. Many published '
         "numbers are picked that way; it is shown for comparison with them and is no result of this run.</p>"
         if oracle
         else ""
@@ -424,19 +425,22 @@ def _curves(run: Run) -> str:
     if not run.history:
         return ""
     cards = []
-    for key, title in (("loss", "Loss"), ("task", "Task loss"), *((key, METRICS[key].name) for key in METRICS)):
+    shown = {key: metric for key, metric in METRICS.items() if metric.headline}
+    for key, title in (("loss", "Loss"), ("task", "Task loss"), *((k, m.short or m.name) for k, m in shown.items())):
         about = {"loss": "task loss − weighted information", "task": f"{run.setting('train', 'loss') or ''}"}.get(key)
-        about = METRICS[key].about if about is None else about
-        chart = _chart(run, f"{title} over epochs", lambda split, key=key: split.get(key))
+        about = _explained(shown[key]) if about is None else about
+        scale = 100 if key in shown and shown[key].percent else 1
+        chart = _chart(run, f"{title} over epochs", lambda split, key=key: split.get(key), scale)
         if chart:
             best = _at_best(run, key)
-            shown = METRICS[key].show(best) if key in METRICS else number(best)
-            side = f"valid {shown} at epoch {run.best_epoch}" if _is_finite(best) else ""
+            value = shown[key].show(best) if key in shown else number(best)
+            side = f"valid {value}" if _is_finite(best) else ""
             cards.append(_card(title, chart, about, side))
     if not cards:
         return ""
     table = _history_table(run)
-    return f'{_legend(run)}<div class="grid3">{"".join(cards)}</div>{table}'
+    legend = _legend(run, ", whose numbers stand beside the titles")
+    return f'{legend}<div class="grid4">{"".join(cards)}</div>{table}'
 
 
 def _history_table(run: Run) -> str:
@@ -447,10 +451,7 @@ def _history_table(run: Run) -> str:
         for split in SPLITS
         if any(_is_finite(_part(epoch, split).get(key)) for epoch in run.history)
     ]
-    head = "".join(
-        f"<th>{escape(metric.name.split(',')[0])}{_suffix(key)}<small>{split}</small></th>"
-        for split, key, metric in columns
-    )
+    head = "".join(f"<th>{metric.short or metric.name}<small>{split}</small></th>" for split, _, metric in columns)
     rows = "".join(
         f"<tr><th>{epoch['epoch']}</th>"
         + "".join(f"<td>{metric.show(_part(epoch, split).get(key))}</td>" for split, key, metric in columns)
@@ -461,8 +462,9 @@ def _history_table(run: Run) -> str:
     return f"<details><summary>The numbers behind the curves</summary>{table}</details>"
 
 
-def _suffix(key: str) -> str:
-    return f" {key.rsplit('_', 1)[1]}" if key.endswith(("_non0", "_has0")) else ""
+def _explained(metric: Metric) -> str:
+    """The explanation that goes with the short name."""
+    return f"{metric.name.partition(', ')[2]}, {metric.about.rpartition(' (')[0]}" if metric.short else metric.about
 
 
 def _information(run: Run) -> str:
@@ -499,7 +501,7 @@ def _information(run: Run) -> str:
 
 
 def _information_card(run: Run, group: str, name: str, about: str) -> str:
-    chart = _chart(run, f"{name} in nats over epochs", lambda split: _part(split, group).get(name), height=200)
+    chart = _chart(run, f"{name} in nats over epochs", lambda split: _part(split, group).get(name))
     last = next(
         (
             (split, value)
@@ -595,16 +597,17 @@ def _predictions(run: Run) -> str:
                 "seven classes as in Acc-7; rows: true, columns: predicted; shade: share of the row",
             )
         )
-    far = np.argsort(-np.abs(label - prediction), kind="stable")[:12]
+    far = np.argsort(-np.abs(label - prediction), kind="stable")[:6]
     rows = "".join(
-        f"<tr><th>{escape(ids[i])}</th><td>{number(label[i], 2)}</td><td>{number(prediction[i], 2)}</td>"
-        f"<td>{number(prediction[i] - label[i], 2)}</td></tr>"
+        f"<tr><th>{escape(ids[i])}</th>"
+        + "".join(f"<td>{value:.2f}</td>" for value in (label[i], prediction[i], prediction[i] - label[i]))
+        + "</tr>"
         for i in far
     )
     head = "<tr><th>Sample</th><th>True</th><th>Predicted</th><th>Error</th></tr>"
-    worst = f"<details><summary>The largest errors</summary>{_table(head, rows, '')}</details>"
+    cards[1] = f'<div class="column">{cards[1]}{_card("The largest errors", _table(head, rows))}</div>'
     count = f'<p class="muted">{split.capitalize()} split, {len(ids)} samples{some}.</p>'
-    return f'{count}<div class="grid2">{"".join(cards)}</div>{worst}'
+    return f'{count}<div class="grid2">{"".join(cards)}</div>'
 
 
 def _confusion(true: NDArray[np.integer], predicted: NDArray[np.integer], names: Sequence[str]) -> str:
@@ -655,8 +658,8 @@ def _features(run: Run) -> str:
         chart = scatter(
             f"features {name} in their principal plane", plane[:, 0], plane[:, 1], groups, texts, ticked=False
         )
-        side = f"{100 * share.sum():.0f} % of the variance"
-        cards.append(_card(MODALITIES.get(name, name), chart, f"{flat.shape[1]} dimensions", side))
+        about = f"variance: {100 * share[0]:.0f} % across, {100 * share[1]:.0f} % up"
+        cards.append(_card(MODALITIES.get(name, name), chart, about, f"{flat.shape[1]} dimensions"))
     if not cards:
         return ""
     lead = (
@@ -670,9 +673,14 @@ def principal_plane(x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArra
     """Coordinates [N, 2] of the rows of x [N, D] in the plane of their first two principal components, and the shares
     [2] of the variance on each. Deterministic: of each component the loading largest in size is positive."""
     centred = x - x.mean(axis=0)
-    _, size, axes = np.linalg.svd(centred, full_matrices=False)
-    axes = axes[:2] * np.sign(axes[:2][np.arange(min(2, len(axes))), np.abs(axes[:2]).argmax(axis=1)])[:, None]
-    plane, share = centred @ axes.T, size[:2] ** 2 / max(float((size**2).sum()), np.finfo(np.float64).tiny)
+    # The eigenvectors of the smaller of the two Gram matrices: far cheaper than a full SVD of many rows.
+    wide = centred.shape[1] > centred.shape[0]
+    values, vectors = np.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
+    values, vectors = values[::-1][:2].clip(min=0), vectors[:, ::-1][:, :2]
+    axes = centred.T @ vectors if wide else vectors
+    axes = axes / np.maximum(np.linalg.norm(axes, axis=0), np.finfo(np.float64).tiny)
+    axes = axes * np.where(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])] < 0, -1, 1)
+    plane, share = centred @ axes, values / max(float((centred**2).sum()), np.finfo(np.float64).tiny)
     missing = 2 - plane.shape[1]
     return np.pad(plane, ((0, 0), (0, missing))), np.pad(share, (0, missing))
 
@@ -714,7 +722,7 @@ def _settings(run: Run) -> str:
     else:
         title, values = (
             "Environment of this report (the run recorded none)",
-            environment(f"python {sys.version_info.major}"),
+            environment(),
         )
         values.pop("device")
     rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in values.items())
@@ -734,10 +742,13 @@ def _part(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _chart(run: Run, label: str, value: Callable[[Mapping[str, Any]], Any], height: int = 220) -> str | None:
+def _chart(run: Run, label: str, value: Callable[[Mapping[str, Any]], Any], scale: float = 1) -> str | None:
+    def read(epoch: Mapping[str, Any], split: str) -> float | None:
+        found = value(_part(epoch, split))
+        return scale * found if _is_finite(found) else None
+
     epochs = [epoch["epoch"] for epoch in run.history]
-    series = {split: [_float(value(_part(epoch, split))) for epoch in run.history] for split in SPLITS}
-    return lines(label, epochs, series, run.best_epoch, height)
+    return lines(label, epochs, {s: [read(epoch, s) for epoch in run.history] for s in SPLITS}, run.best_epoch)
 
 
 def _at_best(run: Run, key: str) -> Any:
@@ -762,13 +773,14 @@ def _card(title: str, content: str, about: str = "", side: str = "") -> str:
     return f'<div class="card"><h3>{escape(title)}{small}</h3>{text}{content}</div>'
 
 
-def _legend(run: Run) -> str:
+def _legend(run: Run, numbers: str = "") -> str:
     signs = {split: _sign(34, f'<path class="line {split}" d="M2 7H32"/>') for split in SPLITS}
     there = [split for split in SPLITS if any(_part(epoch, split) for epoch in run.history)]
     items = "".join(f"<li>{signs[split]}{split}</li>" for split in there)
+    items += "<li>horizontally: epoch</li>"
     if run.best_epoch is not None:
         mark = _sign(10, '<path class="mark" d="M5 0V14"/>')
-        items += f"<li>{mark}best epoch on valid ({run.best_epoch})</li>"
+        items += f"<li>{mark}best epoch on valid ({run.best_epoch}){numbers}</li>"
     return f'<ul class="legend">{items}</ul>'
 
 
@@ -799,10 +811,3 @@ def _duration(seconds: float) -> str:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _float(value: Any) -> float | None:
-    return float(value) if _is_finite(value) else None
-
-
-__all__: Iterable[str] = ("environment", "read_run", "render", "write_report")

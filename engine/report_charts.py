@@ -54,9 +54,9 @@ class Frame:
     x1: float
     y0: float
     y1: float
-    width: int = 360
-    height: int = 220
-    left: int = 46
+    width: int = 270
+    height: int = 165
+    left: int = 40
     right: int = 12
     top: int = 10
     bottom: int = 26
@@ -102,21 +102,19 @@ def _tick(value: float) -> str:
 
 def _span(values: Sequence[float], pad: float = 0.06) -> tuple[float, float]:
     low, high = min(values), max(values)
-    room = (high - low) * pad or max(abs(high) * 0.1, 0.05)
+    room = (high - low) * pad if high > low else max(abs(high) * 0.1, 0.05)
     return low - room, high + room
 
 
-def _svg(frame: Frame, label: str, body: str, data: dict[str, Any]) -> str:
+def _svg(frame: Frame, label: str, body: str, data: dict[str, Any], css: str = "small") -> str:
     hover = escape(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
     return (
-        f'<svg viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(label)}" '
+        f'<svg class="{css}" viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(label)}" '
         f'data-chart="{hover}">{body}</svg>'
     )
 
 
-def lines(
-    label: str, epochs: Sequence[int], series: dict[str, Sequence[Value]], mark: int | None = None, height: int = 220
-) -> str | None:
+def lines(label: str, epochs: Sequence[int], series: dict[str, Sequence[Value]], mark: int | None = None) -> str | None:
     """Curves over epochs; the series' names are their classes (train, valid, test). None if there is nothing to draw.
 
     Args:
@@ -130,7 +128,7 @@ def lines(
     low, high = _span([v for values in clean.values() for v in values if v is not None])
     first, last = min(epochs), max(epochs)
     side = 0.5 if first == last else 0.02 * (last - first)
-    frame = Frame(first - side, last + side, low, high, height=height)
+    frame = Frame(first - side, last + side, low, high)
     body = [frame.axes(ticks(first, last, 6, whole=True), ticks(low, high, 4))]
     if mark is not None and first <= mark <= last:
         x = frame.x(mark)
@@ -188,16 +186,13 @@ def scatter(
         square: the common range of both axes, drawn with the diagonal where x = y.
         ticked: whether the axes carry numbers.
     """
-    side = 360
+    side = 440 if square else 240
     if square:
         frame = Frame(*square, *square, width=side, height=side, left=44, bottom=38)
     else:
-        # One scale for both axes, so that distances in the picture are distances in the plane.
-        half = max(np.ptp(x), np.ptp(y), 1e-12) * 0.54
-        mx, my = (x.max() + x.min()) / 2, (y.max() + y.min()) / 2
         edge = 10
         frame = Frame(
-            mx - half, mx + half, my - half, my + half, side, side, left=edge, right=edge, top=edge, bottom=edge
+            *_span(x.tolist(), 0), *_span(y.tolist(), 0), side, side, left=edge, right=edge, top=edge, bottom=edge
         )
     body = []
     if ticked:
@@ -212,11 +207,17 @@ def scatter(
         )
     px = [round(frame.x(v), 1) for v in x.tolist()]
     py = [round(frame.y(v), 1) for v in y.tolist()]
-    size = "big" if len(px) <= 300 else "mid" if len(px) <= 900 else "tiny"
+    size = "big" if len(px) <= 150 else "mid" if len(px) <= 700 else "tiny"
     for g in np.unique(group):
         dots = "".join(f"M{px[i]:g} {py[i]:g}h0" for i in np.flatnonzero(group == g))
         body.append(f'<path class="dots {size} g{int(g)}" d="{dots}"/>')
-    return _svg(frame, label, "".join(body), {"kind": "points", "x": px, "y": py, "text": list(texts)})
+    return _svg(
+        frame,
+        label,
+        "".join(body),
+        {"kind": "points", "x": px, "y": py, "text": list(texts)},
+        "wide" if square else "small",
+    )
 
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "plus", "down", "ring")
@@ -260,7 +261,7 @@ def truth(latents: Sequence[dict[str, Any]], estimators: Sequence[str]) -> str |
     low, high = _span([v for v in values if _is_finite(v)], 0.04)
     left = 20 + round(6.6 * max(len(str(row["name"])) for row in rows))
     step = 34
-    width = 640
+    width = 500
     frame = Frame(low, high, 0, 1, width, 16 + step * len(rows) + 40, left=min(left, 220), right=16, top=8, bottom=40)
     base = frame.height - frame.bottom
     body = []
@@ -292,7 +293,7 @@ def truth(latents: Sequence[dict[str, Any]], estimators: Sequence[str]) -> str |
             points["x"].append(round(x, 1))
             points["y"].append(round(y if k is None else y_k, 1))
             points["text"].append(f"{row['name']}\n{estimator} {number(value)} nats")
-    return _svg(frame, "estimates beside the true information", "".join(body), {"kind": "points", **points})
+    return _svg(frame, "estimates beside the true information", "".join(body), {"kind": "points", **points}, "widest")
 
 
 def _is_finite(value: Any) -> bool:

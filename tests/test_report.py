@@ -106,3 +106,256 @@ def fake_run(folder, kind="sentiment", epochs=8, features=True, truth=True, n=40
         ]
         write_json(folder / "truth.json", {"latents": latents})
     return folder
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask about, and checks that the tags nest."""
+
+    VOID = ("meta", "br", "rect", "path", "circle", "link", "img", "input", "hr")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.attributes, self.scripts, self.texts, self.ids = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        (self.scripts if self.open and self.open[-1] in ("script", "style") else self.texts).append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+    def charts(self):
+        return [json.loads(value) for _, name, value in self.attributes if name == "data-chart"]
+
+
+def report(folder):
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"\[\[(title|groups|body)\]\]", text)
+    return Page(text)
+
+
+def test_a_whole_run(tmp_path):
+    folder = fake_run(tmp_path / "my run")
+    page = report(folder)
+    assert page.ids == ["results", "curves", "information", "truth", "predictions", "features", "run", "tip"]
+    text = page.text
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert f"Test MAE {metrics['test']['mae']:.3f} at epoch 5, the epoch of the lowest valid MAE." in text
+    for key in ("acc2_non0", "acc2_has0", "f1_non0", "f1_has0", "acc7", "acc5"):
+        assert f"{100 * metrics['test'][key]:.2f} %" in text
+    assert "labels of 0 dropped (non0)" in text and "all samples (has0)" in text
+    assert "epoch 7, best on test: not for reporting" in text
+    assert "the valid labels’ mean, on test" in text
+    for name in TERMS:
+        assert name in text
+    for name in ESTIMATORS:
+        assert name in text
+    assert "The 11 estimators" in text and "log(batch size) = 3.47 nats" in text
+    assert "4.159" in text and "infonce" in text  # the truth table with its ceiling
+    assert "text_encoder: minilm" in text and "torch" in text and "3 min 12 s" in text and "2.26 GiB" in text
+    assert "Not in this run folder" not in text
+    lines = [chart for chart in page.charts() if chart["kind"] == "lines"]
+    assert len(lines) == 8 + 8 + 11
+    assert [s["name"] for s in lines[0]["series"]] == ["train", "valid", "test"]
+    information = lines[8]  # epoch 0 has no terms
+    assert [v is None for v in information["series"][0]["y"]] == [True] + [False] * 7
+    points = [chart for chart in page.charts() if chart["kind"] == "points"]
+    assert len(points) == 1 + 1 + 4  # truth, predictions, features
+    assert points[1]["text"][0].startswith("video0_0\ntrue ")
+
+
+def test_it_is_self_contained_light_and_the_same_each_time(tmp_path):
+    folder = fake_run(tmp_path / "run", epochs=70, n=5000)
+    path = write_report(folder)
+    first = path.read_bytes()
+    assert len(first) < 2e6
+    write_report(folder)
+    assert path.read_bytes() == first
+    page = Page(first.decode())
+    outside = re.compile(r"(https?:)?//\w|url\(|@import", re.IGNORECASE)
+    assert not outside.search(first.decode().replace("http-equiv", ""))
+    for tag, name, value in page.attributes:
+        assert name not in ("src", "srcset", "data", "action", "poster", "xlink:href") and tag not in ("link", "iframe")
+        assert name != "href" or value.startswith("#")
+        assert not name.startswith("on")
+    assert ("meta", "http-equiv", "Content-Security-Policy") in page.attributes
+    assert "1500 of them drawn" in page.text
+
+
+def test_hostile_text_stays_text(tmp_path):
+    evil = "<script>alert(1)</script>'\"&[[body]]</svg>"
+    folder = fake_run(tmp_path / "<b>run", n=5)
+    label = np.array([1, 0, -1, 2, 3], np.float32)
+    write_predictions(folder / "predictions_test.csv", [evil, "b", "c", "d", "e"], label, -label)
+    features = {name: np.eye(5, dtype=np.float32) for name in "FTAV"}
+    features[evil] = np.eye(5, dtype=np.float32)
+    save_file(
+        {**features, "label": label[:, None]},
+        folder / "features_test.safetensors",
+        metadata={"ids": json.dumps([evil, *"bcde"])},
+    )
+    write_json(
+        folder / "truth.json", {"latents": [{"name": evil, "true": 1.0, "estimates": {evil: 0.9}, "ceiling": None}]}
+    )
+    with open(folder / "history.jsonl", "a") as file:
+        file.write(json.dumps({"epoch": 8, "train": {"information": {evil: 1.0}, "estimators": {evil: 1.0}}}) + "\n")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    write_json(folder / "metrics.json", {**metrics, "environment": {evil: evil}})
+    with open(folder / "config.yaml", "a") as file:
+        file.write(f"# {evil}\n")
+    text = write_report(folder).read_text()
+    assert text.count("<script>") == 1 and "alert(1)</script>" not in text
+    page = Page(text)
+    assert page.text.count("alert(1)") >= 6
+    assert evil in page.charts()[-1]["text"][0]
+    assert "<b>run" in page.text
+    assert "Content-Security-Policy" in text
+
+
+def test_avec2019(tmp_path):
+    page = report(fake_run(tmp_path / "run", "avec2019"))
+    assert "the epoch of the highest valid CCC" in page.text and "PHQ-8 of 10 and more" in page.text
+    assert "Acc-7" not in page.text
+
+
+def test_classification(tmp_path):
+    page = report(fake_run(tmp_path / "run", "classification"))
+    assert "the epoch of the highest valid Accuracy" in page.text and "class 2" in page.text
+    assert "the valid labels’ mean" not in page.text and "Predicted against true" not in page.text
+    assert "Confusion by class" in page.text
+
+
+def test_one_epoch_without_information(tmp_path):
+    page = report(fake_run(tmp_path / "run", epochs=1, features=False, truth=False))
+    assert "No information terms are recorded" in page.text
+    assert page.ids == ["results", "curves", "information", "predictions", "run", "tip"]
+
+
+def test_faithful_estimates_come_with_a_warning(tmp_path):
+    folder = fake_run(tmp_path / "run")
+    assert "it reads 1, not 0" not in report(folder).text
+    Config(mode="faithful").save(folder / "config.yaml")
+    assert "it reads 1, not 0" in report(folder).text
+
+
+@pytest.mark.parametrize(
+    "absent",
+    ["config.yaml", "metrics.json", "history.jsonl", "predictions_valid.csv", "predictions_test.csv"],
+)
+def test_missing_and_damaged_pieces_are_named(tmp_path, absent):
+    folder = fake_run(tmp_path / "run", epochs=3)
+    path = folder / absent
+    path.unlink()
+    assert f"{absent} is missing" in report(folder).text
+    path.write_bytes(b"\xff\xfe{: [")
+    text = report(folder).text
+    assert f"{absent} cannot be read" in text or f"{absent} line 1 cannot be read" in text
+    path.write_text("3\n")
+    assert absent in report(folder).text.partition("Not in this run folder")[2]
+
+
+def test_damaged_optional_pieces(tmp_path):
+    folder = fake_run(tmp_path / "run", epochs=3)
+    (folder / "truth.json").write_text("[]")
+    (folder / "features_test.safetensors").write_bytes(b"short")
+    text = report(folder).text
+    assert "truth.json cannot be read" in text and "features_test.safetensors cannot be read" in text
+
+
+def test_a_run_that_was_cut_off_and_resumed(tmp_path):
+    folder = fake_run(tmp_path / "run", epochs=4)
+    (folder / "metrics.json").unlink()
+    rows = (folder / "history.jsonl").read_text().splitlines()
+    (folder / "history.jsonl").write_text("\n".join([*rows, rows[2], rows[3][:50]]) + "\n")
+    page = report(folder)
+    assert "history.jsonl line 6 cannot be read" in page.text and "4 epochs" in page.text
+    assert "training has not finished" in page.text
+    assert page.charts()[0]["head"] == [f"epoch {i}" for i in range(4)]
+
+
+def test_values_that_are_not_numbers(tmp_path):
+    folder = fake_run(tmp_path / "run", epochs=3)
+    rows = [json.loads(row) for row in (folder / "history.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["valid"]["mae"] = None
+        row["valid"]["corr"] = float("nan")
+        row["train"].setdefault("information", {})["inv"] = float("inf")
+    (folder / "history.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["test"] |= {"corr": None, "mae": None}
+    write_json(folder / "metrics.json", metrics)
+    ids, values = ["a", "b"], np.array([np.nan, 1.0])
+    write_predictions(folder / "predictions_test.csv", ids, values, values)
+    features = {name: np.full((2, 1), np.nan, np.float32) for name in "FTAV"}
+    save_file(features, folder / "features_test.safetensors")
+    page = report(folder)
+    assert "fewer than three finite rows" in page.text
+    for chart in page.charts():
+        json.dumps(chart, allow_nan=False)
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [1.5, 1.5, 1.5]])
+def test_constant_predictions_and_features(tmp_path, values):
+    folder = fake_run(tmp_path / "run", epochs=2)
+    write_predictions(folder / "predictions_test.csv", list("abc"), values, values)
+    save_file({"F": np.ones((3, 4), np.float32)}, folder / "features_test.safetensors")
+    page = report(folder)
+    assert "nan" not in page.text.lower()
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        write_report(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"neither metrics\.json") as caught:
+        write_report(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_principal_plane():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 3)) * [5.0, 2.0, 0.1] + 7
+    plane, share = principal_plane(x)
+    assert plane.shape == (50, 2)
+    np.testing.assert_allclose(share, np.sort(np.linalg.eigvalsh(np.cov(x.T)))[::-1][:2] / np.cov(x.T).trace())
+    np.testing.assert_allclose(np.cov(plane.T)[0, 1], 0, atol=1e-12)
+    np.testing.assert_allclose(principal_plane(x[:, ::-1])[0], plane)  # neither order nor sign is left to chance
+    wide = np.hstack([x, np.zeros((50, 60))])  # more columns than rows
+    np.testing.assert_allclose(principal_plane(wide)[0], plane)
+    flat, share = principal_plane(np.arange(4.0)[:, None])
+    np.testing.assert_allclose(flat, [[-1.5, 0], [-0.5, 0], [0.5, 0], [1.5, 0]])
+    np.testing.assert_allclose(share, [1, 0])
+
+
+def test_numbers_and_ticks():
+    assert [number(v) for v in (0.70649, -0.5, 12.34567, 1234.5, 0.0, 1e-5, 2.5e7, None, float("nan"))] == [
+        *("0.706", "−0.500", "12.35", "1234", "0.000", "1.00e−05", "2.50e+07", "–", "–"),
+    ]
+    assert ticks(0, 1, 5) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(-0.5, 7.5, 6, whole=True) == [0, 2, 4, 6]
+    assert ticks(0, 2, 6, whole=True) == [0, 1, 2]
+    assert ticks(3, 3) == [3]
+
+
+def test_environment_names_no_place():
+    found = environment()
+    assert {"python", "torch", "numpy", "system", "processor", "device"} <= set(found)
+    assert all(isinstance(value, str) for value in found.values()) and "/" not in "".join(found.values())
