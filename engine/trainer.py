@@ -6,6 +6,7 @@ import json
 import os
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,10 @@ def train_seeds(
             one = config.model_copy(deep=True, update={"seed": seed})
             result = train(one, folder, resume and (folder / LAST).exists(), callbacks, dataset)
         results.append(result)
-    metrics.write_summary(out, {f"seed{seed}": r.metrics for seed, r in zip(seeds, results, strict=True)})
+    tests = [r.metrics["test"] for r in results]
+    metrics.write_summary_csv(out / "summary.csv", {config.preset or config.mode: tests})
+    runs = {f"seed{seed}": r.metrics for seed, r in zip(seeds, results, strict=True)}
+    write_json(out / "summary.json", {"test": metrics.summary(tests), "runs": runs})
     return results
 
 
@@ -289,10 +293,15 @@ class _Trainer:
         estimators = _optimizer(c, [{"params": list(objective.parameters())}], lr * c.train.mi_lr_rate)
         self.model, self.objective, self.text_config = model, objective, encoder.describe()
         self.step = TwoStageStep(
-            model, objective if c.objective.enabled else None, losses.task_loss(c.train.loss, c.model.num_class), main,
-            estimators, clip_value=c.train.clip_value, clip_norm=c.train.clip_norm,
+            model,
+            objective if c.objective.enabled else None,
+            losses.task_loss(c.train.loss, c.model.num_class, c.model.task),
+            main,
+            estimators,
+            clip_value=c.train.clip_value,
+            clip_norm=c.train.clip_norm,
             generator=torch.Generator().manual_seed(c.seed),
-        )  # fmt: skip
+        )
         self.optimizers = {"main": main, "estimators": estimators}
         self.schedulers = {
             k: _scheduler(o, c.train.schedule, self.higher_is_better) for k, o in self.optimizers.items()
@@ -315,6 +324,7 @@ class _Trainer:
             self.dataset.loader(
                 split, c.batch_size, shuffle=training and c.data.shuffle, seed=c.seed, pad_tokens_to=_pad_tokens(c),
                 drop_last=training and c.data.drop_last,
+                task=c.model.task,
             ),
             self.device,
         )  # fmt: skip
@@ -366,7 +376,10 @@ class _Trainer:
         for scheduler in self.schedulers.values():
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 scheduler.step(record["valid"][self.metric])
-            else:
+                continue
+            with warnings.catch_warnings():
+                # Epoch 0 has no stage 1: the estimators' schedule rightly runs before their first step.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                 scheduler.step()
         record["wall_seconds"] = time.perf_counter() - start
         return record, bank
@@ -419,7 +432,7 @@ class _Trainer:
             "schedulers": {k: s.state_dict() for k, s in self.schedulers.items()},
             "bank": bank.state_dict(),
             "generator": self.step.generator.get_state(),
-            "rng": checkpoint.rng_state(),
+            "rng": _rng_state(),
             # What history.jsonl held at this moment: the two files cannot be replaced in one stroke.
             "history": json.dumps(history),
         }
@@ -443,7 +456,7 @@ class _Trainer:
         bank.load_state_dict(state["bank"])
         bank.rows = {k: v.to(self.device) for k, v in bank.rows.items()}
         self.step.generator.set_state(state["generator"])
-        checkpoint.set_rng_state(state["rng"])
+        _set_rng_state(state["rng"])
         return json.loads(state["history"]), bank
 
     def _summary(self, history: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
@@ -478,6 +491,21 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _rng_state() -> dict[str, Any]:
+    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _finished(folder: Path) -> RunResult | None:
@@ -527,8 +555,15 @@ def _apply(run: Run, data: str | Path, split: str, batch_size: int | None) -> tu
                 f"{expected}, as the run was trained with",
                 "Use its features.",
             )
-    loader = dataset.loader(split, batch_size or c.batch_size, shuffle=False, seed=c.seed, pad_tokens_to=_pad_tokens(c))
-    task = losses.task_loss(c.train.loss, c.model.num_class)
+    loader = dataset.loader(
+        split,
+        batch_size or c.batch_size,
+        shuffle=False,
+        seed=c.seed,
+        pad_tokens_to=_pad_tokens(c),
+        task=c.model.task,
+    )
+    task = losses.task_loss(c.train.loss, c.model.num_class, c.model.task)
     step = TwoStageStep(run.model, None, task, torch.optim.SGD(run.model.parameters(), lr=0.0))
     return dataset, step.evaluate(loader), step
 
