@@ -1,0 +1,241 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from engine.errors import EstimatorError
+from engine.estimate import ceiling, estimate_mi
+from engine.kernels.mi_bounds import BOUNDS
+from engine.model.estimators import BASELINES, MIMRL_ALPHA, Critic, LogBaseline, MIEstimator
+
+SMALL = {"hidden": 16, "embed": 8}
+
+
+def batch(count: int = 12, dim_x: int = 4, dim_y: int = 3, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, dim_x, generator=generator)
+    return x, x[:, :dim_y] + 0.5 * torch.randn(count, dim_y, generator=generator)
+
+
+@pytest.mark.parametrize("compat", ["none", "mimrl"])
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("critic", ["separate", "concat"])
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_value_surrogate_and_loss(critic: str, baseline: str, bound: str, compat: str):
+    estimator = MIEstimator(4, 3, critic, bound, baseline, compat=compat, **SMALL)
+    x, y = batch()
+    x.requires_grad_()
+    estimate = estimator(x, y)
+    assert estimate.value.shape == estimate.surrogate.shape == estimate.loss.shape == ()
+    assert not estimate.value.requires_grad and estimate.surrogate.item() == estimate.value.item()
+    if (bound, compat) != ("mine", "mimrl"):
+        assert estimate.loss.item() == -estimate.value.item()
+    estimate.loss.backward()
+    assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
+    learns = {name: p.grad is not None and p.grad.abs().sum() > 0 for name, p in estimator.named_parameters()}
+    assert all(learns[name] for name in learns if name.startswith("critic") and name.endswith("weight"))
+    if baseline == "unnormalized" and bound in ("tuba", "interpolate"):
+        assert learns["baseline.mlp.0.weight"]
+
+
+def test_parameter_names():
+    names = set(MIEstimator(4, 3, "separate", "tuba", "unnormalized").state_dict())
+    expected = {
+        f"{part}.{i}.{p}"
+        for part in ("critic.g", "critic.h", "baseline.mlp")
+        for i in (0, 2, 4, 6)
+        for p in ("weight", "bias")
+    }
+    assert names == expected
+    names = set(MIEstimator(4, 3, "concat", "mine", "gaussian").state_dict())
+    assert names == {f"critic.f.{i}.{p}" for i in (0, 2, 4, 6) for p in ("weight", "bias")} | {"log_ema"}
+
+
+def test_start():
+    torch.manual_seed(0)
+    estimator = MIEstimator(128, 128)
+    assert all(not p.any() for name, p in estimator.named_parameters() if name.endswith("bias"))
+    scores = estimator.critic(torch.randn(64, 128), torch.randn(64, 128))
+    assert 0.05 < scores.std() < 5  # neither flat nor saturated for standardised features
+
+
+@pytest.mark.parametrize("kind", ["separate", "concat"])
+def test_one_orientation(kind: str):
+    """Changing y_i changes row i alone; in compat the concat critic alone is transposed."""
+    for compat in ("none", "mimrl"):
+        critic = Critic(4, 3, kind, compat=compat, **SMALL)
+        x, y = batch(6)
+        moved = y.clone()
+        moved[2] += 1
+        changed = (critic(x, moved) - critic(x, y)).abs() > 1e-6
+        by_row = torch.zeros(6, 6, dtype=torch.bool)
+        by_row[2] = True
+        transposed = kind == "concat" and compat == "mimrl"
+        assert torch.equal(changed, by_row.t() if transposed else by_row)
+
+
+def test_baselines():
+    _, y = batch()
+    assert torch.equal(LogBaseline(3, "constant")(y), torch.zeros(12, 1))
+    normal = torch.distributions.Normal(0.0, 1.0).log_prob(y).sum(1, keepdim=True)
+    torch.testing.assert_close(LogBaseline(3, "gaussian")(y), normal)
+    assert LogBaseline(3, "unnormalized")(y).shape == (12, 1)
+    assert not list(LogBaseline(3, "constant").parameters()) and not list(LogBaseline(3, "gaussian").parameters())
+
+
+def test_compat_uses_the_published_constants():
+    estimator = MIEstimator(4, 3, bound="interpolate", compat="mimrl", alpha=0.9)
+    assert estimator.alpha == MIMRL_ALPHA == pytest.approx(0.5025, abs=1e-4)
+
+
+def bad_batches():
+    x, y = batch(4)
+    holed = x.clone()
+    holed[1, 2] = math.nan
+    return {"one": (x[:1], y[:1]), "nan": (holed, y), "inf": (x, y * math.inf), "overflow": (x * 1e30, y * 1e30)}
+
+
+@pytest.mark.parametrize("what", ["one", "nan", "inf", "overflow"])
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("compat", ["none", "mimrl"])
+def test_degenerate_batches(what: str, bound: str, compat: str):
+    x, y = bad_batches()[what]
+    estimator = MIEstimator(4, 3, bound=bound, baseline="unnormalized", compat=compat, **SMALL)
+    with pytest.raises(EstimatorError) as caught:
+        estimator(x, y)
+    assert "\n" not in str(caught.value)
+
+    estimator.on_degenerate = "skip"
+    x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+    estimate = estimator(x, y)
+    assert estimate.details["skipped"] == 1
+    assert estimate.value == estimate.surrogate == estimate.loss == 0
+    (estimate.loss + estimate.surrogate).backward()
+    for tensor in (x, y, *estimator.parameters()):
+        assert torch.equal(tensor.grad, torch.zeros_like(tensor))
+    if hasattr(estimator, "log_ema"):
+        assert estimator.log_ema == -math.inf  # a skipped batch leaves the average alone
+
+
+def test_estimates_that_overflow_are_degenerate_too():
+    """Finite scores whose exponentials do not fit: NWJ's estimate would be minus infinity, its gradient with it."""
+    estimator = MIEstimator(4, 3, bound="nwj", **SMALL)
+    with torch.no_grad():
+        estimator.critic.g[6].weight.mul_(300)
+    with pytest.raises(EstimatorError, match="-inf from scores of up to"):
+        estimator(*batch())
+
+
+def test_shapes_are_checked():
+    estimator = MIEstimator(4, 3)
+    x, y = batch()
+    for wrong in ((y, x), (x, y[:5]), (x[None], y[None])):
+        with pytest.raises(EstimatorError, match="mutual information"):
+            estimator(*wrong)
+    for setting in ({"bound": "kl"}, {"critic": "bilinear"}, {"baseline": "zero"}, {"compat": "old"}):
+        with pytest.raises(EstimatorError, match="one of"):
+            MIEstimator(4, 3, **setting)
+
+
+def test_mine_average_is_state():
+    torch.manual_seed(0)
+    estimator = MIEstimator(4, 3, bound="mine", ema_rate=0.5, **SMALL)
+    assert estimator.log_ema == -math.inf
+    estimator(*batch(seed=0))
+    first = estimator.log_ema.clone()
+    assert first.isfinite()
+    estimator(*batch(seed=1))
+    second = estimator.log_ema.clone()
+    assert second != first
+
+    estimator.eval()
+    x, y = batch(seed=2)
+    value = estimator(x, y).value
+    assert estimator.log_ema == second  # read, not changed
+
+    copy = MIEstimator(4, 3, bound="mine", ema_rate=0.5, **SMALL)
+    copy.load_state_dict(estimator.state_dict())
+    assert copy.log_ema == second and copy.eval()(x, y).value == value
+    copy.reset_average()
+    assert copy.log_ema == -math.inf
+
+
+def pair(count: int, seed: int):
+    """Correlated Gaussians of one dimension, I = -log(.6) = .511 nats."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 1, generator=generator)
+    return x, 0.8 * x + 0.6 * torch.randn(count, 1, generator=generator)
+
+
+def train(steps: int = 200, **setting) -> float:
+    torch.manual_seed(0)
+    estimator = MIEstimator(1, 1, hidden=64, embed=16, **setting)
+    optimizer = torch.optim.Adam(estimator.parameters(), lr=1e-3)
+    for seed in range(steps):
+        optimizer.zero_grad()
+        estimator(*pair(64, seed)).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        values = [estimator.eval()(*pair(64, 10_000 + seed)).value for seed in range(100)]
+    return torch.stack(values).mean().item()
+
+
+# js_fgan's value is a divergence of another kind, not the information
+@pytest.mark.parametrize("bound", [bound for bound in BOUNDS if bound != "js_fgan"])
+def test_short_training_comes_near_the_truth(bound: str):
+    truth = -math.log(0.6)
+    assert 0.75 * truth < train(bound=bound, baseline="unnormalized") < 1.1 * truth
+
+
+def test_published_mine_loss_trains_downwards():
+    assert train(100, bound="mine", compat="mimrl") < -1
+
+
+class TestEstimateMI:
+    def test_known_information(self):
+        rho, count = 0.9, 4000
+        generator = np.random.default_rng(0)
+        x = generator.standard_normal((count, 2))
+        y = rho * x + math.sqrt(1 - rho**2) * generator.standard_normal((count, 2))
+        truth = -math.log(1 - rho**2)
+        result = estimate_mi(3 * x + 5, y, steps=600, seed=1)
+        # a lower bound, so at most its noise above the truth; this critic comes within .15 nats
+        assert truth - 0.15 < result["value"] < truth + 3 * result["standard_error"]
+        assert 0 < result["standard_error"] < 0.1 and result["ceiling"] == math.log(64)
+        assert result["batches"] == 31 and isinstance(result["trained_critic"], MIEstimator)
+        again = estimate_mi(3 * x + 5, y, steps=600, seed=1)
+        assert again["value"] == result["value"]
+
+    def test_independence_reads_zero_on_few_samples(self):
+        """A critic that overfits 320 samples would read far below 0; the chosen one reads about 0."""
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.randn(640, 5, generator=generator), torch.randn(640, generator=generator)
+        result = estimate_mi(x, y, steps=300)
+        assert abs(result["value"]) < 0.05
+
+    def test_caller_random_state_is_left_alone(self):
+        torch.manual_seed(3)
+        expected = torch.rand(3)
+        torch.manual_seed(3)
+        estimate_mi(
+            torch.randn(100, 1, generator=torch.Generator().manual_seed(0)), torch.ones(100), steps=2, batch_size=8
+        )
+        assert torch.equal(torch.rand(3), expected)
+
+    @pytest.mark.parametrize(
+        "x, y, told",
+        [
+            (torch.zeros(100), torch.zeros(99), "100 rows of x and 99 of y"),
+            (torch.zeros(100), torch.zeros(100), "100 samples at batch_size 64"),
+            (torch.full((700,), math.nan), torch.zeros(700), "700 non-finite entries in x"),
+            (torch.zeros(700, 2, 2), torch.zeros(700), r"x \[700, 2, 2\]"),
+        ],
+    )
+    def test_bad_input_is_told_in_one_line(self, x, y, told):
+        with pytest.raises(EstimatorError, match=told):
+            estimate_mi(x, y)
+
+    def test_ceiling(self):
+        assert ceiling("infonce", 32) == math.log(32) and ceiling("dv", 32) is None
+        assert ceiling("interpolate", 65, 0.5) == 1 + math.log(128)

@@ -1,0 +1,60 @@
+"""Correlated Gaussians: x ~ N(0, I_d), y = rho x + sqrt(1 - rho^2) noise, I(X;Y) = -(d/2) log(1 - rho^2) nats."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from engine.model.estimators import MIEstimator
+
+DIM = 20
+
+
+def correlation(information: float, dim: int = DIM) -> float:
+    return math.sqrt(1 - math.exp(-2 * information / dim))
+
+
+def sample(rho: float, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    x = torch.randn(shape, generator=generator)
+    return x, rho * x + math.sqrt(1 - rho * rho) * torch.randn(shape, generator=generator)
+
+
+def log_ratio(x: Tensor, y: Tensor, rho: float) -> Tensor:
+    """The exact critic, log p(x,y) / p(x)p(y): x, y [..., B, d] -> [..., B, B], `[i, j]` for (x_j, y_i)."""
+    variance = 1 - rho * rho
+    cross = y @ x.transpose(-1, -2)
+    squares = y.square().sum(-1)[..., :, None] + x.square().sum(-1)[..., None, :]
+    dim = x.shape[-1]
+    return -0.5 * dim * math.log(variance) + (rho * cross - 0.5 * rho * rho * squares) / variance
+
+
+def staircase(levels: list[float], steps_a_level: int, seed: int = 0, batch: int = 64, **estimator) -> list[Tensor]:
+    """Train one separate critic through rising levels of information; the values of every step, a level a tensor.
+
+    Settings of the SMILE demo: d = 20, B = 64, Adam 5e-4, hidden 256, embed 32, ReLU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = MIEstimator(DIM, DIM, hidden=256, embed=32, **estimator)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
+    curves = []
+    for level in levels:
+        rho = correlation(level)
+        values = torch.empty(steps_a_level)
+        for step in range(steps_a_level):
+            x, y = sample(rho, (batch, DIM), generator)
+            estimate = model(x, y)
+            optimizer.zero_grad()
+            estimate.loss.backward()
+            optimizer.step()
+            values[step] = estimate.value
+        curves.append(values)
+    return curves
+
+
+def plateau(values: Tensor) -> float:
+    """Mean over the last 40 % of a level's steps."""
+    return values[-round(0.4 * len(values)) :].mean().item()
