@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import re
 import sys
 import textwrap
@@ -145,18 +146,11 @@ def _inspect(a: argparse.Namespace) -> None:
 def _import(a: argparse.Namespace) -> None:
     from engine.compat import import_checkpoint
 
-    if (a.reference_command is None) == (a.config is None):
-        raise ConfigError(
-            "engine import",
-            "neither --command nor --config" if a.config is None else "both --command and --config",
-            "one of them: how the reference model was built",
-            "Give the command line it was trained with, or a YAML file.",
-        )
-    from engine.config import load_config
-
     _check_out(a.out, resume=False)
-    config = load_config(a.config) if a.config else None
-    import_checkpoint(a.checkpoint, a.out, command=a.reference_command, config=config, text_encoder=a.text_encoder)
+    notes = import_checkpoint(
+        a.checkpoint, a.out, command=a.reference_command, config=a.config, text_encoder=a.text_encoder
+    )
+    _print_notes(notes)
     print(f"run: {a.out}\nnext: engine evaluate --run {a.out} --data PATH")
 
 
@@ -164,8 +158,7 @@ def _import_command(a: argparse.Namespace) -> None:
     from engine.compat import import_command
 
     config, notes = import_command(a.text)
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    _print_notes(notes)
     if a.out is None:
         print(config.to_yaml(), end="")
     else:
@@ -292,13 +285,19 @@ def _clear_demo(out: Path) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console()
+    # A pipe or a file has no width of its own, and rich's 80 columns squeeze the tables.
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
 
 def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _meaning(key: Any) -> str:
@@ -422,12 +421,14 @@ def _parser() -> argparse.ArgumentParser:
         "turn a checkpoint of the published MIMRL code into a run folder",
         """\
         Load a REF.pth.tar of the published MIMRL code and write a run folder that evaluate and predict accept.
-        The checkpoint does not say how its model was built: give the command line it was trained with, or a YAML
-        file (engine import-command makes one).""",
+        The checkpoint does not say all about how its model was built: give the command line it was trained with, or
+        a YAML file (engine import-command makes one). Without them, sizes come from the checkpoint and the rest from
+        the published defaults. Notes on stderr say what was assumed.""",
     )
     p.add_argument("checkpoint", metavar="REF.pth.tar", type=Path, help="the reference's checkpoint")
-    p.add_argument("--command", metavar="TEXT", dest="reference_command", help="'python Main.py --task_name ...'")
-    p.add_argument("--config", metavar="FILE", help="a YAML file instead of --command")
+    group = p.add_mutually_exclusive_group()
+    group.add_argument("--command", metavar="TEXT", dest="reference_command", help="'python Main.py --task_name ...'")
+    group.add_argument("--config", metavar="FILE", help="a YAML file instead of --command")
     p.add_argument("--text-encoder", metavar="NAME", help="the text encoder it was trained with: a path or a name")
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the run folder to write")
 

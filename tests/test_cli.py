@@ -75,7 +75,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     module("engine.loaders.inspect", inspect_path=record("inspect_path", lambda path: inspection))
     module(
         "engine.compat",
-        import_checkpoint=record("import_checkpoint"),
+        import_checkpoint=record("import_checkpoint", ["the optimiser is left out"]),
         import_command=record("import_command", lambda text: (load_config("mosi"), ["--radius has no effect"])),
     )
     module("engine.report", write_report=record("write_report", lambda run: run / "report.html"))
@@ -221,14 +221,18 @@ def test_import(calls: list, tmp_path: Path, capsys):
     [(name, args, options)] = calls
     assert (name, args) == ("import_checkpoint", (Path("REF.pth.tar"), tmp_path / "run"))
     assert options == {"command": "--dataset mosi_Dec", "config": None, "text_encoder": None}
-    load_config("mosei").save(tmp_path / "mine.yaml")
-    capsys.readouterr()
+    assert capsys.readouterr().err == "note: the optimiser is left out\n"
     both = ("--command", "--dataset x", "--config", tmp_path / "mine.yaml")
     assert run("import", "REF.pth.tar", *both[2:], "--text-encoder", "bert", "--out", tmp_path / "run") == 0
-    assert calls[1][2] == {"command": None, "config": load_config("mosei"), "text_encoder": "bert"}
+    assert calls[1][2] == {"command": None, "config": str(tmp_path / "mine.yaml"), "text_encoder": "bert"}
     capsys.readouterr()
-    assert "both --command and --config" in fails(capsys, "import", "REF.pth.tar", *both, "--out", tmp_path / "run")
-    assert "neither --command nor" in fails(capsys, "import", "REF.pth.tar", "--out", tmp_path / "run")
+    assert run("import", "REF.pth.tar", "--out", tmp_path / "run") == 0
+    assert calls[2][2] == {"command": None, "config": None, "text_encoder": None}
+    capsys.readouterr()
+    assert "not allowed with" in fails(capsys, "import", "REF.pth.tar", *both, "--out", tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("")
+    assert "another run" in fails(capsys, "import", "REF.pth.tar", "--out", tmp_path / "run")
 
 
 def test_import_command(calls: list, tmp_path: Path, capsys):
