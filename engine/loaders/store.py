@@ -177,6 +177,15 @@ def problems(raw: RawDataset, where: str) -> list[DataError]:
                     "Give a file with transcripts, or text_encoder=features.",
                 )
             )
+        if split.features is not None and len(split.features.missing) == len(split.ids):
+            found.append(
+                DataError(
+                    f"{where}, {name}/text",
+                    "zeros in all text features",
+                    "precomputed text features, as text_encoder=features says",
+                    "Name a text encoder.",
+                )
+            )
     for modality in ("audio", "vision", "features"):
         parts = {n: getattr(s, modality) for n, s in raw.splits.items()}
         dims = {n: p.ragged.dim for n, p in parts.items() if p is not None}

@@ -278,7 +278,7 @@ def read(
 
 def check_splits(where: str, found: Iterable[str]) -> None:
     """Raise unless train, valid and test are all there and nothing else is."""
-    found = list(found)
+    found = sorted(found, key=lambda s: SPLITS.index(s) if s in SPLITS else len(SPLITS))
     missing = [s for s in SPLITS if s not in found]
     extra = [s for s in found if s not in SPLITS]
     if missing:

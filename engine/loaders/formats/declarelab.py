@@ -165,9 +165,9 @@ def find_csv(source: Source) -> Path:
 
 def _header(path: Path) -> list[str]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
             return [c.strip() for c in next(csv.reader(file), [])]
-    except (OSError, UnicodeDecodeError):
+    except (OSError, csv.Error):  # some other file beside the data
         return []
 
 

@@ -1,0 +1,368 @@
+"""Every way in which data can be wrong is one line: file, key, row or id, what was found and expected, what to do."""
+
+import numpy as np
+import pytest
+
+from engine.config import DataConfig
+from engine.errors import DataError
+from engine.loaders import open_dataset
+from engine.loaders.convert import convert
+from engine.loaders.inspect import inspect_path
+from tests.loaders import writers
+from tests.loaders.test_text import small_tokenizer
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return str(small_tokenizer(tmp_path / "encoder"))
+
+
+@pytest.fixture
+def data():
+    return writers.samples()
+
+
+def fails(path, tokenizer, *parts):
+    """Opening and converting raise one line with all `parts`, and nothing is written; inspect lists the same line."""
+    folder = path if path.is_dir() else path.parent
+    before = {p.name for p in folder.iterdir()}
+    with pytest.raises(DataError) as error:
+        open_dataset(path, DataConfig(), tokenizer)
+    text = str(error.value)
+    assert "\n" not in text
+    for part in (*parts, "found ", "expected "):
+        assert part in text, (part, text)
+    with pytest.raises(DataError):
+        convert(path, folder / "store", tokenizer)
+    assert {p.name for p in folder.iterdir()} == before
+    return text
+
+
+def change(content, split, key, value):
+    content[split][key] = value(content[split][key])
+    return content
+
+
+def rename(content, split, old, new):
+    content[split] = {new if k == old else k: v for k, v in content[split].items()}
+    return content
+
+
+def without(content, split, key):
+    del content[split][key]
+    return content
+
+
+def at(array, index, value):
+    array = np.array(array)
+    array[index] = value
+    return array
+
+
+MMSA_CASES = {
+    "missing_key": (lambda c: without(c, "valid", "vision"), ["x.pkl, valid", "no 'vision'", "Add 'vision'"]),
+    "misnamed_key": (lambda c: rename(c, "train", "audio", "audios"), ["no 'audio'", "Rename 'audios' to 'audio'"]),
+    "misnamed_labels": (
+        lambda c: {s: rename(c, s, "regression_labels", "regresion_label")[s] for s in c},
+        ["no 'regression_labels'", "Rename 'regresion_label'"],
+    ),
+    "misnamed_optional": (
+        lambda c: rename(c, "test", "audio_lengths", "audio_length"),
+        ["'audio_length'", "Did you mean 'audio_lengths'?"],
+    ),
+    "extra_key": (
+        lambda c: {**c, "train": {**c["train"], "zzz": 1}},
+        ["x.pkl, train", "unknown key 'zzz'", "Remove it"],
+    ),
+    "missing_split": (lambda c: {k: v for k, v in c.items() if k != "test"}, ["no test", "Write all three"]),
+    "misnamed_split": (
+        lambda c: {"train": c["train"], "valid": c["valid"], "tests": c["test"]},
+        ["no test", "Rename 'tests'"],
+    ),
+    "extra_split": (lambda c: {**c, "more": c["test"]}, ["an extra split 'more'"]),
+    "split_is_no_dict": (lambda c: {**c, "valid": [1]}, ["x.pkl, valid", "a list", "a dict"]),
+    "wrong_dims": (
+        lambda c: change(c, "train", "audio", lambda x: x[:, :, 0]),
+        ["train/audio", "(7, 9)", "(7, length, features)"],
+    ),
+    "wrong_count": (
+        lambda c: change(c, "train", "vision", lambda x: x[:-1]),
+        ["train/vision", "(6, 11, 4)", "(7, length"],
+    ),
+    "wrong_dtype": (lambda c: change(c, "test", "audio", lambda x: x.astype("U5")), ["test/audio", "<U5"]),
+    "object_dtype": (
+        lambda c: change(c, "test", "audio", lambda x: np.array(list(x), dtype=object)),
+        ["test/audio", "object"],
+    ),
+    "a_list": (lambda c: change(c, "test", "audio", lambda x: x.tolist()), ["test/audio", "list"]),
+    "texts_too_few": (lambda c: change(c, "test", "raw_text", lambda x: x[:-1]), ["test/raw_text", "3 texts", "4"]),
+    "no_texts": (lambda c: {s: without(c, s, "raw_text")[s] for s in c}, ["no 'raw_text'"]),
+    "empty_texts": (
+        lambda c: change(c, "valid", "raw_text", lambda x: np.array([""] * len(x))),
+        ["valid", "no text in any sample"],
+    ),
+    "labels_too_few": (
+        lambda c: change(c, "train", "regression_labels", lambda x: x[:-1]),
+        ["train/regression_labels", "(6,)"],
+    ),
+    "labels_of_4_columns": (lambda c: change(c, "train", "regression_labels", lambda x: np.ones((7, 4))), ["(7, 4)"]),
+    "label_nan": (
+        lambda c: change(c, "test", "regression_labels", lambda x: at(x, 2, np.nan)),
+        ["row 2 (id v_ideo4_0)", "nan"],
+    ),
+    "label_inf": (
+        lambda c: change(c, "test", "regression_labels", lambda x: at(x, 2, np.inf)),
+        ["row 2 (id v_ideo4_0)", "inf"],
+    ),
+    "labels_are_words": (
+        lambda c: change(c, "test", "regression_labels", lambda x: np.array(["good"] * 4)),
+        ["not numbers"],
+    ),
+    "lengths_too_few": (
+        lambda c: change(c, "train", "audio_lengths", lambda x: x[1:]),
+        ["train/audio_lengths", "7 whole numbers"],
+    ),
+    "lengths_negative": (
+        lambda c: change(c, "train", "audio_lengths", lambda x: [-1, *x[1:]]),
+        ["train/audio_lengths"],
+    ),
+    "lengths_not_numbers": (
+        lambda c: change(c, "train", "audio_lengths", lambda x: ["a"] * 7),
+        ["train/audio_lengths"],
+    ),
+    "empty_split": (
+        lambda c: {**c, "valid": {k: v[:0] for k, v in c["valid"].items()}},
+        ["x.pkl, valid/id", "no rows"],
+    ),
+    "nan_only": (
+        lambda c: change(
+            c, "train", "vision", lambda x: np.where((np.arange(7) == 3)[:, None, None] & (x != 0), np.nan, x)
+        ),
+        ["train/vision, row 3 (id v_ideo1_0)", "without one finite value"],
+    ),
+    "duplicate_within": (
+        lambda c: change(c, "train", "id", lambda x: at(x, 3, x[1])),
+        ["x.pkl, train, row 3", "id v_ideo0_1 a second time", "train, row 1 has it"],
+    ),
+    "duplicate_between": (
+        lambda c: change(c, "test", "id", lambda x: at(x, 0, "v_ideo0$_$1")),
+        ["x.pkl, test, row 0", "id v_ideo0_1 a second time", "train, row 1 has it"],
+    ),
+    "other_width_in_a_split": (
+        lambda c: change(c, "valid", "audio", lambda x: x[:, :, :3]),
+        ["x.pkl, audio", "5 in train, 3 in valid, 5 in test", "the same number in every split"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MMSA_CASES)
+def test_mmsa(tmp_path, data, tokenizer, case):
+    spoil, parts = MMSA_CASES[case]
+    path = writers.dump(spoil(writers.mmsa(data)), tmp_path / "in" / "x.pkl")
+    text = fails(path, tokenizer, *parts)
+    assert text in inspect_path(path).problems
+
+
+DECLARELAB_CASES = {
+    "misnamed_labels": (
+        lambda c: {s: rename(c, s, "labels", "label")[s] for s in c},
+        ["no 'labels'", "Rename 'label' to 'labels'"],
+    ),
+    "missing_key": (lambda c: without(c, "valid", "audio"), ["x.pkl, valid", "no 'audio'"]),
+    "extra_key": (lambda c: {**c, "train": {**c["train"], "zzz": 1}}, ["unknown key 'zzz'"]),
+    "wrong_dims": (lambda c: change(c, "train", "audio", lambda x: x[0]), ["train/audio", "(9, 5)"]),
+    "empty_id": (lambda c: change(c, "train", "id", lambda x: at(x, (2, 0), b"")), ["train/id, row 2", "an empty id"]),
+    "empty_split": (lambda c: {**c, "test": {k: v[:0] for k, v in c["test"].items()}}, ["x.pkl, test/id", "no rows"]),
+    "label_nan": (
+        lambda c: change(c, "test", "labels", lambda x: at(x, (1, 0, 0), np.nan)),
+        ["test/labels, row 1", "nan"],
+    ),
+    "nan_only": (
+        lambda c: change(
+            c, "test", "audio", lambda x: np.where((np.arange(4) == 0)[:, None, None] & (x != 0), np.nan, x)
+        ),
+        ["test/audio, row 0 (id v_ideo3_1)"],
+    ),
+    "duplicate": (
+        lambda c: change(
+            change(c, "train", "id", lambda x: at(x, 3, x[1])), "train", "labels", lambda x: at(x, 3, x[1])
+        ),
+        ["train, row 3", "a second time"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DECLARELAB_CASES)
+def test_declarelab(tmp_path, data, tokenizer, case):
+    spoil, parts = DECLARELAB_CASES[case]
+    path = writers.dump(spoil(writers.declarelab(data)), tmp_path / "in" / "x.pkl")
+    writers.write_csv(path.parent / "label.csv", writers.label_rows(data))
+    fails(path, tokenizer, *parts)
+
+
+CSV_CASES = {
+    "none": ("mosi", lambda rows: None, ["no label CSV", "video_id, clip_id, text, label"]),
+    "another_set": (
+        "mosi",
+        lambda rows: [{**r, "video_id": "x" + r["video_id"]} for r in rows],
+        ["train, row 0", "id v_ideo0_0, which label.csv does not have", "video_id v_ideo0, clip_id 0"],
+    ),
+    "one_row_missing": ("mosi", lambda rows: rows[:4] + rows[5:], ["train, row 4", "id v_ideo1_1"]),
+    "a_row_twice": ("mosi", lambda rows: [*rows, rows[2]], ["line 16", "(v_ideo0, 2) a second time"]),
+    "other_label": (
+        "mosi",
+        lambda rows: [{**r, "label": r["label"] + 0.2 * (i == 5)} for i, r in enumerate(rows)],
+        ["label.csv, line 7 (v_ideo1, 2)", "the label of id v_ideo1_2 (train)", "texts would go to the wrong samples"],
+    ),
+    "label_not_a_number": (
+        "mosi",
+        lambda rows: [{**r, "label": "good"} for r in rows],
+        ["label.csv, line 2", "'good'"],
+    ),
+    "label_nan": ("mosi", lambda rows: [{**r, "label": "nan"} for r in rows], ["label.csv, line 2", "label nan"]),
+    "misnamed_column": (
+        "mosi",
+        lambda rows: [{("labels" if k == "label" else k): v for k, v in r.items()} for r in rows],
+        ["label.csv", "a column label", "Rename 'labels' to 'label'"],
+    ),
+    "mosei_other_order": (
+        "mosei",
+        lambda rows: rows[::-1],
+        [
+            "label.csv, line 2",
+            "video v_ideo4",
+            "v_ideo0, the video of id v_ideo0_0.000_1.000 (train)",
+            "train, valid, test order",
+        ],
+    ),
+    "mosei_order_within_a_video": (
+        "mosei",
+        lambda rows: [rows[1], rows[0], *rows[2:]],
+        ["label.csv, line 2", "label", "in its order"],
+    ),
+    "mosei_fewer_rows": ("mosei", lambda rows: rows[:-1], ["13 rows", "14, one a sample"]),
+}
+
+
+@pytest.mark.parametrize("case", CSV_CASES)
+def test_label_csv(tmp_path, data, tokenizer, case):
+    ids, spoil, parts = CSV_CASES[case]
+    path = writers.dump(writers.declarelab(data, ids), tmp_path / "in" / "x.pkl")
+    rows = spoil(
+        [{**r, "clip_id": r["clip_id"] if ids == "mosi" else f"c{r['clip_id']}"} for r in writers.label_rows(data)]
+    )
+    if rows:
+        writers.write_csv(path.parent / "label.csv", rows)
+    text = fails(path, tokenizer, *parts)
+    assert text in inspect_path(path).problems
+
+
+def test_csv_that_is_not_utf8(tmp_path, data, tokenizer):
+    data["train"][0].text = "caf\u00e9"
+    path = writers.dump(writers.declarelab(data), tmp_path / "in" / "x.pkl")
+    writers.write_csv(path.parent / "label.csv", writers.label_rows(data))
+    csv = path.parent / "label.csv"
+    csv.write_bytes(csv.read_bytes().decode().encode("latin1"))
+    fails(path, tokenizer, "label.csv", "UTF-8")
+
+
+def spoil_row(rows, split, i, new):
+    rows[split][i] = new(rows[split][i])
+    return rows
+
+
+TUPLE_CASES = {
+    "another_row": (lambda r: spoil_row(r, "train", 2, lambda x: x[:2]), ["train, row 2", "another kind of row"]),
+    "words_are_a_str": (
+        lambda r: spoil_row(r, "train", 2, lambda x: ((x[0][0], x[0][1], x[0][2], "text"), *x[1:])),
+        ["train, row 2 (id v_ideo0_2)", "actual_words of type str", "a list of words"],
+    ),
+    "frames_1d": (
+        lambda r: spoil_row(r, "test", 1, lambda x: ((x[0][0], np.ones(3), *x[0][2:]), *x[1:])),
+        ["test, visual, row 1 (id v_ideo3_2)", "(3,)"],
+    ),
+    "other_width": (
+        lambda r: spoil_row(r, "test", 1, lambda x: ((x[0][0], x[0][1], np.ones((2, 9)), *x[0][3:]), *x[1:])),
+        ["test, acoustic, row 1", "9 features a frame", "5 as in the rows before"],
+    ),
+    "labels_differ": (
+        lambda r: spoil_row(r, "valid", 1, lambda x: (x[0], np.ones((1, 7)), x[2])),
+        ["valid, labels", "different lengths"],
+    ),
+    "label_nan": (
+        lambda r: spoil_row(r, "valid", 1, lambda x: (x[0], np.array([[np.nan]]), x[2])),
+        ["valid, labels, row 1", "nan"],
+    ),
+    "nan_only": (
+        lambda r: spoil_row(r, "valid", 1, lambda x: ((x[0][0], np.full((2, 4), np.nan), *x[0][2:]), *x[1:])),
+        ["valid, visual, row 1 (id v_ideo2_2)", "without one finite value"],
+    ),
+    "empty_split": (lambda r: {**r, "valid": []}, ["valid", "no rows"]),
+    "duplicate": (
+        lambda r: spoil_row(r, "test", 1, lambda x: (*x[:2], "v_ideo0_0")),
+        ["test, row 1", "id v_ideo0_0 a second time"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TUPLE_CASES)
+def test_tuples(tmp_path, data, tokenizer, case):
+    spoil, parts = TUPLE_CASES[case]
+    for split, rows in spoil(writers.tuples(data)).items():
+        writers.dump(rows, tmp_path / "in" / f"{split}.pkl")
+    fails(tmp_path / "in", tokenizer, *parts)
+
+
+def test_tuples_without_a_split(tmp_path, data, tokenizer):
+    writers.write_tuples(tmp_path / "in", data)
+    (tmp_path / "in" / "test.pkl").unlink()
+    fails(tmp_path / "in", tokenizer, "splits train, valid, no test")
+
+
+def test_truncated_and_malicious_pickles_reach_the_user_as_one_line(tmp_path, data, tokenizer):
+    import os
+
+    path = writers.dump(writers.mmsa(data), tmp_path / "in" / "x.pkl")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    fails(path, tokenizer, "x.pkl", "ends early", "download it again")
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'mark'}",)
+
+    content = writers.mmsa(data)
+    content["train"]["audio"] = Evil()
+    writers.dump(content, path)
+    fails(path, tokenizer, "x.pkl", "posix.system", "Nothing was run")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_features_asked_for_and_absent(tmp_path, data):
+    path = writers.dump(writers.mmsa(data), tmp_path / "in" / "x.pkl")
+    fails(path, "features", "no 'text'")
+    writers.write_tuples(tmp_path / "tuples", data)
+    fails(tmp_path / "tuples", "features", "precomputed text features")
+
+
+def test_all_zero_text_features_are_no_features(tmp_path, data):
+    path = writers.dump(writers.declarelab(data), tmp_path / "in" / "x.pkl")
+    fails(path, "features", "train/text", "text features")
+
+
+def test_stores_made_for_the_other_kind_of_text(tmp_path, data, tokenizer):
+    source = writers.dump(writers.mmsa(data, features=6), tmp_path / "x.pkl")
+    tokens = convert(source, tmp_path / "tokens", tokenizer)
+    with pytest.raises(DataError, match="no precomputed text features"):
+        open_dataset(tokens, DataConfig(), "features")
+    content = writers.mmsa(data, features=6)
+    for split in content.values():
+        del split["raw_text"]
+    no_text = convert(writers.dump(content, tmp_path / "y.pkl"), tmp_path / "features", "features")
+    with pytest.raises(DataError, match="no texts"):
+        open_dataset(no_text, DataConfig(), tokenizer)
+
+
+def test_nothing_there(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="nothing; expected a file or folder"):
+        open_dataset(tmp_path / "none", DataConfig(), tokenizer)
