@@ -585,7 +585,8 @@ def import_checkpoint(
     notes: list[str] = []
     if command is not None:
         settings, command_notes = import_command(command)
-        notes += command_notes
+        superseded = ("text encoder:", "--normalize", "--log_scale")  # said below, of the imported run
+        notes += [note for note in command_notes if not note.startswith(superseded)]
         source = "the command"
     elif config is not None:
         settings = config.model_copy(deep=True) if isinstance(config, Config) else load_config(config)
@@ -868,8 +869,12 @@ def _tokenizer(shapes: _Shapes, text_encoder: str | None, out: Path, notes: list
 def _import_notes(
     settings: Config, inferred: Mapping[str, Any], source: str | None, unused: list[str], path: Path, epoch: int | None
 ) -> list[str]:
-    notes = ["from the shapes: " + ", ".join(f"{key}={text_of(value)}" for key, value in inferred.items())]
+    # A mean and a sum have the same shapes.
+    certain = {k: v for k, v in inferred.items() if not (k.startswith("model.compose_") and v != "cat")}
+    notes = ["from the shapes: " + ", ".join(f"{key}={text_of(value)}" for key, value in certain.items())]
     assumed = {
+        "model.compose_t": settings.model.compose_t,
+        "model.compose_k": settings.model.compose_k,
         "model.cubemlp.activate": settings.model.cubemlp.activate,
         "model.cubemlp.ln_first": settings.model.cubemlp.ln_first,
         "objective.bound": settings.objective.bound,
@@ -877,7 +882,7 @@ def _import_notes(
         "objective.k_neighbor": settings.objective.k_neighbor,
         "objective.cmi_last_activate": settings.objective.cmi_last_activate,
     }
-    told = ", ".join(f"{key}={text_of(value)}" for key, value in assumed.items() if key not in inferred)
+    told = ", ".join(f"{key}={text_of(value)}" for key, value in assumed.items() if key not in certain)
     notes.append(f"from {source}: {told}" if source else f"ASSUMED, for want of a command or config: {told}")
     notes.append(
         "normalisation: none, for a checkpoint holds no statistics (the reference has none for `*_Dec` data); "

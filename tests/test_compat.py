@@ -413,6 +413,15 @@ class TestImport:
         assert torch.equal(saved["model"]["text_projection.weight"], state["module.W_t.weight"])
         assert (meta["audio_dim"], meta["vision_dim"], meta["epoch"]) == (5, 7, None)
 
+    def test_notes_tell_what_is_certain(self, tmp_path, bert_folder):
+        state, _ = reference_state(ARCHITECTURES["cat over time, conv"])
+        torch.save(state, tmp_path / "x.pth.tar")
+        notes = import_checkpoint(tmp_path / "x.pth.tar", tmp_path / "run", text_encoder=bert_folder)
+        certain = next(note for note in notes if note.startswith("from the shapes"))
+        assumed = next(note for note in notes if note.startswith("ASSUMED"))
+        assert "compose_t=cat" in certain and "encoder=conv" in certain
+        assert "compose_k=mean" in assumed and "activate=gelu" in assumed
+
     def test_config_instead_of_command(self, tmp_path, bert_folder):
         state, _ = reference_state(ARCHITECTURES["gru"])
         torch.save(state, tmp_path / "x.pth.tar")
