@@ -1,0 +1,116 @@
+"""Readings and losses of the conditional estimator on fixed logits (T0 of the ladder: algebra)."""
+
+import math
+
+import pytest
+import torch
+
+from engine.kernels.cmi import (
+    LOGIT_LIMIT,
+    classifier_loss,
+    cmi_values,
+    mimrl_classifier_loss,
+    mimrl_cmi,
+    mimrl_log_ratio,
+)
+
+
+def logits(n: int, seed: int, *columns: int) -> torch.Tensor:
+    return 3 * torch.randn(n, *columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_values_by_hand():
+    """Two joint and three product logits whose exponentials are 2, 3 | 1, 2, 6."""
+    values = cmi_values(torch.tensor([2.0, 3.0]).log(), torch.tensor([1.0, 2.0, 6.0]).log())
+    ldr = math.log(6) / 2
+    torch.testing.assert_close(values["ldr"], torch.tensor(ldr))
+    torch.testing.assert_close(values["dv"], torch.tensor(ldr - math.log(3)))
+    torch.testing.assert_close(values["nwj"], torch.tensor(1 + ldr - 3))
+
+
+def test_values_are_the_textbook_formulas():
+    joint, product = logits(7, 0), logits(5, 1)
+    values = cmi_values(joint, product)
+    torch.testing.assert_close(values["dv"], joint.mean() - product.exp().mean().log())
+    torch.testing.assert_close(values["nwj"], 1 + joint.mean() - product.exp().mean())
+    assert values["nwj"] <= values["dv"]  # log u <= u − 1
+
+
+def test_dv_ignores_a_constant_and_nwj_is_dv_at_the_best_one():
+    joint, product = logits(9, 2), logits(6, 3)
+    dv = cmi_values(joint, product)["dv"]
+    torch.testing.assert_close(cmi_values(joint + 4, product + 4)["dv"], dv)
+    best = product.logsumexp(0) - math.log(6)
+    torch.testing.assert_close(cmi_values(joint - best, product - best)["nwj"], dv)
+
+
+def test_large_logits_stay_finite():
+    values = cmi_values(torch.full((4,), 200.0), torch.full((4,), 200.0))
+    assert values["ldr"] == 200 and values["dv"].abs() < 1e-3
+    joint, product = torch.full((4,), -1e4), torch.full((4,), 1e4)
+    assert classifier_loss(joint, product) == 1e4
+
+
+def test_loss_is_cross_entropy_of_the_posterior():
+    """Posterior of the joint class = b e^t / (b e^t + b')."""
+    joint, product = logits(8, 4), logits(3, 5)
+    posterior = 8 * joint.exp() / (8 * joint.exp() + 3), 8 * product.exp() / (8 * product.exp() + 3)
+    expected = -(posterior[0].log().sum() + (1 - posterior[1]).log().sum()) / 11
+    torch.testing.assert_close(classifier_loss(joint, product), expected)
+    with_equal_counts = torch.nn.functional.binary_cross_entropy_with_logits(
+        torch.cat([joint[:3], product]), torch.tensor([1.0] * 3 + [0.0] * 3, dtype=torch.float64)
+    )
+    torch.testing.assert_close(classifier_loss(joint[:3], product), with_equal_counts)
+
+
+@pytest.mark.parametrize("counts", [(600, 600), (900, 300), (200, 1000)])
+def test_loss_is_least_at_the_log_ratio_whatever_the_counts(counts):
+    """Two cells with p = (.8, .2) and q = (.5, .5): the best logits are log 1.6 and log .4."""
+    b, c = counts
+    joint = torch.tensor([0, 1]).repeat_interleave(torch.tensor([b * 8 // 10, b * 2 // 10]))
+    product = torch.tensor([0, 1]).repeat_interleave(torch.tensor([c // 2, c // 2]))
+    t = torch.tensor([1.6, 0.4], dtype=torch.float64).log().requires_grad_()
+    # the loss is convex in t: where its gradient vanishes it is least
+    (gradient,) = torch.autograd.grad(classifier_loss(t[joint], t[product]), t)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["ldr", "dv", "nwj", "loss"])
+def test_gradients(name):
+    joint, product = logits(5, 6).requires_grad_(), logits(4, 7).requires_grad_()
+
+    def function(p, q):
+        return classifier_loss(p, q) if name == "loss" else cmi_values(p, q)[name]
+
+    assert torch.autograd.gradcheck(function, (joint, product))
+
+
+def test_limit():
+    assert torch.sigmoid(torch.tensor(LOGIT_LIMIT, dtype=torch.float64)).item() == pytest.approx(1 - 1e-4)
+
+
+# -- the published code's reading -------------------------------------------------------------------------------------
+
+
+def test_mimrl_value_is_one_plus_half_the_symmetrised_divergence():
+    """p = (.8, .2), q = (.5, .5), exact ratio: J = .3 log 1.6 − .3 log .4; and 1 where nothing is to be told apart."""
+    ratio = torch.tensor([1.6, 0.4], dtype=torch.float64).log()
+    joint, product = ratio[[0] * 8 + [1] * 2], ratio[[0] * 5 + [1] * 5]
+    assert mimrl_cmi(joint, product).item() == pytest.approx(1 + 0.5 * (0.3 * math.log(1.6) - 0.3 * math.log(0.4)))
+    assert mimrl_cmi(joint * 0, product * 0).item() == 1.0
+
+
+@pytest.mark.parametrize("last_activate", ["sigmoid", "hardtanh"])
+def test_mimrl_loss_by_hand(last_activate):
+    joint, product = logits(3, 8, 2), logits(3, 9, 2)
+    g = [torch.sigmoid(t) if last_activate == "sigmoid" else t.clamp(1e-4, 1 - 1e-4) for t in (joint, product)]
+    joint_part = g[0][:, 0].log() + (1 - g[0][:, 1]).log()
+    product_part = (1 - g[1][:, 0]).log() + g[1][:, 1].log()
+    expected = -(joint_part.sum() + product_part.sum()) / 12
+    torch.testing.assert_close(mimrl_classifier_loss(joint, product, last_activate), expected)
+
+
+def test_mimrl_log_ratio():
+    t = torch.tensor([[0.0, 5.0], [2.0, 5.0], [30.0, 5.0]], dtype=torch.float64)
+    g = torch.sigmoid(torch.tensor([0.0, 2.0, 10.0], dtype=torch.float64))
+    torch.testing.assert_close(mimrl_log_ratio(t, "sigmoid"), (g / (1 - g + 1e-6)).log())
