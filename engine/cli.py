@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,7 +43,10 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a problem the user can mend, 130 when interrupted."""
     arguments, rest = _parser().parse_known_args(argv)
+    formatwarning = warnings.formatwarning
     try:
+        if not arguments.debug:
+            warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
         settings = _settings(arguments, rest)
         arguments.run(arguments, settings) if settings is not None else arguments.run(arguments)
         sys.stdout.flush()
@@ -60,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {cause}", file=sys.stderr)
         return 2
+    finally:
+        warnings.formatwarning = formatwarning
     return 0
 
 
@@ -315,10 +321,11 @@ def _number(value: Any) -> str:
 def _print_metrics(metrics: dict[str, Any], title: str) -> None:
     from rich.table import Table
 
-    table = Table("metric", "value", title=title, title_justify="left")
+    table = Table("metric", "value")
     table.columns[1].justify = "right"
     for name, value in metrics.items():
         table.add_row(name, _number(value))
+    print(title)
     _console().print(table)
 
 
@@ -328,13 +335,13 @@ def _print_seeds(metrics: list[dict[str, Any]], seeds: list[int]) -> None:
 
     from engine.metrics import summary
 
-    title = f"test metrics at each run's best epoch, {len(seeds)} seeds"
-    table = Table("metric", *(f"seed {seed}" for seed in seeds), "mean ± std", title=title, title_justify="left")
+    table = Table("metric", *(f"seed {seed}" for seed in seeds), "mean ± std")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, both in summary(metrics).items():
         spread = f" ± {both['std']:.4f}" if len(seeds) > 1 else ""
         table.add_row(name, *(_number(one.get(name)) for one in metrics), f"{both['mean']:.4f}{spread}")
+    print(f"test metrics at each run's best epoch, {len(seeds)} seeds")
     _console().print(table)
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -286,6 +287,15 @@ def test_our_errors_are_one_line_and_debug_shows_more(calls: list, tmp_path: Pat
     assert fails(capsys, "inspect", "x") == "error: row 3: found text missing; expected text. Add it.\n"
     with pytest.raises(DataError):
         run("inspect", "x", "--debug")
+
+
+def test_warnings_are_one_line(calls: list, capsys, monkeypatch):
+    shown = type("Shown", (), {"render": lambda self: warnings.formatwarning("3 rows\nempty", UserWarning, "f.py", 1)})
+    monkeypatch.setattr(sys.modules["engine.loaders.inspect"], "inspect_path", lambda path: shown())
+    before = warnings.formatwarning
+    run("inspect", "x")
+    assert capsys.readouterr().out.strip() == "warning: 3 rows empty"
+    assert warnings.formatwarning is before
 
 
 def test_disk_full_and_interruption(calls: list, tmp_path: Path, capsys, monkeypatch):
