@@ -28,6 +28,7 @@ from engine.loaders.normalize import Normalizer
 from engine.model.mimrl import MIMRL, build_model
 from engine.model.text_encoder import load_text_encoder, text_encoder_from_config
 from engine.objective import Objective, mimrl_objective
+from engine.report import environment, write_report
 from engine.step import EpochResult, FeatureBank, TwoStageStep
 
 HISTORY, BEST, LAST, NORMALIZER = "history.jsonl", "best.safetensors", "last.safetensors", "normalizer.safetensors"
@@ -258,8 +259,6 @@ class _Trainer:
         if c.output.features:
             self._write_features()
         if c.output.report:
-            from engine.report import write_report
-
             write_report(self.out)
         return RunResult(self.out, summary)
 
@@ -324,6 +323,7 @@ class _Trainer:
             self.dataset.loader(
                 split, c.batch_size, shuffle=training and c.data.shuffle, seed=c.seed, pad_tokens_to=_pad_tokens(c),
                 drop_last=training and c.data.drop_last,
+                drop_singleton=training,
                 task=c.model.task,
             ),
             self.device,
@@ -471,6 +471,7 @@ class _Trainer:
             "samples_per_second": len(self.dataset.splits["train"]) * len(steady) / sum(steady),
             "peak_memory_mb": _peak_memory_mb(self.device),
             "wall_s": wall_s,
+            "environment": environment(str(self.device)),
         }
         write_json(self.out / "metrics.json", summary)
         metrics.write_metrics_csv(self.out / "metrics.csv", summary)

@@ -1,0 +1,184 @@
+"""The two-stage step on a foreign model: who learns in which stage, banks, the three kinds of stage-1 features."""
+
+import pytest
+import torch
+from torch import nn
+
+from engine.config import ObjectiveConfig
+from engine.objective import CMI, MI, Objective
+from engine.step import FeatureBank, TwoStageStep
+
+N, BATCH = 40, 10
+
+
+class TwoFeatures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.x, self.y, self.dropout = nn.Linear(6, 4), nn.Linear(6, 4), nn.Dropout(0.5)
+        self.head = nn.Linear(8, 1)
+        self.calls = 0
+
+    def forward(self, inputs):
+        self.calls += 1
+        x, y = self.dropout(self.x(inputs)), self.y(inputs)
+        return self.head(torch.cat([x, y], 1)), {"X": x, "Y": y}
+
+
+def make(seed: int = 0, **options) -> TwoStageStep:
+    torch.manual_seed(seed)
+    model = TwoFeatures()
+    settings = ObjectiveConfig(hidden=16, embed=8, compat="none", bound=options.pop("bound", "infonce"))
+    objective = Objective(
+        [0.1 * MI("X", "Y"), -0.1 * CMI("X", "C", given="Y")], {"X": 4, "Y": 4, "C": 1}, settings=settings
+    )
+    return TwoStageStep(
+        model, objective, nn.functional.l1_loss, torch.optim.SGD(model.parameters(), 0.05),
+        torch.optim.SGD(objective.parameters(), 0.05), **options,
+    )  # fmt: skip
+
+
+def batches(seed: int = 5, n: int = N, size: int = BATCH) -> list:
+    generator = torch.Generator().manual_seed(seed)
+    x, index = torch.randn(n, 6, generator=generator), torch.arange(n)
+    y = x.sum(1, keepdim=True)
+    return [(x[i], y[i], i) for i in index.split(size)]
+
+
+def snapshot(module: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def moved(before: list[torch.Tensor], module: nn.Module) -> bool:
+    return any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_stage_1_moves_only_the_estimators():
+    step = make()
+    bank = step.collect(batches(), N)
+    model, objective = snapshot(step.model), snapshot(step.objective)
+    _, features = step.forward(*batches()[0][:2])
+    step.stage1(features, step.draw_products(bank.tensors(), BATCH))
+    assert not moved(model, step.model)
+    assert moved(objective, step.objective)
+    assert all(p.grad is None for p in step.model.parameters())
+
+
+def test_stage_2_moves_only_the_model_and_computes_no_estimator_gradient():
+    step = make()
+    bank = step.collect(batches(), N)
+    model, objective = snapshot(step.model), snapshot(step.objective)
+    inputs, target, _ = batches()[0]
+    step.stage2(inputs, target, step.draw_products(bank.tensors(), BATCH))
+    assert moved(model, step.model)
+    assert not moved(objective, step.objective)
+    assert all(p.grad is None and p.requires_grad for p in step.objective.parameters())
+
+
+def test_information_terms_change_stage_2():
+    ends = []
+    for information in (True, False):
+        step = make()
+        bank = step.collect(batches(), N)
+        inputs, target, _ = batches()[0]
+        torch.manual_seed(1)
+        step.stage2(inputs, target, step.draw_products(bank.tensors(), BATCH), information=information)
+        ends.append(snapshot(step.model))
+    assert any(not torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_stage_2_leaves_mines_average_alone():
+    step = make(bound="mine")
+    bank = step.collect(batches(), N)
+    inputs, target, _ = batches()[0]
+    _, features = step.forward(inputs, target)
+    step.stage1(features, step.draw_products(bank.tensors(), BATCH))
+    before = {k: v.clone() for k, v in step.objective.named_buffers()}
+    assert before
+    step.stage2(inputs, target, step.draw_products(bank.tensors(), BATCH))
+    assert all(torch.equal(v, before[k]) for k, v in step.objective.named_buffers())
+
+
+def test_first_epoch_has_no_information_terms_and_fills_the_bank():
+    step = make()
+    result, bank = step.train_epoch(batches(), N, None, batch_size=BATCH)
+    assert result.information == {} and result.estimators == {}
+    assert set(bank.tensors()) == {"X", "Y", "C"}
+    assert all(len(v) == N for v in bank.tensors().values())
+
+
+@pytest.mark.parametrize("kind, forwards", [("fresh", 3 * 4), ("cached", 2 * 4), ("bank", 4)])
+def test_how_often_the_model_runs(kind, forwards):
+    step = make()
+    _, bank = step.train_epoch(batches(), N, None, batch_size=BATCH)
+    step.model.calls = 0
+    result, _ = step.train_epoch(batches(), N, bank, batch_size=BATCH, stage1_n=2, stage1_features=kind)
+    assert step.model.calls == forwards
+    assert set(result.information) == {"I(X;Y)", "I(X;C|Y)"} and set(result.estimators) == set(result.information)
+
+
+def test_stages_are_announced():
+    step, seen = make(), []
+    _, bank = step.train_epoch(batches(), N, None, batch_size=BATCH)
+    step.train_epoch(
+        batches(), N, bank, batch_size=BATCH, stage1_n=1, on_batch=lambda stage, number: seen.append((stage, number))
+    )
+    assert seen == [(stage, i) for stage in ("collect", "stage1", "stage2") for i in range(4)]
+
+
+def test_a_last_batch_too_small_for_the_terms_trains_on_the_task_alone():
+    step = make()
+    data = batches(n=N + 1)
+    assert len(data[-1][0]) == 1
+    for kind in ("fresh", "cached"):
+        _, bank = step.train_epoch(data, N + 1, None, batch_size=BATCH)
+        result, bank = step.train_epoch(data, N + 1, bank, batch_size=BATCH, stage1_features=kind)
+        assert result.loss == result.loss
+        assert len(bank.tensors()["X"]) == N + 1
+        assert step.evaluate(data, bank).prediction.shape == (N + 1, 1)
+
+
+def test_evaluation_keeps_order_and_learns_nothing():
+    step = make()
+    _, bank = step.train_epoch(batches(), N, None, batch_size=BATCH)
+    model = snapshot(step.model)
+    result = step.evaluate(batches(), bank)
+    assert torch.equal(result.target, torch.cat([b[1] for b in batches()]))
+    step.model.eval()
+    with torch.no_grad():
+        expected = torch.cat([step.model(b[0])[0] for b in batches()])
+    torch.testing.assert_close(result.prediction, expected)
+    assert set(result.information) == {"I(X;Y)", "I(X;C|Y)"}
+    assert not moved(model, step.model)
+    assert result.features["X"].shape == (N, 4)
+
+
+def test_clipping_by_value_and_by_norm():
+    for options, limit in (({"clip_value": 1e-3}, None), ({"clip_norm": 1e-3}, 1e-3)):
+        step = make(**options)
+        inputs, target, _ = batches()[0]
+        step.stage2(inputs, target, None, information=False)
+        gradient = torch.cat([p.grad.flatten() for p in step.model.parameters()])
+        if limit is None:
+            assert gradient.abs().max() <= 1e-3 and gradient.abs().max() > 0
+        else:
+            assert gradient.norm() == pytest.approx(limit, rel=1e-3)
+
+
+def test_same_seed_same_weights():
+    ends = []
+    for _ in range(2):
+        step, bank = make(seed=3), None
+        for _ in range(3):
+            _, bank = step.train_epoch(batches(), N, bank, batch_size=BATCH)
+        ends.append(snapshot(step.model) + snapshot(step.objective))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_bank_keeps_rows_by_index():
+    bank = FeatureBank(5)
+    bank.store(torch.tensor([3, 0]), {"X": torch.tensor([[3.0], [0.5]], requires_grad=True)})
+    assert torch.equal(bank.tensors()["X"], torch.tensor([[0.5], [3.0]]))
+    assert not bank.tensors()["X"].requires_grad
+    restored = FeatureBank(5)
+    restored.load_state_dict(bank.state_dict())
+    assert torch.equal(restored.tensors()["X"], bank.tensors()["X"])

@@ -1,0 +1,325 @@
+"""Whole runs on small synthetic files with a tiny BERT: files written, resuming, seeds, evaluation, bad input."""
+
+import csv
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine import checkpoint, trainer
+from engine.config import Config
+from engine.errors import CheckpointError, ConfigError, DataError, OutputError
+from tests.loaders import writers
+
+SIZES = {"train": 21, "valid": 6, "test": 9}
+DIMS = [[6, 3, 16], [3, 3, 16]]
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory) -> Path:
+    """A tiny BERT with a tokeniser for the words of the synthetic files, as a local model folder."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *writers.WORDS]
+    (folder / "words.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    BertModel(config).save_pretrained(folder)
+    BertTokenizerFast(str(folder / "words.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    writers.write_declarelab(folder, writers.samples(sizes=SIZES))
+    return folder
+
+
+@pytest.fixture
+def config(data, text_encoder) -> Config:
+    return Config(
+        epochs=3,
+        batch_size=6,
+        text_encoder=str(text_encoder),
+        data={"path": str(data), "time_len": 10},
+        model={"d_common": 16, "cubemlp": {"d_hiddens": DIMS, "d_outs": DIMS}},
+        objective={"hidden": 16, "embed": 8},
+        train={"lr": 1e-2},
+        output={"progress": False, "tensorboard": False, "report": False},
+    )
+
+
+def changed(config: Config, **sections) -> Config:
+    return Config(
+        **{k: {**v, **sections.pop(k, {})} if isinstance(v, dict) else v for k, v in config.model_dump().items()}
+        | sections
+    )
+
+
+def history(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def timeless(record: dict) -> dict:
+    return {k: v for k, v in record.items() if "seconds" not in k}
+
+
+@pytest.mark.parametrize("mode", ["fast", "faithful"])
+def test_a_run_folder(config, tmp_path, mode):
+    settings = changed(config, mode=mode, output={"features": True, "report": True, "tensorboard": True})
+    result = trainer.train(settings, tmp_path / "run")
+    run = tmp_path / "run"
+    written = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(result.metrics))
+    assert set(written["test"]) >= {*("mae", "corr", "acc7", "acc5", "acc2_non0", "acc2_has0", "f1_non0", "f1_has0")}
+    assert {"best_epoch", "valid", "test", "oracle_test", "samples_per_second", "peak_memory_mb", "wall_s"} <= set(
+        written
+    )
+    records = history(run)
+    assert [r["epoch"] for r in records] == [0, 1, 2]
+    assert "information" not in records[0]["train"] and "information" not in records[0]["valid"]
+    for record in records[1:]:
+        assert len(record["train"]["information"]) == len(record["valid"]["information"]) == 8
+        assert len(record["train"]["estimators"]) == 11
+    best = min(records, key=lambda r: r["valid"]["mae"])
+    assert written["best_epoch"] == best["epoch"]
+    assert written["test"]["mae"] == best["test"]["mae"]
+    assert written["oracle_test"]["mae"] == min(r["test"]["mae"] for r in records) <= written["test"]["mae"]
+    with (run / "predictions_test.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    source = writers.samples(sizes=SIZES)["test"]
+    assert [r["id"] for r in rows] == [s.id for s in source]
+    np.testing.assert_allclose([float(r["label"]) for r in rows], [s.label for s in source], rtol=1e-6)
+    error = np.mean([abs(float(r["label"]) - float(r["prediction"])) for r in rows])
+    assert error == pytest.approx(written["test"]["mae"], rel=1e-5)
+    for split, size in SIZES.items():
+        from safetensors.numpy import load_file
+
+        features = load_file(run / f"features_{split}.safetensors")
+        assert {k: v.shape for k, v in features.items()} == dict.fromkeys("FTAV", (size, 16)) | {"label": (size, 1)}
+    assert (run / "report.html").stat().st_size > 1000
+    assert list((run / "tensorboard").glob("events*"))
+    assert not list(run.glob(".*.part"))
+
+
+def test_same_seed_same_run_and_another_seed_another(config, tmp_path):
+    runs = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        trainer.train(changed(config, seed=seed), tmp_path / name)
+        runs[name] = [timeless(r) for r in history(tmp_path / name)]
+    assert runs["a"] == runs["b"]
+    assert runs["a"] != runs["c"]
+
+
+@pytest.mark.parametrize("mode", ["fast", "faithful"])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config, tmp_path, mode):
+    class Stop:
+        """Stands for a crash after the second epoch."""
+
+        def on_start(self, first_epoch, epochs, batches): ...
+        def on_batch(self, stage, number): ...
+        def on_end(self): ...
+        def on_epoch(self, record, improved):
+            if record["epoch"] == 1:
+                raise KeyboardInterrupt
+
+    settings = changed(
+        config, mode=mode, epochs=4, objective={"bound": "mine"}, train={"schedule": {"milestones": [2]}}
+    )
+    trainer.train(settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(settings, tmp_path / "broken", callbacks=[Stop()])
+    assert len(history(tmp_path / "broken")) == 2
+    trainer.train(settings, tmp_path / "broken", resume=True)
+    whole, resumed = (history(tmp_path / name) for name in ("whole", "broken"))
+    assert [timeless(r) for r in whole] == [timeless(r) for r in resumed]
+    a, b = (checkpoint.load(tmp_path / name / "last.safetensors")[0] for name in ("whole", "broken"))
+    for part in ("model", "objective"):
+        assert all(torch.equal(v, b[part][k]) for k, v in a[part].items())
+
+
+def test_resume_can_train_longer_but_not_otherwise(config, tmp_path):
+    trainer.train(config, tmp_path / "run")
+    trainer.train(changed(config, epochs=4), tmp_path / "run", resume=True)
+    assert len(history(tmp_path / "run")) == 4
+    with pytest.raises(ConfigError, match="train"):
+        trainer.train(changed(config, epochs=5, train={"lr": 1e-3}), tmp_path / "run", resume=True)
+
+
+def test_evaluate_and_predict_give_the_runs_own_numbers(config, data, tmp_path):
+    result = trainer.train(config, tmp_path / "run")
+    found = trainer.evaluate(tmp_path / "run", data)
+    for name, value in found.items():
+        assert value == pytest.approx(result.metrics["test"][name], rel=1e-4, abs=1e-5, nan_ok=True), name
+    assert trainer.evaluate(tmp_path / "run", data, split="valid")["mae"] == pytest.approx(
+        result.metrics["valid"]["mae"], rel=1e-4
+    )
+    out = trainer.predict(tmp_path / "run", data, tmp_path / "p.csv")
+    expected = (tmp_path / "run" / "predictions_test.csv").read_text(encoding="utf-8").splitlines()
+    lines = out.read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[:2] for line in lines] == [line.split(",")[:2] for line in expected]
+
+
+def test_fast_evaluation_does_not_depend_on_the_batch_size(config, data, tmp_path):
+    trainer.train(config, tmp_path / "run")
+    values = [trainer.evaluate(tmp_path / "run", data, batch_size=b)["mae"] for b in (1, 2, 4, 9)]
+    np.testing.assert_allclose(values, values[0], rtol=1e-5)
+
+
+def test_evaluation_uses_the_runs_statistics(config, tmp_path):
+    """Another set, shifted and scaled: its own statistics would hide that, the run's must not."""
+    trainer.train(config, tmp_path / "run")
+    shifted = writers.samples(sizes=SIZES)
+    for rows in shifted.values():
+        for sample in rows:
+            sample.audio = sample.audio * 3 + 10
+    writers.write_declarelab(tmp_path / "other", shifted)
+    assert trainer.evaluate(tmp_path / "run", tmp_path / "other") != trainer.evaluate(
+        tmp_path / "run", config.data.path
+    )
+
+
+def test_several_seeds(config, tmp_path):
+    results = trainer.train_seeds(changed(config, epochs=2), tmp_path / "runs", [0, 1])
+    summary = json.loads((tmp_path / "runs" / "summary.json").read_text(encoding="utf-8"))
+    maes = [r.metrics["test"]["mae"] for r in results]
+    assert summary["test"]["mae"]["mean"] == pytest.approx(np.mean(maes))
+    assert summary["test"]["mae"]["std"] == pytest.approx(np.std(maes, ddof=1))
+    assert (tmp_path / "runs" / "summary.csv").exists()
+    before = (tmp_path / "runs" / "seed0" / "metrics.json").stat().st_mtime_ns
+    trainer.train_seeds(changed(config, epochs=2), tmp_path / "runs", [0, 1, 2], resume=True)
+    assert (tmp_path / "runs" / "seed0" / "metrics.json").stat().st_mtime_ns == before
+    assert (tmp_path / "runs" / "seed2" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"objective": {"bound": "nwj", "critic": "concat", "cmi_estimator": "dv"}},
+        {"objective": {"bound": "interpolate", "baseline": "unnormalized", "cmi_estimator": "nwj"}},
+        {"objective": {"enabled": False}},
+        {"model": {"encoder": "conv", "fusion": "tfn"}},
+        {"model": {"encoder": "lstm", "fusion": "transformer"}},
+        {"train": {"optimizer": "sgd", "stage1_features": "bank", "schedule": {"kind": "plateau"}}},
+        {"train": {"loss": "CCC", "schedule": {"kind": "exp"}}, "data": {"dataset": "avec2019"}},
+        {"text": {"freeze": "all"}, "train": {"stage1_features": "fresh", "schedule": {"kind": "none"}}},
+    ],
+    ids=lambda sections: "-".join(f"{v}" for s in sections.values() for v in s.values() if not isinstance(v, dict)),
+)
+def test_options_train(config, tmp_path, sections):
+    result = trainer.train(changed(config, epochs=2, **sections), tmp_path / "run")
+    assert all(np.isfinite(r["train"]["loss"]) for r in history(tmp_path / "run"))
+    key = "ccc" if "data" in sections else "mae"
+    assert np.isfinite(result.metrics["test"][key])
+    trainer.evaluate(tmp_path / "run", config.data.path)
+
+
+def test_classification(config, text_encoder, tmp_path):
+    samples = writers.samples(sizes=SIZES)
+    for rows in samples.values():
+        for number, sample in enumerate(rows):
+            sample.label = float(number % 3)
+    writers.write_declarelab(tmp_path / "classes", samples)
+    settings = changed(
+        config, epochs=2, data={"path": str(tmp_path / "classes"), "dataset": "custom"},
+        model={"task": "classification", "num_class": 3}, train={"loss": "CE"},
+    )  # fmt: skip
+    result = trainer.train(settings, tmp_path / "run")
+    assert 0 <= result.metrics["test"]["acc"] <= 1
+    header = (tmp_path / "run" / "predictions_test.csv").read_text(encoding="utf-8").splitlines()[0]
+    assert header == "id,label,prediction,score_0,score_1,score_2"
+
+
+def test_the_warning_of_missing_modalities_is_given_once(config, tmp_path):
+    samples = writers.samples(sizes=SIZES)
+    samples["train"][0].vision[:] = 0
+    writers.write_declarelab(tmp_path / "data", samples)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train(changed(config, epochs=2, data={"path": str(tmp_path / "data")}), tmp_path / "run")
+    assert sum("without vision" in str(w.message) for w in caught) == 1
+
+
+class TestBadInput:
+    def test_a_folder_that_holds_a_run(self, config, tmp_path):
+        trainer.train(changed(config, epochs=1), tmp_path / "run")
+        before = (tmp_path / "run" / "metrics.json").read_bytes()
+        with pytest.raises(OutputError, match="another run"):
+            trainer.train(config, tmp_path / "run")
+        assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+
+    def test_an_output_folder_below_a_file(self, config, tmp_path):
+        (tmp_path / "file").write_text("x", encoding="utf-8")
+        with pytest.raises(OutputError, match="folder"):
+            trainer.train(config, tmp_path / "file" / "run")
+
+    def test_more_neighbours_than_the_bank_holds(self, config, tmp_path):
+        with pytest.raises(ConfigError, match=r"objective\.k_neighbor"):
+            trainer.train(
+                changed(config, batch_size=20, objective={"k_neighbor": 10}, epochs=1), tmp_path / "a"
+            ) and None
+            trainer.train(changed(config, batch_size=42, objective={"k_neighbor": 21}), tmp_path / "b")
+
+    def test_dims_that_do_not_fit_cubemlp(self, config, tmp_path):
+        cube = {"d_hiddens": DIMS, "d_outs": DIMS, "res_project": [False, False]}
+        with pytest.raises(ConfigError, match="cubemlp"):
+            trainer.train(changed(config, model={"cubemlp": cube}), tmp_path / "run")
+        assert not (tmp_path / "run" / "config.yaml").exists()
+
+    def test_data_that_is_not_there(self, config, tmp_path):
+        with pytest.raises(DataError, match="nowhere"):
+            trainer.train(changed(config, data={"path": str(tmp_path / "nowhere")}), tmp_path / "run")
+
+    def test_a_device_this_machine_lacks(self, config, tmp_path):
+        if torch.cuda.is_available():
+            pytest.skip("this machine has CUDA")
+        with pytest.raises(ConfigError, match="device"):
+            trainer.train(changed(config, device="cuda"), tmp_path / "run")
+
+    def test_no_run_in_the_folder(self, data, tmp_path):
+        with pytest.raises(CheckpointError, match="run folder"):
+            trainer.evaluate(tmp_path, data)
+
+    def test_features_of_another_width(self, config, tmp_path):
+        trainer.train(changed(config, epochs=1), tmp_path / "run")
+        samples = writers.samples(sizes=SIZES)
+        for rows in samples.values():
+            for sample in rows:
+                sample.audio = sample.audio[:, :3]
+        writers.write_declarelab(tmp_path / "narrow", samples)
+        with pytest.raises((ConfigError, DataError), match="3 feature"):
+            trainer.evaluate(tmp_path / "run", tmp_path / "narrow")
+
+    def test_disk_full_while_saving_keeps_the_last_epoch(self, config, tmp_path, monkeypatch):
+        import errno
+
+        trainer.train(changed(config, epochs=1), tmp_path / "run")
+        real = checkpoint.save
+
+        def full(path, state, meta=None):
+            raise OutputError(str(path), "no space left on the device", "room for the file", "Free some space.") from (
+                OSError(errno.ENOSPC, "No space left on device")
+            )
+
+        monkeypatch.setattr(checkpoint, "save", full)
+        with pytest.raises(OutputError, match="no space"):
+            trainer.train(changed(config, epochs=2), tmp_path / "run", resume=True)
+        monkeypatch.setattr(checkpoint, "save", real)
+        trainer.train(changed(config, epochs=2), tmp_path / "run", resume=True)
+        assert len(history(tmp_path / "run")) == 2
+
+    def test_diverging_training_says_so(self, config, tmp_path):
+        with pytest.raises((DataError, ConfigError), match=r"train\.lr|diverged|finite"):
+            trainer.train(
+                changed(
+                    config, train={"lr": 1e30, "optimizer": "sgd", "clip_value": None}, objective={"enabled": False}
+                ),
+                tmp_path / "run",
+            )
