@@ -15,9 +15,13 @@ from engine.errors import OutputError
 def output_error(path: Path, cause: OSError) -> OutputError:
     """Translate an `OSError` met while writing `path` into the error users see."""
     if cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(str(path), "no space left on the device", "room for the file", "Free some space and run again.")
+        return OutputError(
+            str(path), "no space left on the device", "room for the file", "Free some space and run again."
+        )
     if cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return OutputError(str(path), "a folder that cannot be written to", "write permission", "Choose another --out folder.")
+        return OutputError(
+            str(path), "a folder that cannot be written to", "write permission", "Choose another --out folder."
+        )
     if cause.errno in (errno.ENOTDIR, errno.EEXIST):
         return OutputError(str(path), "a file where a folder is needed", "a folder", "Choose another --out folder.")
     return OutputError(str(path), f"{cause.strerror or cause}", "a writable file", "Mend the cause and run again.")
