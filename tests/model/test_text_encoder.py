@@ -24,6 +24,7 @@ from engine.model.text_encoder import (
     encode_without_padding,
     length_groups,
     load_text_encoder,
+    pack_rows,
     resolve_text_model,
     text_encoder_from_config,
 )
@@ -71,11 +72,12 @@ def test_minilm_without_padding_equals_the_padded_call(minilm):
     "make",
     [
         bert,
+        lambda: bert(attn_implementation="eager"),
         distilbert,
         lambda: RobertaModel(RobertaConfig(num_hidden_layers=2, max_position_embeddings=60, **SMALL)),
         lambda: ElectraModel(ElectraConfig(num_hidden_layers=2, embedding_size=16, **SMALL)),
     ],
-    ids=["bert", "distilbert", "roberta", "electra"],
+    ids=["bert", "bert-eager", "distilbert", "roberta", "electra"],
 )
 def test_any_encoder_with_a_last_hidden_state(make):
     encoder = TextEncoder(make()).eval()
@@ -97,9 +99,33 @@ class Counter(torch.nn.Module):
         return ids[..., None].float().expand(*ids.shape, 3)
 
 
-def test_most_padding_is_not_computed_and_rows_return_to_their_place():
+def typical_lengths():
     torch.manual_seed(0)
-    length = [40, *torch.randint(5, 28, (63,)).tolist()]
+    return [40, *torch.randint(5, 28, (63,)).tolist()]
+
+
+def test_bert_computes_no_more_than_its_tokens_in_one_call(monkeypatch):
+    length = typical_lengths()
+    ids, mask = tokens(length, width=100)
+    encoder, calls = TextEncoder(bert()).eval(), []
+    run = encoder.model.forward
+    monkeypatch.setattr(encoder.model, "forward", lambda **k: calls.append(tuple(k["input_ids"].shape)) or run(**k))
+    encode_without_padding(encoder, ids, mask)
+    ((rows, width),) = calls
+    assert width == 40 and sum(length) <= rows * width <= 1.05 * sum(length)
+
+
+@pytest.mark.parametrize("length", [[7], [3, 3, 3], [1, 40, 2, 39, 20], [5, 9, 6, 30, 31, 8, 2]])
+def test_packed_rows_do_not_overlap(length):
+    start, rows = pack_rows(length, max(length))
+    places = [i for s, n in zip(start, length, strict=True) for i in range(s, s + n)]
+    assert len(set(places)) == len(places) and max(places) < rows * max(length)
+    assert all(s // max(length) == (s + n - 1) // max(length) for s, n in zip(start, length, strict=True))
+    assert rows <= len(length)
+
+
+def test_other_encoders_compute_little_padding_and_rows_return_to_their_place():
+    length = typical_lengths()
     ids, mask = tokens(length, width=100)
     counter = Counter()
     found = encode_without_padding(counter, ids, mask)
@@ -108,8 +134,9 @@ def test_most_padding_is_not_computed_and_rows_return_to_their_place():
     assert computed <= 1.15 * real and 2 <= len(counter.calls) <= 12
 
 
-def test_gradients_pass_through_the_groups():
-    encoder = TextEncoder(bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+@pytest.mark.parametrize("make", [bert, distilbert])
+def test_gradients_are_those_of_the_padded_call(make):
+    encoder = TextEncoder(make()).eval()
     ids, mask = tokens([2, 30, 3, 29, 12, 1])
     weight = torch.randn(*ids.shape, 16) * mask[..., None]
     gradients = []
@@ -121,10 +148,11 @@ def test_gradients_pass_through_the_groups():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_without_tokens_and_a_mask_with_a_gap():
+@pytest.mark.parametrize("make", [bert, distilbert])
+def test_a_row_without_tokens_and_a_mask_with_a_gap(make):
     ids, mask = tokens([0, 6, 4])
     mask[1, 2] = 0
-    encoder = TextEncoder(bert()).eval()
+    encoder = TextEncoder(make()).eval()
     found = encode_without_padding(encoder, ids, mask)
     assert found.isfinite().all()
     torch.testing.assert_close(found[1:][mask[1:] != 0], encoder(ids, mask)[1:][mask[1:] != 0], rtol=0, atol=1e-5)
