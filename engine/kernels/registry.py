@@ -1,0 +1,195 @@
+"""Registration of the operations with torch, and the switch between their backends.
+
+Every operation is registered once under `torch.ops.engine` with one schema for all backends, so that torch.compile sees
+one opaque node and never a kernel. Backends of an operation:
+
+    reference  the formula in plain torch, differentiated by autograd: the specification the others are tested against
+    cpu        fast CPU code with a hand-written backward
+    triton     GPU kernels; also on CPU tensors, where triton's interpreter runs them (TRITON_INTERPRET=1), for tests
+
+A host function (in cpu.py and triton.py) takes and returns plain tensors and knows nothing of autograd.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from engine.errors import ConfigError
+
+BACKENDS = ("auto", "triton", "cpu", "reference")
+
+LIB = torch.library.Library("engine", "DEF")
+
+log = logging.getLogger("engine")
+
+
+@dataclass(frozen=True)
+class Operation:
+    cpu: Callable[..., Any]
+    cuda: Callable[..., Any] | None
+
+
+_operations: dict[str, Operation] = {}
+_setting = os.environ.get("ENGINE_BACKEND", "auto")
+_told: set[str] = set()
+
+
+class use_backend:
+    """Choose the backend of all operations: "auto", "triton", "cpu" or "reference".
+
+    `use_backend("reference")` sets it for the process, `with use_backend("reference"):` for a block. The setting is one
+    for all threads, because torch runs backward passes in threads of its own. The environment variable ENGINE_BACKEND
+    sets it at the start.
+
+    "auto" takes triton for CUDA tensors where triton is installed, cpu for CPU tensors, else reference.
+
+    Raises:
+        ConfigError: an unknown name, or "triton" where triton is not installed.
+    """
+
+    def __init__(self, name: str):
+        global _setting
+        _check(name, "use_backend")
+        self.previous, _setting = _setting, name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _setting
+        _setting = self.previous
+
+
+def lazy(module: str, function: str) -> Callable[..., Any]:
+    """`function` of `module`, imported at the first call: triton and numba are not imported before they are needed."""
+
+    def call_it(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args)
+
+    call_it.__name__ = call_it.__qualname__ = function
+    return call_it
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
+    fake: Callable[..., Any],
+) -> None:
+    """Register an operation as `torch.ops.engine.NAME`. Forward and backward are two operations.
+
+    Args:
+        name: the operation's name.
+        schema: torch schema without the name, such as "(Tensor q, float scale, Tensor? mask=None) -> (Tensor, Tensor)".
+            Outputs are fresh tensors: neither inputs nor views of them.
+        cpu: host function for CPU tensors.
+        cuda: host function of the Triton kernels; None where there is none. See `lazy`.
+        fake: shapes and dtypes of the outputs for tensors without data.
+    """
+    operation = _operations[name] = Operation(cpu, cuda)
+    run = functools.partial(_run, operation)
+    LIB.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIB.impl(name, run, "CPU")
+    if cuda is not None:
+        LIB.impl(name, run, "CUDA")
+    torch.library.register_fake(f"engine::{name}", fake, lib=LIB)
+
+
+def call(name: str, *args: Any) -> Any:
+    """Run a registered operation on the backend of its first tensor; arguments are positional, as in its schema.
+
+    In eager mode the host function is called directly: torch's dispatcher would cost more than a small operation does.
+    Under torch.compile, and under any dispatch mode (fake tensors, FLOP counters), it goes through torch.ops.engine.
+    """
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return getattr(torch.ops.engine, name)(*args)
+    return _run(_operations[name], *args)
+
+
+def backend_for(tensor: Tensor, op: str | None = None) -> str:
+    """The backend an operation on `tensor` runs on: "triton", "cpu" or "reference".
+
+    A pure function of the tensor's device, of what is installed and of the setting. With `op`, "auto" avoids a backend
+    which that registered operation lacks.
+
+    Raises:
+        ConfigError: the chosen backend cannot run on the tensor's device.
+    """
+    device, setting = tensor.device.type, _setting
+    if setting not in BACKENDS:
+        _check(setting, "ENGINE_BACKEND")
+    if setting == "reference":
+        return "reference"
+    has_kernels = op is None or _operations[op].cuda is not None
+    if setting == "auto":
+        chosen = "cpu" if device == "cpu" else "reference"
+        if device == "cuda" and has_kernels and has_triton():
+            chosen = "triton"
+        if not torch.compiler.is_compiling():
+            _tell(device, chosen)
+        return chosen
+    if setting == "cpu" and device != "cpu":
+        raise ConfigError("backend cpu", f"a tensor on {device}", "a tensor on cpu", 'Move it, or use_backend("auto").')
+    if setting == "triton" and not (has_kernels and has_triton() and (device == "cuda" or interpreting())):
+        found = f"a tensor on {device}" if has_triton() else "no triton"
+        raise ConfigError(
+            "backend triton",
+            found if has_kernels else f"{op}, which has no Triton kernel",
+            "triton installed and a tensor on cuda (or TRITON_INTERPRET=1 for tests on cpu)",
+            'Move the tensor, install engine[triton], or use_backend("auto").',
+        )
+    return setting
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether triton is installed; does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether triton's interpreter runs the kernels, on the CPU. Fixed when triton is first imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _run(operation: Operation, *args: Any) -> Any:
+    tensor = next(a for a in args if isinstance(a, Tensor))
+    if tensor.is_cuda:
+        # a launch goes to the current device, which need not be the tensor's
+        with torch.cuda.device(tensor.device):
+            return operation.cuda(*args)
+    if _setting == "triton" and backend_for(tensor) == "triton":
+        return operation.cuda(*args)
+    return operation.cpu(*args)
+
+
+def _check(name: str, where: str) -> None:
+    if name not in BACKENDS:
+        raise ConfigError(where, repr(name), f"one of {', '.join(BACKENDS)}", "Choose one of these.")
+    if name == "triton" and not has_triton():
+        raise ConfigError(where, "no triton", "triton installed", 'Install engine[triton], or use "auto".')
+
+
+def _tell(device: str, chosen: str) -> None:
+    if device in _told:
+        return
+    _told.add(device)
+    why = {
+        "triton": "triton is installed",
+        "cpu": "CPU tensors",
+        "reference": "no kernels for this device" if device != "cuda" else "triton is not installed, or has no kernel",
+    }[chosen]
+    log.info("kernels on %s tensors: backend %s (%s)", device, chosen, why)

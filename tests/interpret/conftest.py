@@ -1,0 +1,16 @@
+"""The interpreter tier: every Triton kernel's numbers on the CPU, in a process of its own."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def triton_backend():
+    """Operations run their Triton kernels; one thread, because the interpreter runs one program at a time."""
+    from engine.kernels.registry import use_backend
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with use_backend("triton"):
+        yield
+    torch.set_num_threads(threads)
