@@ -1,0 +1,115 @@
+"""python -m bench run NAME [--json], all, compare --base REF, list."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench import machine
+
+
+def main(arguments: list[str] | None = None) -> int:
+    a = _parser().parse_args(arguments)
+    threads = getattr(a, "threads", None) or machine.cores()
+    machine.pin_environment(threads)  # before torch is imported
+    return a.do(a, threads)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _list(a: argparse.Namespace, threads: int) -> int:
+    from bench.runner import MORE_NAMES, NAMES, load_suite
+
+    for name in (*NAMES, *MORE_NAMES):
+        print(f"{name:20} {load_suite(name).TITLE}")
+    return 0
+
+
+def _run(a: argparse.Namespace, threads: int) -> int:
+    from bench import runner
+
+    machine.pin_threads(threads)
+    try:
+        result = runner.run(
+            a.name, runner.Setting(a.quick, a.device), a.rounds, threads, memory=not a.no_memory, say=_say
+        )
+    except runner.RedGateError as red:
+        _say(f"red gate, nothing is reported: {red}")
+        return 1
+    if a.out:
+        from engine.files import write_json
+
+        write_json(a.out, result)
+    if a.json:
+        print(runner.as_line(result))
+    else:
+        from bench.table import describe
+
+        print(describe(result))
+    return 0
+
+
+def _all(a: argparse.Namespace, threads: int) -> int:
+    from bench.everything import run_all
+
+    return run_all(a.only, a.results, a.quick, a.rounds, threads, a.device, a.readme, say=_say)
+
+
+def _compare(a: argparse.Namespace, threads: int) -> int:
+    from bench.compare import compare
+
+    return compare(a.base, a.names, a.quick, a.rounds, threads, say=_say)
+
+
+def _serve(a: argparse.Namespace, threads: int) -> int:
+    from bench.compare import serve
+
+    machine.pin_threads(threads)
+    return serve(a.name, a.quick)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, do, text: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, help=text, description=text)
+        p.set_defaults(do=do)
+        p.add_argument("--threads", type=int, help="for engine and baseline alike (default: all cores)")
+        return p
+
+    def sizes(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--quick", action="store_true", help="smaller shapes and fewer rounds: to try, not to report")
+        p.add_argument("--rounds", type=int, help="how often every side is measured, in turn")
+
+    command("list", _list, "the suites")
+    p = command("run", _run, "measure one suite")
+    p.add_argument("name")
+    p.add_argument("--json", action="store_true", help="one line of JSON on the standard output")
+    p.add_argument("--out", type=Path, help="also write the JSON to this file")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--no-memory", action="store_true", help="leave out the memory measurements")
+    sizes(p)
+    p = command(
+        "all", _all, "measure every suite, each in its own process; write results, plots and the README's table"
+    )
+    p.add_argument("--only", nargs="+", metavar="NAME", help="these suites alone")
+    p.add_argument("--results", type=Path, default=machine.ROOT / "bench" / "results", help="folder to write")
+    p.add_argument("--readme", type=Path, help="also put the table between the markers of this file")
+    p.add_argument("--device", default="cpu")
+    sizes(p)
+    p = command("compare", _compare, "this working tree against another commit, interleaved")
+    p.add_argument("names", nargs="*", metavar="NAME", help="suites (default: those that take seconds)")
+    p.add_argument("--base", required=True, metavar="REF")
+    sizes(p)
+    p = command("serve", _serve, "one engine side, timed on request over pipes (used by compare)")
+    p.add_argument("name")
+    p.add_argument("--quick", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
