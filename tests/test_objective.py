@@ -63,9 +63,9 @@ class TestDeclaration:
             e.name: sum(c * values[str(t)] for t, c in e.coefficients) for e in mimrl_expressions([1.0] * 8)
         }  # I(F;T)=1 … I(T;V)=5, I(A;C|T)=6, I(T;A|C)=7, I(V;C|T)=8, I(T;V|C)=9, I(T;C|A)=10, I(T;C|V)=11
         assert found == {
-            "I(F;T)": 1, "I(F;A)": 2, "I(F;V)": 3, "inv": 9, "spec_t": 10 + 11 - 7 - 9, "spec_a": 6 - 7, "spec_v": 8 - 9,
-            "comp": 16,
-        }  # fmt: skip
+            **{"I(F;T)": 1, "I(F;A)": 2, "I(F;V)": 3, "inv": 9, "comp": 16},
+            **{"spec_t": 10 + 11 - 7 - 9, "spec_a": 6 - 7, "spec_v": 8 - 9},
+        }
 
     def test_one_estimator_serves_every_expression_of_its_term(self):
         objective = Objective(
