@@ -24,7 +24,7 @@ def make_data(n: int, agreement: float, generator: torch.Generator):
     views = []
     for _ in range(2):
         w_label, w_machine = torch.randn(16, generator=directions), torch.randn(16, generator=directions)
-        views.append((label - 0.5)[:, None] * w_label + 2 * (machine - 0.5)[:, None] * w_machine + 1.5 * draw(n, 16))
+        views.append(0.5 * (label - 0.5)[:, None] * w_label + 2 * (machine - 0.5)[:, None] * w_machine + 1.5 * draw(n, 16))
     return views[0], views[1], label, machine[:, None]
 
 
