@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from engine.kernels.mi_bounds import bound_value
 from engine.model.estimators import MIEstimator
 
 DIM = 20
@@ -30,31 +31,36 @@ def log_ratio(x: Tensor, y: Tensor, rho: float) -> Tensor:
     return -0.5 * dim * math.log(variance) + (rho * cross - 0.5 * rho * rho * squares) / variance
 
 
-def staircase(levels: list[float], steps_a_level: int, seed: int = 0, batch: int = 64, **estimator) -> list[Tensor]:
-    """Train one separate critic through rising levels of information; the values of every step, a level a tensor.
+def staircase(
+    train: dict, read: dict[str, dict], levels: list[float], steps_a_level: int, seed: int = 0, batch: int = 64
+) -> dict[str, Tensor]:
+    """Train one separate critic through rising levels of information; {reading: [levels, steps], nats}.
 
-    Settings of the SMILE demo: d = 20, B = 64, Adam 5e-4, hidden 256, embed 32, ReLU.
+    Settings of the SMILE demo: d = 20, B = 64, Adam 5e-4, hidden 256, embed 32, ReLU. `train` is the bound with
+    its settings; `read` names the bounds to read from the same scores, so that SMILE at several tau, which all have one
+    gradient, cost one training.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = MIEstimator(DIM, DIM, hidden=256, embed=32, **estimator)
+        model = MIEstimator(DIM, DIM, hidden=256, embed=32, **train)
+    scores: list[Tensor] = []
+    model.critic.register_forward_hook(lambda _module, _inputs, output: scores.append(output.detach()))
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
-    curves = []
-    for level in levels:
+    values = {name: torch.empty(len(levels), steps_a_level) for name in read}
+    for row, level in enumerate(levels):
         rho = correlation(level)
-        values = torch.empty(steps_a_level)
         for step in range(steps_a_level):
-            x, y = sample(rho, (batch, DIM), generator)
-            estimate = model(x, y)
+            loss = model(*sample(rho, (batch, DIM), generator)).loss
             optimizer.zero_grad()
-            estimate.loss.backward()
+            loss.backward()
             optimizer.step()
-            values[step] = estimate.value
-        curves.append(values)
-    return curves
+            latest = scores.pop()
+            for name, setting in read.items():
+                values[name][row, step] = bound_value(latest, **setting)[0]
+    return values
 
 
-def plateau(values: Tensor) -> float:
-    """Mean over the last 40 % of a level's steps."""
-    return values[-round(0.4 * len(values)) :].mean().item()
+def plateau(values: Tensor) -> list[float]:
+    """[levels, steps] -> the mean over the last 40 % of each level's steps."""
+    return values[:, -round(0.4 * values.shape[1]) :].mean(1).tolist()
