@@ -259,6 +259,13 @@ def quantile(numbers: list[float], q: float) -> float:
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
+def assert_same_gradient(found: Any, expected: Any, what: str) -> None:
+    """Norm of the difference at most 1e-3 of the expected norm + 1e-4; for the gates of suites."""
+    difference, size = float((found - expected).norm()), float(expected.norm())
+    # written so that a NaN anywhere fails
+    assert difference <= 1e-3 * size + 1e-4, f"gradient of {what}: |difference| {difference:.2e} of {size:.2e}"
+
+
 def as_line(result: Mapping[str, Any]) -> str:
     """One line of JSON."""
     return json.dumps(result, allow_nan=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.baselines import mimrl
-from bench.runner import Setting, Work
+from bench.runner import Setting, Work, assert_same_gradient
 
 TITLE = "five grouped critics + InfoNCE, forward and backward, B=128, against five separate eager estimators"
 GOALS = {"ratio": (2.0, 2.6)}
@@ -75,8 +75,6 @@ def gate(setting: Setting) -> None:
     b.backward()
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     for name in "FTAV":
-        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-3, atol=1e-5)
-    ours_grads = [p.grad for p in objective.parameters()]
-    theirs_grads = [p.grad for p in eager.parameters()]
-    for x, y in zip(ours_grads, theirs_grads, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
+        assert_same_gradient(ours[name].grad, theirs[name].grad, name)
+    for (name, parameter), other in zip(objective.named_parameters(), eager.parameters(), strict=True):
+        assert_same_gradient(parameter.grad, other.grad, name)

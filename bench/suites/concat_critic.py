@@ -1,0 +1,71 @@
+"""InfoNCE with the concatenated critic, whose baseline forms all B² pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bench.baselines import mimrl
+from bench.runner import Setting, Work
+from engine import MIEstimator
+
+TITLE = "concat critic + InfoNCE, B=256, forward and backward, against the tensor of all pairs"
+GOALS = {"ratio": (2.0, 1 / 0.35), "memory_ratio": (10.0, 30.0)}
+SIDES = ("engine", "baseline", "compile")
+SLOW_SIDES = ("compile",)
+MEMORY = ("engine", "baseline")
+WIDTH, BATCH, QUICK_BATCH = 128, 256, 64
+
+
+def features(batch: int, setting: Setting) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, WIDTH, generator=generator)
+    y = x + torch.randn(batch, WIDTH, generator=generator)
+    return tuple(v.to(setting.device).requires_grad_() for v in (x, y))
+
+
+def estimators(setting: Setting) -> tuple[MIEstimator, mimrl.MIEstimator]:
+    """The engine's and the baseline's, of the same weights; compat="mimrl" orients scores as the baseline does."""
+    torch.manual_seed(0)
+    theirs = mimrl.MIEstimator(WIDTH, WIDTH, mimrl.settings(critic="concat"))
+    ours = MIEstimator(WIDTH, WIDTH, critic="concat", compat="mimrl")
+    state = theirs.critic_model.MLP_f.state_dict()
+    ours.critic.f.load_state_dict(state)
+    return ours.to(setting.device), theirs.to(setting.device)
+
+
+def engine_loss(estimator: MIEstimator, x: Tensor, y: Tensor) -> Tensor:
+    return estimator(x, y).loss
+
+
+def eager_loss(estimator: mimrl.MIEstimator, x: Tensor, y: Tensor) -> Tensor:
+    return estimator(x, y)[1]
+
+
+def work(side: str, batch: int, setting: Setting) -> Work:
+    ours, theirs = estimators(setting)
+    module = ours if side == "engine" else theirs
+    loss = {"engine": engine_loss, "baseline": eager_loss}.get(side) or torch.compile(eager_loss)
+    x, y = features(batch, setting)
+
+    def run() -> None:
+        module.zero_grad(set_to_none=True)
+        x.grad = y.grad = None
+        loss(module, x, y).backward()
+
+    return Work(run, samples=batch)
+
+
+def build(side: str, setting: Setting) -> Work:
+    return work(side, QUICK_BATCH if setting.quick else BATCH, setting)
+
+
+def gate(setting: Setting) -> None:
+    found = []
+    for module, loss in zip(estimators(setting), (engine_loss, eager_loss), strict=True):
+        x, y = features(33, setting)
+        value = loss(module, x, y)
+        value.backward()
+        found.append([value.detach(), x.grad, y.grad, *(p.grad for p in module.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,23 @@
+"""An epoch on MOSEI-shaped data, in mode fast. Measured without a floor."""
+
+from __future__ import annotations
+
+from bench import epochs, shapes
+from bench.runner import Setting, Work
+
+TITLE = "two-stage epoch, mode fast, 64 MOSEI-shaped samples, MiniLM, against the eager baseline"
+GOALS: dict[str, tuple[float, float]] = {}
+SIDES = ("engine", "baseline")
+MEMORY = ("engine", "baseline")
+ROUNDS = 3
+
+
+def build(side: str, setting: Setting) -> Work:
+    samples = shapes.mosei(16 if setting.quick else 64)
+    if side == "baseline":
+        return epochs.build_baseline(samples, setting)
+    return epochs.build_engine("fast", samples, setting)
+
+
+def gate(setting: Setting) -> None:
+    epochs.gate_fast(setting)

@@ -1,0 +1,77 @@
+"""Batches a second out of a whole data set, against the published way of loading."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from bench import shapes
+from bench.baselines import loader as reference_loader
+from bench.runner import Setting, Work
+from engine.config import load_config
+from engine.loaders import open_dataset
+from engine.loaders.dataset import Dataset
+
+TITLE = "one shuffled epoch of batches, 16,326 MOSEI-shaped utterances, against a pickled list tokenised in collate"
+GOALS = {"ratio": (20.0, 100.0)}
+SIDES = ("engine", "baseline")
+ROUNDS = 3
+TIME_LEN, BATCH, UTTERANCES, QUICK_UTTERANCES = 100, 32, 16326, 640
+HELD_OUT = 4
+
+
+def count(setting: Setting) -> int:
+    return QUICK_UTTERANCES if setting.quick else UTTERANCES
+
+
+def open_engine(samples: shapes.Utterances, folder: Path) -> Dataset:
+    """The samples as training split of a store in `folder`, opened; frames as they are, as the baseline has them."""
+    held_out = {name: samples.part(0, HELD_OUT) for name in ("valid", "test")}
+    store = shapes.write_store(folder, {"train": samples, **held_out})
+    data = load_config("mosi-paper", [f"data.time_len={TIME_LEN}"]).resolve().data
+    return open_dataset(store, data)
+
+
+def engine_loader(dataset: Dataset, shuffle: bool = True):
+    return dataset.loader("train", BATCH, shuffle=shuffle, seed=0)
+
+
+def baseline_loader(samples: shapes.Utterances, folder: Path, shuffle: bool = True):
+    path = folder / "train.pkl"
+    reference_loader.write_pickle(path, samples)
+    tokenizer = reference_loader.load_tokenizer("minilm")
+    return reference_loader.make_loader(reference_loader.PickledList(path), BATCH, TIME_LEN, tokenizer, shuffle)
+
+
+def build(side: str, setting: Setting) -> Work:
+    folder = Path(tempfile.mkdtemp(prefix="bench-loader-"))
+    samples = shapes.mosei(count(setting))
+    loader = engine_loader(open_engine(samples, folder)) if side == "engine" else baseline_loader(samples, folder)
+
+    def run() -> None:
+        for batch in loader:
+            del batch
+
+    return Work(run, samples=len(samples), close=lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def gate(setting: Setting) -> None:
+    """The first batch holds the same tokens, frames and labels, sorted by length in the baseline."""
+    with tempfile.TemporaryDirectory(prefix="bench-loader-") as folder:
+        samples = shapes.mosei(BATCH, seed=3)
+        ours = next(iter(engine_loader(open_engine(samples, Path(folder)), shuffle=False)))
+        theirs = next(iter(baseline_loader(samples, Path(folder), shuffle=False)))
+    order = sorted(range(BATCH), key=lambda i: samples.words[i], reverse=True)
+    assert torch.equal(ours.label[order], theirs["label"]), "labels differ"
+    assert torch.equal(ours.audio[order], theirs["audio"]), "audio differs"
+    assert torch.equal(ours.vision[order], theirs["vision"]), "vision differs"
+    width = ours.token_ids.shape[1]
+    mask = theirs["attention_mask"]
+    assert int(mask[:, width:].sum()) == 0, "fewer tokens than the baseline has"
+    assert torch.equal(ours.token_mask[order], mask[:, :width]), "token masks differ"
+    assert torch.equal((ours.token_ids * ours.token_mask)[order], (theirs["input_ids"] * mask)[:, :width]), (
+        "tokens differ"
+    )
