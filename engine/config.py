@@ -164,6 +164,11 @@ class ModelConfig(Section):
     encoder: Literal["gru", "lstm", "conv"] = Field("gru", description="audio and vision encoder")
     fusion: str = Field("cubemlp", description="cubemlp, tfn, transformer, or a name given to engine.register_fusion")
     cubemlp: CubeMLPConfig = CubeMLPConfig()
+    text_padding: Literal["mean", "zero"] = Field(
+        "mean",
+        description="fast mode: what the fusion encoder finds past a sentence's end; mean is the sentence's mean "
+        "(faithful mode: the text encoder's outputs at padding)",
+    )
     compose_t: Compose = Field("mean", description="how CubeMLP's output is joined over time")
     compose_k: Compose = Field("mean", description="how CubeMLP's output is joined over modalities, before time")
     dropout: Annotated[tuple[Probability, Probability, Probability, Probability], _spread(4)] = Field(
@@ -240,6 +245,11 @@ class TrainConfig(Section):
     )
     clip_norm: Annotated[float | None, _none] = Field(
         None, gt=0, description="clip the norm of the stage's whole gradient; none: not clipped"
+    )
+    average: Annotated[Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] | None, _none] = Field(
+        "auto",
+        description="decay of a moving average of the model's weights, one update a batch, which is what is evaluated "
+        "and kept (auto: 0.98 in fast mode, none in faithful mode)",
     )
 
 
@@ -359,6 +369,8 @@ class Config(Section):
             c.objective.compat = "mimrl" if faithful else "none"
         if c.train.stage1_features == "auto":
             c.train.stage1_features = "fresh" if faithful else "cached"
+        if c.train.average == "auto":
+            c.train.average = None if faithful else 0.98
         if c.data.length_rule == "auto":
             c.data.length_rule = "sum_zero" if faithful else "recorded"
         c.check()
@@ -454,10 +466,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _type_text(field: Any) -> str:
-    annotation = field.annotation
-    if get_origin(annotation) is Literal:
-        return " | ".join(get_args(annotation))
-    return re.sub(r"\b(typing|engine\.config)\.", "", _plain(annotation))
+    return re.sub(r"\b(typing|engine\.config)\.", "", _plain(field.annotation))
 
 
 def _plain(annotation: Any) -> str:
@@ -465,6 +474,8 @@ def _plain(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _plain(args[0])
+    if origin is Literal:
+        return " | ".join(args)
     if origin is list:
         return f"list of {_plain(args[0])}"
     if origin is tuple:

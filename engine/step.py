@@ -94,6 +94,46 @@ class EpochResult:
     features: dict[str, Tensor] = field(default_factory=dict)
 
 
+class WeightAverage:
+    """Exponential moving average of a module's floating-point parameters and buffers (Polyak averaging).
+
+    Args:
+        module: whose weights are followed.
+        decay: weight of the past at every update, in (0, 1). Early updates forget faster, min(decay, (1+t) / (10+t)),
+            so that the first steps' weights do not linger.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.module, self.decay, self.updates = module, decay, 0
+        self.values = {k: v.detach().clone() for k, v in module.state_dict().items() if v.is_floating_point()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the module's present weights in."""
+        rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        state = self.module.state_dict()
+        torch._foreach_lerp_(list(self.values.values()), [state[k].detach() for k in self.values], rate)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the context the module holds the averaged weights."""
+        own = {k: v.detach().clone() for k, v in self.module.state_dict().items() if k in self.values}
+        self.module.load_state_dict(self.values, strict=False)
+        try:
+            yield
+        finally:
+            self.module.load_state_dict(own, strict=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "values": self.values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.updates = state["updates"]
+        for name, value in state["values"].items():
+            self.values[name].copy_(value)
+
+
 class TwoStageStep:
     """Both stages' updates on one batch.
 
@@ -105,6 +145,8 @@ class TwoStageStep:
         estimator_optimizer: over the objective's parameters; None where the objective is None.
         clip_value: clip every gradient element to ±clip_value, in both stages.
         clip_norm: clip the norm of a stage's whole gradient.
+        average: decay of a moving average of the model's weights, kept after every stage-2 update in `self.average`;
+            None keeps none.
         label: name under which the target enters the objective's features, as float [B, n]; None to leave it out.
         generator: CPU generator that product rows are drawn with.
     """
@@ -119,13 +161,19 @@ class TwoStageStep:
         *,
         clip_value: float | None = None,
         clip_norm: float | None = None,
+        average: float | None = None,
         label: str | None = "C",
         generator: torch.Generator | None = None,
     ):
         self.model, self.objective, self.task_loss = model, objective, task_loss
         self.main_optimizer, self.estimator_optimizer = main_optimizer, estimator_optimizer
         self.clip_value, self.clip_norm, self.label = clip_value, clip_norm, label
+        self.average = None if average is None else WeightAverage(model, average)
         self.generator = generator or torch.Generator().manual_seed(0)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the model holds its averaged weights, where an average is kept."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
 
     # -- pieces ------------------------------------------------------------------------------------
 
@@ -169,6 +217,8 @@ class TwoStageStep:
         self.model.train()
         output, loss = self._stage2_loss(inputs, target, products, information)
         self._update(loss, self.main_optimizer)
+        if self.average is not None:
+            self.average.update()
         return output
 
     def _stage2_loss(

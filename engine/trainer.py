@@ -299,6 +299,7 @@ class _Trainer:
             estimators,
             clip_value=c.train.clip_value,
             clip_norm=c.train.clip_norm,
+            average=c.train.average,
             generator=torch.Generator().manual_seed(c.seed),
         )
         self.optimizers = {"main": main, "estimators": estimators}
@@ -367,10 +368,11 @@ class _Trainer:
         record["seconds"] = time.perf_counter() - start
         record["train"] = _record(c, trained)
         # Epoch 0 trains without information terms, so its evaluation has none either: the losses stay comparable.
-        self.results = {
-            split: self.step.evaluate(self.loaders[split], bank if had_bank and c.objective.enabled else None)
-            for split in ("valid", "test")
-        }
+        with self.step.averaged():
+            self.results = {
+                split: self.step.evaluate(self.loaders[split], bank if had_bank and c.objective.enabled else None)
+                for split in ("valid", "test")
+            }
         for split, result in self.results.items():
             record[split] = _record(c, result)
         for scheduler in self.schedulers.values():
@@ -421,7 +423,8 @@ class _Trainer:
     def _save(self, history: list[dict[str, Any]], bank: FeatureBank, improved: bool, wall_s: float) -> None:
         epoch = history[-1]["epoch"]
         if improved:
-            checkpoint.save(self.out / BEST, self._weights(), self._meta(epoch))
+            with self.step.averaged():
+                checkpoint.save(self.out / BEST, self._weights(), self._meta(epoch))
             for split, result in self.results.items():
                 ids = self.dataset.splits[split].ids
                 _write_predictions(self.out / f"predictions_{split}.csv", self.config, ids, result)
@@ -430,6 +433,7 @@ class _Trainer:
         state = self._weights() | {
             "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
             "schedulers": {k: s.state_dict() for k, s in self.schedulers.items()},
+            "average": self.step.average.state_dict() if self.step.average is not None else None,
             "bank": bank.state_dict(),
             "generator": self.step.generator.get_state(),
             "rng": _rng_state(),
@@ -452,6 +456,8 @@ class _Trainer:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
             self.schedulers[name].load_state_dict(state["schedulers"][name])
+        if self.step.average is not None:
+            self.step.average.load_state_dict(state["average"])
         bank = FeatureBank(len(self.dataset.splits["train"]))
         bank.load_state_dict(state["bank"])
         bank.rows = {k: v.to(self.device) for k, v in bank.rows.items()}

@@ -56,7 +56,7 @@ def main(weight: float) -> tuple[float, dict[str, float]]:
     model = TwoViews()
     objective = Objective(
         [
-            0.1 * weight * MI("Z1", "Z2"),
+            0.02 * weight * MI("Z1", "Z2"),
             -weight * (CMI("Z1", "M", given="Y") + CMI("Z2", "M", given="Y")).named("machine"),
         ],
         dims={"Z1": 8, "Z2": 8, "M": 1, "Y": 1},

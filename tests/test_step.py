@@ -182,3 +182,18 @@ def test_bank_keeps_rows_by_index():
     restored = FeatureBank(5)
     restored.load_state_dict(bank.state_dict())
     assert torch.equal(restored.tensors()["X"], bank.tensors()["X"])
+
+
+def test_averaged_weights_are_the_moving_average_and_leave_the_model_as_it_was():
+    step = make(average=0.9)
+    follow = [p.detach().clone() for p in step.model.parameters()]
+    for number, (inputs, target, _) in enumerate(batches()):
+        step.stage2(inputs, target, None, information=False)
+        rate = 1 - min(0.9, (1 + number) / (10 + number))
+        follow = [torch.lerp(a, p.detach(), rate) for a, p in zip(follow, step.model.parameters(), strict=True)]
+    own = snapshot(step.model)
+    with step.averaged():
+        for a, p in zip(follow, step.model.parameters(), strict=True):
+            torch.testing.assert_close(a, p.detach())
+        assert moved(own, step.model)
+    assert not moved(own, step.model)

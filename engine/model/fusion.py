@@ -27,7 +27,8 @@ class FusionEncoder(Protocol):
     def __call__(self, x: Tensor, mask: Tensor) -> Tensor:
         """x float32 [B, L, 3, D] (text, audio, vision), mask bool [B, L, 3], true at valid positions -> [B, dim].
 
-        L is data.time_len. In fast mode x is zero where mask is false.
+        L is data.time_len. In fast mode x is zero where mask is false; text holds the sentence's mean there, unless
+        model.text_padding is zero.
         """
         ...
 

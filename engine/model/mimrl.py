@@ -41,8 +41,9 @@ class MIMRL(nn.Module):
 
     faithful mode: the reference's mathematics. A row's valid frames are counted from the tensor, and T, A, V are means
     over all positions of the padded batch, so they depend on the batch mates. fast mode: lengths come from the batch,
-    means are over attended tokens and valid frames, rows past the valid length are zero, padding of text is mostly not
-    computed; a sample's result does not depend on the rest of its batch.
+    means are over attended tokens and valid frames, rows past the valid length are zero (text: the sentence's mean, by
+    model.text_padding), padding of text is mostly not computed; a sample's result does not depend on the rest of its
+    batch.
 
     Args:
         config: sections model and data, and mode. audio_dim, vision_dim: widths of a frame.
@@ -54,6 +55,9 @@ class MIMRL(nn.Module):
         model = config.model
         self.faithful = config.mode == "faithful"
         self.time_len = config.data.time_len
+        # The reference's [PAD] outputs are sentence-level vectors at every unused position. Without any, CubeMLP's time
+        # axis learns its late positions from long sentences alone: MOSI's test MAE is .04 worse.
+        self.fill_text = not self.faithful and model.text_padding == "mean"
         self.dropout = model.dropout[:3]
         self.text_encoder = text_encoder
         self.text_projection = nn.Linear(text_encoder.dim, model.d_common, bias=False)
@@ -91,8 +95,11 @@ class MIMRL(nn.Module):
             means = [x.mean(1) for x in sequences]
         else:
             means = [masked_mean(x, mask) for x, mask in zip(sequences, masks, strict=True)]
-        cube = torch.stack([fit_length(x, self.time_len) for x in sequences], dim=2)
-        mask = torch.stack([fit_length(m, self.time_len) for m in masks], dim=2)
+        sequences = [fit_length(x, self.time_len) for x in sequences]
+        masks = [fit_length(m, self.time_len) for m in masks]
+        if self.fill_text:
+            sequences[0] = torch.where(masks[0][..., None], sequences[0], means[0][:, None])
+        cube, mask = torch.stack(sequences, dim=2), torch.stack(masks, dim=2)
         fused = self.fusion(cube, mask)
         features = {"F": fused, **dict(zip("TAV", means, strict=True))}
         return ModelOutput(self.head(fused), features)

@@ -163,6 +163,31 @@ def test_fast_features_are_means_over_what_is_there():
             torch.testing.assert_close(found[key][i], x[0].mean(0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("text_padding", ["mean", "zero"])
+def test_what_the_fusion_encoder_finds_past_the_end(text_padding):
+    """Text holds the sentence's mean there, or zero; audio and vision are zero; the mask says what is real."""
+    seen = {}
+
+    class Spy(torch.nn.Module):
+        dim = WIDTH
+
+        def forward(self, x, mask):
+            seen["x"], seen["mask"] = x, mask
+            return x.mean((1, 2))
+
+    module = model(text_padding=text_padding)
+    module.fusion = Spy()
+    text = outputs(module, make_batch(samples()))["T"]
+    x, mask = seen["x"], seen["mask"]
+    assert mask.sum(1).tolist() == [[min(n, TIME) for n in row] for row in LENGTHS]
+    padding = torch.zeros_like(x)
+    if text_padding == "mean":
+        padding[:, :, 0] = text[:, None]
+    torch.testing.assert_close(x[~mask], padding[~mask])
+    assert (x[mask] != 0).any(-1).all()
+    assert largest_change(model(text_padding=text_padding), list(samples())) < 1e-5
+
+
 def test_faithful_features_average_the_padding():
     """T over [PAD] outputs, A and V over rows that are ReLU of the norm's bias; lengths come from the tensor."""
     module = model("faithful")
