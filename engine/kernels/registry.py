@@ -167,6 +167,10 @@ def interpreting() -> bool:
 
 def _run(operation: Operation, *args: Any) -> Any:
     tensor = next(a for a in args if isinstance(a, Tensor))
+    if torch.is_autocast_enabled(tensor.device.type):
+        # a host function chooses its own precision: autocast would take its fp32 products in 16 bits
+        with torch.autocast(tensor.device.type, enabled=False):
+            return _run(operation, *args)
     if tensor.is_cuda:
         # a launch goes to the current device, which need not be the tensor's
         with torch.cuda.device(tensor.device):

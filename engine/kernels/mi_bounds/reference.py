@@ -202,6 +202,49 @@ def leave_one_out(scores: Tensor) -> Tensor:
     return torch.where(largest, without_largest, total + torch.log1p(-share))
 
 
+def embedding_scores(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+    """scale * q k^T, [G, B, d] and [G, M, d] -> [G, B, M]."""
+    with torch.autocast(q.device.type, enabled=False):
+        return scale * torch.matmul(full_precision(q), full_precision(k).transpose(1, 2))
+
+
+def infonce_losses(
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, symmetric: bool
+) -> Tensor:
+    """InfoNCE loss of every row, [G, B]: D_i - LSE_j S_ij, negated. Arguments as for `op.infonce`, with groups."""
+    scores = embedding_scores(q, k, scale)
+    rows = torch.arange(q.shape[1], device=q.device)
+    if exclude_self:
+        scores = scores.masked_fill(torch.eye(*scores.shape[1:], dtype=torch.bool, device=q.device), -math.inf)
+    joint = scores[:, rows, rows if positives is None else positives]
+    losses = scores.logsumexp(2) - joint
+    if symmetric:
+        losses = (losses + scores.logsumexp(1) - joint) / 2
+    return losses
+
+
+def grouped_bound(
+    scores: Tensor,
+    log_baseline: Tensor | None,
+    log_ema: Tensor,
+    bound: str,
+    alpha: float,
+    smile_tau: float,
+    ema_rate: float,
+) -> tuple[Tensor, Tensor]:
+    """`bound_value`'s surrogate for every group of scores [G, B, B], [G], and MINE's updated moving average, [G].
+
+    log_baseline: [G, B]; log_ema: [G], before this batch.
+    """
+    values, averages = [], []
+    for group, table in enumerate(scores):
+        average = update_log_ema(log_ema[group], table, ema_rate) if bound == "mine" else log_ema[group]
+        a = None if log_baseline is None else log_baseline[group][:, None]
+        values.append(bound_value(table, bound, a, alpha=alpha, smile_tau=smile_tau, log_ema=average)[1])
+        averages.append(average)
+    return torch.stack(values), torch.stack(averages)
+
+
 def full_precision(tensor: Tensor) -> Tensor:
     """fp32, or fp64 left as it is: scores of 16 bits leave no digits to a log-sum-exp."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,334 @@
+"""Streaming statistics and gradients of score matrices on the CPU: blocks of rows in one reused buffer.
+
+Scores are S = scale * q k^T, q [G, B, d], k [G, C, d]; they exist one block of rows at a time, O(B · block) memory.
+For scores that are given as a matrix, the functions beginning with `score_` do the same. Host functions: plain tensors
+in and out, fp32 or fp64, no autograd. One number of threads gives bitwise the same result every time.
+
+Row i's positive is column `positives[i]` (i if None); it is left out of every statistic and has a gradient of its own.
+With `exclude_self`, column i does not exist for row i.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
+
+from engine.kernels.mi_bounds.statistics import add_positives_, log_weights
+
+# (first row, scores of a block of rows), over all rows
+Blocks = Iterator[tuple[int, Tensor]]
+
+# Bytes of one block of scores. Larger blocks make better matrix products, smaller ones stay in the caches.
+BLOCK_BYTES = 8 << 20
+
+
+def statistics(
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, kind: str, tau: float
+) -> tuple[Tensor, Tensor]:
+    """Score of each row's positive, and one statistic of the row's other scores.
+
+    Args:
+        q: [G, B, d]. k: [G, C, d]. scale: 0-d.
+        positives: int64 [B], or None for the diagonal.
+        kind: "lse", "clipped" (LSE of scores clipped to ±tau) or "softplus" (sum of softplus).
+
+    Returns:
+        joint [G, B], rest [G, B].
+    """
+    groups, rows, _ = q.shape
+    joint, rest = q.new_empty(groups, rows), q.new_empty(groups, rows)
+    for begin, scores in _embedding_blocks(q * scale, k):
+        mask = _Mask(scores, begin, positives, exclude_self)
+        end = begin + scores.shape[1]
+        joint[:, begin:end] = mask.remove(scores)
+        rest[:, begin:end] = _statistic_(scores, kind, tau, mask)
+    return joint, rest
+
+
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    positives: Tensor | None,
+    exclude_self: bool,
+    row_weight: Tensor,
+    row_shift: Tensor | None,
+    col_weight: Tensor | None,
+    col_shift: Tensor | None,
+    diagonal: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k, recomputing the scores.
+
+    With dS_ij = -row_weight_i e^(S_ij - row_shift_i) - col_weight_j e^(S_ij - col_shift_j) (the second term only where
+    given; -row_weight_i sigmoid(S_ij) where row_shift is None), and dS_ij = diagonal_i at the positives.
+
+    Args: row_weight, row_shift, diagonal [G, B]; col_weight, col_shift [G, C]; else as for `statistics`.
+
+    Returns:
+        dq [G, B, d], dk [G, C, d].
+    """
+    q = q * scale
+    dq, dk = q.new_empty(q.shape), k.new_zeros(k.shape)
+    other = None
+    for begin, scores in _embedding_blocks(q, k):
+        end = begin + scores.shape[1]
+        mask = _Mask(scores, begin, positives, exclude_self)
+        mask.remove(scores)
+        if col_shift is not None:
+            other = torch.empty_like(scores) if other is None else other[:, : end - begin]
+            torch.sub(scores, col_shift[:, None], out=other).exp_().mul_(-col_weight[:, None])
+        if row_shift is None:
+            scores.sigmoid_()
+        else:
+            scores.sub_(row_shift[:, begin:end, None]).exp_()
+        scores.mul_(-row_weight[:, begin:end, None])
+        if other is not None:
+            scores.add_(other)
+        torch.bmm(scores, k, out=dq[:, begin:end])
+        dk.baddbmm_(scores.transpose(1, 2), q[:, begin:end])
+    add_positives_(dq, dk, q, k, positives, diagonal)
+    return dq.mul_(scale), dk
+
+
+def fused(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    positives: Tensor | None,
+    exclude_self: bool,
+    kind: str,
+    tau: float,
+    weighting: str,
+    offset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Statistics and, from the same scores, the products that the gradients consist of: no score is computed twice.
+
+    The gradient of row i's other scores is, up to one factor a group that is known only when all rows are, proportional
+    to e^(S_ij - R_i) e^(rho_i - M), with R_i the LSE of the row and M a running maximum of rho, or to sigmoid(S_ij).
+
+    Args:
+        weighting: "softmax": rho_i = R_i - logaddexp(R_i, D_i) (InfoNCE); "offset": rho_i = R_i - offset_i;
+            "sigmoid".
+        offset: [G, B] or None for 0.
+
+    Returns:
+        joint [G, B], rest [G, B], maximum M [G] (0 for "sigmoid"), and the sums over the other scores: for the rows
+        [G, B, d] and for the columns [G, C, d], without the factor scale that the first still needs.
+    """
+    q = q * scale
+    groups, rows, _ = q.shape
+    joint, rest = q.new_empty(groups, rows), q.new_empty(groups, rows)
+    sum_q, sum_k = q.new_empty(q.shape), k.new_zeros(k.shape)
+    log_row = q.new_zeros(groups, rows)  # rho
+    maximum = q.new_full((groups,), -math.inf if weighting == "offset" else 0.0)
+    for begin, scores in _embedding_blocks(q, k):
+        end = begin + scores.shape[1]
+        mask = _Mask(scores, begin, positives, exclude_self)
+        joint[:, begin:end] = mask.remove(scores)
+        block = q[:, begin:end]
+        if weighting == "sigmoid":
+            rest[:, begin:end] = _statistic_(scores.clone(), kind, tau, mask)
+            torch.bmm(scores.sigmoid_(), k, out=sum_q[:, begin:end])
+        else:
+            lse, total = _exponentials_(scores)
+            rest[:, begin:end] = lse
+            if weighting == "softmax":
+                rho = logsigmoid(lse - joint[:, begin:end])
+            else:
+                rho = lse if offset is None else lse - offset[:, begin:end]
+                highest = torch.maximum(maximum, rho.amax(1))
+                sum_k.mul_(_exp_of_difference(maximum, highest)[:, None, None])
+                maximum = highest
+            log_row[:, begin:end] = rho
+            torch.bmm(scores, k, out=sum_q[:, begin:end])
+            sum_q[:, begin:end].div_(total[..., None])
+            block = block * (_exp_of_difference(rho, maximum[:, None]) / total)[..., None]
+        sum_k.baddbmm_(scores.transpose(1, 2), block)
+    if weighting != "sigmoid":
+        sum_q.mul_(_exp_of_difference(log_row, maximum[:, None])[..., None])
+    return joint, rest, maximum, sum_q, sum_k
+
+
+def mixture(
+    q: Tensor, k: Tensor, scale: Tensor, log_baseline: Tensor, alpha: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row statistics of the interpolated bound: joint D, rest R, excess and shares, [G, B] each.
+
+    See `statistics.interpolated`. Square scores only.
+    """
+    return _mixture(_embedding_blocks(q * scale, k), log_baseline, alpha)
+
+
+def mixture_gradients(
+    q: Tensor, k: Tensor, scale: Tensor, log_baseline: Tensor, alpha: float, rest: Tensor, weight: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k for the interpolated bound.
+
+    Args:
+        rest: [G, B], R_i. weight: [G, B], log-weight of each row in the marginal term (`statistics.interpolated`).
+        grad: [G], gradient of the value.
+    """
+    q = q * scale
+    dq, dk = q.new_empty(q.shape), k.new_zeros(k.shape)
+    for begin, scores in _embedding_blocks(q, k):
+        end = begin + scores.shape[1]
+        gradient = _mixture_gradient(scores, begin, log_baseline, alpha, rest, weight).mul_(grad[:, None, None])
+        torch.bmm(gradient, k, out=dq[:, begin:end])
+        dk.baddbmm_(gradient.transpose(1, 2), q[:, begin:end])
+    return dq.mul_(scale), dk
+
+
+def score_statistics(scores: Tensor, kind: str, tau: float) -> tuple[Tensor, Tensor]:
+    """`statistics` of scores [G, B, B] that are given."""
+    joint = scores.diagonal(dim1=1, dim2=2).clone(memory_format=torch.contiguous_format)
+    rest = joint.new_empty(joint.shape)
+    for begin, block in _score_blocks(scores):
+        mask = _Mask(block, begin, None, False)
+        mask.remove(block)
+        rest[:, begin : begin + block.shape[1]] = _statistic_(block, kind, tau, mask)
+    return joint, rest
+
+
+def score_gradients(scores: Tensor, row_weight: Tensor, row_shift: Tensor | None, diagonal: Tensor) -> Tensor:
+    """`gradients` with respect to scores [G, B, B] that are given."""
+    gradient = scores.new_empty(scores.shape)
+    if row_shift is None:
+        torch.sigmoid(scores, out=gradient)
+    else:
+        torch.sub(scores, row_shift[..., None], out=gradient).exp_()
+    gradient.mul_(-row_weight[..., None])
+    gradient.diagonal(dim1=1, dim2=2).copy_(diagonal)
+    return gradient
+
+
+def score_mixture(scores: Tensor, log_baseline: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`mixture` of scores [G, B, B] that are given."""
+    return _mixture(_score_blocks(scores), log_baseline, alpha)
+
+
+def score_mixture_gradients(
+    scores: Tensor, log_baseline: Tensor, alpha: float, rest: Tensor, weight: Tensor, grad: Tensor
+) -> Tensor:
+    """`mixture_gradients` with respect to scores [G, B, B] that are given."""
+    gradient = scores.new_empty(scores.shape)
+    for begin, block in _score_blocks(scores):
+        gradient[:, begin : begin + block.shape[1]] = _mixture_gradient(
+            block, begin, log_baseline, alpha, rest, weight
+        ).mul_(grad[:, None, None])
+    return gradient
+
+
+class _Mask:
+    """The columns of a block of rows that take no part in its statistics."""
+
+    def __init__(self, scores: Tensor, begin: int, positives: Tensor | None, exclude_self: bool):
+        groups, rows, _ = scores.shape
+        own = torch.arange(begin, begin + rows, device=scores.device)
+        self.own = own.expand(groups, rows)[..., None] if exclude_self else None
+        columns = own if positives is None else positives[begin : begin + rows]
+        self.columns = columns.expand(groups, rows)[..., None]
+
+    def remove(self, scores: Tensor) -> Tensor:
+        """Fill the masked scores with -inf; returns the positives' scores [G, rows]."""
+        joint = scores.gather(2, self.columns)[..., 0]
+        scores.scatter_(2, self.columns, -math.inf)
+        if self.own is not None:
+            scores.scatter_(2, self.own, -math.inf)
+        return joint
+
+
+def _embedding_blocks(q: Tensor, k: Tensor) -> Blocks:
+    """Scores of one block of rows after the other, all in one buffer, which callers may overwrite."""
+    groups, rows, _ = q.shape
+    columns = k.shape[1]
+    step = max(1, min(rows, BLOCK_BYTES // (groups * columns * q.element_size())))
+    buffer = q.new_empty(groups, step, columns)
+    transposed = k.transpose(1, 2)
+    for begin in range(0, rows, step):
+        block = q[:, begin : begin + step]
+        scores = buffer[:, : block.shape[1]]
+        torch.bmm(block, transposed, out=scores)
+        yield begin, scores
+
+
+def _score_blocks(scores: Tensor) -> Blocks:
+    """The same over scores that are given: copies, which callers may overwrite."""
+    groups, rows, columns = scores.shape
+    step = max(1, min(rows, BLOCK_BYTES // (groups * columns * scores.element_size())))
+    for begin in range(0, rows, step):
+        yield begin, scores[:, begin : begin + step].clone(memory_format=torch.contiguous_format)
+
+
+def _exponentials_(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn scores into e^(S - max of the row); returns the LSE and the sum of each row (1 where there is none)."""
+    highest = scores.amax(2, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+    total = scores.sub_(highest).exp_().sum(2)
+    return highest[..., 0] + total.log(), total.masked_fill(total == 0, 1)
+
+
+def _statistic_(scores: Tensor, kind: str, tau: float, mask: _Mask) -> Tensor:
+    """One statistic of each row; overwrites the scores."""
+    if kind == "softplus":
+        return softplus(scores).sum(2)
+    if kind == "clipped":
+        scores.clamp_(-tau, tau)
+        mask.remove(scores)
+    return _exponentials_(scores)[0]
+
+
+def _exp_of_difference(a: Tensor, b: Tensor) -> Tensor:
+    """e^(a - b), 0 where a is -inf, whatever b is."""
+    return torch.where(a == -math.inf, 0.0, (a - b).exp())
+
+
+def _leave_one_out(scores: Tensor) -> Tensor:
+    """LSE over l != j of scores[..., l], for every j; -inf where nothing is left. See reference.leave_one_out."""
+    largest_value, argmax = scores.max(2, keepdim=True)
+    rest = scores.scatter(2, argmax, -math.inf)
+    without_largest = rest.logsumexp(2, keepdim=True)
+    total = torch.logaddexp(largest_value, without_largest)
+    # the largest has share 0 here, and its own entry is written last
+    rest.sub_(total.clamp(min=torch.finfo(scores.dtype).min)).exp_().neg_().log1p_().add_(total)
+    return rest.scatter_(2, argmax, without_largest)
+
+
+def _mixture(blocks: Blocks, log_baseline: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    joint, rest, excess, shares = (log_baseline.new_empty(log_baseline.shape) for _ in range(4))
+    log_alpha, log_beta = log_weights(alpha)
+    for begin, scores in blocks:
+        end = begin + scores.shape[1]
+        mask = _Mask(scores, begin, None, False)
+        diagonal = scores.gather(2, mask.columns)
+        a = log_baseline[:, begin:end, None]
+        log_others = math.log(scores.shape[2] - 1)
+        # Relative to the joint score: what is summed is then small, however large the joint score.
+        loo = _leave_one_out(scores - diagonal)
+        rest[:, begin:end] = (loo.gather(2, mask.columns) + diagonal)[..., 0]
+        joint[:, begin:end] = diagonal[..., 0]
+        loo.sub_(log_others)
+        logit = loo + (diagonal - a + (log_alpha - log_beta))
+        excess_block = torch.logaddexp(loo + log_alpha, log_beta + a - diagonal)
+        excess[:, begin:end] = excess_block.scatter_(2, mask.columns, 0).sum(2)
+        shares[:, begin:end] = logit.neg_().sigmoid_().scatter_(2, mask.columns, 0).sum(2)
+    return joint, rest, excess, shares
+
+
+def _mixture_gradient(
+    scores: Tensor, begin: int, log_baseline: Tensor, alpha: float, rest: Tensor, weight: Tensor
+) -> Tensor:
+    """dV / dS of a block of rows. Formula: reference.bound_gradient."""
+    end = begin + scores.shape[1]
+    count = scores.shape[2]
+    pairs = count * (count - 1)
+    log_alpha, log_beta = log_weights(alpha)
+    columns = _Mask(scores, begin, None, False).columns
+    loo = _leave_one_out(scores)
+    odds = loo + (log_alpha - log_beta - math.log(count - 1) - log_baseline[:, begin:end, None])
+    mixed = _leave_one_out((logsigmoid(odds) - loo).scatter_(2, columns, -math.inf))
+    marginal = (scores + (weight - rest)[:, begin:end, None]).exp_().scatter_(2, columns, 0)
+    gradient = mixed.add_(scores).exp_().mul_(-1 / pairs).sub_(marginal, alpha=1 / count)
+    return gradient.scatter_add_(2, columns, torch.full_like(columns, 1, dtype=scores.dtype) / count)

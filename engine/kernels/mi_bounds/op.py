@@ -1,0 +1,467 @@
+"""InfoNCE and lower bounds on mutual information as differentiable operations, streaming where there are embeddings.
+
+    infonce(q, k)                       the contrastive loss of SimCLR, CLIP, MoCo, CPC; [B, M] scores are never stored
+    mi_lower_bound(q, k, bound=...)     nine bounds, value and gradient, for many critics at once
+    mi_lower_bound(scores, bound=...)   the same from scores that exist already
+
+Memory is O(B (d + block)). All statistics, sums and products accumulate in fp32 (fp64 for fp64 inputs), also under
+autocast: embeddings of 16 bits are taken as they are, and gradients come back in their dtype. Every backend is bitwise
+deterministic. Gradients of gradients are not defined.
+
+The autograd.Functions are here; what they call is registered with torch (`engine.kernels.registry`) and knows nothing
+of autograd.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from engine.errors import EstimatorError
+from engine.kernels.mi_bounds import reference
+from engine.kernels.mi_bounds.reference import BOUNDS, full_precision
+from engine.kernels.mi_bounds.statistics import SIGMOID_GRADIENT, add_positives_, finish, interpolated
+from engine.kernels.registry import backend_for, call, interpreting, lazy, register
+
+REDUCTIONS = ("mean", "sum", "none")
+
+# Up to here one GPU block holds all scores of a group and computes value and gradient in one launch.
+SMALL_BATCH, SMALL_WIDTH = 128, 128
+
+
+def infonce(
+    q: Tensor,
+    k: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    cosine: bool = False,
+    symmetric: bool = False,
+    negatives: Tensor | None = None,
+    positives: Tensor | None = None,
+    exclude_self: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """The InfoNCE loss, to be minimised: mean over i of -log softmax_j(q_i . k_j / temperature) at i's positive.
+
+    log M minus this loss is a lower bound on mutual information in nats (M keys). Oord et al. 2018; SimCLR: q = k =
+    both views, `positives`, `exclude_self`; CLIP: `symmetric`, `cosine`, a learnable temperature; MoCo: `negatives`.
+
+    Args:
+        q: [B, d] or [G, B, d]: G losses at once.
+        k: [M, d] or [G, M, d], M >= B; row i of k is the positive of row i of q, the others are its negatives.
+        temperature: float, or a positive 0-d tensor, which receives its gradient.
+        cosine: scale q, k and negatives to length 1 first.
+        symmetric: mean of the losses of q against k and of k against q; M = B, without the next three.
+        negatives: [M', d] (or [G, M', d]): further keys, such as a queue. They receive gradients if they need them.
+        positives: int64 [B]: the column of each row's positive in [k; negatives], where it is not the row's own number.
+        exclude_self: column i does not exist for row i, as where q and k are the same samples.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        0-d, or [G] for groups; for "none" [B] or [G, B]. In nats, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        EstimatorError: shapes, indices or options that do not fit.
+    """
+    if reduction not in REDUCTIONS:
+        raise EstimatorError("infonce", f"reduction {reduction!r}", f"one of {', '.join(REDUCTIONS)}", "Choose one.")
+    if cosine:
+        q, k = _normalise(q), _normalise(k)
+        negatives = None if negatives is None else _normalise(negatives)
+    if negatives is not None:
+        if negatives.shape[:-2] != k.shape[:-2] or negatives.shape[-1] != k.shape[-1]:
+            raise _shapes("infonce", negatives, k, "negatives with the width and groups of k")
+        k = torch.cat([k, negatives], dim=-2)
+    grouped = q.dim() == 3
+    q, k, scale = _prepare("infonce", q, k, temperature)
+    rows, columns = q.shape[1], k.shape[1]
+    plain = negatives is None and positives is None and not exclude_self
+    if symmetric and not (plain and rows == columns):
+        raise EstimatorError(
+            "infonce(symmetric=True)",
+            f"{rows} rows, {columns} keys" if plain else "negatives, positives or exclude_self",
+            "as many keys as rows and nothing else",
+            "Leave out what does not fit, or add the losses of both directions yourself.",
+        )
+    if positives is None and (columns < rows or exclude_self):
+        found = "no positives" if exclude_self else f"{rows} rows of q, {columns} keys"
+        raise EstimatorError("infonce", found, "a positive for every row", "Give `positives`.")
+    if positives is not None and (positives.dtype != torch.int64 or positives.shape != (rows,)):
+        found = f"positives {list(positives.shape)} of {positives.dtype}"
+        raise EstimatorError("infonce", found, f"int64 [{rows}]", "Give one column of [k; negatives] a row.")
+
+    backend = _backend(q)
+    if backend == "reference":
+        losses = reference.infonce_losses(q, k, scale, positives, exclude_self, symmetric)
+    elif reduction != "none" and not symmetric and _wants_grad(q, k, scale) and _fuses(backend, q, k):
+        mean = _FusedInfoNCE.apply(q, k, scale, positives, exclude_self)
+        result = mean * rows if reduction == "sum" else mean
+        return result if grouped else result[0]
+    else:
+        losses = _InfoNCE.apply(q, k, scale, positives, exclude_self, symmetric)
+    losses = losses if grouped else losses[0]
+    if reduction == "none":
+        return losses
+    return losses.mean(-1) if reduction == "mean" else losses.sum(-1)
+
+
+def mi_lower_bound(
+    scores_or_q: Tensor,
+    k: Tensor | None = None,
+    *,
+    bound: str = "infonce",
+    log_baseline: Tensor | None = None,
+    alpha: float = 0.01,
+    smile_tau: float = 5.0,
+    temperature: float | Tensor = 1.0,
+    log_ema: Tensor | None = None,
+    ema_rate: float = 0.01,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A bound on I(X;Y) from a batch, to be maximised; its gradient is that of `reference.bound_value`'s surrogate.
+
+    Args:
+        scores_or_q: scores [B, B] or [G, B, B] with scores[i, j] = f(x_j, y_i); or embeddings of y, [B, d] or
+            [G, B, d], and then `k` those of x, of the same shape: f(x_j, y_i) = q_i . k_j / temperature. B >= 2; G
+            critics at once.
+        bound: one of `BOUNDS`: infonce, dv, mine, tuba, nwj, js, js_fgan, smile, interpolate.
+        log_baseline: log a(y_i), [B], [B, 1] or with groups before; 0 if None. `tuba` and `interpolate` use it.
+        alpha: interpolate: weight in [0, 1] of the multi-sample baseline.
+        smile_tau: smile: scores are clipped to ±tau in the partition function.
+        temperature: of embeddings; float, or a positive 0-d tensor, which receives its gradient.
+        log_ema: mine: 0-d or [G], log of the moving average of mean e^S before this batch, -inf to begin it. Without it
+            mine has the gradient of dv.
+        ema_rate: mine: weight of this batch in the moving average.
+
+    Returns:
+        0-d, or [G]: the bound in nats, fp32 (fp64 for fp64). With `log_ema`: that and the updated moving average, which
+        is detached.
+
+    Raises:
+        EstimatorError: shapes that do not fit, B < 2, or an unknown bound.
+    """
+    where = f"bound {bound}"
+    if bound not in BOUNDS:
+        raise EstimatorError(where, "an unknown bound", f"one of {', '.join(BOUNDS)}", "Choose one of these.")
+    grouped = scores_or_q.dim() == 3
+    if k is None:
+        scores = full_precision(scores_or_q if grouped else scores_or_q[None])
+        if scores.dim() != 3 or scores.shape[1] != scores.shape[2]:
+            raise EstimatorError(where, f"scores {list(scores_or_q.shape)}", "[B, B] or [G, B, B]", "Score all pairs.")
+        groups, count, _ = scores.shape
+    else:
+        q, k, scale = _prepare(where, scores_or_q, k, temperature)
+        groups, count, _ = q.shape
+        if k.shape != q.shape:
+            raise _shapes(where, scores_or_q, k, "as many rows in both")
+    if count < 2:
+        raise EstimatorError(where, f"a batch of {count}", "at least 2 samples", "Drop the last short batch.")
+    first = scores if k is None else q
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    a = None
+    if log_baseline is not None and bound in ("tuba", "interpolate"):
+        shapes = [(count,), (count, 1)] if not grouped else [(groups, count), (groups, count, 1)]
+        if tuple(log_baseline.shape) not in shapes:
+            raise EstimatorError(where, f"log_baseline {list(log_baseline.shape)}", f"{list(shapes[1])}", "One a row.")
+        a = log_baseline.reshape(groups, count).to(dtype)
+    ema = torch.full((groups,), -math.inf, dtype=dtype, device=first.device)
+    if log_ema is not None:
+        ema = log_ema.detach().to(dtype).expand(groups).contiguous()
+
+    backend = _backend(first)
+    settings = (bound, float(alpha), float(smile_tau), 1.0 if log_ema is None else float(ema_rate))
+    if backend == "reference":
+        if k is not None:
+            scores = reference.embedding_scores(q, k, scale)
+        value, ema = reference.grouped_bound(scores, a, ema, *settings)
+    elif k is None:
+        value, ema = _ScoreBound.apply(scores, a, ema, *settings)
+    elif bound == "infonce":
+        fused = _wants_grad(q, k, scale) and _fuses(backend, q, k)
+        loss = (
+            _FusedInfoNCE.apply(q, k, scale, None, False) if fused else _InfoNCE.apply(q, k, scale, None, False, False)
+        )
+        value = math.log(count) - (loss if fused else loss.mean(-1))
+    else:
+        fused = bound != "interpolate" and _wants_grad(q, k, scale, a) and _fuses(backend, q, k)
+        value, ema = _Bound.apply(q, k, scale, a, ema, *settings, fused)
+    if not grouped:
+        value, ema = value[0], ema[0]
+    return value if log_ema is None else (value, ema)
+
+
+class _InfoNCE(torch.autograd.Function):
+    """Loss of every row; the backward recomputes the scores from O(B) state."""
+
+    @staticmethod
+    def forward(ctx, q, k, scale, positives, exclude_self, symmetric):
+        joint, rest = call("mi_statistics", q, k, scale, positives, exclude_self, "lse", 0.0)
+        losses = -logsigmoid(joint - rest)
+        rest_columns = None
+        if symmetric:
+            rest_columns = call("mi_statistics", k, q, scale, None, False, "lse", 0.0)[1]
+            losses = (losses - logsigmoid(joint - rest_columns)) / 2
+        ctx.save_for_backward(q, k, scale, positives, joint, rest, rest_columns)
+        ctx.exclude_self = exclude_self
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, scale, positives, joint, rest, rest_columns = ctx.saved_tensors
+        columns = (None, None)
+        if rest_columns is None:
+            diagonal = -grad * torch.sigmoid(rest - joint)
+        else:
+            grad = grad / 2
+            diagonal = -grad * (torch.sigmoid(rest - joint) + torch.sigmoid(rest_columns - joint))
+            columns = (-grad, torch.logaddexp(rest_columns, joint))
+        rows = (-grad, torch.logaddexp(rest, joint))
+        dq, dk = call("mi_gradients", q, k, scale, positives, ctx.exclude_self, *rows, *columns, diagonal)
+        return dq, dk, _scale_grad(q, dq, scale), None, None, None
+
+
+class _FusedInfoNCE(torch.autograd.Function):
+    """Mean loss of every group; the forward computes the gradient's sums too, from the scores it has at hand."""
+
+    @staticmethod
+    def forward(ctx, q, k, scale, positives, exclude_self):
+        joint, rest, _, sum_q, sum_k = call(
+            "mi_fused", q, k, scale, positives, exclude_self, "lse", 0.0, "softmax", None
+        )
+        ctx.save_for_backward(q, k, scale, positives, sum_q, sum_k, torch.sigmoid(rest - joint))
+        return -logsigmoid(joint - rest).mean(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, scale, positives, sum_q, sum_k, share = ctx.saved_tensors
+        grad = grad / q.shape[1]
+        dq, dk = _from_sums(q, k, scale, positives, sum_q, sum_k, grad, -grad[:, None] * share)
+        return dq, dk, _scale_grad(q, dq, scale), None, None
+
+
+class _Bound(torch.autograd.Function):
+    """A bound from embeddings, [G], and MINE's moving average, [G]."""
+
+    @staticmethod
+    def forward(ctx, q, k, scale, a, log_ema, bound, alpha, smile_tau, ema_rate, fused):
+        ctx.bound, ctx.alpha, ctx.fused, ctx.has_baseline = bound, alpha, fused, a is not None
+        if bound == "interpolate":
+            a = _zeros(q) if a is None else a
+            joint, rest, excess, shares = call("mi_mixture", q, k, scale, a, alpha)
+            value, weight, grad_a = interpolated(joint, rest, excess, shares, a, alpha)
+            ctx.save_for_backward(q, k, scale, a, rest, weight, grad_a)
+            return value, log_ema.clone()
+        kind = _kind(bound)
+        if fused:
+            weighting = "sigmoid" if bound in SIGMOID_GRADIENT else "offset"
+            joint, rest, maximum, sum_q, sum_k = call(
+                "mi_fused", q, k, scale, None, False, kind, smile_tau, weighting, a
+            )
+            done = finish(bound, joint, rest, a, log_ema, ema_rate)
+            factor = (maximum - done.constant).exp()
+            ctx.save_for_backward(q, k, scale, sum_q, sum_k, factor, done.diagonal, done.baseline)
+        else:
+            joint, rest = call("mi_statistics", q, k, scale, None, False, kind, smile_tau)
+            done = finish(bound, joint, rest, a, log_ema, ema_rate)
+            ctx.save_for_backward(q, k, scale, done.constant, done.shift, done.diagonal, done.baseline)
+        ctx.mark_non_differentiable(done.log_ema)
+        return done.value, done.log_ema.clone()
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        q, k, scale, *state = ctx.saved_tensors
+        if ctx.bound == "interpolate":
+            a, rest, weight, grad_a = state
+            dq, dk = call("mi_mixture_gradients", q, k, scale, a, ctx.alpha, rest, weight, grad)
+        elif ctx.fused:
+            sum_q, sum_k, factor, diagonal, grad_a = state
+            dq, dk = _from_sums(q, k, scale, None, sum_q, sum_k, -factor * grad, grad[:, None] * diagonal)
+        else:
+            constant, shift, diagonal, grad_a = state
+            weight = _row_weight(grad, constant, shift, diagonal)
+            diagonal = grad[:, None] * diagonal
+            dq, dk = call("mi_gradients", q, k, scale, None, False, weight, shift, None, None, diagonal)
+        da = grad[:, None] * grad_a if ctx.has_baseline and grad_a is not None else None
+        return dq, dk, _scale_grad(q, dq, scale), da, None, None, None, None, None, None
+
+
+class _ScoreBound(torch.autograd.Function):
+    """A bound from scores [G, B, B], [G], and MINE's moving average, [G]."""
+
+    @staticmethod
+    def forward(ctx, scores, a, log_ema, bound, alpha, smile_tau, ema_rate):
+        ctx.bound, ctx.alpha, ctx.has_baseline = bound, alpha, a is not None
+        if bound == "interpolate":
+            a = _zeros(scores) if a is None else a
+            joint, rest, excess, shares = call("mi_score_mixture", scores, a, alpha)
+            value, weight, grad_a = interpolated(joint, rest, excess, shares, a, alpha)
+            ctx.save_for_backward(scores, a, rest, weight, grad_a)
+            return value, log_ema.clone()
+        joint, rest = call("mi_score_statistics", scores, _kind(bound), smile_tau)
+        done = finish(bound, joint, rest, a, log_ema, ema_rate)
+        ctx.save_for_backward(scores, done.constant, done.shift, done.diagonal, done.baseline)
+        return done.value, done.log_ema.clone()
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        scores, *state = ctx.saved_tensors
+        if ctx.bound == "interpolate":
+            a, rest, weight, grad_a = state
+            gradient = call("mi_score_mixture_gradients", scores, a, ctx.alpha, rest, weight, grad)
+        else:
+            constant, shift, diagonal, grad_a = state
+            weight = _row_weight(grad, constant, shift, diagonal)
+            gradient = call("mi_score_gradients", scores, weight, shift, grad[:, None] * diagonal)
+        da = grad[:, None] * grad_a if ctx.has_baseline and grad_a is not None else None
+        return gradient, da, None, None, None, None, None
+
+
+def _from_sums(
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, sum_q: Tensor, sum_k: Tensor, factor: Tensor,
+    diagonal: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients from the sums of `mi_fused`: factor [G] times those, plus the positives' part."""
+    dq, dk = sum_q * factor[:, None, None], sum_k * factor[:, None, None]
+    add_positives_(dq, dk, q.to(dq.dtype) * scale, k.to(dk.dtype), positives, diagonal)
+    return dq.mul_(scale).to(q.dtype), dk.to(k.dtype)
+
+
+def _scale_grad(q: Tensor, dq: Tensor, scale: Tensor) -> Tensor | None:
+    """dV / dscale = sum over ij of dS_ij S_ij / scale = sum over i of q_i . dq_i / scale."""
+    return (q.to(scale.dtype) * dq.to(scale.dtype)).sum() / scale
+
+
+def _row_weight(grad: Tensor, constant: Tensor, shift: Tensor | None, diagonal: Tensor) -> Tensor:
+    weight = grad if shift is not None else grad * (-constant).exp()
+    return weight[:, None].expand_as(diagonal).contiguous()
+
+
+def _kind(bound: str) -> str:
+    return {"js_fgan": "softplus", "smile": "clipped"}.get(bound, "lse")
+
+
+def _zeros(first: Tensor) -> Tensor:
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    return torch.zeros(first.shape[:2], dtype=dtype, device=first.device)
+
+
+def _normalise(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(full_precision(x), dim=-1)
+
+
+def _prepare(where: str, q: Tensor, k: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q [G, B, d], k [G, M, d] of one dtype, and the scale of their products."""
+    if q.dim() not in (2, 3) or k.dim() != q.dim() or q.shape[-1] != k.shape[-1] or q.shape[:-2] != k.shape[:-2]:
+        raise _shapes(where, q, k, "[B, d] and [M, d], or [G, B, d] and [G, M, d]")
+    dtype = torch.promote_types(q.dtype, k.dtype)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    # products of 16-bit embeddings are exact in fp32; the CPU has nothing to gain from 16 bits
+    dtype = exact if q.device.type == "cpu" and not interpreting() else dtype
+    q, k = q.to(dtype), k.to(dtype)
+    if isinstance(temperature, Tensor):
+        scale = 1 / temperature.to(device=q.device, dtype=exact)
+    else:
+        scale = torch.full((), 1 / temperature, dtype=exact, device=q.device)
+    return (q, k, scale) if q.dim() == 3 else (q[None], k[None], scale)
+
+
+def _shapes(where: str, q: Tensor, k: Tensor, expected: str) -> EstimatorError:
+    return EstimatorError(where, f"{list(q.shape)} and {list(k.shape)}", expected, "Check the embeddings.")
+
+
+def _backend(first: Tensor) -> str:
+    backend = backend_for(first, "mi_statistics")
+    # the Triton kernels accumulate in fp32
+    return "reference" if backend == "triton" and first.dtype == torch.float64 else backend
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _fuses(backend: str, q: Tensor, k: Tensor) -> bool:
+    """Whether the gradient's sums come out of the forward: on the CPU always, on the GPU where one block holds all."""
+    return backend == "cpu" or (max(q.shape[1], k.shape[1]) <= SMALL_BATCH and q.shape[2] <= SMALL_WIDTH)
+
+
+def _like(tensor: Tensor, *shape: int) -> Tensor:
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.new_empty(shape, dtype=dtype)
+
+
+def _fake_statistics(q, k, scale, positives, exclude_self, kind, tau):
+    return _like(q, *q.shape[:2]), _like(q, *q.shape[:2])
+
+
+def _fake_gradients(q, k, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _fake_fused(q, k, *rest):
+    rows = q.shape[:2]
+    return _like(q, *rows), _like(q, *rows), _like(q, q.shape[0]), _like(q, *q.shape), _like(k, *k.shape)
+
+
+def _fake_mixture(first, *rest):
+    return tuple(_like(first, *first.shape[:2]) for _ in range(4))
+
+
+def _register(name: str, function: str, schema: str, fake) -> None:
+    folder = "engine.kernels.mi_bounds"
+    register(name, schema, cpu=lazy(f"{folder}.cpu", function), cuda=lazy(f"{folder}.triton", function), fake=fake)
+
+
+_SOURCE = "Tensor q, Tensor k, Tensor scale, Tensor? positives, bool exclude_self"
+_register("mi_statistics", "statistics", f"({_SOURCE}, str kind, float tau) -> (Tensor, Tensor)", _fake_statistics)
+_register(
+    "mi_gradients",
+    "gradients",
+    f"({_SOURCE}, Tensor row_weight, Tensor? row_shift, Tensor? col_weight, Tensor? col_shift, Tensor diagonal)"
+    " -> (Tensor, Tensor)",
+    _fake_gradients,
+)
+_register(
+    "mi_fused",
+    "fused",
+    f"({_SOURCE}, str kind, float tau, str weighting, Tensor? offset) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_fused,
+)
+_register(
+    "mi_mixture",
+    "mixture",
+    "(Tensor q, Tensor k, Tensor scale, Tensor log_baseline, float alpha) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_mixture,
+)
+_register(
+    "mi_mixture_gradients",
+    "mixture_gradients",
+    "(Tensor q, Tensor k, Tensor scale, Tensor log_baseline, float alpha, Tensor rest, Tensor weight, Tensor grad)"
+    " -> (Tensor, Tensor)",
+    _fake_gradients,
+)
+_register(
+    "mi_score_statistics",
+    "score_statistics",
+    "(Tensor scores, str kind, float tau) -> (Tensor, Tensor)",
+    lambda scores, kind, tau: (_like(scores, *scores.shape[:2]), _like(scores, *scores.shape[:2])),
+)
+_register(
+    "mi_score_gradients",
+    "score_gradients",
+    "(Tensor scores, Tensor row_weight, Tensor? row_shift, Tensor diagonal) -> Tensor",
+    lambda scores, *rest: scores.new_empty(scores.shape),
+)
+_register(
+    "mi_score_mixture",
+    "score_mixture",
+    "(Tensor scores, Tensor log_baseline, float alpha) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_mixture,
+)
+_register(
+    "mi_score_mixture_gradients",
+    "score_mixture_gradients",
+    "(Tensor scores, Tensor log_baseline, float alpha, Tensor rest, Tensor weight, Tensor grad) -> Tensor",
+    lambda scores, *rest: scores.new_empty(scores.shape),
+)
