@@ -4,9 +4,9 @@ The published levels are read off the figure of the SMILE demo (EMA-200 line, la
 with a reading error of about .05. Tolerances: InfoNCE .15 and never above log B, SMILE at tau 5 and NWJ .3 (NWJ by its
 median, and up to 6 nats: beyond that its spread exceeds any tolerance worth stating).
 
-SMILE at tau 1 plateaus above the published curve here (2.10, 4.24, 6.25, 8.22, 10.30), with either initialisation tried,
-though the same critic read at tau 5 agrees with it. Joint scores are a little higher and so nearer to the exact critic's.
-So tau 1 is held to the published level from below and to the exact critic's value (`test_mi_oracle`) from above.
+SMILE at tau 1 plateaus above the published curve here (2.10, 4.24, 6.25, 8.22, 10.30), with Xavier weights as with
+PyTorch's own, though the same critic read at tau 5 agrees with it. So tau 1 is held to the published level from below
+and to the exact critic's value (`test_mi_oracle`) from above.
 """
 
 import math
