@@ -196,3 +196,15 @@ def test_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="folder"):
         write_demo_files(tmp_path / "file", 4, 2, 2)
+
+
+def test_loaders_read_it(written):
+    """The engine's own reader takes the file as MMSA's and counts the missing modalities."""
+    from engine.loaders.formats import read
+
+    paths, data = written
+    _, raw = read(paths["data"], "recorded")
+    train = raw.splits["train"]
+    assert train.text == list(data["train"]["raw_text"])
+    assert np.array_equal(train.label[:, 0], data["train"]["regression_labels"])
+    assert train.ids[0] == "demo000_0"
