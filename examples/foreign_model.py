@@ -1,31 +1,32 @@
 """Information terms on a model that is not MIMRL, trained in two stages.
 
-Two sensors see the same event, and each also records which machine it sits on: a nuisance that happens to go with the
-label in training but not in the field. We ask for features that the two views share, I(Z1;Z2), and that know nothing of
-the machine beyond what the label explains, I(Z1;M|Y) and I(Z2;M|Y).
+Two sensors see the same event, each through its own strong disturbance, and only a few events are labelled. The task loss
+can use the labelled ones alone; the information term I(Z1;Z2) asks both encoders for what the two views share, which needs
+no label. Compare the accuracy on new events with and without it.
 
     python examples/foreign_model.py
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from engine import CMI, MI, Objective, TwoStageStep
+from engine import MI, Objective, TwoStageStep
+from engine.config import ObjectiveConfig
 
-SEED, N, BATCH, EPOCHS = 0, 2048, 128, 12
+EVENTS, LABELLED, BATCH, EPOCHS = 1024, 32, 128, 15
 
 
-def make_data(n: int, agreement: float, generator: torch.Generator):
-    """Views [n, 16] twice, label [n] and machine [n, 1]; `agreement` = P(machine is the one usual for the label)."""
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    label = (torch.rand(n, generator=generator) < 0.5).float()
-    machine = torch.where(torch.rand(n, generator=generator) < agreement, label, 1 - label)
-    directions = torch.Generator().manual_seed(1)
+def make_data(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Views [n, 20] twice and labels [n]: 4 shared factors decide the label, 6 private ones a view disturb it."""
+    mixing = torch.Generator().manual_seed(1)
+    shared = torch.randn(n, 4, generator=generator)
     views = []
     for _ in range(2):
-        w_label, w_machine = torch.randn(16, generator=directions), torch.randn(16, generator=directions)
-        views.append(0.5 * (label - 0.5)[:, None] * w_label + 2 * (machine - 0.5)[:, None] * w_machine + 1.5 * draw(n, 16))
-    return views[0], views[1], label, machine[:, None]
+        private = 2 * torch.randn(n, 6, generator=generator)
+        noise = 0.3 * torch.randn(n, 20, generator=generator)
+        views.append(torch.cat([shared, private], 1) @ torch.randn(10, 20, generator=mixing) + noise)
+    label = (shared @ torch.randn(4, generator=mixing) > 0).float()
+    return views[0], views[1], label
 
 
 class TwoViews(nn.Module):
@@ -33,54 +34,61 @@ class TwoViews(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.encoders = nn.ModuleList(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8)) for _ in range(2))
+        self.encoders = nn.ModuleList(nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 8)) for _ in range(2))
         self.head = nn.Linear(16, 1)
 
-    def forward(self, inputs):
-        view1, view2, machine = inputs
-        z1, z2 = self.encoders[0](view1), self.encoders[1](view2)
-        return self.head(torch.cat([z1, z2], 1)), {"Z1": z1, "Z2": z2, "M": machine}
+    def forward(self, views: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        z1, z2 = (encoder(view) for encoder, view in zip(self.encoders, views, strict=True))
+        return self.head(torch.cat([z1, z2], 1)), {"Z1": z1, "Z2": z2}
 
 
-def batches(data, generator):
-    view1, view2, label, machine = data
-    for rows in torch.randperm(len(label), generator=generator).split(BATCH):
-        yield (view1[rows], view2[rows], machine[rows]), label[rows], rows
+class Loader:
+    """Batches of (inputs, target, index); the target of an unlabelled event is NaN."""
+
+    def __init__(self, data: tuple[Tensor, Tensor, Tensor], generator: torch.Generator):
+        self.view1, self.view2, self.label = data
+        self.label = torch.where(torch.arange(EVENTS) < LABELLED, self.label, torch.nan)
+        self.generator = generator
+
+    def __iter__(self):
+        for rows in torch.randperm(EVENTS, generator=self.generator).split(BATCH):
+            yield (self.view1[rows], self.view2[rows]), self.label[rows], rows
 
 
-def main(weight: float) -> tuple[float, dict[str, float]]:
-    """Field accuracy and the last epoch's information terms, with the terms weighted by `weight`."""
-    torch.manual_seed(SEED)
-    generator = torch.Generator().manual_seed(SEED)
-    train, field = make_data(N, 0.9, generator), make_data(N, 0.5, generator)
+def labelled_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    known = ~target.isnan()
+    loss = nn.functional.binary_cross_entropy_with_logits(prediction[known, 0], target[known], reduction="sum")
+    return loss / known.sum().clamp(min=1)
+
+
+def main(weight: float, seed: int = 0) -> tuple[float, float]:
+    """Accuracy on 4,000 new events and the last epoch's I(Z1;Z2) in nats, with the term weighted by `weight`."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     model = TwoViews()
     objective = Objective(
-        [
-            0.02 * weight * MI("Z1", "Z2"),
-            -weight * (CMI("Z1", "M", given="Y") + CMI("Z2", "M", given="Y")).named("machine"),
-        ],
-        dims={"Z1": 8, "Z2": 8, "M": 1, "Y": 1},
-        discrete=("Y",),
+        [weight * MI("Z1", "Z2")],
+        dims={"Z1": 8, "Z2": 8},
+        settings=ObjectiveConfig(hidden=64, embed=16, compat="none"),
     )
     step = TwoStageStep(
-        model, objective, lambda prediction, y: nn.functional.binary_cross_entropy_with_logits(prediction[:, 0], y),
-        torch.optim.Adam(model.parameters(), 1e-3), torch.optim.Adam(objective.parameters(), 1e-3), label="Y",
-    )  # fmt: skip
-    bank = None
+        model,
+        objective,
+        labelled_loss,
+        torch.optim.Adam(model.parameters(), 3e-3),
+        torch.optim.Adam(objective.parameters(), 3e-3),
+        label=None,
+    )
+    loader, bank = Loader(make_data(EVENTS, generator), generator), None
     for _ in range(EPOCHS):
-
-        class Loader:
-            def __iter__(self):
-                return batches(train, generator)
-
-        result, bank = step.train_epoch(Loader(), N, bank, batch_size=BATCH, stage1_n=3)
+        result, bank = step.train_epoch(loader, EVENTS, bank, batch_size=BATCH, stage1_n=2)
+    view1, view2, label = make_data(4000, generator)
     with torch.no_grad():
-        prediction, _ = model((field[0], field[1], field[3]))
-    return ((prediction[:, 0] > 0).float() == field[2]).float().mean().item(), result.information
+        prediction, _ = model((view1, view2))
+    return ((prediction[:, 0] > 0).float() == label).float().mean().item(), result.information["I(Z1;Z2)"]
 
 
 if __name__ == "__main__":
     for weight in (0.0, 1.0):
-        accuracy, information = main(weight)
-        terms = "  ".join(f"{name} {nats:+.3f} nats" for name, nats in information.items())
-        print(f"weight {weight:g}: accuracy in the field {accuracy:.3f}   {terms}")
+        accuracy, nats = main(weight)
+        print(f"weight {weight:g}: accuracy on new events {accuracy:.3f}, I(Z1;Z2) at least {nats:.2f} nats")
