@@ -39,7 +39,8 @@ def config(mode: str, data: Path, setting: Setting, overrides: tuple[str, ...] =
     settings = [
         f"mode={mode}", "batch_size=32", "data.time_len=100", "model.dropout=0.1", "train.stage1_n=2", "train.lr=1e-3",
         "epochs=100000", "output.report=false", "output.tensorboard=false", "output.progress=false",
-        f"device={setting.device}", f"threads={torch.get_num_threads()}", f"data.path={data}", *overrides,
+        f"device={setting.device}", f"threads={torch.get_num_threads()}", f"data.path={data}",
+        "data.length_rule=recorded", *overrides,
     ]  # fmt: skip
     return load_config("mosi-paper", settings)
 
@@ -124,7 +125,9 @@ def build_engine(
 def build_baseline(samples: shapes.Utterances, setting: Setting, text_encoder: str = "minilm", **changes: Any) -> Work:
     """Epochs of the eager baseline on ready-made batches: its loading is not counted, to its advantage."""
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     np.random.seed(0)
     place = reference_loader.minilm_folder() if text_encoder == "minilm" else text_encoder

@@ -147,6 +147,28 @@ def suite_rounds(suite: ModuleType) -> int:
     return getattr(suite, "ROUNDS", 7)
 
 
+def over_batches(
+    suite: ModuleType, name: str, batches: Mapping[str, tuple[int, ...]], setting: Setting
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """{side: {batch size: {"seconds", "extra_peak_bytes"}}} of sides that the suite builds as `SIDE@BATCH`."""
+    import torch
+
+    from bench.memory import extra_peak
+
+    curve: dict[str, dict[str, dict[str, float | None]]] = {}
+    for side, sizes in batches.items():
+        curve[side] = {}
+        for size in sizes:
+            work = suite.build(f"{side}@{size}", setting)
+            calls = warm(work, setting)
+            seconds = statistics.median(measure(work, calls, setting) for _ in range(3))
+            work.close()
+            del work
+            peak = extra_peak(name, f"{side}@{size}", setting, torch.get_num_threads(), repeats=1)
+            curve[side][str(size)] = {"seconds": seconds, "extra_peak_bytes": peak}
+    return curve
+
+
 def assemble(
     name: str, suite: ModuleType, setting: Setting, summaries: Mapping[str, dict], rounds: int, threads: int
 ) -> dict[str, Any]:
@@ -271,16 +293,19 @@ def as_line(result: Mapping[str, Any]) -> str:
     return json.dumps(result, allow_nan=False)
 
 
+def meets(found: float, goal: float, key: str) -> bool:
+    """Whether a figure reaches a goal: for a "value" less is better, for all others more."""
+    return found <= goal if key == "value" else found >= goal
+
+
 def verdict(result: Mapping[str, Any]) -> list[str]:
     """One sentence for every goal of a result."""
     lines = []
     for key, goal in result["goals"].items():
         if key not in result:
             continue
-        found, less = result[key], key == "value"
-        better = (lambda a, b: a <= b) if less else (lambda a, b: a >= b)
-        word = (
-            "aim met" if better(found, goal["aim"]) else "floor met" if better(found, goal["floor"]) else "BELOW FLOOR"
-        )
-        lines.append(f"{key} {found:.4g} (floor {goal['floor']:g}, aim {goal['aim']:g}): {word}")
+        found = result[key]
+        aim, floor = (meets(found, goal[k], key) for k in ("aim", "floor"))
+        word = "aim met" if aim else "floor met" if floor else "BELOW FLOOR"
+        lines.append(f"{key} {found:.4g} (floor {goal['floor']:.4g}, aim {goal['aim']:.4g}): {word}")
     return lines

@@ -1,11 +1,14 @@
-"""Results as text: one for the terminal, a table for the README."""
+"""Results as text: a few lines for the terminal, a table for the README."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from bench.runner import verdict
+from bench.runner import meets, verdict
+
+START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 
 
 def describe(result: Mapping[str, Any]) -> str:
@@ -27,7 +30,63 @@ def describe(result: Mapping[str, Any]) -> str:
 
 def seconds(value: float) -> str:
     """A time with three digits and the unit that suits it."""
-    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
-        if value * factor >= 1 or unit == "µs":
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"
-    raise AssertionError
+    return f"{value * 1e6:.3g} µs"
+
+
+def readme_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row for every goal of every result, and a line on where they were measured."""
+    rows = ["| what | measured | floor | aim | engine | baseline |", "|---|---|---|---|---|---|"]
+    for result in results.values():
+        for key, goal in result["goals"].items():
+            if key in result:
+                rows.append(_row(result, key, goal))
+    places = {_place(r) for r in results.values()}
+    quick = [r["name"] for r in results.values() if r["quick"]]
+    if quick:
+        rows += ["", f"Quick runs on smaller shapes, not to be reported: {', '.join(quick)}."]
+    return "\n".join([*rows, "", *(f"{place}." for place in sorted(places))]).rstrip()
+
+
+def _row(result: Mapping[str, Any], key: str, goal: Mapping[str, float]) -> str:
+    name = {"ratio": "speed", "memory_ratio": "extra peak memory", "gemm_fraction": "share of the GEMM ceiling"}
+    what = result["title"] if key in ("ratio", "value") else f"{result['name']}: {name[key]}"
+    engine, baseline = "", ""
+    if key in ("ratio", "memory_ratio"):
+        sides = [result["engine"], result["baseline"]]
+        if key == "ratio":
+            engine, baseline = (seconds(s["median"]) for s in sides)
+        else:
+            engine, baseline = (f"{s['extra_peak_bytes'] / 2**20:.1f} MiB" for s in sides)
+    show = _shown(result, key)
+    mark = "" if meets(result[key], goal["floor"], key) else " (below floor)"
+    return (
+        f"| {what} | {show(result[key])}{mark} | {show(goal['floor'])} | {show(goal['aim'])} | {engine} | {baseline} |"
+    )
+
+
+def _shown(result: Mapping[str, Any], key: str):
+    if key == "gemm_fraction" or (key == "value" and result["unit"] == "share"):
+        return lambda v: f"{100 * v:.3g} %"
+    if key == "value" and result["unit"] == "s":
+        return lambda v: f"{v:.3g} s"
+    return lambda v: f"{v:.3g}×"
+
+
+def _place(result: Mapping[str, Any]) -> str:
+    m, v = result["machine"], result["versions"]
+    where = m.get("gpu") or f"{m['processor']}, {m['threads']} threads of {m['cores']} cores"
+    return f"{where}; Python {v['python']}, torch {v['torch']}; commit {result['commit']}"
+
+
+def update_readme(path: Path, table: str) -> None:
+    """Replace what is between the markers of `path`; ValueError where they are not both there, in order."""
+    from engine.files import write_text
+
+    text = path.read_text(encoding="utf-8")
+    start, end = text.find(START), text.find(END)
+    if not 0 <= start < end:
+        raise ValueError(f"{path}: no {START} before {END}")
+    write_text(path, text[: start + len(START)] + "\n\n" + table + "\n\n" + text[end:])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from bench.baselines import mimrl
-from bench.runner import Setting, Work
+from bench.runner import Setting, Work, over_batches
 from engine import MIEstimator
 
 TITLE = "concat critic + InfoNCE, B=256, forward and backward, against the tensor of all pairs"
@@ -57,7 +60,17 @@ def work(side: str, batch: int, setting: Setting) -> Work:
 
 
 def build(side: str, setting: Setting) -> Work:
-    return work(side, QUICK_BATCH if setting.quick else BATCH, setting)
+    """`side` may name another batch size than the suite's: engine@512."""
+    side, _, size = side.partition("@")
+    return work(side, int(size) if size else QUICK_BATCH if setting.quick else BATCH, setting)
+
+
+def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
+    """Time and memory over the batch size; the tensor of all pairs only as far as a few gigabytes go."""
+    if setting.quick:
+        return {}
+    batches = {"engine": (64, 128, 256, 512, 1024, 2048), "baseline": (64, 128, 256, 512, 1024)}
+    return {"curve": over_batches(sys.modules[__name__], "concat_critic", batches, setting)}
 
 
 def gate(setting: Setting) -> None:

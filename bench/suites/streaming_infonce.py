@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from bench.baselines import mimrl
-from bench.runner import Setting, Work
+from bench.runner import Setting, Work, over_batches
+from engine.kernels import infonce
 
 TITLE = "InfoNCE of separate embeddings, d=128, B=16,384, forward and backward, against all scores in memory"
 GOALS = {"ratio": (1.0, 1 / 0.7), "memory_ratio": (20.0, 100.0)}
@@ -42,8 +45,6 @@ def chunked(x: Tensor, y: Tensor) -> Tensor:
 
 
 def streamed(x: Tensor, y: Tensor) -> Tensor:
-    from engine.kernels import infonce
-
     return infonce(y, x)
 
 
@@ -61,8 +62,19 @@ FUNCTIONS = {"engine": streamed, "baseline": dense, "linear_cross_entropy": chun
 
 
 def build(side: str, setting: Setting) -> Work:
+    """`side` may name another batch size than the suite's: engine@4096."""
+    side, _, size = side.partition("@")
     function = torch.compile(dense) if side == "compile" else FUNCTIONS[side]
-    return work(function, QUICK_BATCH if setting.quick else BATCH, setting)
+    return work(function, int(size) if size else QUICK_BATCH if setting.quick else BATCH, setting)
+
+
+def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
+    """Time and memory over the batch size; all scores in memory only as far as a few gigabytes go."""
+    if setting.quick:
+        return {}
+    sizes = tuple(256 * 2**i for i in range(8))
+    batches = {"engine": sizes, "linear_cross_entropy": sizes, "baseline": sizes[:-1]}
+    return {"curve": over_batches(sys.modules[__name__], "streaming_infonce", batches, setting)}
 
 
 def gate(setting: Setting) -> None:

@@ -1,0 +1,66 @@
+"""Every suite, each in a process of its own; then plots and the README's table from the results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+from bench.runner import NAMES
+
+
+def run_all(
+    only: Sequence[str] | None,
+    results: Path,
+    quick: bool,
+    rounds: int | None,
+    threads: int,
+    device: str,
+    readme: Path | None,
+    say: Callable[[str], None],
+) -> int:
+    """Measure the suites into `results`/NAME.json, draw, and print the table; the number of suites that failed.
+
+    `readme`: a file between whose markers the table is put as well.
+    """
+    from bench.plots import draw
+    from bench.table import readme_table, update_readme
+
+    failed = []
+    for name in only or NAMES:
+        command = [
+            sys.executable,
+            "-m",
+            "bench",
+            "run",
+            name,
+            "--json",
+            "--out",
+            str(results.absolute() / f"{name}.json"),
+        ]
+        command += ["--threads", str(threads), "--device", device]
+        command += ["--quick"] if quick else []
+        command += ["--rounds", str(rounds)] if rounds else []
+        if subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.DEVNULL, env=os.environ).returncode != 0:
+            failed.append(name)
+            say(f"{name}: failed")
+    found = load_results(results)
+    for path in draw(found, results):
+        say(f"drawn: {path}")
+    table = readme_table(found)
+    print(table)
+    if readme is not None:
+        update_readme(readme, table)
+    return len(failed)
+
+
+def load_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """{name: result} of the JSON files in `folder`, in the suites' order."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    order = [*NAMES, *sorted(set(found) - set(NAMES))]
+    return {name: found[name] for name in order if name in found}

@@ -1,0 +1,277 @@
+"""Counters of a two-stage step that do not depend on the machine's speed, held exactly.
+
+    python -m bench.guard                                  compare with bench/guard.json; exit status 1 on a difference
+    python -m bench.guard --update --reason "why"          accept the present counters
+    python -m bench.guard --update-floors --reason "why"   measure the quick suites and accept their ratios x MARGIN
+
+Counted, in `engine.train` on a fixed tiny data set and model, from the end of one batch to the end of the next in a
+steady-state epoch (so drawing, loading and storing belong to it): calls of aten operations, as a dispatch mode sees
+them; bytes of new storages that those calls return; FLOPs of matrix products, by torch's own formulas. Work inside an
+operation that is opaque to torch (a numba kernel, say) does not show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from bench import machine, shapes
+from engine.config import Config, load_config
+from engine.files import write_json
+from engine.trainer import train
+
+FILE = Path(__file__).with_name("guard.json")
+MODES, STAGES = ("fast", "faithful"), ("stage1", "stage2")
+COUNTERS = ("aten_calls", "bytes_allocated", "flops")
+# The counters depend on these: another version's operations are others.
+VERSIONS = ("torch", "transformers")
+MARGIN = 0.7
+FLOOR_SUITES = ("gru", "knn", "critics", "streaming_infonce", "concat_critic", "cubemlp", "loader_throughput")
+BATCH = 8
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+
+class Counters(TorchDispatchMode):
+    """Counts while `on`: operations by name, bytes of the storages they make, FLOPs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on = False
+        self.reset()
+
+    def reset(self) -> None:
+        self.operations: Counter[str] = Counter()
+        self.bytes = self.flops = 0
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "aten_calls": sum(self.operations.values()),
+            "bytes_allocated": self.bytes,
+            "flops": self.flops,
+            "operations": dict(sorted(self.operations.items())),
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.on:
+            return func(*args, **kwargs)
+        known = {_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **kwargs)
+        self.operations[str(func)] += 1
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and _storage(tensor) not in known:
+                known.add(_storage(tensor))
+                self.bytes += tensor.untyped_storage().nbytes()
+        packet = getattr(func, "_overloadpacket", None)
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        return out
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _Stop(Exception):
+    pass
+
+
+class _SecondBatches:
+    """A callback that counts the second batch of both stages in epoch 1, the first with a bank, and stops there."""
+
+    def __init__(self, counters: Counters):
+        self.counters, self.epoch = counters, 0
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def on_start(self, first_epoch: int, epochs: int, batches: dict[str, int]) -> None:
+        pass
+
+    def on_batch(self, stage: str, number: int) -> None:
+        if self.epoch != 1 or stage not in STAGES or stage in self.found:
+            return
+        if number == 1:
+            self.counters.on = False
+            self.found[stage] = self.counters.result()
+        if number == 0:
+            self.counters.reset()
+            self.counters.on = True
+
+    def on_epoch(self, record: dict[str, Any], improved: bool) -> None:
+        self.epoch += 1
+        if self.epoch == 2:
+            raise _Stop
+
+    def on_end(self) -> None:
+        pass
+
+
+def tiny_text_encoder(folder: Path) -> Path:
+    """A two-layer BERT of width 32 with a word-level tokeniser of `bench.shapes.WORDS`, written to `folder`."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import BertConfig, BertModel
+
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *dict.fromkeys(shapes.WORDS)])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def tiny_config(mode: str, data: Path, text_encoder: Path) -> Config:
+    settings = [
+        f"mode={mode}", f"data.path={data}", f"text_encoder={text_encoder}", f"batch_size={BATCH}", "epochs=2",
+        "data.time_len=20", "model.d_common=32", "model.cubemlp.d_hiddens=10-3-32=5-3-32",
+        "model.cubemlp.d_outs=10-3-32=5-3-32", "objective.hidden=48", "objective.embed=32", "threads=1", "device=cpu",
+        "output.report=false", "output.tensorboard=false", "output.progress=false", "output.features=false",
+    ]  # fmt: skip
+    return load_config("mosi", settings)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure(modes: tuple[str, ...] = MODES) -> dict[str, dict[str, dict[str, Any]]]:
+    """{mode: {stage: {counter: number, "operations": {name: calls}}}} of the engine as it is."""
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="bench-guard-") as name, _threads(1):
+        folder = Path(name)
+        encoder = tiny_text_encoder(folder / "encoder")
+        splits = {"train": shapes.mosi(3 * BATCH, 0), "valid": shapes.mosi(4, 1), "test": shapes.mosi(4, 2)}
+        store = shapes.write_store(folder / "data", splits, str(encoder))
+        for mode in modes:
+            counters = Counters()
+            callback = _SecondBatches(counters)
+            try:
+                with counters:
+                    train(tiny_config(mode, store, encoder), folder / mode, callbacks=[callback])
+            except _Stop:
+                pass
+            found[mode] = callback.found
+    return found
+
+
+def differences(recorded: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """One line for every counter that differs, naming the operations where calls do."""
+    lines = []
+    for mode, stages in found.items():
+        for stage, counters in stages.items():
+            before = recorded.get(mode, {}).get(stage, {})
+            for name in COUNTERS:
+                if before.get(name) != counters[name]:
+                    lines.append(f"{mode} {stage} {name}: recorded {before.get(name)}, found {counters[name]}")
+            if before.get("aten_calls") != counters["aten_calls"]:
+                old, new = before.get("operations", {}), counters["operations"]
+                changed = [
+                    f"{op} {old.get(op, 0)} -> {new.get(op, 0)}"
+                    for op in sorted({*old, *new})
+                    if old.get(op) != new.get(op)
+                ]
+                lines.append(f"{mode} {stage} operations: " + ", ".join(changed))
+    return lines
+
+
+def load() -> dict[str, Any]:
+    return (
+        json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"counters": {}, "floors": {}, "history": []}
+    )
+
+
+def other_versions(recorded: dict[str, Any]) -> list[str]:
+    """Packages whose version differs from the one that the counters were recorded with."""
+    known = recorded.get("versions", {})
+    return [
+        f"{name} {metadata.version(name)} (recorded with {known[name]})"
+        for name in VERSIONS
+        if name in known and known[name].split("+")[0] != metadata.version(name).split("+")[0]
+    ]
+
+
+def update(reason: str) -> list[str]:
+    """Record the present counters, and why they changed; returns what did."""
+    recorded, found = load(), measure()
+    lines = differences(recorded["counters"], found)
+    recorded["counters"] = found
+    recorded["versions"] = {name: metadata.version(name) for name in VERSIONS}
+    recorded["history"].append({"reason": reason, "changes": [li for li in lines if " operations: " not in li]})
+    write_json(FILE, recorded)
+    return lines
+
+
+def measured_ratio(name: str, rounds: int = 3) -> float:
+    """The ratio of a quick run of a suite."""
+    from bench import runner
+
+    return runner.run(name, runner.Setting(quick=True), rounds, torch.get_num_threads(), memory=False)["ratio"]
+
+
+def update_floors(reason: str, names: tuple[str, ...] = FLOOR_SUITES) -> dict[str, float]:
+    """Record floors of the quick suites' ratios: what is measured now x MARGIN."""
+    floors = {name: round(MARGIN * measured_ratio(name), 2) for name in names}
+    recorded = load()
+    recorded["floors"] |= floors
+    recorded["history"].append({"reason": reason, "changes": [f"floor of {k}: {v}" for k, v in floors.items()]})
+    write_json(FILE, recorded)
+    return floors
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.guard", description="deterministic counters of a training step"
+    )
+    parser.add_argument("--update", action="store_true", help="accept the present counters")
+    parser.add_argument("--update-floors", nargs="*", metavar="NAME", help="accept the present ratios of quick suites")
+    parser.add_argument("--reason", help="why they changed; kept in guard.json")
+    a = parser.parse_args(arguments)
+    updating = a.update or a.update_floors is not None
+    if updating and not a.reason:
+        parser.error("--update and --update-floors need --reason")
+    if a.update:
+        print("\n".join(update(a.reason)) or "nothing changed")
+    if a.update_floors is not None:
+        machine.pin_threads(machine.cores())
+        print(update_floors(a.reason, tuple(a.update_floors) or FLOOR_SUITES))
+    if updating:
+        return 0
+    recorded = load()
+    if others := other_versions(recorded):
+        print("not comparable: " + ", ".join(others), file=sys.stderr)
+        return 2
+    lines = differences(recorded["counters"], measure())
+    print("\n".join(lines) or "counters as recorded")
+    if lines:
+        print('If this is meant: python -m bench.guard --update --reason "..."', file=sys.stderr)
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
