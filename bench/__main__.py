@@ -31,6 +31,9 @@ def _list(a: argparse.Namespace, threads: int) -> int:
 def _run(a: argparse.Namespace, threads: int) -> int:
     from bench import runner
 
+    if a.name not in (known := (*runner.NAMES, *runner.MORE_NAMES)):
+        _say(f"no suite named {a.name}; there are: {', '.join(known)}")
+        return 2
     machine.pin_threads(threads)
     try:
         result = runner.run(

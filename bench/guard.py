@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,10 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 class Counters(TorchDispatchMode):
-    """Counts while `on`: operations by name, bytes of the storages they make, FLOPs."""
+    """Counts while entered: operations by name, bytes of the storages they make, FLOPs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.on = False
-        self.reset()
-
-    def reset(self) -> None:
         self.operations: Counter[str] = Counter()
         self.bytes = self.flops = 0
 
@@ -66,8 +62,6 @@ class Counters(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if not self.on:
-            return func(*args, **kwargs)
         known = {_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **kwargs)
         self.operations[str(func)] += 1
@@ -92,8 +86,9 @@ class _Stop(Exception):
 class _SecondBatches:
     """A callback that counts the second batch of both stages in epoch 1, the first with a bank, and stops there."""
 
-    def __init__(self, counters: Counters):
-        self.counters, self.epoch = counters, 0
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.counting = ExitStack()
         self.found: dict[str, dict[str, Any]] = {}
 
     def on_start(self, first_epoch: int, epochs: int, batches: dict[str, int]) -> None:
@@ -102,12 +97,11 @@ class _SecondBatches:
     def on_batch(self, stage: str, number: int) -> None:
         if self.epoch != 1 or stage not in STAGES or stage in self.found:
             return
-        if number == 1:
-            self.counters.on = False
-            self.found[stage] = self.counters.result()
         if number == 0:
-            self.counters.reset()
-            self.counters.on = True
+            self.counters = self.counting.enter_context(Counters())
+        if number == 1:
+            self.counting.close()
+            self.found[stage] = self.counters.result()
 
     def on_epoch(self, record: dict[str, Any], improved: bool) -> None:
         self.epoch += 1
@@ -125,7 +119,9 @@ def tiny_text_encoder(folder: Path) -> Path:
     from tokenizers.pre_tokenizers import Whitespace
     from tokenizers.processors import TemplateProcessing
     from transformers import BertConfig, BertModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *dict.fromkeys(shapes.WORDS)])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -145,6 +141,7 @@ def tiny_config(mode: str, data: Path, text_encoder: Path) -> Config:
         f"mode={mode}", f"data.path={data}", f"text_encoder={text_encoder}", f"batch_size={BATCH}", "epochs=2",
         "data.time_len=20", "model.d_common=32", "model.cubemlp.d_hiddens=10-3-32=5-3-32",
         "model.cubemlp.d_outs=10-3-32=5-3-32", "objective.hidden=48", "objective.embed=32", "threads=1", "device=cpu",
+        "data.length_rule=recorded",
         "output.report=false", "output.tensorboard=false", "output.progress=false", "output.features=false",
     ]  # fmt: skip
     return load_config("mosi", settings)
@@ -169,13 +166,9 @@ def measure(modes: tuple[str, ...] = MODES) -> dict[str, dict[str, dict[str, Any
         splits = {"train": shapes.mosi(3 * BATCH, 0), "valid": shapes.mosi(4, 1), "test": shapes.mosi(4, 2)}
         store = shapes.write_store(folder / "data", splits, str(encoder))
         for mode in modes:
-            counters = Counters()
-            callback = _SecondBatches(counters)
-            try:
-                with counters:
-                    train(tiny_config(mode, store, encoder), folder / mode, callbacks=[callback])
-            except _Stop:
-                pass
+            callback = _SecondBatches()
+            with suppress(_Stop):
+                train(tiny_config(mode, store, encoder), folder / mode, callbacks=[callback])
             found[mode] = callback.found
     return found
 

@@ -1,0 +1,99 @@
+"""The counters of a training step are those on record, and a planted regression of each kind is seen."""
+
+import pytest
+import torch
+
+from bench import guard
+from engine.objective import Objective
+
+
+@pytest.fixture(scope="module")
+def found():
+    return guard.measure()
+
+
+def test_counters_are_those_on_record(found):
+    recorded = guard.load()
+    if others := guard.other_versions(recorded):
+        pytest.skip("the counters hold for other versions: " + ", ".join(others))
+    lines = guard.differences(recorded["counters"], found)
+    assert not lines, "\n".join([*lines, 'if meant: python -m bench.guard --update --reason "..."'])
+
+
+def test_counting_twice_gives_the_same(found):
+    assert guard.measure(("fast",))["fast"] == found["fast"]
+
+
+def plant(monkeypatch, regression):
+    """Run `regression(features)` in every stage-1 update."""
+    original = Objective.estimator_loss
+
+    def estimator_loss(self, features, products=None):
+        regression(features)
+        return original(self, features, products)
+
+    monkeypatch.setattr(Objective, "estimator_loss", estimator_loss)
+
+
+REGRESSIONS = {
+    # an operation that allocates nothing and multiplies nothing
+    "aten_calls": lambda features: features["F"].mul_(1.0),
+    # 4,000 bytes that nobody needs
+    "bytes_allocated": lambda features: torch.empty(1000),
+    # a product that nobody needs
+    "flops": lambda features: features["F"] @ features["F"].t(),
+}
+
+
+@pytest.mark.parametrize("counter", REGRESSIONS)
+def test_a_planted_regression_is_seen(found, monkeypatch, counter):
+    plant(monkeypatch, REGRESSIONS[counter])
+    planted = guard.measure(("fast",))
+    lines = guard.differences(found, planted)
+    seen = {line.split(":")[0] for line in lines}
+    assert f"fast stage1 {counter}" in seen
+    assert not any(line.startswith("fast stage2") for line in lines), "stage 2 was not touched"
+    more = {name: planted["fast"]["stage1"][name] - found["fast"]["stage1"][name] for name in guard.COUNTERS}
+    if counter == "aten_calls":
+        assert more == {"aten_calls": 1, "bytes_allocated": 0, "flops": 0}
+        assert any("aten.mul_" in line for line in lines)
+    elif counter == "bytes_allocated":
+        assert more == {"aten_calls": 1, "bytes_allocated": 4000, "flops": 0}
+    else:
+        assert more["flops"] == 2 * guard.BATCH**2 * 32
+
+
+def test_more_memory_in_as_many_operations_is_seen():
+    sizes = []
+    for size in (10, 20):
+        with guard.Counters() as counters:
+            torch.zeros(size).add(1).view(-1)
+        sizes.append((sum(counters.operations.values()), counters.bytes))
+    assert sizes == [(3, 2 * 40), (3, 2 * 80)]
+
+
+def test_an_update_needs_a_reason(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(guard, "FILE", tmp_path / "guard.json")
+    with pytest.raises(SystemExit):
+        guard.main(["--update"])
+    assert not guard.FILE.exists()
+    measured = {"fast": {"stage1": {"aten_calls": 3, "bytes_allocated": 5, "flops": 7, "operations": {"aten.mm": 3}}}}
+    monkeypatch.setattr(guard, "measure", lambda: measured)
+    assert guard.main(["--update", "--reason", "one product fewer"]) == 0
+    assert guard.load()["history"][-1]["reason"] == "one product fewer"
+    assert guard.main([]) == 0
+    measured["fast"]["stage1"] |= {"aten_calls": 4, "operations": {"aten.mm": 3, "aten.add": 1}}
+    capsys.readouterr()
+    assert guard.main([]) == 1
+    out = capsys.readouterr().out
+    assert "fast stage1 aten_calls: recorded 3, found 4" in out and "aten.add 0 -> 1" in out
+
+
+def floors():
+    return [pytest.param(name, floor, id=name) for name, floor in guard.load()["floors"].items()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, floor", floors())
+def test_ratios_stay_above_their_floors(name, floor):
+    assert guard.measured_ratio(name) >= floor

@@ -1,0 +1,165 @@
+"""The runner on suites made for the test: what is timed, in which order, and that a red gate reports nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from bench import machine, runner
+from bench.memory import LEAST, peak_of_call
+from bench.runner import Setting, Work
+from bench.table import END, START, describe, readme_table, update_readme
+
+
+def suite(**changes):
+    order: list[str] = []
+    costs = {"engine": 1.0, "baseline": 3.0, "other": 2.0}
+
+    def build(side, setting):
+        def run():
+            order.append(side)
+            return costs[side]
+
+        return Work(run, samples=6, returns_number=True)
+
+    parts = {
+        "TITLE": "a suite", "GOALS": {"ratio": (2.0, 4.0)}, "SIDES": ("engine", "baseline", "other"), "ROUNDS": 3,
+        "build": build, "gate": lambda setting: None, "order": order,
+    }  # fmt: skip
+    return SimpleNamespace(**(parts | changes))
+
+
+@pytest.fixture
+def use(monkeypatch):
+    def use(module):
+        monkeypatch.setattr(runner, "load_suite", lambda name: module)
+        return module
+
+    return use
+
+
+def test_the_line_has_what_a_reader_needs(use):
+    use(suite())
+    result = json.loads(runner.as_line(runner.run("made", Setting(), memory=False)))
+    assert result["name"] == "made" and result["ratio"] == 3.0 and result["rounds"] == 3
+    assert result["engine"]["median"] == 1.0 and result["engine"]["samples_per_second"] == 6.0
+    assert result["baseline"] == {"median": 3.0, "p20": 3.0, "p80": 3.0, "all": [3.0] * 3, "samples_per_second": 2.0}
+    assert result["others"]["other"]["ratio"] == 2.0
+    assert result["machine"]["cores"] >= 1 and "torch" in result["versions"] and "commit" in result
+    assert "value" not in result and "memory_ratio" not in result
+
+
+def test_sides_are_interleaved_and_the_order_rotates(use):
+    module = use(suite())
+    runner.run("made", Setting(), memory=False)
+    warm, rounds = module.order[:3], module.order[3:]
+    assert warm == ["engine", "baseline", "other"]
+    assert [rounds[i : i + 3] for i in (0, 3, 6)] == [
+        ["engine", "baseline", "other"], ["baseline", "other", "engine"], ["other", "engine", "baseline"],
+    ]  # fmt: skip
+
+
+def test_a_red_gate_reports_nothing(use):
+    def gate(setting):
+        raise AssertionError("wrong by 3")
+
+    module = use(suite(gate=gate))
+    with pytest.raises(runner.RedGateError, match="wrong by 3"):
+        runner.run("made", Setting())
+    assert module.order == []
+
+
+def test_a_value_without_a_baseline(use):
+    use(suite(SIDES=("engine",), VALUE="share", GOALS={"value": (0.02, 0.005)}))
+    result = runner.run("made", Setting(quick=True), rounds=1)
+    assert result["value"] == 1.0 and result["unit"] == "share" and "ratio" not in result and "baseline" not in result
+    assert "BELOW FLOOR" in describe(result)
+
+
+def test_memory_ratio_is_of_extra_peaks(use, monkeypatch):
+    use(suite(MEMORY=("engine", "baseline")))
+    monkeypatch.setattr("bench.memory.extra_peak", lambda name, side, *_: {"engine": 100, "baseline": 900}[side])
+    assert runner.run("made", Setting())["memory_ratio"] == 9
+
+
+def test_short_calls_are_repeated_until_they_can_be_timed():
+    calls = []
+    work = Work(lambda: calls.append(0))
+    repeats = runner.warm(work, Setting())
+    assert repeats > 100
+    before = len(calls)
+    assert runner.measure(work, repeats, Setting()) < 1e-3
+    assert len(calls) - before == repeats
+
+
+def test_quantiles():
+    assert runner.quantile([3, 1, 2], 0.5) == 2
+    assert runner.quantile([0, 10], 0.2) == pytest.approx(2)
+    assert runner.quantile([5], 0.8) == 5
+
+
+def test_every_suite_is_complete():
+    for name in (*runner.NAMES, *runner.MORE_NAMES):
+        module = runner.load_suite(name)
+        assert module.SIDES[0] == "engine" and module.TITLE and callable(module.build) and callable(module.gate)
+        assert set(getattr(module, "MEMORY", ())) <= set(module.SIDES)
+        assert ("ratio" in module.GOALS) <= ("baseline" in module.SIDES)
+        assert ("value" in module.GOALS) == hasattr(module, "VALUE")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's resettable high-water mark")
+def test_peak_of_a_call_sees_what_the_call_frees_again():
+    import torch
+
+    def run():
+        torch.ones(8 << 20).sum()
+
+    assert peak_of_call(run, "cpu") == pytest.approx(32 << 20, rel=0.1)
+    assert peak_of_call(lambda: None, "cpu") <= LEAST
+
+
+def test_threads_are_set_before_libraries_read_them(monkeypatch):
+    for name in machine.THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    machine.pin_environment(1)
+    assert all(os.environ[name] == "1" for name in machine.THREAD_VARIABLES)
+
+
+def test_the_readme_table_replaces_what_is_between_its_markers(use, tmp_path):
+    use(suite())
+    result = runner.run("made", Setting(), memory=False)
+    table = readme_table({"made": result})
+    assert "| a suite | 3× | 2× | 4× | 1 s | 3 s |" in table
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{START}\nold\n{END}\nafter\n", encoding="utf-8")
+    update_readme(path, table)
+    text = path.read_text(encoding="utf-8")
+    assert table in text and "old" not in text and text.startswith("before\n") and text.endswith("after\n")
+    path.write_text("nothing", encoding="utf-8")
+    with pytest.raises(ValueError, match="bench:start"):
+        update_readme(path, table)
+
+
+def test_plots_are_written(use, tmp_path):
+    from bench.plots import draw
+
+    use(suite())
+    growth = {f"{k}": {"seconds_per_sample": 0.1, "extra_peak_bytes": 1 << 20} for k in ("n10", "n20", "b2", "b4")}
+    result = runner.run("made", Setting(), memory=False)
+    curve = {"engine": {"256": {"seconds": 1.0, "extra_peak_bytes": 5}, "512": {"seconds": 2.0, "extra_peak_bytes": 9}}}
+    results = {
+        "made": result,
+        "growth": {"goals": {}, "curve": growth},
+        "streaming_infonce": {"goals": {}, "curve": curve},
+    }
+    made = draw(results, tmp_path)
+    assert [p.name for p in made] == ["ratios.svg", "growth.svg", "streaming_infonce.svg"]
+    assert all(p.read_text(encoding="utf-8").rstrip().endswith("</svg>") for p in made)
+
+
+def test_the_command_line_refuses_an_unknown_suite():
+    done = subprocess.run([sys.executable, "-m", "bench", "run", "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2 and "epoch_fast" in done.stderr and "Traceback" not in done.stderr
