@@ -229,7 +229,7 @@ def tiny_batch(rows: int, seed: int, device: str = "cpu") -> Batch:
     ).to(device)  # fmt: skip
 
 
-def tiny_pair(mode: str, device: str = "cpu") -> SimpleNamespace:
+def tiny_pair(mode: str, device: str = "cpu", text_padding: str = "zero") -> SimpleNamespace:
     """An engine model with its step and a baseline with its trainer, of the same weights, both stepped by plain SGD."""
     from transformers import BertConfig, BertModel
 
@@ -242,6 +242,7 @@ def tiny_pair(mode: str, device: str = "cpu") -> SimpleNamespace:
         model={
             "d_common": TINY["d_common"],
             "dropout": (0.0,) * 4,
+            "text_padding": text_padding,
             "cubemlp": {k: TINY[k] for k in names if k != "d_common"},
         },
         objective={"hidden": TINY["critic_hidden"], "embed": TINY["critic_embed"], "c1": [1.0] * 11, "c2": [0.01] * 8},
@@ -322,26 +323,38 @@ def gate_faithful(setting: Setting, steps: int = 3, rows: int = 16) -> None:
 def gate_fast(setting: Setting, rows: int = 9) -> None:
     """A batch's predictions and features equal the baseline's, run on every sample alone and without padding.
 
-    That is what mode fast promises: nothing of the padding, nothing of the batch mates. And InfoNCE of the same
-    features through the same critic equals the baseline's.
+    That is what mode fast promises: nothing of the padding, nothing of the batch mates. What stands in the fused cube
+    beyond the end of a text is the mode's own choice: with zeros there, as the baseline has them, all is compared;
+    with the default, a sample in a batch is compared with the same sample alone. And InfoNCE of the same features
+    through the same critic equals the baseline's.
     """
     pair = tiny_pair("fast", setting.device)
     model, theirs = pair.step.model.eval(), pair.trainer.model.eval()
+    default = tiny_pair("fast", setting.device, "mean").step.model.eval()
     batch = tiny_batch(rows, 5, setting.device)
     with torch.no_grad(), _default_device(setting.device):
         prediction, features = model(batch)
+        by_default = default(batch).prediction
         for i in range(rows):
-            tokens = int(batch.token_mask[i].sum())
-            audio, vision = int(batch.audio_length[i]), int(batch.vision_length[i])
-            alone, expected = theirs(
-                batch.token_ids[i : i + 1, :tokens], batch.token_mask[i : i + 1, :tokens],
-                batch.audio[i : i + 1, :audio], batch.vision[i : i + 1, :vision],
-            )  # fmt: skip
-            torch.testing.assert_close(prediction[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+            alone = _alone(batch, i)
+            expected, expected_features = theirs(alone.token_ids, alone.token_mask, alone.audio, alone.vision)
+            torch.testing.assert_close(prediction[i : i + 1], expected, rtol=1e-4, atol=1e-5)
             for name in "FTAV":
-                torch.testing.assert_close(features[name][i : i + 1], expected[name], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(features[name][i : i + 1], expected_features[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(by_default[i : i + 1], default(alone).prediction, rtol=1e-4, atol=1e-5)
         estimator = pair.step.objective.estimators["F_T"]
         scores = estimator.critic(features["F"], features["T"])
         expected = mimrl.bound_value("infonce", scores, None, 0.01, 1.0)
         value = estimator(features["F"], features["T"]).value
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def _alone(batch: Batch, i: int) -> Batch:
+    """Sample `i` as a batch of one, without padding."""
+    tokens, audio, vision = int(batch.token_mask[i].sum()), int(batch.audio_length[i]), int(batch.vision_length[i])
+    row = slice(i, i + 1)
+    return Batch(
+        batch.index[row], batch.ids[row], batch.label[row], batch.token_ids[row, :tokens],
+        batch.token_mask[row, :tokens], None, batch.audio[row, :audio], batch.audio_length[row],
+        batch.vision[row, :vision], batch.vision_length[row],
+    )  # fmt: skip
