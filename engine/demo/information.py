@@ -24,6 +24,18 @@ DRAWS = 4  # draws of product rows, of a quarter of the rows each
 Rows = tuple[Tensor, Tensor, Tensor]
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Networks this small are slower on several threads, and far slower where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def compare_with_truth(
     seed: int = 0,
     samples: int = SAMPLES,
@@ -43,12 +55,11 @@ def compare_with_truth(
     drawn = model.sample(samples, np.random.default_rng(seed))
     latents = {name: torch.from_numpy(value).float() for name, value in drawn.items()}
     rows = []
-    with _one_thread():
-        for name in MI_TERMS + CMI_TERMS:
-            on_term(name)
-            ceiling = math.log(BATCH) if name in MI_TERMS else None
-            estimates = _estimates(name, latents, steps, seed)
-            rows.append({"name": name, "true": true[name], "estimates": estimates, "ceiling": ceiling})
+    for name in MI_TERMS + CMI_TERMS:
+        on_term(name)
+        ceiling = math.log(BATCH) if name in MI_TERMS else None
+        estimates = _estimates(name, latents, steps, seed)
+        rows.append({"name": name, "true": true[name], "estimates": estimates, "ceiling": ceiling})
     return rows
 
 
@@ -60,17 +71,7 @@ def _estimates(name: str, latents: dict[str, Tensor], steps: int, seed: int) -> 
     return {bound: estimate_mi(latents[x], latents[y], bound=bound, **settings)["value"] for bound in BOUNDS}
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Networks this small are slower on several threads, and far slower where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
+@_one_thread()
 def estimate_conditional(
     x: Tensor, y: Tensor, z: Tensor, steps: int = 600, seed: int = 0, batch_size: int = 2 * BATCH, lr: float = 2e-3
 ) -> dict[str, float]:
