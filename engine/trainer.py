@@ -285,6 +285,8 @@ class _Trainer:
         _seed(c.seed)
         encoder = load_text_encoder(c.text_encoder, c.text.freeze, dim=self.dataset.text_dim)
         model, objective = _build(c, self.dataset.audio_dim, self.dataset.vision_dim, encoder)
+        if c.mode == "fast" and c.model.task == "regression":
+            model.start_at(float(self.dataset.splits["train"].label[:, 0].mean()))
         model, objective = model.to(self.device), objective.to(self.device)
         groups, lr = model.parameter_groups(), c.train.lr
         text_lr = lr * c.text.lr_rate if c.text.lr_rate > 0 else lr

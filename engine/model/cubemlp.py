@@ -139,6 +139,25 @@ class CubeMLP(nn.Module):
             for i in range(len(d_outs))
         )
 
+    @torch.no_grad()
+    def start_as_average(self) -> None:
+        """Set the residual projections of a fresh model to averages: output k is the mean of the k-th stretch of inputs.
+
+        Where an axis keeps its length that is the identity. The stack then starts near a mean over time, instead of at
+        random mixtures of positions and modalities that a first epoch is spent on undoing.
+        """
+        for block in self.blocks:
+            for axis in AXES:
+                residual = getattr(block, axis).residual
+                if residual is None:
+                    continue
+                n_out, n_in = residual.weight.shape
+                residual.weight.zero_()
+                for k in range(n_out):
+                    first = k * n_in // n_out
+                    last = max((k + 1) * n_in // n_out, first + 1)
+                    residual.weight[k, first:last] = 1 / (last - first)
+
     @staticmethod
     def _check(d_in, d_hiddens, d_outs, res_project, dropout) -> None:
         key = "model.cubemlp"

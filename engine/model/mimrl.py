@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.loaders.batch import Batch
+from engine.model.cubemlp import CubeMLP
 from engine.model.encoders import SequenceEncoder, length_mask, masked_mean, nonzero_length
 from engine.model.fusion import make_fusion
 from engine.model.heads import make_head
@@ -65,6 +66,8 @@ class MIMRL(nn.Module):
         self.vision_encoder = SequenceEncoder(model.encoder, vision_dim, model.d_common, zero_padding=not self.faithful)
         self.fusion = make_fusion(config)
         self.head = make_head(self.fusion.dim, model.task, model.num_class, model.dropout[3])
+        if not self.faithful and isinstance(self.fusion, CubeMLP):
+            self.fusion.start_as_average()
 
     @property
     def fused_dim(self) -> int:
@@ -103,6 +106,13 @@ class MIMRL(nn.Module):
         fused = self.fusion(cube, mask)
         features = {"F": fused, **dict(zip("TAV", means, strict=True))}
         return ModelOutput(self.head(fused), features)
+
+    @torch.no_grad()
+    def start_at(self, value: float) -> None:
+        """Make a fresh model predict `value` for everything; from there the head learns only what the features add."""
+        last = self.head.layers[-1]
+        last.weight.zero_()
+        last.bias.fill_(value)
 
     def _encode_text(self, batch: Batch) -> Tensor:
         if batch.text is not None:

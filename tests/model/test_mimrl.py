@@ -314,3 +314,23 @@ def test_state_dict_round_trip(fusion):
     assert not torch.allclose(first(batch).prediction, second(batch).prediction)
     second.load_state_dict(first.state_dict())
     assert torch.equal(first(batch).prediction, second(batch).prediction)
+
+
+def test_a_fresh_fast_model_starts_from_averages():
+    """Residual projections are means of stretches of an axis (the identity where it keeps its length), for fast mode."""
+    module = model()
+    first = module.fusion.blocks[0]
+    torch.testing.assert_close(first.channel.residual.weight, torch.eye(WIDTH))
+    expected = torch.zeros(5, TIME)
+    for k in range(5):
+        expected[k, 2 * k : 2 * k + 2] = 0.5
+    torch.testing.assert_close(first.time.residual.weight, expected)
+    assert not torch.equal(model("faithful").fusion.blocks[0].channel.residual.weight, torch.eye(WIDTH))
+
+
+def test_a_model_can_start_at_a_value():
+    module = model()
+    module.start_at(0.25)
+    torch.testing.assert_close(
+        outputs(module, make_batch(samples()))["prediction"], torch.full((len(LENGTHS), 1), 0.25)
+    )
