@@ -317,7 +317,7 @@ def test_state_dict_round_trip(fusion):
 
 
 def test_a_fresh_fast_model_starts_from_averages():
-    """Residual projections are means of stretches of an axis (the identity where it keeps its length), for fast mode."""
+    """Residual projections are means of stretches of an axis, in fast mode; the identity where it keeps its length."""
     module = model()
     first = module.fusion.blocks[0]
     torch.testing.assert_close(first.channel.residual.weight, torch.eye(WIDTH))
