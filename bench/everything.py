@@ -33,16 +33,9 @@ def run_all(
 
     failed = []
     for name in only or NAMES:
-        command = [
-            sys.executable,
-            "-m",
-            "bench",
-            "run",
-            name,
-            "--json",
-            "--out",
-            str(results.absolute() / f"{name}.json"),
-        ]
+        path = results.absolute() / f"{name}.json"
+        path.unlink(missing_ok=True)  # a suite that fails leaves no older result behind
+        command = [sys.executable, "-m", "bench", "run", name, "--json", "--out", str(path)]
         command += ["--threads", str(threads), "--device", device]
         command += ["--quick"] if quick else []
         command += ["--rounds", str(rounds)] if rounds else []

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import machine, runner
-from bench.memory import LEAST, peak_of_call
+from bench.memory import LEAST, peak_of_call, warm_side
 from bench.runner import Setting, Work
 from bench.table import END, START, describe, readme_table, update_readme
 
@@ -119,6 +119,12 @@ def test_peak_of_a_call_sees_what_the_call_frees_again():
 
     assert peak_of_call(run, "cpu") == pytest.approx(32 << 20, rel=0.1)
     assert peak_of_call(lambda: None, "cpu") <= LEAST
+
+
+def test_a_point_of_a_curve_is_warmed_by_a_small_run():
+    assert [warm_side(s) for s in ("engine", "engine@4096", "b512", "n16326", "baseline")] == [
+        "engine", "engine", "b64", "n64", "baseline",
+    ]  # fmt: skip
 
 
 def test_threads_are_set_before_libraries_read_them(monkeypatch):
