@@ -1,11 +1,14 @@
 """Audio and vision encoders: recurrent or convolutional, then LayerNorm and ReLU."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from engine.errors import ConfigError
+from engine.kernels.recurrent.op import available, bidirectional, parameters
 
 LAYER_NORM_EPS = 1e-6
 ENCODERS = ("gru", "lstm", "conv")
@@ -30,6 +33,24 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.einsum("bld,bl->bd", x, weight) / weight.sum(1, keepdim=True).clamp(min=1)
 
 
+# Modules as torch.nn has them, but for their type: torch.compile refuses to look at an instance of nn.GRU or nn.LSTM.
+class GRU(nn.RNNBase):
+    def __init__(self, *sizes: int, **options: Any):
+        super().__init__("GRU", *sizes, **options)
+
+    forward = nn.GRU.forward
+
+
+class LSTM(nn.RNNBase):
+    def __init__(self, *sizes: int, **options: Any):
+        super().__init__("LSTM", *sizes, **options)
+
+    forward = nn.LSTM.forward
+    permute_hidden = nn.LSTM.permute_hidden
+    check_forward_args = nn.LSTM.check_forward_args
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+
+
 class SequenceEncoder(nn.Module):
     """One modality's frames to the common width.
 
@@ -47,9 +68,9 @@ class SequenceEncoder(nn.Module):
         super().__init__()
         self.kind, self.zero_padding = kind, zero_padding
         if kind == "gru":
-            self.rnn = nn.GRU(d_in, d_out, num_layers=2, bidirectional=True, batch_first=True)
+            self.rnn = GRU(d_in, d_out, num_layers=2, bidirectional=True, batch_first=True)
         elif kind == "lstm":
-            self.rnn = nn.LSTM(d_in, d_out, num_layers=1, bidirectional=True, batch_first=True)
+            self.rnn = LSTM(d_in, d_out, num_layers=1, bidirectional=True, batch_first=True)
         elif kind == "conv":
             self.conv = nn.Conv1d(d_in, d_out, kernel_size=3, padding=1)
         else:
@@ -66,8 +87,12 @@ class SequenceEncoder(nn.Module):
             x = x if mask is None else x * mask
             h = self.conv(x.transpose(1, 2)).transpose(1, 2)
         else:
-            packed = pack_padded_sequence(x, length.cpu(), batch_first=True, enforce_sorted=False)
-            h, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=x.shape[1])
+            weights = parameters(self.rnn)
+            if weights is not None and available(x):
+                h = bidirectional(x, length, weights, self.kind)
+            else:
+                packed = pack_padded_sequence(x, length.cpu(), batch_first=True, enforce_sorted=False)
+                h, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=x.shape[1])
             forward, backward = h.chunk(2, dim=-1)
             h = forward + backward
         h = F.relu(self.norm(h))

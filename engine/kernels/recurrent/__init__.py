@@ -1,0 +1,1 @@
+"""Bidirectional GRU and LSTM over ragged batches."""

@@ -1,0 +1,91 @@
+"""Compile the C++ source once, keep the library, load it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from engine.errors import OutputError
+from engine.files import atomic_path
+
+SOURCE = Path(__file__).with_name("recurrent.cpp")
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+# By torch's own word for the processor, so that a folder shared by machines holds one library for each kind of them.
+PROCESSOR_FLAGS = {
+    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma"],
+    "AVX2": ["-mavx2", "-mfma"],
+}
+REAL = {torch.float32: "float", torch.float64: "double"}
+
+log = logging.getLogger("engine")
+
+
+def folder() -> Path:
+    """Where compiled libraries are kept: torch's folder of extensions (TORCH_EXTENSIONS_DIR), in the user's cache."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        root = Path(cache) / "torch_extensions"
+    return Path(root) / "engine"
+
+
+def compiler() -> str | None:
+    """The C++ compiler: the one CXX names, else g++, clang++ or c++; None where there is none."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@functools.cache
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernel for float32 or float64, compiled if it is not kept yet; None where it cannot be had.
+
+    Decided once per process. Whatever fails is logged and costs speed only: callers fall back to torch.nn.
+    """
+    try:
+        return _load(compiled(SOURCE, dtype))
+    except (OSError, OutputError, subprocess.SubprocessError, RuntimeError) as cause:
+        log.warning("recurrent kernel: not available (%s); torch.nn.GRU and LSTM run instead, slower", cause)
+        return None
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    size, pointer, count = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+    loaded.recurrent.argtypes = [count, count, size, size, size, size, *[pointer] * 5, count, *[pointer] * 4]
+    loaded.recurrent.restype = None
+    return loaded
+
+
+def compiled(source: Path, dtype: torch.dtype) -> Path:
+    """The library of a C++ source with REAL defined as float or double, compiled if it is not kept yet."""
+    chosen = compiler()
+    if chosen is None:
+        raise RuntimeError("no C++ compiler found; install g++ or set CXX")
+    capability = torch.backends.cpu.get_cpu_capability()
+    # gcc links torch's own OpenMP runtime, which is loaded already; other compilers bring one that competes with it
+    threads = ["-fopenmp"] if sys.platform == "linux" and "g++" in Path(chosen).name else []
+    flags = [*FLAGS, *PROCESSOR_FLAGS.get(capability, []), *threads, f"-DREAL={REAL[dtype]}"]
+    key = hashlib.sha256(source.read_bytes() + "\0".join([chosen, *flags]).encode()).hexdigest()[:16]
+    path = folder() / f"{source.stem}_{REAL[dtype]}_{key}.so"
+    if not path.exists():
+        start = time.perf_counter()
+        log.info("%s kernel: compiling for %s with %s, once for this machine", source.stem, capability, chosen)
+        # processes that compile at the same time each write their own file; the last to finish replaces the others'
+        with atomic_path(path) as part:
+            done = subprocess.run([chosen, *flags, str(source), "-o", str(part)], capture_output=True, text=True)
+            if done.returncode != 0:
+                lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                raise RuntimeError(f"{chosen} failed: {lines[0]}")
+            part.chmod(0o755)
+        log.info("%s kernel: compiled in %.1f s, kept as %s", source.stem, time.perf_counter() - start, path)
+    return path

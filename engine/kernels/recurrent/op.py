@@ -1,0 +1,123 @@
+"""A bidirectional GRU or LSTM over a right-padded batch, as an operation.
+
+What torch.nn.GRU and LSTM compute on a packed batch, from the same weights. On CPU tensors a kernel compiled at first
+use (engine/kernels/recurrent/recurrent.cpp) runs it without padding and without one small torch operation per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from engine.kernels import registry
+from engine.kernels.recurrent import build, cpu, reference
+
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def parameters(module: nn.RNNBase) -> list[Tensor] | None:
+    """The weights of a module in the operation's order; None where it is not one the operation computes: bidirectional,
+    batch first, with biases, without projections and without dropout between the layers."""
+    if not (module.bidirectional and module.batch_first and module.bias) or module.proj_size:
+        return None
+    if module.dropout and module.training and module.num_layers > 1:
+        return None
+    suffixes = [f"_l{layer}{end}" for layer in range(module.num_layers) for end in ("", "_reverse")]
+    return [getattr(module, name + suffix) for suffix in suffixes for name in WEIGHTS]
+
+
+def available(x: Tensor) -> bool:
+    """Whether the compiled kernel runs on tensors like x: a CPU tensor, a backend that is not the reference, and a
+    library that could be compiled and loaded. The first call compiles (seconds, logged) unless a library is kept."""
+    if x.device.type != "cpu" or registry.backend_for(x, "recurrent_forward") != "cpu":
+        return False
+    return _compiled(x.dtype)
+
+
+@torch.compiler.assume_constant_result  # torch.compile must not look inside
+def _compiled(dtype: torch.dtype) -> bool:
+    return build.library(torch.float64 if dtype == torch.float64 else torch.float32) is not None
+
+
+def bidirectional(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str) -> Tensor:
+    """Hidden states of the last layer, both directions side by side, as torch.nn.GRU and LSTM return them packed.
+
+    A row's result depends on that row alone, bit for bit, and on no number of threads. Runs in float32 (float64 for
+    float64 x), under autocast too.
+
+    Args:
+        x: [B, L, d], right-padded; what lies past a row's length is not read.
+        length: int64 [B], 1 <= length <= L.
+        weights: per layer and direction input [GH, d], hidden [GH, H] and their biases [GH]; see `parameters`.
+        cell: "gru" or "lstm".
+
+    Returns:
+        [B, L, 2H], zero past a row's length. Differentiable once in x and the weights.
+
+    Raises:
+        DataError: lengths out of range.
+        ValueError: shapes that do not belong together.
+    """
+    cpu.check(x, weights, cell)
+    if not available(x):
+        return reference.bidirectional(x, length, weights, cell)
+    return _Recurrent.apply(x, length, cell, *weights)
+
+
+class _Recurrent(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx, x: Tensor, length: Tensor, cell: str, *weights: Tensor) -> Tensor:
+        # lengths are data: a compiled graph, whose shapes must not depend on them, makes room for a full batch
+        tokens = x.shape[0] * x.shape[1] if torch.compiler.is_compiling() else int(length.sum())
+        out, state = registry.call("recurrent_forward", x, length, list(weights), cell, tokens)
+        ctx.save_for_backward(x, length, out, state, *weights)
+        ctx.cell = cell
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, gradient: Tensor) -> tuple:
+        x, length, out, state, *weights = ctx.saved_tensors
+        need = ctx.needs_input_grad[0]
+        found = registry.call("recurrent_backward", gradient, x, length, weights, out, state, ctx.cell, need)
+        return (found[-1] if need else None, None, None, *found[: len(weights)])
+
+
+def _fake_forward(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str, tokens: int) -> tuple:
+    hidden, layers = weights[1].shape[1], len(weights) // 8
+    width = cpu.state_width(layers, hidden, cell)
+    return x.new_empty(x.shape[0], x.shape[1], 2 * hidden), x.new_empty(tokens * width)
+
+
+def _fake_backward(
+    gradient: Tensor,
+    x: Tensor,
+    length: Tensor,
+    weights: Sequence[Tensor],
+    out: Tensor,
+    state: Tensor,
+    cell: str,
+    input_gradient: bool,
+) -> list[Tensor]:
+    found = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+    return [*found, x.new_empty(x.shape)] if input_gradient else found
+
+
+registry.register(
+    "recurrent_forward",
+    "(Tensor x, Tensor length, Tensor[] weights, str cell, SymInt tokens) -> (Tensor, Tensor)",
+    cpu=cpu.forward,
+    fake=_fake_forward,
+)
+registry.register(
+    "recurrent_backward",
+    "(Tensor gradient, Tensor x, Tensor length, Tensor[] weights, Tensor out, Tensor state, str cell, "
+    "bool input_gradient) -> Tensor[]",
+    cpu=cpu.backward,
+    fake=_fake_backward,
+)
