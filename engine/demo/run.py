@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -68,7 +69,9 @@ def information_table(rows: list[dict[str, Any]]) -> Table:
 def terms_table(history: list[dict[str, Any]]) -> Table:
     """The model's information terms and MAE on valid, one row an epoch; the first epoch has no terms yet."""
     names = list(history[-1]["valid"].get("information", {}))
-    table = Table(title="Model: information terms on valid over the epochs (nats)", title_justify="left")
+    # Ten columns in 80 characters: no vertical lines, one space between.
+    title = "Model: information terms on valid over the epochs (nats)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ["epoch", *names, "MAE"]:
         table.add_column(name, justify="right", no_wrap=True)
     for record in history:
