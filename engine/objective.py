@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from engine.config import ObjectiveConfig
 from engine.errors import ConfigError, EstimatorError
-from engine.kernels.knn_product.reference import product_indices, stratified_product_indices
+from engine.kernels.knn_product import product_indices, stratified_product_indices
 from engine.model.cmi import CMIEstimator
 from engine.model.estimators import Estimate, MIEstimator
 

@@ -11,7 +11,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from engine.errors import EstimatorError
 from engine.kernels.knn_product import label_strata, product_indices, product_rows, stratified_product_indices
-from engine.kernels.knn_product.reference import _distinct
+from engine.kernels.knn_product.reference import distinct
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -144,7 +144,8 @@ def test_distances_ignore_the_training_precision():
 def test_in_blocks(monkeypatch):
     z = torch.randn(300, 4, generator=seeded(12)).round()
     expected, _ = product_indices(z, 50, 3, query=torch.arange(50), ties="first")
-    monkeypatch.setattr("engine.kernels.knn_product.reference.BLOCK", 2000)
+    monkeypatch.setattr("engine.kernels.knn_product.cpu.PRODUCTS", 2000)
+    monkeypatch.setattr("engine.kernels.knn_product.cpu.ROWS", 70)
     neighbour, _ = product_indices(z, 50, 3, query=torch.arange(50), ties="first")
     assert torch.equal(neighbour, expected)
 
@@ -266,7 +267,8 @@ def test_labels_that_cannot_be_strata():
 def test_distinct_draws(sizes, seed):
     size = torch.tensor(sizes)
     count = torch.minimum(size, torch.randint(0, 6, size.shape, generator=seeded(seed)))
-    for draw, s, c in zip(_distinct(size, count, 5, seeded(seed)).tolist(), sizes, count.tolist(), strict=True):
+    key = torch.randint(1 << 32, size.shape, generator=seeded(seed))
+    for draw, s, c in zip(distinct(size, count, 5, key).tolist(), sizes, count.tolist(), strict=True):
         assert draw[c:] == [-1] * (5 - c)
         assert len(set(draw[:c])) == c and all(0 <= d < s for d in draw[:c])
 

@@ -1,138 +1,154 @@
-"""Rows of q(x,y,z) = p(x|z) p(y,z) drawn from a bank of samples of p(x,y,z).
+"""Rows of q(x,y,z) = p(x|z) p(y,z) drawn from a bank of samples of p(x,y,z): the specification, in plain torch.
 
 Isolated sampling (CCMI, Molavipour et al.): m queries are drawn without replacement; each keeps its y and z and takes x
 from k rows of like z among the rows that are *not* queries, so that no row serves both roles. "Like z" is the k nearest
 neighbours in z for a continuous condition, and an equal value of z for a discrete one.
 
-Everything runs on the bank's device. With a CPU generator the draws are the same on every device.
+All chance comes from the queries and one integer key a query, both drawn beforehand (`engine.kernels.knn_product.op`).
+What follows from them is the same on every backend and device: which of several tied rows are taken is decided by a
+hash of the query's key and the row. T draws are answered at once; a draw isolates its own queries only.
+Nothing here waits for a device, except `label_strata`, which is called once for a bank.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
 
-Ties = Literal["random", "first"]
-Indices = tuple[Tensor, Tensor]
-
-# Candidates kept beyond k: enough that the certificate of `_nearest_certified` nearly always holds for continuous z.
-SPARE = 8
-# Elements of one block of the [queries, bank] distance matrix: bounds the working memory at 64 MB.
+# Elements of one block of the [queries, bank, width] differences: bounds the working memory at 128 MB of float64.
 BLOCK = 1 << 24
+MASK = 0xFFFFFFFF
 
 
-@torch.no_grad()
-def product_indices(
-    z: Tensor,
-    m: int,
-    k: int,
-    generator: torch.Generator | None = None,
-    query: Tensor | None = None,
-    ties: Ties = "random",
-) -> Indices:
-    """Queries and their k nearest neighbours in z among the rows that are not queries (Euclidean, exact).
-
-    Args:
-        z: the bank's condition, [N, dz] or [N], finite.
-        m: number of queries, usually batch size // k. 0 gives empty indices.
-        k: neighbours a query.
-        generator: source of the queries and of tie-breaking; of any device.
-        query: int64 [m], distinct rows to use as queries instead of drawing them.
-        ties: which of several rows at the same distance as the k-th are taken: "random" (uniform; a label of seven
-            values would otherwise yield the same few rows in every call) or "first" (lowest row, deterministic).
-
-    Returns:
-        neighbour int64 [m·k], query-major (row i·k + r belongs to query i), nearest first; query int64 [m].
-
-    Raises:
-        EstimatorError: fewer than k rows are left beside the m queries.
-    """
-    n = len(z)
-    _check_bank(n, m, k)
-    z = z.detach().reshape(n, -1).float()
-    query = _draw_queries(n, m, generator, z.device) if query is None else query.to(z.device)
-    if m == 0:
-        return query, query
-    if z.shape[1] == 1 and ties == "random":
-        neighbour = _nearest_on_line(z[:, 0], query, k, generator)
-    else:
-        neighbour = _nearest(z, query, k, generator, ties)
-    return neighbour.reshape(-1), query
+def mix(key: Tensor, number: Tensor) -> Tensor:
+    """32 pseudo-random bits for each key and number, int64 >= 0, broadcast (MurmurHash3's finaliser, public domain)."""
+    h = ((number * 0x9E3779B1) ^ key) & MASK
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & MASK
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & MASK
+    return h ^ (h >> 16)
 
 
-@torch.no_grad()
-def stratified_product_indices(
-    label: Tensor,
-    m: int,
-    k: int,
-    generator: torch.Generator | None = None,
-    query: Tensor | None = None,
-    strata: Strata | None = None,
-) -> Indices:
-    """Queries and, for each, k rows drawn uniformly without replacement from the non-query rows of its stratum.
+# -- nearest neighbours -----------------------------------------------------------------------------------------------
 
-    A stratum is the rows of equal label; one of <= k members is first merged with its nearest label. Where the draw of
-    the queries leaves a stratum fewer than k other rows, its queries take their k nearest other rows by label instead,
-    ties at random. No neighbour is ever a query.
+
+def nearest(z: Tensor, query: Tensor, key: Tensor, k: int, first: bool) -> Tensor:
+    """Of each query the k non-query rows of least (|z − z_query|², mix(key, row), row), in this order.
 
     Args:
-        label: the bank's condition, float [N] or [N, 1], of few distinct values.
-        m: number of queries. 0 gives empty indices.
-        k: rows drawn for each query.
-        generator: source of the queries and of the draws.
-        query: int64 [m], distinct rows to use as queries instead of drawing them.
-        strata: from `label_strata(label, k)`, to save the sorting while the bank stays the same.
+        z: [N, d], finite.
+        query, key: int64 [T, m]; the queries of one draw are distinct.
+        first: leave the hash out: of tied rows the lowest are taken.
 
     Returns:
-        neighbour int64 [m·k], query-major; query int64 [m].
-
-    Raises:
-        EstimatorError: fewer than k rows are left beside the m queries.
+        int64 [T, m, k].
     """
-    label = label.detach().reshape(len(label), -1)
-    if label.shape[1] != 1:
-        raise EstimatorError(
-            "condition", f"a label of {label.shape[1]} columns", "one column", "Number the joint values or use kNN."
-        )  # fmt: skip
-    label = label[:, 0].float()
-    n = len(label)
-    _check_bank(n, m, k)
-    query = _draw_queries(n, m, generator, label.device) if query is None else query.to(label.device)
-    if m == 0:
-        return query, query
-    strata = label_strata(label, k) if strata is None else strata
-    rest = strata.order.new_empty(n + 1)  # rows in order of label, without the queries; last slot collects the queries
-    keep = torch.ones(n, dtype=torch.bool, device=label.device)
+    row = torch.arange(len(z), device=z.device)
+    found = query.new_empty(*query.shape, k)
+    wide = _wide(z)
+    for t in range(len(query)):
+        for block in torch.arange(query.shape[1], device=z.device).split(max(1, BLOCK // max(1, z.numel()))):
+            distance = (wide - wide[query[t, block]][:, None]).square().sum(-1)
+            distance[:, query[t]] = float("inf")
+            order = row.expand_as(distance)
+            if not first:
+                order = mix(key[t, block][:, None], row).argsort(dim=1, stable=True)
+            nearest_first = torch.sort(distance.gather(1, order), dim=1, stable=True).indices[:, :k]
+            found[t, block] = order.gather(1, nearest_first)
+    return found
+
+
+def nearest_on_line(ascending: Tensor, order: Tensor, query: Tensor, key: Tensor, k: int) -> Tensor:
+    """Of each query the k nearest non-query rows by a scalar, those tied at the k-th distance at random.
+
+    In sorted order the k nearest lie within k places of the query, and rows tied with the k-th form at most two runs.
+
+    Args:
+        ascending: float [N], the sorted scalar.
+        order: int64 [N], the row of each of its entries.
+        query, key: int64 [T, m].
+
+    Returns:
+        int64 [T, m, k], nearest first.
+    """
+    return torch.stack([_nearest_on_line(ascending, order, q, s, k) for q, s in zip(query, key, strict=True)])
+
+
+def _nearest_on_line(ascending: Tensor, order: Tensor, query: Tensor, key: Tensor, k: int) -> Tensor:
+    n, m, device = len(order), len(query), order.device
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(n, device=device)
+    centre = ascending[rank[query]]
+    rest, _ = _without(order, query)
+    ascending = ascending[rank[rest]]
+
+    place = torch.searchsorted(ascending, centre)[:, None] + _outwards(k, device)
+    outside = (place < 0) | (place >= n - m)
+    place = place.clamp(0, n - m - 1)
+    distance = (_wide(ascending)[place] - _wide(centre)[:, None]).abs().masked_fill(outside, float("inf"))
+    distance, nearest_first = torch.sort(distance, dim=1, stable=True)
+    place = place.gather(1, nearest_first)
+
+    # The run of values equal to the k-th on either side; on a side without one the run is empty.
+    tied = distance == distance[:, k - 1 : k]
+    value = ascending[place]
+    low, width = [], []
+    for side in (value < centre[:, None], value >= centre[:, None]):
+        here = tied & side
+        # a run has one value, unless rounding made several distances equal
+        least = torch.where(here, value, float("inf")).amin(1)
+        most = torch.where(here, value, float("-inf")).amax(1)
+        low.append(torch.searchsorted(ascending, least))
+        width.append((torch.searchsorted(ascending, most, right=True) - low[-1]).clamp(min=0))
+    tied, place = tied[:, :k], place[:, :k]
+    needed = tied.sum(1)
+    draw = distinct(width[0] + width[1], needed, k, key)
+    draw = torch.where(draw < width[0][:, None], low[0][:, None] + draw, low[1][:, None] + draw - width[0][:, None])
+    # The j-th draw goes to the j-th of the tied places, which are the last ones of the row.
+    turn = (torch.arange(k, device=device) - (k - needed)[:, None]).clamp(min=0)
+    return rest[torch.where(tied, draw.gather(1, turn), place)]
+
+
+def _outwards(k: int, device: torch.device) -> Tensor:
+    """Offsets −1, −2 … −k, 0, 1 … k − 1: a stable sort by distance then takes the left, inner ones of equals first."""
+    inner = torch.arange(k, device=device)
+    return torch.cat([-1 - inner, inner])
+
+
+def distinct(size: Tensor, count: Tensor, most: int, key: Tensor) -> Tensor:
+    """For each row a uniformly random set of `count` distinct integers in [0, size), as [rows, most] padded with -1.
+
+    Floyd's algorithm: `most` steps on all rows at once, whatever the sizes. size >= count, key, all int64 [rows].
+    """
+    chosen = size.new_full((len(size), most), -1)
+    for step in range(most):
+        top = size - count + step  # the step-th draw is from [0, top]
+        draw = (mix(key, torch.full_like(key, step)) * (top + 1)) >> 32
+        taken = (chosen == draw[:, None]).any(1)
+        chosen[:, step] = torch.where(step < count, torch.where(taken, top, draw), -1)
+    return chosen
+
+
+def _without(order: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """`order` without the queries, [N - m], and how many of the first i entries of `order` are left, [N + 1]."""
+    n = len(order)
+    keep = torch.ones(n, dtype=torch.bool, device=order.device)
     keep[query] = False
-    keep = keep[strata.order]
-    before = torch.zeros(n + 1, dtype=torch.int64, device=label.device)
+    keep = keep[order]
+    before = torch.zeros(n + 1, dtype=torch.int64, device=order.device)
     torch.cumsum(keep, 0, out=before[1:])
-    rest[torch.where(keep, before[:-1], n)] = strata.order
-
-    group = strata.group[query]
-    low, high = before[strata.start[group]], before[strata.stop[group]]
-    short = high - low < k
-    low, high = torch.where(short, 0, low), torch.where(short, n - m, high)
-    neighbour = rest[low[:, None] + _distinct(high - low, torch.full_like(low, k), k, generator)]
-    if short.any():
-        neighbour[short] = _nearest_on_line(label, query, k, generator)[short]
-    return neighbour.reshape(-1), query
+    rest = order.new_empty(n + 1)  # the last slot collects the queries
+    rest[torch.where(keep, before[:-1], n)] = order
+    return rest[: n - len(query)], before
 
 
-def product_rows(
-    bank_x: Tensor, bank_y: Tensor, bank_z: Tensor, neighbour: Tensor, query: Tensor, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The product rows that indices stand for: x of each neighbour, y and z of its query; [m·k, width] each."""
-    repeated = query.repeat_interleave(k)
-    return bank_x[neighbour], bank_y[repeated], bank_z[repeated]
+def _wide(values: Tensor) -> Tensor:
+    """Values in the precision that distances are compared in: float64, where the device has it."""
+    return values if values.device.type == "mps" else values.double()
 
 
 # -- strata -----------------------------------------------------------------------------------------------------------
@@ -205,161 +221,27 @@ def _merge_small(value: list[float], count: list[int], k: int) -> list[int]:
     return [c for c in size if c]
 
 
-# -- draws ------------------------------------------------------------------------------------------------------------
-
-
-def _check_bank(n: int, m: int, k: int) -> None:
-    if k < 1 or m < 0:
-        raise EstimatorError(
-            "k_neighbor", f"k_neighbor {k} and {m} queries", "k_neighbor >= 1 and queries >= 0", "Mend them."
-        )
-    if n - m < k:
-        raise EstimatorError(
-            "k_neighbor",
-            f"k_neighbor {k} with a bank of {n} rows of which {m} are queries",
-            f"at least {m + k} rows (queries + k_neighbor)",
-            "Lower k_neighbor or the batch size, or use more training samples.",
-        )
-
-
-def _draw_queries(n: int, m: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    source = device if generator is None else generator.device
-    return torch.randperm(n, generator=generator, device=source)[:m].to(device)
-
-
-def _uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    # float64: a float32 has 2^24 steps, too coarse to choose among more than some thousand rows evenly
-    source = device if generator is None else generator.device
-    dtype = torch.float32 if source.type == "mps" else torch.float64
-    return torch.rand(shape, generator=generator, device=source, dtype=dtype).to(device)
-
-
-def _distinct(size: Tensor, count: Tensor, most: int, generator: torch.Generator | None) -> Tensor:
-    """For each row a uniformly random set of `count` distinct integers in [0, size), as [rows, most] padded with -1.
-
-    Floyd's algorithm: `most` steps on all rows at once, whatever the sizes. size >= count, both int64 [rows].
-    """
-    chosen = size.new_full((len(size), most), -1)
-    u = _uniform((len(size), most), generator, size.device)
-    for step in range(most):
-        top = size - count + step  # the step-th draw is from [0, top]
-        draw = (u[:, step] * (top + 1)).long().minimum(top)
-        taken = (chosen == draw[:, None]).any(1)
-        chosen[:, step] = torch.where(step < count, torch.where(taken, top, draw), -1)
-    return chosen
-
-
-# -- nearest neighbours -----------------------------------------------------------------------------------------------
-
-
-def _nearest_on_line(z: Tensor, query: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
-    """k nearest non-query rows of each query by a scalar z [N], ties at the k-th distance at random; [m, k].
-
-    In sorted order the k nearest lie within k places of the query, and rows tied with the k-th form at most two runs.
-    """
-    keep = torch.ones(len(z), dtype=torch.bool, device=z.device)
-    keep[query] = False
-    row = keep.nonzero()[:, 0]
-    ascending, order = torch.sort(z[row])
-    row = row[order]
-    centre = z[query].contiguous()
-
-    offset = torch.arange(-k, k, device=z.device)
-    place = torch.searchsorted(ascending, centre)[:, None] + offset
-    outside = (place < 0) | (place >= len(row))
-    place = place.clamp(0, len(row) - 1)
-    distance = (_wide(ascending)[place] - _wide(centre)[:, None]).abs()
-    distance = distance.masked_fill(outside, float("inf"))
-    distance, nearest = torch.sort(distance, dim=1, stable=True)
-    place = place.gather(1, nearest)
-
-    # The run of values equal to the k-th on either side; on a side without one the run is empty.
-    tied = distance == distance[:, k - 1 : k]
-    value = ascending[place]
-    low, width = [], []
-    for side in (value < centre[:, None], value >= centre[:, None]):
-        here = tied & side
-        # a run has one value, unless rounding made several distances equal
-        first = torch.where(here, value, float("inf")).amin(1)
-        last = torch.where(here, value, float("-inf")).amax(1)
-        low.append(torch.searchsorted(ascending, first))
-        width.append((torch.searchsorted(ascending, last, right=True) - low[-1]).clamp(min=0))
-    tied, place = tied[:, :k], place[:, :k]
-    needed = tied.sum(1)
-    draw = _distinct(width[0] + width[1], needed, k, generator)
-    draw = torch.where(draw < width[0][:, None], low[0][:, None] + draw, low[1][:, None] + draw - width[0][:, None])
-    # The j-th draw goes to the j-th of the tied places, which are the last ones of the row.
-    turn = (torch.arange(k, device=z.device) - (k - needed)[:, None]).clamp(min=0)
-    return row[torch.where(tied, draw.gather(1, turn), place)]
-
-
-def _nearest(z: Tensor, query: Tensor, k: int, generator: torch.Generator | None, ties: Ties) -> Tensor:
-    """k nearest non-query rows of each query, [m, k]."""
-    centred = z - z.mean(0)  # distances do not change, but |q|² + |b|² − 2qb loses less to cancellation
-    # The rounding error is below slack · (|q|² + |b|²): that much less, and the GEMM's distances are lower bounds.
-    slack = (z.shape[1] + 8) * torch.finfo(z.dtype).eps
-    norm = centred.square().sum(1) * (1 - slack)
-    neighbour = query.new_empty(len(query), k)
-    for block in torch.split(torch.arange(len(query), device=z.device), max(1, BLOCK // len(z))):
-        with _full_precision(z.device):
-            bound = torch.addmm(norm, centred[query[block]], centred.T, alpha=-2)
-        bound += norm[query[block]][:, None]
-        bound[:, query] = float("inf")
-        neighbour[block] = _nearest_certified(z, query, query[block], bound, k, generator, ties)
-    return neighbour
-
-
-def _nearest_certified(
-    z: Tensor, query: Tensor, centre: Tensor, bound: Tensor, k: int, generator: torch.Generator | None, ties: Ties
+def within_strata(
+    ascending: Tensor, order: Tensor, group: Tensor, start: Tensor, stop: Tensor, query: Tensor, key: Tensor, k: int
 ) -> Tensor:
-    """k nearest of each centre from lower bounds of the squared distances [c, N] (+inf: not to be taken).
+    """For each query k rows drawn without replacement from the non-query rows of its stratum.
 
-    The rows of smallest bound are ranked by exact distance. If the k-th exact distance is below the largest of their
-    bounds, no other row can be nearer or tied; the centres that fail this (many ties, near-duplicates) are ranked
-    against all rows.
+    Where the queries leave a stratum fewer than k other rows, its queries take their k nearest by label instead.
+
+    Args:
+        ascending: float [N], the sorted label.
+        order, group, start, stop: of `Strata`.
+        query, key: int64 [T, m].
+
+    Returns:
+        int64 [T, m, k].
     """
-    n = len(z)
-    candidates = min(k + SPARE, n - len(query))
-    bound, row = bound.topk(candidates, largest=False)
-    distance = (_wide(z[row]) - _wide(z[centre])[:, None]).square().sum(-1)
-    neighbour, kth = _rank(distance, row, k, generator, ties)
-    doubtful = ~bound[:, -1].isfinite()  # squares that overflow
-    if candidates < n - len(query):
-        doubtful |= ~(kth < bound[:, -1])
-    if doubtful.any():
-        everything = torch.arange(n, device=z.device)
-        for block in torch.split(doubtful.nonzero()[:, 0], max(1, BLOCK // z.numel())):
-            distance = (_wide(z) - _wide(z[centre[block]])[:, None]).square().sum(-1)
-            distance[:, query] = float("inf")
-            neighbour[block], _ = _rank(distance, everything.expand_as(distance), k, generator, ties)
-    return neighbour
-
-
-def _rank(
-    distance: Tensor, row: Tensor, k: int, generator: torch.Generator | None, ties: Ties
-) -> tuple[Tensor, Tensor]:
-    """Of each line the k rows of smallest (distance, random number | row), nearest first; and the k-th distance."""
-    if ties == "random":
-        shuffle = _uniform(tuple(distance.shape), generator, distance.device).argsort(1)
-    else:
-        shuffle = row.argsort(1)
-    distance, order = torch.sort(distance.gather(1, shuffle), dim=1, stable=True)
-    nearest = shuffle.gather(1, order[:, :k])
-    return row.gather(1, nearest), distance[:, k - 1]
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Values in the precision that distances are compared in: float64, where the device has it."""
-    return values if values.device.type == "mps" else values.double()
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """float32 products without TF32, bf16 or autocast: neighbours must not depend on the training's precision."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    found = []
+    for q, s in zip(query, key, strict=True):
+        rest, before = _without(order, q)
+        low, high = before[start[group[q]]], before[stop[group[q]]]
+        short = high - low < k
+        low, high = torch.where(short, 0, low), torch.where(short, len(rest), high)
+        drawn = rest[low[:, None] + distinct(high - low, torch.full_like(low, k), k, s)]
+        found.append(torch.where(short[:, None], _nearest_on_line(ascending, order, q, s, k), drawn))
+    return torch.stack(found)

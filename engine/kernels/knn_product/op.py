@@ -1,0 +1,428 @@
+"""Product samples p(x|z) p(y,z) from a bank of features: exact, isolated, seeded.
+
+    bank = Bank({"T": t, "A": a, "V": v, "C": label})        # once an epoch
+    sampler = ProductSampler(bank, k=2, discrete=("C",))
+    rows = sampler.draw(terms, batch_size=128, generator=g)  # at every step: {"I(T;A|C)": (x, y, z), ...}
+
+or, for one draw from three tensors, `knn_product_samples(x, y, z, m, k)`.
+
+Distances are exact whatever precision training runs in. Random numbers come from the generator in one piece: the
+queries and one key a query. With a generator on the CPU a draw is the same on every device and backend, and nothing
+waits for a GPU (preparing a bank does, once).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engine.errors import EstimatorError
+from engine.kernels.knn_product import reference
+from engine.kernels.knn_product.reference import Strata, label_strata
+from engine.kernels.registry import backend_for, call, lazy, register
+
+Ties = Literal["random", "first"]
+Indices = tuple[Tensor, Tensor]
+
+KEYS = 1 << 32
+
+
+# -- registration -----------------------------------------------------------------------------------------------------
+
+
+def _neighbours_like(query: Tensor, k: int) -> Tensor:
+    return query.new_empty(*query.shape, k)
+
+
+register(
+    "knn_nearest",
+    "(Tensor z, Tensor coarse, Tensor bounds, Tensor unit, Tensor query, Tensor key, int k, bool first) -> Tensor",
+    cpu=lazy("engine.kernels.knn_product.cpu", "nearest"),
+    cuda=lazy("engine.kernels.knn_product.triton", "nearest"),
+    fake=lambda z, coarse, bounds, unit, query, key, k, first: _neighbours_like(query, k),
+)
+register(
+    "knn_nearest_on_line",
+    "(Tensor ascending, Tensor order, Tensor query, Tensor key, int k) -> Tensor",
+    cpu=lazy("engine.kernels.knn_product.cpu", "nearest_on_line"),
+    cuda=reference.nearest_on_line,  # sorting is done: what is left are small device operations
+    fake=lambda ascending, order, query, key, k: _neighbours_like(query, k),
+)
+register(
+    "knn_within_strata",
+    "(Tensor ascending, Tensor order, Tensor group, Tensor start, Tensor stop, Tensor query, Tensor key, int k)"
+    " -> Tensor",
+    cpu=lazy("engine.kernels.knn_product.cpu", "within_strata"),
+    cuda=reference.within_strata,
+    fake=lambda ascending, order, group, start, stop, query, key, k: _neighbours_like(query, k),
+)
+
+
+# -- conditions -------------------------------------------------------------------------------------------------------
+
+
+class Space:
+    """A bank's condition z [N, d], prepared for nearest neighbours in d dimensions.
+
+    Raises:
+        EstimatorError: z is not finite.
+    """
+
+    def __init__(self, z: Tensor):
+        self.z = z.detach().reshape(len(z), -1).float().contiguous()
+        if not torch.isfinite(self.z).all():
+            raise EstimatorError(
+                "condition", "a feature that is NaN or infinite in the bank", "finite features",
+                "Check the features and the learning rate.",
+            )  # fmt: skip
+        self._prepared: dict[str, tuple[Tensor, ...]] = {}
+
+    def neighbours(self, query: Tensor, key: Tensor, k: int, ties: Ties = "random") -> Tensor:
+        """The k nearest non-query rows of each query; query, key int64 [T, m] -> int64 [T, m, k]."""
+        backend = backend_for(self.z, "knn_nearest")
+        if backend == "reference":
+            return reference.nearest(self.z, query, key, k, ties == "first")
+        if backend not in self._prepared:
+            if backend == "cpu":
+                from engine.kernels.knn_product.cpu import prepare
+            else:
+                from engine.kernels.knn_product.triton import prepare
+            self._prepared[backend] = prepare(self.z)
+        return call("knn_nearest", self.z, *self._prepared[backend], query, key, k, ties == "first")
+
+
+class Line:
+    """A bank's scalar condition z [N], sorted.
+
+    Args:
+        z: float [N] or [N, 1].
+
+    Raises:
+        EstimatorError: z is not finite.
+    """
+
+    def __init__(self, z: Tensor):
+        z = z.detach().reshape(-1).float()
+        if not torch.isfinite(z).all():
+            raise EstimatorError(
+                "condition", "a label that is NaN or infinite", "finite labels", "Drop or mend these samples."
+            )
+        self.z = z
+        self.ascending, self.order = torch.sort(z, stable=True)
+        self._strata: dict[int, Strata] = {}
+
+    def neighbours(self, query: Tensor, key: Tensor, k: int) -> Tensor:
+        """The k nearest non-query rows of each query, ties at random; int64 [T, m] -> int64 [T, m, k]."""
+        return self._run("knn_nearest_on_line", reference.nearest_on_line, query, key, k)
+
+    def strata(self, k: int) -> Strata:
+        """`label_strata` of this condition, kept."""
+        if k not in self._strata:
+            self._strata[k] = label_strata(self.z, k)
+        return self._strata[k]
+
+    def within_strata(self, query: Tensor, key: Tensor, k: int, strata: Strata | None = None) -> Tensor:
+        """k non-query rows of each query's stratum; int64 [T, m] -> int64 [T, m, k]."""
+        s = strata or self.strata(k)
+        return self._run("knn_within_strata", reference.within_strata, s.group, s.start, s.stop, query, key, k)
+
+    def _run(self, name: str, formula: Any, *args: Any) -> Tensor:
+        if backend_for(self.z) == "reference":
+            return formula(self.ascending, self.order, *args)
+        return call(name, self.ascending, self.order, *args)
+
+
+class Bank(Mapping[str, Tensor]):
+    """Features of N samples, with what their use as a condition needs: made at the first use and kept.
+
+    A mapping of the features themselves. They must not be changed in place afterwards; make a bank for every epoch.
+
+    Args:
+        features: [N, width] each, on one device.
+    """
+
+    def __init__(self, features: Mapping[str, Tensor]):
+        self._features = {name: value.detach() for name, value in features.items()}
+        self._spaces: dict[str, Space] = {}
+        self._lines: dict[str, Line] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._features[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._features)
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def space(self, name: str) -> Space:
+        """Feature `name` as a condition in several dimensions."""
+        if name not in self._spaces:
+            self._spaces[name] = Space(self[name])
+        return self._spaces[name]
+
+    def line(self, name: str) -> Line:
+        """Feature `name`, of one column, as a scalar condition.
+
+        Raises:
+            EstimatorError: it has more columns.
+        """
+        if name not in self._lines:
+            columns = self[name].reshape(len(self[name]), -1).shape[1]
+            if columns != 1:
+                raise EstimatorError(
+                    f"condition {name}", f"a label of {columns} columns", "one column",
+                    "Number the joint values or use kNN.",
+                )  # fmt: skip
+            self._lines[name] = Line(self[name])
+        return self._lines[name]
+
+
+# -- draws ------------------------------------------------------------------------------------------------------------
+
+
+class ProductRows(Sequence[Tensor]):
+    """Rows of p(x|z) p(y,z): a sequence (x, y, z) of [m·k, width] each.
+
+    y and z are kept once a query; reading the sequence repeats them, k times each.
+
+    Attributes:
+        x: [m·k, dx], query-major, the k rows of each query nearest first.
+        y, z: [m, dy], [m, dz], of the queries.
+        k: rows a query.
+    """
+
+    __slots__ = ("k", "x", "y", "z")
+
+    def __init__(self, x: Tensor, y: Tensor, z: Tensor, k: int):
+        self.x, self.y, self.z, self.k = x, y, z, k
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, i: int) -> Tensor:  # type: ignore[override]
+        part = (self.x, self.y, self.z)[i]
+        return part if part is self.x or self.k == 1 else part.repeat_interleave(self.k, 0)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(3))
+
+
+class ProductSampler:
+    """Draws product rows for many terms at once; terms of equal condition share one product with the bank.
+
+    Args:
+        bank: what is drawn from.
+        k: rows a query.
+        discrete: conditions within whose strata of equal value is drawn, instead of nearest neighbours.
+        shared: terms of equal condition share their queries and neighbours. Otherwise every term draws its own, as
+            the reference does; the distribution of each term's rows is the same.
+    """
+
+    def __init__(self, bank: Bank, k: int, discrete: Iterable[str] = (), shared: bool = True):
+        self.bank, self.k, self.discrete, self.shared = bank, k, frozenset(discrete), shared
+
+    @torch.no_grad()
+    def draw(
+        self, terms: Iterable[Any], batch_size: int, generator: torch.Generator | None = None
+    ) -> dict[str, ProductRows]:
+        """Product rows of terms with the attributes x, y and given: names of features.
+
+        Args:
+            batch_size: joint rows that they will be compared with; m = batch_size // k queries are drawn a term.
+            generator: source of randomness; on the CPU, or a GPU waits for nothing but its own.
+
+        Returns:
+            {str(term): rows}.
+
+        Raises:
+            EstimatorError: the batch or the bank is too small for k; a condition that is not finite, or, among
+                `discrete`, of several columns.
+        """
+        k = self.k
+        m = batch_size // k if k > 0 else 0
+        if m < 1:
+            raise EstimatorError(
+                "objective.k_neighbor", f"k_neighbor {k} with a batch of {batch_size}", "k_neighbor <= batch size",
+                "Lower objective.k_neighbor or raise batch_size.",
+            )  # fmt: skip
+        groups: dict[str, list[Any]] = {}
+        for term in terms:
+            groups.setdefault(term.given, []).append(term)
+        sizes = [1 if self.shared else len(members) for members in groups.values()]
+        if not sizes:
+            return {}
+        z = self.bank[next(iter(groups))]
+        _check_bank(len(z), m, k)
+        query, key = _draw(len(z), sum(sizes), m, generator, z.device)
+        rows = {}
+        for (given, members), q, s in zip(groups.items(), query.split(sizes), key.split(sizes), strict=True):
+            neighbour = self._neighbours(given, q, s).flatten(1)
+            for i, term in enumerate(members):
+                at = 0 if self.shared else i
+                x, y, z = (self.bank[name] for name in (term.x, term.y, given))
+                taken, asked = neighbour[at], q[at]
+                rows[str(term)] = ProductRows(
+                    x.index_select(0, taken), y.index_select(0, asked), z.index_select(0, asked), k
+                )
+        return rows
+
+    def _neighbours(self, given: str, query: Tensor, key: Tensor) -> Tensor:
+        if given in self.discrete:
+            return self.bank.line(given).within_strata(query, key, self.k)
+        z = self.bank[given]
+        if z.numel() == len(z):
+            return self.bank.line(given).neighbours(query, key, self.k)
+        return self.bank.space(given).neighbours(query, key, self.k)
+
+
+def knn_product_samples(
+    x: Tensor, y: Tensor, z: Tensor, m: int, k: int, generator: torch.Generator | None = None, discrete: bool = False
+) -> ProductRows:
+    """m·k rows of p(x|z) p(y,z) from N samples of (x, y, z): see `product_indices`, `stratified_product_indices`.
+
+    Args:
+        x, y, z: [N, width] each.
+        m: number of queries.
+        k: rows a query.
+        generator: source of randomness.
+        discrete: draw within strata of equal z instead of among nearest neighbours.
+
+    Returns:
+        a sequence (x, y, z), [m·k, width] each.
+    """
+    sample = stratified_product_indices if discrete else product_indices
+    neighbour, query = sample(z, m, k, generator)
+    return ProductRows(x[neighbour], y[query], z[query], k)
+
+
+@torch.no_grad()
+def product_indices(
+    z: Tensor,
+    m: int,
+    k: int,
+    generator: torch.Generator | None = None,
+    query: Tensor | None = None,
+    ties: Ties = "random",
+) -> Indices:
+    """Queries and their k nearest neighbours in z among the rows that are not queries (Euclidean, exact).
+
+    Args:
+        z: the bank's condition, [N, dz] or [N], finite.
+        m: number of queries, usually batch size // k. 0 gives empty indices.
+        k: neighbours a query.
+        generator: source of the queries and of tie-breaking; of any device.
+        query: int64 [m], distinct rows to use as queries instead of drawing them.
+        ties: which of several rows at the same distance as the k-th are taken: "random" (uniform; a label of seven
+            values would otherwise yield the same few rows in every call) or "first" (lowest row, deterministic).
+
+    Returns:
+        neighbour int64 [m·k], query-major (row i·k + r belongs to query i), nearest first; query int64 [m].
+
+    Raises:
+        EstimatorError: fewer than k rows are left beside the m queries; z is not finite.
+    """
+    _check_bank(len(z), m, k)
+    query, key = _query_and_key(query, len(z), m, generator, z.device)
+    if m == 0:
+        return query[0], query[0]
+    if z.numel() == len(z) and ties == "random":
+        neighbour = Line(z).neighbours(query, key, k)
+    else:
+        neighbour = Space(z).neighbours(query, key, k, ties)
+    return neighbour.reshape(-1), query[0]
+
+
+@torch.no_grad()
+def stratified_product_indices(
+    label: Tensor,
+    m: int,
+    k: int,
+    generator: torch.Generator | None = None,
+    query: Tensor | None = None,
+    strata: Strata | None = None,
+) -> Indices:
+    """Queries and, for each, k rows drawn uniformly without replacement from the non-query rows of its stratum.
+
+    A stratum is the rows of equal label; one of <= k members is first merged with its nearest label. Where the draw of
+    the queries leaves a stratum fewer than k other rows, its queries take their k nearest other rows by label instead,
+    ties at random. No neighbour is ever a query.
+
+    Args:
+        label: the bank's condition, float [N] or [N, 1], of few distinct values.
+        m: number of queries. 0 gives empty indices.
+        k: rows drawn for each query.
+        generator: source of the queries and of the draws.
+        query: int64 [m], distinct rows to use as queries instead of drawing them.
+        strata: from `label_strata(label, k)`, to save the search for them while the bank stays the same.
+
+    Returns:
+        neighbour int64 [m·k], query-major; query int64 [m].
+
+    Raises:
+        EstimatorError: fewer than k rows are left beside the m queries; a label of several columns or not finite.
+    """
+    label = Bank({"label": label}).line("label") if len(label) else Line(label)
+    n = len(label.z)
+    _check_bank(n, m, k)
+    query, key = _query_and_key(query, n, m, generator, label.z.device)
+    if m == 0:
+        return query[0], query[0]
+    return label.within_strata(query, key, k, strata).reshape(-1), query[0]
+
+
+def product_rows(
+    bank_x: Tensor, bank_y: Tensor, bank_z: Tensor, neighbour: Tensor, query: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The product rows that indices stand for: x of each neighbour, y and z of its query; [m·k, width] each."""
+    repeated = query.repeat_interleave(k)
+    return bank_x[neighbour], bank_y[repeated], bank_z[repeated]
+
+
+def _check_bank(n: int, m: int, k: int) -> None:
+    if k < 1 or m < 0:
+        raise EstimatorError(
+            "k_neighbor", f"k_neighbor {k} and {m} queries", "k_neighbor >= 1 and queries >= 0", "Mend them."
+        )
+    if n - m < k:
+        raise EstimatorError(
+            "k_neighbor",
+            f"k_neighbor {k} with a bank of {n} rows of which {m} are queries",
+            f"at least {m + k} rows (queries + k_neighbor)",
+            "Lower k_neighbor or the batch size, or use more training samples.",
+        )
+
+
+def _draw(n: int, draws: int, m: int, generator: torch.Generator | None, device: torch.device) -> Indices:
+    """Queries and keys of `draws` independent draws, int64 [draws, m] each, sent to the device in one piece."""
+    source = torch.device("cpu") if generator is None else generator.device
+    both = torch.empty(2, draws, m, dtype=torch.int64, device=source, pin_memory=source.type != device.type == "cuda")
+    for t in range(draws):
+        both[0, t] = _choose(n, m, generator, source)
+    both[1] = torch.randint(KEYS, (draws, m), generator=generator, device=source)
+    query, key = both.to(device, non_blocking=True)
+    return query, key
+
+
+def _choose(n: int, m: int, generator: torch.Generator | None, source: torch.device) -> Tensor:
+    """m distinct of n rows, every ordered choice equally likely."""
+    if source.type == "cpu" and 4 * m < n:
+        # the first m distinct of uniform draws: a permutation of the whole bank costs more than all the rest
+        chosen: dict[int, None] = {}
+        while len(chosen) < m:
+            chosen |= dict.fromkeys(torch.randint(n, (m + 8,), generator=generator).tolist())
+        return torch.tensor(list(chosen)[:m])
+    return torch.randperm(n, generator=generator, device=source)[:m]
+
+
+def _query_and_key(
+    query: Tensor | None, n: int, m: int, generator: torch.Generator | None, device: torch.device
+) -> Indices:
+    if query is None:
+        return _draw(n, 1, m, generator, device)
+    source = torch.device("cpu") if generator is None else generator.device
+    key = torch.randint(KEYS, (1, m), generator=generator, device=source)
+    return query.to(device)[None], key.to(device)
