@@ -1,5 +1,6 @@
 """Conditional mutual information from the logits of a classifier of joint against product rows."""
 
+from engine.kernels.cmi.op import CMI, classifier_logits, cmi
 from engine.kernels.cmi.reference import (
     LOGIT_LIMIT,
     classifier_loss,
@@ -10,8 +11,11 @@ from engine.kernels.cmi.reference import (
 )
 
 __all__ = [
+    "CMI",
     "LOGIT_LIMIT",
+    "classifier_logits",
     "classifier_loss",
+    "cmi",
     "cmi_values",
     "mimrl_classifier_loss",
     "mimrl_cmi",

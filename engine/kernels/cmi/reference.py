@@ -17,6 +17,7 @@ Sources: Mukherjee, Asnani, Kannan 2019 (CCMI); Molavipour, Bassi, Skoglund 2021
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -32,21 +33,58 @@ MIMRL_EPS = 1e-6
 MIMRL_TAU = 1e-4
 
 
+def tile(rows: Tensor, dim: int) -> Tensor:
+    """Columns repeated until there are `dim`: [n, width <= dim] -> [n, dim]."""
+    return rows.repeat(1, -(-dim // rows.shape[1]))[:, :dim]
+
+
+def classifier_logits(
+    first: Tensor,
+    first_bias: Tensor,
+    rest: Sequence[Tensor],
+    joint: Sequence[Tensor],
+    slots: Sequence[int],
+    product: Sequence[Tensor],
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """Logits [G, B, out] of joint and [G, P, out] of product rows by G classifiers MLP([x; y; z]) with ReLU.
+
+    Args:
+        first, first_bias: the first layers, [G, hidden, 3·dim], [G, hidden].
+        rest: weight, bias of the further layers, [G, out, in], [G, out].
+        joint: features [B, width]; those narrower than dim are repeated to it.
+        slots: of every classifier the places in `joint` of its x, y and z: 3·G integers.
+        product: of every classifier x [P, width], y and z [P / k, width], each of whose rows belongs to k rows of x.
+        k: product rows a query.
+    """
+    dim, rows = first.shape[2] // 3, []
+    for g in range(len(first)):
+        x, y, z = product[3 * g : 3 * g + 3]
+        parts = [joint[s] for s in slots[3 * g : 3 * g + 3]], [x, y.repeat_interleave(k, 0), z.repeat_interleave(k, 0)]
+        rows.append(torch.cat([torch.cat([tile(part, dim) for part in three], 1) for three in parts]))
+    out = torch.baddbmm(first_bias[:, None], torch.stack(rows), first.mT)
+    for weight, bias in zip(rest[::2], rest[1::2], strict=True):
+        out = torch.baddbmm(bias[:, None], out.relu(), weight.mT)
+    b = len(joint[0])
+    return out[:, :b], out[:, b:]
+
+
 def classifier_loss(joint: Tensor, product: Tensor) -> Tensor:
-    """Mean binary cross-entropy of joint [b] and product [b'] logits, least where the logit is log p/q, 0-d.
+    """Mean binary cross-entropy of joint [..., b] and product [..., b'] logits, least where they are log p/q; [...].
 
     With b != b' the classifier's posterior log odds are log p/q + log b/b'. The constant is added here, so that the
     logit itself stays the log ratio whatever the counts.
     """
-    prior = math.log(len(joint) / len(product))
-    total = functional.softplus(-joint - prior).sum() + functional.softplus(product + prior).sum()
-    return total / (len(joint) + len(product))
+    b, p = joint.shape[-1], product.shape[-1]
+    prior = math.log(b / p)
+    total = functional.softplus(-joint - prior).sum(-1) + functional.softplus(product + prior).sum(-1)
+    return total / (b + p)
 
 
 def cmi_values(joint: Tensor, product: Tensor) -> dict[str, Tensor]:
-    """{"ldr", "dv", "nwj"}, 0-d each and differentiable, from log ratios at joint [b] and product [b'] rows."""
-    ldr = joint.mean()
-    log_mean = product.logsumexp(0) - math.log(len(product))
+    """{"ldr", "dv", "nwj"}, [...] each, differentiable, from log ratios at joint [..., b], product [..., b'] rows."""
+    ldr = joint.mean(-1)
+    log_mean = product.logsumexp(-1) - math.log(product.shape[-1])
     return {"ldr": ldr, "dv": ldr - log_mean, "nwj": 1 + ldr - log_mean.exp()}
 
 
@@ -61,23 +99,23 @@ def _mimrl_probabilities(logits: Tensor, last_activate: Literal["sigmoid", "hard
 
 
 def mimrl_classifier_loss(joint: Tensor, product: Tensor, last_activate: Literal["sigmoid", "hardtanh"]) -> Tensor:
-    """Mean BCE of two independent outputs, targets [1, 0] for joint [n, 2] and [0, 1] for product [n, 2] logits."""
-    probabilities = _mimrl_probabilities(torch.cat([joint, product]), last_activate)
+    """Mean BCE of two independent outputs, targets [1, 0] for joint [..., n, 2], [0, 1] for product logits; [...]."""
+    probabilities = _mimrl_probabilities(torch.cat([joint, product], -2), last_activate)
     target = torch.zeros_like(probabilities)
-    target[: len(joint), 0] = 1
-    target[len(joint) :, 1] = 1
-    return functional.binary_cross_entropy(probabilities, target)
+    target[..., : joint.shape[-2], 0] = 1
+    target[..., joint.shape[-2] :, 1] = 1
+    return functional.binary_cross_entropy(probabilities, target, reduction="none").mean((-2, -1))
 
 
 def mimrl_log_ratio(logits: Tensor, last_activate: Literal["sigmoid", "hardtanh"]) -> Tensor:
-    """log g / (1 − g + 1e-6) of the first output, [n, 2] -> [n]."""
-    g = _mimrl_probabilities(logits, last_activate)[:, 0]
+    """log g / (1 − g + 1e-6) of the first output, [..., n, 2] -> [..., n]."""
+    g = _mimrl_probabilities(logits, last_activate)[..., 0]
     return torch.log(g / (1 - g + MIMRL_EPS))
 
 
 def mimrl_cmi(joint: Tensor, product: Tensor) -> Tensor:
-    """1 + (Σ joint − Σ product) / 2n of n log ratios each.
+    """1 + (Σ joint − Σ product) / 2n of n log ratios each, [..., n] -> [...].
 
     With the exact ratio this is 1 + J/2, J = KL(p|q) + KL(q|p), not I(X;Y|Z): it reads 1 under independence.
     """
-    return 1 + (joint.sum() - product.sum()) / (len(joint) + len(product))
+    return 1 + (joint.sum(-1) - product.sum(-1)) / (joint.shape[-1] + product.shape[-1])
