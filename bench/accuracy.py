@@ -47,11 +47,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default=commit(), help="the commit that the runs were trained at")
     arguments = parser.parse_args()
     pairs = (pair.split("=", 1) for pair in arguments.runs)
     results = {name: collect(Path(folder)) for name, folder in pairs}
     if arguments.out is not None:
-        write_json(arguments.out, {"name": "mosi_accuracy", "commit": commit(), "results": results})
+        write_json(arguments.out, {"name": "mosi_accuracy", "commit": arguments.commit, "results": results})
     print(table(results))
 
 
