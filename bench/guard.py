@@ -36,7 +36,6 @@ from engine.trainer import train
 FILE = Path(__file__).with_name("guard.json")
 MODES, STAGES = ("fast", "faithful"), ("stage1", "stage2")
 COUNTERS = ("aten_calls", "bytes_allocated", "flops")
-# The counters depend on these: another version's operations are others.
 VERSIONS = ("torch", "transformers")
 MARGIN = 0.7
 FLOOR_SUITES = ("gru", "knn", "critics", "streaming_infonce", "concat_critic", "cubemlp", "loader_throughput")
@@ -202,14 +201,19 @@ def load() -> dict[str, Any]:
     )
 
 
-def other_versions(recorded: dict[str, Any]) -> list[str]:
-    """Packages whose version differs from the one that the counters were recorded with."""
-    known = recorded.get("versions", {})
-    return [
-        f"{name} {metadata.version(name)} (recorded with {known[name]})"
-        for name in VERSIONS
-        if name in known and known[name].split("+")[0] != metadata.version(name).split("+")[0]
-    ]
+def environment() -> dict[str, str]:
+    """What the counters depend on beside the engine: another version's operations are others, and without a C++
+    compiler the compiled kernels' fallbacks run."""
+    from engine.kernels.recurrent.build import compiler
+
+    found = {name: metadata.version(name).split("+")[0] for name in VERSIONS}
+    return found | {"C++ compiler": "no" if compiler() is None else "yes"}
+
+
+def other_environment(recorded: dict[str, Any]) -> list[str]:
+    """In what the environment differs from the one that the counters were recorded in."""
+    known = recorded.get("environment", {})
+    return [f"{k}: {v} (recorded: {known[k]})" for k, v in environment().items() if k in known and known[k] != v]
 
 
 def update(reason: str) -> list[str]:
@@ -217,7 +221,7 @@ def update(reason: str) -> list[str]:
     recorded, found = load(), measure()
     lines = differences(recorded["counters"], found)
     recorded["counters"] = found
-    recorded["versions"] = {name: metadata.version(name) for name in VERSIONS}
+    recorded["environment"] = environment()
     recorded["history"].append({"reason": reason, "changes": [li for li in lines if " operations: " not in li]})
     write_json(FILE, recorded)
     return lines
@@ -259,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     if updating:
         return 0
     recorded = load()
-    if others := other_versions(recorded):
+    if others := other_environment(recorded):
         print("not comparable: " + ", ".join(others), file=sys.stderr)
         return 2
     lines = differences(recorded["counters"], measure())

@@ -14,8 +14,8 @@ def found():
 
 def test_counters_are_those_on_record(found):
     recorded = guard.load()
-    if others := guard.other_versions(recorded):
-        pytest.skip("the counters hold for other versions: " + ", ".join(others))
+    if others := guard.other_environment(recorded):
+        pytest.skip("the counters hold elsewhere: " + ", ".join(others))
     lines = guard.differences(recorded["counters"], found)
     assert not lines, "\n".join([*lines, 'if meant: python -m bench.guard --update --reason "..."'])
 
