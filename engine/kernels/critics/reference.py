@@ -33,6 +33,22 @@ def mlp(x: Tensor, layers: Layers, activation: str = "relu") -> Tensor:
         return functional.linear(_full(x), _full(weight), _full(bias))
 
 
+def grouped_mlp(inputs: Sequence[Tensor], first: Layers, rest: Layers, activation: str = "relu") -> Tensor:
+    """N MLPs of one shape: -> [N, B, n]. The first n_0 of them read inputs[0], the next n_1 inputs[1], and so on.
+
+    Args:
+        inputs: [B, d_i] each.
+        first: for every input the first layers of its MLPs: (weight [n_i, hidden, d_i], bias [n_i, hidden]).
+        rest: the further layers of all N = sum of n_i MLPs: (weight [N, out, in], bias [N, out]).
+    """
+    outputs = []
+    for x, (weight, bias) in zip(inputs, first, strict=True):
+        for w, b in zip(weight, bias, strict=True):
+            n = len(outputs)
+            outputs.append(mlp(x, [(w, b), *((weights[n], biases[n]) for weights, biases in rest)], activation))
+    return torch.stack(outputs)
+
+
 def separate_scores(x: Tensor, y: Tensor, g: Layers, h: Layers, activation: str = "relu") -> Tensor:
     """h(y) g(x)^T: x [B, dx], y [B, dy] -> [B, B], `[i, j] = <h(y_i), g(x_j)>`."""
     embedded_x, embedded_y = mlp(x, g, activation), mlp(y, h, activation)

@@ -1,0 +1,458 @@
+// Grouped MLPs and the concat critic: forward and backward, float and double.
+//
+// Layout. Hidden layers are kept feature-major in blocks of PANEL samples: block[feature][sample], so that a product
+// W h needs neither a packed nor a transposed weight: rows of W are broadcast, samples fill the vectors. A block is
+// narrower, in whole vectors, where fewer samples are left. Only the weight gradients, sums over samples, need the
+// layers sample-major; they are transposed panel by panel.
+//
+// Determinism. Every output element is summed in one fixed order by one thread. The concat critic's weight gradients
+// are partial sums of each thread, over rows assigned by their number, added in the threads' order.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
+static int omp_get_num_threads() { return 1; }
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, WIDE = 4, ACCUMULATORS = 24;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32, WIDE = 2, ACCUMULATORS = 12;
+#elif defined(__aarch64__)
+constexpr int VECTOR_BYTES = 16, WIDE = 4, ACCUMULATORS = 24;
+#else
+constexpr int VECTOR_BYTES = 16, WIDE = 2, ACCUMULATORS = 12;
+#endif
+
+using T = REAL;
+typedef T V __attribute__((vector_size(VECTOR_BYTES)));
+constexpr int W = VECTOR_BYTES / sizeof(T);
+constexpr int64_t PANEL = WIDE * W;
+
+INLINE V load(const T* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+INLINE void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
+INLINE void store_some(T* p, V v, int64_t n) {
+  if (n >= W) store(p, v); else if (n > 0) std::memcpy(p, &v, n * sizeof(T));
+}
+INLINE V splat(T x) { return x - V{}; }
+INLINE T total(V v) { T s = 0; UNROLL for (int i = 0; i < W; i++) s += v[i]; return s; }
+INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+struct Free { void operator()(T* p) const { ::operator delete[](p, std::align_val_t(64)); } };
+using Buffer = std::unique_ptr<T[], Free>;
+Buffer buffer(int64_t n) {
+  return Buffer(static_cast<T*>(::operator new[](std::max<int64_t>(n, 1) * sizeof(T), std::align_val_t(64))));
+}
+
+// A part of a product's inner dimension: a[m][k] b[k][n], k < depth; `row` is the distance of rows of a.
+struct Part { const T* a; int64_t row; const T* b; int64_t depth; };
+
+// M rows and NV vectors of columns of the sum of products over parts; b's rows are `ldb` apart. With TRANSPOSED, a is
+// read as a[k][m], its rows k `row` apart. finish(at, m, v, sum) takes each vector, `at` in `to`, rows `ld` apart.
+template <int M, int NV, bool TRANSPOSED, class F>
+INLINE void tile(const Part* parts, int count, int64_t first, int64_t ldb, T* to, int64_t ld, F&& finish) {
+  V sum[M][NV];
+  UNROLL for (int m = 0; m < M; m++) {
+    UNROLL for (int v = 0; v < NV; v++) {
+      sum[m][v] = V{};
+      __builtin_prefetch(to + (first + m) * ld + v * W, 1);
+    }
+  }
+  for (int p = 0; p < count; p++) {
+    const Part part = parts[p];
+    const T* a = part.a + (TRANSPOSED ? first : first * part.row);
+    const T* b = part.b;
+    for (int64_t k = 0; k < part.depth; k++, b += ldb) {
+      V right[NV];
+      UNROLL for (int v = 0; v < NV; v++) right[v] = load(b + v * W);
+      // what the next tile reads: the processor's own prefetching does not foresee the jump
+      if (TRANSPOSED) {
+        __builtin_prefetch(a + k * part.row + 2 * M);
+      } else if (k % W == 0) {
+        UNROLL for (int m = 0; m < M; m++) __builtin_prefetch(a + (m + M) * part.row + k);
+      }
+      UNROLL for (int m = 0; m < M; m++) {
+        const V left = splat(TRANSPOSED ? a[k * part.row + m] : a[m * part.row + k]);
+        UNROLL for (int v = 0; v < NV; v++) sum[m][v] += left * right[v];
+      }
+    }
+  }
+  UNROLL for (int m = 0; m < M; m++) {
+    UNROLL for (int v = 0; v < NV; v++) finish(to + (first + m) * ld + v * W, first + m, v, sum[m][v]);
+  }
+}
+
+template <int MOST, class F> INLINE void with_size(int n, F&& f) {
+  if constexpr (MOST > 0) {
+    if (n == MOST) f(std::integral_constant<int, MOST>{});
+    else with_size<MOST - 1>(n, f);
+  }
+}
+
+constexpr int tallest(int vectors) { return vectors == 1 ? ACCUMULATORS / 2 : ACCUMULATORS / vectors; }
+
+// All rows of a product with `vectors` <= WIDE vectors of columns.
+template <bool TRANSPOSED, class F>
+void product(const Part* parts, int count, int64_t rows, int64_t vectors, int64_t ldb, T* to, int64_t ld, F&& finish) {
+  with_size<WIDE>(int(vectors), [&](auto nv) {
+    constexpr int MOST = tallest(nv);
+    const int64_t tiles = (rows + MOST - 1) / MOST;
+    for (int64_t t = 0, first = 0; t < tiles; t++) {
+      const int height = int((rows - first + tiles - t - 1) / (tiles - t));
+      with_size<MOST>(height, [&](auto m) { tile<m, nv, TRANSPOSED>(parts, count, first, ldb, to, ld, finish); });
+      first += height;
+    }
+  });
+}
+
+// to[c][r] = from[r][c] for r < rows, c < columns; rows of `to` past `rows`, up to `padded`, are zero.
+void transpose(const T* from, int64_t ld_from, T* to, int64_t ld_to, int64_t rows, int64_t columns, int64_t padded) {
+  constexpr int64_t S = 16;
+  for (int64_t r0 = 0; r0 < rows; r0 += S)
+    for (int64_t c0 = 0; c0 < columns; c0 += S) {
+      const int64_t r1 = std::min(r0 + S, rows), c1 = std::min(c0 + S, columns);
+      for (int64_t c = c0; c < c1; c++)
+        for (int64_t r = r0; r < r1; r++) to[c * ld_to + r] = from[r * ld_from + c];
+    }
+  if (padded > rows)
+    for (int64_t c = 0; c < columns; c++) std::fill(to + c * ld_to + rows, to + c * ld_to + padded, T(0));
+}
+
+// Samples cut into blocks of PANEL.
+struct Blocks {
+  int64_t samples, padded, count;
+  explicit Blocks(int64_t n) : samples(n), padded(round_up(n, W)), count((n + PANEL - 1) / PANEL) {}
+  int64_t begin(int64_t b) const { return b * PANEL; }
+  int64_t size(int64_t b) const { return std::min(PANEL, samples - b * PANEL); }     // samples
+  int64_t width(int64_t b) const { return std::min(PANEL, padded - b * PANEL); }     // with padding
+};
+
+// As torch: NaN passes, forward and backward.
+INLINE V positive(V v) { return v < 0 ? V{} : v; }
+INLINE V where_positive(V kept, V v) { return kept <= 0 ? V{} : v; }
+
+// out = relu(weight in + bias), [rows][width] from [depth][width]
+void dense(const T* weight, const T* bias, const T* in, T* out, int64_t rows, int64_t depth, int64_t width, bool relu) {
+  const Part part{weight, depth, in, depth};
+  if (relu)
+    product<false>(&part, 1, rows, width / W, width, out, width,
+                   [=](T* at, int64_t m, int, V sum) { store(at, positive(sum + bias[m])); });
+  else
+    product<false>(&part, 1, rows, width / W, width, out, width,
+                   [=](T* at, int64_t m, int, V sum) { store(at, sum + bias[m]); });
+}
+
+// out = (weight^T grad) where kept > 0, [columns][width] from [rows][width]
+void dense_backward(const T* weight, const T* grad, const T* kept, T* out, int64_t rows, int64_t columns, int64_t width) {
+  const Part part{weight, columns, grad, rows};
+  product<true>(&part, 1, columns, width / W, width, out, width, [=](T* at, int64_t m, int v, V sum) {
+    store(at, where_positive(load(kept + m * width + v * W), sum));
+  });
+}
+
+void row_sums(const T* rows, int64_t count, int64_t width, T* sums) {
+  for (int64_t m = 0; m < count; m++) {
+    V sum{};
+    for (int64_t c = 0; c < width; c += W) sum += load(rows + m * width + c);
+    sums[m] += total(sum);
+  }
+}
+
+struct Grouped {
+  int64_t inputs;
+  const int64_t *counts, *dims;
+  int64_t batch, hidden, out, layers;  // layers: hidden ones
+  const T *const *x, *const *weights;  // per input weight and bias of first layers, then of further layers
+  T* state;
+  Blocks blocks;
+  int64_t towers = 0;
+  std::vector<int64_t> input, place;   // of a tower: its input, its number among those that read it
+
+  Grouped(int64_t inputs, const int64_t* counts, const int64_t* dims, int64_t batch, int64_t hidden, int64_t out,
+          int64_t layers, const T* const* x, const T* const* weights, T* state)
+      : inputs(inputs), counts(counts), dims(dims), batch(batch), hidden(hidden), out(out), layers(layers), x(x),
+        weights(weights), state(state), blocks(batch) {
+    for (int64_t i = 0; i < inputs; i++)
+      for (int64_t n = 0; n < counts[i]; n++) { input.push_back(i); place.push_back(n); towers++; }
+  }
+  int64_t rows(int64_t layer) const { return layer < layers ? hidden : out; }
+  int64_t depth(int64_t layer, int64_t n) const { return layer ? hidden : dims[input[n]]; }
+  const T* weight(int64_t layer, int64_t n) const {
+    if (layer == 0) return weights[2 * input[n]] + place[n] * hidden * dims[input[n]];
+    return weights[2 * (inputs + layer - 1)] + n * rows(layer) * hidden;
+  }
+  const T* bias(int64_t layer, int64_t n) const {
+    if (layer == 0) return weights[2 * input[n] + 1] + place[n] * hidden;
+    return weights[2 * (inputs + layer - 1) + 1] + n * rows(layer);
+  }
+  // a block of a layer of a tower, in memory that holds the hidden layers and possibly, after them, the last
+  T* block(T* memory, int64_t layer, int64_t n, int64_t b) const {
+    return memory + (layer * towers * hidden + n * rows(layer)) * blocks.padded + blocks.begin(b) * rows(layer);
+  }
+};
+
+void forward(const Grouped& g, T* out, int threads) {
+  const Blocks& blocks = g.blocks;
+  std::vector<int64_t> offset(g.inputs + 1, 0);
+  for (int64_t i = 0; i < g.inputs; i++) offset[i + 1] = offset[i] + g.dims[i] * blocks.padded;
+  const Buffer turned = buffer(offset[g.inputs]);
+#pragma omp parallel num_threads(threads)
+  {
+    const Buffer last = buffer(g.out * PANEL);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < g.inputs * blocks.count; t++) {
+      const int64_t i = t / blocks.count, b = t % blocks.count, d = g.dims[i];
+      transpose(g.x[i] + blocks.begin(b) * d, d, turned.get() + offset[i] + blocks.begin(b) * d, blocks.width(b),
+                blocks.size(b), d, blocks.width(b));
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < g.towers * blocks.count; t++) {
+      const int64_t n = t / blocks.count, b = t % blocks.count, width = blocks.width(b), i = g.input[n];
+      const T* in = turned.get() + offset[i] + blocks.begin(b) * g.dims[i];
+      for (int64_t layer = 0; layer <= g.layers; layer++) {
+        T* to = layer < g.layers ? g.block(g.state, layer, n, b) : last.get();
+        dense(g.weight(layer, n), g.bias(layer, n), in, to, g.rows(layer), g.depth(layer, n), width, layer < g.layers);
+        in = to;
+      }
+      transpose(last.get(), width, out + (n * g.batch + blocks.begin(b)) * g.out, g.out, g.out, blocks.size(b), g.out);
+    }
+  }
+}
+
+// Gradients of weights (dw null: not wanted) and inputs (dx null).
+void backward(const Grouped& g, const T* grad, T* const* dx, T* const* dw, int threads) {
+  const Blocks& blocks = g.blocks;
+  T* work = g.state + g.layers * g.towers * g.hidden * blocks.padded;  // gradients of all layers' outputs
+  const int64_t last = g.layers;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < g.towers * blocks.count; t++) {
+      const int64_t n = t / blocks.count, b = t % blocks.count, width = blocks.width(b);
+      transpose(grad + (n * g.batch + blocks.begin(b)) * g.out, g.out, g.block(work, last, n, b), width, blocks.size(b),
+                g.out, width);
+      for (int64_t layer = last; layer > 0; layer--)
+        dense_backward(g.weight(layer, n), g.block(work, layer, n, b), g.block(g.state, layer - 1, n, b),
+                       g.block(work, layer - 1, n, b), g.rows(layer), g.hidden, width);
+    }
+    if (dw) {
+      const Buffer samples = buffer(blocks.padded * PANEL);
+      std::vector<Part> parts(blocks.count);
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t t = 0; t < (last + 1) * g.towers; t++) {
+        // the layers in the middle are the largest: the first go last
+        const int64_t layer = last - t / g.towers, n = t % g.towers;
+        const int64_t rows = g.rows(layer), depth = g.depth(layer, n);
+        const int64_t stack = layer ? g.inputs + layer - 1 : g.input[n], at = layer ? n : g.place[n];
+        T* of_weight = dw[2 * stack] + at * rows * depth;
+        T* of_bias = dw[2 * stack + 1] + at * rows;
+        std::fill(of_bias, of_bias + rows, T(0));
+        for (int64_t b = 0; b < blocks.count; b++) {
+          const T* d = g.block(work, layer, n, b);
+          parts[b] = {d, blocks.width(b), samples.get() + blocks.begin(b) * PANEL, blocks.width(b)};
+          row_sums(d, rows, blocks.width(b), of_bias);
+        }
+        for (int64_t c = 0; c < depth; c += PANEL) {
+          const int64_t columns = std::min(PANEL, depth - c);
+          for (int64_t b = 0; b < blocks.count; b++) {
+            T* to = samples.get() + blocks.begin(b) * PANEL;
+            if (layer) {
+              const T* h = g.block(g.state, layer - 1, n, b) + c * blocks.width(b);
+              transpose(h, blocks.width(b), to, PANEL, columns, blocks.width(b), round_up(columns, W));
+            } else {
+              std::fill(to, to + blocks.width(b) * PANEL, T(0));
+              for (int64_t r = 0; r < blocks.size(b); r++)
+                std::copy_n(g.x[g.input[n]] + (blocks.begin(b) + r) * depth + c, columns, to + r * PANEL);
+            }
+          }
+          product<false>(parts.data(), int(blocks.count), rows, (columns + W - 1) / W, PANEL, of_weight + c, depth,
+                         [=](T* at, int64_t, int v, V sum) { store_some(at, sum, columns - v * W); });
+        }
+      }
+    }
+    if (dx) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t t = 0; t < g.inputs * blocks.count; t++) {
+        const int64_t i = t / blocks.count, b = t % blocks.count, d = g.dims[i], width = blocks.width(b);
+        std::vector<Part> parts;
+        for (int64_t n = 0; n < g.towers; n++)
+          if (g.input[n] == i) parts.push_back({g.weight(0, n), d, g.block(work, 0, n, b), g.hidden});
+        const Buffer turned = buffer(d * width);
+        T* to = turned.get();
+        product<true>(parts.data(), int(parts.size()), d, width / W, width, to, width,
+                      [=](T* at, int64_t, int, V sum) { store(at, sum); });
+        transpose(to, width, dx[i] + blocks.begin(b) * d, d, d, blocks.size(b), d);
+      }
+    }
+  }
+}
+
+// The concat critic after its first layer: h[j] = relu(of_x[j] + of_y[i]), then `layers` - 1 further hidden layers and a
+// last one of one output.
+struct Concat {
+  int64_t rows, hidden, layers;
+  const T *of_x, *of_y;        // [columns][hidden], [rows][hidden]
+  const T* const* weights;     // weight and bias of the further layers, last one included
+  Blocks blocks;               // of columns
+  Buffer turned;               // of_x, feature-major
+
+  Concat(int64_t rows, int64_t columns, int64_t hidden, int64_t layers, const T* of_x, const T* of_y,
+         const T* const* weights)
+      : rows(rows), hidden(hidden), layers(layers), of_x(of_x), of_y(of_y), weights(weights), blocks(columns),
+        turned(buffer(blocks.padded * hidden)) {
+    for (int64_t b = 0; b < blocks.count; b++)
+      transpose(of_x + blocks.begin(b) * hidden, hidden, turned.get() + blocks.begin(b) * hidden, blocks.width(b),
+                blocks.size(b), hidden, blocks.width(b));
+  }
+  // all hidden layers of row i against block b, into h[layer]
+  void hidden_layers(int64_t i, int64_t b, T* const* h) const {
+    const int64_t width = blocks.width(b);
+    const T* u = turned.get() + blocks.begin(b) * hidden;
+    for (int64_t f = 0; f < hidden; f++) {
+      const V add = splat(of_y[i * hidden + f]);
+      for (int64_t c = 0; c < width; c += W) store(h[0] + f * width + c, positive(load(u + f * width + c) + add));
+    }
+    for (int64_t layer = 1; layer < layers; layer++)
+      dense(weights[2 * layer - 2], weights[2 * layer - 1], h[layer - 1], h[layer], hidden, hidden, width, true);
+  }
+};
+
+void concat_forward(const Concat& k, T* scores, int threads) {
+  const int64_t hidden = k.hidden, layers = k.layers;
+  const T* last = k.weights[2 * layers - 2];
+  const T bias = k.weights[2 * layers - 1][0];
+#pragma omp parallel num_threads(threads)
+  {
+    const Buffer memory = buffer(layers * hidden * PANEL);
+    std::vector<T*> h(layers);
+    for (int64_t layer = 0; layer < layers; layer++) h[layer] = memory.get() + layer * hidden * PANEL;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < k.rows * k.blocks.count; t++) {
+      const int64_t i = t / k.blocks.count, b = t % k.blocks.count, width = k.blocks.width(b);
+      k.hidden_layers(i, b, h.data());
+      for (int64_t c = 0; c < width; c += W) {
+        V sum = splat(bias);
+        for (int64_t f = 0; f < hidden; f++) sum += last[f] * load(h[layers - 1] + f * width + c);
+        store_some(scores + i * k.blocks.samples + k.blocks.begin(b) + c, sum, k.blocks.size(b) - c);
+      }
+    }
+  }
+}
+
+// dof_x, dof_y: gradients of of_x and of_y. dw: of the further layers' weights and biases; null where not wanted.
+void concat_backward(const Concat& k, const T* grad, T* dof_x, T* dof_y, T* const* dw, int threads) {
+  const int64_t hidden = k.hidden, layers = k.layers, padded = k.blocks.padded;
+  const T* last = k.weights[2 * layers - 2];
+  // of each thread: of_x feature-major, then weights and biases of the further layers
+  const int64_t square = hidden * hidden + hidden, part = padded * hidden + (layers - 1) * square + hidden + W;
+  const Buffer partial = buffer(threads * part);
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    T* mine = partial.get() + thread * part;
+    std::fill(mine, mine + part, T(0));
+    T* of_layers = mine + padded * hidden;
+    T* of_last = of_layers + (layers - 1) * square;
+    const Buffer memory = buffer(((layers + 2) * hidden + PANEL) * PANEL);
+    std::vector<T*> h(layers);
+    for (int64_t layer = 0; layer < layers; layer++) h[layer] = memory.get() + layer * hidden * PANEL;
+    T* d[2] = {memory.get() + layers * hidden * PANEL, memory.get() + (layers + 1) * hidden * PANEL};
+    T* samples = memory.get() + (layers + 2) * hidden * PANEL;
+    T weights_of_pairs[PANEL];
+    const int64_t begin = k.rows * thread / team, end = k.rows * (thread + 1) / team;
+    for (int64_t i = begin; i < end; i++) {
+      std::fill(dof_y + i * hidden, dof_y + (i + 1) * hidden, T(0));
+      for (int64_t b = 0; b < k.blocks.count; b++) {
+        const int64_t width = k.blocks.width(b), size = k.blocks.size(b);
+        k.hidden_layers(i, b, h.data());
+        std::fill(weights_of_pairs, weights_of_pairs + width, T(0));
+        std::copy_n(grad + i * k.blocks.samples + k.blocks.begin(b), size, weights_of_pairs);
+        T* now = d[0];
+        V sum_grad{};
+        for (int64_t c = 0; c < width; c += W) sum_grad += load(weights_of_pairs + c);
+        of_last[hidden] += total(sum_grad);
+        for (int64_t f = 0; f < hidden; f++) {
+          V sum{};
+          for (int64_t c = 0; c < width; c += W) {
+            const V value = load(h[layers - 1] + f * width + c), weight = load(weights_of_pairs + c);
+            sum += weight * value;
+            store(now + f * width + c, where_positive(value, weight * last[f]));
+          }
+          of_last[f] += total(sum);
+        }
+        for (int64_t layer = layers - 1; layer > 0; layer--) {
+          T* next = now == d[0] ? d[1] : d[0];
+          if (dw) {
+            T* of_weight = of_layers + (layer - 1) * square;
+            row_sums(now, hidden, width, of_weight + hidden * hidden);
+            for (int64_t c = 0; c < hidden; c += PANEL) {
+              const int64_t columns = std::min(PANEL, hidden - c);
+              transpose(h[layer - 1] + c * width, width, samples, PANEL, columns, width, round_up(columns, W));
+              const Part one{now, width, samples, width};
+              product<false>(&one, 1, hidden, (columns + W - 1) / W, PANEL, of_weight + c, hidden,
+                             [=](T* at, int64_t, int v, V sum) {
+                               const int64_t n = columns - v * W;
+                               V before{};
+                               if (n >= W) before = load(at); else std::memcpy(&before, at, n * sizeof(T));
+                               store_some(at, before + sum, n);
+                             });
+            }
+          }
+          dense_backward(k.weights[2 * layer - 2], now, h[layer - 1], next, hidden, hidden, width);
+          now = next;
+        }
+        row_sums(now, hidden, width, dof_y + i * hidden);
+        T* to = mine + k.blocks.begin(b) * hidden;
+        for (int64_t c = 0; c < hidden * width; c += W) store(to + c, load(to + c) + load(now + c));
+      }
+    }
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < part; c++)
+      for (int other = 1; other < team; other++) partial[c] += partial[other * part + c];
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < k.blocks.count; b++)
+      transpose(partial.get() + k.blocks.begin(b) * hidden, k.blocks.width(b), dof_x + k.blocks.begin(b) * hidden,
+                hidden, hidden, k.blocks.size(b), hidden);
+  }
+  if (dw) {
+    const T* from = partial.get() + padded * hidden;
+    for (int64_t layer = 1; layer < layers; layer++, from += square) {
+      std::copy_n(from, hidden * hidden, dw[2 * layer - 2]);
+      std::copy_n(from + hidden * hidden, hidden, dw[2 * layer - 1]);
+    }
+    std::copy_n(from, hidden, dw[2 * layers - 2]);
+    dw[2 * layers - 1][0] = from[hidden];
+  }
+}
+
+}  // namespace
+
+extern "C" void grouped_mlp(int64_t inputs, const int64_t* counts, const int64_t* dims, int64_t batch, int64_t hidden,
+                            int64_t out, int64_t layers, const T* const* x, const T* const* weights, T* state, T* result,
+                            int threads, const T* grad, T* const* dx, T* const* dw) {
+  const Grouped g(inputs, counts, dims, batch, hidden, out, layers, x, weights, state);
+  if (grad) backward(g, grad, dx, dw, threads);
+  else forward(g, result, threads);
+}
+
+extern "C" void concat(int64_t rows, int64_t columns, int64_t hidden, int64_t layers, const T* of_x, const T* of_y,
+                       const T* const* weights, T* scores, int threads, const T* grad, T* dof_x, T* dof_y, T* const* dw) {
+  const Concat k(rows, columns, hidden, layers, of_x, of_y, weights);
+  if (grad) concat_backward(k, grad, dof_x, dof_y, dw, threads);
+  else concat_forward(k, scores, threads);
+}

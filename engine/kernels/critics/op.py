@@ -1,0 +1,228 @@
+"""Critics as differentiable operations: many MLPs at once, and the concat critic without the tensor of all pairs.
+
+    grouped_mlp(inputs, first, rest)    N MLPs of one shape, such as the towers of several separate critics
+    concat_scores(x, y, layers)         f([x; y]) of all pairs in O(tile) memory, forward and backward
+
+Both compute in fp32 (fp64 for fp64 inputs), also under autocast, and are bitwise deterministic for one number of
+threads. Gradients of gradients are not defined. Hidden layers end in ReLU; other activations run as plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from engine.errors import EstimatorError
+from engine.kernels.critics import reference
+from engine.kernels.critics.cpu import flat, grad_shapes, pieces_of, state_size
+from engine.kernels.critics.reference import Layers
+from engine.kernels.registry import backend_for, call, lazy, register
+
+
+def grouped_mlp(inputs: Sequence[Tensor], first: Layers, rest: Layers, activation: str = "relu") -> Tensor:
+    """N MLPs of one shape at once; those that read the same input are one product in their first layer.
+
+    Only outputs of hidden layers are kept for the backward pass.
+
+    Args:
+        inputs: [B, d_i] each.
+        first: for every input the first layers of the n_i MLPs that read it: (weight [n_i, hidden, d_i], bias
+            [n_i, hidden]).
+        rest: further layers, at least one, of all N = sum of n_i MLPs in the inputs' order: (weight [N, out, in], bias
+            [N, out]); the hidden layers have one width.
+        activation: between the layers; see `reference.ACTIVATIONS`.
+
+    Returns:
+        [N, B, out], fp32 (fp64 for fp64).
+
+    Raises:
+        EstimatorError: shapes that do not fit.
+    """
+    inputs = [_exact(x) for x in inputs]
+    first, rest = [(_exact(w), _exact(b)) for w, b in first], [(_exact(w), _exact(b)) for w, b in rest]
+    _check_grouped(inputs, first, rest)
+    backend = _backend(inputs[0], "critics_mlp_forward", activation)
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        if backend == "reference":
+            return reference.grouped_mlp(inputs, first, rest, activation)
+        return _GroupedMLP.apply(len(inputs), *inputs, *_flat(first), *_flat(rest))
+
+
+def concat_scores(x: Tensor, y: Tensor, layers: Layers, activation: str = "relu") -> Tensor:
+    """f([x; y]) on all pairs: `scores[i, j] = f([x_j; y_i])`. The pairs [B · M, dx + dy] are never formed.
+
+    The first layer is split, W [x; y] = W_x x + W_y y; the hidden layers exist for one tile of pairs at a time, and the
+    backward pass computes them again.
+
+    Args:
+        x: [M, dx]. y: [B, dy].
+        layers: (weight [out, in], bias [out]), at least two; the first reads dx + dy, the last has one output, the
+            hidden layers have one width.
+        activation: between the layers; see `reference.ACTIVATIONS`.
+
+    Returns:
+        [B, M], fp32 (fp64 for fp64).
+
+    Raises:
+        EstimatorError: shapes that do not fit.
+    """
+    x, y = _exact(x), _exact(y)
+    layers = [(_exact(w), _exact(b)) for w, b in layers]
+    _check_concat(x, y, layers)
+    backend = _backend(x, "critics_concat_forward", activation)
+    with torch.autocast(x.device.type, enabled=False):
+        if backend == "reference":
+            return reference.concat_scores(x, y, layers, activation)
+        return _ConcatScores.apply(x, y, *_flat(layers))
+
+
+class _GroupedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        inputs, first, rest = tensors[:count], tensors[count : 3 * count], tensors[3 * count :]
+        out, state = call("critics_mlp_forward", inputs[0], inputs[1:], first, rest)
+        ctx.count = count
+        ctx.save_for_backward(state, *inputs, *first[::2], *rest[::2])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        count, needs = ctx.count, ctx.needs_input_grad[1:]
+        state, *saved = ctx.saved_tensors
+        inputs, first, rest = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        wanted = any(needs[:count]), any(needs[count:])
+        with torch.autocast(grad.device.type, enabled=False):
+            found = call("critics_mlp_backward", grad.contiguous(), inputs, first, rest, state, *wanted)
+        pieces = pieces_of(found, grad_shapes(inputs, (*first, *rest), *wanted))
+        of_inputs = pieces[:count] if wanted[0] else [None] * count
+        of_weights = pieces[count if wanted[0] else 0 :] if wanted[1] else [None] * (len(needs) - count)
+        return None, *of_inputs, *of_weights
+
+
+class _ConcatScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, *layers):
+        ctx.save_for_backward(x, y, *layers)
+        return call("critics_concat_forward", x, y, layers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, y, *layers = ctx.saved_tensors
+        wanted = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:])
+        with torch.autocast(grad.device.type, enabled=False):
+            found = call("critics_concat_backward", grad.contiguous(), x, y, layers, *wanted)
+        of_inputs = found[:2] if wanted[0] else [None, None]
+        return *of_inputs, *(found[2 if wanted[0] else 0 :] if wanted[1] else [None] * len(layers))
+
+
+def _backend(x: Tensor, operation: str, activation: str) -> str:
+    if activation != "relu":
+        return "reference"
+    backend = backend_for(x, operation)
+    # the Triton kernels accumulate in fp32
+    return "reference" if backend == "triton" and x.dtype == torch.float64 else backend
+
+
+def _flat(layers: Layers) -> list[Tensor]:
+    return [tensor.contiguous() for layer in layers for tensor in layer]
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _check_grouped(inputs: Sequence[Tensor], first: Layers, rest: Layers) -> None:
+    fits = len(inputs) == len(first) > 0 and len(rest) > 0 and all(x.dim() == 2 for x in inputs)
+    if fits:
+        count, width = sum(len(w) for w, _ in first), first[0][0].shape[1]
+        for x, (weight, bias) in zip(inputs, first, strict=True):
+            fits &= len(x) == len(inputs[0]) and weight.shape == (len(weight), width, x.shape[1])
+            fits &= bias.shape == (len(weight), width)
+        for n, (weight, bias) in enumerate(rest):
+            out = width if n + 1 < len(rest) else weight.shape[1]
+            fits &= weight.shape == (count, out, width) and bias.shape == (count, out)
+    if not fits:
+        raise EstimatorError(
+            "grouped_mlp",
+            f"inputs {_shapes(inputs)}, first layers {_shapes(_all(first))}, further layers {_shapes(_all(rest))}",
+            "inputs [B, d_i]; weights [n_i, hidden, d_i], then [N, hidden, hidden], last [N, out, hidden]",
+            "Stack the layers of MLPs of one shape, in the order of the inputs that they read.",
+        )
+
+
+def _check_concat(x: Tensor, y: Tensor, layers: Layers) -> None:
+    fits = x.dim() == y.dim() == 2 and len(layers) >= 2
+    if fits:
+        hidden = len(layers[0][0])
+        width = x.shape[1] + y.shape[1]
+        for n, (weight, bias) in enumerate(layers):
+            out = hidden if n + 1 < len(layers) else 1
+            fits &= weight.shape == (out, width) and bias.shape == (out,)
+            width = hidden
+    if not fits:
+        raise EstimatorError(
+            "concat_scores",
+            f"x {list(x.shape)}, y {list(y.shape)}, layers {_shapes(_all(layers))}",
+            "x [M, dx], y [B, dy]; weights [hidden, dx + dy], then [hidden, hidden], last [1, hidden]; their biases",
+            "Give the layers of one MLP over [x; y].",
+        )
+
+
+def _all(layers: Layers) -> list[Tensor]:
+    return [tensor for layer in layers for tensor in layer]
+
+
+def _shapes(tensors: Sequence[Tensor]) -> list[list[int]]:
+    return [list(t.shape) for t in tensors]
+
+
+def _fake_mlp_forward(x, more, first, rest):
+    count, width = sum(len(w) for w in first[::2]), rest[-2].shape[1]
+    state = state_size(len(x), count, first[0].shape[1], width, len(rest) // 2)
+    return x.new_empty(count, len(x), width), x.new_empty(state)
+
+
+def _fake_mlp_backward(grad, inputs, first, rest, state, input_grads, weight_grads):
+    return flat(grad, grad_shapes(inputs, (*first, *rest), input_grads, weight_grads))[0]
+
+
+def _fake_concat_backward(grad, x, y, layers, input_grads, weight_grads):
+    found = [torch.empty_like(x), torch.empty_like(y)] if input_grads else []
+    return found + [torch.empty_like(w) for w in layers] if weight_grads else found
+
+
+def _register(name: str, function: str, schema: str, fake) -> None:
+    folder = "engine.kernels.critics"
+    register(name, schema, cpu=lazy(f"{folder}.cpu", function), cuda=lazy(f"{folder}.triton", function), fake=fake)
+
+
+_register(
+    "critics_mlp_forward",
+    "mlp_forward",
+    "(Tensor x, Tensor[] more, Tensor[] first, Tensor[] rest) -> (Tensor, Tensor)",
+    _fake_mlp_forward,
+)
+_register(
+    "critics_mlp_backward",
+    "mlp_backward",
+    "(Tensor grad, Tensor[] inputs, Tensor[] first, Tensor[] rest, Tensor state, bool input_grads,"
+    " bool weight_grads) -> Tensor",
+    _fake_mlp_backward,
+)
+_register(
+    "critics_concat_forward",
+    "concat_forward",
+    "(Tensor x, Tensor y, Tensor[] layers) -> Tensor",
+    lambda x, y, layers: x.new_empty(len(y), len(x)),
+)
+_register(
+    "critics_concat_backward",
+    "concat_backward",
+    "(Tensor grad, Tensor x, Tensor y, Tensor[] layers, bool input_grads, bool weight_grads) -> Tensor[]",
+    _fake_concat_backward,
+)
