@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
+from engine.kernels.cube_mix import op
 from engine.kernels.cube_mix.reference import axis_mix
 
 AXES = ("time", "modality", "channel")
@@ -54,7 +55,7 @@ class AxisMix(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.axis, self.ln_first, self.dropout = axis, ln_first, dropout
+        self.axis, self.activate, self.ln_first, self.dropout = axis, activate, ln_first, dropout
         self.fc1 = nn.Linear(d_in, d_hidden, bias=bias)
         self.act = make_activation(activate)
         self.fc2 = nn.Linear(d_hidden, d_out, bias=bias)
@@ -62,9 +63,7 @@ class AxisMix(nn.Module):
         self.norm = nn.LayerNorm(d_in if ln_first else d_out, eps=LAYER_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return axis_mix(
-            x,
-            self.axis,
+        weights = (
             self.fc1.weight,
             self.fc1.bias,
             self.fc2.weight,
@@ -72,12 +71,12 @@ class AxisMix(nn.Module):
             None if self.residual is None else self.residual.weight,
             self.norm.weight,
             self.norm.bias,
-            activation=self.act,
-            ln_first=self.ln_first,
-            dropout=self.dropout,
-            training=self.training,
-            eps=self.norm.eps,
         )
+        eps = self.norm.eps
+        if self.activate in op.ACTIVATIONS and not (self.training and self.dropout):
+            return op.cube_mix(x, self.axis, *weights, activation=self.activate, ln_first=self.ln_first, eps=eps)
+        settings = {"ln_first": self.ln_first, "dropout": self.dropout, "training": self.training, "eps": eps}
+        return axis_mix(x, self.axis, *weights, activation=self.act, **settings)
 
 
 class CubeBlock(nn.Module):
@@ -141,7 +140,7 @@ class CubeMLP(nn.Module):
 
     @torch.no_grad()
     def start_as_average(self) -> None:
-        """Set the residual projections of a fresh model to averages: output k is the mean of the k-th stretch of inputs.
+        """Set a fresh model's residual projections to averages: output k is the mean of the k-th stretch of inputs.
 
         Where an axis keeps its length that is the identity. The stack then starts near a mean over time, instead of at
         random mixtures of positions and modalities that a first epoch is spent on undoing.

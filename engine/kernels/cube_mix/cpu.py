@@ -1,0 +1,127 @@
+"""Host functions of the compiled kernel: cube_mix.cpp holds the loops."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.errors import OutputError
+from engine.kernels.recurrent import build
+
+SOURCE = Path(__file__).with_name("cube_mix.cpp")
+# In the order of the kernel's tables.
+ACTIVATIONS = ("gelu", "relu", "tanh", "leakyrelu", "elu", "hardtanh", "hardshrink")
+COLUMNS = 64  # columns of a tile, as in cube_mix.cpp
+SHORT = 8  # axes and layers up to this length are computed again in the backward pass instead of kept
+
+log = logging.getLogger("engine")
+
+
+@functools.cache
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernel for float32 or float64, compiled at its first use; None (logged once) where it cannot be had."""
+    try:
+        loaded = ctypes.CDLL(str(build.compiled(SOURCE, dtype)))
+    except (OSError, OutputError, subprocess.SubprocessError, RuntimeError) as cause:
+        log.warning("cube_mix kernel: not available (%s); plain torch runs instead, slower", cause)
+        return None
+    pointer = ctypes.c_void_p
+    head = [pointer, ctypes.c_double, ctypes.c_int, pointer]
+    loaded.cube_mix_forward.argtypes = [*head, *[pointer] * 3]
+    loaded.cube_mix_backward.argtypes = [*head, *[pointer] * 5]
+    loaded.cube_mix_forward.restype = loaded.cube_mix_backward.restype = None
+    return loaded
+
+
+def kept_size(outer: int, inner: int, d_in: int, hidden: int, d_out: int, ln_first: bool) -> int:
+    """Numbers kept for the backward pass."""
+    if max(d_in, hidden, d_out) <= SHORT:
+        return 0
+    tiles = (outer + COLUMNS - 1) // COLUMNS if inner == 1 else outer * ((inner + COLUMNS - 1) // COLUMNS)
+    return tiles * COLUMNS * (hidden if ln_first else hidden + d_out + 1)
+
+
+def forward(
+    x: Tensor,
+    fc1: Tensor,
+    bias1: Tensor | None,
+    fc2: Tensor,
+    bias2: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    activation: str,
+    ln_first: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """x [outer, d_in, inner] -> y [outer, d_out, inner], what the backward pass needs (1-d). float32 or float64."""
+    x = x.contiguous()
+    weights = _contiguous(fc1, bias1, fc2, bias2, residual, scale, shift)
+    outer, d_in, inner = x.shape
+    hidden, d_out = fc1.shape[0], fc2.shape[0]
+    y = x.new_empty(outer, d_out, inner)
+    kept = x.new_empty(kept_size(outer, inner, d_in, hidden, d_out, ln_first))
+    if y.numel():
+        head = _head(x, weights, activation, ln_first, eps, kept)
+        library(x.dtype).cube_mix_forward(*head, x.data_ptr(), y.data_ptr(), kept.data_ptr())
+    return y, kept
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    kept: Tensor,
+    fc1: Tensor,
+    bias1: Tensor | None,
+    fc2: Tensor,
+    bias2: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    activation: str,
+    ln_first: bool,
+    eps: float,
+    need_x: bool,
+) -> list[Tensor]:
+    """Gradients of the weights that are not None, in their order, and after them, where `need_x`, the one of x."""
+    x, dy = x.contiguous(), dy.contiguous()
+    weights = _contiguous(fc1, bias1, fc2, bias2, residual, scale, shift)
+    dx = torch.empty_like(x) if need_x else None
+    if not dy.numel():
+        gradients = [None if w is None else torch.zeros_like(w) for w in weights]
+        dx = None if dx is None else dx.zero_()
+    else:
+        gradients = [None if w is None else torch.empty_like(w) for w in weights]
+        head = _head(x, weights, activation, ln_first, eps, kept)
+        library(x.dtype).cube_mix_backward(
+            *head, dy.data_ptr(), x.data_ptr(), kept.data_ptr(), _pointer(dx), _pointers(gradients)
+        )
+    return [g for g in (*gradients, dx) if g is not None]
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*map(_pointer, tensors))
+
+
+def _head(
+    x: Tensor, weights: Sequence[Tensor | None], activation: str, ln_first: bool, eps: float, kept: Tensor
+) -> tuple[object, ...]:
+    outer, d_in, inner = x.shape
+    hidden, d_out = weights[0].shape[0], weights[2].shape[0]
+    numbers = (outer, inner, d_in, hidden, d_out, ACTIVATIONS.index(activation), int(ln_first), int(kept.numel() > 0))
+    return (ctypes.c_int64 * 8)(*numbers), eps, torch.get_num_threads(), _pointers(weights)

@@ -1,0 +1,237 @@
+"""The cube_mix operation against its formula: values, gradients, registration, determinism."""
+
+import itertools
+
+import pytest
+import torch
+
+from engine.kernels.cube_mix import cpu, op, reference
+from engine.kernels.registry import use_backend
+from engine.model.cubemlp import CubeMLP
+
+NAMES = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "residual_weight", "norm_weight", "norm_bias")
+needs_kernel = pytest.mark.skipif(
+    cpu.library(torch.float32) is None, reason="the kernel needs a C++ compiler; without one the formula runs"
+)
+
+
+def case(shape, axis, hidden, d_out, ln_first=False, bias=True, project=True, dtype=torch.float32, scale=1.0, seed=0):
+    """x and weights for `cube_mix`; without `project`, d_out is the axis' length."""
+    generator = torch.Generator().manual_seed(seed)
+    d_in = shape[axis]
+    d_out = d_out if project else d_in
+    norm = d_in if ln_first else d_out
+
+    def draw(*size):
+        return torch.randn(*size, dtype=torch.float64, generator=generator).mul_(scale).to(dtype)
+
+    x = draw(*shape)
+    weights = [
+        draw(hidden, d_in) / d_in**0.5,
+        draw(hidden) if bias else None,
+        draw(d_out, hidden) / hidden**0.5,
+        draw(d_out) if bias else None,
+        draw(d_out, d_in) / d_in**0.5 if project else None,
+        draw(norm) + 1,
+        draw(norm),
+    ]
+    return x, weights
+
+
+def run(backend, x, weights, axis, cotangent=None, dtype=None, **settings):
+    """Value and gradients of x and all weights, in `dtype`."""
+    leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, *weights)]
+    with use_backend(backend):
+        y = op.cube_mix(leaves[0], axis, *leaves[1:], **settings)
+        cotangent = torch.ones_like(y) if cotangent is None else cotangent.to(y.dtype)
+        gradients = torch.autograd.grad(y, [t for t in leaves if t is not None], cotangent)
+    return [y.detach(), *gradients]
+
+
+def assert_as_good_as_torch(x, weights, axis, tolerance=2e-5, **settings):
+    """|kernel - fp64| <= |torch in fp32 - fp64| + tolerance, relative to the largest element, elementwise."""
+    with torch.no_grad():
+        shape = reference.axis_mix(
+            x, axis, *weights, activation=torch.relu, ln_first=settings.get("ln_first", False)
+        ).shape
+    cotangent = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    exact = run("reference", x, weights, axis, cotangent, torch.float64, **settings)
+    torchs = run("reference", x, weights, axis, cotangent, **settings)
+    found = run("cpu", x, weights, axis, cotangent, **settings)
+    for name, e, t, f in zip(("y", "x", *NAMES), exact, torchs, found, strict=False):
+        # LayerNorm over two or three elements is ill-conditioned: how much is seen by torch's own worst error
+        slack = tolerance * e.abs().max() + (t - e).abs().max()
+        assert ((f - e).abs() <= (t - e).abs() + slack).all(), (
+            f"{name}: {(f - e).abs().max():.2e} of {e.abs().max():.2e}"
+        )
+
+
+SHAPES = [
+    ((2, 100, 3, 128), 1, 50, 50),
+    ((3, 5, 3, 128), 2, 3, 3),
+    ((2, 5, 3, 128), 3, 128, 128),
+    ((1, 1, 1, 1), 1, 1, 1),
+    ((7, 9, 2, 5), 1, 4, 6),
+    ((7, 9, 4, 5), 2, 17, 33),
+    ((13, 5, 1, 31), 3, 40, 65),
+    ((65, 2, 1, 17), 3, 16, 16),
+    ((3, 16, 1, 65), 1, 7, 16),
+    ((2, 6, 3, 1), 1, 5, 6),
+    ((64, 1, 1, 8), -1, 8, 8),
+    ((257, 1, 1, 9), 3, 3, 2),
+]
+
+
+@needs_kernel
+@pytest.mark.parametrize("ln_first", [False, True])
+@pytest.mark.parametrize("shape, axis, hidden, d_out", SHAPES)
+def test_shapes(shape, axis, hidden, d_out, ln_first):
+    for bias, project in ((True, True), (False, False)):
+        x, weights = case(shape, axis, hidden, d_out, ln_first, bias, project)
+        assert_as_good_as_torch(x, weights, axis, ln_first=ln_first)
+
+
+@needs_kernel
+@pytest.mark.parametrize("activation", op.ACTIVATIONS)
+def test_activations(activation):
+    x, weights = case((3, 9, 2, 5), 1, 8, 6, scale=1.5)
+    x[0, 0] = 0  # a kink or two
+    assert_as_good_as_torch(x, weights, 1, activation=activation)
+
+
+@needs_kernel
+@pytest.mark.parametrize("scale", [1e-4, 30.0, 1e4])
+def test_small_and_large_values_stay_finite(scale):
+    x, weights = case((3, 9, 2, 5), 1, 8, 6)
+    for activation in op.ACTIVATIONS:
+        found = run("cpu", x * scale, weights, 1, activation=activation)
+        assert all(t.isfinite().all() for t in found)
+    assert_as_good_as_torch(x * scale, weights, 1, activation="gelu")
+
+
+@needs_kernel
+def test_gelu_is_the_exact_one_everywhere():
+    """Against x erfc(-x / sqrt 2) / 2, which keeps its digits in the tail; what exp(-x² / 2) loses by rounding grows
+    with x². An axis of one element, of which the norm at the start leaves the shift alone, hides nothing."""
+    u = torch.linspace(-12, 12, 101)
+    one, zero = torch.ones(1, 1), torch.zeros(1, 1, 1, 1)
+    settings = {"activation": "gelu", "ln_first": True}
+    found = [op.cube_mix(zero, 1, one, None, one, None, None, one[0], shift, **settings) for shift in u[:, None]]
+    x = u.double()
+    exact = x / 2 * torch.special.erfc(-x / 2**0.5)
+    error = (torch.stack(found).flatten().double() - exact).abs()
+    assert (error <= exact.abs() * (5e-7 + 6e-8 * x**2)).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("ln_first", [False, True])
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_gradcheck(backend, ln_first, axis):
+    if backend == "cpu" and cpu.library(torch.float64) is None:
+        pytest.skip("the kernel needs a C++ compiler")
+    for bias, project, activation in ((True, True, "gelu"), (False, False, "tanh")):
+        x, weights = case((2, 4, 5, 3), axis, 3, 4, ln_first, bias, project, torch.float64)
+        leaves = [t.requires_grad_() for t in (x, *weights) if t is not None]
+
+        def function(*given, axis=axis, weights=weights, activation=activation):
+            given = iter(given)
+            x, *w = next(given), *(None if t is None else next(given) for t in weights)
+            return op.cube_mix(x, axis, *w, activation=activation, ln_first=ln_first)
+
+        with use_backend(backend):
+            assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@needs_kernel
+def test_opcheck():
+    for ln_first, bias, project in itertools.product((False, True), repeat=3):
+        x, weights = case((2, 9, 2, 5), 1, 4, 6, ln_first, bias, project)
+        x = x.flatten(2)
+        settings = ("gelu", ln_first, 1e-6)
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(torch.ops.engine.cube_mix_forward, (x, *weights, *settings), test_utils=tests)
+        y, kept = torch.ops.engine.cube_mix_forward(x, *weights, *settings)
+        for need_x in (False, True):
+            arguments = (torch.ones_like(y), x, kept, *weights, *settings, need_x)
+            torch.library.opcheck(torch.ops.engine.cube_mix_backward, arguments, test_utils=tests)
+
+
+@needs_kernel
+def test_compiles_to_one_graph():
+    torch.manual_seed(0)
+    model = CubeMLP((9, 3, 8), [(4, 3, 8)], [(4, 3, 8)], res_project=[True])
+    x = torch.randn(2, 9, 3, 8)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected, found = model(a), compiled(b)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    assert torch.equal(a.grad, b.grad)
+
+
+@needs_kernel
+def test_bitwise_determinism_whatever_the_number_of_threads():
+    threads = torch.get_num_threads()
+    x, weights = case((9, 20, 3, 16), 1, 12, 10)
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(run("cpu", x, weights, 1))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_kernel
+def test_strided_input_and_cotangent():
+    x, weights = case((4, 9, 3, 8), 1, 5, 6)
+    strided = x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    assert not strided.is_contiguous()
+    cotangent = torch.randn(8, 3, 6, 4).permute(3, 2, 1, 0)
+    for a, b in zip(run("cpu", x, weights, 1, cotangent), run("cpu", strided, weights, 1, cotangent), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_kernel
+def test_a_batch_without_rows():
+    x, weights = case((0, 9, 3, 8), 1, 5, 6)
+    y, dx, *gradients = run("cpu", x, weights, 1)
+    assert y.shape == (0, 6, 3, 8) and dx.shape == x.shape
+    assert all((g == 0).all() for g in gradients)
+
+
+@needs_kernel
+def test_autocast_runs_in_fp32():
+    x, weights = case((4, 9, 3, 8), 1, 5, 6)
+    expected = run("cpu", x, weights, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run("cpu", x, weights, 1)
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@needs_kernel
+def test_gradients_only_where_wanted():
+    x, weights = case((4, 9, 3, 8), 1, 5, 6)
+    weights[0].requires_grad_()
+    op.cube_mix(x, 1, *weights).sum().backward()
+    assert weights[0].grad is not None and x.grad is None
+
+
+def test_without_a_compiler_the_formula_runs(monkeypatch):
+    monkeypatch.setattr(op, "_single", lambda: False)
+    x, weights = case((2, 9, 3, 8), 1, 5, 6)
+    expected = reference.axis_mix(x, 1, *weights, activation=torch.nn.functional.gelu)
+    assert torch.equal(op.cube_mix(x, 1, *weights), expected)
+
+
+def test_errors_name_the_weight():
+    x, weights = case((2, 9, 3, 8), 1, 5, 6)
+    with pytest.raises(ValueError, match="silu"):
+        op.cube_mix(x, 1, *weights, activation="silu")
+    with pytest.raises(ValueError, match="fc1_weight"):
+        op.cube_mix(x, 2, *weights)
+    with pytest.raises(ValueError, match="residual_weight"):
+        op.cube_mix(x, 1, *weights[:4], None, *weights[5:])
