@@ -14,11 +14,17 @@ demo: $(READY)
 	$(BIN)/engine demo --out runs/demo
 	@echo "open $(CURDIR)/runs/demo/report.html"
 
-test: lint
-	$(BIN)/pytest
+# Three processes: triton's interpreter and its compiler exclude each other, and neither should slow the rest down.
+# One worker a core, each on one thread: small tensors gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
 
-test-all: lint
-	$(BIN)/pytest --slow
+test: lint
+	$(PYTEST) --ignore=tests/interpret --ignore=tests/aot $(SLOW)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpret $(SLOW)
+	$(PYTEST) tests/aot $(SLOW)
+
+test-all: SLOW := --slow
+test-all: test
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ _HOME = {
     "estimate_mi": "engine.estimate",
     "estimate_cmi": "engine.conditional",
     "register_fusion": "engine.model.fusion",
+    "use_backend": "engine.kernels.registry",
     "EngineError": "engine.errors",
 }
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from engine.config import load_config as load_config
     from engine.errors import EngineError as EngineError
     from engine.estimate import estimate_mi as estimate_mi
+    from engine.kernels.registry import use_backend as use_backend
     from engine.model.cmi import CMIEstimator as CMIEstimator
     from engine.model.estimators import MIEstimator as MIEstimator
     from engine.model.fusion import register_fusion as register_fusion

@@ -14,3 +14,11 @@ def triton_backend():
     with use_backend("triton"):
         yield
     torch.set_num_threads(threads)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Where triton is not installed every module is skipped, which pytest takes for a mistake in the call."""
+    from engine.kernels.registry import has_triton
+
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and not has_triton():
+        session.exitstatus = pytest.ExitCode.OK

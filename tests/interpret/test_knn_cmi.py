@@ -7,8 +7,8 @@ from tests.interpret.guards import Guards, require_interpreter
 
 require_interpreter()
 
-from engine.kernels.knn_product import Bank, ProductSampler, product_indices, reference  # noqa: E402  # noqa: E402
-from engine.kernels.knn_product import triton as kernels  # noqa: E402
+from engine.kernels.knn_product import Bank, ProductSampler, product_indices, reference
+from engine.kernels.knn_product import triton as kernels
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -307,8 +307,8 @@ def _mixture(blocks: Blocks, log_baseline: Tensor, alpha: float) -> tuple[Tensor
         log_others = math.log(scores.shape[2] - 1)
         # Relative to the joint score: what is summed is then small, however large the joint score.
         loo = _leave_one_out(scores - diagonal)
-        rest[:, begin:end] = (loo.gather(2, mask.columns) + diagonal)[..., 0]
         joint[:, begin:end] = diagonal[..., 0]
+        rest[:, begin:end] = scores.scatter_(2, mask.columns, -math.inf).logsumexp(2)
         loo.sub_(log_others)
         logit = loo + (diagonal - a + (log_alpha - log_beta))
         excess_block = torch.logaddexp(loo + log_alpha, log_beta + a - diagonal)
@@ -326,9 +326,13 @@ def _mixture_gradient(
     pairs = count * (count - 1)
     log_alpha, log_beta = log_weights(alpha)
     columns = _Mask(scores, begin, None, False).columns
-    loo = _leave_one_out(scores)
-    odds = loo + (log_alpha - log_beta - math.log(count - 1) - log_baseline[:, begin:end, None])
-    mixed = _leave_one_out((logsigmoid(odds) - loo).scatter_(2, columns, -math.inf))
     marginal = (scores + (weight - rest)[:, begin:end, None]).exp_().scatter_(2, columns, 0)
+    joint = scores.gather(2, columns)
+    # Relative to the joint score, as in the value: e^(S - L) keeps the more digits the smaller S is.
+    scores = scores.sub_(joint)
+    loo = _leave_one_out(scores)
+    constant = log_alpha - log_beta - math.log(count - 1)
+    odds = loo + (joint - log_baseline[:, begin:end, None] + constant)
+    mixed = _leave_one_out((logsigmoid(odds) - loo).scatter_(2, columns, -math.inf))
     gradient = mixed.add_(scores).exp_().mul_(-1 / pairs).sub_(marginal, alpha=1 / count)
     return gradient.scatter_add_(2, columns, torch.full_like(columns, 1, dtype=scores.dtype) / count)

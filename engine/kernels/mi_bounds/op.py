@@ -28,9 +28,6 @@ from engine.kernels.registry import backend_for, call, interpreting, lazy, regis
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# Up to here one GPU block holds all scores of a group and computes value and gradient in one launch.
-SMALL_BATCH, SMALL_WIDTH = 128, 128
-
 
 def infonce(
     q: Tensor,
@@ -96,7 +93,7 @@ def infonce(
     backend = _backend(q)
     if backend == "reference":
         losses = reference.infonce_losses(q, k, scale, positives, exclude_self, symmetric)
-    elif reduction != "none" and not symmetric and _wants_grad(q, k, scale) and _fuses(backend, q, k):
+    elif reduction != "none" and not symmetric and _wants_grad(q, k, scale) and backend == "cpu":
         mean = _FusedInfoNCE.apply(q, k, scale, positives, exclude_self)
         result = mean * rows if reduction == "sum" else mean
         return result if grouped else result[0]
@@ -155,7 +152,8 @@ def mi_lower_bound(
         q, k, scale = _prepare(where, scores_or_q, k, temperature)
         groups, count, _ = q.shape
         if k.shape != q.shape:
-            raise _shapes(where, scores_or_q, k, "as many rows in both")
+            expected = "as many rows in both"
+            raise EstimatorError(where, f"{count} rows and {k.shape[1]}", expected, "Give x and y of the same samples.")
     if count < 2:
         raise EstimatorError(where, f"a batch of {count}", "at least 2 samples", "Drop the last short batch.")
     first = scores if k is None else q
@@ -179,13 +177,13 @@ def mi_lower_bound(
     elif k is None:
         value, ema = _ScoreBound.apply(scores, a, ema, *settings)
     elif bound == "infonce":
-        fused = _wants_grad(q, k, scale) and _fuses(backend, q, k)
+        fused = _wants_grad(q, k, scale) and backend == "cpu"
         loss = (
             _FusedInfoNCE.apply(q, k, scale, None, False) if fused else _InfoNCE.apply(q, k, scale, None, False, False)
         )
         value = math.log(count) - (loss if fused else loss.mean(-1))
     else:
-        fused = bound != "interpolate" and _wants_grad(q, k, scale, a) and _fuses(backend, q, k)
+        fused = bound != "interpolate" and _wants_grad(q, k, scale, a) and backend == "cpu"
         value, ema = _Bound.apply(q, k, scale, a, ema, *settings, fused)
     if not grouped:
         value, ema = value[0], ema[0]
@@ -381,11 +379,6 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _fuses(backend: str, q: Tensor, k: Tensor) -> bool:
-    """Whether the gradient's sums come out of the forward: on the CPU always, on the GPU where one block holds all."""
-    return backend == "cpu" or (max(q.shape[1], k.shape[1]) <= SMALL_BATCH and q.shape[2] <= SMALL_WIDTH)
-
-
 def _like(tensor: Tensor, *shape: int) -> Tensor:
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return tensor.new_empty(shape, dtype=dtype)
@@ -410,7 +403,9 @@ def _fake_mixture(first, *rest):
 
 def _register(name: str, function: str, schema: str, fake) -> None:
     folder = "engine.kernels.mi_bounds"
-    register(name, schema, cpu=lazy(f"{folder}.cpu", function), cuda=lazy(f"{folder}.triton", function), fake=fake)
+    # a GPU program that owns all rows of a group would not fit in its registers: there the backward recomputes
+    cuda = None if name == "mi_fused" else lazy(f"{folder}.triton", function)
+    register(name, schema, cpu=lazy(f"{folder}.cpu", function), cuda=cuda, fake=fake)
 
 
 _SOURCE = "Tensor q, Tensor k, Tensor scale, Tensor? positives, bool exclude_self"

@@ -1,0 +1,146 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import engine
+from engine.errors import ConfigError
+from engine.kernels import registry
+from engine.kernels.registry import LIB, backend_for, call, use_backend
+
+
+@pytest.fixture(scope="module")
+def scaled() -> str:
+    """A small operation: a * s on the CPU."""
+    name = "test_registry_scaled"
+    registry.register(
+        name, "(Tensor a, float s) -> Tensor", cpu=lambda a, s: a * s, fake=lambda a, s: torch.empty_like(a)
+    )
+    return name
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_an_operation_is_one_node_of_a_compiled_graph(scaled):
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    a = torch.randn(3)
+    compiled = torch.compile(lambda a: call(scaled, a, 2.0) + 1, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(a), 2 * a + 1)
+    assert f"engine.{scaled}" in seen[0] and len(seen) == 2
+
+
+def test_opcheck(scaled):
+    torch.library.opcheck(getattr(torch.ops.engine, scaled).default, (torch.randn(3), 2.0))
+
+
+def test_dispatch_modes_see_the_operation(scaled):
+    with torch._subclasses.FakeTensorMode() as mode:
+        out = call(scaled, mode.from_tensor(torch.randn(3)), 2.0)
+    assert isinstance(out, torch._subclasses.FakeTensor) and out.shape == (3,)
+
+
+def test_autocast_does_not_reach_into_a_host_function():
+    name = "test_registry_product"
+    registry.register(name, "(Tensor a) -> Tensor", cpu=lambda a: a @ a, fake=torch.empty_like)
+    a = torch.randn(4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (a @ a).dtype == torch.bfloat16
+        assert call(name, a).dtype == torch.float32
+        assert getattr(torch.ops.engine, name)(a).dtype == torch.float32
+
+
+def test_setting_and_block():
+    tensor = torch.zeros(1)
+    with use_backend("auto"):
+        assert backend_for(tensor) == "cpu"
+        with use_backend("reference"):
+            assert backend_for(tensor) == "reference"
+            with use_backend("cpu"):
+                assert backend_for(tensor) == "cpu"
+            assert backend_for(tensor) == "reference"
+        assert backend_for(tensor) == "cpu"
+
+
+def test_setting_outlives_an_error():
+    with pytest.raises(ZeroDivisionError), use_backend("reference"):
+        raise ZeroDivisionError
+    assert backend_for(torch.zeros(1)) != "reference"
+
+
+def test_public_name():
+    assert engine.use_backend is use_backend
+
+
+def test_a_device_without_kernels_gets_the_reference(monkeypatch):
+    with use_backend("auto"):
+        assert backend_for(torch.empty(1, device="meta")) == "reference"
+    with use_backend("cpu"), pytest.raises(ConfigError, match="a tensor on meta"):
+        backend_for(torch.empty(1, device="meta"))
+
+
+def test_unknown_backend():
+    with pytest.raises(ConfigError, match="'gpu'; expected one of auto, triton, cpu, reference"):
+        use_backend("gpu")
+
+
+def test_triton_on_the_cpu_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(registry, "has_triton", lambda: True)
+    with use_backend("triton"), pytest.raises(ConfigError, match="a tensor on cpu"):
+        backend_for(torch.zeros(1))
+
+
+def test_missing_triton_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(registry, "has_triton", lambda: False)
+    with pytest.raises(ConfigError, match="no triton"):
+        use_backend("triton")
+
+
+def test_an_operation_without_kernels_is_told(scaled, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(registry, "has_triton", lambda: True)
+    with use_backend("triton"), pytest.raises(ConfigError, match="has no Triton kernel"):
+        backend_for(torch.zeros(1), scaled)
+
+
+def test_auto_says_once_what_it_chose(caplog, monkeypatch):
+    monkeypatch.setattr(registry, "_told", set())
+    with caplog.at_level(logging.INFO, logger="engine"), use_backend("auto"):
+        backend_for(torch.zeros(1))
+        backend_for(torch.zeros(1))
+    assert [record.message for record in caplog.records] == ["kernels on cpu tensors: backend cpu (CPU tensors)"]
+
+
+def test_environment_variable():
+    code = "import torch, engine.kernels.registry as r; print(r.backend_for(torch.zeros(1)))"
+    assert run(code, ENGINE_BACKEND="reference").stdout.strip() == "reference"
+    wrong = run(code, ENGINE_BACKEND="fastest")
+    assert wrong.returncode and "ENGINE_BACKEND: found 'fastest'" in wrong.stderr
+
+
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys, json, engine.kernels; from engine.kernels import infonce, mi_lower_bound, use_backend\n"
+        "import torch; infonce(torch.randn(4, 2), torch.randn(4, 2))\n"
+        "print(json.dumps([m for m in ('triton', 'numba', 'transformers', 'sklearn') if m in sys.modules]))"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
+
+
+def test_library_is_the_projects_own():
+    assert LIB.ns == "engine"
