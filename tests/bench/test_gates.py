@@ -21,13 +21,13 @@ def test_twenty_faithful_steps_equal_the_baseline():
 
 
 def test_a_wrong_estimate_turns_the_gates_red(monkeypatch):
-    from engine.model.mimrl import MIMRL
+    from engine.model.mimrl import MIMRL, ModelOutput
 
     forward = MIMRL.forward
 
     def wrong(self, batch):
         prediction, features = forward(self, batch)
-        return prediction, features | {"T": features["T"] * 1.01}
+        return ModelOutput(prediction, features | {"T": features["T"] * 1.01})
 
     monkeypatch.setattr(MIMRL, "forward", wrong)
     for name in ("epoch_fast", "epoch_faithful"):

@@ -249,7 +249,7 @@ class ProductSampler:
                 "objective.k_neighbor", f"k_neighbor {k} with a batch of {batch_size}", "k_neighbor <= batch size",
                 "Lower objective.k_neighbor or raise batch_size.",
             )  # fmt: skip
-        groups: dict[str, list[Any]] = {}
+        terms, groups = list(terms), {}
         for term in terms:
             groups.setdefault(term.given, []).append(term)
         sizes = [1 if self.shared else len(members) for members in groups.values()]
@@ -268,7 +268,7 @@ class ProductSampler:
                 rows[str(term)] = ProductRows(
                     x.index_select(0, taken), y.index_select(0, asked), z.index_select(0, asked), k
                 )
-        return rows
+        return {str(term): rows[str(term)] for term in terms}
 
     def _neighbours(self, given: str, query: Tensor, key: Tensor) -> Tensor:
         if given in self.discrete:
