@@ -32,7 +32,7 @@ MIXTURE = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 8, "num_sta
 MIXTURE_GRADIENTS = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 1}
 # The same for fp32. tf32x3 holds each factor twice: larger tiles would spill on sm_80.
 STATISTICS_FP32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
-GRADIENTS_FP32 = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
+GRADIENTS_FP32 = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 32, "num_warps": 8, "num_stages": 1}
 MIXTURE_GRADIENTS_FP32 = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1}
 SCORES = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 # Columns of dq or dk that one program accumulates; wider embeddings take several programs.
