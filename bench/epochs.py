@@ -29,7 +29,7 @@ from engine.objective import MIMRL_ESTIMATORS, mimrl_objective
 from engine.step import TwoStageStep
 from engine.trainer import train
 
-SAMPLES, QUICK_SAMPLES = 256, 64
+SAMPLES, QUICK_SAMPLES = 256, 32
 HELD_OUT = 4  # samples of valid and test, which are not timed
 GEMM = 2048
 
