@@ -30,7 +30,7 @@ STATISTICS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 8, "num_
 GRADIENTS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
 MIXTURE = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 1}
 MIXTURE_GRADIENTS = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 1}
-# The same for fp32. tf32x3 holds each factor twice: larger tiles would spill on sm_80.
+# The same for fp32 (gradients: for tf32x3). Larger tiles spill: tf32x3 holds each factor twice.
 STATISTICS_FP32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
 GRADIENTS_FP32 = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 32, "num_warps": 8, "num_stages": 1}
 MIXTURE_GRADIENTS_FP32 = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1}
@@ -467,7 +467,7 @@ def gradients(
     both = col_weight is not None
     width = q.shape[2]
     block_w = _width_block(width)
-    config = GRADIENTS_FP32 if q.dtype == torch.float32 else GRADIENTS
+    config = GRADIENTS_FP32 if _dot(q)["PRECISION"] == "tf32x3" else GRADIENTS
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     for own, other, own_side, other_side, out, owns_rows in (
         (q, k, row, column, dq, True),
@@ -640,7 +640,7 @@ def aot_cases() -> list[AotCase]:
                     **dot, **absent, "HAS_OWN": has_own, "HAS_OTHER": has_other, "IS_SIGMOID": is_sigmoid,
                     "OWNS_ROWS": owns_rows, "POSITIVES": DIAGONAL, "EXCLUDE_SELF": False, "BLOCK_W": MAX_WIDTH,
                 },
-                GRADIENTS if element == "bf16" else GRADIENTS_FP32,
+                GRADIENTS_FP32 if dtype == "fp32" else GRADIENTS,
                 quick=quick and variant in ("rows", "columns"),
             )  # fmt: skip
         add(
@@ -652,7 +652,7 @@ def aot_cases() -> list[AotCase]:
             },
             {**dot, **weights, "GIVEN": False},
             MIXTURE,
-            quick=quick,
+            quick=dtype == "fp32",
         )  # fmt: skip
         for owns_rows in (True, False):
             add(
@@ -664,7 +664,7 @@ def aot_cases() -> list[AotCase]:
                 },
                 {**dot, **weights, "OWNS_ROWS": owns_rows, "BLOCK_W": MAX_WIDTH},
                 MIXTURE_GRADIENTS if element == "bf16" else MIXTURE_GRADIENTS_FP32,
-                quick=quick,
+                quick=dtype == "fp32",
             )  # fmt: skip
 
     given = {"q_ptr": "*fp32", "k_ptr": "*fp32", "scale_ptr": "*fp32"}
