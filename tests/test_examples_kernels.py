@@ -1,14 +1,21 @@
 """The outsider's scripts: trained with the operation and with the eager loss they end at the same loss."""
 
 import importlib.util
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+import engine
+from engine import kernels
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+PAGE = (EXAMPLES.parent / "docs" / "kernels.md").read_text()
 
 
 def example(name: str) -> ModuleType:
@@ -41,3 +48,36 @@ def test_scripts_run(name):
     done = subprocess.run([sys.executable, EXAMPLES / f"{name}.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "nats" in done.stdout.splitlines()[-2]
+
+
+def test_code_of_the_page_runs():
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    assert len(blocks) == 3
+    space = {"x": torch.ones(3)}
+    with kernels.use_backend("auto"):
+        for block in blocks:
+            exec(block.replace("    ...\n", "    pass\n"), space)
+    assert torch.equal(space["y"], torch.full((3,), 2.0))
+    assert space["q"].grad.isfinite().all()
+
+
+def test_calls_of_the_page_run():
+    table = PAGE.split("## What you have")[1].split("\n\n")[1]
+    calls = [c for c in re.findall(r"`([^`]+)`", table) if "infonce(" in c or "mi_lower_bound(" in c]
+    assert len(calls) >= 8
+    size, width = 6, 4
+    for code in calls:
+        space = {"torch": torch, "infonce": kernels.infonce, "mi_lower_bound": kernels.mi_lower_bound, "B": size}
+        names = ("z1", "z2", "image", "text", "q", "k", "queue", "prediction", "future")
+        space |= {name: torch.randn(size, width) for name in names}
+        space |= {"z": torch.randn(2 * size, width), "scores": torch.randn(size, size), "a": torch.randn(size, 1)}
+        space |= {"log_temperature": torch.zeros(()), "log_ema": torch.tensor(-math.inf)}
+        exec(code, space)
+
+
+def test_names_of_the_page_exist():
+    for name in re.findall(r"`engine\.([\w.]+)", PAGE):
+        thing = engine
+        for part in name.split("."):
+            thing = getattr(thing, part)
+    assert all(f"`{name}" in PAGE or f"{name}(" in PAGE for name in kernels.__all__)

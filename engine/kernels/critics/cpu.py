@@ -43,10 +43,9 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     return loaded
 
 
-def state_size(rows: int, count: int, hidden: int, width: int, layers: int) -> int:
-    """Numbers of `state`: outputs of the hidden layers of `count` MLPs of output width `width`, and room for the
-    gradients of all layers: one large allocation can be reused from step to step, several are given back."""
-    return count * -(-rows // LANES) * LANES * (2 * layers * hidden + width)
+def state_size(rows: int, count: int, hidden: int, layers: int) -> int:
+    """Numbers of `state`: outputs of the hidden layers of `count` MLPs."""
+    return layers * count * hidden * -(-rows // LANES) * LANES
 
 
 def mlp_forward(
@@ -55,12 +54,12 @@ def mlp_forward(
     """`reference.grouped_mlp` of inputs [x, *more]; weights and biases alternate in `first` and `rest`.
 
     Returns:
-        out [N, B, n], and `state` (1-d), which the backward pass needs and uses as its workspace.
+        out [N, B, n], and `state` (1-d), which the backward pass needs.
     """
     inputs = [t.contiguous() for t in (x, *more)]
     rows, count, hidden, width = len(x), sum(len(w) for w in first[::2]), first[0].shape[1], rest[-2].shape[1]
     out = x.new_empty(count, rows, width)
-    state = x.new_empty(state_size(rows, count, hidden, width, len(rest) // 2))
+    state = x.new_empty(state_size(rows, count, hidden, len(rest) // 2))
     if library(x.dtype) is None:
         _plain_forward(inputs, first, rest, out, _layers(state, len(rest) // 2, count, rows, hidden))
     else:

@@ -199,9 +199,9 @@ struct Grouped {
     if (layer == 0) return weights[2 * input[n] + 1] + place[n] * hidden;
     return weights[2 * (inputs + layer - 1) + 1] + n * rows(layer);
   }
-  // a block of a layer of a tower, in memory that holds the hidden layers and possibly, after them, the last
-  T* block(T* memory, int64_t layer, int64_t n, int64_t b) const {
-    return memory + (layer * towers * hidden + n * rows(layer)) * blocks.padded + blocks.begin(b) * rows(layer);
+  // a block of a hidden layer of a tower
+  T* block(int64_t layer, int64_t n, int64_t b) const {
+    return state + ((layer * towers + n) * blocks.padded + blocks.begin(b)) * hidden;
   }
 };
 
@@ -224,7 +224,7 @@ void forward(const Grouped& g, T* out, int threads) {
       const int64_t n = t / blocks.count, b = t % blocks.count, width = blocks.width(b), i = g.input[n];
       const T* in = turned.get() + offset[i] + blocks.begin(b) * g.dims[i];
       for (int64_t layer = 0; layer <= g.layers; layer++) {
-        T* to = layer < g.layers ? g.block(g.state, layer, n, b) : last.get();
+        T* to = layer < g.layers ? g.block(layer, n, b) : last.get();
         dense(g.weight(layer, n), g.bias(layer, n), in, to, g.rows(layer), g.depth(layer, n), width, layer < g.layers);
         in = to;
       }
@@ -234,72 +234,105 @@ void forward(const Grouped& g, T* out, int threads) {
 }
 
 // Gradients of weights (dw null: not wanted) and inputs (dx null).
-void backward(const Grouped& g, const T* grad, T* const* dx, T* const* dw, int threads) {
-  const Blocks& blocks = g.blocks;
-  T* work = g.state + g.layers * g.towers * g.hidden * blocks.padded;  // gradients of all layers' outputs
-  const int64_t last = g.layers;
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < g.towers * blocks.count; t++) {
-      const int64_t n = t / blocks.count, b = t % blocks.count, width = blocks.width(b);
-      transpose(grad + (n * g.batch + blocks.begin(b)) * g.out, g.out, g.block(work, last, n, b), width, blocks.size(b),
-                g.out, width);
-      for (int64_t layer = last; layer > 0; layer--)
-        dense_backward(g.weight(layer, n), g.block(work, layer, n, b), g.block(g.state, layer - 1, n, b),
-                       g.block(work, layer - 1, n, b), g.rows(layer), g.hidden, width);
+struct Backward {
+  const Grouped& g;
+  const T* grad;
+  T *const *dx, *const *dw;
+  Buffer first;  // gradients of the first layers' outputs, which those of the inputs are sums of
+
+  Backward(const Grouped& g, const T* grad, T* const* dx, T* const* dw)
+      : g(g), grad(grad), dx(dx), dw(dw), first(buffer(g.towers * g.hidden * g.blocks.padded)) {}
+
+  // gradients of a tower's further layers take this much memory
+  int64_t tower_size() const { return ((g.layers - 1) * g.hidden + g.out) * g.blocks.padded; }
+  T* block(T* memory, int64_t layer, int64_t n, int64_t b) const {
+    T* at = layer ? memory + (layer - 1) * g.hidden * g.blocks.padded : first.get() + n * g.hidden * g.blocks.padded;
+    return at + g.blocks.begin(b) * g.rows(layer);
+  }
+
+  void chain(T* memory, int64_t n, int64_t b) const {
+    const int64_t width = g.blocks.width(b);
+    transpose(grad + (n * g.batch + g.blocks.begin(b)) * g.out, g.out, block(memory, g.layers, n, b), width,
+              g.blocks.size(b), g.out, width);
+    for (int64_t layer = g.layers; layer > 0; layer--)
+      dense_backward(g.weight(layer, n), block(memory, layer, n, b), g.block(layer - 1, n, b),
+                     block(memory, layer - 1, n, b), g.rows(layer), g.hidden, width);
+  }
+
+  void weights(T* memory, int64_t layer, int64_t n, T* samples) const {
+    const Blocks& blocks = g.blocks;
+    const int64_t rows = g.rows(layer), depth = g.depth(layer, n);
+    const int64_t stack = layer ? g.inputs + layer - 1 : g.input[n], at = layer ? n : g.place[n];
+    T* of_weight = dw[2 * stack] + at * rows * depth;
+    T* of_bias = dw[2 * stack + 1] + at * rows;
+    std::fill(of_bias, of_bias + rows, T(0));
+    std::vector<Part> parts(blocks.count);
+    for (int64_t b = 0; b < blocks.count; b++) {
+      const T* d = block(memory, layer, n, b);
+      parts[b] = {d, blocks.width(b), samples + blocks.begin(b) * PANEL, blocks.width(b)};
+      row_sums(d, rows, blocks.width(b), of_bias);
     }
-    if (dw) {
-      const Buffer samples = buffer(blocks.padded * PANEL);
-      std::vector<Part> parts(blocks.count);
-#pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t t = 0; t < (last + 1) * g.towers; t++) {
-        // the layers in the middle are the largest: the first go last
-        const int64_t layer = last - t / g.towers, n = t % g.towers;
-        const int64_t rows = g.rows(layer), depth = g.depth(layer, n);
-        const int64_t stack = layer ? g.inputs + layer - 1 : g.input[n], at = layer ? n : g.place[n];
-        T* of_weight = dw[2 * stack] + at * rows * depth;
-        T* of_bias = dw[2 * stack + 1] + at * rows;
-        std::fill(of_bias, of_bias + rows, T(0));
-        for (int64_t b = 0; b < blocks.count; b++) {
-          const T* d = g.block(work, layer, n, b);
-          parts[b] = {d, blocks.width(b), samples.get() + blocks.begin(b) * PANEL, blocks.width(b)};
-          row_sums(d, rows, blocks.width(b), of_bias);
-        }
-        for (int64_t c = 0; c < depth; c += PANEL) {
-          const int64_t columns = std::min(PANEL, depth - c);
-          for (int64_t b = 0; b < blocks.count; b++) {
-            T* to = samples.get() + blocks.begin(b) * PANEL;
-            if (layer) {
-              const T* h = g.block(g.state, layer - 1, n, b) + c * blocks.width(b);
-              transpose(h, blocks.width(b), to, PANEL, columns, blocks.width(b), round_up(columns, W));
-            } else {
-              std::fill(to, to + blocks.width(b) * PANEL, T(0));
-              for (int64_t r = 0; r < blocks.size(b); r++)
-                std::copy_n(g.x[g.input[n]] + (blocks.begin(b) + r) * depth + c, columns, to + r * PANEL);
-            }
-          }
-          product<false>(parts.data(), int(blocks.count), rows, (columns + W - 1) / W, PANEL, of_weight + c, depth,
-                         [=](T* at, int64_t, int v, V sum) { store_some(at, sum, columns - v * W); });
+    for (int64_t c = 0; c < depth; c += PANEL) {
+      const int64_t columns = std::min(PANEL, depth - c);
+      for (int64_t b = 0; b < blocks.count; b++) {
+        T* to = samples + blocks.begin(b) * PANEL;
+        if (layer) {
+          const T* h = g.block(layer - 1, n, b) + c * blocks.width(b);
+          transpose(h, blocks.width(b), to, PANEL, columns, blocks.width(b), round_up(columns, W));
+        } else {
+          std::fill(to, to + blocks.width(b) * PANEL, T(0));
+          for (int64_t r = 0; r < blocks.size(b); r++)
+            std::copy_n(g.x[g.input[n]] + (blocks.begin(b) + r) * depth + c, columns, to + r * PANEL);
         }
       }
-    }
-    if (dx) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t t = 0; t < g.inputs * blocks.count; t++) {
-        const int64_t i = t / blocks.count, b = t % blocks.count, d = g.dims[i], width = blocks.width(b);
-        std::vector<Part> parts;
-        for (int64_t n = 0; n < g.towers; n++)
-          if (g.input[n] == i) parts.push_back({g.weight(0, n), d, g.block(work, 0, n, b), g.hidden});
-        const Buffer turned = buffer(d * width);
-        T* to = turned.get();
-        product<true>(parts.data(), int(parts.size()), d, width / W, width, to, width,
-                      [=](T* at, int64_t, int, V sum) { store(at, sum); });
-        transpose(to, width, dx[i] + blocks.begin(b) * d, d, d, blocks.size(b), d);
-      }
+      product<false>(parts.data(), int(blocks.count), rows, (columns + W - 1) / W, PANEL, of_weight + c, depth,
+                     [=](T* at, int64_t, int v, V sum) { store_some(at, sum, columns - v * W); });
     }
   }
-}
+
+  void input(int64_t i, int64_t b) const {
+    const int64_t d = g.dims[i], width = g.blocks.width(b);
+    std::vector<Part> parts;
+    for (int64_t n = 0; n < g.towers; n++)
+      if (g.input[n] == i) parts.push_back({g.weight(0, n), d, block(nullptr, 0, n, b), g.hidden});
+    const Buffer turned = buffer(d * width);
+    T* to = turned.get();
+    product<true>(parts.data(), int(parts.size()), d, width / W, width, to, width,
+                  [=](T* at, int64_t, int, V sum) { store(at, sum); });
+    transpose(to, width, dx[i] + g.blocks.begin(b) * d, d, d, g.blocks.size(b), d);
+  }
+
+  void run(int threads) const {
+    // A tower at a time leaves its gradients in the caches; more threads than towers share them.
+    const bool whole = threads <= g.towers;
+    const Buffer memory = buffer((whole ? threads : g.towers) * tower_size());
+#pragma omp parallel num_threads(threads)
+    {
+      const Buffer samples = buffer(g.blocks.padded * PANEL);
+      if (whole) {
+        T* mine = memory.get() + omp_get_thread_num() * tower_size();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t n = 0; n < g.towers; n++) {
+          for (int64_t b = 0; b < g.blocks.count; b++) chain(mine, n, b);
+          for (int64_t layer = 0; dw && layer <= g.layers; layer++) weights(mine, layer, n, samples.get());
+        }
+      } else {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t t = 0; t < g.towers * g.blocks.count; t++) {
+          const int64_t n = t / g.blocks.count;
+          chain(memory.get() + n * tower_size(), n, t % g.blocks.count);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t t = 0; t < (dw ? g.layers + 1 : 0) * g.towers; t++) {
+          const int64_t n = t % g.towers;
+          weights(memory.get() + n * tower_size(), g.layers - t / g.towers, n, samples.get());
+        }
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t t = 0; t < (dx ? g.inputs : 0) * g.blocks.count; t++) input(t / g.blocks.count, t % g.blocks.count);
+    }
+  }
+};
 
 // The concat critic after its first layer: h[j] = relu(of_x[j] + of_y[i]), then `layers` - 1 further hidden layers and a
 // last one of one output.
@@ -446,7 +479,7 @@ extern "C" void grouped_mlp(int64_t inputs, const int64_t* counts, const int64_t
                             int64_t out, int64_t layers, const T* const* x, const T* const* weights, T* state, T* result,
                             int threads, const T* grad, T* const* dx, T* const* dw) {
   const Grouped g(inputs, counts, dims, batch, hidden, out, layers, x, weights, state);
-  if (grad) backward(g, grad, dx, dw, threads);
+  if (grad) Backward(g, grad, dx, dw).run(threads);
   else forward(g, result, threads);
 }
 

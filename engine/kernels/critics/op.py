@@ -183,7 +183,7 @@ def _shapes(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 def _fake_mlp_forward(x, more, first, rest):
     count, width = sum(len(w) for w in first[::2]), rest[-2].shape[1]
-    state = state_size(len(x), count, first[0].shape[1], width, len(rest) // 2)
+    state = state_size(len(x), count, first[0].shape[1], len(rest) // 2)
     return x.new_empty(count, len(x), width), x.new_empty(state)
 
 

@@ -27,7 +27,7 @@ PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
 # By precision: columns of a program, depth of a product's step, hidden units of a step, warps.
 BLOCKS = {"ieee": (32, 16, 32, 8), "tf32": (64, 32, 32, 8), "bf16": (64, 32, 32, 8)}
 # Of the weights' gradients: rows and columns of the result, columns of the cube a step, warps.
-WEIGHT_BLOCKS = {"ieee": (32, 32, 16, 4), "tf32": (64, 64, 32, 8), "bf16": (64, 64, 32, 8)}
+WEIGHT_BLOCKS = {"ieee": (32, 32, 16, 8), "tf32": (64, 64, 32, 8), "bf16": (64, 64, 32, 8)}
 SPLITS = 32  # runs of columns whose weight gradients are summed apart
 SHORT_COLUMNS, SHORT_STEPS, SHORT_WARPS = 128, 16, 4
 
