@@ -291,7 +291,7 @@ TERM = {str(t): f"{t.x}{t.y}_{t.given}".lower() for t in MIMRL_ESTIMATORS if t.g
 
 
 def gate_faithful(setting: Setting, steps: int = 3, rows: int = 16) -> None:
-    """Both stages' losses and the predictions of `steps` two-stage steps equal the baseline's to rtol 1e-3."""
+    """Both stages' losses, predictions and features of `steps` two-stage steps equal the baseline's to rtol 1e-3."""
     pair = tiny_pair("faithful", setting.device)
     np.random.seed(0)
     first = tiny_batch(64, 99, setting.device)
@@ -313,6 +313,7 @@ def gate_faithful(setting: Setting, steps: int = 3, rows: int = 16) -> None:
         compared += [
             ("stage 2 loss", output.loss, second_stage.total),
             ("prediction", output.prediction, second_stage.prediction),
+            *((f"feature {name}", output.features[name], second_stage.features[name]) for name in "FTAV"),
         ]
         for what, a, b in compared:
             torch.testing.assert_close(
