@@ -291,7 +291,7 @@ TERM = {str(t): f"{t.x}{t.y}_{t.given}".lower() for t in MIMRL_ESTIMATORS if t.g
 
 
 def gate_faithful(setting: Setting, steps: int = 3, rows: int = 16) -> None:
-    """Both stages' losses, predictions and features of `steps` two-stage steps equal the baseline's to rtol 1e-3."""
+    """Losses, estimates, features and predictions of `steps` two-stage steps equal the baseline's to rtol 1e-3."""
     pair = tiny_pair("faithful", setting.device)
     np.random.seed(0)
     first = tiny_batch(64, 99, setting.device)
@@ -309,6 +309,10 @@ def gate_faithful(setting: Setting, steps: int = 3, rows: int = 16) -> None:
             _, features = pair.step.forward(batch, batch.label)
         found = pair.step.stage1(features, ours)
         compared = [("stage 1 loss", found.loss, first_stage.total)]
+        compared += [
+            (f"stage 1 {term}", value, other)
+            for (term, value), other in zip(found.values.items(), first_stage.values, strict=True)
+        ]
         output = pair.step.stage2(batch, batch.label, ours)
         compared += [
             ("stage 2 loss", output.loss, second_stage.total),
