@@ -44,6 +44,7 @@ constexpr int TALL = 6;                            // rows of a tile there
 constexpr int64_t GROUP = 32;                      // rows of a group: all its hidden states stay in the first cache
 constexpr int64_t CHUNK = 96;                      // tokens of a task of the input projection and of the input gradient
 constexpr int64_t BLOCK = 64;                      // tokens of a block of the weight gradients
+constexpr int64_t SHARE = 4;                       // panels of a task of the weight gradients
 
 template <class T> struct Vector {
   typedef T type __attribute__((vector_size(VECTOR_BYTES)));
@@ -389,12 +390,12 @@ template <class T, class C> struct Network {
     for (int64_t p = 0; p < P; p++)
       for (int g = 0; g < G; g++) {
         const int slot = HIDDEN ? C::hidden_slot(g) : C::input_slot(g);
-        const T* a = gradients + ((p * N + at) * GRADIENTS + slot) * W;
+        const T* a = gradients + ((p * GRADIENTS + slot) * N + at) * W;
         for (int w = 0; w < W; w++, b += COLUMNS) {
           V<T> column[WIDE];
           UNROLL for (int v = 0; v < WIDE; v++) column[v] = load(b + v * W);
           UNROLL for (int m = 0; m < M; m++) {
-            const V<T> value = splat(a[m * GRADIENTS * W + w]);
+            const V<T> value = splat(a[m * W + w]);
             UNROLL for (int v = 0; v < WIDE; v++) sum[m][v] += value * column[v];
           }
         }
@@ -444,7 +445,7 @@ template <class T, class C> struct Network {
             store(state_gradient, V<T>{});
           }
           for (int s = 0; s < GRADIENTS; s++) {
-            store(gradients + ((p * N + token) * GRADIENTS + s) * W, g[s]);
+            store(gradients + ((p * GRADIENTS + s) * N + token) * W, g[s]);
             total[s] += g[s];
           }
         }
@@ -482,53 +483,73 @@ template <class T, class C> struct Network {
       });
   }
 
-  // Column panel q of a weight gradient [G * hidden, K]: gate gradients^T times rows, over all tokens in order.
+  // total[W][COLUMNS] += one slot of the gate gradients of `count` tokens, transposed, times their packed rows; of
+  // a row only the first COUNT vectors.
+  template <int COUNT>
+  static INLINE void accumulate(T* total, const T* a, const T* block, int64_t count) {
+    constexpr int M = W < 16 / COUNT ? W : 16 / COUNT;
+    for (int w = 0; w < W; w += M) {
+      V<T> sum[M][COUNT] = {};
+      for (int64_t k = 0; k < count; k++) {
+        V<T> column[COUNT];
+        UNROLL for (int v = 0; v < COUNT; v++) column[v] = load(block + k * COLUMNS + v * W);
+        UNROLL for (int m = 0; m < M; m++) {
+          const V<T> value = splat(a[k * W + w + m]);
+          UNROLL for (int v = 0; v < COUNT; v++) sum[m][v] += value * column[v];
+        }
+      }
+      UNROLL for (int m = 0; m < M; m++)
+        UNROLL for (int v = 0; v < COUNT; v++) {
+          T* const c = total + (w + m) * COLUMNS + v * W;
+          store(c, load(c) + sum[m][v]);
+        }
+    }
+  }
+
+  // Panels first to last - 1 of a weight gradient [G * hidden, K]: gate gradients^T times rows, all tokens in order.
   // `from` maps a token to its row; null: the token itself.
   template <bool HIDDEN>
   void weight_gradient(T* to, int64_t K, const T* gradients, const Rows<const T>& rows, const int64_t* from,
-                       int64_t q) const {
-    constexpr int M = W < 4 ? W : 4;
-    const int64_t first = q * COLUMNS, columns = std::min(COLUMNS, K - first);
-    auto memory = zeros<T>(P * G * W * COLUMNS + BLOCK * COLUMNS);
-    T *const total = memory.get(), *const block = total + P * G * W * COLUMNS;
+                       int64_t first, int64_t last) const {
+    const int64_t wide = (K + COLUMNS - 1) / COLUMNS, part = (last - first) * G * W * COLUMNS;
+    auto memory = zeros<T>(wide * (part + BLOCK * COLUMNS));
+    T *const total = memory.get(), *const block = total + wide * part;
     for (int64_t start = 0; start < N; start += BLOCK) {
       const int64_t count = std::min(BLOCK, N - start);
       for (int64_t k = 0; k < count; k++) {
         const int64_t token = from ? from[start + k] : start + k;
-        T* const line = block + k * COLUMNS;
-        if (token < 0) std::fill_n(line, columns, T(0));
-        else std::memcpy(line, rows[token] + first, columns * sizeof(T));
-      }
-      for (int64_t p = 0; p < P; p++)
-        for (int g = 0; g < G; g++) {
-          const int slot = HIDDEN ? C::hidden_slot(g) : C::input_slot(g);
-          const T* const a = gradients + ((p * N + start) * GRADIENTS + slot) * W;
-          for (int w = 0; w < W; w += M) {
-            T* const c = total + ((p * G + g) * W + w) * COLUMNS;
-            V<T> sum[M][WIDE];
-            UNROLL for (int m = 0; m < M; m++)
-              UNROLL for (int v = 0; v < WIDE; v++) sum[m][v] = load(c + m * COLUMNS + v * W);
-            for (int64_t k = 0; k < count; k++) {
-              V<T> column[WIDE];
-              UNROLL for (int v = 0; v < WIDE; v++) column[v] = load(block + k * COLUMNS + v * W);
-              UNROLL for (int m = 0; m < M; m++) {
-                const V<T> value = splat(a[k * GRADIENTS * W + w + m]);
-                UNROLL for (int v = 0; v < WIDE; v++) sum[m][v] += value * column[v];
-              }
-            }
-            UNROLL for (int m = 0; m < M; m++)
-              UNROLL for (int v = 0; v < WIDE; v++) store(c + m * COLUMNS + v * W, sum[m][v]);
-          }
+        const T* const row = token < 0 ? nullptr : rows[token];
+        for (int64_t q = 0; q < wide; q++) {
+          const int64_t columns = std::min(COLUMNS, K - q * COLUMNS);
+          T* const line = block + (q * BLOCK + k) * COLUMNS;
+          if (row) std::memcpy(line, row + q * COLUMNS, columns * sizeof(T));
+          else std::fill_n(line, columns, T(0));
         }
+      }
+      for (int64_t q = 0; q < wide; q++)
+        for (int64_t p = first; p < last; p++)
+          for (int g = 0; g < G; g++) {
+            const int slot = HIDDEN ? C::hidden_slot(g) : C::input_slot(g);
+            const T* const a = gradients + ((p * GRADIENTS + slot) * N + start) * W;
+            T* const c = total + q * part + ((p - first) * G + g) * W * COLUMNS;
+            const int64_t columns = K - q * COLUMNS;
+            if (columns <= W) accumulate<1>(c, a, block + q * BLOCK * COLUMNS, count);
+            else if (columns <= 2 * W) accumulate<2>(c, a, block + q * BLOCK * COLUMNS, count);
+            else accumulate<WIDE>(c, a, block + q * BLOCK * COLUMNS, count);
+          }
     }
-    for (int64_t p = 0; p < P; p++)
-      for (int g = 0; g < G; g++)
-        for (int64_t w = 0; w < units(p); w++)
-          std::copy_n(total + ((p * G + g) * W + w) * COLUMNS, columns, to + (g * hidden + p * W + w) * K + first);
+    for (int64_t q = 0; q < wide; q++)
+      for (int64_t p = first; p < last; p++)
+        for (int g = 0; g < G; g++)
+          for (int64_t w = 0; w < units(p); w++)
+            std::copy_n(total + q * part + (((p - first) * G + g) * W + w) * COLUMNS,
+                        std::min(COLUMNS, K - q * COLUMNS),
+                        to + (g * hidden + p * W + w) * K + q * COLUMNS);
   }
 
-  // gradient_out [B, L, 2 hidden] -> gradients of x (where dx is not null; zero past a row's length) and of all weights.
-  // work: room for the gate gradients of one layer and, with several layers, for two layers' state gradients.
+  // gradient_out [B, L, 2 hidden] -> gradients of all weights, and of x where dx is not null (zero past a length).
+  // work: room for the gate gradients of one layer, [direction][panel][slot][token][W], and for the gradients of the
+  // hidden states between layers, of two layers at a time.
   void backward(const T* gradient_out, T* dx, const Gradients* dweights, T* work) const {
     const int64_t groups = layout.groups.size(), chunks = (N + CHUNK - 1) / CHUNK;
     int64_t most = 0;
@@ -569,20 +590,21 @@ template <class T, class C> struct Network {
           recur_back(layer, direction, upper, recurrence + direction * other, work + direction * size,
                      bias.get() + task * sums, layout.groups[task / 2]);
         }
-        const int64_t weight_tasks = 2 * (wide + own), tasks = weight_tasks + (below ? chunks : 0) + 2;
+        const int64_t shares = (P + SHARE - 1) / SHARE;
+        const int64_t weight_tasks = 4 * shares, tasks = weight_tasks + (below ? chunks : 0) + 2;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
           if (task < weight_tasks) {
-            const int64_t direction = task % 2, q = task / 2;
+            const int64_t direction = task % 2, first = task / 4 * SHARE, last = std::min(P, first + SHARE);
             const Gradients& d = dweights[2 * layer + direction];
             const T* const gradients = work + direction * size;
-            if (q < wide) {
-              weight_gradient<false>(d.input, K, gradients, input(layer), nullptr, q);
+            if (task / 2 % 2) {
+              weight_gradient<false>(d.input, K, gradients, input(layer), nullptr, first, last);
             } else {
               const Rows<T> h = states(layer);
               weight_gradient<true>(d.hidden, hidden, gradients,
                                     Rows<const T>{h.data + direction * hidden, h.stride, h.place},
-                                    layout.previous[direction].data(), q - wide);
+                                    layout.previous[direction].data(), first, last);
             }
           } else if (task < tasks - 2) {
             const int64_t first = (task - weight_tasks) * CHUNK;
@@ -626,8 +648,8 @@ void run(int layers, int64_t batch, int64_t width, int64_t features, int64_t hid
 
 // One entry: forward where gradient_out is null, else backward. Sizes are checked by the caller.
 extern "C" void recurrent(int lstm, int layers, int64_t batch, int64_t width, int64_t features, int64_t hidden,
-                          const int64_t* length, const REAL* x, const void* weights, REAL* out, REAL* state, int threads,
-                          const REAL* gradient_out, REAL* dx, const void* dweights, REAL* work) {
+                          const int64_t* length, const REAL* x, const void* weights, REAL* out, REAL* state,
+                          int threads, const REAL* gradient_out, REAL* dx, const void* dweights, REAL* work) {
   (lstm ? run<REAL, Lstm> : run<REAL, Gru>)(layers, batch, width, features, hidden, length, x, weights, out, state,
                                             threads, gradient_out, dx, dweights, work);
 }
