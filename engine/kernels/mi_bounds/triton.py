@@ -35,6 +35,7 @@ STATISTICS_FP32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16, "num_warps": 8, 
 GRADIENTS_FP32 = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 32, "num_warps": 8, "num_stages": 1}
 MIXTURE_GRADIENTS_FP32 = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1}
 SCORES = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+SCORES_MIXTURE = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 # Columns of dq or dk that one program accumulates; wider embeddings take several programs.
 MAX_WIDTH = 128
 
@@ -543,9 +544,10 @@ def score_mixture_gradients(
     groups, count, _ = scores.shape
     state = _run_mixture(scores, scores, scores, a, alpha, True)[4]
     out = torch.empty_like(scores)
-    grid = (triton.cdiv(count, SCORES["BLOCK_M"]), triton.cdiv(count, SCORES["BLOCK_N"]), groups)
+    config = SCORES_MIXTURE
+    grid = (triton.cdiv(count, config["BLOCK_M"]), triton.cdiv(count, config["BLOCK_N"]), groups)
     _score_mixture_gradients[grid](
-        scores, a, state, weight - rest, grad.contiguous(), out, count, groups * count, *_log_weights(alpha), **SCORES
+        scores, a, state, weight - rest, grad.contiguous(), out, count, groups * count, *_log_weights(alpha), **config
     )
     return out
 
@@ -702,7 +704,7 @@ def aot_cases() -> list[AotCase]:
         _score_mixture_gradients,
         {**cells, **state, "marginal_ptr": "*fp32", "grad_ptr": "*fp32"},
         weights,
-        SCORES,
+        SCORES_MIXTURE,
         dot=False,
     )
     return cases
