@@ -13,28 +13,8 @@ if interpreting():
 
 from engine.kernels import aot
 
-# Still spilling: open defects, not exceptions. Strict, so that a mended kernel must leave the list.
-SPILLING = {
-    "cube_mix.backward/channel/bf16@sm_80",
-    "cube_mix.backward/channel/tf32@sm_80",
-    "cube_mix.backward/channel_ln_first/tf32@sm_80",
-    "cube_mix.weights/time/ieee@sm_100",
-    "cube_mix.weights/time/ieee@sm_90",
-    "cube_mix.weights/time_ln_first/ieee@sm_100",
-    "cube_mix.weights/time_ln_first/ieee@sm_90",
-    "mi_bounds.score_mixture_gradients@sm_100",
-}
-
-
-def _marks(case: aot.AotCase, arch: int) -> list:
-    marks = [] if case.quick else [pytest.mark.slow]
-    if aot.budget_key(case.name, arch) in SPILLING:
-        marks.append(pytest.mark.xfail(strict=True, reason="this kernel still spills registers on this chip"))
-    return marks
-
-
 CASES = [
-    pytest.param(case, arch, id=aot.budget_key(case.name, arch), marks=_marks(case, arch))
+    pytest.param(case, arch, id=aot.budget_key(case.name, arch), marks=() if case.quick else pytest.mark.slow)
     for case in aot.all_cases()
     for arch in aot.ARCHS
 ]
