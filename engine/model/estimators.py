@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import EstimatorError
-from engine.kernels.critics import ACTIVATIONS, concat_scores, mlp, separate_scores
+from engine.kernels.critics import ACTIVATIONS, concat_infonce, concat_scores, mlp, separate_scores
 from engine.kernels.mi_bounds import BOUNDS, bound_value, mimrl_mine_loss, update_log_ema
 
 CRITICS = ("separate", "concat")
@@ -113,6 +113,11 @@ class MIEstimator(nn.Module):
                 x,
                 y,
             )
+        if self.critic.kind == "concat" and self.bound == "infonce":
+            value = self.critic.infonce(x, y)
+            if not value.isfinite():
+                return self._degenerate("non-finite scores", "finite scores", x, y)
+            return Estimate(value.detach(), value, -value)
         scores, log_baseline = self.critic(x, y), self.baseline(y)
         if not scores.isfinite().all():
             return self._degenerate("non-finite scores", "finite scores", x, y)
@@ -199,6 +204,10 @@ class Critic(nn.Module):
             return separate_scores(x, y, mlp_layers(self.g), mlp_layers(self.h), self.activation)
         scores = concat_scores(x, y, mlp_layers(self.f), self.activation)
         return scores.t() if self.transpose else scores
+
+    def infonce(self, x: Tensor, y: Tensor) -> Tensor:
+        """The InfoNCE bound of the scores of "concat", 0-d, without storing them; NaN if one is not finite."""
+        return concat_infonce(x, y, mlp_layers(self.f), self.activation, transpose=self.transpose)
 
 
 class LogBaseline(nn.Module):

@@ -1,4 +1,4 @@
-from engine.kernels.critics.op import grouped_mlp
-from engine.kernels.critics.reference import ACTIVATIONS, concat_scores, mlp, separate_scores
+from engine.kernels.critics.op import concat_infonce, concat_scores, grouped_mlp
+from engine.kernels.critics.reference import ACTIVATIONS, mlp, separate_scores
 
-__all__ = ["ACTIVATIONS", "concat_scores", "grouped_mlp", "mlp", "separate_scores"]
+__all__ = ["ACTIVATIONS", "concat_infonce", "concat_scores", "grouped_mlp", "mlp", "separate_scores"]

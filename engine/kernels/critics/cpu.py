@@ -39,7 +39,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     size, pointer, count = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     loaded.grouped_mlp.argtypes = [size, pointer, pointer, *[size] * 4, *[pointer] * 4, count, *[pointer] * 3]
     loaded.concat.argtypes = [*[size] * 4, *[pointer] * 4, count, *[pointer] * 4]
-    loaded.grouped_mlp.restype = loaded.concat.restype = None
+    loaded.concat_loss.argtypes = [*[size] * 3, *[pointer] * 4, count, *[pointer] * 3]
+    loaded.grouped_mlp.restype = loaded.concat.restype = loaded.concat_loss.restype = None
     return loaded
 
 
@@ -137,31 +138,93 @@ def concat_forward(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> Tensor:
 
 def concat_backward(
     grad: Tensor, x: Tensor, y: Tensor, layers: Sequence[Tensor], input_grads: bool, weight_grads: bool
-) -> list[Tensor]:
-    """Gradients of x and y, then of `layers` in their order; those not asked for are left out.
+) -> Tensor:
+    """Gradients of x and y, then of `layers` in their order, one after another in one 1-d tensor; those not asked for
+    are left out.
 
     grad: [B, M], of the scores. The hidden layers are computed again, a tile of pairs at a time.
     """
     of_x, of_y = _split(x, y, layers)
-    further = [torch.empty_like(w) for w in layers[2:]] if weight_grads else []
+    found, of_inputs, of_layers = _concat_grads(x, y, layers, input_grads, weight_grads)
     sums_x, sums_y = torch.empty_like(of_x), torch.empty_like(of_y)
     if library(x.dtype) is None:
-        _plain_concat_backward(grad, of_x, of_y, layers, sums_x, sums_y, further)
+        _plain_concat_backward(grad, of_x, of_y, layers, sums_x, sums_y, of_layers[2:])
     else:
-        _concat(of_x, of_y, layers[2:], None, grad, sums_x, sums_y, further)
-    found = []
-    if input_grads:
-        weight = layers[0]
-        found += [sums_x @ weight[:, : x.shape[1]], sums_y @ weight[:, x.shape[1] :]]
-    if weight_grads:
-        found += [torch.cat([sums_x.t() @ x, sums_y.t() @ y], 1), sums_y.sum(0), *further]
+        _concat(of_x, of_y, layers[2:], None, grad, sums_x, sums_y, of_layers[2:])
+    _first_layer_grads(x, y, layers[0], sums_x, sums_y, of_inputs, of_layers)
     return found
+
+
+def concat_infonce(
+    x: Tensor, y: Tensor, layers: Sequence[Tensor], transpose: bool, input_grads: bool, weight_grads: bool
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE of the concat critic, value and gradients in one pass over the pairs.
+
+    Args:
+        x, y, layers: as for `concat_forward`, x and y of B rows each.
+        transpose: of the transposed scores: rows are x.
+
+    Returns:
+        losses [B], -log softmax of each row at the diagonal; NaN for a row with a score that is not finite.
+        Gradients of their mean, as `concat_backward` returns them.
+    """
+    of_x, of_y = _split(x, y, layers)
+    found, of_inputs, of_layers = _concat_grads(x, y, layers, input_grads, weight_grads)
+    losses = x.new_empty(len(x))
+    wanted = input_grads or weight_grads
+    sums_x, sums_y = (torch.empty_like(of_x), torch.empty_like(of_y)) if wanted else (None, None)
+    if library(x.dtype) is None:
+        _plain_concat_infonce(of_x, of_y, layers, transpose, losses, sums_x, sums_y, of_layers[2:])
+    else:
+        (of_row, sums_row), (of_column, sums_column) = ((of_x, sums_x), (of_y, sums_y))[:: 1 if transpose else -1]
+        library(x.dtype).concat_loss(
+            len(x), of_x.shape[1], len(layers) // 2 - 1, of_row.data_ptr(), of_column.data_ptr(),
+            _pointers(layers[2:]), losses.data_ptr(), torch.get_num_threads(), _pointer(sums_row),
+            _pointer(sums_column), _pointers(of_layers[2:]),
+        )  # fmt: skip
+    if wanted:
+        _first_layer_grads(x, y, layers[0], sums_x, sums_y, of_inputs, of_layers)
+    return losses, found
+
+
+def concat_shapes(
+    x: Tensor, y: Tensor, layers: Sequence[Tensor], input_grads: bool, weight_grads: bool
+) -> list[torch.Size]:
+    """Shapes of the gradients that `concat_backward` and `concat_infonce` give."""
+    return ([x.shape, y.shape] if input_grads else []) + ([w.shape for w in layers] if weight_grads else [])
+
+
+def _concat_grads(
+    x: Tensor, y: Tensor, layers: Sequence[Tensor], input_grads: bool, weight_grads: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    found, pieces = flat(x, concat_shapes(x, y, layers, input_grads, weight_grads))
+    return found, pieces[:2] if input_grads else [], pieces[2 if input_grads else 0 :]
 
 
 def _split(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The two parts of the first layer's output, W_x x and W_y y + b."""
     weight, bias = layers[:2]
     return x @ weight[:, : x.shape[1]].t(), torch.addmm(bias, y, weight[:, x.shape[1] :].t())
+
+
+def _first_layer_grads(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    sums_x: Tensor,
+    sums_y: Tensor,
+    of_inputs: Sequence[Tensor],
+    of_layers: Sequence[Tensor],
+) -> None:
+    """From the gradients of the two parts of the first layer's output those of x, y and the layer's weight and bias."""
+    width = x.shape[1]
+    if of_inputs:
+        torch.mm(sums_x, weight[:, :width], out=of_inputs[0])
+        torch.mm(sums_y, weight[:, width:], out=of_inputs[1])
+    if of_layers:
+        of_layers[0][:, :width] = sums_x.t() @ x
+        of_layers[0][:, width:] = sums_y.t() @ y
+        torch.sum(sums_y, 0, out=of_layers[1])
 
 
 def _grouped(
@@ -195,8 +258,8 @@ def _concat(
     of_weights: Sequence[Tensor] = (),
 ) -> None:
     library(of_x.dtype).concat(
-        len(of_y), len(of_x), of_x.shape[1], len(further) // 2, of_x.data_ptr(), of_y.data_ptr(), _pointers(further),
-        _pointer(scores), torch.get_num_threads(), _pointer(grad), _pointer(sums_x), _pointer(sums_y),
+        len(of_y), len(of_x), of_x.shape[1], len(further) // 2, of_y.data_ptr(), of_x.data_ptr(), _pointers(further),
+        _pointer(scores), torch.get_num_threads(), _pointer(grad), _pointer(sums_y), _pointer(sums_x),
         _pointers(of_weights),
     )  # fmt: skip
 
@@ -297,6 +360,29 @@ def _plain_concat_backward(
         d = d.view(*tile.shape, -1)
         sums_x[columns] += d.sum(0)
         sums_y[rows] += d.sum(1)
+
+
+def _plain_concat_infonce(
+    of_x: Tensor,
+    of_y: Tensor,
+    layers: Sequence[Tensor],
+    transpose: bool,
+    losses: Tensor,
+    sums_x: Tensor | None,
+    sums_y: Tensor | None,
+    of_weights: Sequence[Tensor],
+) -> None:
+    scores = of_x.new_empty(len(of_y), len(of_x))
+    _plain_concat_forward(of_x, of_y, layers, scores)
+    rows = scores.t() if transpose else scores
+    log_p = rows.log_softmax(1)
+    # 0, or NaN where a score is not finite
+    losses.copy_(-log_p.diagonal() + (rows - rows).sum(1))
+    if sums_x is not None:
+        grad = log_p.exp_()
+        grad.diagonal().sub_(1)
+        grad = grad.div_(len(rows))
+        _plain_concat_backward(grad.t() if transpose else grad, of_x, of_y, layers, sums_x, sums_y, of_weights)
 
 
 class _Buffers:

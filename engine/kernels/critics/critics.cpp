@@ -9,6 +9,7 @@
 // are partial sums of each thread, over rows assigned by their number, added in the threads' order.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -334,142 +335,234 @@ struct Backward {
   }
 };
 
-// The concat critic after its first layer: h[j] = relu(of_x[j] + of_y[i]), then `layers` - 1 further hidden layers and a
-// last one of one output.
+// The concat critic after its first layer: h[j] = relu(of_column[j] + of_row[i]), then `layers` - 1 further hidden
+// layers and a last one of one output. Scores of a row are worked on in blocks of columns.
 struct Concat {
   int64_t rows, hidden, layers;
-  const T *of_x, *of_y;        // [columns][hidden], [rows][hidden]
-  const T* const* weights;     // weight and bias of the further layers, last one included
-  Blocks blocks;               // of columns
-  Buffer turned;               // of_x, feature-major
+  const T *of_row, *of_column;  // [rows][hidden], [columns][hidden]
+  const T* const* weights;      // weight and bias of the further layers, last one included
+  Blocks blocks;                // of columns
+  Buffer turned;                // of_column, feature-major
 
-  Concat(int64_t rows, int64_t columns, int64_t hidden, int64_t layers, const T* of_x, const T* of_y,
+  Concat(int64_t rows, int64_t columns, int64_t hidden, int64_t layers, const T* of_row, const T* of_column,
          const T* const* weights)
-      : rows(rows), hidden(hidden), layers(layers), of_x(of_x), of_y(of_y), weights(weights), blocks(columns),
-        turned(buffer(blocks.padded * hidden)) {
+      : rows(rows), hidden(hidden), layers(layers), of_row(of_row), of_column(of_column), weights(weights),
+        blocks(columns), turned(buffer(blocks.padded * hidden)) {
     for (int64_t b = 0; b < blocks.count; b++)
-      transpose(of_x + blocks.begin(b) * hidden, hidden, turned.get() + blocks.begin(b) * hidden, blocks.width(b),
+      transpose(of_column + blocks.begin(b) * hidden, hidden, turned.get() + blocks.begin(b) * hidden, blocks.width(b),
                 blocks.size(b), hidden, blocks.width(b));
   }
-  // all hidden layers of row i against block b, into h[layer]
-  void hidden_layers(int64_t i, int64_t b, T* const* h) const {
+
+  // numbers in the hidden layers of one block
+  int64_t block_size() const { return layers * hidden * PANEL; }
+  // layer of a block whose layers are at h
+  T* layer_of(T* h, int64_t layer) const { return h + layer * hidden * PANEL; }
+
+  // all hidden layers of row i against block b, into h; its scores, with padding, into `scores`
+  void forward(int64_t i, int64_t b, T* h, T* scores) const {
     const int64_t width = blocks.width(b);
     const T* u = turned.get() + blocks.begin(b) * hidden;
     for (int64_t f = 0; f < hidden; f++) {
-      const V add = splat(of_y[i * hidden + f]);
-      for (int64_t c = 0; c < width; c += W) store(h[0] + f * width + c, positive(load(u + f * width + c) + add));
+      const V add = splat(of_row[i * hidden + f]);
+      for (int64_t c = 0; c < width; c += W) store(h + f * width + c, positive(load(u + f * width + c) + add));
     }
     for (int64_t layer = 1; layer < layers; layer++)
-      dense(weights[2 * layer - 2], weights[2 * layer - 1], h[layer - 1], h[layer], hidden, hidden, width, true);
+      dense(weights[2 * layer - 2], weights[2 * layer - 1], layer_of(h, layer - 1), layer_of(h, layer), hidden, hidden,
+            width, true);
+    const T *last = weights[2 * layers - 2], *top = layer_of(h, layers - 1);
+    for (int64_t c = 0; c < width; c += W) {
+      V sum = splat(weights[2 * layers - 1][0]);
+      for (int64_t f = 0; f < hidden; f++) sum += last[f] * load(top + f * width + c);
+      store(scores + c, sum);
+    }
+  }
+};
+
+constexpr int64_t GROUP = 4;  // blocks whose weight gradients are one product
+
+// What a thread adds up: gradients of the columns' part of the first layer, feature-major, then of weights and biases of
+// the further layers.
+struct ConcatGradients {
+  const Concat& k;
+  bool of_weights;
+  int64_t square, size;
+  Buffer partial, memory, samples;
+  int64_t memory_size, samples_size;
+
+  ConcatGradients(const Concat& k, bool of_weights, int threads)
+      : k(k), of_weights(of_weights), square(k.hidden * k.hidden + k.hidden),
+        size(k.blocks.padded * k.hidden + (k.layers - 1) * square + k.hidden + 1), partial(buffer(threads * size)),
+        memory_size(2 * GROUP * k.hidden * PANEL), samples_size(GROUP * PANEL * PANEL) {
+    memory = buffer(threads * memory_size);
+    samples = buffer(threads * samples_size);
+  }
+
+  void clear(int thread) { std::fill_n(partial.get() + thread * size, size, T(0)); }
+
+  // Adds the gradients of blocks b0 .. b0 + count of row i, count <= GROUP; their layers are at h, one block after
+  // another, and gradients of their scores, zero in the padding, at `grads`. Adds to dof_row.
+  void add(int thread, int64_t i, int64_t b0, int64_t count, T* h, const T* grads, T* dof_row) {
+    const int64_t hidden = k.hidden, layers = k.layers;
+    T* mine = partial.get() + thread * size;
+    T* of_layers = mine + k.blocks.padded * hidden;
+    T* of_last = of_layers + (layers - 1) * square;
+    T* d[2] = {memory.get() + thread * memory_size, memory.get() + thread * memory_size + memory_size / 2};
+    T* turned = samples.get() + thread * samples_size;
+    const T* last = k.weights[2 * layers - 2];
+    T *now = d[0], *next = d[1];
+    for (int64_t g = 0; g < count; g++) {
+      const int64_t width = k.blocks.width(b0 + g);
+      const T *weight = grads + g * PANEL, *top = k.layer_of(h + g * k.block_size(), layers - 1);
+      T* to = now + g * hidden * PANEL;
+      for (int64_t c = 0; c < width; c++) of_last[hidden] += weight[c];
+      for (int64_t f = 0; f < hidden; f++) {
+        V sum{};
+        for (int64_t c = 0; c < width; c += W) {
+          const V value = load(top + f * width + c);
+          sum += load(weight + c) * value;
+          store(to + f * width + c, where_positive(value, load(weight + c) * last[f]));
+        }
+        of_last[f] += total(sum);
+      }
+    }
+    for (int64_t layer = layers - 1; layer > 0; layer--) {
+      if (of_weights) weights(layer, b0, count, h, now, turned, of_layers + (layer - 1) * square);
+      for (int64_t g = 0; g < count; g++)
+        dense_backward(k.weights[2 * layer - 2], now + g * hidden * PANEL, k.layer_of(h + g * k.block_size(), layer - 1),
+                       next + g * hidden * PANEL, hidden, hidden, k.blocks.width(b0 + g));
+      std::swap(now, next);
+    }
+    for (int64_t g = 0; g < count; g++) {
+      const int64_t width = k.blocks.width(b0 + g);
+      const T* from = now + g * hidden * PANEL;
+      row_sums(from, hidden, width, dof_row + i * hidden);
+      T* to = mine + k.blocks.begin(b0 + g) * hidden;
+      for (int64_t c = 0; c < hidden * width; c += W) store(to + c, load(to + c) + load(from + c));
+    }
+  }
+
+  void weights(int64_t layer, int64_t b0, int64_t count, T* h, const T* grad, T* turned, T* of_weight) const {
+    const int64_t hidden = k.hidden;
+    Part parts[GROUP];
+    for (int64_t g = 0; g < count; g++) {
+      const int64_t width = k.blocks.width(b0 + g);
+      parts[g] = {grad + g * hidden * PANEL, width, turned + g * PANEL * PANEL, width};
+      row_sums(parts[g].a, hidden, width, of_weight + hidden * hidden);
+    }
+    for (int64_t c = 0; c < hidden; c += PANEL) {
+      const int64_t columns = std::min(PANEL, hidden - c);
+      for (int64_t g = 0; g < count; g++) {
+        const int64_t width = k.blocks.width(b0 + g);
+        transpose(k.layer_of(h + g * k.block_size(), layer - 1) + c * width, width, turned + g * PANEL * PANEL, PANEL,
+                  columns, width, round_up(columns, W));
+      }
+      product<false>(parts, int(count), hidden, (columns + W - 1) / W, PANEL, of_weight + c, hidden,
+                     [=](T* at, int64_t, int v, V sum) {
+                       const int64_t n = columns - v * W;
+                       V before{};
+                       if (n >= W) before = load(at); else std::memcpy(&before, at, n * sizeof(T));
+                       store_some(at, before + sum, n);
+                     });
+    }
+  }
+
+  // the threads' sums, in their order; within a parallel region
+  void reduce(int team, T* dof_column, T* const* dw) {
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < size; c++)
+      for (int other = 1; other < team; other++) partial[c] += partial[other * size + c];
+#pragma omp for schedule(static) nowait
+    for (int64_t b = 0; b < k.blocks.count; b++)
+      transpose(partial.get() + k.blocks.begin(b) * k.hidden, k.blocks.width(b),
+                dof_column + k.blocks.begin(b) * k.hidden, k.hidden, k.hidden, k.blocks.size(b), k.hidden);
+    if (!dw) return;
+#pragma omp for schedule(static) nowait
+    for (int64_t layer = 1; layer <= k.layers; layer++) {
+      const T* from = partial.get() + k.blocks.padded * k.hidden + (layer - 1) * square;
+      const int64_t count = layer < k.layers ? k.hidden * k.hidden : k.hidden;
+      std::copy_n(from, count, dw[2 * layer - 2]);
+      std::copy_n(from + count, layer < k.layers ? k.hidden : 1, dw[2 * layer - 1]);
+    }
   }
 };
 
 void concat_forward(const Concat& k, T* scores, int threads) {
-  const int64_t hidden = k.hidden, layers = k.layers;
-  const T* last = k.weights[2 * layers - 2];
-  const T bias = k.weights[2 * layers - 1][0];
 #pragma omp parallel num_threads(threads)
   {
-    const Buffer memory = buffer(layers * hidden * PANEL);
-    std::vector<T*> h(layers);
-    for (int64_t layer = 0; layer < layers; layer++) h[layer] = memory.get() + layer * hidden * PANEL;
+    const Buffer h = buffer(k.block_size());
+    T row[PANEL];
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < k.rows * k.blocks.count; t++) {
-      const int64_t i = t / k.blocks.count, b = t % k.blocks.count, width = k.blocks.width(b);
-      k.hidden_layers(i, b, h.data());
-      for (int64_t c = 0; c < width; c += W) {
-        V sum = splat(bias);
-        for (int64_t f = 0; f < hidden; f++) sum += last[f] * load(h[layers - 1] + f * width + c);
-        store_some(scores + i * k.blocks.samples + k.blocks.begin(b) + c, sum, k.blocks.size(b) - c);
-      }
+      const int64_t i = t / k.blocks.count, b = t % k.blocks.count;
+      k.forward(i, b, h.get(), row);
+      std::copy_n(row, k.blocks.size(b), scores + i * k.blocks.samples + k.blocks.begin(b));
     }
   }
 }
 
-// dof_x, dof_y: gradients of of_x and of_y. dw: of the further layers' weights and biases; null where not wanted.
-void concat_backward(const Concat& k, const T* grad, T* dof_x, T* dof_y, T* const* dw, int threads) {
-  const int64_t hidden = k.hidden, layers = k.layers, padded = k.blocks.padded;
-  const T* last = k.weights[2 * layers - 2];
-  // of each thread: of_x feature-major, then weights and biases of the further layers
-  const int64_t square = hidden * hidden + hidden, part = padded * hidden + (layers - 1) * square + hidden + W;
-  const Buffer partial = buffer(threads * part);
+// dof_row, dof_column: gradients of the two parts of the first layer. dw: of the further layers' weights and biases;
+// null where not wanted.
+void concat_backward(const Concat& k, const T* grad, T* dof_row, T* dof_column, T* const* dw, int threads) {
+  ConcatGradients sums(k, dw != nullptr, threads);
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-    T* mine = partial.get() + thread * part;
-    std::fill(mine, mine + part, T(0));
-    T* of_layers = mine + padded * hidden;
-    T* of_last = of_layers + (layers - 1) * square;
-    const Buffer memory = buffer(((layers + 2) * hidden + PANEL) * PANEL);
-    std::vector<T*> h(layers);
-    for (int64_t layer = 0; layer < layers; layer++) h[layer] = memory.get() + layer * hidden * PANEL;
-    T* d[2] = {memory.get() + layers * hidden * PANEL, memory.get() + (layers + 1) * hidden * PANEL};
-    T* samples = memory.get() + (layers + 2) * hidden * PANEL;
-    T weights_of_pairs[PANEL];
-    const int64_t begin = k.rows * thread / team, end = k.rows * (thread + 1) / team;
-    for (int64_t i = begin; i < end; i++) {
-      std::fill(dof_y + i * hidden, dof_y + (i + 1) * hidden, T(0));
-      for (int64_t b = 0; b < k.blocks.count; b++) {
-        const int64_t width = k.blocks.width(b), size = k.blocks.size(b);
-        k.hidden_layers(i, b, h.data());
-        std::fill(weights_of_pairs, weights_of_pairs + width, T(0));
-        std::copy_n(grad + i * k.blocks.samples + k.blocks.begin(b), size, weights_of_pairs);
-        T* now = d[0];
-        V sum_grad{};
-        for (int64_t c = 0; c < width; c += W) sum_grad += load(weights_of_pairs + c);
-        of_last[hidden] += total(sum_grad);
-        for (int64_t f = 0; f < hidden; f++) {
-          V sum{};
-          for (int64_t c = 0; c < width; c += W) {
-            const V value = load(h[layers - 1] + f * width + c), weight = load(weights_of_pairs + c);
-            sum += weight * value;
-            store(now + f * width + c, where_positive(value, weight * last[f]));
-          }
-          of_last[f] += total(sum);
+    const Buffer h = buffer(GROUP * k.block_size());
+    T scores[PANEL], grads[GROUP * PANEL];
+    sums.clear(thread);
+    for (int64_t i = k.rows * thread / team; i < k.rows * (thread + 1) / team; i++) {
+      std::fill_n(dof_row + i * k.hidden, k.hidden, T(0));
+      for (int64_t b0 = 0; b0 < k.blocks.count; b0 += GROUP) {
+        const int64_t count = std::min(GROUP, k.blocks.count - b0);
+        std::fill(grads, grads + GROUP * PANEL, T(0));
+        for (int64_t g = 0; g < count; g++) {
+          k.forward(i, b0 + g, h.get() + g * k.block_size(), scores);
+          std::copy_n(grad + i * k.blocks.samples + k.blocks.begin(b0 + g), k.blocks.size(b0 + g), grads + g * PANEL);
         }
-        for (int64_t layer = layers - 1; layer > 0; layer--) {
-          T* next = now == d[0] ? d[1] : d[0];
-          if (dw) {
-            T* of_weight = of_layers + (layer - 1) * square;
-            row_sums(now, hidden, width, of_weight + hidden * hidden);
-            for (int64_t c = 0; c < hidden; c += PANEL) {
-              const int64_t columns = std::min(PANEL, hidden - c);
-              transpose(h[layer - 1] + c * width, width, samples, PANEL, columns, width, round_up(columns, W));
-              const Part one{now, width, samples, width};
-              product<false>(&one, 1, hidden, (columns + W - 1) / W, PANEL, of_weight + c, hidden,
-                             [=](T* at, int64_t, int v, V sum) {
-                               const int64_t n = columns - v * W;
-                               V before{};
-                               if (n >= W) before = load(at); else std::memcpy(&before, at, n * sizeof(T));
-                               store_some(at, before + sum, n);
-                             });
-            }
-          }
-          dense_backward(k.weights[2 * layer - 2], now, h[layer - 1], next, hidden, hidden, width);
-          now = next;
-        }
-        row_sums(now, hidden, width, dof_y + i * hidden);
-        T* to = mine + k.blocks.begin(b) * hidden;
-        for (int64_t c = 0; c < hidden * width; c += W) store(to + c, load(to + c) + load(now + c));
+        sums.add(thread, i, b0, count, h.get(), grads, dof_row);
       }
     }
 #pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t c = 0; c < part; c++)
-      for (int other = 1; other < team; other++) partial[c] += partial[other * part + c];
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < k.blocks.count; b++)
-      transpose(partial.get() + k.blocks.begin(b) * hidden, k.blocks.width(b), dof_x + k.blocks.begin(b) * hidden,
-                hidden, hidden, k.blocks.size(b), hidden);
+    sums.reduce(team, dof_column, dw);
   }
-  if (dw) {
-    const T* from = partial.get() + padded * hidden;
-    for (int64_t layer = 1; layer < layers; layer++, from += square) {
-      std::copy_n(from, hidden * hidden, dw[2 * layer - 2]);
-      std::copy_n(from + hidden * hidden, hidden, dw[2 * layer - 1]);
+}
+
+// InfoNCE of every row, -log softmax at the diagonal, and with dof_row the gradients of its mean over rows, in one pass:
+// a row's hidden layers are still at hand when the gradients of its scores are known.
+void concat_infonce(const Concat& k, T* losses, T* dof_row, T* dof_column, T* const* dw, int threads) {
+  ConcatGradients sums(k, dw != nullptr, dof_row ? threads : 0);
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const Buffer h = buffer((dof_row ? k.blocks.count : 1) * k.block_size()), row = buffer(k.blocks.count * PANEL);
+    T* scores = row.get();
+    if (dof_row) sums.clear(thread);
+    for (int64_t i = k.rows * thread / team; i < k.rows * (thread + 1) / team; i++) {
+      for (int64_t b = 0; b < k.blocks.count; b++)
+        k.forward(i, b, h.get() + (dof_row ? b * k.block_size() : 0), scores + b * PANEL);
+      // the blocks' scores follow one another, padding only at the end
+      const int64_t n = k.blocks.samples;
+      T most = scores[0], sum = 0, check = 0;
+      for (int64_t j = 0; j < n; j++) {
+        most = std::max(most, scores[j]);
+        check += scores[j] - scores[j];  // 0, or NaN where a score is not finite
+      }
+      const T joint = scores[i];
+      for (int64_t j = 0; j < n; j++) sum += scores[j] = std::exp(scores[j] - most);
+      losses[i] = std::log(sum) - (joint - most) + check;
+      if (!dof_row) continue;
+      const T factor = 1 / (sum * T(k.rows));
+      T others = 0;
+      for (int64_t j = 0; j < n; j++) others += (j == i) ? T(0) : (scores[j] *= factor);
+      scores[i] = -others;  // a row's gradients sum to zero: no digits are lost where the positive has all the weight
+      std::fill(scores + n, scores + k.blocks.count * PANEL, T(0));
+      std::fill_n(dof_row + i * k.hidden, k.hidden, T(0));
+      for (int64_t b0 = 0; b0 < k.blocks.count; b0 += GROUP)
+        sums.add(thread, i, b0, std::min(GROUP, k.blocks.count - b0), h.get() + b0 * k.block_size(), scores + b0 * PANEL,
+                 dof_row);
     }
-    std::copy_n(from, hidden, dw[2 * layers - 2]);
-    dw[2 * layers - 1][0] = from[hidden];
+#pragma omp barrier
+    if (dof_row) sums.reduce(team, dof_column, dw);
   }
 }
 
@@ -483,9 +576,16 @@ extern "C" void grouped_mlp(int64_t inputs, const int64_t* counts, const int64_t
   else forward(g, result, threads);
 }
 
-extern "C" void concat(int64_t rows, int64_t columns, int64_t hidden, int64_t layers, const T* of_x, const T* of_y,
-                       const T* const* weights, T* scores, int threads, const T* grad, T* dof_x, T* dof_y, T* const* dw) {
-  const Concat k(rows, columns, hidden, layers, of_x, of_y, weights);
-  if (grad) concat_backward(k, grad, dof_x, dof_y, dw, threads);
+extern "C" void concat(int64_t rows, int64_t columns, int64_t hidden, int64_t layers, const T* of_row,
+                       const T* of_column, const T* const* weights, T* scores, int threads, const T* grad, T* dof_row,
+                       T* dof_column, T* const* dw) {
+  const Concat k(rows, columns, hidden, layers, of_row, of_column, weights);
+  if (grad) concat_backward(k, grad, dof_row, dof_column, dw, threads);
   else concat_forward(k, scores, threads);
+}
+
+extern "C" void concat_loss(int64_t rows, int64_t hidden, int64_t layers, const T* of_row, const T* of_column,
+                            const T* const* weights, T* losses, int threads, T* dof_row, T* dof_column, T* const* dw) {
+  concat_infonce(Concat(rows, rows, hidden, layers, of_row, of_column, weights), losses, dof_row, dof_column, dw,
+                 threads);
 }

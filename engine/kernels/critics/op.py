@@ -2,13 +2,15 @@
 
     grouped_mlp(inputs, first, rest)    N MLPs of one shape, such as the towers of several separate critics
     concat_scores(x, y, layers)         f([x; y]) of all pairs in O(tile) memory, forward and backward
+    concat_infonce(x, y, layers)        InfoNCE of these scores; the gradient comes out of the forward pass
 
-Both compute in fp32 (fp64 for fp64 inputs), also under autocast, and are bitwise deterministic for one number of
+All compute in fp32 (fp64 for fp64 inputs), also under autocast, and are bitwise deterministic for one number of
 threads. Gradients of gradients are not defined. Hidden layers end in ReLU; other activations run as plain torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from engine.errors import EstimatorError
 from engine.kernels.critics import reference
-from engine.kernels.critics.cpu import flat, grad_shapes, pieces_of, state_size
+from engine.kernels.critics.cpu import concat_shapes, flat, grad_shapes, pieces_of, state_size
 from engine.kernels.critics.reference import Layers
 from engine.kernels.registry import backend_for, call, lazy, register
 
@@ -79,6 +81,37 @@ def concat_scores(x: Tensor, y: Tensor, layers: Layers, activation: str = "relu"
         return _ConcatScores.apply(x, y, *_flat(layers))
 
 
+def concat_infonce(
+    x: Tensor, y: Tensor, layers: Layers, activation: str = "relu", *, transpose: bool = False
+) -> Tensor:
+    """The InfoNCE bound on I(X;Y) with the concat critic, to be maximised: log B + mean_i log softmax_j(S_ij) at j = i.
+
+    On the CPU value and gradient take one pass over the pairs, a row of scores at a time: O(B) memory.
+
+    Args:
+        x, y, layers, activation: as for `concat_scores`, x and y of B rows each.
+        transpose: of the transposed scores, softmax over y for every x.
+
+    Returns:
+        0-d, in nats, fp32 (fp64 for fp64). NaN where a score is not finite.
+
+    Raises:
+        EstimatorError: shapes that do not fit.
+    """
+    x, y = _exact(x), _exact(y)
+    layers = [(_exact(w), _exact(b)) for w, b in layers]
+    _check_concat(x, y, layers)
+    if len(x) != len(y):
+        raise EstimatorError("concat_infonce", f"{len(x)} and {len(y)} rows", "as many of x as of y", "Give pairs.")
+    if _backend(x, "critics_concat_infonce", activation) != "cpu":
+        scores = concat_scores(x, y, layers, activation)
+        scores = scores.t() if transpose else scores
+        losses = -scores.log_softmax(1).diagonal() + (scores - scores).detach().sum(1)
+        return math.log(len(x)) - losses.mean()
+    with torch.autocast(x.device.type, enabled=False):
+        return math.log(len(x)) - _ConcatInfoNCE.apply(x, y, transpose, *_flat(layers))
+
+
 class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, count, *tensors):
@@ -116,8 +149,34 @@ class _ConcatScores(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:])
         with torch.autocast(grad.device.type, enabled=False):
             found = call("critics_concat_backward", grad.contiguous(), x, y, layers, *wanted)
-        of_inputs = found[:2] if wanted[0] else [None, None]
-        return *of_inputs, *(found[2 if wanted[0] else 0 :] if wanted[1] else [None] * len(layers))
+        return tuple(_concat_pieces(found, x, y, layers, wanted))
+
+
+class _ConcatInfoNCE(torch.autograd.Function):
+    """Mean loss; its gradients are computed forward and scaled backward."""
+
+    @staticmethod
+    def forward(ctx, x, y, transpose, *layers):
+        needs = ctx.needs_input_grad
+        ctx.wanted = any(needs[:2]), any(needs[3:])
+        losses, found = call("critics_concat_infonce", x, y, layers, transpose, *ctx.wanted)
+        ctx.save_for_backward(found, x, y, *layers)
+        return losses.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        found, x, y, *layers = ctx.saved_tensors
+        of_x, of_y, *of_layers = _concat_pieces(found * grad, x, y, layers, ctx.wanted)
+        return of_x, of_y, None, *of_layers
+
+
+def _concat_pieces(
+    found: Tensor, x: Tensor, y: Tensor, layers: Sequence[Tensor], wanted: tuple[bool, bool]
+) -> list[Tensor | None]:
+    pieces = pieces_of(found, concat_shapes(x, y, layers, *wanted))
+    of_inputs = pieces[:2] if wanted[0] else [None, None]
+    return [*of_inputs, *(pieces[2 if wanted[0] else 0 :] if wanted[1] else [None] * len(layers))]
 
 
 def _backend(x: Tensor, operation: str, activation: str) -> str:
@@ -192,8 +251,11 @@ def _fake_mlp_backward(grad, inputs, first, rest, state, input_grads, weight_gra
 
 
 def _fake_concat_backward(grad, x, y, layers, input_grads, weight_grads):
-    found = [torch.empty_like(x), torch.empty_like(y)] if input_grads else []
-    return found + [torch.empty_like(w) for w in layers] if weight_grads else found
+    return flat(x, concat_shapes(x, y, layers, input_grads, weight_grads))[0]
+
+
+def _fake_concat_infonce(x, y, layers, transpose, input_grads, weight_grads):
+    return x.new_empty(len(x)), _fake_concat_backward(None, x, y, layers, input_grads, weight_grads)
 
 
 def _register(name: str, function: str, schema: str, fake) -> None:
@@ -223,6 +285,12 @@ _register(
 _register(
     "critics_concat_backward",
     "concat_backward",
-    "(Tensor grad, Tensor x, Tensor y, Tensor[] layers, bool input_grads, bool weight_grads) -> Tensor[]",
+    "(Tensor grad, Tensor x, Tensor y, Tensor[] layers, bool input_grads, bool weight_grads) -> Tensor",
     _fake_concat_backward,
+)
+register(
+    "critics_concat_infonce",
+    "(Tensor x, Tensor y, Tensor[] layers, bool transpose, bool input_grads, bool weight_grads) -> (Tensor, Tensor)",
+    cpu=lazy("engine.kernels.critics.cpu", "concat_infonce"),
+    fake=_fake_concat_infonce,
 )
