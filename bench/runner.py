@@ -12,6 +12,7 @@ and, where they apply,
 
     ROUNDS                  default number of rounds
     MEMORY                  sides whose extra peak memory is measured
+    MEMORY_REPEATS          processes a side's memory is the median of (default: 3, in quick runs 1)
     VALUE                   unit of the number that `Work.run` returns, for suites that measure another thing
                             than the time of a call (less is better)
     SLOW_SIDES              sides left out of quick runs
@@ -137,7 +138,7 @@ def run(
         for side in getattr(suite, "MEMORY", ()):
             if side in summaries:
                 say(f"{name}: extra peak memory of {side}")
-                peak = extra_peak(name, side, setting, threads)
+                peak = extra_peak(name, side, setting, threads, getattr(suite, "MEMORY_REPEATS", None))
                 if peak is not None:
                     summaries[side]["extra_peak_bytes"] = peak
     return assemble(name, suite, setting, summaries, rounds, threads) | details

@@ -15,6 +15,7 @@ TITLE = "two-stage epoch, mode fast, 64 MOSI-shaped samples, BERT-base, against 
 GOALS: dict[str, tuple[float, float]] = {}
 SIDES = ("engine", "baseline")
 MEMORY = ("engine", "baseline")
+MEMORY_REPEATS = 1  # an epoch each
 ROUNDS = 3
 
 

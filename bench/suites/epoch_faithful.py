@@ -10,6 +10,7 @@ TITLE = "two-stage epoch, mode faithful, 256 MOSI-shaped samples, MiniLM, agains
 GOALS = {"ratio": (2.5, 3.2)}
 SIDES = ("engine", "baseline")
 MEMORY = ("engine", "baseline")
+MEMORY_REPEATS = 1  # an epoch each
 ROUNDS = 3
 
 

@@ -11,6 +11,7 @@ TITLE = "two-stage epoch, mode fast, 256 MOSI-shaped samples, MiniLM, against th
 GOALS = {"ratio": (10.0, 20.0), "gemm_fraction": (0.35, 0.6)}
 SIDES = ("engine", "baseline", "gemm")
 MEMORY = ("engine", "baseline")
+MEMORY_REPEATS = 1  # an epoch each
 ROUNDS = 3
 MODE = "fast"
 

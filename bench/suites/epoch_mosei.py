@@ -9,6 +9,7 @@ TITLE = "two-stage epoch, mode fast, 64 MOSEI-shaped samples, MiniLM, against th
 GOALS: dict[str, tuple[float, float]] = {}
 SIDES = ("engine", "baseline")
 MEMORY = ("engine", "baseline")
+MEMORY_REPEATS = 1  # an epoch each
 ROUNDS = 3
 
 
