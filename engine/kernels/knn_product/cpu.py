@@ -138,7 +138,8 @@ def _bound_groups(product, bounds, query, low):
         scale[i], norm[i], residual[i] = two * bounds[0, query[i]], two * bounds[2, query[i]], two * bounds[3, query[i]]
     for g in range(low.shape[0]):
         least = low[g]
-        least[:] = np.inf
+        for i in range(c):
+            least[i] = np.inf
         for j in range(g * GROUP, min((g + 1) * GROUP, n)):
             s, base, r, b = bounds[0, j], bounds[1, j], bounds[3, j], bounds[4, j]
             line = product[j]
@@ -173,9 +174,13 @@ def _search(z, product, bounds, low, unit2, query, key, draw, taken, first, foun
     for i in range(len(query)):
         q, isolated, best = query[i], taken[draw[i]], found[i]
         scale, base, norm, residual = bounds[0, q], bounds[1, q], bounds[2, q], bounds[3, q]
-        distance[:], chance[:], best[:] = np.inf, 0, -1
+        for r in range(k):
+            distance[r], chance[r], best[r] = np.inf, 0, -1
         while True:
-            g = np.argmin(low[i])
+            g = 0
+            for other in range(low.shape[1]):
+                if low[i, other] < low[i, g]:
+                    g = other
             # beyond the k-th distance, or all groups visited (their bound is infinite then)
             if np.isinf(low[i, g]) or (np.float64(low[i, g]) + base) * unit2 > distance[k - 1]:
                 break
@@ -197,8 +202,8 @@ def _search(z, product, bounds, low, unit2, query, key, draw, taken, first, foun
                 ):
                     at -= 1
                 if at < k:
-                    distance[at + 1 :], chance[at + 1 :] = distance[at:-1].copy(), chance[at:-1].copy()
-                    best[at + 1 :] = best[at:-1].copy()
+                    for r in range(k - 1, at, -1):
+                        distance[r], chance[r], best[r] = distance[r - 1], chance[r - 1], best[r - 1]
                     distance[at], chance[at], best[at] = d, h, j
 
 
@@ -278,8 +283,10 @@ def _line(ascending, order, query, key, wanted, found):
     """Fills found[i] where wanted[i]."""
     n, k = len(order), found.shape[1]
     rest, _ = _without(order, query)
-    value = ascending[rest]
     last = len(rest)
+    value = np.empty(last, ascending.dtype)
+    for i in range(last):
+        value[i] = ascending[rest[i]]
     place_of = np.empty(n, np.int64)
     for i in range(n):
         place_of[order[i]] = i
@@ -288,7 +295,7 @@ def _line(ascending, order, query, key, wanted, found):
         if not wanted[i]:
             continue
         centre = ascending[place_of[query[i]]]
-        right = np.searchsorted(value, centre)
+        right = _first_not_below(value, centre)
         left = right - 1
         # nearest first; of equal distances the left one, as they stand in sorted order
         for r in range(k):
@@ -317,6 +324,19 @@ def _line(ascending, order, query, key, wanted, found):
 
 
 @njit(cache=True, nogil=True)
+def _first_not_below(value, centre):
+    """np.searchsorted, which takes numba a second to compile."""
+    lo, hi = 0, len(value)
+    while lo < hi:
+        mid = (lo + hi) // 2
+        if value[mid] < centre:
+            lo = mid + 1
+        else:
+            hi = mid
+    return lo
+
+
+@njit(cache=True, nogil=True)
 def _gap(value, centre):
     return abs(np.float64(value) - np.float64(centre))
 
@@ -324,7 +344,7 @@ def _gap(value, centre):
 @njit(cache=True, nogil=True)
 def _tied_run(value, centre, kth, left):
     """Positions [low, high) of the values at distance kth on one side: below the centre, or from it on."""
-    middle = np.searchsorted(value, centre)
+    middle = _first_not_below(value, centre)
     a, b = (0, middle) if left else (middle, len(value))
     lo, hi = a, b  # distances fall towards the centre on the left and grow on the right
     while lo < hi:
