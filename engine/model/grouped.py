@@ -111,7 +111,6 @@ class _Group:
         # places of the towers of x, and of y, in the order of the estimators
         self.of_x, self.of_y = ([self.towers.index((name, which)) for name in estimators] for which in "gh")
         self.stacks: list[Tensor] = []
-        self.addresses: list[int] = []
 
     def parameters(self) -> list[list[Tensor]]:
         """For every stack the parameters in it; stacks of weights and of biases alternate."""
@@ -126,13 +125,15 @@ class _Group:
         split = 2 * len(inputs)
         first, rest = (list(zip(s[::2], s[1::2], strict=True)) for s in (stacked[:split], stacked[split:]))
         embedded = grouped_mlp(inputs, first, rest)
+        towers = embedded.unbind()
+        q, k = (torch.stack([towers[n] for n in places]) for places in (self.of_y, self.of_x))
         example = next(iter(self.estimators.values()))
         ema = None
         if example.bound == "mine":
             ema = torch.stack([e.log_ema for e in self.estimators.values()])
         value = mi_lower_bound(
-            embedded[self.of_y], embedded[self.of_x], bound=example.bound, alpha=example.alpha,
-            smile_tau=example.smile_tau, log_ema=ema, ema_rate=example.ema_rate,
+            q, k, bound=example.bound, alpha=example.alpha, smile_tau=example.smile_tau, log_ema=ema,
+            ema_rate=example.ema_rate,
         )  # fmt: skip
         if ema is not None:
             value, ema = value
@@ -156,7 +157,7 @@ class _Group:
         if torch.compiler.is_compiling():
             return [torch.stack(part) for part in parameters]
         flat = [p for part in parameters for p in part]
-        if [p.data_ptr() for p in flat] != self.addresses:
+        if [p.data_ptr() for p in flat] != self._places():
             self._bring_together(parameters)
         return list(_Stacked.apply(self.stacks, [len(part) for part in parameters], *flat))
 
@@ -166,7 +167,14 @@ class _Group:
         for part, stack in zip(parameters, self.stacks, strict=True):
             for p, place in zip(part, stack.unbind(), strict=True):
                 p.data = place
-        self.addresses = [p.data_ptr() for part in parameters for p in part]
+
+    def _places(self) -> list[int]:
+        """Addresses of the stacks' parts."""
+        return [
+            stack.data_ptr() + n * stack.stride(0) * stack.element_size()
+            for stack in self.stacks
+            for n in range(len(stack))
+        ]
 
 
 class _Stacked(torch.autograd.Function):
