@@ -23,11 +23,14 @@ from torch import Tensor, nn
 
 from engine.config import ObjectiveConfig
 from engine.errors import ConfigError, EstimatorError
-from engine.kernels.knn_product import product_indices, stratified_product_indices
+from engine.kernels.knn_product import Bank, ProductRows, ProductSampler
 from engine.model.cmi import CMIEstimator
 from engine.model.estimators import Estimate, MIEstimator
+from engine.model.grouped import GroupedMI
+from engine.model.grouped_cmi import GroupedCMI
 
-Rows = tuple[Tensor, Tensor, Tensor]
+Rows = Sequence[Tensor]
+"""Product rows of one term: x, y and z, [rows, width] each."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,15 @@ class Objective(nn.Module):
                         "Add it to dims.",
                     )
         self.estimators = nn.ModuleDict({t.key: _estimator(t, dims, s) for t in self.terms})
+        by_name = {str(t): self.estimators[t.key] for t in self.terms}
+        self._mi = GroupedMI(
+            {str(t): by_name[str(t)] for t in self.terms if t.given is None},
+            {str(t): (t.x, t.y) for t in self.terms if t.given is None},
+        )
+        self._cmi = GroupedCMI(
+            {str(t): by_name[str(t)] for t in self.terms if t.given is not None},
+            {str(t): (t.x, t.y, t.given) for t in self.terms if t.given is not None},
+        )
 
     # -- product rows ------------------------------------------------------------------------------
 
@@ -199,11 +211,12 @@ class Objective(nn.Module):
 
     def sample_products(
         self, bank: Mapping[str, Tensor], batch_size: int, generator: torch.Generator | None = None
-    ) -> dict[str, Rows]:
+    ) -> dict[str, ProductRows]:
         """Draw rows of q(x,y,z) = p(x|z) p(y,z) for every conditional term from a bank of features.
 
         Args:
-            bank: features of N samples, [N, width] each, without gradients.
+            bank: features of N samples, [N, width] each, without gradients. Where many batches are drawn from one
+                bank, make it an `engine.kernels.knn_product.Bank`: what the search needs is then prepared once.
             batch_size: number of joint rows they will be compared with; m = batch_size // k_neighbor queries of
                 k_neighbor rows each are drawn.
             generator: source of randomness, on the CPU.
@@ -214,32 +227,14 @@ class Objective(nn.Module):
         Raises:
             EstimatorError: the batch or the bank is too small for k_neighbor.
         """
-        k = self.settings.k_neighbor
-        m = batch_size // k
-        if m < 1:
-            raise EstimatorError(
-                "objective.k_neighbor", f"k_neighbor {k} with a batch of {batch_size}", "k_neighbor <= batch size",
-                "Lower objective.k_neighbor or raise batch_size.",
-            )  # fmt: skip
-        shared: dict[str, tuple[Tensor, Tensor]] = {}
-        rows = {}
-        for term in self.terms:
-            if term.given is None:
-                continue
-            z = bank[term.given]
-            if self.settings.compat == "mimrl":
-                neighbour, query = product_indices(z, m, k, generator)
-            elif term.given in shared:
-                neighbour, query = shared[term.given]
-            else:
-                if term.given in self.discrete:
-                    neighbour, query = stratified_product_indices(z.reshape(len(z), -1)[:, 0], m, k, generator)
-                else:
-                    neighbour, query = product_indices(z, m, k, generator)
-                shared[term.given] = neighbour, query
-            repeated = query.repeat_interleave(k)
-            rows[str(term)] = (bank[term.x][neighbour], bank[term.y][repeated], z[repeated])
-        return rows
+        reference = self.settings.compat == "mimrl"
+        sampler = ProductSampler(
+            bank if isinstance(bank, Bank) else Bank(bank),
+            self.settings.k_neighbor,
+            discrete=() if reference else self.discrete,
+            shared=not reference,
+        )
+        return sampler.draw([t for t in self.terms if t.given is not None], batch_size, generator)
 
     # -- the two losses ----------------------------------------------------------------------------
 
@@ -252,22 +247,16 @@ class Objective(nn.Module):
             features: float [B, width] each.
             products: from `sample_products`; may be omitted where no term is conditional.
         """
-        estimates = {}
-        for term in self.terms:
-            estimator = self.estimators[term.key]
-            x, y = features[term.x], features[term.y]
-            if term.given is None:
-                estimates[str(term)] = estimator(x, y)
-            else:
-                if products is None:
-                    raise EstimatorError(
-                        f"objective term {term}",
-                        "no product rows",
-                        "rows from Objective.sample_products",
-                        "Pass products=.",
-                    )
-                estimates[str(term)] = estimator((x, y, features[term.given]), products[str(term)])
-        return estimates
+        found = self._mi(features)
+        if self.needs_products:
+            if products is None:
+                term = next(t for t in self.terms if t.given is not None)
+                raise EstimatorError(
+                    f"objective term {term}", "no product rows", "rows from Objective.sample_products",
+                    "Pass products=.",
+                )  # fmt: skip
+            found |= self._cmi(features, products)
+        return {str(t): found[str(t)] for t in self.terms}
 
     def estimator_loss(
         self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None

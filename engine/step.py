@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from engine.kernels.knn_product import Bank
 from engine.loaders.batch import Batch
 from engine.objective import Objective, ObjectiveOutput, Rows
 
@@ -40,11 +41,11 @@ class FeatureBank:
             self.rows[name][index] = value.detach()
         self.filled[index.to(self.filled.device)] = True
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The features of the samples seen, [n, width] each, in row order."""
+    def tensors(self) -> Bank:
+        """The features of the samples seen, [n, width] each, in row order: what product rows are drawn from."""
         if bool(self.filled.all()):
-            return dict(self.rows)
-        return {name: value[self.filled.to(value.device)] for name, value in self.rows.items()}
+            return Bank(self.rows)
+        return Bank({name: value[self.filled.to(value.device)] for name, value in self.rows.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {"filled": self.filled, "rows": self.rows}
