@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
+from engine.kernels.dropout import Dropout
 
 HEAD_WIDTH = 128
 
@@ -20,7 +21,7 @@ class Head(nn.Module):
         if dim <= HEAD_WIDTH:
             layers = [nn.Linear(dim, n)]
         else:
-            layers = [nn.Linear(dim, HEAD_WIDTH), nn.ReLU(), nn.Dropout(dropout), nn.Linear(HEAD_WIDTH, n)]
+            layers = [nn.Linear(dim, HEAD_WIDTH), nn.ReLU(), Dropout(dropout), nn.Linear(HEAD_WIDTH, n)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, fused: Tensor) -> Tensor:

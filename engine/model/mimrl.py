@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import Config
 from engine.errors import ConfigError
+from engine.kernels.dropout import dropout
 from engine.loaders.batch import Batch
 from engine.model.cubemlp import CubeMLP
 from engine.model.encoders import SequenceEncoder, length_mask, masked_mean, nonzero_length
@@ -93,7 +93,7 @@ class MIMRL(nn.Module):
             self.audio_encoder(batch.audio, audio_length),
             self.vision_encoder(batch.vision, vision_length),
         ]
-        sequences = [F.dropout(x, p, self.training) for x, p in zip(sequences, self.dropout, strict=True)]
+        sequences = [dropout(x, p, self.training) for x, p in zip(sequences, self.dropout, strict=True)]
         if self.faithful:
             means = [x.mean(1) for x in sequences]
         else:

