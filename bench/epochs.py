@@ -243,6 +243,7 @@ def tiny_pair(mode: str, device: str = "cpu", text_padding: str = "zero") -> Sim
             "d_common": TINY["d_common"],
             "dropout": (0.0,) * 4,
             "text_padding": text_padding,
+            "modality_dropout": 0.0,
             "cubemlp": {k: TINY[k] for k in names if k != "d_common"},
         },
         objective={"hidden": TINY["critic_hidden"], "embed": TINY["critic_embed"], "c1": [1.0] * 11, "c2": [0.01] * 8},

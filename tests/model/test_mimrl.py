@@ -263,10 +263,43 @@ def test_dropout_of_each_modality():
     for which, key in enumerate("TAV"):
         rates = [0.0] * 4
         rates[which] = 0.5
-        module = model(text=text, dropout=rates)
+        module = model(text=text, dropout=rates, modality_dropout=0.0)
         calm, noisy = outputs(module, batch), outputs(module.train(), batch)
         changed = {k for k in "TAV" if not torch.allclose(calm[k], noisy[k], atol=1e-5)}
         assert changed == {key} and not torch.allclose(calm["F"], noisy["F"], atol=1e-5)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_modality_dropout_hides_rows_from_the_fusion_encoder_alone(which):
+    text = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    module = model(text=text, dropout=[0.0] * 4, modality_dropout=0.5)
+    seen = []
+    module.fusion.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    batch = make_batch(samples([(3, 4, 5)] * 200))
+    calm, noisy = outputs(module, batch), outputs(module.train(), batch)
+    shown, hidden_or_shown = (cube[:, :, which] for cube in seen)
+    kept = (hidden_or_shown != 0).any((1, 2))
+    assert 60 < kept.sum() < 140
+    torch.testing.assert_close(hidden_or_shown[kept], shown[kept])
+    torch.testing.assert_close(seen[0][:, :, 0], seen[1][:, :, 0])
+    for key in "TAV":
+        torch.testing.assert_close(calm[key], noisy[key])
+
+
+def test_faithful_mode_hides_nothing():
+    assert model("faithful").modality_dropout == 0.0 and model("fast").modality_dropout == 0.3
+
+
+def test_what_fills_the_text_is_dropped_out_like_text():
+    """One mask for a sentence's mean at all its filled positions would leave most of the time axis without noise."""
+    text = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    module = model(text=text, dropout=[0.5, 0.0, 0.0, 0.0], modality_dropout=0.0).train()
+    seen = []
+    module.fusion.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    outputs(module, make_batch(samples([(2, 4, 5)] * 50)))
+    filled = seen[0][:, 2:, 0] == 0
+    assert 0.4 < filled.float().mean() < 0.6
+    assert (filled[:, 0] != filled[:, 1]).float().mean() > 0.3
 
 
 def test_precomputed_text_features():
