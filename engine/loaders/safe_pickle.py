@@ -1,18 +1,22 @@
 """Reading other people's pickles without running them.
 
-A pickle is a program. This reader allows it to build numpy arrays, numbers, text and plain containers, and nothing
-else: every name it asks for must be on `ALLOWED`, and what it gets under that name is a stand-in of ours, never the
-real callable. Large array payloads are not copied into memory: they become read-only views of the memory-mapped file,
-so that opening a 12 GB file costs what is later touched, not 12 GB.
+A pickle is a program. The machine here executes only what builds numpy arrays, numbers, text and plain containers:
+every name a pickle asks for must be on `ALLOWED`, and what it gets under that name is a function of ours, never the
+real callable. Instructions cannot cost more than the file's own size accounts for: shared objects are counted each time
+they are referred to, nothing may hold itself, integers have at most 64 bits, and keys are text or numbers.
+
+Large array payloads are not copied into memory: they become read-only views of the memory-mapped file, so that opening
+a 12 GB file costs what is later touched, not 12 GB.
 """
 
-import io
+from __future__ import annotations
+
+import codecs
 import mmap
 import pickle
-import pickletools
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,11 @@ import numpy as np
 
 from engine.errors import DataError
 
-LARGE = 1 << 16  # payloads from this size on are mapped; standard picklers leave them outside frames from here on
+LARGE = 1 << 16  # payloads from this size on are views of the file
 MAX_DEPTH = 64
+MAX_STEPS = 1 << 26  # a pickle of millions of instructions is no data set
+MAX_CONTAINERS = 1 << 23
+SHARING = 16  # how often, on average, a byte of the file may be referred to
 
 _HEADS = (
     (
@@ -48,35 +55,27 @@ class _Refused(pickle.UnpicklingError):
         self.name = name
 
 
-class _Allowed:
-    """A callable a pickle may use. It has no attributes that the pickle's BUILD instruction could change."""
+class _Truncated(Exception):
+    pass
 
-    __slots__ = ("_call",)
 
-    def __init__(self, call: Callable):
-        object.__setattr__(self, "_call", call)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("state given to a function")
+# What a pickle may build: stand-ins while loading, and the functions behind the allowed names.
 
 
 class _Dtype:
-    """Stands for numpy.dtype while loading. A real dtype would accept forged flags and read raw bytes as pointers."""
+    """Stands for numpy.dtype. A real dtype would accept forged flags and read raw bytes as pointers."""
 
     __slots__ = ("code", "order")
 
     def __init__(self, code: Any, *_: Any):
         code = code.decode("ascii") if isinstance(code, bytes) else str(code)
         if not re.fullmatch(r"[<>=|]?[biufcSUO]\d{0,9}", code):
-            raise _Refused(f"numpy dtype {code!r}")
+            raise _Refused(f"numpy dtype {code[:40]!r}")
         self.order = code[0] if code[0] in "<>=|" else "="
         self.code = code.lstrip("<>=|")
 
-    def __setstate__(self, state: tuple) -> None:
-        if len(state) > 1 and state[1] in ("<", ">", "=", "|"):
+    def build(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "=", "|"):
             self.order = state[1]
 
     def numpy(self) -> np.dtype:
@@ -84,14 +83,14 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for an ndarray while loading; `value` is the array once its state has been read."""
+    """Stands for an ndarray; `value` is the array once its state has been read."""
 
     __slots__ = ("value",)
 
     def __init__(self) -> None:
         self.value = np.empty(0)
 
-    def __setstate__(self, state: tuple) -> None:
+    def build(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
         self.value = _array(raw, dtype, shape, "F" if fortran else "C")
 
@@ -99,11 +98,11 @@ class _Array:
 def _array(raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     if not isinstance(dtype, _Dtype):
         raise pickle.UnpicklingError("an array without a dtype")
-    shape = tuple(int(n) for n in shape)
+    shape = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
     kind = dtype.numpy()
     count = int(np.prod(shape, dtype=object)) if shape else 1
-    if any(n < 0 for n in shape):
-        raise pickle.UnpicklingError(f"an array of shape {shape}")
+    if len(shape) > 32 or any(n < 0 for n in shape):
+        raise pickle.UnpicklingError(f"an array of shape {str(shape)[:80]}")
     if kind.hasobject:
         if not isinstance(raw, list) or len(raw) != count:
             raise pickle.UnpicklingError(f"an object array of shape {shape} without its {count} objects")
@@ -117,16 +116,20 @@ def _array(raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
         size = len(raw) if hasattr(raw, "__len__") else 0
         raise pickle.UnpicklingError(f"an array of shape {shape} and dtype {kind} with {size} bytes of data")
     if count == 0 or kind.itemsize == 0:
-        if count > 1 << 24:  # numpy gives elements of no width a width
+        if max(shape, default=0) > 1 << 16 or count > 1 << 16:  # numpy gives elements of no width a width
             raise pickle.UnpicklingError(f"an array of shape {shape} without data")
         return np.zeros(shape, kind)
-    return np.frombuffer(raw, kind).reshape(shape, order=order)
+    array = np.frombuffer(raw, kind)
+    if kind.kind == "U" and (array.view(kind.str[0] + "u4") > 0x10FFFF).any():
+        raise pickle.UnpicklingError("text beyond Unicode")
+    return array.reshape(shape, order=order)
 
 
 def _scalar(dtype: Any, raw: Any = b"") -> Any:
     if not isinstance(dtype, _Dtype) or dtype.code[0] == "O":
         raise _Refused("a numpy scalar of objects")
-    return _array(raw, dtype, (), "C")[()]
+    value = _array(raw, dtype, (), "C")[()]
+    return np.str_(_text(value)) if isinstance(value, str) else value
 
 
 def _reconstruct(kind: Any, *_: Any) -> _Array:
@@ -145,151 +148,415 @@ def _frombuffer(raw: Any, dtype: Any, shape: Any, order: str = "C", axes: Any = 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
-        raise _Refused(f"_codecs.encode to {encoding!r}")
+        raise _Refused(f"_codecs.encode to {str(encoding)[:40]!r}")
     return text.encode(encoding)
 
 
 def _bytes(kind: type) -> Callable:
-    def build(*args: Any) -> Any:
-        if args and isinstance(args[0], int):  # bytes(10**12) would allocate
-            raise _Refused(f"{kind.__name__} of a given size")
-        return kind(*args)
+    def build(raw: Any = b"", encoding: str = "latin1") -> Any:
+        if not isinstance(raw, (bytes, bytearray, str, memoryview)):  # bytes(10**12) would allocate
+            raise _Refused(f"{kind.__name__} of a {type(raw).__name__}")
+        return kind(_encode(raw, encoding) if isinstance(raw, str) else raw)
 
     return build
 
 
-_NDARRAY = _Allowed(lambda *_: _raise(_Refused("numpy.ndarray called directly")))
+def _set(kind: type) -> Callable:
+    return lambda items=(): kind(_key(item) for item in items)
 
 
-def _raise(error: Exception) -> None:
-    raise error
+def _key(value: Any) -> Any:
+    """`value` if it may be a key. Tuples may not: hashing one that is nested deeply overflows the stack."""
+    if value is None or isinstance(value, (str, bytes, int, float, np.generic)):
+        return value
+    raise pickle.UnpicklingError(f"a {type(value).__name__} as a key")
 
 
-_FIXED: dict[tuple[str, str], Any] = {("numpy", "ndarray"): _NDARRAY, ("numpy", "dtype"): _Allowed(_Dtype)}
-for _package in ("numpy.core", "numpy._core"):
-    _FIXED[f"{_package}.multiarray", "_reconstruct"] = _Allowed(_reconstruct)
-    _FIXED[f"{_package}.multiarray", "scalar"] = _Allowed(_scalar)
-    _FIXED[f"{_package}.numeric", "_frombuffer"] = _Allowed(_frombuffer)
-for _module in ("builtins", "__builtin__"):
-    for _kind in (list, dict, tuple, set, frozenset):
-        _FIXED[_module, _kind.__name__] = _Allowed(_kind)
-    for _kind in (bytes, bytearray):
-        _FIXED[_module, _kind.__name__] = _Allowed(_bytes(_kind))
-_FIXED["_codecs", "encode"] = _Allowed(_encode)
+def _ndarray(*_: Any) -> None:
+    raise _Refused("numpy.ndarray called directly")
 
-ALLOWED: tuple[str, ...] = tuple(sorted(f"{module}.{name}" for module, name in _FIXED))
+
+class _Function:
+    """An allowed name. A wrapper, so that no result can hold the function itself."""
+
+    __slots__ = ("call", "name")
+
+    def __init__(self, name: str, call: Callable):
+        self.name, self.call = name, call
+
+
+def _functions() -> Iterable[tuple[str, str, Callable]]:
+    yield "numpy", "ndarray", _ndarray
+    yield "numpy", "dtype", _Dtype
+    for package in ("numpy.core", "numpy._core"):
+        yield f"{package}.multiarray", "_reconstruct", _reconstruct
+        yield f"{package}.multiarray", "scalar", _scalar
+        yield f"{package}.numeric", "_frombuffer", _frombuffer
+    for module in ("builtins", "__builtin__"):
+        for kind in (set, frozenset):
+            yield module, kind.__name__, _set(kind)
+        for kind in (bytes, bytearray):
+            yield module, kind.__name__, _bytes(kind)
+    yield "_codecs", "encode", _encode
+
+
+_FIXED = {(module, name): _Function(f"{module}.{name}", call) for module, name, call in _functions()}
+_NDARRAY = _FIXED["numpy", "ndarray"]
+
+ALLOWED: tuple[str, ...] = tuple(sorted(f.name for f in _FIXED.values()))
 """Every name a pickle may ask for."""
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: io.BytesIO, payloads: list[memoryview]):
-        super().__init__(stream, encoding="latin1")
-        self._payloads = payloads
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _FIXED[module, name]
-        except KeyError:
-            raise _Refused(f"{module}.{name}") from None
-
-    def persistent_load(self, number: Any) -> memoryview:
-        return self._payloads[number]
+def _text(text: str) -> str:
+    """`text` without lone surrogates, which could not be written to any file."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
-_LENGTH = {
-    pickletools.TAKEN_FROM_ARGUMENT1: "<B",
-    pickletools.TAKEN_FROM_ARGUMENT4: "<i",
-    pickletools.TAKEN_FROM_ARGUMENT4U: "<I",
-    pickletools.TAKEN_FROM_ARGUMENT8U: "<Q",
-}
-_OPCODES = {ord(op.code): (op.name, None if op.arg is None else op.arg.n) for op in pickletools.opcodes}
-_PAYLOADS = {"BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+class _Machine:
+    """Executes one pickle. Methods are named after the instructions of `pickletools`."""
 
+    def __init__(self, data: mmap.mmap | bytes):
+        self.data, self.view, self.size, self.at = data, memoryview(data), len(data), 0
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.containers = 0
+        self.spent = 0
 
-class _Truncated(Exception):
-    pass
-
-
-def _scan(data: mmap.mmap) -> tuple[bytes, list[memoryview]]:
-    """Walk the instructions without executing any: bounds are checked, large payloads are taken out.
-
-    Returns the stream to execute, in which payload i is the persistent object i, and the payloads.
-    """
-    size, at, steps, frame_end = len(data), 0, 0, 0
-    view = memoryview(data)
-    small, payloads, copied = io.BytesIO(), [], 0
-    while True:
-        if at >= size:
-            raise _Truncated
-        start = at
-        known = _OPCODES.get(data[at])
-        if known is None:
-            raise pickle.UnpicklingError(f"invalid load key {bytes(data[at : at + 1])!r} at byte {at}")
-        name, argument = known
-        at += 1
-        steps += 1
-        if argument is None:
-            pass
-        elif argument >= 0:
-            at += argument
-        elif argument == pickletools.UP_TO_NEWLINE:
-            for _ in range(2 if name in ("GLOBAL", "INST") else 1):
-                at = data.find(b"\n", at) + 1
-                if at == 0:
-                    raise _Truncated
-        else:
-            layout = _LENGTH[argument]
-            width = struct.calcsize(layout)
-            if at + width > size:
+    def run(self) -> Any:
+        data, size, table = self.data, self.size, _TABLE
+        for _ in range(MAX_STEPS):
+            at = self.at
+            if at >= size:
                 raise _Truncated
-            (length,) = struct.unpack_from(layout, data, at)
-            at += width + max(length, 0)
-            if name in _PAYLOADS and length >= LARGE and start >= frame_end and at <= size:
-                small.write(view[copied:start])
-                small.write(b"J" + struct.pack("<i", len(payloads)) + b"Q")
-                payloads.append(view[at - length : at])
-                copied = at
-        if at > size:
+            code = data[at]
+            self.at = at + 1
+            if code == 0x2E:  # STOP
+                return self.stack.pop()
+            execute = table[code]
+            if execute is None:
+                raise pickle.UnpicklingError(f"invalid load key {bytes(data[at : at + 1])!r} at byte {at}")
+            execute(self)
+        raise pickle.UnpicklingError(f"more than {MAX_STEPS} instructions")
+
+    # -- reading arguments --
+
+    def take(self, layout: struct.Struct) -> Any:
+        end = self.at + layout.size
+        if end > self.size:
             raise _Truncated
-        if name == "FRAME":
-            frame_end = at + struct.unpack_from("<Q", data, start + 1)[0]
-            if frame_end > size:
-                raise _Truncated
-        elif name == "LONG_BINPUT" and struct.unpack_from("<I", data, start + 1)[0] > steps:
-            # the C unpickler allocates a table of this size
-            raise pickle.UnpicklingError("a memo index beyond the number of objects")
-        elif name == "PUT" and len(data[start + 1 : at].strip()) > 9:
-            raise pickle.UnpicklingError("a memo index beyond the number of objects")
-        elif name in ("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4"):
-            raise _Refused(f"the {name} instruction")
-        elif name == "STOP":
-            small.write(view[copied:at])
-            return small.getvalue(), payloads
-
-
-def _settle(value: Any, done: dict[int, Any], keep: list, depth: int = 0) -> Any:
-    """Replace the stand-ins for arrays by the arrays, inside containers too."""
-    if isinstance(value, _Array):
-        value = value.value
-    kind = type(value)
-    if kind not in (dict, list, tuple) and not (kind is np.ndarray and value.dtype == object):
+        (value,) = layout.unpack_from(self.data, self.at)
+        self.at = end
         return value
-    if id(value) in done:
-        return done[id(value)]
-    if depth > MAX_DEPTH:
-        raise pickle.UnpicklingError(f"containers nested more than {MAX_DEPTH} deep")
-    done[id(value)] = value
-    keep.append(value)  # ids stay unique only while their objects live
-    if kind is dict:
-        for key, item in value.items():
-            value[key] = _settle(item, done, keep, depth + 1)
-    elif kind is tuple:
-        done[id(value)] = tuple(_settle(item, done, keep, depth + 1) for item in value)
-    else:
-        flat = value if kind is list else value.reshape(-1, order="A")
-        for i, item in enumerate(flat):
-            flat[i] = _settle(item, done, keep, depth + 1)
-    return done[id(value)]
+
+    def raw(self, length: int) -> bytes:
+        start = self.at
+        end = start + length
+        if end > self.size or length < 0:
+            raise _Truncated
+        self.at = end
+        return self.data[start:end]
+
+    def payload(self, length: int, kind: type = bytes) -> Any:
+        if length < LARGE:
+            raw = self.raw(length)
+            return raw if kind is bytes else kind(raw)
+        start = self.at
+        if start + length > self.size:
+            raise _Truncated
+        self.at = start + length
+        return self.view[start : self.at]
+
+    def line(self, most: int = 1 << 30) -> bytes:
+        end = self.data.find(b"\n", self.at)
+        if end < 0:
+            raise _Truncated
+        if end - self.at > most:
+            raise pickle.UnpicklingError("a number of too many digits")
+        line = self.data[self.at : end]
+        self.at = end + 1
+        return line
+
+    def push_text(self, raw: bytes) -> None:
+        self.stack.append(raw.decode("utf-8", "replace"))
+
+    def pop_mark(self) -> list:
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def new(self, container: Any) -> None:
+        self.containers += 1
+        if self.containers > MAX_CONTAINERS:
+            raise pickle.UnpicklingError(f"more than {MAX_CONTAINERS} containers")
+        self.stack.append(container)
+
+    # -- instructions --
+
+    def proto(self) -> None:
+        if self.raw(1)[0] > pickle.HIGHEST_PROTOCOL:
+            raise pickle.UnpicklingError("a later protocol")
+
+    def frame(self) -> None:
+        if self.take(_U8) > self.size - self.at:
+            raise _Truncated
+
+    def mark(self) -> None:
+        self.marks.append(len(self.stack))
+
+    def pop(self) -> None:
+        if self.marks and self.marks[-1] == len(self.stack):
+            self.marks.pop()
+        else:
+            self.stack.pop()
+
+    def dup(self) -> None:
+        self.stack.append(self.stack[-1])
+
+    def int_line(self) -> None:
+        line = self.line(24)
+        self.stack.append({b"00": False, b"01": True}[line] if line in (b"00", b"01") else self.small(int(line)))
+
+    def long_line(self) -> None:
+        self.stack.append(self.small(int(self.line(24).rstrip(b"L"))))
+
+    def long1(self) -> None:
+        self.long(self.raw(1)[0])
+
+    def long4(self) -> None:
+        self.long(self.take(_I4))
+
+    def long(self, length: int) -> None:
+        self.stack.append(self.small(int.from_bytes(self.raw(min(length, 10)), "little", signed=True)))
+
+    @staticmethod
+    def small(value: int) -> int:
+        if not -(1 << 63) <= value < 1 << 64:  # larger ones can be chosen such that all their hashes are equal
+            raise pickle.UnpicklingError("an integer of more than 64 bits")
+        return value
+
+    def float_line(self) -> None:
+        self.stack.append(float(self.line(64)))
+
+    def string(self) -> None:
+        line = self.line().strip()
+        if len(line) < 2 or line[0] != line[-1] or line[:1] not in (b"'", b'"'):
+            raise pickle.UnpicklingError("a string without quotes")
+        self.stack.append(codecs.escape_decode(line[1:-1])[0].decode("latin1"))
+
+    def append(self) -> None:
+        value = self.stack.pop()
+        self.list_at(-1).append(value)
+
+    def appends(self) -> None:
+        items = self.pop_mark()
+        self.list_at(-1).extend(items)
+
+    def list_at(self, place: int) -> list:
+        target = self.stack[place]
+        if type(target) is not list:
+            raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
+        return target
+
+    def setitem(self) -> None:
+        value = self.stack.pop()
+        key = self.stack.pop()
+        self.fill([key, value])
+
+    def setitems(self) -> None:
+        self.fill(self.pop_mark())
+
+    def fill(self, items: list) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict or len(items) % 2:
+            raise pickle.UnpicklingError(f"keys for a {type(target).__name__}")
+        for i in range(0, len(items), 2):
+            target[_key(items[i])] = items[i + 1]
+
+    def dict_mark(self) -> None:
+        items = self.pop_mark()
+        self.new({})
+        self.fill(items)
+
+    def additems(self) -> None:
+        items = self.pop_mark()
+        target = self.stack[-1]
+        if type(target) is not set:
+            raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
+        target.update(map(_key, items))
+
+    def frozenset_mark(self) -> None:
+        self.new(frozenset(map(_key, self.pop_mark())))
+
+    def tuple_of(self, count: int) -> None:
+        if len(self.stack) < count:
+            raise IndexError("the stack is empty")
+        items = tuple(self.stack[-count:])
+        del self.stack[-count:]
+        self.new(items)
+
+    def put(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        self.stack.append(self.memo[index])
+
+    def memoize(self) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def name(self, module: str, name: str) -> None:
+        try:
+            self.stack.append(_FIXED[module, name])
+        except KeyError:
+            raise _Refused(f"{module[:80]}.{name[:80]}") from None
+
+    def global_lines(self) -> None:
+        self.name(self.line().decode("utf-8"), self.line().decode("utf-8"))
+
+    def stack_global(self) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        if type(name) is not str or type(module) is not str:
+            raise pickle.UnpicklingError("a name that is no text")
+        self.name(module, name)
+
+    def inst(self) -> None:
+        self.global_lines()
+        function = self.stack.pop()
+        self.call(function, tuple(self.pop_mark()))
+
+    def obj(self) -> None:
+        function, *arguments = self.pop_mark()
+        self.call(function, tuple(arguments))
+
+    def reduce(self) -> None:
+        arguments = self.stack.pop()
+        self.call(self.stack.pop(), arguments)
+
+    def call(self, function: Any, arguments: Any) -> None:
+        if type(function) is not _Function or type(arguments) is not tuple:
+            raise pickle.UnpicklingError(f"a call of a {type(function).__name__}")
+        # An argument may be an object that was read long ago: without an account, one long string could be copied
+        # once an instruction.
+        self.spent += sum(len(a) for a in arguments if isinstance(a, (str, bytes, bytearray, memoryview, list, set)))
+        if self.spent > SHARING * self.size + (1 << 20):
+            raise pickle.UnpicklingError("calls that copy more than the file holds")
+        self.new(function.call(*arguments))
+
+    def build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if not isinstance(target, (_Dtype, _Array)):
+            raise pickle.UnpicklingError(f"a state for a {type(target).__name__}")
+        if isinstance(target, _Array) and isinstance(state, tuple) and isinstance(state[-1], (str, list)):
+            self.spent += len(state[-1])
+        target.build(state)
+
+
+_U1, _U2, _U4, _U8 = (struct.Struct(f"<{c}") for c in "BHIQ")
+_I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
+
+
+def _refuse(name: str) -> Callable[[_Machine], None]:
+    def execute(machine: _Machine) -> None:
+        raise _Refused(f"the {name} instruction")
+
+    return execute
+
+
+def _table() -> list[Callable[[_Machine], None] | None]:
+    m = _Machine
+    push = lambda read: lambda s: s.stack.append(read(s))  # noqa: E731
+    instructions: dict[bytes, Callable[[_Machine], None]] = {
+        b"\x80": m.proto, b"\x95": m.frame, b"(": m.mark, b"0": m.pop, b"1": lambda s: s.pop_mark() and None, b"2": m.dup,
+        b"N": push(lambda s: None), b"\x88": push(lambda s: True), b"\x89": push(lambda s: False),
+        b"I": m.int_line, b"L": m.long_line, b"J": push(lambda s: s.take(_I4)), b"K": push(lambda s: s.take(_U1)),
+        b"M": push(lambda s: s.take(_U2)), b"\x8a": m.long1, b"\x8b": m.long4,
+        b"F": m.float_line, b"G": push(lambda s: s.take(_F8)),
+        b"S": m.string, b"T": push(lambda s: s.raw(s.take(_I4)).decode("latin1")),
+        b"U": push(lambda s: s.raw(s.take(_U1)).decode("latin1")),
+        b"V": push(lambda s: _text(s.line().decode("raw-unicode-escape"))),
+        b"X": lambda s: s.push_text(s.raw(s.take(_U4))), b"\x8c": lambda s: s.push_text(s.raw(s.take(_U1))),
+        b"\x8d": lambda s: s.push_text(s.raw(s.take(_U8))),
+        b"B": push(lambda s: s.payload(s.take(_U4))), b"C": push(lambda s: s.raw(s.take(_U1))),
+        b"\x8e": push(lambda s: s.payload(s.take(_U8))), b"\x96": push(lambda s: s.payload(s.take(_U8), bytearray)),
+        b"]": lambda s: s.new([]), b"a": m.append, b"e": m.appends, b"l": lambda s: s.new(s.pop_mark()),
+        b")": lambda s: s.stack.append(()), b"t": lambda s: s.new(tuple(s.pop_mark())),
+        b"\x85": lambda s: s.tuple_of(1), b"\x86": lambda s: s.tuple_of(2), b"\x87": lambda s: s.tuple_of(3),
+        b"}": lambda s: s.new({}), b"d": m.dict_mark, b"s": m.setitem, b"u": m.setitems,
+        b"\x8f": lambda s: s.new(set()), b"\x90": m.additems, b"\x91": m.frozenset_mark,
+        b"p": lambda s: s.put(int(s.line(20))), b"q": lambda s: s.put(s.take(_U1)), b"r": lambda s: s.put(s.take(_U4)),
+        b"g": lambda s: s.get(int(s.line(20))), b"h": lambda s: s.get(s.take(_U1)), b"j": lambda s: s.get(s.take(_U4)),
+        b"\x94": m.memoize, b"c": m.global_lines, b"\x93": m.stack_global, b"i": m.inst, b"o": m.obj, b"R": m.reduce,
+        b"b": m.build,
+    }  # fmt: skip
+    refused = {b"\x81": "NEWOBJ", b"\x92": "NEWOBJ_EX", b"P": "PERSID", b"Q": "BINPERSID", b"\x82": "EXT1",
+               b"\x83": "EXT2", b"\x84": "EXT4", b"\x97": "NEXT_BUFFER", b"\x98": "READONLY_BUFFER"}  # fmt: skip
+    instructions |= {code: _refuse(name) for code, name in refused.items()}
+    return [instructions.get(bytes([i])) for i in range(256)]
+
+
+_TABLE = _table()
+
+
+class _Settle:
+    """Replaces stand-ins for arrays by the arrays, and counts what the result holds: a shared object once a reference."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.done: dict[int, tuple[Any, int] | None] = {}
+        self.keep: list[Any] = []  # ids stay unique only while their objects live
+
+    def __call__(self, value: Any, depth: int = 0) -> tuple[Any, int]:
+        if type(value) is _Array:
+            value = value.value
+        kind = type(value)
+        if kind is np.ndarray and value.dtype != object:
+            return value, value.nbytes
+        if kind in (str, bytes, bytearray, memoryview):
+            return value, len(value)
+        if kind in (set, frozenset):
+            return value, 8 * len(value)
+        if kind in (int, float, bool) or value is None or isinstance(value, np.generic):
+            return value, 8
+        if kind not in (dict, list, tuple, np.ndarray):
+            raise pickle.UnpicklingError(f"a {kind.__name__.strip('_').lower()} where a value belongs")
+        if id(value) in self.done:
+            known = self.done[id(value)]
+            if known is None:
+                raise pickle.UnpicklingError("a container that holds itself")
+            return known
+        if depth > MAX_DEPTH:
+            raise pickle.UnpicklingError(f"containers nested more than {MAX_DEPTH} deep")
+        self.done[id(value)] = None
+        self.keep.append(value)
+        result, total = value, 8
+        if kind is dict:
+            for key, item in value.items():
+                value[key], size = self(item, depth + 1)
+                total += size + 8
+        elif kind is tuple:
+            pairs = [self(item, depth + 1) for item in value]
+            total += sum(size for _, size in pairs)
+            result = tuple(item for item, _ in pairs)
+        else:
+            flat = value if kind is list else value.reshape(-1, order="A")
+            for i, item in enumerate(flat):
+                flat[i], size = self(item, depth + 1)
+                total += size
+        if total > self.limit:
+            raise pickle.UnpicklingError("objects that are shared more often than any data set shares them")
+        self.done[id(value)] = (result, total)
+        return result, total
+
+
+def loads(data: mmap.mmap | bytes) -> Any:
+    """Unpickle bytes or a mapped file under the allow-list; see `load`.
+
+    Raises:
+        Exception: of any kind for a damaged pickle; `load` makes them one `DataError`.
+    """
+    return _Settle(SHARING * len(data) + (1 << 20))(_Machine(data).run())[0]
 
 
 def load(path: str | Path) -> Any:
@@ -298,7 +565,8 @@ def load(path: str | Path) -> Any:
     Large arrays of the result are read-only views of the mapped file.
 
     Raises:
-        DataError: not a pickle, damaged or truncated, or it asks for a name that is not in `ALLOWED`.
+        DataError: not a pickle, damaged or truncated, it asks for a name that is not in `ALLOWED`, or it would grow
+            far beyond its file.
     """
     path = Path(path)
     expected = "a pickle of numpy arrays, text and plain containers"
@@ -318,8 +586,7 @@ def load(path: str | Path) -> Any:
             raise DataError(str(path), found, expected, do)
     damaged = "Compare its size or checksum with the publisher's and download it again."
     try:
-        stream, payloads = _scan(data)
-        return _settle(_Unpickler(io.BytesIO(stream), payloads).load(), {}, [])
+        return loads(data)
     except _Truncated:
         raise DataError(
             str(path), f"a pickle that ends early, after {len(data)} bytes", "a whole pickle", damaged
@@ -337,7 +604,5 @@ def load(path: str | Path) -> Any:
         raise DataError(
             str(path), "a pickle larger than the free memory", expected, "Use a machine with more memory."
         ) from None
-    except RecursionError:
-        raise DataError(str(path), "containers nested too deep", expected, damaged) from None
-    except Exception as cause:  # a damaged pickle can fail in any way: EOFError, ValueError, KeyError, TypeError, ...
+    except Exception as cause:  # a damaged pickle can fail in any way: IndexError, ValueError, KeyError, TypeError, ...
         raise DataError(str(path), f"a damaged or foreign pickle ({cause})", expected, damaged) from None
