@@ -110,6 +110,27 @@ class DataConfig(Section):
     """What is read and how it is made into samples."""
 
     path: str = Field("", description="file or folder of features, or a store made by `engine convert`")
+    format: str = Field(
+        "auto", description="family of the files: auto recognises it by content; a name refuses every other family"
+    )
+    audio_features: str = Field(
+        "auto",
+        description="feature set to use where the data has several (AVEC2019 lists: mfcc, ege, ds; CMU-SDK lists: "
+        "covarep, eb10, is09; .csd: the file's name); auto: the first",
+    )
+    vision_features: str = Field(
+        "auto",
+        description="as audio_features (AVEC2019 lists: au, resnet; CMU-SDK lists: facet41, facet42, openface)",
+    )
+    text_features: str = Field(
+        "auto", description="as audio_features, for text_encoder=features (CMU-SDK lists: last_hidden, glove, ...)"
+    )
+    label_column: Annotated[int | None, _none] = Field(
+        None, ge=0, description="column of labels with several; none: the only one, or of 7 the first (sentiment)"
+    )
+    align: Literal["words", "segments"] = Field(
+        "words", description=".csd files: a row a word (the mean of its frames), or the frames of a segment as they are"
+    )
     dataset: Literal["mosi", "mosei", "avec2019", "custom"] = Field("mosi", description="names the metrics to report")
     time_len: int = Field(40, ge=1, description="length of the time axis of the fusion encoder and cap on text tokens")
     length_rule: Literal["auto", "recorded", "all_zero", "sum_zero"] = Field(

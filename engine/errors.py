@@ -1,8 +1,10 @@
 """The one family of errors that users see: where, what was found, what was expected, what to do."""
 
+LONGEST = 2000
+
 
 class EngineError(Exception):
-    """A problem the user can mend. Its text is always one line.
+    """A problem the user can mend. Its text is always one line, its parts cut to `LONGEST` characters each.
 
     Args:
         where: file, key, row or option the problem sits at, as the user would name it.
@@ -12,8 +14,10 @@ class EngineError(Exception):
     """
 
     def __init__(self, where: str, found: str, expected: str, do: str):
-        self.where, self.found, self.expected, self.do = where, found, expected, do
-        text = f"{where}: found {found}; expected {expected}. {do}"
+        # What is found may come from a damaged file: a key of a megabyte, say.
+        parts = [t if len(t) <= LONGEST else f"{t[:LONGEST]}..." for t in (where, found, expected, do)]
+        self.where, self.found, self.expected, self.do = parts
+        text = f"{self.where}: found {self.found}; expected {self.expected}. {self.do}"
         super().__init__(" ".join(text.split()))
 
 

@@ -328,6 +328,7 @@ class _Trainer:
                 drop_last=training and c.data.drop_last,
                 drop_singleton=training,
                 task=c.model.task,
+                draw_words=training,
             ),
             self.device,
         )  # fmt: skip

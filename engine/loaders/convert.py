@@ -7,6 +7,7 @@ from typing import Literal
 
 from engine.errors import DataError
 from engine.loaders.dataset import load_prepared, require_text, tokenised
+from engine.loaders.formats import Choice
 from engine.loaders.store import is_store, store_path, write_store
 from engine.loaders.text import PRECOMPUTED, load_tokenizer
 
@@ -17,6 +18,7 @@ def convert(
     text_encoder: str = "minilm",
     length_rule: Literal["auto", "recorded", "all_zero", "sum_zero"] = "auto",
     expected: str | None = None,
+    choice: Choice | None = None,
 ) -> Path:
     """Write the data of `src` as a store, texts tokenised for `text_encoder`.
 
@@ -26,6 +28,7 @@ def convert(
         text_encoder: whose tokeniser to apply; `features` keeps precomputed text features instead.
         length_rule: auto is `recorded`, or the rule of `src` where it is a store.
         expected: name of the format that the user says it is.
+        choice: what to take where the data has several of a kind.
 
     Returns:
         The store's file.
@@ -34,7 +37,7 @@ def convert(
         DataError: anything that keeps the data from being used or the store from being written.
     """
     tokenizer = None if text_encoder == PRECOMPUTED else load_tokenizer(text_encoder)
-    data = load_prepared(src, length_rule, tokenizer, expected, cache=False)
+    data = load_prepared(src, length_rule, tokenizer, expected, cache=False, choice=choice)
     if is_store(src):
         made = data.meta["length_rule"]
         if length_rule not in ("auto", made):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,7 @@ from engine.config import DataConfig
 from engine.errors import DataError
 from engine.loaders import formats
 from engine.loaders.batch import Batch
+from engine.loaders.formats import Choice
 from engine.loaders.normalize import Normalizer
 from engine.loaders.ragged import LengthRule, Ragged
 from engine.loaders.sampler import batches, epoch_order
@@ -84,8 +85,18 @@ class Split:
         tokens: ragged int32 or None; features: ragged float32 or None.
     """
 
-    def __init__(self, data: SplitData, normalizer: Normalizer, tokenised: bool):
-        self._data, self._normalizer = data, normalizer
+    def __init__(
+        self,
+        data: SplitData,
+        normalizer: Normalizer,
+        tokenizer: Tokenizer | None,
+        draws_words: bool = False,
+        cut: int | None = None,
+    ):
+        self._data, self._normalizer, self._cut = data, normalizer, cut
+        self._draws_with = tokenizer if draws_words else None
+        self._drawn: tuple[tuple[int, int], Ragged] | None = None
+        tokenised = tokenizer is not None
         self.ids = data.ids
         self.text = data.text if data.text is not None else [""] * len(data)
         self.label = torch.from_numpy(np.array(data.label, np.float32))
@@ -95,15 +106,28 @@ class Split:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def tokens_at(self, seed: int, epoch: int) -> Ragged | None:
+        """`tokens`, or where the data draws words (AVEC2019), those drawn for this seed and epoch."""
+        if self._draws_with is None:
+            return self.tokens
+        if self._drawn is None or self._drawn[0] != (seed, epoch):
+            tokens = self._draws_with.encode(self.text, True, seed, epoch)
+            self._drawn = ((seed, epoch), tokens)
+        return self._drawn[1]
+
     @cached_property
     def audio(self) -> Ragged:
         """Normalised frames, made on first use."""
-        return Ragged(self._normalizer.apply("audio", self._data.audio.values), np.asarray(self._data.audio.offsets))
+        return self._frames("audio", self._data.audio)
 
     @cached_property
     def vision(self) -> Ragged:
         """Normalised frames, made on first use."""
-        return Ragged(self._normalizer.apply("vision", self._data.vision.values), np.asarray(self._data.vision.offsets))
+        return self._frames("vision", self._data.vision)
+
+    def _frames(self, modality: Literal["audio", "vision"], stored: Ragged) -> Ragged:
+        kept = stored if self._cut is None else stored.cut(self._cut)
+        return Ragged(self._normalizer.apply(modality, kept.values), np.asarray(kept.offsets))
 
 
 class Loader:
@@ -123,7 +147,9 @@ class Loader:
         drop_last: bool,
         drop_singleton: bool,
         task: Literal["regression", "classification"],
+        draw_words: bool = False,
     ):
+        self._draw_words, self._tokens_now = draw_words, split.tokens
         self._split, self._dataset = split, dataset
         self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
         self._pad_to, self._drop_last, self._drop_singleton = pad_tokens_to, drop_last, drop_singleton
@@ -142,6 +168,8 @@ class Loader:
         return len(self._pieces())
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._draw_words:
+            self._tokens_now = self._split.tokens_at(self._seed, self._epoch)
         for index in self._pieces():
             yield self._gather(index)
 
@@ -169,7 +197,7 @@ class Loader:
         )
 
     def _tokens(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        tokens, cap = self._split.tokens, self._dataset.time_len
+        tokens, cap = self._tokens_now, self._dataset.time_len
         lengths = np.minimum(tokens.lengths[rows], cap)
         width = self._pad_to or int(lengths.max())
         ids = np.full((len(rows), width), self._dataset.pad_id, np.int64)
@@ -231,7 +259,14 @@ class Dataset:
         if tokenizer is not None:
             data = tokenised(data, tokenizer)
         self.splits = {
-            name: Split(split, self.normalizer, tokenizer is not None) for name, split in data.splits.items()
+            name: Split(
+                split,
+                self.normalizer,
+                tokenizer,
+                meta.get("draws_words", False),
+                config.time_len if meta.get("cut") else None,
+            )
+            for name, split in data.splits.items()
         }
         self.audio_dim, self.vision_dim = train.audio.dim, train.vision.dim
         self.text_dim = train.features.dim if tokenizer is None and train.features is not None else 0
@@ -255,6 +290,7 @@ class Dataset:
         drop_last: bool = False,
         drop_singleton: bool = False,
         task: Literal["regression", "classification"] = "regression",
+        draw_words: bool = False,
     ) -> Loader:
         """Batches of `split`.
 
@@ -264,13 +300,29 @@ class Dataset:
             pad_tokens_to: width of the token tensor; None pads to the longest of the batch.
             drop_last: leave out a short last batch. drop_singleton: leave it out where it is one sample.
             task: classification gives int64 labels [B].
+            draw_words: where the data draws one word a sentence (AVEC2019), draw anew every epoch, as training does;
+                False gives the fixed draw of evaluation.
 
         Raises:
             DataError: task is classification and a label is not a class number.
         """
         return Loader(
-            self.splits[split], self, batch_size, shuffle, seed, pad_tokens_to, drop_last, drop_singleton, task
+            self.splits[split],
+            self,
+            batch_size,
+            shuffle,
+            seed,
+            pad_tokens_to,
+            drop_last,
+            drop_singleton,
+            task,
+            draw_words,
         )
+
+
+def choice_of(data: DataConfig) -> Choice:
+    """What the settings say to take where the data has several of a kind."""
+    return Choice(data.audio_features, data.vision_features, data.text_features, data.label_column, data.align)
 
 
 def load_prepared(
@@ -279,6 +331,7 @@ def load_prepared(
     tokenizer: Tokenizer | None,
     expected: str | None = None,
     cache: bool = True,
+    choice: Choice | None = None,
 ) -> StoreData:
     """The content of `path`: of the store it names, or of the store made from it on first use.
 
@@ -287,6 +340,7 @@ def load_prepared(
         tokenizer: None asks for precomputed text features.
         expected: name of the format that the user says it is.
         cache: False reads foreign files without keeping a store.
+        choice: what to take where the data has several of a kind. A store keeps the choice it was made with.
 
     Raises:
         DataError: anything that keeps the data from being used.
@@ -294,9 +348,9 @@ def load_prepared(
     if is_store(path):
         return open_store(path)
     rule = "recorded" if rule == "auto" else rule
-    source = formats.find_source(path)
+    source = formats.find_source(path, choice)
     mark = fingerprint(source, sorted(next(iter(source.files.values())).parent.glob("*.csv")))
-    settings = {"length_rule": rule, "features": tokenizer is None, "expected": expected}
+    settings = {"length_rule": rule, "features": tokenizer is None, "expected": expected, **asdict(source.choice)}
     places = cache_places(source, settings) if cache else []
     for place in places:
         if place.is_file():
@@ -341,7 +395,8 @@ def tokenised(data: StoreData, tokenizer: Tokenizer) -> StoreData:
     """The same data with the tokens of `tokenizer`; made anew only where they are another tokeniser's."""
     if (data.meta.get("tokenizer") or {}).get("fingerprint") == tokenizer.fingerprint:
         return data
-    splits = {n: replace(s, tokens=tokenizer.encode(s.text or [])) for n, s in data.splits.items()}
+    draws = data.meta.get("draws_words", False)
+    splits = {n: replace(s, tokens=tokenizer.encode(s.text or [], draws)) for n, s in data.splits.items()}
     return StoreData({**data.meta, "tokenizer": describe_tokenizer(tokenizer)}, splits)
 
 
@@ -368,7 +423,9 @@ def open_dataset(
         DataError: anything that keeps the data from being used.
     """
     tokenizer = None if text_encoder == PRECOMPUTED else load_tokenizer(text_encoder)
-    content = load_prepared(path, data.length_rule, tokenizer, expected)
+    expected = expected or (None if data.format == "auto" else data.format)
+    choice = choice_of(data)
+    content = load_prepared(path, data.length_rule, tokenizer, expected, choice=choice)
     require_text(content, tokenizer, str(path), text_encoder)
     dataset = Dataset(content, data, tokenizer, normalizer)
     made = content.meta["length_rule"]
@@ -376,6 +433,12 @@ def open_dataset(
         dataset.report.notes.append(
             f"the store was made by length rule {made}, not {data.length_rule}: convert the original files again"
         )
+    made = content.meta.get("choice", asdict(Choice()))
+    for name, value in asdict(choice).items():
+        if value != getattr(Choice(), name) and made[name] != value:
+            dataset.report.notes.append(
+                f"the store was made with {name} {made[name]}, not {value}: convert the original files again"
+            )
     for line in dataset.report.lines():
         warnings.warn(f"{path}: {line}", DataWarning, stacklevel=2)
     return dataset

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.errors import DataError
 from engine.loaders import formats
-from engine.loaders.formats import SPLIT_ALIASES, Source
+from engine.loaders.formats import SPLIT_ALIASES, Source, csv_header
 from engine.loaders.ragged import Ragged
 from engine.loaders.store import is_store, open_store, problems, store_path, verify_store
 
@@ -157,6 +157,10 @@ def _inspect_store(file: Path) -> InspectReport:
 
 def _layout(source: Source) -> dict[str, dict[str, str]]:
     out: dict[str, dict[str, str]] = {}
+    if source.kind == "hdf5":
+        return {"files": {stem: f"{file.stat().st_size} bytes" for stem, file in source.files.items()}}
+    if source.kind == "csv":
+        return {"files": {"columns": ", ".join(csv_header(source.files[""])), "arrays": str(len(source.parts))}}
     for name, split in (source.split_dict() or {}).items():
         if isinstance(split, Mapping):
             out[SPLIT_ALIASES.get(name, name)] = {str(k): _content(v) for k, v in split.items()}

@@ -41,6 +41,16 @@ class Ragged:
     def dim(self) -> int:
         return self.values.shape[1]
 
+    def cut(self, most: int) -> Ragged:
+        """The first `most` rows of every sequence; itself where none is longer."""
+        lengths = self.lengths
+        if not (lengths > most).any():
+            return self
+        place = np.arange(len(self.values)) - np.repeat(self.offsets[:-1], lengths)
+        offsets = np.zeros_like(self.offsets)
+        np.cumsum(np.minimum(lengths, most), out=offsets[1:])
+        return Ragged(self.values[place < most], offsets)
+
     @classmethod
     def join(cls, pieces: Sequence[np.ndarray], dtype: np.dtype | type, dim: int | None = None) -> Ragged:
         """Copy `pieces` end to end. `dim` is needed only when there are none."""
@@ -96,8 +106,13 @@ def from_sequences(sequences: Sequence[np.ndarray], ids: Sequence[str], where: s
     """
     pieces, nonfinite, missing, dim = [], 0, [], None
     for row, (frames, sample) in enumerate(zip(sequences, ids, strict=True)):
-        frames = np.asarray(frames)
         at = f"{where}, row {row} (id {sample})"
+        try:
+            frames = np.asarray(frames)
+        except (TypeError, ValueError, OverflowError):
+            raise DataError(
+                at, "frames of different widths", "numbers of shape (frames, features)", "Write one 2-D float array."
+            ) from None
         if frames.size == 0 and frames.ndim < 3:
             missing.append(row)
             pieces.append(None)
@@ -128,6 +143,13 @@ def from_sequences(sequences: Sequence[np.ndarray], ids: Sequence[str], where: s
             where,
             "not one frame in the whole split",
             "at least one sequence with frames",
+            "Check the feature extraction.",
+        )
+    if len(missing) * dim > 16 * sum(p.size for p in pieces if p is not None) + (1 << 24):
+        raise DataError(
+            where,
+            f"{len(missing)} of {len(pieces)} sequences empty, and {dim} features a frame",
+            "frames in most sequences",
             "Check the feature extraction.",
         )
     zero = np.zeros((1, dim), np.float32)

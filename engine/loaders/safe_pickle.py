@@ -468,7 +468,7 @@ def _table() -> list[Callable[[_Machine], None] | None]:
     m = _Machine
     push = lambda read: lambda s: s.stack.append(read(s))  # noqa: E731
     instructions: dict[bytes, Callable[[_Machine], None]] = {
-        b"\x80": m.proto, b"\x95": m.frame, b"(": m.mark, b"0": m.pop, b"1": lambda s: s.pop_mark() and None, b"2": m.dup,
+        b"\x80": m.proto, b"\x95": m.frame, b"(": m.mark, b"0": m.pop, b"1": m.pop_mark, b"2": m.dup,
         b"N": push(lambda s: None), b"\x88": push(lambda s: True), b"\x89": push(lambda s: False),
         b"I": m.int_line, b"L": m.long_line, b"J": push(lambda s: s.take(_I4)), b"K": push(lambda s: s.take(_U1)),
         b"M": push(lambda s: s.take(_U2)), b"\x8a": m.long1, b"\x8b": m.long4,
@@ -500,7 +500,7 @@ _TABLE = _table()
 
 
 class _Settle:
-    """Replaces stand-ins for arrays by the arrays, and counts what the result holds: a shared object once a reference."""
+    """Replaces stand-ins for arrays by the arrays, and counts what the result holds, once a reference to it."""
 
     def __init__(self, limit: int):
         self.limit = limit

@@ -20,7 +20,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,14 @@ def is_store(path: str | Path) -> bool:
 
 
 def fingerprint(source: Source, beside: list[Path]) -> str:
-    """Changes whenever a source file does: sha256 of names, sizes, times and first MiB of its files and of `beside`."""
+    """Changes whenever a source file does: sha256 of names, sizes, times and first MiB of its files and of `beside`.
+
+    Of the source's further parts, which may be a file a sample, only names, sizes and times count.
+    """
     digest = hashlib.sha256()
+    for part in source.parts:
+        state = part.stat()
+        digest.update(f"{part} {state.st_size} {state.st_mtime_ns} ".encode())
     for file in [*source.files.values(), *beside]:
         state = file.stat()
         digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns} ".encode())
@@ -112,7 +118,7 @@ def prepare(source: Source, raw: RawDataset, rule: LengthRule, tokenizer: Tokeni
             split.label,
             split.audio.ragged,
             split.vision.ragged,
-            tokenizer.encode(text) if tokenizer is not None and text is not None else None,
+            tokenizer.encode(text, raw.draws_words) if tokenizer is not None and text is not None else None,
             split.features.ragged if split.features else None,
         )
         counts[name] = {
@@ -132,6 +138,9 @@ def prepare(source: Source, raw: RawDataset, rule: LengthRule, tokenizer: Tokeni
         "length_rule": rule,
         "tokenizer": describe_tokenizer(tokenizer),
         "dtypes": raw.dtypes,
+        "choice": asdict(source.choice),
+        "draws_words": raw.draws_words,
+        "cut": raw.cut,
         "counts": counts,
         "notes": raw.notes,
     }

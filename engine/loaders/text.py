@@ -38,6 +38,19 @@ def packaged_minilm() -> Path:
     return folder
 
 
+def draw_words(texts: Sequence[str], seed: int = 0, epoch: int = 0) -> list[str]:
+    """One random word of every line (a sentence) of each text, in order; a line without words gives none.
+
+    The words of text i depend on (seed, epoch, i) alone: not on the other texts, the batch or the process.
+    """
+    out = []
+    for i, text in enumerate(texts):
+        lines = [words for line in text.split("\n") if (words := line.split())]
+        places = np.random.default_rng((seed, epoch, i)).random(len(lines))
+        out.append(" ".join(words[int(p * len(words))] for words, p in zip(lines, places, strict=True)))
+    return out
+
+
 @dataclass
 class Tokenizer:
     """A tokeniser reduced to what data preparation needs.
@@ -55,8 +68,13 @@ class Tokenizer:
     closing_id: int
     _backend: Any
 
-    def encode(self, texts: Sequence[str]) -> Ragged:
-        """Token ids with special tokens, not cut, int32 ragged [total]."""
+    def encode(self, texts: Sequence[str], draws_words: bool = False, seed: int = 0, epoch: int = 0) -> Ragged:
+        """Token ids with special tokens, not cut, int32 ragged [total].
+
+        Args:
+            draws_words: encode one word a line, see `draw_words`; seed 0 and epoch 0 are what evaluation uses.
+        """
+        texts = draw_words(texts, seed, epoch) if draws_words else texts
         encoded = self._backend.encode_batch(list(texts), add_special_tokens=True)
         return Ragged.join([np.asarray(e.ids, np.int32) for e in encoded], np.int32)
 

@@ -1,11 +1,13 @@
 """Every family of files gives the same samples, whatever it is called."""
 
+import json
+
 import numpy as np
 import pytest
 
 from engine.errors import DataError
 from engine.loaders import formats
-from engine.loaders.formats import RawDataset, find_source, read, register_format
+from engine.loaders.formats import Choice, RawDataset, find_source, read, register_format
 from tests.loaders import writers
 from tests.loaders.writers import SPLITS
 
@@ -19,6 +21,8 @@ def assert_holds(raw: RawDataset, data, ids=True):
     assert list(raw.splits) == list(SPLITS)
     for split, rows in data.items():
         got = raw.splits[split]
+        if ids and raw.splits[split].ids != [s.id for s in rows]:  # MMSA-FET writes samples in no order
+            rows = sorted(rows, key=lambda s: got.ids.index(s.id))
         if ids:
             assert got.ids == [s.id for s in rows]
         assert got.text == [s.text for s in rows]
@@ -48,6 +52,18 @@ def write(folder, family, data):
         )
     if family == "tuples_in_one":
         return writers.dump(writers.tuples(data), folder / "all.pkl")
+    if family == "declarelab_aligned":
+        return writers.write_declarelab(folder, data, name="mosi_data.pkl", caps=writers.Caps(50, 50))
+    if family == "mmsa_fet":
+        return writers.dump(writers.mmsa_fet(data), folder / "feature.pkl")
+    if family == "magbert":
+        return writers.dump(writers.magbert(data), folder / "mosi.pkl")
+    if family in ("sdk", "sdk_mosei"):
+        return writers.write_split_files(folder, writers.sdk(data, family[4:] or "mosi", small=True), prefix="mosi_")
+    if family == "manifest":
+        return writers.write_manifest(folder, data)
+    if family == "manifest_csv":
+        return writers.write_manifest(folder, data, kind="csv")
     fields = 4 if family == "misa" else 6
     return writers.write_tuples(
         folder,
@@ -69,6 +85,13 @@ FAMILIES = {
     "tuples_valid": "tuples",
     "tuples_in_one": "tuples",
     "misa": "tuples",
+    "declarelab_aligned": "declarelab",
+    "mmsa_fet": "mmsa",
+    "magbert": "magbert",
+    "sdk": "sdk",
+    "sdk_mosei": "sdk",
+    "manifest": "manifest",
+    "manifest_csv": "manifest",
 }
 
 
@@ -78,9 +101,148 @@ def test_every_family_gives_the_same_samples(tmp_path, data, family, rule):
     path = write(tmp_path, family, data)
     _, raw = read(path, rule)
     assert raw.format == FAMILIES[family]
+    if family == "mmsa_fet":  # its files are cut to the mean length + 3 deviations
+        longest = {m: max(max(raw.splits[s].__dict__[m].ragged.lengths) for s in SPLITS) for m in ("audio", "vision")}
+        assert longest == {"audio": writers.AUDIO_CAP, "vision": writers.VISION_CAP}
     assert_holds(raw, data, ids=family != "mosei")
     _, from_folder = read(tmp_path, rule)
     assert_holds(from_folder, data, ids=family != "mosei")
+
+
+def test_same_named_files_of_different_families_are_told_apart(tmp_path, data):
+    """Four families call their files train.pkl, dev.pkl and test.pkl, or mosi_train.pkl and so on."""
+    talks = writers.interviews()
+    made = {
+        "tuples": writers.write_tuples(tmp_path / "tuples", data),
+        "sdk": writers.write_split_files(tmp_path / "sdk", writers.sdk(data, small=True), valid="dev"),
+        "avec2019": writers.write_split_files(tmp_path / "avec", writers.avec2019(talks), valid="dev"),
+        "magbert": writers.write_split_files(
+            tmp_path / "mag", {"valid" if k == "dev" else k: v for k, v in writers.magbert(data).items()}, valid="dev"
+        ),
+    }
+    titles = {f.name: f.title for f in formats.formats()}
+    for name, folder in made.items():
+        assert sorted(p.name for p in folder.iterdir()) == ["dev.pkl", "test.pkl", "train.pkl"]
+        assert read(folder, "recorded", expected=name)[1].format == name
+        for other in made.keys() - {name}:
+            with pytest.raises(DataError) as error:
+                read(folder, "recorded", expected=other)
+            assert f"found a {titles[name]} file; expected a {titles[other]} file" in str(error.value)
+
+
+def test_avec2019(tmp_path):
+    data = writers.interviews()
+    folder = writers.write_split_files(tmp_path, writers.avec2019(data), valid="dev")
+    raw = read(folder, "recorded")[1]
+    assert raw.draws_words and raw.cut
+    for split, rows in data.items():
+        got = raw.splits[split]
+        assert got.ids == [f"{split}_{i}" for i in range(len(rows))]
+        assert got.text == [s.text for s in rows]
+        assert np.array_equal(got.label[:, 0], np.array([s.label for s in rows], np.float32))
+        assert all(np.array_equal(got.audio.ragged[i], s.audio) for i, s in enumerate(rows))
+        assert all(np.array_equal(got.vision.ragged[i], s.vision) for i, s in enumerate(rows))
+    other = read(folder, "recorded", choice=Choice("ds", "resnet"))[1].splits["test"]
+    assert np.array_equal(other.audio.ragged[0], data["test"][0].more["ds"])
+    assert np.array_equal(other.vision.ragged[0], data["test"][0].more["resnet"])
+    with pytest.raises(DataError, match=r"no audio features 'mfc'; expected one of mfcc, ege, ds. Set .*mfcc"):
+        read(folder, "recorded", choice=Choice("mfc"))
+
+
+def test_sdk_lists_hold_several_feature_sets(tmp_path, data):
+    folder = writers.write_split_files(tmp_path, writers.sdk(data, small=True))
+    other = read(folder, "recorded", choice=Choice("IS09", "openface"))[1].splits["train"]
+    assert (other.audio.ragged.dim, other.vision.ragged.dim) == (1, 1)
+    assert other.audio.ragged.lengths.tolist() == [len(s.text.split()) for s in data["train"]]
+    rows = writers.sdk(data, small=True)["train"]
+    for name, number in (("last_hidden", 2), ("glove", 1), ("auto", 2)):
+        found = read(folder, "recorded", True, choice=Choice(text_features=name))[1].splits["train"].features
+        assert all(np.array_equal(found.ragged[i], row[0][0][number]) for i, row in enumerate(rows))
+    with pytest.raises(DataError, match="no vision features 'facet'"):
+        read(folder, "recorded", choice=Choice(vision_features="facet"))
+
+
+def test_pom_asks_which_trait(tmp_path, data):
+    folder = writers.write_split_files(tmp_path, writers.sdk(data, "pom", small=True), prefix="pom_")
+    with pytest.raises(DataError, match=r"labels of shape \(7, 18\).*data\.label_column"):
+        read(folder, "recorded")
+    assert_holds(read(folder, "recorded", choice=Choice(label_column=2))[1], data)
+    assert (read(folder, "recorded", choice=Choice(label_column=3))[1].splits["train"].label == 4).all()
+    with pytest.raises(DataError, match="a column 18"):
+        read(folder, "recorded", choice=Choice(label_column=18))
+
+
+def spoken(data):
+    """As `write_csd` names segments: ids `video[i]`."""
+    count = {}
+    out = {}
+    for split, rows in data.items():
+        out[split] = []
+        for s in rows:
+            video = f"{split}_{s.id.rsplit('_', 1)[0]}"
+            out[split].append(f"{video}[{count.get(video, 0)}]")
+            count[video] = count.get(video, 0) + 1
+    return out
+
+
+@pytest.mark.parametrize("labels", [1, 7])
+def test_csd_segments(tmp_path, data, labels):
+    folder = writers.write_csd(tmp_path, data, labels=labels)
+    for path in (folder, folder / "COVAREP.csd"):
+        raw = read(path, "recorded", choice=Choice(align="segments"))[1]
+        assert raw.format == "csd"
+        assert {s: raw.splits[s].ids for s in SPLITS} == spoken(data)
+        assert_holds(raw, data, ids=False)
+
+
+def test_csd_words(tmp_path):
+    data = writers.samples()
+    one = writers.aligned(data)  # as many frames as words: each word has its own
+    assert_holds(read(writers.write_csd(tmp_path / "one", one), "recorded")[1], one, ids=False)
+    two = writers.samples()
+    for rows in two.values():
+        for s in rows:
+            n = len(s.text.split())
+            s.audio = np.repeat(np.arange(2 * n, dtype=np.float32), 5).reshape(2 * n, 5)  # frames 2i and 2i + 1
+            s.audio[0, 0] = -np.inf
+    got = read(writers.write_csd(tmp_path / "two", two), "recorded")[1]
+    for split, rows in two.items():
+        for i, s in enumerate(rows):
+            mean = 2 * np.arange(len(s.text.split()), dtype=np.float32)[:, None] + np.full(5, 0.5, np.float32)
+            mean[0, 0] = 0.5  # of 0 and 1: the infinite value counts as 0
+            assert np.allclose(got.splits[split].audio.ragged[i], mean)
+    assert any("14 NaN or infinite values of COVAREP.csd" in note for note in got.notes)
+
+
+def test_csd_choices_and_splits(tmp_path, data):
+    folder = writers.write_csd(tmp_path, data)
+    (folder / "COVAREP.csd").rename(folder / "openSMILE_IS09.csd")  # the root's name tells as well
+    assert read(folder, "recorded")[1].format == "csd"
+    (folder / "FACET_4.1.csd").write_bytes((folder / "FACET_4.2.csd").read_bytes())
+    with pytest.raises(DataError, match=r"several sets of vision features.*Set data\.vision_features=FACET_4\.1"):
+        read(folder, "recorded")
+    read(folder, "recorded", choice=Choice(vision_features="FACET_4.1"))
+    (folder / "FACET_4.1.csd").unlink()
+    splits = (folder / "splits.json").read_text()
+    (folder / "splits.json").unlink()
+    with pytest.raises(DataError, match="no list of each split's videos"):
+        read(folder, "recorded")
+    rows = [{"video_id": v, "mode": s} for s, videos in json.loads(splits).items() for v in videos]
+    writers.write_csv(folder / "label.csv", rows[:-1])
+    notes = read(folder, "recorded")[1].notes
+    assert any("1 labelled videos are in no split" in note for note in notes)
+    (folder / "words.csd").unlink()
+    with pytest.raises(DataError, match="no words"):
+        read(folder, "recorded")
+
+
+def test_manifest_missing_modality_and_text_features(tmp_path, data):
+    data["train"][2].audio = np.zeros((0, writers.AUDIO), np.float32)
+    folder = writers.write_manifest(tmp_path, data, features=6)
+    raw = read(folder, "recorded", features=True)[1]
+    assert raw.splits["train"].audio.missing == [2]
+    assert raw.splits["train"].features.ragged.lengths.tolist() == [len(s.text.split()) for s in data["train"]]
+    assert read(folder / "manifest.csv", "recorded")[1].splits["train"].features is None
 
 
 @pytest.mark.parametrize("family", ["declarelab", "mmsa", "tuples_in_one"])
@@ -206,9 +368,9 @@ def test_another_family_than_expected_is_named(tmp_path, data, family, asked):
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ({"train": [(((1, 2, 3)), 0.0, "a")], "dev": [], "test": []}, "MAG-BERT"),
-        ({"train": [[0] * 7], "valid": [[0] * 7], "test": [[0] * 7]}, "AVEC2019"),
-        ({"train": [[[[]], 0, 0, 0, ""]], "valid": [], "test": []}, "CMU-SDK"),
+        ({"train": [[0] * 6], "valid": [], "test": []}, "splits that are a list of 6-item rows"),
+        ([(([], [], []), 0.0, "a")], "a list of MAG-BERT rows that is not named train, dev/valid or test"),
+        ([[0] * 7], "a list of AVEC2019 list (MIMRL) rows"),
         ({"train": {"x": 1}, "valid": {}, "test": {}}, "a dict of splits with keys x"),
         ({"a": 1}, "a dict with keys 'a'"),
         ([1, 2], "a list of int"),

@@ -5,13 +5,14 @@ A new format is an object with the attributes of `Format`, given to `register_fo
 
 from __future__ import annotations
 
+import csv
 import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -21,6 +22,45 @@ from engine.loaders.ragged import LengthRule, Sequences
 
 SPLITS = ("train", "valid", "test")
 SPLIT_ALIASES = {"train": "train", "valid": "valid", "val": "valid", "dev": "valid", "test": "test"}
+MANIFEST = "manifest.csv"
+CSD = (".csd", ".hdf5", ".h5")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to take where the data has several of a kind; the settings `data.*` of the same names.
+
+    Attributes:
+        audio_features, vision_features, text_features: name of a feature set; "auto" is the reader's first.
+        label_column: of labels with several columns; None is sentiment, the first of the SDK's seven.
+        align: .csd files: one row a word, or the frames of a segment as they are.
+    """
+
+    audio_features: str = "auto"
+    vision_features: str = "auto"
+    text_features: str = "auto"
+    label_column: int | None = None
+    align: Literal["words", "segments"] = "words"
+
+    def of(self, modality: Literal["audio", "vision", "text"], names: Iterable[str], where: str) -> str:
+        """The name chosen for `modality` among `names`.
+
+        Raises:
+            DataError: it is not among them.
+        """
+        names, asked = list(names), getattr(self, f"{modality}_features")
+        if asked == "auto":
+            return names[0]
+        same = [n for n in names if n.lower() == asked.lower()]
+        if not same:
+            near = difflib.get_close_matches(asked, names, 1)
+            raise DataError(
+                where,
+                f"no {modality} features {asked!r}",
+                f"one of {', '.join(names)}",
+                f"Set data.{modality}_features to {near[0] if near else 'one of them'}.",
+            )
+        return same[0]
 
 
 @dataclass
@@ -45,31 +85,49 @@ class RawSplit:
 
 @dataclass
 class RawDataset:
-    """What a reader returns: `splits` by name, and remarks for the user in `notes`."""
+    """What a reader returns: `splits` by name, and remarks for the user in `notes`.
+
+    `draws_words` says that each line of a text is a sentence of which one word, drawn at random, goes to the text
+    encoder, as AVEC2019's interviews are used. `cut` says that frames beyond `data.time_len` are left out before the
+    encoders, as the reference does with data that has a row a step or word.
+    """
 
     format: str
     splits: dict[str, RawSplit]
     dtypes: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    draws_words: bool = False
+    cut: bool = False
 
 
 @dataclass
 class Source:
-    """What the user named: one file, or a folder with one file a split.
+    """What the user named: one file, a folder with one file a split, or one with a file a feature set (.csd).
 
     Attributes:
         path: as named.
-        files: the file under "" or the files by split name.
+        files: the file under "", the files by split name, or .csd files by their stems.
+        choice: what to take where there is more than one of a kind.
+        parts: further files the data lies in, which are looked at only for whether they have changed.
     """
 
     path: Path
     files: dict[str, Path]
+    choice: Choice = Choice()
+    parts: list[Path] = field(default_factory=list)
 
     @cached_property
     def head(self) -> bytes:
         """The first 16 bytes of the (first) file, for formats that are not pickles."""
         with next(iter(self.files.values())).open("rb") as file:
             return file.read(16)
+
+    @cached_property
+    def kind(self) -> Literal["pickle", "hdf5", "csv"]:
+        """What the (first) file is by its first bytes; a CSV by its name, since it has no mark."""
+        if self.head.startswith(b"\x89HDF\r\n\x1a\n"):
+            return "hdf5"
+        return "csv" if next(iter(self.files.values())).suffix.lower() == ".csv" else "pickle"
 
     @cached_property
     def content(self) -> Any:
@@ -84,6 +142,8 @@ class Source:
 
     def split_dict(self) -> dict[str, Any] | None:
         """The content by canonical split name, or None where it is not a dict of splits."""
+        if self.kind != "pickle":
+            return None
         content = self.content
         if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
             return None
@@ -124,16 +184,16 @@ def formats() -> tuple[Format, ...]:
     return tuple(reversed(_FORMATS.values()))
 
 
-def find_source(path: str | Path) -> Source:
+def find_source(path: str | Path, choice: Choice | None = None) -> Source:
     """The file or files that `path` names.
 
-    A folder may hold one pickle, or one file a split (train, dev or valid, test, with a common prefix). A path to one
-    such split file stands for all three.
+    A folder may hold one pickle, one file a split (train, dev or valid, test, with a common prefix), .csd files, or a
+    manifest.csv. A path to one such split file or .csd file stands for all of them.
 
     Raises:
         DataError: nothing there, or more than one candidate.
     """
-    path = Path(path)
+    path, choice = Path(path), choice or Choice()
     if not path.exists():
         near = (
             []
@@ -149,26 +209,44 @@ def find_source(path: str | Path) -> Source:
     folder = path if path.is_dir() else path.parent
     groups = _split_groups(folder)
     if path.is_file():
+        if path.suffix.lower() in CSD:
+            return Source(path, _csd(folder), choice)
+        if path.suffix.lower() == ".csv":
+            return Source(path, {"": path}, choice, _below(folder))
         for files in groups.values():
             if path in files.values():
-                return _one_per_split(path, files)
-        return Source(path, {"": path})
+                return _one_per_split(path, files, choice)
+        return Source(path, {"": path}, choice)
     single = [p for p in _pickles(folder) if not any(p in files.values() for files in groups.values())]
-    if len(single) + len(groups) != 1:
+    manifest, csd = folder / MANIFEST, _csd(folder)
+    if len(single) + len(groups) + bool(csd) + manifest.is_file() != 1:
         names = [p.name for p in single] + [f"{prefix}{{{','.join(files)}}}.pkl" for prefix, files in groups.items()]
+        names += [MANIFEST] * manifest.is_file() + ["*.csd"] * bool(csd)
         raise DataError(
             str(path),
-            f"{len(names)} candidates ({', '.join(sorted(names)[:6])})" if names else "no pickle",
+            f"{len(names)} candidates ({', '.join(sorted(names)[:6])})" if names else "no pickle, .csd or manifest.csv",
             "one data set",
             "Name the file that is meant." if names else "Name the file or the folder that holds the features.",
         )
     if single:
-        return Source(path, {"": single[0]})
-    return _one_per_split(path, next(iter(groups.values())))
+        return Source(path, {"": single[0]}, choice)
+    if csd:
+        return Source(path, csd, choice)
+    if groups:
+        return _one_per_split(path, next(iter(groups.values())), choice)
+    return Source(path, {"": manifest}, choice, _below(folder))
 
 
 def _pickles(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix in (".pkl", ".pickle", ".p") and p.is_file())
+
+
+def _csd(folder: Path) -> dict[str, Path]:
+    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in CSD and p.is_file()}
+
+
+def _below(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".npy", ".csv") and p.is_file())
 
 
 def _split_groups(folder: Path) -> dict[str, dict[str, Path]]:
@@ -181,7 +259,7 @@ def _split_groups(folder: Path) -> dict[str, dict[str, Path]]:
     return {prefix: files for prefix, files in groups.items() if len(files) > 1}
 
 
-def _one_per_split(path: Path, files: Mapping[str, Path]) -> Source:
+def _one_per_split(path: Path, files: Mapping[str, Path], choice: Choice) -> Source:
     by_split: dict[str, Path] = {}
     for name, file in files.items():
         split = SPLIT_ALIASES[name]
@@ -191,7 +269,7 @@ def _one_per_split(path: Path, files: Mapping[str, Path]) -> Source:
             )
         by_split[split] = file
     check_splits(str(path), by_split)
-    return Source(path, {s: by_split[s] for s in SPLITS})
+    return Source(path, {s: by_split[s] for s in SPLITS}, choice)
 
 
 def choose_format(source: Source, expected: str | None = None) -> Format:
@@ -228,47 +306,73 @@ def choose_format(source: Source, expected: str | None = None) -> Format:
 
 def describe(source: Source) -> str:
     """A few words on content that no reader recognises, naming the family where it is a known one."""
+    if source.kind == "hdf5":
+        return "an HDF5 file that is not laid out as a .csd"
+    if source.kind == "csv":
+        return f"a CSV with columns {', '.join(csv_header(next(iter(source.files.values())))[:8])}"
     content = source.content
     splits = source.split_dict()
     if splits is not None:
         first = next(v for k, v in splits.items() if k in SPLITS)
         if isinstance(first, dict):
             return f"a dict of splits with keys {', '.join(map(str, list(first)[:8]))}"
-        return f"splits that are a {_row_family(first)}"
+        return f"splits that are a {_rows(first)}"
     if isinstance(content, dict):
         return f"a dict with keys {', '.join(map(repr, list(content)[:6]))}"
     if isinstance(content, (list, tuple)):
-        return f"a {_row_family(content)} that is not named train, dev/valid or test beside its sister files"
+        return f"a {_rows(content)} that is not named train, dev/valid or test beside its sister files"
     return f"a pickled {type(content).__name__}"
 
 
-def _row_family(rows: Any) -> str:
+def _rows(rows: Any) -> str:
+    if isinstance(rows, np.ndarray):
+        return f"numpy array of shape {rows.shape}"
     if not isinstance(rows, (list, tuple)) or not len(rows):
-        return (
-            f"{type(rows).__name__} without rows"
-            if not isinstance(rows, np.ndarray)
-            else f"numpy array of shape {rows.shape}"
-        )
-    row = rows[0]
-    fields = len(row) if isinstance(row, (list, tuple)) else 0
-    if fields == 7:
-        return "list of 7-item rows (AVEC2019 as in the reference)"
-    if fields == 5 or (fields == 4 and isinstance(row[0], list)):
-        return f"list of {fields}-item rows (CMU-SDK features as in the reference)"
-    if fields == 3 and isinstance(row[0], tuple) and len(row[0]) == 3:
-        return "list of (words, visual, acoustic) rows (MAG-BERT)"
-    return f"list of {fields}-item rows" if fields else f"list of {type(row).__name__}"
+        return f"{type(rows).__name__} without rows"
+    family = row_family(rows[0])
+    if family:
+        return f"list of {_FORMATS[family].title} rows"
+    fields = len(rows[0]) if isinstance(rows[0], (list, tuple)) else 0
+    return f"list of {fields}-item rows" if fields else f"list of {type(rows[0]).__name__}"
+
+
+def row_family(row: Any) -> str | None:
+    """Name of the format that a row of a pickled list belongs to, by its nesting alone."""
+    if not isinstance(row, (list, tuple)) or not len(row):
+        return None
+    first = row[0]
+    inner = len(first) if isinstance(first, (list, tuple)) else 0
+    if len(row) == 3 and inner in (4, 6):
+        return "tuples"
+    if len(row) == 3 and inner == 3:
+        return "magbert"
+    if len(row) == 7:
+        return "avec2019"
+    if len(row) in (4, 5) and inner == 3 and all(isinstance(part, (list, tuple)) for part in first):
+        return "sdk"
+    return None
+
+
+def first_rows(source: Source) -> str | None:
+    """`row_family` of the first row of the first split that has rows; None where splits are not lists of rows."""
+    splits = source.split_dict() or {}
+    filled = [v for k, v in splits.items() if k in SPLITS and isinstance(v, (list, tuple)) and len(v)]
+    return row_family(filled[0][0]) if filled else None
 
 
 def read(
-    path: str | Path, rule: LengthRule, features: bool = False, expected: str | None = None
+    path: str | Path,
+    rule: LengthRule,
+    features: bool = False,
+    expected: str | None = None,
+    choice: Choice | None = None,
 ) -> tuple[Source, RawDataset]:
     """Read foreign data of any registered format.
 
     Raises:
         DataError: see `find_source`, `choose_format` and the readers.
     """
-    source = find_source(path)
+    source = find_source(path, choice)
     reader = choose_format(source, expected)
     return source, reader.read(source, rule, features)
 
@@ -282,11 +386,16 @@ def check_splits(where: str, found: Iterable[str]) -> None:
     missing = [s for s in SPLITS if s not in found]
     extra = [s for s in found if s not in SPLITS]
     if missing:
-        near = difflib.get_close_matches(missing[0], extra, 1, 0.5)
+        near = nearest(missing[0], extra, 0.5)
         do = f"Rename {near[0]!r}." if near else "Write all three splits."
         raise DataError(where, f"splits {', '.join(found)}, no {missing[0]}", "train, valid (or dev) and test", do)
     if extra:
         raise DataError(where, f"an extra split {extra[0]!r}", "train, valid (or dev) and test", "Remove it.")
+
+
+def nearest(word: str, options: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """The option most like `word`, or none. Bounded: both may come from a damaged file."""
+    return difflib.get_close_matches(str(word)[:80], [str(o)[:80] for o in list(options)[:200]], 1, cutoff)
 
 
 def check_keys(where: str, split: Any, required: Iterable[str], optional: Iterable[str], title: str) -> None:
@@ -297,7 +406,7 @@ def check_keys(where: str, split: Any, required: Iterable[str], optional: Iterab
     extra = [str(k) for k in split if k not in required and k not in optional]
     for key in required:
         if key not in split:
-            near = difflib.get_close_matches(key, extra, 1, 0.5)
+            near = nearest(key, extra, 0.5)
             do = f"Rename {near[0]!r} to {key!r}." if near else f"Add {key!r}."
             raise DataError(
                 where,
@@ -307,29 +416,35 @@ def check_keys(where: str, split: Any, required: Iterable[str], optional: Iterab
             )
     if extra:
         free = [k for k in required + optional if k not in split]
-        near = difflib.get_close_matches(extra[0], free, 1, 0.6)
+        near = nearest(extra[0], free)
         do = f"Did you mean {near[0]!r}? Rename it." if near else "Remove it."
         raise DataError(where, f"an unknown key {extra[0]!r}", f"only keys of a {title} file", do)
 
 
-def read_labels(values: Any, count: int, where: str, ids: list[str] | None = None) -> np.ndarray:
-    """Labels as float32 [N, 1]. Of 7 columns (the SDK's "All Labels") the first is sentiment.
+def read_labels(
+    values: Any, count: int, where: str, ids: list[str] | None = None, column: int | None = None
+) -> np.ndarray:
+    """Labels as float32 [N, 1].
+
+    Args:
+        column: of labels with several; None takes the only one, or of 7 (the SDK's "All Labels") the first, sentiment.
 
     Raises:
         DataError: wrong shape or dtype, or a label that is not finite.
     """
-    try:
-        label = np.asarray(values, np.float32)
-    except (TypeError, ValueError):
-        raise DataError(where, "labels that are not numbers", "one number a row", "Write labels as floats.") from None
-    if label.size == 0 or len(label) != count or label.size % count or label.size // count not in (1, 7):
+    label = as_numbers(values, where, "one number a row").astype(np.float32)
+    columns = label.size // count if label.ndim and len(label) == count and label.size % count == 0 else 0
+    flat = columns > 0 and max(label.shape[1:], default=1) == columns
+    if not flat or (column is None and columns not in (1, 7)) or (column is not None and not 0 <= column < columns):
+        asked = "" if column is None else f" with a column {column}, as data.label_column says"
+        more = flat and columns not in (1, 7)
         raise DataError(
             where,
             f"labels of shape {label.shape}",
-            f"({count},), ({count}, 1), ({count}, 1, 1) or 7 columns",
-            "Write one label a row.",
+            f"({count},), ({count}, 1), ({count}, 1, 1) or 7 columns{asked}",
+            "Name the column with data.label_column." if more else "Write one label a row.",
         )
-    label = label.reshape(count, -1)[:, :1]
+    label = label.reshape(count, -1)[:, [column or 0]]
     wrong = np.flatnonzero(~np.isfinite(label[:, 0]))
     if len(wrong):
         row = int(wrong[0])
@@ -340,9 +455,62 @@ def read_labels(values: Any, count: int, where: str, ids: list[str] | None = Non
     return np.ascontiguousarray(label)
 
 
-def to_text(value: Any) -> str:
-    """A str of what may be bytes (as written by Python 2 or in numpy S arrays)."""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+def as_numbers(values: Any, where: str, expected: str) -> np.ndarray:
+    """`values` as an array of real numbers; lists are converted.
+
+    Raises:
+        DataError: something else, or lists of different lengths.
+    """
+    if not isinstance(values, np.ndarray):
+        try:
+            values = np.asarray(values)
+        except (TypeError, ValueError, OverflowError):
+            raise DataError(where, "lists of different lengths", expected, "Write a numpy array.") from None
+    if values.dtype == object or values.dtype.kind in "US":
+        try:
+            values = values.astype(np.float64)
+        except (TypeError, ValueError, OverflowError):
+            raise DataError(where, "values that are not numbers", expected, "Write a numpy array of floats.") from None
+    if values.dtype.kind not in "fiub":
+        raise DataError(where, f"values of dtype {values.dtype}", expected, "Write a numpy array of floats.")
+    return values
+
+
+def to_text(value: Any, where: str = "text") -> str:
+    """A str of what may be bytes (as written by Python 2 or in numpy S arrays), without lone surrogates.
+
+    Raises:
+        DataError: something that is neither text nor a number.
+    """
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if not isinstance(value, (str, int, float, np.number)):
+        raise DataError(where, f"a {type(value).__name__}", "text", "Write texts and ids as str.")
+    text = str(value)
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def to_texts(values: Any, where: str) -> list[str]:
+    """`to_text` of every item of a list or array.
+
+    Raises:
+        DataError: not a list or 1-D array of text.
+    """
+    if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if not isinstance(values, (list, tuple)) and not (isinstance(values, np.ndarray) and values.ndim == 1):
+        shape = f" of shape {values.shape}" if isinstance(values, np.ndarray) else ""
+        raise DataError(where, f"a {type(values).__name__}{shape}", "a list of text", "Write one str a row.")
+    return [to_text(value, f"{where}, row {row}") for row, value in enumerate(values)]
+
+
+def csv_header(path: Path) -> list[str]:
+    """Column names of a CSV; none where the file is not one."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+            return [c.strip() for c in next(csv.reader(file), [])]
+    except (OSError, csv.Error):  # some other file beside the data
+        return []
 
 
 def check_rows(where: str, rows: Any, title: str) -> int:
@@ -356,9 +524,18 @@ def check_rows(where: str, rows: Any, title: str) -> int:
 
 
 def _register_own() -> None:
-    from engine.loaders.formats import declarelab, mmsa, tuples
+    from engine.loaders.formats import csd, declarelab, manifest, mmsa, rows, tuples
 
-    for reader in (declarelab.DeclareLab(), mmsa.MMSA(), tuples.Tuples()):
+    for reader in (
+        declarelab.DeclareLab(),
+        mmsa.MMSA(),
+        tuples.Tuples(),
+        tuples.MAGBert(),
+        rows.SDKRows(),
+        rows.AVEC2019(),
+        csd.CSD(),
+        manifest.Manifest(),
+    ):
         register_format(reader)
 
 

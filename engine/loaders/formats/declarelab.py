@@ -1,7 +1,8 @@
-"""MulT's no-align pickles as DeclareLab's projects and the reference use them, with their label CSV.
+"""MulT's pickles as DeclareLab's projects and the reference use them, with their label CSV.
 
 Layout: `d[split] = {vision [N, Lv, dv], audio [N, La, da], text [N, 50, 300], labels [N, 1, 1 or 7], id [N, 1 to 3]}`,
-padded with zeros on the LEFT. Transcripts are in a CSV beside it (video_id, clip_id, text, label, in any order).
+padded with zeros on the LEFT; in aligned files all three have a row a word and L = 50. Transcripts are in a CSV beside
+it (video_id, clip_id, text, label, in any order).
 MOSI ids are `<video>_<clip>`; MOSEI ids are rows (video, start, end), which the CSV need not have.
 """
 
@@ -25,12 +26,14 @@ from engine.loaders.formats import (
     check_keys,
     check_rows,
     check_splits,
+    csv_header,
+    nearest,
     read_labels,
     to_text,
 )
 from engine.loaders.ragged import LengthRule, from_padded
 
-TITLE = "DeclareLab/MulT no-align"
+TITLE = "DeclareLab/MulT"
 KEYS = ("vision", "audio", "text", "labels", "id")
 MMSA_HINTS = (
     "regression_labels",
@@ -89,7 +92,7 @@ class DeclareLab:
         first = next((v for k, v in splits.items() if k in SPLITS), None) if splits else None
         if not isinstance(first, dict) or looks_like_mmsa(first):
             return False
-        return sum(bool(difflib.get_close_matches(k, map(str, first), 1)) for k in KEYS) >= 3
+        return sum(bool(nearest(k, first)) for k in KEYS) >= 3
 
     def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
         splits = source.split_dict() or {}
@@ -100,6 +103,7 @@ class DeclareLab:
         for s in SPLITS:
             check_keys(f"{where}, {s}", splits[s], required, KEYS, TITLE)
             samples[s] = _samples(splits[s], f"{where}, {s}")
+        column = source.choice.label_column
         every = [x for s in SPLITS for x in samples[s]]
         # MOSI's first column is a whole id, MOSEI's names only the video
         whole = len({x.cells[0] for x in every}) == len(every) or all(len(x.cells) == 1 for x in every)
@@ -113,7 +117,7 @@ class DeclareLab:
             data.splits[s] = RawSplit(
                 ids,
                 text[s] if text else None,
-                np.array([[x.label] for x in samples[s]], np.float32),
+                read_labels(split["labels"], len(ids), f"{where}, {s}/labels", ids, column),
                 from_padded(split.pop("audio"), "left", rule, None, ids, f"{where}, {s}/audio"),
                 from_padded(split.pop("vision"), "left", rule, None, ids, f"{where}, {s}/vision"),
                 from_padded(embedded, "left", "all_zero", None, ids, f"{where}, {s}/text") if features else None,
@@ -124,23 +128,30 @@ class DeclareLab:
 def looks_like_mmsa(split: dict) -> bool:
     """Whether a split's keys are those of an MMSA file, misspelt or not."""
     keys = [str(k) for k in split if k not in KEYS]
-    return any(difflib.get_close_matches(k, keys, 1, 0.85) for k in MMSA_HINTS)
+    return any(nearest(k, keys, 0.85) for k in MMSA_HINTS)
 
 
 def _samples(split: dict[str, Any], where: str) -> list[_Sample]:
     values = split["id"]
     count = check_rows(f"{where}/id", values, TITLE)
+    if not isinstance(values, (list, tuple, np.ndarray)):
+        raise DataError(f"{where}/id", f"a {type(values).__name__}", "an array of ids", "Write one id a row.")
     cells = []
     for row in range(count):
-        value = values[row]
+        value, at = values[row], f"{where}/id, row {row}"
         parts = (
-            [value] if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__") else np.ravel(value).tolist()
+            value.ravel().tolist()
+            if isinstance(value, np.ndarray)
+            else value
+            if isinstance(value, (list, tuple))
+            else [value]
         )
-        cells.append([c for c in map(to_text, parts) if c])
+        cells.append([c for c in (to_text(part, at) for part in parts) if c])
         if not cells[-1]:
             raise DataError(
                 f"{where}/id, row {row}", "an empty id", "video_clip or (video, start, end)", "Give every sample an id."
             )
+    # sentiment, which the CSV has too, whatever column is trained on
     label = read_labels(split["labels"], count, f"{where}/labels", [c[0] for c in cells])
     return [_Sample(f"{where}, row {i}", c, float(label[i, 0])) for i, c in enumerate(cells)]
 
@@ -152,7 +163,7 @@ def find_csv(source: Source) -> Path:
         DataError: there is none.
     """
     file = next(iter(source.files.values()))
-    tables = [p for p in sorted(file.parent.glob("*.csv")) if {"video_id", "text"} <= set(_header(p))]
+    tables = [p for p in sorted(file.parent.glob("*.csv")) if {"video_id", "text"} <= set(csv_header(p))]
     if not tables:
         raise DataError(
             str(source.path),
@@ -163,16 +174,8 @@ def find_csv(source: Source) -> Path:
     return max(tables, key=lambda p: difflib.SequenceMatcher(None, p.stem.lower(), file.stem.lower()).ratio())
 
 
-def _header(path: Path) -> list[str]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-            return [c.strip() for c in next(csv.reader(file), [])]
-    except (OSError, csv.Error):  # some other file beside the data
-        return []
-
-
 def _read_csv(path: Path) -> list[_Row]:
-    columns = _header(path)
+    columns = csv_header(path)
     for need in ("video_id", "clip_id", "text", "label"):
         if need not in columns:
             near = difflib.get_close_matches(need, columns, 1)
@@ -193,6 +196,8 @@ def _read_csv(path: Path) -> list[_Row]:
                 rows.append(_Row(reader.line_num + 1, video, clip, row["text"], label, row.get("mode", "")))
     except UnicodeDecodeError as cause:
         raise DataError(str(path), f"no UTF-8 at byte {cause.start}", "UTF-8 text", "Save the CSV as UTF-8.") from None
+    except csv.Error as cause:
+        raise DataError(str(path), f"no CSV ({cause})", "the data set's label CSV", "Download it again.") from None
     return rows
 
 

@@ -18,11 +18,12 @@ from engine.loaders.formats import (
     RawDataset,
     RawSplit,
     Source,
+    as_numbers,
     check_keys,
     check_rows,
     check_splits,
     read_labels,
-    to_text,
+    to_texts,
 )
 from engine.loaders.formats.declarelab import looks_like_mmsa
 from engine.loaders.ragged import LengthRule, from_padded
@@ -57,18 +58,14 @@ class MMSA:
         for s in SPLITS:
             split = splits.pop(s)
             count = check_rows(f"{where}, {s}/id", split["id"], TITLE)
-            ids = [to_text(i).replace("$_$", "_") for i in split["id"]]
+            ids = [i.replace("$_$", "_") for i in to_texts(split["id"], f"{where}, {s}/id")]
             data.dtypes.update({m: str(getattr(split[m], "dtype", "")) for m in ("audio", "vision")})
-            text = None if "raw_text" not in split else [to_text(t) for t in split["raw_text"]]
+            text = None if "raw_text" not in split else to_texts(split["raw_text"], f"{where}, {s}/raw_text")
             if text is not None and len(text) != count:
                 raise DataError(
                     f"{where}, {s}/raw_text", f"{len(text)} texts", f"{count}, one a sample", "Write one text a sample."
                 )
-            mask = (
-                np.asarray(split["text_bert"])[:, 1].sum(1).astype(np.int64)
-                if features and "text_bert" in split
-                else None
-            )
+            mask = _attended(split, count, f"{where}, {s}/text_bert") if features and "text_bert" in split else None
             embedded = split.pop("text", None)
             sequences = {
                 m: from_padded(
@@ -79,7 +76,13 @@ class MMSA:
             data.splits[s] = RawSplit(
                 ids,
                 text,
-                read_labels(split["regression_labels"], count, f"{where}, {s}/regression_labels", ids),
+                read_labels(
+                    split["regression_labels"],
+                    count,
+                    f"{where}, {s}/regression_labels",
+                    ids,
+                    source.choice.label_column,
+                ),
                 **sequences,
                 features=from_padded(embedded, "right", "recorded", mask, ids, f"{where}, {s}/text")
                 if features
@@ -106,5 +109,15 @@ def _lengths(split: dict[str, Any], modality: str, count: int, where: str) -> np
                 f"{count} whole numbers",
                 "Write one length a sample, or drop the key.",
             )
-        return lengths.astype(np.int64)
+        return np.minimum(lengths, 1 << 31).astype(np.int64)
     return None
+
+
+def _attended(split: dict[str, Any], count: int, where: str) -> np.ndarray:
+    """Number of attended tokens, int64 [N]: what the precomputed text features are valid for."""
+    bert = as_numbers(split["text_bert"], where, f"({count}, 3, tokens)")
+    if bert.ndim != 3 or bert.shape[:2] != (count, 3):
+        raise DataError(
+            where, f"shape {bert.shape}", f"({count}, 3, tokens)", "Write ids, mask and types of every sample."
+        )
+    return np.count_nonzero(bert[:, 1], axis=1)

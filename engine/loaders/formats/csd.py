@@ -1,0 +1,260 @@
+"""CMU-SDK computational sequences: a folder of .csd files (HDF5), aligned here.
+
+Layout of a file: `/<root>/data/<video>/{features [n, d], intervals [n, 2] in seconds}`. The folder holds the words
+(features are text), the labels (a name with "label" or "segment" in it; an interval a segment, sentiment in the first
+column), audio and vision features, and the split of the videos: `splits.json` (`{"train": [video, ...], "valid": [...],
+"test": [...]}`) or a CSV with columns video_id and mode.
+
+A sample is a labelled segment, its id `video[number]` as the SDK's `align` names it. Its words are those whose middle
+lies in the segment, pauses ("sp") left out. With `data.align=words` (the default) there is a row a word: the mean of
+the frames that overlap the word in time, zeros where there is none. With `segments` a sample has the frames whose
+middle lies in the segment, as they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine.errors import DataError
+from engine.loaders.formats import (
+    SPLIT_ALIASES,
+    SPLITS,
+    RawDataset,
+    RawSplit,
+    Source,
+    check_splits,
+    csv_header,
+    read_labels,
+)
+from engine.loaders.hdf5 import CsdReader
+from engine.loaders.ragged import LengthRule, from_sequences
+
+TITLE = "CMU-SDK .csd"
+PAUSE = "sp"
+ROUNDING = 1e-6  # seconds: intervals that only touch do not overlap
+KINDS = {
+    "audio": ("covarep", "opensmile", "is09", "eb10", "acoustic", "audio", "mfcc", "gemaps", "wav2vec"),
+    "vision": ("facet", "openface", "visual", "vision", "vgg", "face"),
+    "text": ("glove", "vector", "embedding", "bert"),
+    "label": ("label", "segment", "sentiment", "opinion"),
+    "other": ("phone",),
+}
+
+
+@dataclass
+class _Segment:
+    video: str
+    number: int
+    start: float
+    end: float
+    label: np.ndarray
+    split: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.video}[{self.number}]"
+
+
+class CSD:
+    name = "csd"
+    title = TITLE
+
+    def recognises(self, source: Source) -> bool:
+        return source.kind == "hdf5"
+
+    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+        data = RawDataset(self.name, {})
+        with CsdReader() as reader:
+            files = _sort(source, reader)
+            segments = _segments(source, reader, files["label"]["labels"], data.notes)
+            words, spans = _words(reader.open(files["words"]["words"]), segments)
+            spoken = [s for s in segments if words[s.id]]
+            if len(spoken) < len(segments):
+                data.notes.append(f"{len(segments) - len(spoken)} segments without a word are left out")
+            kinds = ("audio", "vision", "text") if features else ("audio", "vision")
+            frames = {}
+            for kind in kinds:
+                file = files[kind][source.choice.of(kind, files[kind], str(source.path))]
+                frames[kind] = _frames(reader.open(file), spoken, spans, source.choice.align, data.notes, file)
+        for s in SPLITS:
+            own = [x for x in spoken if x.split == s]
+            where = f"{source.path}, {s}"
+            if not own:
+                raise DataError(where, "no segment", "labelled segments of its videos", "Check the list of videos.")
+            ids = [x.id for x in own]
+            label = read_labels(
+                np.stack([x.label for x in own]), len(own), f"{where}, labels", ids, source.choice.label_column
+            )
+            parts = {k: from_sequences([frames[k][i] for i in ids], ids, f"{where}/{k}") for k in kinds}
+            data.splits[s] = RawSplit(
+                ids, [" ".join(words[i]) for i in ids], label, parts["audio"], parts["vision"], parts.get("text")
+            )
+        data.dtypes = {"audio": "float32", "vision": "float32"}
+        return data
+
+
+def _sort(source: Source, reader: CsdReader) -> dict[str, dict[str, Path]]:
+    """What each file is: kind -> name of the feature set -> file."""
+    found: dict[str, dict[str, Path]] = {"words": {}, "label": {}, "audio": {}, "vision": {}, "text": {}, "other": {}}
+    for stem, file in source.files.items():
+        reader.open(file)
+        kind = "words" if reader.kind == "words" and "phone" not in f"{reader.root} {stem}".lower() else None
+        for name in (reader.root.lower(), stem.lower()):  # the root's name may differ from the file's
+            kind = kind or next((k for k, marks in KINDS.items() if any(m in name for m in marks)), None)
+        asked = {getattr(source.choice, f"{k}_features").lower(): k for k in ("audio", "vision", "text")}
+        kind = asked.get(stem.lower(), kind)
+        found[kind or "other"]["words" if kind == "words" else "labels" if kind == "label" else stem] = file
+    for kind, do in (
+        ("words", "Add the file of time-stamped words."),
+        ("label", "Add the labels."),
+        ("audio", "Add a file such as COVAREP.csd, or name one with data.audio_features."),
+        ("vision", "Add a file such as FACET_4.2.csd, or name one with data.vision_features."),
+    ):
+        if not found[kind]:
+            raise DataError(str(source.path), f"{', '.join(source.files)}: no {kind}", f"a .csd file of {kind}", do)
+        auto = kind in ("audio", "vision") and getattr(source.choice, f"{kind}_features") == "auto"
+        if auto and len(found[kind]) > 1:
+            raise DataError(
+                str(source.path),
+                f"several sets of {kind} features ({', '.join(found[kind])})",
+                "one, or a choice",
+                f"Set data.{kind}_features={next(iter(found[kind]))}, say.",
+            )
+    return found
+
+
+def _segments(source: Source, reader: CsdReader, file: Path, notes: list[str]) -> list[_Segment]:
+    split_of = _splits(source)
+    reader.open(file)
+    if reader.kind != "numbers":
+        raise DataError(str(file), "labels that are text", "numbers", "Use the SDK's labels.")
+    out: list[_Segment] = []
+    unknown = 0
+    for video in reader.videos:
+        intervals, labels = reader.video(video)
+        split = split_of.get(video)
+        if split is None:
+            unknown += 1
+            continue
+        for i, ((start, end), label) in enumerate(zip(intervals.tolist(), labels, strict=True)):
+            if not start <= end:  # NaN too
+                raise DataError(
+                    f"{file}, {video}[{i}]", f"an interval from {start} to {end}", "start before end", "Mend the file."
+                )
+            out.append(_Segment(video, i, start, end, np.array(label), split))
+    if len({len(x.label) for x in out}) > 1:
+        raise DataError(str(file), "labels of different widths", "the same columns in every video", "Mend the file.")
+    if unknown:
+        notes.append(f"{unknown} labelled videos are in no split and are left out")
+    return out
+
+
+def _splits(source: Source) -> dict[str, str]:
+    """video -> train, valid or test."""
+    folder = next(iter(source.files.values())).parent
+    file = folder / "splits.json"
+    if file.is_file():
+        try:
+            listed = json.loads(file.read_text(encoding="utf-8"))
+            listed = {SPLIT_ALIASES.get(k, k): [str(v) for v in videos] for k, videos in listed.items()}
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as cause:
+            raise DataError(
+                str(file), f"{cause}", '{"train": [video, ...], "valid": [...], "test": [...]}', "Mend the file."
+            ) from None
+        check_splits(str(file), listed)
+        return {video: split for split, videos in listed.items() for video in videos}
+    for table in sorted(folder.glob("*.csv")):
+        columns = csv_header(table)
+        if {"video_id", "mode"} <= set(columns):
+            try:
+                with table.open(newline="", encoding="utf-8-sig", errors="replace") as opened:
+                    next(opened)
+                    rows = [(r["video_id"], r["mode"]) for r in csv.DictReader(opened, columns, restval="")]
+            except csv.Error as cause:
+                raise DataError(
+                    str(table), f"no CSV ({cause})", "columns video_id and mode", "Mend the file."
+                ) from None
+            return {video: SPLIT_ALIASES[mode] for video, mode in rows if mode in SPLIT_ALIASES}
+    raise DataError(
+        str(source.path),
+        "no list of each split's videos",
+        'splits.json ({"train": [video, ...], "valid": [...], "test": [...]}) or a CSV with columns video_id and mode',
+        "Put the data set's standard folds beside the .csd files.",
+    )
+
+
+def _inside(intervals: np.ndarray, start: float, end: float) -> np.ndarray:
+    """Rows whose middle lies in [start, end)."""
+    middle = intervals.mean(1)
+    return np.flatnonzero((middle >= start) & (middle < end))
+
+
+def _words(reader: CsdReader, segments: list[_Segment]) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
+    """Words of every segment, and their intervals float64 [n, 2]."""
+    words: dict[str, list[str]] = {}
+    spans: dict[str, np.ndarray] = {}
+    known = set(reader.videos)
+    for video, own in _by_video(segments).items():
+        intervals, spoken = reader.video(video) if video in known else (np.zeros((0, 2)), [])
+        kept = [i for i, w in enumerate(spoken) if w.strip() and w != PAUSE]
+        times = intervals[kept]
+        for segment in own:
+            rows = _inside(times, segment.start, segment.end)
+            words[segment.id] = [spoken[kept[r]].strip() for r in rows]
+            spans[segment.id] = times[rows]
+    return words, spans
+
+
+def _frames(
+    reader: CsdReader,
+    segments: list[_Segment],
+    spans: dict[str, np.ndarray],
+    align: str,
+    notes: list[str],
+    file: Path,
+) -> dict[str, np.ndarray]:
+    """Rows of every segment, float32 [n, d]."""
+    if reader.kind != "numbers":
+        raise DataError(str(file), "text", "numbers", "Choose another feature set.")
+    out: dict[str, np.ndarray] = {}
+    known, absent, bad = set(reader.videos), 0, 0
+    for video, own in _by_video(segments).items():
+        if video not in known:
+            absent += 1
+            out.update({x.id: np.zeros((0, 0), np.float32) for x in own})
+            continue
+        intervals, features = reader.video(video)
+        if align == "segments":
+            out.update({x.id: features[_inside(intervals, x.start, x.end)] for x in own})
+            continue
+        finite = np.isfinite(features)
+        bad += features.size - int(np.count_nonzero(finite))
+        features = np.where(finite, features, 0)
+        for segment in own:
+            out[segment.id] = _mean_by_word(intervals, features, spans[segment.id])
+    if absent:
+        notes.append(f"{file.name} lacks {absent} videos: that modality is missing for their segments")
+    if bad:
+        notes.append(f"{bad} NaN or infinite values of {file.name} replaced by 0 before averaging")
+    return out
+
+
+def _mean_by_word(intervals: np.ndarray, features: np.ndarray, words: np.ndarray) -> np.ndarray:
+    rows = np.zeros((len(words), features.shape[1]), np.float32)
+    for i, (start, end) in enumerate(words):
+        over = (intervals[:, 0] < end - ROUNDING) & (intervals[:, 1] > start + ROUNDING)
+        if over.any():
+            rows[i] = features[over].mean(0, dtype=np.float64)
+    return rows
+
+
+def _by_video(segments: list[_Segment]) -> dict[str, list[_Segment]]:
+    out: dict[str, list[_Segment]] = {}
+    for segment in segments:
+        out.setdefault(segment.video, []).append(segment)
+    return out

@@ -1,0 +1,168 @@
+"""People's own data: a folder of .npy or .csv files and a manifest that names them.
+
+Layout: `manifest.csv` with columns `id, split, label, audio, vision`, and `text` or, for precomputed text features,
+`text_features`. `audio`, `vision` and `text_features` are paths relative to the folder, each a 2-D array (frames,
+features): .npy, or .csv with a row a frame and, optionally, a header. An empty cell is a missing modality.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from engine.errors import DataError
+from engine.loaders.formats import (
+    SPLIT_ALIASES,
+    SPLITS,
+    RawDataset,
+    RawSplit,
+    Source,
+    check_splits,
+    csv_header,
+    nearest,
+)
+from engine.loaders.ragged import LengthRule, from_sequences
+
+TITLE = "folder of arrays with a manifest.csv"
+COLUMNS = ("id", "split", "label", "audio", "vision")
+SHAPE = "numbers of shape (frames, features)"
+
+
+class Manifest:
+    name = "manifest"
+    title = TITLE
+
+    def recognises(self, source: Source) -> bool:
+        if source.kind != "csv":
+            return False
+        columns = csv_header(next(iter(source.files.values())))
+        return sum(bool(nearest(c, columns)) for c in COLUMNS) >= 3
+
+    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+        path = source.files[""]
+        rows = _rows(path, "text_features" if features else "text")
+        check_splits(str(path), {r["split"] for r in rows})
+        data = RawDataset(self.name, {})
+        for s in SPLITS:
+            own = [r for r in rows if r["split"] == s]
+            ids = [r["id"] for r in own]
+            parts = {}
+            for kind in ("audio", "vision", "text_features") if features else ("audio", "vision"):
+                arrays = [_array(path, r, kind) for r in own]
+                data.dtypes.setdefault(kind, str(arrays[0].dtype))
+                parts[kind] = from_sequences(arrays, ids, f"{path}, {s}, {kind}")
+            data.splits[s] = RawSplit(
+                ids,
+                [r.get("text", "") for r in own] if "text" in own[0] else None,
+                np.array([[r["number"]] for r in own], np.float32),
+                parts["audio"],
+                parts["vision"],
+                parts.get("text_features"),
+            )
+        return data
+
+
+def _rows(path: Path, text: str) -> list[dict]:
+    columns = csv_header(path)
+    for need in (*COLUMNS, text):
+        if need not in columns:
+            near = nearest(need, columns)
+            do = f"Rename {near[0]!r} to {need!r}." if near else "Add it."
+            raise DataError(str(path), f"columns {', '.join(columns)}", f"a column {need}", do)
+    rows = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            next(file)
+            reader = csv.DictReader(file, columns, restval="")
+            for row in reader:
+                row = {k: v.strip() for k, v in row.items() if isinstance(k, str)}
+                row["at"] = f"{path}, line {reader.line_num + 1}"
+                if not row["id"]:
+                    raise DataError(row["at"], "an empty id", "a name for the sample", "Give every sample an id.")
+                try:
+                    row["number"] = np.float32(row["label"])
+                except ValueError:
+                    row["number"] = np.float32("nan")
+                if not np.isfinite(row["number"]):
+                    raise DataError(row["at"], f"label {row['label']!r}", "a finite number", "Mend the row.")
+                if row["split"] not in SPLIT_ALIASES:
+                    raise DataError(row["at"], f"split {row['split']!r}", "train, valid or test", "Mend the row.")
+                row["split"] = SPLIT_ALIASES[row["split"]]
+                rows.append(row)
+    except UnicodeDecodeError as cause:
+        raise DataError(str(path), f"no UTF-8 at byte {cause.start}", "UTF-8 text", "Save it as UTF-8.") from None
+    except csv.Error as cause:
+        raise DataError(str(path), f"no CSV ({cause})", "a manifest", "Save it as CSV.") from None
+    if not rows:
+        raise DataError(str(path), "no rows", "a row a sample", "Fill the manifest.")
+    return rows
+
+
+def _array(manifest: Path, row: dict, kind: str) -> np.ndarray:
+    """The array a row names, [frames, features]; empty where the cell is."""
+    cell, at = row[kind], f"{row['at']} (id {row['id']}), {kind}"
+    if not cell:
+        return np.zeros((0, 0), np.float32)
+    folder, pure = manifest.parent.resolve(), PurePosixPath(cell.replace("\\", "/"))
+    outside = pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0] or "\0" in cell
+    path = folder / pure
+    # a link inside the folder may lead out of it too
+    if outside or not path.resolve().is_relative_to(folder):
+        raise DataError(at, f"{cell!r}, which is outside the folder", f"a path below {folder}", "Copy the file there.")
+    if not path.is_file():
+        raise DataError(at, f"no file {cell!r}", "a .npy or .csv file", "Check the path.")
+    array = _npy(path, at) if path.suffix.lower() == ".npy" else _csv(path, at)
+    if array.ndim != 2 or array.dtype.kind not in "fiu":
+        raise DataError(f"{at}: {path.name}", f"shape {array.shape} and dtype {array.dtype}", SHAPE, "Save it anew.")
+    return array
+
+
+def _npy(path: Path, at: str) -> np.ndarray:
+    try:
+        # mapped, so that a header cannot ask for more than the file holds
+        return np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError, TypeError, OverflowError, SyntaxError, MemoryError, KeyError) as cause:
+        empty = _empty(path)
+        if empty is not None:
+            return empty
+        raise DataError(f"{at}: {path.name}", f"{cause}", "a .npy file of numbers", "Save it anew.") from None
+
+
+def _empty(path: Path) -> np.ndarray | None:
+    """An array without elements, which cannot be mapped."""
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+    except (OSError, ValueError, EOFError, TypeError, SyntaxError):
+        return None
+    return np.zeros((0, 0), dtype) if len(shape) == 2 and 0 in shape and dtype.kind in "fiu" else None
+
+
+def _csv(path: Path, at: str) -> np.ndarray:
+    rows: list[list[float]] = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+            for number, cells in enumerate(csv.reader(file)):
+                if not cells:
+                    continue
+                try:
+                    rows.append([float(c) for c in cells])
+                except ValueError:
+                    if number:
+                        raise DataError(
+                            f"{at}: {path.name}, line {number + 1}", "a cell that is no number", SHAPE, "Mend the row."
+                        ) from None
+                if rows and len(rows[-1]) != len(rows[0]):
+                    raise DataError(
+                        f"{at}: {path.name}, line {number + 1}",
+                        f"{len(rows[-1])} cells",
+                        f"{len(rows[0])} as in the first row",
+                        "Mend the row.",
+                    )
+    except csv.Error as cause:
+        raise DataError(f"{at}: {path.name}", f"no CSV ({cause})", SHAPE, "Save it anew.") from None
+    return np.array(rows, np.float64) if rows else np.zeros((0, 0), np.float32)
