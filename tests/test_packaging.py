@@ -146,7 +146,9 @@ def test_wheel_is_complete(wheel: Path):
     assert {path.split("/")[0] for path in inside} == {"engine", info}
     assert (metadata["Name"], metadata["License-Expression"]) == ("engine", "MIT")
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra")) == {"minilm", "triton", "dali", "report", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "minilm", "triton", "dali", "report", "csd", "fuzz", "dev",
+    }  # fmt: skip
     assert "engine = engine.cli:main" in entry_points
 
 
