@@ -25,6 +25,7 @@ EXAMPLES = """\
 examples:
   engine demo                                                    generated data, a trained model and a report in minutes
   engine inspect mosi_data_noalign.pkl                           what is in a file, and what is wrong with it
+  engine make-data data/try --shape mosi --format mmsa           synthetic files in that layout
   engine train --preset mosi --data data/mosi --out runs/mosi    train on your own files
   engine train --preset mosi --data data/mosi --out runs/paper mode=faithful seeds=0-2
   engine evaluate --run runs/mosi --data data/mosi               metrics of the best model
@@ -138,8 +139,21 @@ def _predict(a: argparse.Namespace) -> None:
 def _convert(a: argparse.Namespace) -> None:
     from engine.loaders.convert import convert
 
-    convert(a.src, a.dst, text_encoder=a.text_encoder, length_rule=a.length_rule)
+    more: dict[str, Any] = {} if a.format is None else {"expected": a.format}
+    if any(v is not None for v in (a.audio_features, a.vision_features, a.text_features, a.label_column, a.align)):
+        from engine.loaders.formats import Choice
+
+        names = (a.audio_features or "auto", a.vision_features or "auto", a.text_features or "auto")
+        more["choice"] = Choice(*names, a.label_column, a.align or "words")
+    convert(a.src, a.dst, text_encoder=a.text_encoder, length_rule=a.length_rule, **more)
     print(f"store: {a.dst}")
+
+
+def _make_data(a: argparse.Namespace) -> None:
+    from engine.loaders.make_data import make_data
+
+    made = make_data(a.out, a.shape, a.n, a.format, a.seed)
+    print(f"data: {made}\nnext: engine inspect {made}")
 
 
 def _inspect(a: argparse.Namespace) -> None:
@@ -413,6 +427,26 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--text-encoder", metavar="NAME", default="minilm", help="whose tokeniser to use (minilm)")
     rules = ("auto", "recorded", "all_zero", "sum_zero")
     p.add_argument("--length-rule", choices=rules, default="auto", help="how padding is told from frames (auto)")
+
+    p.add_argument("--format", metavar="NAME", help="refuse every family of files but this one")
+    for kind in ("audio", "vision", "text"):
+        p.add_argument(f"--{kind}-features", metavar="NAME", help="feature set to use where the data has several")
+    p.add_argument("--label-column", metavar="N", type=int, help="column of labels with several")
+    p.add_argument("--align", choices=("words", "segments"), help=".csd files: a row a word, or frames as they are")
+
+    p = command(
+        "make-data",
+        _make_data,
+        "write synthetic files of a data set's shape in any format",
+        """\
+        Write generated samples with the lengths, widths and layout of a data set's files: for benchmarks, and to try
+        the engine without access to the data. Their labels are random: there is nothing to learn from them.""",
+    )
+    p.add_argument("out", metavar="DIR", type=Path, help="a new or empty folder")
+    p.add_argument("--shape", choices=("mosi", "mosei", "avec2019"), required=True, help="whose lengths and widths")
+    p.add_argument("--n", metavar="N", type=int, help="samples in all three splits (as many as the real data has)")
+    p.add_argument("--format", metavar="NAME", help="layout of the files (declarelab, or avec2019 for that shape)")
+    p.add_argument("--seed", metavar="S", type=int, default=0, help="equal seeds give equal files (0)")
 
     p = command(
         "inspect", _inspect, "name a file's format, splits, dims, lengths, non-finite values and problems",

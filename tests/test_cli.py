@@ -23,7 +23,8 @@ from engine.errors import DataError
 PROJECT = Path(__file__).resolve().parents[1]
 METRICS = {"best_epoch": 3, "test": {"mae": 0.75, "corr": 0.7, "acc7": None}}
 COMMANDS = (
-    "train", "evaluate", "predict", "convert", "inspect", "import", "import-command", "report", "demo", "config"
+    "train", "evaluate", "predict", "convert", "make-data", "inspect", "import", "import-command", "report", "demo",
+    "config",
 )  # fmt: skip
 
 

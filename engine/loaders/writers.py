@@ -1,6 +1,7 @@
 """Writes samples in the exact layout of every format the readers know: for tests, and for `engine make-data`.
 
-Each function of `WRITERS` takes a folder and samples by split, and returns the path to give to `--data`.
+Each function of `WRITERS` takes a folder, samples by split and the data set's name, and returns the path to give to
+`--data`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ import numpy as np
 SPLITS = ("train", "valid", "test")
 LARGE = 1 << 26  # padded arrays from this many bytes on are built in a file
 TEXT_LENGTH = 50  # of aligned files and text features
+WHOLE = 1 << 30  # aligned lists are not cut
 
 
 @dataclass
@@ -87,9 +90,12 @@ def pad(
 def embedded(text: str, width: int, extra: int = 0) -> np.ndarray:
     """A fixed random vector a word, and `extra` ones for the tokens around them: float32 [words + extra, width]."""
     words = text.split() + ["[SEP]"] * extra
-    rows = [np.random.default_rng([ord(c) for c in w]).standard_normal(width, np.float32) for w in dict.fromkeys(words)]
-    table = dict(zip(dict.fromkeys(words), rows, strict=True))
-    return np.stack([table[w] for w in words]) if words else np.zeros((0, width), np.float32)
+    return np.stack([_vector(w, width) for w in words]) if words else np.zeros((0, width), np.float32)
+
+
+@lru_cache(4096)
+def _vector(word: str, width: int) -> np.ndarray:
+    return np.random.default_rng([ord(c) for c in word]).standard_normal(width, np.float32)
 
 
 def aligned(data: Data, most: int = TEXT_LENGTH) -> Data:
@@ -291,11 +297,13 @@ def write_split_files(folder: Path, content: dict[str, list], prefix: str = "", 
     return folder
 
 
-def write_declarelab(folder: Path, data: Data, name: str = "mosi_data_noalign.pkl", **options) -> Path:
+def write_declarelab(
+    folder: Path, data: Data, name: str = "mosi_data_noalign.pkl", table: str = "MOSI-label.csv", **options
+) -> Path:
     """The pickle and its label CSV."""
     with _scratch(folder) as scratch:
         path = dump(declarelab(data, scratch=scratch, **options), folder / name)
-    write_csv(folder / "MOSI-label.csv", label_rows(data))
+    write_csv(folder / table, label_rows(data))
     return path
 
 
@@ -388,23 +396,35 @@ def write_manifest(folder: Path, data: Data, kind: str = "npy", features: int = 
     return folder
 
 
-WRITERS: dict[str, Callable[[Path, Data], Path]] = {
-    "declarelab": lambda folder, data: write_declarelab(folder, data),
-    "declarelab-aligned": lambda folder, data: write_declarelab(
-        folder, aligned(data), "mosi_data.pkl", caps=Caps(TEXT_LENGTH, TEXT_LENGTH)
+def _caps(data: Data, shape: str) -> Caps:
+    """Padded lengths of a data set's files."""
+    known = {"mosi": Caps(375, 500), "mosei": Caps(500, 500)}
+    every = [s for rows in data.values() for s in rows]
+    return known.get(shape) or Caps(*(max(len(getattr(s, m)) for s in every) for m in ("audio", "vision")))
+
+
+def _declarelab(folder: Path, data: Data, shape: str, name: str, caps: Caps) -> Path:
+    stem, ids = {"mosei": ("mosei_senti", "mosei")}.get(shape, (shape, "mosi"))
+    return write_declarelab(folder, data, f"{stem}_{name}.pkl", f"{shape.upper()}-label.csv", ids=ids, caps=caps)
+
+
+ALIGNED = Caps(TEXT_LENGTH, TEXT_LENGTH)
+BERT = {"text_bert": True, "features": 768}
+
+WRITERS: dict[str, Callable[[Path, Data, str], Path]] = {
+    "declarelab": lambda f, d, shape: _declarelab(f, d, shape, "data_noalign", _caps(d, shape)),
+    "declarelab-aligned": lambda f, d, shape: _declarelab(f, aligned(d), shape, "data", ALIGNED),
+    "mmsa": lambda f, d, shape: write_mmsa(f, d, caps=_caps(d, shape), **BERT),
+    "mmsa-aligned": lambda f, d, shape: write_mmsa(
+        f, aligned(d), "aligned_50.pkl", lengths=False, caps=ALIGNED, **BERT
     ),
-    "mmsa": lambda folder, data: write_mmsa(folder, data, text_bert=True, features=768),
-    "mmsa-aligned": lambda folder, data: write_mmsa(
-        folder, aligned(data), "aligned_50.pkl", lengths=False, text_bert=True, features=768,
-        caps=Caps(TEXT_LENGTH, TEXT_LENGTH),
-    ),
-    "mmsa-fet": lambda folder, data: dump(mmsa_fet(data), folder / "feature.pkl"),
-    "tuples": lambda folder, data: write_split_files(folder, tuples(data), valid="dev"),
-    "misa": lambda folder, data: write_split_files(folder, tuples(aligned(data, 1000), 4), valid="dev"),
-    "magbert": lambda folder, data: dump(magbert(aligned(data, 1000)), folder / "mosi.pkl"),
-    "sdk": lambda folder, data: write_split_files(folder, sdk(aligned(data, 1000)), prefix="mosi_"),
-    "avec2019": lambda folder, data: write_split_files(folder, avec2019(data), valid="dev"),
-    "csd": write_csd,
-    "manifest": write_manifest,
-}  # fmt: skip
-"""Name of a layout -> function that writes it; the names are those of the readers, with variants after a dash."""
+    "mmsa-fet": lambda f, d, shape: dump(mmsa_fet(d), f / "feature.pkl"),
+    "tuples": lambda f, d, shape: write_split_files(f, tuples(d), f"{shape}_", "valid" if shape == "mosei" else "dev"),
+    "misa": lambda f, d, shape: write_split_files(f, tuples(aligned(d, WHOLE), 4), valid="dev"),
+    "magbert": lambda f, d, shape: dump(magbert(aligned(d, WHOLE)), f / f"{shape}.pkl"),
+    "sdk": lambda f, d, shape: write_split_files(f, sdk(aligned(d, WHOLE), shape), f"{shape}_"),
+    "avec2019": lambda f, d, shape: write_split_files(f, avec2019(d), valid="dev"),
+    "csd": lambda f, d, shape: write_csd(f, d, labels=7 if shape == "mosei" else 1),
+    "manifest": lambda f, d, shape: write_manifest(f, d),
+}
+"""Name of a layout -> function of folder, samples and shape that writes it; names are the readers', with variants."""

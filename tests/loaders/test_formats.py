@@ -369,8 +369,8 @@ def test_another_family_than_expected_is_named(tmp_path, data, family, asked):
     ("content", "found"),
     [
         ({"train": [[0] * 6], "valid": [], "test": []}, "splits that are a list of 6-item rows"),
-        ([(([], [], []), 0.0, "a")], "a list of MAG-BERT rows that is not named train, dev/valid or test"),
-        ([[0] * 7], "a list of AVEC2019 list (MIMRL) rows"),
+        ([(([], [], []), 0.0, "a")], "a list of rows as in a MAG-BERT file that is not named train, dev/valid or test"),
+        ([[0] * 7], "a list of rows as in a list of AVEC2019 interviews (MIMRL) file"),
         ({"train": {"x": 1}, "valid": {}, "test": {}}, "a dict of splits with keys x"),
         ({"a": 1}, "a dict with keys 'a'"),
         ([1, 2], "a list of int"),

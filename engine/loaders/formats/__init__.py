@@ -331,7 +331,7 @@ def _rows(rows: Any) -> str:
         return f"{type(rows).__name__} without rows"
     family = row_family(rows[0])
     if family:
-        return f"list of {_FORMATS[family].title} rows"
+        return f"list of rows as in a {_FORMATS[family].title} file"
     fields = len(rows[0]) if isinstance(rows[0], (list, tuple)) else 0
     return f"list of {fields}-item rows" if fields else f"list of {type(rows[0]).__name__}"
 

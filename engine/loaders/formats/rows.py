@@ -41,7 +41,7 @@ PHQ_MOST = 1.0
 
 class SDKRows:
     name = "sdk"
-    title = "CMU-SDK list (MIMRL)"
+    title = "list of CMU-SDK features (MIMRL)"
     row = "[[text, audio, vision], label, ..., segment]"
 
     def recognises(self, source: Source) -> bool:
@@ -120,7 +120,7 @@ def _part(parts: Any, number: int, where: str) -> Any:
 
 class AVEC2019:
     name = "avec2019"
-    title = "AVEC2019 list (MIMRL)"
+    title = "list of AVEC2019 interviews (MIMRL)"
     row = "[text, mfcc, ege, ds, au, resnet, label]"
 
     def recognises(self, source: Source) -> bool:
@@ -132,7 +132,7 @@ class AVEC2019:
         if features:
             raise DataError(
                 str(source.path),
-                f"an {self.title}",
+                f"a {self.title}",
                 "a file with precomputed text features",
                 "Name a text encoder in text_encoder.",
             )
