@@ -36,7 +36,9 @@ def compare(x, weights, axis, **settings):
     with Guards() as guards:
         inputs = [None if w is None else guards.input(w) for w in weights]
         u = guards.input(x.reshape(before, x.shape[axis], after))
-        y, kept = triton.forward(u, *inputs, activation, ln_first, 1e-6)
+        y, kept = triton.forward(u, *inputs, activation, ln_first, 1e-6, True)
+        alone, nothing = triton.forward(u, *inputs, activation, ln_first, 1e-6, False)
+        assert torch.equal(alone, y) and not nothing.numel()
         cotangent = guards.input(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
         found = triton.backward(cotangent, u, kept, *inputs, activation, ln_first, 1e-6, True)
         again = triton.backward(cotangent, u, kept, *inputs, activation, ln_first, 1e-6, False)

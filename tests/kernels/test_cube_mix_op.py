@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from engine.kernels import registry
 from engine.kernels.cube_mix import cpu, op, reference
 from engine.kernels.registry import use_backend
 from engine.model.cubemlp import CubeMLP
@@ -149,8 +150,9 @@ def test_opcheck():
         x = x.flatten(2)
         settings = ("gelu", ln_first, 1e-6)
         tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(torch.ops.engine.cube_mix_forward, (x, *weights, *settings), test_utils=tests)
-        y, kept = torch.ops.engine.cube_mix_forward(x, *weights, *settings)
+        for keep in (False, True):
+            torch.library.opcheck(torch.ops.engine.cube_mix_forward, (x, *weights, *settings, keep), test_utils=tests)
+        y, kept = torch.ops.engine.cube_mix_forward(x, *weights, *settings, True)
         for need_x in (False, True):
             arguments = (torch.ones_like(y), x, kept, *weights, *settings, need_x)
             torch.library.opcheck(torch.ops.engine.cube_mix_backward, arguments, test_utils=tests)
@@ -210,6 +212,22 @@ def test_autocast_runs_in_fp32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run("cpu", x, weights, 1)
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@needs_kernel
+def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch):
+    kept, forward = [], cpu.forward
+    x, weights = case((4, 20, 3, 8), 1, 12, 10)
+    name = "cube_mix_forward"
+    spy = registry.Operation(lambda *a: kept.append(forward(*a)) or kept[-1], None)
+    monkeypatch.setitem(registry._operations, name, spy)
+    weights[0].requires_grad_()
+    with_gradient = op.cube_mix(x, 1, *weights)
+    with torch.no_grad():
+        without = op.cube_mix(x, 1, *weights)
+    constant = op.cube_mix(x, 1, weights[0].detach(), *weights[1:])
+    assert [len(k) > 0 for _, k in kept] == [True, False, False]
+    assert torch.equal(with_gradient, without) and torch.equal(without, constant)
 
 
 @needs_kernel

@@ -4,8 +4,8 @@
     loss, value, readings = cmi(joint, product, "ldr")                              # one pass gives loss and values
 
 Both compute in fp32 (fp64 for fp64 inputs), also under autocast, and are bitwise deterministic for one number of
-threads. Gradients of gradients are not defined. On a GPU the classifiers run on torch's batched products (cuBLAS):
-there is no Triton kernel for them.
+threads. Gradients of gradients are not defined. On a GPU the classifiers run on torch's batched products (cuBLAS), and
+loss and values are one Triton kernel.
 """
 
 from __future__ import annotations
@@ -226,9 +226,9 @@ def _fake_read_backward(joint, product, loss_grad, value_grad, which, limit):
     return [torch.empty_like(joint), torch.empty_like(product)] if both else [torch.empty_like(joint)]
 
 
-def _register(name: str, function: str, schema: str, fake) -> None:
-    host = lazy("engine.kernels.cmi.cpu", function)  # device-agnostic: on a GPU its products are cuBLAS's
-    register(name, schema, cpu=host, cuda=host, fake=fake)
+def _register(name: str, function: str, schema: str, fake, cuda: str) -> None:
+    folder = "engine.kernels.cmi"
+    register(name, schema, cpu=lazy(f"{folder}.cpu", function), cuda=lazy(f"{folder}.{cuda}", function), fake=fake)
 
 
 _register(
@@ -237,6 +237,7 @@ _register(
     "(Tensor first, Tensor first_bias, Tensor[] rest, Tensor[] joint, int[] slots, Tensor[] product, int k)"
     " -> Tensor[]",
     _fake_forward,
+    "cpu",  # torch's products, on a GPU cuBLAS's
 )
 _register(
     "cmi_backward",
@@ -244,11 +245,13 @@ _register(
     "(Tensor joint_grad, Tensor? product_grad, Tensor first, Tensor[] rest, Tensor[] joint, int[] slots,"
     " Tensor[] product, int k, Tensor[] layers, bool row_grads, bool weight_grads) -> Tensor[]",
     _fake_backward,
+    "cpu",
 )
-_register("cmi_read", "read", "(Tensor joint, Tensor product, float limit) -> Tensor[]", _fake_read)
+_register("cmi_read", "read", "(Tensor joint, Tensor product, float limit) -> Tensor[]", _fake_read, "triton")
 _register(
     "cmi_read_backward",
     "read_backward",
     "(Tensor joint, Tensor product, Tensor? loss_grad, Tensor? value_grad, int which, float limit) -> Tensor[]",
     _fake_read_backward,
+    "triton",
 )

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from engine.errors import EstimatorError
 from engine.kernels.critics import reference
-from engine.kernels.critics.cpu import concat_shapes, flat, grad_shapes, pieces_of, state_size
+from engine.kernels.critics.plain import concat_shapes, flat, grad_shapes, pieces_of, state_size
 from engine.kernels.critics.reference import Layers
 from engine.kernels.registry import backend_for, call, lazy, register
 
@@ -86,7 +86,8 @@ def concat_infonce(
 ) -> Tensor:
     """The InfoNCE bound on I(X;Y) with the concat critic, to be maximised: log B + mean_i log softmax_j(S_ij) at j = i.
 
-    On the CPU value and gradient take one pass over the pairs, a row of scores at a time: O(B) memory.
+    Scores are not stored: O(B) memory. On the CPU value and gradient take one pass over the pairs, a row at a time; on
+    the GPU the gradient takes a second one.
 
     Args:
         x, y, layers, activation: as for `concat_scores`, x and y of B rows each.
@@ -103,13 +104,16 @@ def concat_infonce(
     _check_concat(x, y, layers)
     if len(x) != len(y):
         raise EstimatorError("concat_infonce", f"{len(x)} and {len(y)} rows", "as many of x as of y", "Give pairs.")
-    if _backend(x, "critics_concat_infonce", activation) != "cpu":
+    if _backend(x, "critics_concat_infonce", activation) == "reference":
         scores = concat_scores(x, y, layers, activation)
         scores = scores.t() if transpose else scores
         losses = -scores.log_softmax(1).diagonal() + (scores - scores).detach().sum(1)
         return math.log(len(x)) - losses.mean()
     with torch.autocast(x.device.type, enabled=False):
-        return math.log(len(x)) - _ConcatInfoNCE.apply(x, y, transpose, *_flat(layers))
+        flat = _flat(layers)
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *flat))):
+            return math.log(len(x)) - call("critics_concat_infonce", x, y, flat, transpose, False, False)[0].mean()
+        return math.log(len(x)) - _ConcatInfoNCE.apply(x, y, transpose, *flat)
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -258,16 +262,18 @@ def _fake_concat_infonce(x, y, layers, transpose, input_grads, weight_grads):
     return x.new_empty(len(x)), _fake_concat_backward(None, x, y, layers, input_grads, weight_grads)
 
 
-def _register(name: str, function: str, schema: str, fake) -> None:
+def _register(name: str, function: str, schema: str, fake, cuda: str) -> None:
     folder = "engine.kernels.critics"
-    register(name, schema, cpu=lazy(f"{folder}.cpu", function), cuda=lazy(f"{folder}.triton", function), fake=fake)
+    register(name, schema, cpu=lazy(f"{folder}.cpu", function), cuda=lazy(f"{folder}.{cuda}", function), fake=fake)
 
 
+# On a GPU grouped MLPs are cuBLAS's batched products.
 _register(
     "critics_mlp_forward",
     "mlp_forward",
     "(Tensor x, Tensor[] more, Tensor[] first, Tensor[] rest) -> (Tensor, Tensor)",
     _fake_mlp_forward,
+    "plain",
 )
 _register(
     "critics_mlp_backward",
@@ -275,22 +281,26 @@ _register(
     "(Tensor grad, Tensor[] inputs, Tensor[] first, Tensor[] rest, Tensor state, bool input_grads,"
     " bool weight_grads) -> Tensor",
     _fake_mlp_backward,
+    "plain",
 )
 _register(
     "critics_concat_forward",
     "concat_forward",
     "(Tensor x, Tensor y, Tensor[] layers) -> Tensor",
     lambda x, y, layers: x.new_empty(len(y), len(x)),
+    "triton",
 )
 _register(
     "critics_concat_backward",
     "concat_backward",
     "(Tensor grad, Tensor x, Tensor y, Tensor[] layers, bool input_grads, bool weight_grads) -> Tensor",
     _fake_concat_backward,
+    "triton",
 )
-register(
+_register(
     "critics_concat_infonce",
+    "concat_infonce",
     "(Tensor x, Tensor y, Tensor[] layers, bool transpose, bool input_grads, bool weight_grads) -> (Tensor, Tensor)",
-    cpu=lazy("engine.kernels.critics.cpu", "concat_infonce"),
-    fake=_fake_concat_infonce,
+    _fake_concat_infonce,
+    "triton",
 )

@@ -60,14 +60,18 @@ def forward(
     activation: str,
     ln_first: bool,
     eps: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x [outer, d_in, inner] -> y [outer, d_out, inner], what the backward pass needs (1-d). float32 or float64."""
+    """x [outer, d_in, inner] -> y [outer, d_out, inner], what the backward pass needs (1-d). float32 or float64.
+
+    Without `keep` nothing is kept for the backward pass.
+    """
     x = x.contiguous()
     weights = _contiguous(fc1, bias1, fc2, bias2, residual, scale, shift)
     outer, d_in, inner = x.shape
     hidden, d_out = fc1.shape[0], fc2.shape[0]
     y = x.new_empty(outer, d_out, inner)
-    kept = x.new_empty(kept_size(outer, inner, d_in, hidden, d_out, ln_first))
+    kept = x.new_empty(kept_size(outer, inner, d_in, hidden, d_out, ln_first) if keep else 0)
     if y.numel():
         head = _head(x, weights, activation, ln_first, eps, kept)
         library(x.dtype).cube_mix_forward(*head, x.data_ptr(), y.data_ptr(), kept.data_ptr())

@@ -75,7 +75,10 @@ def cube_mix(
         return reference.axis_mix(x, axis, *weights, activation=_FUNCTIONS[activation], ln_first=ln_first, eps=eps)
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     columns = x.reshape(math.prod(before), x.shape[axis], math.prod(after))
-    y = _CubeMix.apply(columns, activation, ln_first, eps, *weights)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
+        y = _CubeMix.apply(columns, activation, ln_first, eps, *weights)
+    else:
+        y = _forward(columns, weights, (activation, ln_first, eps), False)[0]
     return y.view(*before, len(fc2_weight), *after)
 
 
@@ -115,14 +118,21 @@ def _check(d_in: int, weights: tuple[Tensor | None, ...], activation: str, ln_fi
         raise ValueError(f"without residual_weight d_in must equal d_out; found {d_in} and {d_out}")
 
 
+def _forward(
+    x: Tensor, weights: tuple[Tensor | None, ...], settings: tuple[str, bool, float], keep: bool
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """y; what the backward pass needs, nothing unless `keep`; x and the weights as they were used."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    used = [None if t is None else t.to(dtype) for t in (x, *weights)]
+    return *registry.call("cube_mix_forward", *used, *settings, keep), used
+
+
 class _CubeMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, activation: str, ln_first: bool, eps: float, *weights: Tensor | None) -> Tensor:
         ctx.settings = (activation, ln_first, eps)
         ctx.dtypes = (x.dtype, *(None if w is None else w.dtype for w in weights))
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, *weights = (None if t is None else t.to(dtype) for t in (x, *weights))
-        y, kept = registry.call("cube_mix_forward", x, *weights, *ctx.settings)
+        y, kept, (x, *weights) = _forward(x, weights, ctx.settings, True)
         ctx.save_for_backward(x, kept, *weights)
         return y
 
@@ -138,9 +148,11 @@ class _CubeMix(torch.autograd.Function):
         return (next(found).to(dx_dtype) if need_x else None, None, None, None, *gradients)
 
 
-def _fake_forward(x: Tensor, fc1: Tensor, bias1, fc2: Tensor, bias2, residual, scale, shift, activation, ln_first, eps):
+def _fake_forward(
+    x: Tensor, fc1: Tensor, bias1, fc2: Tensor, bias2, residual, scale, shift, activation, ln_first, eps, keep
+):  # fmt: skip
     outer, d_in, inner = x.shape
-    size = cpu.kept_size(outer, inner, d_in, fc1.shape[0], fc2.shape[0], ln_first)
+    size = cpu.kept_size(outer, inner, d_in, fc1.shape[0], fc2.shape[0], ln_first) if keep else 0
     return x.new_empty(outer, fc2.shape[0], inner), x.new_empty(size)
 
 
@@ -155,7 +167,7 @@ _SETTINGS = "str activation, bool ln_first, float eps"
 
 registry.register(
     "cube_mix_forward",
-    f"(Tensor x, {_WEIGHTS}, {_SETTINGS}) -> (Tensor, Tensor)",
+    f"(Tensor x, {_WEIGHTS}, {_SETTINGS}, bool keep) -> (Tensor, Tensor)",
     cpu=cpu.forward,
     cuda=registry.lazy("engine.kernels.cube_mix.triton", "forward"),
     fake=_fake_forward,

@@ -128,9 +128,9 @@ def forward_kernel(
     x, fc1, bias1, fc2, bias2, residual, scale, shift, y, pre, normal, inverse, columns, inner,
     eps: tl.constexpr, D_IN: tl.constexpr, HIDDEN: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
     LN_FIRST: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
+    KEEP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """y, and for backward: pre [HIDDEN, columns], and unless LN_FIRST normal [D_OUT, columns] and inverse [columns]."""
+    """y; if KEEP, for backward: pre [HIDDEN, columns], unless LN_FIRST normal [D_OUT, columns], inverse [columns]."""
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = c < columns
     at = c // inner * D_IN * inner + c % inner
@@ -159,7 +159,9 @@ def forward_kernel(
             p = _dot(_matrix(fc1, h, HIDDEN, D_IN, k, D_IN, 1), u, p, PRECISION)
         if BIAS1:
             p += tl.load(bias1 + h, mask=h < HIDDEN, other=0.0)[:, None]
-        tl.store(pre + h.to(tl.int64)[:, None] * columns + c[None, :], p, mask=(h < HIDDEN)[:, None] & live[None, :])
+        if KEEP:
+            place = pre + h.to(tl.int64)[:, None] * columns + c[None, :]
+            tl.store(place, p, mask=(h < HIDDEN)[:, None] & live[None, :])
         g, _ = _activate(p, ACTIVATION)
         total = _dot(_matrix(fc2, o, D_OUT, HIDDEN, h, HIDDEN, 1), g, total, PRECISION)
     if BIAS2:
@@ -167,8 +169,9 @@ def forward_kernel(
     mask = (o < D_OUT)[:, None] & live[None, :]
     if not LN_FIRST:
         total, r = _normalise(total, o, D_OUT, eps)
-        tl.store(normal + o.to(tl.int64)[:, None] * columns + c[None, :], total, mask=mask)
-        tl.store(inverse + c, r, mask=live)
+        if KEEP:
+            tl.store(normal + o.to(tl.int64)[:, None] * columns + c[None, :], total, mask=mask)
+            tl.store(inverse + c, r, mask=live)
         a = tl.load(scale + o, mask=o < D_OUT, other=0.0)
         b = tl.load(shift + o, mask=o < D_OUT, other=0.0)
         total = total * a[:, None] + b[:, None]
@@ -509,13 +512,15 @@ def forward(
     activation: str,
     ln_first: bool,
     eps: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x [outer, d_in, inner] -> y [outer, d_out, inner], what the backward pass needs (1-d). float32."""
+    """x [outer, d_in, inner] -> y [outer, d_out, inner], what the backward pass needs (1-d, empty unless `keep`).
+    float32."""
     x, *weights = _contiguous(x, fc1, bias1, fc2, bias2, residual, scale, shift)
     outer, d_in, inner = x.shape
     sizes = _sizes(x, fc1, fc2)
     y = x.new_empty(outer, sizes["D_OUT"], inner)
-    kept = x.new_empty(kept_size(outer, inner, d_in, sizes["HIDDEN"], sizes["D_OUT"], ln_first))
+    kept = x.new_empty(kept_size(outer, inner, d_in, sizes["HIDDEN"], sizes["D_OUT"], ln_first) if keep else 0)
     columns = outer * inner
     if not columns:
         return y, kept
@@ -532,8 +537,9 @@ def forward(
     precision = _precision()
     block_c, block_k, block_h, warps = BLOCKS[precision]
     forward_kernel[(triton.cdiv(columns, block_c),)](
-        x, *weights, y, *_parts_of(kept, sizes, columns), columns, inner, **flags, **sizes, PRECISION=precision,
-        BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_H=block_h, BLOCK_O=_padded(sizes["D_OUT"]), num_warps=warps,
+        x, *weights, y, *(_parts_of(kept, sizes, columns) if keep else [x] * 3), columns, inner, **flags, **sizes,
+        PRECISION=precision, KEEP=keep, BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_H=block_h,
+        BLOCK_O=_padded(sizes["D_OUT"]), num_warps=warps,
     )  # fmt: skip
     return y, kept
 
@@ -647,7 +653,7 @@ def aot_cases() -> list[AotCase]:
                 settings = common | sizes | {"LN_FIRST": ln_first, "PRECISION": precision}
                 c, k, h, warps = BLOCKS[precision]
                 blocks = {"BLOCK_C": c, "BLOCK_K": k, "BLOCK_H": h, "BLOCK_O": _padded(d_out)}
-                constexprs = settings | blocks | {"BIAS1": True, "BIAS2": True}
+                constexprs = settings | blocks | {"BIAS1": True, "BIAS2": True, "KEEP": True}
                 found.append(_case("forward", variant, forward_kernel, constexprs, warps, dot, quick))
                 c, k, h, warps = BACKWARD_BLOCKS[precision]
                 blocks = {"BLOCK_C": c, "BLOCK_K": k, "BLOCK_H": h, "BLOCK_O": _padded(d_out)}

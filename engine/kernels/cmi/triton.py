@@ -1,0 +1,158 @@
+"""From classifiers' logits to loss and values on the GPU: one launch forward, one backward, a program a classifier.
+
+The classifiers themselves run on torch's batched products (`cpu`): there is nothing between them that a kernel of its
+own would save.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.aot import AotCase
+from engine.kernels.cmi import cpu
+
+BLOCK, WARPS = 512, 4
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def _clamp(x, LIMIT: tl.constexpr):
+    """NaN passes."""
+    return tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
+
+
+@triton.jit
+def _read(
+    joint_ptr, product_ptr, loss_ptr, values_ptr, groups, b, p, LIMIT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Loss, and LDR, DV and NWJ, of one classifier. Grid: (groups,)."""
+    group = tl.program_id(0).to(tl.int64)
+    prior = tl.log(tl.cast(b, tl.float32) / tl.cast(p, tl.float32))
+    loss = tl.zeros([BLOCK], tl.float32)
+    ldr = tl.zeros([BLOCK], tl.float32)
+    exponentials = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, b, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        t = tl.load(joint_ptr + group * b + n, mask=n < b, other=0.0)
+        loss += tl.where(n < b, _softplus(-t - prior), 0.0)
+        ldr += _clamp(t, LIMIT)
+    for start in range(0, p, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        t = tl.load(product_ptr + group * p + n, mask=n < p, other=0.0)
+        loss += tl.where(n < p, _softplus(t + prior), 0.0)
+        # relative to the limit, which no clamped logit exceeds
+        exponentials += tl.where(n < p, tl.exp(_clamp(t, LIMIT) - LIMIT), 0.0)
+    mean = tl.sum(ldr, 0) / b
+    log_mean = LIMIT + tl.log(tl.sum(exponentials, 0) / p)
+    tl.store(loss_ptr + group, tl.sum(loss, 0) / (b + p))
+    tl.store(values_ptr + group, mean)
+    tl.store(values_ptr + groups + group, mean - log_mean)
+    tl.store(values_ptr + 2 * groups + group, 1.0 + mean - tl.exp(log_mean))
+
+
+@triton.jit
+def _read_backward(
+    joint_ptr, product_ptr, loss_grad_ptr, value_grad_ptr, of_joint_ptr, of_product_ptr, b, p,
+    HAS_LOSS: tl.constexpr, HAS_VALUE: tl.constexpr, WHICH: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one classifier's logits from those of its loss and of one value. Grid: (groups,)."""
+    group = tl.program_id(0).to(tl.int64)
+    prior = tl.log(tl.cast(b, tl.float32) / tl.cast(p, tl.float32))
+    loss_grad = tl.zeros([BLOCK], tl.float32)
+    value_grad = tl.zeros([BLOCK], tl.float32)
+    if HAS_LOSS:
+        loss_grad += tl.load(loss_grad_ptr + group) / (b + p)
+    if HAS_VALUE:
+        value_grad += tl.load(value_grad_ptr + group)
+    for start in range(0, b, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        t = tl.load(joint_ptr + group * b + n, mask=n < b, other=0.0)
+        grad = -loss_grad * _sigmoid(-t - prior)
+        if HAS_VALUE:
+            grad += tl.where(tl.abs(t) <= LIMIT, value_grad / b, 0.0)
+        tl.store(of_joint_ptr + group * b + n, grad, mask=n < b)
+    if HAS_LOSS or WHICH > 0:
+        exponentials = tl.zeros([BLOCK], tl.float32)
+        if HAS_VALUE and WHICH == 1:
+            for start in range(0, p, BLOCK):
+                n = start + tl.arange(0, BLOCK)
+                t = tl.load(product_ptr + group * p + n, mask=n < p, other=0.0)
+                exponentials += tl.where(n < p, tl.exp(_clamp(t, LIMIT) - LIMIT), 0.0)
+        total = tl.sum(exponentials, 0)
+        for start in range(0, p, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            t = tl.load(product_ptr + group * p + n, mask=n < p, other=0.0)
+            grad = loss_grad * _sigmoid(t + prior)
+            if HAS_VALUE and WHICH > 0:
+                share = tl.exp(_clamp(t, LIMIT) - LIMIT) / total if WHICH == 1 else tl.exp(_clamp(t, LIMIT)) / p
+                grad -= tl.where(tl.abs(t) <= LIMIT, value_grad * share, 0.0)
+            tl.store(of_product_ptr + group * p + n, grad, mask=n < p)
+
+
+def read(joint: Tensor, product: Tensor, limit: float) -> list[Tensor]:
+    """As `cpu.read`."""
+    if not _fits(joint, limit):
+        return cpu.read(joint, product, limit)
+    joint, product = joint.contiguous(), product.contiguous()
+    groups = len(joint)
+    loss, values = joint.new_empty(groups), joint.new_empty(3, groups)
+    if groups:
+        _read[(groups,)](
+            joint, product, loss, values, groups, joint.shape[1], product.shape[1], limit, BLOCK, num_warps=WARPS
+        )
+    return [loss, values]
+
+
+def read_backward(
+    joint: Tensor, product: Tensor, loss_grad: Tensor | None, value_grad: Tensor | None, which: int, limit: float
+) -> list[Tensor]:
+    """As `cpu.read_backward`."""
+    if not _fits(joint, limit):
+        return cpu.read_backward(joint, product, loss_grad, value_grad, which, limit)
+    joint, product = joint.contiguous(), product.contiguous()
+    both = loss_grad is not None or which > 0
+    of_joint = torch.empty_like(joint)
+    of_product = torch.empty_like(product) if both else None
+    if len(joint):
+        _read_backward[(len(joint),)](
+            joint, product, *(None if g is None else g.contiguous() for g in (loss_grad, value_grad)), of_joint,
+            of_product, joint.shape[1], product.shape[1], loss_grad is not None, value_grad is not None, which, limit,
+            BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+    return [of_joint] if of_product is None else [of_joint, of_product]
+
+
+def _fits(joint: Tensor, limit: float) -> bool:
+    """The kernels sum in fp32, and exponentials relative to the limit vanish where it is large."""
+    return joint.dtype == torch.float32 and 0 < limit <= 40
+
+
+def aot_cases() -> list[AotCase]:
+    pointers = {"joint_ptr": "*fp32", "product_ptr": "*fp32"}
+    sizes = {"b": "i32", "p": "i32"}
+    common = {"LIMIT": 9.21, "BLOCK": BLOCK}
+    outputs = {"loss_ptr": "*fp32", "values_ptr": "*fp32", "groups": "i32"}
+    found = [AotCase("cmi.read/fp32", _read, pointers | outputs | sizes, common, WARPS)]
+    for name, has_loss, has_value, which in (("loss", True, False, 0), ("ldr", False, True, 0), ("dv", True, True, 1)):
+        grads = {"loss_grad_ptr": has_loss, "value_grad_ptr": has_value, "of_product_ptr": has_loss or which > 0}
+        given = {key: "*fp32" for key, has in grads.items() if has} | {"of_joint_ptr": "*fp32"}
+        absent = {key: None for key, has in grads.items() if not has}
+        settings = {"HAS_LOSS": has_loss, "HAS_VALUE": has_value, "WHICH": which}
+        constexprs = common | settings | absent
+        found.append(
+            AotCase(f"cmi.read_backward/{name}/fp32", _read_backward, pointers | given | sizes, constexprs, WARPS)
+        )
+    return found
