@@ -185,16 +185,18 @@ def from_padded(
         or padded.dtype.kind not in "fiu"
         or len(padded) != len(ids)
     ):
-        shape, kind = np.shape(padded), getattr(padded, "dtype", type(padded).__name__)
+        found = f"{padded.dtype} of shape {padded.shape}" if isinstance(padded, np.ndarray) else type(padded).__name__
         raise DataError(
             where,
-            f"{kind} of shape {shape}",
+            found,
             f"numbers of shape ({len(ids)}, length, features)",
             "Write the features as one padded 3-D array.",
         )
     total, dim = padded.shape[1], padded.shape[2]
-    if dim == 0:
-        raise DataError(where, "no feature columns", "at least one", "Check the feature extraction.")
+    if dim == 0 or total == 0:
+        raise DataError(
+            where, f"no {'frames' if dim else 'feature columns'}", "at least one", "Check the feature extraction."
+        )
     pieces, nonfinite, missing = [], 0, []
     for first in range(0, len(padded), BLOCK):
         block = padded[first : first + BLOCK]

@@ -432,7 +432,9 @@ def read_labels(
     Raises:
         DataError: wrong shape or dtype, or a label that is not finite.
     """
-    label = as_numbers(values, where, "one number a row").astype(np.float32)
+    label = as_numbers(values, where, "one number a row")
+    with np.errstate(over="ignore"):  # told below, with the row
+        label = label.astype(np.float32)
     columns = label.size // count if label.ndim and len(label) == count and label.size % count == 0 else 0
     flat = columns > 0 and max(label.shape[1:], default=1) == columns
     if not flat or (column is None and columns not in (1, 7)) or (column is not None and not 0 <= column < columns):
@@ -515,7 +517,7 @@ def csv_header(path: Path) -> list[str]:
 
 def check_rows(where: str, rows: Any, title: str) -> int:
     """The number of rows; raise where there are none."""
-    count = len(rows) if hasattr(rows, "__len__") else 0
+    count = len(rows) if hasattr(rows, "__len__") and getattr(rows, "ndim", 1) else 0
     if count == 0:
         raise DataError(
             where, "no rows", f"at least one sample, as in other {title} files", "Check how the split was made."

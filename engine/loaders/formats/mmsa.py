@@ -105,7 +105,7 @@ def _lengths(split: dict[str, Any], modality: str, count: int, where: str) -> np
         if wrong:
             raise DataError(
                 f"{where}/{key}",
-                f"{np.shape(split[key])} values",
+                f"{len(lengths)} values",
                 f"{count} whole numbers",
                 "Write one length a sample, or drop the key.",
             )

@@ -67,7 +67,8 @@ class Tuples:
                     f"{where}, row {i}", "another kind of row", f"({self.inner}, label, id)", "Write every row alike."
                 )
             inner, value, name = row
-            name = name[0] if isinstance(name, (np.ndarray, list, tuple)) and np.ndim(name) and len(name) else name
+            listed = isinstance(name, (list, tuple)) or (isinstance(name, np.ndarray) and name.ndim > 0)
+            name = name[0] if listed and len(name) else name
             ids.append(to_text(name, f"{where}, row {i}, id"))
             at = f"{where}, row {i} (id {ids[-1]})"
             text.append(" ".join(_words(inner[self.words], self.inner, at)))
@@ -102,9 +103,8 @@ def stacked_labels(label: list[np.ndarray], where: str, ids: list[str], column: 
 
 def _words(words: Any, inner: str, where: str) -> list[str]:
     if (
-        isinstance(words, (str, bytes))
-        or not hasattr(words, "__len__")
-        or not np.ndim(words if isinstance(words, np.ndarray) else [0])
+        not isinstance(words, (list, tuple, np.ndarray))
+        or (isinstance(words, np.ndarray) and words.ndim != 1)
         or not all(isinstance(w, (str, bytes)) for w in words)
     ):
         raise DataError(where, f"actual_words of type {type(words).__name__}", "a list of words", f"Write {inner}.")

@@ -1,0 +1,22 @@
+"""A short, blind fuzz of every reader; the long, guided one is `python -m tests.fuzz READER --runs N`."""
+
+import numpy as np
+import pytest
+
+from tests.fuzz.__main__ import mutated
+from tests.fuzz.targets import TARGETS, execute
+
+RUNS = {"csd": 60}
+
+
+@pytest.mark.parametrize("reader", TARGETS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_only_our_errors_escape(reader):
+    pytest.importorskip("h5py") if reader == "csd" else None
+    target = TARGETS[reader]()
+    seeds, rng = target.seeds(), np.random.default_rng(0)
+    for seed in seeds:
+        assert execute(target, seed) is None
+    for _ in range(RUNS.get(reader, 300)):
+        data = mutated(seeds[rng.integers(len(seeds))], rng, seeds)
+        assert execute(target, data) is None, data
