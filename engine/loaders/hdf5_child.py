@@ -87,20 +87,22 @@ class Csd:
         if not self.videos:
             raise Refused("no videos", "one group a video")
         first = child(child(self.data, self.videos[0], h5py.Group), "features", h5py.Dataset)
-        self.kind = "words" if first.dtype.kind in "SO" else "numbers"
+        text = first.dtype.kind == "S" or h5py.check_string_dtype(first.dtype) is not None
+        self.kind = "words" if text else "numbers"
 
     def video(self, name):
         group = child(self.data, name, h5py.Group)
-        features = values(child(group, "features", h5py.Dataset), self.size)
-        intervals = values(child(group, "intervals", h5py.Dataset), self.size)
+        features, intervals = (child(group, part, h5py.Dataset) for part in ("features", "intervals"))
+        if intervals.dtype.kind not in "fiu" or intervals.shape != (*features.shape[:1], 2):
+            raise Refused(
+                f"intervals of shape {intervals.shape} for features of shape {features.shape} of {name}"[:300],
+                "(start, end) a row",
+            )
+        features, intervals = values(features, self.size), values(intervals, self.size)
         if features.ndim == 1:
             features = features[:, None]
         if (self.kind == "words") != (features.dtype.kind in "SO"):
             raise Refused(f"dtype {features.dtype} of {name}"[:300], "the same kind of features in every video")
-        if intervals.dtype.kind not in "fiu" or intervals.shape != (len(features), 2):
-            raise Refused(
-                f"intervals of shape {intervals.shape} for {len(features)} rows of {name}"[:300], "(start, end) a row"
-            )
         intervals = np.ascontiguousarray(intervals, "<f8")
         if self.kind == "numbers":
             with np.errstate(over="ignore"):
