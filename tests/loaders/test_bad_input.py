@@ -369,3 +369,182 @@ def test_stores_made_for_the_other_kind_of_text(tmp_path, data, tokenizer):
 def test_nothing_there(tmp_path, tokenizer):
     with pytest.raises(DataError, match="nothing; expected a file or folder"):
         open_dataset(tmp_path / "none", DataConfig(), tokenizer)
+
+
+SDK_CASES = {
+    "another_row": (lambda r: spoil_row(r, "train", 2, lambda x: x[:3]), ["train, row 2", "another kind of row"]),
+    "no_audio_sets": (
+        lambda r: spoil_row(r, "train", 0, lambda x: [[x[0][0], [], x[0][2]], *x[1:]]),
+        ["train, row 0", "no audio features"],
+    ),
+    "fewer_sets_later": (
+        lambda r: spoil_row(r, "train", 1, lambda x: [[x[0][0], [], x[0][2]], *x[1:]]),
+        ["train, row 1, covarep", "0 feature sets"],
+    ),
+    "words_are_numbers": (
+        lambda r: spoil_row(r, "test", 0, lambda x: [[[{}, *x[0][0][1:]], *x[0][1:]], *x[1:]]),
+        ["test, row 0, words", "a dict"],
+    ),
+    "frames_1d_of_another_width": (
+        lambda r: spoil_row(r, "valid", 1, lambda x: [[x[0][0], [np.ones(9)], x[0][2]], *x[1:]]),
+        ["valid, covarep, row 1", "9 features a frame"],
+    ),
+    "label_nan": (
+        lambda r: spoil_row(r, "valid", 1, lambda x: [x[0], float("nan"), *x[2:]]),
+        ["valid, labels, row 1 (id v_ideo2_2)", "nan"],
+    ),
+    "nan_only": (
+        lambda r: spoil_row(r, "test", 1, lambda x: [[x[0][0], [np.full((2, 5), np.nan)], x[0][2]], *x[1:]]),
+        ["test, covarep, row 1 (id v_ideo3_2)", "without one finite value"],
+    ),
+    "empty_split": (lambda r: {**r, "valid": []}, ["valid", "no rows"]),
+    "duplicate": (lambda r: spoil_row(r, "test", 1, lambda x: [*x[:-1], "v_ideo0_0"]), ["id v_ideo0_0 a second time"]),
+}
+
+
+@pytest.mark.parametrize("case", SDK_CASES)
+def test_sdk_lists(tmp_path, data, tokenizer, case):
+    spoil, parts = SDK_CASES[case]
+    for split, rows in spoil(writers.sdk(data, "mosei", small=True)).items():
+        writers.dump(rows, tmp_path / "in" / f"mosei_{split}.pkl")
+    fails(tmp_path / "in", tokenizer, *parts)
+
+
+AVEC_CASES = {
+    "another_row": (lambda r: spoil_row(r, "train", 2, lambda x: x[:6]), ["train, row 2", "another kind of row"]),
+    "text_is_a_str": (
+        lambda r: spoil_row(r, "train", 2, lambda x: ["a b c", *x[1:]]),
+        ["train, row 2, text", "a str", "a list of text"],
+    ),
+    "fewer_steps": (
+        lambda r: spoil_row(r, "test", 1, lambda x: [x[0], x[1][:-1], *x[2:]]),
+        ["test, row 1, mfcc", "a row for each of the"],
+    ),
+    "score_not_divided": (
+        lambda r: spoil_row(r, "valid", 1, lambda x: [*x[:6], 12.0]),
+        ["valid, row 1", "label 12", "Divide the scores by 25"],
+    ),
+    "label_missing": (lambda r: spoil_row(r, "valid", 1, lambda x: [*x[:6], None]), ["labels, row 1", "nan"]),
+    "label_nan": (
+        lambda r: spoil_row(r, "valid", 1, lambda x: [*x[:6], np.nan]),
+        ["labels, row 1 (id valid_1)", "nan"],
+    ),
+    "nan_only": (
+        lambda r: spoil_row(r, "test", 0, lambda x: [*x[:4], np.full_like(x[4], np.nan), *x[5:]]),
+        ["test, au, row 0 (id test_0)", "without one finite value"],
+    ),
+    "no_sentences": (
+        lambda r: {**r, "test": [[np.array([], "U1"), *(f[:0] for f in x[1:6]), x[6]] for x in r["test"]]},
+        ["test", "not one frame"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AVEC_CASES)
+def test_avec2019_lists(tmp_path, tokenizer, case):
+    spoil, parts = AVEC_CASES[case]
+    for split, rows in spoil(writers.avec2019(writers.interviews())).items():
+        writers.dump(rows, tmp_path / "in" / f"{split}.pkl")
+    fails(tmp_path / "in", tokenizer, *parts)
+
+
+def test_magbert_words(tmp_path, data, tokenizer):
+    content = spoil_row(writers.magbert(data), "test", 1, lambda x: (([1, 2], *x[0][1:]), *x[1:]))
+    path = writers.dump(content, tmp_path / "in" / "mosi.pkl")
+    fails(path, tokenizer, "test, row 1 (id v_ideo3_2)", "a list of words")
+
+
+def rewrite(change):
+    """A change of the manifest's text."""
+    return lambda folder: (folder / "manifest.csv").write_text(change((folder / "manifest.csv").read_text()))
+
+
+def put(name, content):
+    """Another file in place of one of the arrays."""
+
+    def write(folder):
+        (folder / name).write_bytes(content) if isinstance(content, bytes) else np.save(folder / name, content)
+
+    return write
+
+
+def link(folder):
+    (folder.parent / "secret.npy").write_bytes((folder / "audio" / "v_ideo0_0.npy").read_bytes())
+    (folder / "audio" / "v_ideo0_0.npy").unlink()
+    (folder / "audio" / "v_ideo0_0.npy").symlink_to("../../secret.npy")
+
+
+def npy_header(shape):
+    """A .npy file that ends with its header."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00v\x00" + text.encode()
+
+
+FIRST = "audio/v_ideo0_0.npy"
+MANIFEST_CASES = {
+    "misnamed_column": (rewrite(lambda t: t.replace("label", "labels", 1)), ["a column label", "Rename 'labels'"]),
+    "no_text_column": (rewrite(lambda t: t.replace("text", "zzz", 1)), ["a column text", "Add it"]),
+    "no_rows": (rewrite(lambda t: t.splitlines()[0]), ["manifest.csv", "no rows"]),
+    "label_word": (rewrite(lambda t: t.replace("train,", "train,x", 1)), ["manifest.csv, line 2", "a finite number"]),
+    "other_split": (rewrite(lambda t: t.replace("train,", "trian,", 1)), ["line 2", "split 'trian'"]),
+    "a_split_missing": (rewrite(lambda t: t.replace("valid,", "train,")), ["splits train, test, no valid"]),
+    "empty_id": (rewrite(lambda t: t.replace("v_ideo0_0,", ",", 1)), ["line 2", "an empty id"]),
+    "duplicate": (rewrite(lambda t: t.replace("v_ideo0_1,", "v_ideo0_0,", 1)), ["id v_ideo0_0 a second time"]),
+    "absolute": (rewrite(lambda t: t.replace(FIRST, "/etc/passwd")), ["line 2 (id v_ideo0_0), audio", "outside"]),
+    "upwards": (rewrite(lambda t: t.replace(FIRST, "audio/../../x.npy")), ["audio", "outside the folder"]),
+    "upwards_with_backslashes": (rewrite(lambda t: t.replace(FIRST, "..\\x.npy")), ["audio", "outside the folder"]),
+    "a_link_outwards": (link, ["audio", "outside the folder"]),
+    "no_file": (rewrite(lambda t: t.replace(FIRST, "audio/none.npy")), ["no file 'audio/none.npy'"]),
+    "pickled_objects": (put(FIRST, np.array([None, 1], object)), ["v_ideo0_0.npy", "a .npy file of numbers"]),
+    "one_dimension": (put(FIRST, np.ones(5)), ["v_ideo0_0.npy", "shape (5,)"]),
+    "other_width": (put(FIRST, np.ones((2, 9))), ["train, audio, row 1 (id v_ideo0_1)", "5 features a frame"]),
+    "header_beyond_the_file": (
+put(FIRST, npy_header("(1000000000000, 9)")),
+        ["v_ideo0_0.npy", "a .npy file of numbers"],
+    ),
+    "no_npy": (put(FIRST, b"PK\x03\x04"), ["v_ideo0_0.npy", "a .npy file of numbers"]),
+    "empty_file": (put(FIRST, b""), ["v_ideo0_0.npy", "a .npy file of numbers"]),
+    "nan_only": (put(FIRST, np.full((2, 5), np.nan)), ["train, audio, row 0 (id v_ideo0_0)", "finite value"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MANIFEST_CASES)
+def test_manifest(tmp_path, data, tokenizer, case):
+    spoil, parts = MANIFEST_CASES[case]
+    spoil(writers.write_manifest(tmp_path / "in", data))
+    fails(tmp_path / "in", tokenizer, *parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("1,2,3,4,5\n1,2,x,4,5\n", ["v_ideo0_0.csv, line 2", "no number"]),
+        ("1,2,3,4,5\n1,2,3,4\n", ["v_ideo0_0.csv, line 2", "4 cells", "5 as in the first row"]),
+        ("1,2\n", ["row 1 (id v_ideo0_1)", "5 features a frame"]),
+    ],
+)
+def test_manifest_of_csv_files(tmp_path, data, tokenizer, text, parts):
+    folder = writers.write_manifest(tmp_path / "in", data, kind="csv")
+    (folder / "audio" / "v_ideo0_0.csv").write_text(text)
+    fails(folder, tokenizer, *parts)
+
+
+def test_csd_without_what_it_needs(tmp_path, data, tokenizer):
+    pytest.importorskip("h5py", reason="needs the extra csd")
+    folder = writers.write_csd(tmp_path / "in", data)
+    splits = (folder / "splits.json").read_text()
+    for text, part in (("{", "splits.json"), ("[1]", "splits.json"), ('{"train": []}', "no valid")):
+        (folder / "splits.json").write_text(text)
+        fails(folder, tokenizer, part)
+    (folder / "splits.json").write_text(splits.replace("valid_", "other_"))
+    fails(folder, tokenizer, "valid", "no segment")
+    (folder / "splits.json").write_text(splits)
+    (folder / "COVAREP.csd").unlink()
+    fails(folder, tokenizer, "no audio", "data.audio_features")
+
+
+def test_a_text_that_is_no_text(tmp_path, data, tokenizer):
+    content = writers.mmsa(data)
+    content["test"]["raw_text"] = [*content["test"]["raw_text"][:-1].tolist(), None]
+    path = writers.dump(content, tmp_path / "in" / "x.pkl")
+    fails(path, tokenizer, "test/raw_text, row 3", "a NoneType")
