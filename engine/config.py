@@ -152,6 +152,23 @@ class DataConfig(Section):
         False, description="drop a short last training batch (a last batch of one is always dropped)"
     )
 
+    loader: Literal["auto", "resident", "dali", "torch"] = Field(
+        "auto",
+        description="where batches are made: on the device that holds the whole split (resident), in an NVIDIA DALI "
+        "pipeline, in PyTorch worker processes; all give the same batches (auto: resident where it fits)",
+    )
+    workers: Annotated[int | None, _none] = Field(
+        None, ge=0, description="torch: worker processes (none: half the cores, at most 4); dali: threads (none: 2)"
+    )
+    precision: Literal["float32", "float16"] = Field(
+        "float32", description="of normalised frames: float16 halves their memory and rounds them to 11 bits"
+    )
+    max_padding: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, _none] = Field(
+        None,
+        description="bound on the share of padding in an epoch's audio and vision: samples of like length come "
+        "together, no more than it takes; none: batches of any length",
+    )
+
 
 class TextConfig(Section):
     """The text encoder named by the top-level `text_encoder`."""

@@ -327,8 +327,8 @@ class _Trainer:
                 split, c.batch_size, shuffle=training and c.data.shuffle, seed=c.seed, pad_tokens_to=_pad_tokens(c),
                 drop_last=training and c.data.drop_last,
                 drop_singleton=training,
-                task=c.model.task,
-                draw_words=training,
+                task=c.model.task, draw_words=training, device=self.device, kind=c.data.loader,
+                workers=c.data.workers, max_padding=c.data.max_padding if training else None,
             ),
             self.device,
         )  # fmt: skip
@@ -531,7 +531,8 @@ def _finished(folder: Path) -> RunResult | None:
 def _differences(a: Config, b: Config) -> list[str]:
     free = {"epochs", "threads", "device", "output", "preset"}
     x, y = a.model_dump(), b.model_dump()
-    x["data"].pop("path"), y["data"].pop("path")
+    for data in (x["data"], y["data"]):
+        del data["path"], data["loader"], data["workers"]  # which loader makes the batches does not change them
     return [key for key in x if key not in free and x[key] != y[key]]
 
 
@@ -572,6 +573,8 @@ def _apply(run: Run, data: str | Path, split: str, batch_size: int | None) -> tu
         seed=c.seed,
         pad_tokens_to=_pad_tokens(c),
         task=c.model.task,
+        kind=c.data.loader,
+        workers=c.data.workers,
     )
     task = losses.task_loss(c.train.loss, c.model.num_class, c.model.task)
     step = TwoStageStep(run.model, None, task, torch.optim.SGD(run.model.parameters(), lr=0.0))

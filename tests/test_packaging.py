@@ -161,7 +161,7 @@ def test_dependencies_and_extras(wheel: Path):
         extra = re.search(r"extra == [\"'](\w+)", marker)
         needs.setdefault(extra[1] if extra else "core", {})[package] = marker
     assert {"torch", "transformers", "numba", "numpy", "safetensors", "pydantic"} <= set(needs["core"])
-    assert set(needs["triton"]) == {"triton"} and set(needs["dali"]) == {"nvidia-dali-cuda120"}
+    assert set(needs["triton"]) == {"triton"} and set(needs["dali"]) == {"nvidia-dali-cuda130"}
     assert all("linux" in needs[extra][package] for extra in ("triton", "dali") for package in needs[extra])
     assert {"pytest", "pytest-benchmark", "hypothesis", "ruff"} <= set(needs["dev"])
 

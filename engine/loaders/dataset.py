@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,11 @@ from torch import Tensor
 from engine.config import DataConfig
 from engine.errors import DataError
 from engine.loaders import formats
-from engine.loaders.batch import Batch
 from engine.loaders.formats import Choice
-from engine.loaders.normalize import Normalizer
+from engine.loaders.loader import Kind, Loader, Padding, build, choose
+from engine.loaders.normalize import ColumnNormalizer, Normalizer
 from engine.loaders.ragged import LengthRule, Ragged
-from engine.loaders.sampler import batches, epoch_order
+from engine.loaders.sampler import Lengths, Sampler, torchrun_shard
 from engine.loaders.store import (
     SplitData,
     StoreData,
@@ -34,6 +34,10 @@ from engine.loaders.store import (
     write_store,
 )
 from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
+
+Modality = Literal["audio", "vision"]
+
+log = logging.getLogger("engine")
 
 
 class DataWarning(UserWarning):
@@ -77,12 +81,13 @@ def _listed(counts: dict[str, int]) -> str:
 
 
 class Split:
-    """One split, normalised, in memory, in file order.
+    """One split, normalised, in file order.
 
     Attributes:
         ids: N names. text: N transcripts ("" where the data has none).
         label: float32 [N, 1].
         tokens: ragged int32 or None; features: ragged float32 or None.
+        precision: dtype of normalised frames, "float32" or "float16".
     """
 
     def __init__(
@@ -92,10 +97,13 @@ class Split:
         tokenizer: Tokenizer | None,
         draws_words: bool = False,
         cut: int | None = None,
+        precision: str = "float32",
     ):
-        self._data, self._normalizer, self._cut = data, normalizer, cut
+        self._data, self._normalizer, self._cut, self.precision = data, normalizer, cut, precision
         self._draws_with = tokenizer if draws_words else None
         self._drawn: tuple[tuple[int, int], Ragged] | None = None
+        self._kept: dict[str, Ragged] = {}  # frames cut to `cut`
+        self._tensors: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
         tokenised = tokenizer is not None
         self.ids = data.ids
         self.text = data.text if data.text is not None else [""] * len(data)
@@ -106,123 +114,87 @@ class Split:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def tokens_at(self, seed: int, epoch: int) -> Ragged | None:
-        """`tokens`, or where the data draws words (AVEC2019), those drawn for this seed and epoch."""
-        if self._draws_with is None:
+    def text_rows(self, draw: tuple[int, int] | None = None) -> Ragged:
+        """Tokens or precomputed text features; where the data draws words (AVEC2019), those of `draw` = (seed, epoch)."""
+        if self.tokens is None:
+            return self.features
+        if self._draws_with is None or draw is None:
             return self.tokens
-        if self._drawn is None or self._drawn[0] != (seed, epoch):
-            tokens = self._draws_with.encode(self.text, True, seed, epoch)
-            self._drawn = ((seed, epoch), tokens)
+        if self._drawn is None or self._drawn[0] != draw:
+            self._drawn = (draw, self._draws_with.encode(self.text, True, *draw))
         return self._drawn[1]
 
     @cached_property
     def audio(self) -> Ragged:
-        """Normalised frames, made on first use."""
-        return self._frames("audio", self._data.audio)
+        """Normalised frames in memory, made on first use."""
+        return self._frames("audio")
 
     @cached_property
     def vision(self) -> Ragged:
-        """Normalised frames, made on first use."""
-        return self._frames("vision", self._data.vision)
+        """Normalised frames in memory, made on first use."""
+        return self._frames("vision")
 
-    def _frames(self, modality: Literal["audio", "vision"], stored: Ragged) -> Ragged:
-        kept = stored if self._cut is None else stored.cut(self._cut)
-        return Ragged(self._normalizer.apply(modality, kept.values), np.asarray(kept.offsets))
+    def _frames(self, key: Modality) -> Ragged:
+        raw = self._raw(key)
+        dtype = np.float16 if self.precision == "float16" else np.float32
+        return Ragged(self._normalizer.apply(key, raw.values, dtype, self._data.check), np.asarray(raw.offsets))
 
+    def _raw(self, key: Modality) -> Ragged:
+        stored = getattr(self._data, key)
+        if self._cut is None:
+            return stored
+        if key not in self._kept:
+            self._kept[key] = stored.cut(self._cut)
+        return self._kept[key]
 
-class Loader:
-    """Batches of one split; each iteration is one epoch of the order that `set_epoch` chose.
+    def normalizer(self, key: Modality) -> ColumnNormalizer:
+        """The statistics of a modality."""
+        return getattr(self._normalizer, key)
 
-    The same seed and epoch give the same batches.
-    """
+    def lengths(self, key: Modality) -> np.ndarray:
+        """Frames of every sample, int64 [N]."""
+        return self._raw(key).lengths
 
-    def __init__(
-        self,
-        split: Split,
-        dataset: Dataset,
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
-        pad_tokens_to: int | None,
-        drop_last: bool,
-        drop_singleton: bool,
-        task: Literal["regression", "classification"],
-        draw_words: bool = False,
-    ):
-        self._draw_words, self._tokens_now = draw_words, split.tokens
-        self._split, self._dataset = split, dataset
-        self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
-        self._pad_to, self._drop_last, self._drop_singleton = pad_tokens_to, drop_last, drop_singleton
-        self._epoch = 0
-        self._label = split.label if task == "regression" else _classes(split)
+    def gather(self, key: Modality, rows: np.ndarray, normalise: bool = True) -> Ragged:
+        """Frames of some samples, read now: normalised and in this split's precision, or float32 as stored.
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
-        self._epoch = epoch
+        Raises:
+            DataError: the store has changed since it was opened.
+        """
+        self._data.check()
+        raw = self._raw(key).take(rows)
+        self._data.check()
+        if not normalise:
+            return Ragged(raw.values.astype(np.float32, copy=False), raw.offsets)
+        dtype = np.float16 if self.precision == "float16" else np.float32
+        return Ragged(self._normalizer.apply(key, raw.values, dtype), raw.offsets)
 
-    def _pieces(self) -> list[Tensor]:
-        order = epoch_order(len(self._split), self._shuffle, self._seed, self._epoch)
-        return batches(order, self._batch_size, self._drop_last, self._drop_singleton)
+    def tensors(self, key: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Values and offsets of `audio`, `vision`, `tokens` or `features` on a device, put there on first use."""
+        if (key, device) not in self._tensors:
+            ragged = getattr(self, key)
+            self._data.check()
+            values, offsets = (torch.from_numpy(_owned(a)) for a in (ragged.values, ragged.offsets))
+            self._data.check()
+            self._tensors[key, device] = values.to(device), offsets.to(device)
+        return self._tensors[key, device]
 
-    def __len__(self) -> int:
-        return len(self._pieces())
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self._draw_words:
-            self._tokens_now = self._split.tokens_at(self._seed, self._epoch)
-        for index in self._pieces():
-            yield self._gather(index)
-
-    def _gather(self, index: Tensor) -> Batch:
-        split, rows = self._split, index.numpy()
-        audio, audio_length = _pad(split.audio, rows)
-        vision, vision_length = _pad(split.vision, rows)
-        token_ids = text = None
-        if split.tokens is not None:
-            token_ids, mask = self._tokens(rows)
-        else:
-            text, length = _pad(split.features, rows, self._dataset.time_len, self._pad_to)
-            mask = (torch.arange(text.shape[1]) < length[:, None]).long()
-        return Batch(
-            index,
-            [split.ids[i] for i in rows],
-            self._label[index],
-            token_ids,
-            mask,
-            text,
-            audio,
-            audio_length,
-            vision,
-            vision_length,
-        )
-
-    def _tokens(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        tokens, cap = self._tokens_now, self._dataset.time_len
-        lengths = np.minimum(tokens.lengths[rows], cap)
-        width = self._pad_to or int(lengths.max())
-        ids = np.full((len(rows), width), self._dataset.pad_id, np.int64)
-        for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-            whole = tokens[row]
-            n = min(n, width)
-            ids[i, :n] = whole[:n]
-            if n < len(whole) and self._dataset.closing_id >= 0:
-                ids[i, n - 1] = self._dataset.closing_id
-            lengths[i] = n
-        mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
-        return torch.from_numpy(ids), torch.from_numpy(mask)
+    @property
+    def frame_bytes(self) -> int:
+        """Memory that the resident loader needs for this split; 0 where it has it already."""
+        if self._tensors or "audio" in self.__dict__:
+            return 0
+        size = 2 if self.precision == "float16" else 4
+        return sum(self._raw(k).values.size for k in ("audio", "vision")) * size
 
 
-def _pad(ragged: Ragged, rows: np.ndarray, cap: int | None = None, width: int | None = None) -> tuple[Tensor, Tensor]:
-    """Right-padded float32 [B, L, d] and int64 lengths [B]."""
-    starts = ragged.offsets[rows]
-    lengths = ragged.offsets[rows + 1] - starts
-    if cap is not None:
-        lengths = np.minimum(lengths, min(cap, width or cap))
-    out = torch.zeros(len(rows), width or int(lengths.max()), ragged.dim)
-    view = out.numpy()
-    for i, (start, n) in enumerate(zip(starts, lengths, strict=True)):
-        view[i, :n] = ragged.values[start : start + n]
-    return out, torch.from_numpy(lengths.astype(np.int64))
+def _owned(array: np.ndarray) -> np.ndarray:
+    """The array, or a copy of it where it is a view of a mapped file (read-only), which may change or end."""
+    return array if array.flags.writeable else np.array(array)
+
+
+def _label(split: Split, task: Literal["regression", "classification"]) -> Tensor:
+    return split.label if task == "regression" else _classes(split)
 
 
 def _classes(split: Split) -> Tensor:
@@ -265,6 +237,7 @@ class Dataset:
                 tokenizer,
                 meta.get("draws_words", False),
                 config.time_len if meta.get("cut") else None,
+                config.precision,
             )
             for name, split in data.splits.items()
         }
@@ -291,6 +264,12 @@ class Dataset:
         drop_singleton: bool = False,
         task: Literal["regression", "classification"] = "regression",
         draw_words: bool = False,
+        *,
+        device: torch.device | str = "cpu",
+        kind: Kind = "auto",
+        workers: int | None = None,
+        max_padding: float | None = None,
+        shard: tuple[int, int] | Literal["torchrun"] = (0, 1),
     ) -> Loader:
         """Batches of `split`.
 
@@ -302,21 +281,32 @@ class Dataset:
             task: classification gives int64 labels [B].
             draw_words: where the data draws one word a sentence (AVEC2019), draw anew every epoch, as training does;
                 False gives the fixed draw of evaluation.
+            device: where the batches' tensors are.
+            kind: auto picks by memory; every kind gives the same batches.
+            workers: processes of the torch loader, threads of the DALI one; None lets it choose.
+            max_padding: see `Sampler`.
+            shard: (rank, world size) of this process, or "torchrun" to take it from the environment.
 
         Raises:
             DataError: task is classification and a label is not a class number.
+            ConfigError: kind dali where DALI is not installed; torchrun's environment is not one.
         """
-        return Loader(
-            self.splits[split],
-            self,
-            batch_size,
-            shuffle,
-            seed,
-            pad_tokens_to,
-            drop_last,
-            drop_singleton,
-            task,
-            draw_words,
+        data, device = self.splits[split], torch.device(device)
+        lengths = None
+        if max_padding is not None:
+            columns = np.stack([data.lengths("audio"), data.lengths("vision")], 1)
+            lengths = Lengths(columns, np.array([self.audio_dim, self.vision_dim]))
+        sampler = Sampler(
+            len(data), batch_size, shuffle, seed, drop_last, drop_singleton, max_padding,
+            torchrun_shard() if shard == "torchrun" else shard, lengths,
+        )  # fmt: skip
+        padding = Padding(self.time_len, self.pad_id, self.closing_id, pad_tokens_to)
+        size = sum(self.splits[name].frame_bytes for name in self.splits) if data.frame_bytes else 0
+        chosen, why = choose(kind, size, device)
+        log.info("%s split: loader %s (%s)", split, chosen, why)
+        label = _label(data, task)
+        return build(
+            chosen, data, sampler, padding, label, device=device, draw_words=draw_words, why=why, workers=workers
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from engine.config import DataConfig
 from engine.errors import DataError
 from engine.files import atomic_path
+from engine.kernels.ragged.cpu import scale
 
 if TYPE_CHECKING:
     from engine.loaders.store import SplitData
@@ -79,11 +80,16 @@ class ColumnNormalizer:
     def _logarithm(self, values: np.ndarray) -> np.ndarray:
         return np.log(np.maximum(values - self.low, 0) + 1) if self.log else values
 
-    def apply(self, values: np.ndarray) -> np.ndarray:
-        """Normalised float32 copy of `values` [frames, d].
+    def apply(
+        self, values: np.ndarray, dtype: type = np.float32, check: Callable[[], None] | None = None
+    ) -> np.ndarray:
+        """Normalised copy of `values` [frames, d], as `dtype` (float32 or float16).
+
+        Args:
+            check: called before a block of `values` is read and after it.
 
         Raises:
-            DataError: another number of columns than on train.
+            DataError: another number of columns than on train, or values that float16 cannot hold.
         """
         if values.shape[1] != len(self.shift):
             raise DataError(
@@ -92,15 +98,36 @@ class ColumnNormalizer:
                 f"{len(self.shift)} as fitted",
                 "Use data with the features of the training data.",
             )
-        out = np.empty(values.shape, np.float32)
+        out = np.empty(values.shape, dtype)
         for start in range(0, len(values), BLOCK):
-            block = np.asarray(values[start : start + BLOCK], np.float64)
-            scaled = (self._logarithm(block) - self.shift) * self.scale
-            if self.kind == "zscore" and self.clip is not None:
-                np.clip(scaled, -self.clip, self.clip, out=scaled)
-            scaled[~block.any(1)] = 0
-            out[start : start + BLOCK] = scaled
+            if check is not None:
+                check()
+            with np.errstate(over="ignore"):
+                out[start : start + BLOCK] = self._block(values[start : start + BLOCK])
+            if check is not None:
+                check()
+            if dtype == np.float16 and not np.isfinite(out[start : start + BLOCK]).all():
+                raise DataError(
+                    "data.precision",
+                    "features beyond ±65504, the range of float16",
+                    "features in its range",
+                    "Normalise them, or use float32.",
+                )
         return out
+
+    def _block(self, values: np.ndarray) -> np.ndarray:
+        if self.kind == "none" and not self.log:
+            return values
+        clip = self.clip if self.kind == "zscore" and self.clip is not None else np.inf
+        if not self.log:
+            found = scale(values, self.shift, self.scale, clip)
+            if found is not None:
+                return found
+        block = np.asarray(values, np.float64)
+        scaled = (self._logarithm(block) - self.shift) * self.scale
+        np.clip(scaled, -clip, clip, out=scaled)
+        scaled[~block.any(1)] = 0
+        return scaled
 
 
 def _present(values: np.ndarray) -> Iterator[np.ndarray]:
@@ -127,9 +154,15 @@ class Normalizer:
             ColumnNormalizer.fit(split.vision.values, data.normalize_vision, data.log_vision, data.clip),
         )
 
-    def apply(self, modality: Literal["audio", "vision"], values: np.ndarray) -> np.ndarray:
-        """Normalised float32 [frames, d]."""
-        return getattr(self, modality).apply(values)
+    def apply(
+        self,
+        modality: Literal["audio", "vision"],
+        values: np.ndarray,
+        dtype: type = np.float32,
+        check: Callable[[], None] | None = None,
+    ) -> np.ndarray:
+        """Normalised [frames, d]; see `ColumnNormalizer.apply`."""
+        return getattr(self, modality).apply(values, dtype, check)
 
     def state(self) -> dict[str, np.ndarray]:
         """The statistics, float64 [d] each, by `<modality>.<name>`."""

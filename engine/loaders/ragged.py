@@ -51,11 +51,18 @@ class Ragged:
         np.cumsum(np.minimum(lengths, most), out=offsets[1:])
         return Ragged(self.values[place < most], offsets)
 
+    def take(self, rows: np.ndarray) -> Ragged:
+        """A copy of sequences `rows`, in their order."""
+        pieces = [self.values[a:b] for a, b in zip(self.offsets[rows], self.offsets[rows + 1], strict=True)]
+        return Ragged.join(pieces, self.values.dtype, self.values.shape[1] if self.values.ndim == 2 else None)
+
     @classmethod
     def join(cls, pieces: Sequence[np.ndarray], dtype: np.dtype | type, dim: int | None = None) -> Ragged:
         """Copy `pieces` end to end. `dim` is needed only when there are none."""
         offsets = np.zeros(len(pieces) + 1, np.int64)
         np.cumsum([len(p) for p in pieces], out=offsets[1:])
+        if not isinstance(dtype, type) and pieces and all(p.dtype == dtype for p in pieces):
+            return cls(np.concatenate(pieces), offsets)
         empty = np.zeros((0,) if dim is None else (0, dim), dtype)
         return cls(np.concatenate([empty, *pieces]).astype(dtype, copy=False), offsets)
 

@@ -1,7 +1,16 @@
-"""The order of samples in an epoch."""
+"""The order of samples in an epoch: whole, shuffled, grouped by length, divided among processes."""
 
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from engine.errors import ConfigError
 
 
 def epoch_order(count: int, shuffle: bool, seed: int, epoch: int) -> Tensor:
@@ -11,14 +20,101 @@ def epoch_order(count: int, shuffle: bool, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
 
 
-def batches(order: Tensor, batch_size: int, drop_last: bool = False, drop_singleton: bool = False) -> list[Tensor]:
-    """Consecutive pieces of `order`.
+def torchrun_shard() -> tuple[int, int]:
+    """(rank, world size) as torchrun sets them in the environment; (0, 1) outside of it.
 
-    Args:
-        drop_last: leave out a last piece that is shorter than `batch_size`.
-        drop_singleton: leave out a last piece of one sample (estimators need two).
+    Raises:
+        ConfigError: RANK and WORLD_SIZE are no numbers, or RANK is not below WORLD_SIZE.
     """
-    pieces = list(order.split(batch_size))
-    if pieces and ((drop_last and len(pieces[-1]) < batch_size) or (drop_singleton and len(pieces[-1]) == 1)):
-        pieces.pop()
-    return pieces
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+        raise ConfigError(
+            "environment",
+            f"RANK={rank} and WORLD_SIZE={world}",
+            "numbers with RANK < WORLD_SIZE",
+            "Start with torchrun.",
+        )
+    return int(rank), int(world)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What a batch is padded in: lengths int64 [N, m] of m sequences a sample, and the width [m] of their rows."""
+
+    values: np.ndarray
+    widths: np.ndarray
+
+    def waste(self, order: np.ndarray, size: int) -> float:
+        """Share of padding in the batches of `size` that `order` gives, in [0, 1)."""
+        lengths = self.values[order]
+        longest = np.maximum.reduceat(lengths, np.arange(0, len(order), size), axis=0)
+        counts = np.full(len(longest), size)
+        counts[-1] = len(order) - size * (len(longest) - 1)
+        padded = ((longest * counts[:, None]) @ self.widths).sum()
+        return 1 - float((lengths @ self.widths).sum() / padded)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The batches of every epoch. They depend on nothing but these settings and the epoch.
+
+    Attributes:
+        count: samples of the split. Every epoch holds each of them once, but for a last batch that is left out.
+        batch_size: samples of a batch, on each process.
+        shuffle: False keeps file order.
+        drop_last: leave out a last batch that is shorter than `batch_size`.
+        drop_singleton: leave out a last batch of one sample (estimators need two).
+        max_padding: upper bound of the share of padding in an epoch's audio and vision. Samples are sorted by length
+            within windows of the shuffled order, and the batches are shuffled; the windows are as short as the bound
+            allows. Where sorting all samples does not reach it, that is what is done. None: no sorting. It has no
+            effect without `shuffle`.
+        shard: (rank, world size): batches of world size x batch_size are dealt out, sample by sample, so that all
+            processes take the same number of steps and together see every sample once. Where the last batch has fewer
+            samples than there are processes, the processes that get none end a step earlier.
+        lengths: needed for `max_padding`.
+    """
+
+    count: int
+    batch_size: int
+    shuffle: bool = False
+    seed: int = 0
+    drop_last: bool = False
+    drop_singleton: bool = False
+    max_padding: float | None = None
+    shard: tuple[int, int] = (0, 1)
+    lengths: Lengths | None = field(default=None, compare=False, repr=False)
+
+    def batches(self, epoch: int) -> list[Tensor]:
+        """Rows int64 of every batch of this process in an epoch."""
+        rank, world = self.shard
+        size = self.batch_size * world
+        order = epoch_order(self.count, self.shuffle, self.seed, epoch)
+        if self.shuffle and self.max_padding is not None:
+            order = self._grouped(order, size)
+        pieces = list(order.split(size))
+        short = len(pieces[-1]) if pieces else 0
+        if pieces and ((self.drop_last and short < size) or (self.drop_singleton and short < min(size, 2 * world))):
+            pieces.pop()
+        if self.shuffle and self.max_padding is not None:
+            # another generator than the order's: the permutation of batches is not the head of that of samples
+            generator = torch.Generator().manual_seed(((self.seed + epoch) << 1) ^ 0x5BD1E995)
+            pieces = [pieces[i] for i in torch.randperm(len(pieces), generator=generator).tolist()]
+        if world > 1:
+            pieces = [piece[rank::world] for piece in pieces]
+        return [piece for piece in pieces if len(piece)]
+
+    def _grouped(self, order: Tensor, size: int) -> Tensor:
+        rows = order.numpy()
+        key = (self.lengths.values @ self.lengths.widths)[rows]
+        window = size
+        while self.lengths.waste(rows, size) > self.max_padding and window < len(order):
+            window *= 2
+            place = np.arange(len(order)) // window
+            rows = order.numpy()[np.lexsort((key, place))]
+        return torch.from_numpy(rows)
+
+    def state(self) -> dict[str, Any]:
+        """The settings that the batches depend on, as plain values."""
+        found = asdict(self)
+        del found["lengths"]
+        return found | {"shard": list(self.shard)}

@@ -19,7 +19,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ class SplitData:
         label: float32 [N, 1].
         audio, vision: float32 ragged [total, d]; a missing modality is one zero frame.
         tokens: int32 ragged or None. features: float32 ragged [total, d_t] or None.
+        check: raises DataError where the arrays are views of a file that has changed since it was opened; asked
+            before they are read.
     """
 
     ids: list[str]
@@ -59,6 +61,7 @@ class SplitData:
     vision: Ragged
     tokens: Ragged | None = None
     features: Ragged | None = None
+    check: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         return len(self.ids)

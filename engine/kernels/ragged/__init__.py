@@ -1,0 +1,5 @@
+"""Batches out of sequences that lie end to end: gathered and right-padded where they are."""
+
+from engine.kernels.ragged.op import pad
+
+__all__ = ["pad"]

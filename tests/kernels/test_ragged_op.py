@@ -1,0 +1,109 @@
+"""Padding against its formula: every backend bitwise, registration, bad input."""
+
+import numpy as np
+import pytest
+import torch
+
+from engine.kernels.ragged import cpu, pad, reference
+from engine.kernels.registry import use_backend
+
+pytestmark = pytest.mark.skipif(
+    cpu.library() is None, reason="the kernel needs a C++ compiler; without one the formula runs"
+)
+DTYPES = (torch.float32, torch.float16, torch.int32)
+
+
+def ragged(lengths, d=None, dtype=torch.float32, seed=0):
+    """values and offsets of sequences of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    offsets[1:] = torch.tensor(lengths).cumsum(0)
+    shape = (int(offsets[-1]),) if d is None else (int(offsets[-1]), d)
+    if dtype == torch.int32:
+        return torch.randint(1, 30000, shape, generator=generator, dtype=dtype), offsets
+    return torch.randn(shape, generator=generator).to(dtype), offsets
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [None, 1, 5, 74])
+@pytest.mark.parametrize("width", [1, 3, 7, 20])
+def test_equals_the_formula(dtype, d, width):
+    values, offsets = ragged([3, 1, 0, 7, 20, 5], d, dtype)
+    rows = torch.tensor([4, 0, 2, 2, 5, 3, 1])
+    found = pad(values, offsets, rows, width, fill=0)
+    expected = reference.pad(values, offsets, rows, width, 0, -1)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert found[0].dtype == (torch.int64 if dtype == torch.int32 else torch.float32)
+    for i, row in enumerate(rows.tolist()):
+        n = min(width, int(offsets[row + 1] - offsets[row]))
+        assert int(found[1][i]) == n
+        assert torch.equal(found[0][i, :n].to(dtype), values[offsets[row] : offsets[row] + n])
+        assert not found[0][i, n:].any()
+
+
+def test_cut_texts_keep_their_closing_token():
+    values, offsets = ragged([4, 2, 3], None, torch.int32)
+    with use_backend("reference"):
+        expected = pad(values, offsets, torch.arange(3), 3, fill=9, closing=102)
+    found = pad(values, offsets, torch.arange(3), 3, fill=9, closing=102)
+    assert torch.equal(found[0], expected[0])
+    assert found[0].tolist() == [[*values[:2].tolist(), 102], [*values[4:6].tolist(), 9], values[6:].tolist()]
+
+
+def test_every_half():
+    """All 65536 numbers of 16 bits: subnormals, infinities and NaN too."""
+    values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    found, _ = pad(values, torch.tensor([0, len(values)]), torch.tensor([0]), len(values))
+    expected = values.float()
+    assert torch.equal(found[0].isnan(), expected.isnan())
+    assert torch.equal(found[0].nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_no_rows():
+    values, offsets = ragged([3], 2)
+    out, lengths = pad(values, offsets, torch.zeros(0, dtype=torch.int64), 4)
+    assert out.shape == (0, 4, 2) and lengths.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype):
+    values, offsets = ragged([3, 1, 4], None if dtype == torch.int32 else 3, dtype)
+    rows = torch.tensor([2, 0])
+    torch.library.opcheck(torch.ops.engine.ragged_pad.default, (values, offsets, rows, 3, 0, -1))
+
+
+def test_compiles_whole():
+    values, offsets = ragged([3, 1, 4], 3)
+    rows = torch.tensor([2, 0])
+    compiled = torch.compile(lambda r: pad(values, offsets, r, 4)[0] * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rows), pad(values, offsets, rows, 4)[0] * 2)
+
+
+def test_bad_input():
+    values, offsets = ragged([3, 1], 2)
+    rows = torch.tensor([0])
+    for wrong in (
+        (values.double(), offsets, rows, 2),
+        (values[None], offsets, rows, 2),
+        (values, offsets.int(), rows, 2),
+        (values, offsets, rows, 0),
+        (values, offsets, torch.tensor([2]), 2),
+        (values, offsets, torch.tensor([-1]), 2),
+    ):
+        with pytest.raises(ValueError):
+            pad(*wrong)
+    with pytest.raises(ValueError):
+        pad(values, offsets, rows, 2, closing=3)
+
+
+@pytest.mark.parametrize("clip", [np.inf, 1.0])
+def test_scale_is_numpys(clip):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(50, 7)).astype(np.float32)
+    values[3] = 0
+    shift, factor = rng.normal(size=7), rng.normal(size=7)
+    found = cpu.scale(values, shift, factor, clip)
+    expected = np.clip((values.astype(np.float64) - shift) * factor, -clip, clip).astype(np.float32)
+    expected[3] = 0
+    assert np.array_equal(found, expected)
