@@ -115,7 +115,7 @@ class Split:
         return len(self.ids)
 
     def text_rows(self, draw: tuple[int, int] | None = None) -> Ragged:
-        """Tokens or precomputed text features; where the data draws words (AVEC2019), those of `draw` = (seed, epoch)."""
+        """Tokens or text features; where the data draws words (AVEC2019), those of `draw` = (seed, epoch)."""
         if self.tokens is None:
             return self.features
         if self._draws_with is None or draw is None:

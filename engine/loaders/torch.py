@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ class TorchLoader(Loader):
     def __init__(self, *args: Any, workers: int | None = None, **options: Any):
         super().__init__(*args, **options)
         workers = default_workers() if workers is None else workers
-        self._order = _Order()
+        self._order, self._forked = _Order(), False
         self._loader = DataLoader(
             _Rows(self.split, self.padding),
             batch_size=None,
@@ -50,12 +51,14 @@ class TorchLoader(Loader):
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
-            worker_init_fn=_keep_inherited,
         )
 
     def _batches(self, pieces: list[Tensor]) -> Iterator[Batch]:
         self._order.batches = [(self._draw(), piece.tolist()) for piece in pieces]
-        for piece, found in zip(pieces, self._loader, strict=True):
+        with contextlib.nullcontext() if self._forked else _nothing_collected():
+            batches = iter(self._loader)
+        self._forked = True
+        for piece, found in zip(pieces, batches, strict=True):
             if isinstance(found, _Problem):
                 raise DataError(*found.parts)
             tensors = [None if t is None else t.to(self.device, non_blocking=True) for t in found]
@@ -64,9 +67,18 @@ class TorchLoader(Loader):
             yield self._batch(piece, rows, Text(token_ids, mask, features), tuple(frames[:2]), tuple(frames[2:]))
 
 
-def _keep_inherited(worker: int) -> None:
-    """A forked worker must not collect what it inherited: a DALI pipeline would wait for threads that it lacks."""
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """A worker that is forked within the context never collects what it inherited as garbage.
+
+    A DALI pipeline, say, would wait for threads that the worker does not have.
+    """
+    gc.collect()
     gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _Order:
