@@ -124,6 +124,7 @@ def test_position(path, tokenizer, kind):
         opened.loader("train", 5, shuffle=True, kind=kind).load_state_dict(state)
 
 
+@pytest.mark.filterwarnings("ignore::engine.loaders.DataWarning")
 def test_auto_says_why(path, tokenizer, monkeypatch):
     opened = open_dataset(path, DataConfig(), tokenizer)
     chosen = opened.loader("valid", 2)
@@ -220,6 +221,7 @@ def test_shards_cover_the_set_in_equal_steps(world, count, max_padding):
     assert all(len(b) > 1 for batches in single for b in batches)
 
 
+@pytest.mark.filterwarnings("ignore::engine.loaders.DataWarning")
 def test_torchruns_environment(monkeypatch, path, tokenizer):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
