@@ -5,6 +5,7 @@ import pytest
 
 from engine.cli import main
 from engine.errors import ConfigError, OutputError
+from engine.loaders.convert import convert
 from engine.loaders.formats import read
 from engine.loaders.make_data import COUNTS, make_data, samples
 from engine.loaders.store import open_store
@@ -27,6 +28,21 @@ def test_every_layout(tmp_path, format):
         assert (got.audio.ragged.dim, got.vision.ragged.dim) == ((39, 49) if shape == "avec2019" else (5, 20))
         if format in ("declarelab", "mmsa", "tuples", "manifest"):
             assert all(np.array_equal(got.audio.ragged[i], s.audio) for i, s in enumerate(rows))
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_every_layout_goes_through_the_store(tmp_path, format):
+    path = make_data(tmp_path / "data", "avec2019" if format == "avec2019" else "mosei", 9, format)
+    raw = read(path, "recorded")[1]
+    stored = open_store(convert(path, tmp_path / "store", str(small_tokenizer(tmp_path / "encoder"))))
+    assert stored.meta["format"] == raw.format
+    for split, want in raw.splits.items():
+        got = stored.splits[split]
+        assert (got.ids, got.text) == (want.ids, want.text)
+        assert np.array_equal(got.label, want.label)
+        for part in ("audio", "vision"):
+            assert np.array_equal(getattr(got, part).values, getattr(want, part).ragged.values)
+            assert np.array_equal(getattr(got, part).offsets, getattr(want, part).ragged.offsets)
 
 
 @pytest.mark.parametrize("shape", COUNTS)
