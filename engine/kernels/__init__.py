@@ -13,7 +13,9 @@ _HOME = {
     "infonce": "engine.kernels.mi_bounds.op",
     "mi_lower_bound": "engine.kernels.mi_bounds.op",
     "grouped_mlp": "engine.kernels.critics.op",
+    "grouped_infonce": "engine.kernels.critics.op",
     "concat_scores": "engine.kernels.critics.op",
+    "concat_infonce": "engine.kernels.critics.op",
     "knn_product_samples": "engine.kernels.knn_product.op",
     "classifier_logits": "engine.kernels.cmi.op",
     "cmi": "engine.kernels.cmi.op",
@@ -26,7 +28,9 @@ __all__ = [*_HOME]
 if TYPE_CHECKING:
     from engine.kernels.cmi.op import classifier_logits as classifier_logits
     from engine.kernels.cmi.op import cmi as cmi
+    from engine.kernels.critics.op import concat_infonce as concat_infonce
     from engine.kernels.critics.op import concat_scores as concat_scores
+    from engine.kernels.critics.op import grouped_infonce as grouped_infonce
     from engine.kernels.critics.op import grouped_mlp as grouped_mlp
     from engine.kernels.cube_mix.op import cube_mix as cube_mix
     from engine.kernels.knn_product.op import knn_product_samples as knn_product_samples

@@ -34,10 +34,13 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         log.warning("critics kernel: not available (%s); plain torch runs instead, slower", cause)
         return None
     size, pointer, count = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-    loaded.grouped_mlp.argtypes = [size, pointer, pointer, *[size] * 4, *[pointer] * 4, count, *[pointer] * 3]
+    grouped = [size, pointer, pointer, *[size] * 4, *[pointer] * 3]
+    loaded.grouped_mlp.argtypes = [*grouped, pointer, count, *[pointer] * 4]
+    loaded.grouped_infonce.argtypes = [*grouped, size, *[pointer] * 5, count]
     loaded.concat.argtypes = [*[size] * 4, *[pointer] * 4, count, *[pointer] * 4]
     loaded.concat_loss.argtypes = [*[size] * 3, *[pointer] * 4, count, *[pointer] * 3]
-    loaded.grouped_mlp.restype = loaded.concat.restype = loaded.concat_loss.restype = None
+    for function in (loaded.grouped_mlp, loaded.grouped_infonce, loaded.concat, loaded.concat_loss):
+        function.restype = None
     return loaded
 
 
@@ -51,7 +54,9 @@ def mlp_forward(
     rows, count, hidden, width = len(x), sum(len(w) for w in first[::2]), first[0].shape[1], rest[-2].shape[1]
     out = x.new_empty(count, rows, width)
     state = x.new_empty(plain.state_size(rows, count, hidden, len(rest) // 2))
-    _grouped(inputs, first, rest, state, out)
+    library(x.dtype).grouped_mlp(
+        *_head(inputs, first, rest, state), _pointer(out), torch.get_num_threads(), None, None, None, None
+    )
     return out, state
 
 
@@ -68,11 +73,51 @@ def mlp_backward(
     if library(grad.dtype) is None:
         return plain.mlp_backward(grad, inputs, first, rest, state, input_grads, weight_grads)
     inputs = [t.contiguous() for t in inputs]
-    found, pieces = plain.flat(grad, plain.grad_shapes(inputs, (*first, *rest), input_grads, weight_grads))
-    of_inputs = pieces[: len(inputs)] if input_grads else []
-    pairs = [[t for w in part for t in (w, None)] for part in (first, rest)]
-    _grouped(inputs, *pairs, state, None, grad, of_inputs, pieces[len(of_inputs) :])
-    return found
+    return _mlp_backward(grad, None, inputs, first, rest, state, input_grads, weight_grads)
+
+
+def grouped_infonce(
+    x: Tensor,
+    more: Sequence[Tensor],
+    first: Sequence[Tensor],
+    rest: Sequence[Tensor],
+    q: Sequence[int],
+    k: Sequence[int],
+    grads: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `plain.grouped_infonce`, a block of rows of the scores at a time."""
+    if library(x.dtype) is None:
+        return plain.grouped_infonce(x, more, first, rest, q, k, grads)
+    inputs = [t.contiguous() for t in (x, *more)]
+    rows, count, hidden, width = len(x), sum(len(w) for w in first[::2]), first[0].shape[1], rest[-2].shape[1]
+    split = plain.state_size(rows, count, hidden, len(rest) // 2)
+    state = x.new_empty(plain.infonce_state_size(rows, count, hidden, width, len(rest) // 2) if grads else split)
+    outputs, losses = x.new_empty(plain.state_size(rows, count, width, 1)), x.new_empty(len(q))
+    numbers = ctypes.c_int64 * len(q)
+    library(x.dtype).grouped_infonce(
+        *_head(inputs, first, rest, state), len(q), numbers(*q), numbers(*k), losses.data_ptr(), outputs.data_ptr(),
+        _pointer(state[split:] if grads else None), torch.get_num_threads(),
+    )  # fmt: skip
+    return losses, state if grads else x.new_empty(0)
+
+
+def grouped_infonce_backward(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    first: Sequence[Tensor],
+    rest: Sequence[Tensor],
+    state: Tensor,
+    q: Sequence[int],
+    k: Sequence[int],
+    input_grads: bool,
+    weight_grads: bool,
+) -> Tensor:
+    """As `plain.grouped_infonce_backward`."""
+    if library(grad.dtype) is None:
+        return plain.grouped_infonce_backward(grad, inputs, first, rest, state, q, k, input_grads, weight_grads)
+    of_outputs = state[plain.state_size(len(inputs[0]), 2 * len(q), first[0].shape[1], len(rest)) :]
+    scale = plain.by_mlp(grad, q, k)
+    return _mlp_backward(of_outputs, scale, inputs, first, rest, state, input_grads, weight_grads)
 
 
 def concat_forward(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> Tensor:
@@ -129,24 +174,39 @@ def _infonce_pairs(
     )  # fmt: skip
 
 
-def _grouped(
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor | None],
-    rest: Sequence[Tensor | None],
-    state: Tensor,
-    out: Tensor | None,
-    grad: Tensor | None = None,
-    of_inputs: Sequence[Tensor] = (),
-    of_weights: Sequence[Tensor] = (),
-) -> None:
+def _head(
+    inputs: Sequence[Tensor], first: Sequence[Tensor | None], rest: Sequence[Tensor | None], state: Tensor
+) -> tuple[object, ...]:
+    """The arguments that the functions on grouped MLPs have in common."""
     sizes = ctypes.c_int64 * len(inputs)
-    weights = [w for w in first[::2] if w is not None]
-    library(state.dtype).grouped_mlp(
+    weights = first[::2]
+    return (
         len(inputs), sizes(*(len(w) for w in weights)), sizes(*(x.shape[1] for x in inputs)), len(inputs[0]),
         weights[0].shape[1], rest[-2].shape[1], len(rest) // 2, _pointers(inputs), _pointers([*first, *rest]),
-        state.data_ptr(), _pointer(out), torch.get_num_threads(), _pointer(grad), _pointers(of_inputs),
-        _pointers(of_weights),
+        state.data_ptr(),
     )  # fmt: skip
+
+
+def _mlp_backward(
+    grad: Tensor,
+    scale: Tensor | None,
+    inputs: Sequence[Tensor],
+    first: Sequence[Tensor],
+    rest: Sequence[Tensor],
+    state: Tensor,
+    input_grads: bool,
+    weight_grads: bool,
+) -> Tensor:
+    """`scale`: one factor an MLP, where `grad` is in the kernel's blocks."""
+    inputs = [t.contiguous() for t in inputs]
+    found, pieces = plain.flat(grad, plain.grad_shapes(inputs, (*first, *rest), input_grads, weight_grads))
+    of_inputs = pieces[: len(inputs)] if input_grads else []
+    pairs = [[t for w in part for t in (w, None)] for part in (first, rest)]
+    library(state.dtype).grouped_mlp(
+        *_head(inputs, *pairs, state), None, torch.get_num_threads(), grad.data_ptr(), _pointer(scale),
+        _pointers(of_inputs), _pointers(pieces[len(of_inputs) :]),
+    )  # fmt: skip
+    return found
 
 
 def _concat(

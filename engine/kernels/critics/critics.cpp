@@ -8,14 +8,10 @@
 // Determinism. Every output element is summed in one fixed order by one thread. The concat critic's weight gradients
 // are partial sums of each thread, over rows assigned by their number, added in the threads' order.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <new>
-#include <type_traits>
+#include <limits>
 #include <vector>
+
+#include "vectors.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -24,40 +20,12 @@ static int omp_get_thread_num() { return 0; }
 static int omp_get_num_threads() { return 1; }
 #endif
 
-#define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 32")
-
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64, WIDE = 4, ACCUMULATORS = 24;
-#elif defined(__AVX2__)
-constexpr int VECTOR_BYTES = 32, WIDE = 2, ACCUMULATORS = 12;
-#elif defined(__aarch64__)
-constexpr int VECTOR_BYTES = 16, WIDE = 4, ACCUMULATORS = 24;
-#else
-constexpr int VECTOR_BYTES = 16, WIDE = 2, ACCUMULATORS = 12;
-#endif
-
-using T = REAL;
-typedef T V __attribute__((vector_size(VECTOR_BYTES)));
-constexpr int W = VECTOR_BYTES / sizeof(T);
 constexpr int64_t PANEL = WIDE * W;
 
-INLINE V load(const T* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
-INLINE void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
-INLINE void store_some(T* p, V v, int64_t n) {
-  if (n >= W) store(p, v); else if (n > 0) std::memcpy(p, &v, n * sizeof(T));
-}
-INLINE V splat(T x) { return x - V{}; }
 INLINE T total(V v) { T s = 0; UNROLL for (int i = 0; i < W; i++) s += v[i]; return s; }
-INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-struct Free { void operator()(T* p) const { ::operator delete[](p, std::align_val_t(64)); } };
-using Buffer = std::unique_ptr<T[], Free>;
-Buffer buffer(int64_t n) {
-  return Buffer(static_cast<T*>(::operator new[](std::max<int64_t>(n, 1) * sizeof(T), std::align_val_t(64))));
-}
+INLINE T largest(V v) { T s = v[0]; UNROLL for (int i = 1; i < W; i++) s = std::max(s, v[i]); return s; }
 
 // A part of a product's inner dimension: a[m][k] b[k][n], k < depth; `row` is the distance of rows of a.
 struct Part { const T* a; int64_t row; const T* b; int64_t depth; };
@@ -118,19 +86,6 @@ void product(const Part* parts, int count, int64_t rows, int64_t vectors, int64_
       first += height;
     }
   });
-}
-
-// to[c][r] = from[r][c] for r < rows, c < columns; rows of `to` past `rows`, up to `padded`, are zero.
-void transpose(const T* from, int64_t ld_from, T* to, int64_t ld_to, int64_t rows, int64_t columns, int64_t padded) {
-  constexpr int64_t S = 16;
-  for (int64_t r0 = 0; r0 < rows; r0 += S)
-    for (int64_t c0 = 0; c0 < columns; c0 += S) {
-      const int64_t r1 = std::min(r0 + S, rows), c1 = std::min(c0 + S, columns);
-      for (int64_t c = c0; c < c1; c++)
-        for (int64_t r = r0; r < r1; r++) to[c * ld_to + r] = from[r * ld_from + c];
-    }
-  if (padded > rows)
-    for (int64_t c = 0; c < columns; c++) std::fill(to + c * ld_to + rows, to + c * ld_to + padded, T(0));
 }
 
 // Samples cut into blocks of PANEL.
@@ -206,7 +161,8 @@ struct Grouped {
   }
 };
 
-void forward(const Grouped& g, T* out, int threads) {
+// Outputs [tower][sample][out], or with `blocked` in blocks, feature-major.
+void forward(const Grouped& g, T* out, T* blocked, int threads) {
   const Blocks& blocks = g.blocks;
   std::vector<int64_t> offset(g.inputs + 1, 0);
   for (int64_t i = 0; i < g.inputs; i++) offset[i + 1] = offset[i] + g.dims[i] * blocks.padded;
@@ -217,32 +173,36 @@ void forward(const Grouped& g, T* out, int threads) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < g.inputs * blocks.count; t++) {
       const int64_t i = t / blocks.count, b = t % blocks.count, d = g.dims[i];
-      transpose(g.x[i] + blocks.begin(b) * d, d, turned.get() + offset[i] + blocks.begin(b) * d, blocks.width(b),
-                blocks.size(b), d, blocks.width(b));
+      transpose(g.x[i] + blocks.begin(b) * d, d, blocks.size(b), d, turned.get() + offset[i] + blocks.begin(b) * d,
+                blocks.width(b), blocks.width(b));
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < g.towers * blocks.count; t++) {
       const int64_t n = t / blocks.count, b = t % blocks.count, width = blocks.width(b), i = g.input[n];
       const T* in = turned.get() + offset[i] + blocks.begin(b) * g.dims[i];
       for (int64_t layer = 0; layer <= g.layers; layer++) {
-        T* to = layer < g.layers ? g.block(layer, n, b) : last.get();
+        T* to = layer < g.layers ? g.block(layer, n, b)
+                : blocked        ? blocked + (n * blocks.padded + blocks.begin(b)) * g.out
+                                 : last.get();
         dense(g.weight(layer, n), g.bias(layer, n), in, to, g.rows(layer), g.depth(layer, n), width, layer < g.layers);
         in = to;
       }
-      transpose(last.get(), width, out + (n * g.batch + blocks.begin(b)) * g.out, g.out, g.out, blocks.size(b), g.out);
+      if (blocked) continue;
+      transpose(last.get(), width, g.out, blocks.size(b), out + (n * g.batch + blocks.begin(b)) * g.out, g.out, g.out);
     }
   }
 }
 
-// Gradients of weights (dw null: not wanted) and inputs (dx null).
+// Gradients of weights (dw null: not wanted) and inputs (dx null), from those of the outputs: [tower][sample][out], or
+// with `scale`, one factor a tower, in blocks.
 struct Backward {
   const Grouped& g;
-  const T* grad;
+  const T *grad, *scale;
   T *const *dx, *const *dw;
   Buffer first;  // gradients of the first layers' outputs, which those of the inputs are sums of
 
-  Backward(const Grouped& g, const T* grad, T* const* dx, T* const* dw)
-      : g(g), grad(grad), dx(dx), dw(dw), first(buffer(g.towers * g.hidden * g.blocks.padded)) {}
+  Backward(const Grouped& g, const T* grad, const T* scale, T* const* dx, T* const* dw)
+      : g(g), grad(grad), scale(scale), dx(dx), dw(dw), first(buffer(g.towers * g.hidden * g.blocks.padded)) {}
 
   // gradients of a tower's further layers take this much memory
   int64_t tower_size() const { return ((g.layers - 1) * g.hidden + g.out) * g.blocks.padded; }
@@ -253,8 +213,13 @@ struct Backward {
 
   void chain(T* memory, int64_t n, int64_t b) const {
     const int64_t width = g.blocks.width(b);
-    transpose(grad + (n * g.batch + g.blocks.begin(b)) * g.out, g.out, block(memory, g.layers, n, b), width,
-              g.blocks.size(b), g.out, width);
+    T* to = block(memory, g.layers, n, b);
+    if (scale) {
+      const T* from = grad + (n * g.blocks.padded + g.blocks.begin(b)) * g.out;
+      for (int64_t c = 0; c < g.out * width; c += W) store(to + c, load(from + c) * scale[n]);
+    } else {
+      transpose(grad + (n * g.batch + g.blocks.begin(b)) * g.out, g.out, g.blocks.size(b), g.out, to, width, width);
+    }
     for (int64_t layer = g.layers; layer > 0; layer--)
       dense_backward(g.weight(layer, n), block(memory, layer, n, b), g.block(layer - 1, n, b),
                      block(memory, layer - 1, n, b), g.rows(layer), g.hidden, width);
@@ -279,7 +244,7 @@ struct Backward {
         T* to = samples + blocks.begin(b) * PANEL;
         if (layer) {
           const T* h = g.block(layer - 1, n, b) + c * blocks.width(b);
-          transpose(h, blocks.width(b), to, PANEL, columns, blocks.width(b), round_up(columns, W));
+          transpose(h, blocks.width(b), columns, blocks.width(b), to, PANEL, round_up(columns, W));
         } else {
           std::fill(to, to + blocks.width(b) * PANEL, T(0));
           for (int64_t r = 0; r < blocks.size(b); r++)
@@ -300,7 +265,7 @@ struct Backward {
     T* to = turned.get();
     product<true>(parts.data(), int(parts.size()), d, width / W, width, to, width,
                   [=](T* at, int64_t, int, V sum) { store(at, sum); });
-    transpose(to, width, dx[i] + g.blocks.begin(b) * d, d, d, g.blocks.size(b), d);
+    transpose(to, width, d, g.blocks.size(b), dx[i] + g.blocks.begin(b) * d, d, d);
   }
 
   void run(int threads) const {
@@ -335,6 +300,93 @@ struct Backward {
   }
 };
 
+// InfoNCE of scores <q_i, k_j>, a block of rows i at a time, and the gradients of the mean loss. q, k and their gradients
+// are blocks [feature][sample] of a tower.
+struct Pairs {
+  const Blocks& blocks;
+  int64_t width, padded;
+  Buffer scores, turned;
+
+  Pairs(const Blocks& blocks, int64_t width)
+      : blocks(blocks), width(width), padded(blocks.padded), scores(buffer(PANEL * padded)),
+        turned(buffer(PANEL * padded)) {}
+
+  // Mean loss; NaN where a score is not finite. of_q, of_k: null where gradients are not wanted.
+  T run(const T* q, const T* k, T* of_q, T* of_k) const {
+    const int64_t n = blocks.samples;
+    T loss = 0;
+    for (int64_t a = 0; a < blocks.count; a++) {
+      const int64_t size = blocks.size(a), wide = blocks.width(a);
+      T *const s = scores.get(), *const t = turned.get();
+      const T* const mine = q + blocks.begin(a) * width;
+      for (int64_t b = 0; b < blocks.count; b++) {
+        const Part part{mine, wide, k + blocks.begin(b) * width, width};
+        product<true>(&part, 1, size, blocks.width(b) / W, blocks.width(b), s + blocks.begin(b), padded,
+                      [](T* at, int64_t, int, V sum) { store(at, sum); });
+      }
+      for (int64_t i = 0; i < size; i++) {
+        T* row = s + i * padded;
+        const int64_t own = blocks.begin(a) + i;
+        std::fill(row + n, row + padded, row[0]);
+        V most = load(row), check = most - most;  // check: 0, or NaN where a score is not finite
+        for (int64_t j = W; j < padded; j += W) {
+          const V v = load(row + j);
+          most = v > most ? v : most;
+          check += v - v;
+        }
+        const T top = largest(most), joint = row[own];
+        for (int64_t j = 0; j < padded; j += W) store(row + j, exponential(load(row + j) - top));
+        std::fill(row + n, row + padded, T(0));
+        V sums{};
+        for (int64_t j = 0; j < padded; j += W) sums += load(row + j);
+        const T sum = total(sums);
+        loss += std::log(sum) - (joint - top) + total(check);
+        if (!of_q) continue;
+        row[own] = 0;
+        V others{};
+        for (int64_t j = 0; j < padded; j += W) {
+          const V share = load(row + j) * (1 / (sum * T(n)));
+          store(row + j, share);
+          others += share;
+        }
+        row[own] = -total(others);  // a row's gradients sum to zero: no digits are lost where the positive has all
+      }
+      if (!of_q) continue;
+      transpose(s, padded, size, n, t, wide, wide);
+      for (int64_t b = 0; b < blocks.count; b++) {
+        const Part part{mine, wide, s + blocks.begin(b), size};
+        const bool adds = a > 0;
+        product<false>(&part, 1, width, blocks.width(b) / W, padded, of_k + blocks.begin(b) * width, blocks.width(b),
+                       [=](T* at, int64_t, int, V sum) { store(at, adds ? load(at) + sum : sum); });
+      }
+      std::vector<Part> parts;
+      for (int64_t b = 0; b < blocks.count; b++)
+        parts.push_back({k + blocks.begin(b) * width, blocks.width(b), t + blocks.begin(b) * wide, blocks.size(b)});
+      T* to = of_q + blocks.begin(a) * width;
+      product<false>(parts.data(), int(parts.size()), width, wide / W, wide, to, wide,
+                     [](T* at, int64_t, int, V sum) { store(at, sum); });
+    }
+    return loss / T(n);
+  }
+};
+
+// InfoNCE of critics with rows q[c] and columns k[c], numbers of towers. outputs: of all towers in blocks; with
+// `of_outputs` the gradients of each critic's mean loss are written there.
+void grouped_loss(const Grouped& g, const int64_t* q, const int64_t* k, int64_t critics, T* losses, T* outputs,
+                  T* of_outputs, int threads) {
+  forward(g, nullptr, outputs, threads);
+  const int64_t tower = g.blocks.padded * g.out;
+#pragma omp parallel num_threads(threads)
+  {
+    const Pairs pairs(g.blocks, g.out);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t c = 0; c < critics; c++) {
+      T *of_q = of_outputs ? of_outputs + q[c] * tower : nullptr, *of_k = of_q ? of_outputs + k[c] * tower : nullptr;
+      losses[c] = pairs.run(outputs + q[c] * tower, outputs + k[c] * tower, of_q, of_k);
+    }
+  }
+}
+
 // The concat critic after its first layer: h[j] = relu(of_column[j] + of_row[i]), then `layers` - 1 further hidden
 // layers and a last one of one output. Scores of a row are worked on in blocks of columns.
 struct Concat {
@@ -349,8 +401,8 @@ struct Concat {
       : rows(rows), hidden(hidden), layers(layers), of_row(of_row), of_column(of_column), weights(weights),
         blocks(columns), turned(buffer(blocks.padded * hidden)) {
     for (int64_t b = 0; b < blocks.count; b++)
-      transpose(of_column + blocks.begin(b) * hidden, hidden, turned.get() + blocks.begin(b) * hidden, blocks.width(b),
-                blocks.size(b), hidden, blocks.width(b));
+      transpose(of_column + blocks.begin(b) * hidden, hidden, blocks.size(b), hidden,
+                turned.get() + blocks.begin(b) * hidden, blocks.width(b), blocks.width(b));
   }
 
   // numbers in the hidden layers of one block
@@ -453,8 +505,8 @@ struct ConcatGradients {
       const int64_t columns = std::min(PANEL, hidden - c);
       for (int64_t g = 0; g < count; g++) {
         const int64_t width = k.blocks.width(b0 + g);
-        transpose(k.layer_of(h + g * k.block_size(), layer - 1) + c * width, width, turned + g * PANEL * PANEL, PANEL,
-                  columns, width, round_up(columns, W));
+        transpose(k.layer_of(h + g * k.block_size(), layer - 1) + c * width, width, columns, width,
+                  turned + g * PANEL * PANEL, PANEL, round_up(columns, W));
       }
       product<false>(parts, int(count), hidden, (columns + W - 1) / W, PANEL, of_weight + c, hidden,
                      [=](T* at, int64_t, int v, V sum) {
@@ -473,8 +525,8 @@ struct ConcatGradients {
       for (int other = 1; other < team; other++) partial[c] += partial[other * size + c];
 #pragma omp for schedule(static) nowait
     for (int64_t b = 0; b < k.blocks.count; b++)
-      transpose(partial.get() + k.blocks.begin(b) * k.hidden, k.blocks.width(b),
-                dof_column + k.blocks.begin(b) * k.hidden, k.hidden, k.hidden, k.blocks.size(b), k.hidden);
+      transpose(partial.get() + k.blocks.begin(b) * k.hidden, k.blocks.width(b), k.hidden, k.blocks.size(b),
+                dof_column + k.blocks.begin(b) * k.hidden, k.hidden, k.hidden);
     if (!dw) return;
 #pragma omp for schedule(static) nowait
     for (int64_t layer = 1; layer <= k.layers; layer++) {
@@ -570,10 +622,18 @@ void concat_infonce(const Concat& k, T* losses, T* dof_row, T* dof_column, T* co
 
 extern "C" void grouped_mlp(int64_t inputs, const int64_t* counts, const int64_t* dims, int64_t batch, int64_t hidden,
                             int64_t out, int64_t layers, const T* const* x, const T* const* weights, T* state, T* result,
-                            int threads, const T* grad, T* const* dx, T* const* dw) {
+                            int threads, const T* grad, const T* scale, T* const* dx, T* const* dw) {
   const Grouped g(inputs, counts, dims, batch, hidden, out, layers, x, weights, state);
-  if (grad) Backward(g, grad, dx, dw).run(threads);
-  else forward(g, result, threads);
+  if (grad) Backward(g, grad, scale, dx, dw).run(threads);
+  else forward(g, result, nullptr, threads);
+}
+
+extern "C" void grouped_infonce(int64_t inputs, const int64_t* counts, const int64_t* dims, int64_t batch,
+                                int64_t hidden, int64_t out, int64_t layers, const T* const* x,
+                                const T* const* weights, T* state, int64_t critics, const int64_t* q, const int64_t* k,
+                                T* losses, T* outputs, T* of_outputs, int threads) {
+  const Grouped g(inputs, counts, dims, batch, hidden, out, layers, x, weights, state);
+  grouped_loss(g, q, k, critics, losses, outputs, of_outputs, threads);
 }
 
 extern "C" void concat(int64_t rows, int64_t columns, int64_t hidden, int64_t layers, const T* of_row,

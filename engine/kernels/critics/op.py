@@ -1,6 +1,7 @@
 """Critics as differentiable operations: many MLPs at once, and the concat critic without the tensor of all pairs.
 
     grouped_mlp(inputs, first, rest)    N MLPs of one shape, such as the towers of several separate critics
+    grouped_infonce(...)                InfoNCE of several separate critics, from their towers' inputs to the gradient
     concat_scores(x, y, layers)         f([x; y]) of all pairs in O(tile) memory, forward and backward
     concat_infonce(x, y, layers)        InfoNCE of these scores; the gradient comes out of the forward pass
 
@@ -19,8 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from engine.errors import EstimatorError
 from engine.kernels.critics import reference
-from engine.kernels.critics.plain import concat_shapes, flat, grad_shapes, pieces_of, state_size
+from engine.kernels.critics.plain import concat_shapes, flat, grad_shapes, infonce_state_size, pieces_of, state_size
 from engine.kernels.critics.reference import Layers
+from engine.kernels.mi_bounds.op import infonce
 from engine.kernels.registry import backend_for, call, lazy, register
 
 
@@ -51,6 +53,51 @@ def grouped_mlp(inputs: Sequence[Tensor], first: Layers, rest: Layers, activatio
         if backend == "reference":
             return reference.grouped_mlp(inputs, first, rest, activation)
         return _GroupedMLP.apply(len(inputs), *inputs, *_flat(first), *_flat(rest))
+
+
+def grouped_infonce(
+    inputs: Sequence[Tensor],
+    first: Layers,
+    rest: Layers,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    activation: str = "relu",
+) -> Tensor:
+    """InfoNCE bounds of several separate critics, to be maximised: log B + mean_i log softmax_j(<h(y_i), g(x_j)>).
+
+    On the CPU one pass gives embeddings, values and the scores' gradients; the [B, B] scores are never stored.
+
+    Args:
+        inputs, first, rest, activation: as for `grouped_mlp`; its MLPs are the critics' towers.
+        rows, columns: of every critic the number of the MLP that embeds y, and of the one that embeds x, in the order
+            of `grouped_mlp`'s output. Every MLP belongs to one critic.
+
+    Returns:
+        [G], in nats, fp32 (fp64 for fp64). NaN where a score is not finite.
+
+    Raises:
+        EstimatorError: shapes or numbers that do not fit.
+    """
+    inputs = [_exact(x) for x in inputs]
+    first, rest = [(_exact(w), _exact(b)) for w, b in first], [(_exact(w), _exact(b)) for w, b in rest]
+    _check_grouped(inputs, first, rest)
+    count = sum(len(w) for w, _ in first)
+    if len(rows) != len(columns) or sorted((*rows, *columns)) != list(range(count)):
+        raise EstimatorError(
+            "grouped_infonce", f"rows {list(rows)} and columns {list(columns)} of {count} MLPs", "every MLP once",
+            "Name for every critic the MLP of y in `rows` and that of x in `columns`.",
+        )  # fmt: skip
+    if _backend(inputs[0], "critics_mlp_forward", activation) != "cpu":
+        embedded = grouped_mlp(inputs, first, rest, activation)
+        q, k = embedded[list(rows)], embedded[list(columns)]
+        return math.log(q.shape[1]) - infonce(q, k)
+    flat, log_rows = [*_flat(first), *_flat(rest)], math.log(len(inputs[0]))
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *flat)):
+            return log_rows - _GroupedInfoNCE.apply(len(inputs), list(rows), list(columns), *inputs, *flat)
+        split = 2 * len(inputs)
+        arguments = inputs[0], inputs[1:], flat[:split], flat[split:], list(rows), list(columns), False
+        return log_rows - call("critics_grouped_infonce", *arguments)[0]
 
 
 def concat_scores(x: Tensor, y: Tensor, layers: Layers, activation: str = "relu") -> Tensor:
@@ -134,10 +181,31 @@ class _GroupedMLP(torch.autograd.Function):
         wanted = any(needs[:count]), any(needs[count:])
         with torch.autocast(grad.device.type, enabled=False):
             found = call("critics_mlp_backward", grad.contiguous(), inputs, first, rest, state, *wanted)
-        pieces = pieces_of(found, grad_shapes(inputs, (*first, *rest), *wanted))
-        of_inputs = pieces[:count] if wanted[0] else [None] * count
-        of_weights = pieces[count if wanted[0] else 0 :] if wanted[1] else [None] * (len(needs) - count)
-        return None, *of_inputs, *of_weights
+        return None, *_grouped_pieces(found, inputs, (*first, *rest), wanted)
+
+
+class _GroupedInfoNCE(torch.autograd.Function):
+    """Mean losses; the gradients of the embeddings are computed forward."""
+
+    @staticmethod
+    def forward(ctx, count, q, k, *tensors):
+        inputs, first, rest = tensors[:count], tensors[count : 3 * count], tensors[3 * count :]
+        losses, state = call("critics_grouped_infonce", inputs[0], inputs[1:], first, rest, q, k, True)
+        ctx.count, ctx.numbers = count, (q, k)
+        ctx.save_for_backward(state, *inputs, *first[::2], *rest[::2])
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        count, needs = ctx.count, ctx.needs_input_grad[3:]
+        state, *saved = ctx.saved_tensors
+        inputs, first, rest = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        wanted = any(needs[:count]), any(needs[count:])
+        arguments = (grad.contiguous(), inputs, first, rest, state, *ctx.numbers, *wanted)
+        with torch.autocast(grad.device.type, enabled=False):
+            found = call("critics_grouped_infonce_backward", *arguments)
+        return None, None, None, *_grouped_pieces(found, inputs, (*first, *rest), wanted)
 
 
 class _ConcatScores(torch.autograd.Function):
@@ -173,6 +241,14 @@ class _ConcatInfoNCE(torch.autograd.Function):
         found, x, y, *layers = ctx.saved_tensors
         of_x, of_y, *of_layers = _concat_pieces(found * grad, x, y, layers, ctx.wanted)
         return of_x, of_y, None, *of_layers
+
+
+def _grouped_pieces(
+    found: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor], wanted: tuple[bool, bool]
+) -> list[Tensor | None]:
+    pieces = pieces_of(found, grad_shapes(inputs, weights, *wanted))
+    of_inputs = pieces[: len(inputs)] if wanted[0] else [None] * len(inputs)
+    return [*of_inputs, *(pieces[len(inputs) if wanted[0] else 0 :] if wanted[1] else [None] * (2 * len(weights)))]
 
 
 def _concat_pieces(
@@ -254,6 +330,15 @@ def _fake_mlp_backward(grad, inputs, first, rest, state, input_grads, weight_gra
     return flat(grad, grad_shapes(inputs, (*first, *rest), input_grads, weight_grads))[0]
 
 
+def _fake_grouped_infonce(x, more, first, rest, q, k, grads):
+    size = infonce_state_size(len(x), 2 * len(q), first[0].shape[1], rest[-2].shape[1], len(rest) // 2)
+    return x.new_empty(len(q)), x.new_empty(size if grads else 0)
+
+
+def _fake_grouped_infonce_backward(grad, inputs, first, rest, state, q, k, input_grads, weight_grads):
+    return _fake_mlp_backward(grad, inputs, first, rest, state, input_grads, weight_grads)
+
+
 def _fake_concat_backward(grad, x, y, layers, input_grads, weight_grads):
     return flat(x, concat_shapes(x, y, layers, input_grads, weight_grads))[0]
 
@@ -281,6 +366,21 @@ _register(
     "(Tensor grad, Tensor[] inputs, Tensor[] first, Tensor[] rest, Tensor state, bool input_grads,"
     " bool weight_grads) -> Tensor",
     _fake_mlp_backward,
+    "plain",
+)
+_register(
+    "critics_grouped_infonce",
+    "grouped_infonce",
+    "(Tensor x, Tensor[] more, Tensor[] first, Tensor[] rest, int[] q, int[] k, bool grads) -> (Tensor, Tensor)",
+    _fake_grouped_infonce,
+    "plain",
+)
+_register(
+    "critics_grouped_infonce_backward",
+    "grouped_infonce_backward",
+    "(Tensor grad, Tensor[] inputs, Tensor[] first, Tensor[] rest, Tensor state, int[] q, int[] k, bool input_grads,"
+    " bool weight_grads) -> Tensor",
+    _fake_grouped_infonce_backward,
     "plain",
 )
 _register(

@@ -21,6 +21,11 @@ def state_size(rows: int, count: int, hidden: int, layers: int) -> int:
     return layers * count * hidden * -(-rows // LANES) * LANES
 
 
+def infonce_state_size(rows: int, count: int, hidden: int, width: int, layers: int) -> int:
+    """Numbers of the state of `grouped_infonce`: those of `state_size`, then the gradients of all outputs."""
+    return state_size(rows, count, hidden, layers) + state_size(rows, count, width, 1)
+
+
 def grad_shapes(
     inputs: Sequence[Tensor], weights: Sequence[Tensor], input_grads: bool, weight_grads: bool
 ) -> list[torch.Size]:
@@ -120,6 +125,74 @@ def mlp_backward(
     kept = _layers_of(state, len(rest), count, rows, first[0].shape[1])
     _mlp_backward(grad, inputs, first, rest, kept, of_inputs, pieces[len(of_inputs) :])
     return found
+
+
+def grouped_infonce(
+    x: Tensor,
+    more: Sequence[Tensor],
+    first: Sequence[Tensor],
+    rest: Sequence[Tensor],
+    q: Sequence[int],
+    k: Sequence[int],
+    grads: bool,
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE of scores <q_i, k_j> of several pairs of MLPs.
+
+    Args:
+        x, more, first, rest: as for `mlp_forward`.
+        q, k: numbers of the MLPs that embed rows and columns, every MLP once.
+        grads: whether there will be a backward pass.
+
+    Returns:
+        losses [G], means over rows of -log softmax at the diagonal; NaN where a score is not finite. State (1-d), empty
+        without `grads`.
+    """
+    rows, count, hidden, width = len(x), sum(len(w) for w in first[::2]), first[0].shape[1], rest[-2].shape[1]
+    split = state_size(rows, count, hidden, len(rest) // 2)
+    state = x.new_empty(infonce_state_size(rows, count, hidden, width, len(rest) // 2))
+    out = x.new_empty(count, rows, width)
+    _mlp_forward([x, *more], first, rest, out, _layers_of(state, len(rest) // 2, count, rows, hidden))
+    of_rows, of_columns = out[list(q)], out[list(k)]
+    scores = torch.bmm(of_rows, of_columns.mT)
+    check = (scores - scores).sum((1, 2))  # 0, or NaN where a score is not finite
+    grad = scores.log_softmax(2)
+    losses = check - grad.diagonal(dim1=1, dim2=2).mean(1)
+    if not grads:
+        return losses, x.new_empty(0)
+    grad.exp_().diagonal(dim1=1, dim2=2).sub_(1)
+    grad.div_(rows)
+    of_out = state[split : split + out.numel()].view(out.shape)
+    of_out[list(q)] = torch.bmm(grad, of_columns)
+    of_out[list(k)] = torch.bmm(grad.mT, of_rows)
+    return losses, state
+
+
+def grouped_infonce_backward(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    first: Sequence[Tensor],
+    rest: Sequence[Tensor],
+    state: Tensor,
+    q: Sequence[int],
+    k: Sequence[int],
+    input_grads: bool,
+    weight_grads: bool,
+) -> Tensor:
+    """As `mlp_backward`, from the gradients [G] of the losses and the state of `grouped_infonce`."""
+    rows, count, width = len(inputs[0]), 2 * len(q), rest[-1].shape[1]
+    split = state_size(rows, count, first[0].shape[1], len(rest))
+    of_out = state[split : split + count * rows * width].view(count, rows, width)
+    of_out = of_out * by_mlp(grad, q, k)[:, None, None]
+    return mlp_backward(of_out, inputs, first, rest, state, input_grads, weight_grads)
+
+
+def by_mlp(grad: Tensor, q: Sequence[int], k: Sequence[int]) -> Tensor:
+    """Numbers [G] of the critics -> [2 G] of their MLPs."""
+    place = [0] * (2 * len(q))
+    for c, both in enumerate(zip(q, k, strict=True)):
+        for n in both:
+            place[n] = c
+    return grad[place]
 
 
 def concat_forward(x: Tensor, y: Tensor, layers: Sequence[Tensor], pairs: Callable[..., None] | None = None) -> Tensor:

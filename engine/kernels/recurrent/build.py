@@ -19,6 +19,7 @@ from engine.errors import OutputError
 from engine.files import atomic_path
 
 SOURCE = Path(__file__).with_name("recurrent.cpp")
+HEADERS = Path(__file__).parents[1]  # of the other sources
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 # By torch's own word for the processor, so that a folder shared by machines holds one library for each kind of them.
 PROCESSOR_FLAGS = {
@@ -75,14 +76,17 @@ def compiled(source: Path, dtype: torch.dtype) -> Path:
     # gcc links torch's own OpenMP runtime, which is loaded already; other compilers bring one that competes with it
     threads = ["-fopenmp"] if sys.platform == "linux" and "g++" in Path(chosen).name else []
     flags = [*FLAGS, *PROCESSOR_FLAGS.get(capability, []), *threads, f"-DREAL={REAL[dtype]}"]
-    key = hashlib.sha256(source.read_bytes() + "\0".join([chosen, *flags]).encode()).hexdigest()[:16]
+    text = b"".join(path.read_bytes() for path in (source, *sorted(HEADERS.glob("*.h"))))
+    key = hashlib.sha256(text + "\0".join([chosen, *flags]).encode()).hexdigest()[:16]
     path = folder() / f"{source.stem}_{REAL[dtype]}_{key}.so"
     if not path.exists():
         start = time.perf_counter()
         log.info("%s kernel: compiling for %s with %s, once for this machine", source.stem, capability, chosen)
         # processes that compile at the same time each write their own file; the last to finish replaces the others'
         with atomic_path(path) as part:
-            done = subprocess.run([chosen, *flags, str(source), "-o", str(part)], capture_output=True, text=True)
+            done = subprocess.run(
+                [chosen, *flags, f"-I{HEADERS}", str(source), "-o", str(part)], capture_output=True, text=True
+            )
             if done.returncode != 0:
                 lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
                 raise RuntimeError(f"{chosen} failed: {lines[0]}")
