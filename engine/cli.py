@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engine import __version__
-from engine.errors import CheckpointError, ConfigError, EngineError, OutputError
+from engine.errors import CheckpointError, ConfigError, DataError, EngineError, OutputError
 
 RUN_MARKS = ("config.yaml", "metrics.json", "history.jsonl", "last.safetensors")
 
@@ -145,6 +145,8 @@ def _convert(a: argparse.Namespace) -> None:
 
         names = (a.audio_features or "auto", a.vision_features or "auto", a.text_features or "auto")
         more["choice"] = Choice(*names, a.label_column, a.align or "words")
+    if a.precision is not None:
+        more["dtype"] = {"fp32": "float32", "fp16": "float16"}[a.precision]
     convert(a.src, a.dst, text_encoder=a.text_encoder, length_rule=a.length_rule, **more)
     print(f"store: {a.dst}")
 
@@ -159,8 +161,13 @@ def _make_data(a: argparse.Namespace) -> None:
 def _inspect(a: argparse.Namespace) -> None:
     from engine.loaders.inspect import inspect_path
 
-    rendered = inspect_path(a.path).render()
+    report = inspect_path(a.path, **({"verify": True} if a.verify else {}))
+    rendered = report.render()
     print(rendered) if isinstance(rendered, str) else _console().print(rendered)
+    if a.verify and report.problems:
+        raise DataError(
+            str(a.path), report.problems[0], "a file without problems, as --verify asks", "See the list above."
+        )
 
 
 def _import(a: argparse.Namespace) -> None:
@@ -427,6 +434,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--text-encoder", metavar="NAME", default="minilm", help="whose tokeniser to use (minilm)")
     rules = ("auto", "recorded", "all_zero", "sum_zero")
     p.add_argument("--length-rule", choices=rules, default="auto", help="how padding is told from frames (auto)")
+    p.add_argument("--precision", choices=("fp32", "fp16"), help="of frames; fp16 halves the store (fp32)")
 
     p.add_argument("--format", metavar="NAME", help="refuse every family of files but this one")
     for kind in ("audio", "vision", "text"):
@@ -455,6 +463,9 @@ def _parser() -> argparse.ArgumentParser:
         non-finite values, and problems. Nothing is executed from a pickle: only arrays and plain values are read.""",
     )  # fmt: skip
     p.add_argument("path", metavar="PATH", type=Path, help="feature file or folder, or a store")
+    p.add_argument(
+        "--verify", action="store_true", help="compare all checksums of a store, and end with an error on any problem"
+    )
 
     p = command(
         "import",

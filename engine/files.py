@@ -2,12 +2,13 @@
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from engine.errors import OutputError
 
@@ -18,6 +19,10 @@ def output_error(path: Path, cause: OSError) -> OutputError:
         return OutputError(
             str(path), "no space left on the device", "room for the file", "Free some space and run again."
         )
+    if cause.errno == errno.EFBIG:
+        return OutputError(
+            str(path), "a file larger than this process may write", "room for the file", "Raise the limit (ulimit -f)."
+        )
     if cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OutputError(
             str(path), "a folder that cannot be written to", "write permission", "Choose another --out folder."
@@ -25,6 +30,67 @@ def output_error(path: Path, cause: OSError) -> OutputError:
     if cause.errno in (errno.ENOTDIR, errno.EEXIST):
         return OutputError(str(path), "a file where a folder is needed", "a folder", "Choose another --out folder.")
     return OutputError(str(path), f"{cause.strerror or cause}", "a writable file", "Mend the cause and run again.")
+
+
+def _lock(file: IO[bytes], wait: bool) -> None:
+    """Take the lock of an open file, which the system takes back when its process ends.
+
+    Raises:
+        OSError: another process has it, or there are no locks here.
+    """
+    try:
+        import fcntl
+    except ImportError as cause:  # on Windows
+        raise OSError("no file locks") from cause
+    fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes left of earlier attempts at `path`: temporary files that no process has locked."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            _lock(file, wait=False)
+            left.unlink()
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """As `atomic_path`, with the temporary file open for writing; for large files.
+
+    What processes that were killed while they wrote `path` left behind is removed first.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
+        while True:
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+            file, temporary = os.fdopen(handle, "wb"), Path(name)
+            with contextlib.suppress(OSError):
+                _lock(file, wait=True)
+            if temporary.exists():  # else another process swept it away before it was locked
+                break
+            file.close()
+    except OSError as cause:
+        raise output_error(path, cause) from cause
+    try:
+        with file:
+            yield file
+            file.flush()
+            _publish(temporary, path)
+    except OSError as cause:
+        raise output_error(path, cause) from cause
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)
+    with temporary.open("rb") as written:
+        os.fsync(written.fileno())
+    os.replace(temporary, path)
 
 
 @contextlib.contextmanager
@@ -44,12 +110,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        _publish(temporary, path)
     except OSError as cause:
         raise output_error(path, cause) from cause
     finally:

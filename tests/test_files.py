@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import OutputError
-from engine.files import atomic_path, output_error, write_json, write_text
+from engine.files import atomic_file, atomic_path, output_error, write_json, write_text
 
 
 def names(folder):
@@ -130,3 +130,30 @@ def test_permissions_follow_the_umask(tmp_path):
 def test_json_without_nan(tmp_path):
     write_json(tmp_path / "m.json", {"mae": float("nan"), "corr": [1.5, float("inf")], "n": (1, None)})
     assert json.loads((tmp_path / "m.json").read_text()) == {"mae": None, "corr": [1.5, None], "n": [1, None]}
+
+
+def test_atomic_file_clears_away_what_killed_processes_left(tmp_path):
+    path = tmp_path / "a[1].bin"
+    left, others = tmp_path / ".a[1].bin.x1.part", tmp_path / ".b.bin.x1.part"
+    left.touch()
+    others.touch()
+    with atomic_file(path) as file:
+        assert not left.exists() and others.exists()
+        (own,) = tmp_path.glob(".a*.part")
+        with atomic_file(path) as second:  # another process: it leaves the first one's file alone
+            second.write(b"second")
+        assert own.exists()
+        file.write(b"first")
+    assert path.read_bytes() == b"first"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.bin.x1.part", "a[1].bin"]
+
+
+def test_atomic_file_leaves_nothing_on_failure(tmp_path):
+    path = tmp_path / "new" / "a.bin"
+    with pytest.raises(ZeroDivisionError), atomic_file(path) as file:
+        file.write(b"x")
+        _ = 1 / 0
+    assert list(path.parent.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="expected a folder"), atomic_file(tmp_path / "file" / "a.bin"):
+        pass

@@ -7,19 +7,19 @@ import warnings
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.config import DataConfig
-from engine.errors import DataError
+from engine.errors import DataError, OutputError
 from engine.loaders import formats
 from engine.loaders.formats import Choice
 from engine.loaders.loader import Kind, Loader, Padding, build, choose
 from engine.loaders.normalize import ColumnNormalizer, Normalizer
-from engine.loaders.ragged import LengthRule, Ragged
+from engine.loaders.ragged import LengthRule, Ragged, spooled
 from engine.loaders.sampler import Lengths, Sampler, torchrun_shard
 from engine.loaders.store import (
     SplitData,
@@ -117,6 +117,7 @@ class Split:
     def text_rows(self, draw: tuple[int, int] | None = None) -> Ragged:
         """Tokens or text features; where the data draws words (AVEC2019), those of `draw` = (seed, epoch)."""
         if self.tokens is None:
+            self._data.check()
             return self.features
         if self._draws_with is None or draw is None:
             return self.tokens
@@ -133,6 +134,10 @@ class Split:
     def vision(self) -> Ragged:
         """Normalised frames in memory, made on first use."""
         return self._frames("vision")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process makes its own tensors."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("audio", "vision")} | {"_tensors": {}}
 
     def _frames(self, key: Modality) -> Ragged:
         raw = self._raw(key)
@@ -225,7 +230,9 @@ class Dataset:
     def __init__(self, data: StoreData, config: DataConfig, tokenizer: Tokenizer | None, normalizer: Normalizer | None):
         meta, train = data.meta, data.splits["train"]
         self.time_len = config.time_len
+        train.check()
         self.normalizer = normalizer or Normalizer.fit(train, config)
+        train.check()
         self.pad_id = tokenizer.pad_id if tokenizer else 0
         self.closing_id = tokenizer.closing_id if tokenizer else -1
         if tokenizer is not None:
@@ -320,7 +327,6 @@ def load_prepared(
     rule: LengthRule | Literal["auto"],
     tokenizer: Tokenizer | None,
     expected: str | None = None,
-    cache: bool = True,
     choice: Choice | None = None,
 ) -> StoreData:
     """The content of `path`: of the store it names, or of the store made from it on first use.
@@ -329,7 +335,6 @@ def load_prepared(
         rule: how padding is told from frames; auto is `recorded`. A store keeps the rule it was made with.
         tokenizer: None asks for precomputed text features.
         expected: name of the format that the user says it is.
-        cache: False reads foreign files without keeping a store.
         choice: what to take where the data has several of a kind. A store keeps the choice it was made with.
 
     Raises:
@@ -339,9 +344,9 @@ def load_prepared(
         return open_store(path)
     rule = "recorded" if rule == "auto" else rule
     source = formats.find_source(path, choice)
-    mark = fingerprint(source, sorted(next(iter(source.files.values())).parent.glob("*.csv")))
+    mark = fingerprint(source, csv_beside(source))
     settings = {"length_rule": rule, "features": tokenizer is None, "expected": expected, **asdict(source.choice)}
-    places = cache_places(source, settings) if cache else []
+    places = cache_places(source, settings)
     for place in places:
         if place.is_file():
             try:
@@ -350,16 +355,45 @@ def load_prepared(
                 continue  # a damaged or outdated cache is made again
             if data.meta["fingerprint"] == mark:
                 return data
-    reader = formats.choose_format(source, expected)
-    data = prepare(source, reader.read(source, rule, tokenizer is None), rule, tokenizer, mark)
     place = next((p for p in places if is_writable(p.parent)), None)
-    if place is None:
-        return data
     try:
-        return open_store(write_store(place, data))
-    except DataError as problem:  # the disk is full, say: training can go on from memory
-        data.meta["notes"].append(f"the converted data could not be kept for the next run ({problem.found})")
-        return data
+        data = read_source(source, rule, tokenizer, expected, mark, place and place.parent)
+        return data if place is None else open_store(write_store(place, data))
+    except OutputError as problem:
+        found = problem.found
+    except DataError as problem:
+        if not isinstance(problem.__cause__, OutputError):
+            raise
+        found = problem.found
+    # the disk is full, say: training can go on from memory
+    data = read_source(formats.find_source(path, choice), rule, tokenizer, expected, mark, None)
+    data.meta["notes"].append(f"the converted data could not be kept for the next run ({found})")
+    return data
+
+
+def read_source(
+    source: formats.Source,
+    rule: LengthRule,
+    tokenizer: Tokenizer | None,
+    expected: str | None,
+    mark: str,
+    spool: Path | None,
+) -> StoreData:
+    """Read foreign files. `spool`: folder for what is read, which is then mapped; None holds it in memory.
+
+    Raises:
+        DataError: anything that keeps the data from being used.
+        OutputError: no space in `spool`.
+    """
+    reader = formats.choose_format(source, expected)
+    with spooled(spool):
+        raw = reader.read(source, rule, tokenizer is None)
+    return prepare(source, raw, rule, tokenizer, mark)
+
+
+def csv_beside(source: formats.Source) -> list[Path]:
+    """The CSV files beside a source, which may hold its labels and texts."""
+    return sorted(next(iter(source.files.values())).parent.glob("*.csv"))
 
 
 def require_text(data: StoreData, tokenizer: Tokenizer | None, where: str, text_encoder: str) -> None:
@@ -372,7 +406,7 @@ def require_text(data: StoreData, tokenizer: Tokenizer | None, where: str, text_
                 "them, as text_encoder=features says",
                 "Name a text encoder.",
             )
-        if tokenizer is not None and split.text is None:
+        if tokenizer is not None and split.text is None and split.tokens is None:
             raise DataError(
                 f"{where}, {name}",
                 "no texts",
@@ -382,9 +416,30 @@ def require_text(data: StoreData, tokenizer: Tokenizer | None, where: str, text_
 
 
 def tokenised(data: StoreData, tokenizer: Tokenizer) -> StoreData:
-    """The same data with the tokens of `tokenizer`; made anew only where they are another tokeniser's."""
-    if (data.meta.get("tokenizer") or {}).get("fingerprint") == tokenizer.fingerprint:
+    """The same data with the tokens of `tokenizer`; made anew only where they are another tokeniser's.
+
+    Raises:
+        DataError: tokens that are not in the vocabulary, or of another one where there are no texts to make them anew.
+    """
+    made = data.meta.get("tokenizer") or {}
+    if made.get("fingerprint") == tokenizer.fingerprint and all(s.tokens is not None for s in data.splits.values()):
+        for name, split in data.splits.items():
+            split.check()
+            found = int(split.tokens.values.max(initial=0))
+            if found >= tokenizer.size or int(split.tokens.values.min(initial=0)) < 0:
+                raise DataError(
+                    f"{name}/tokens", f"token {found}", f"0 to {tokenizer.size - 1}, as {tokenizer.name} has them",
+                    "Convert the original files again.",
+                )  # fmt: skip
         return data
+    for name, split in data.splits.items():
+        if split.text is None:
+            raise DataError(
+                f"{name}/tokens",
+                f"tokens of another vocabulary ({made.get('name', 'unknown')}) and no texts",
+                f"those of {tokenizer.name}",
+                "Convert the original files for this text encoder.",
+            )
     draws = data.meta.get("draws_words", False)
     splits = {n: replace(s, tokens=tokenizer.encode(s.text or [], draws)) for n, s in data.splits.items()}
     return StoreData({**data.meta, "tokenizer": describe_tokenizer(tokenizer)}, splits)

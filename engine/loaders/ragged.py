@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import mmap
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import IO, Any, Literal
 
 import numpy as np
 
 from engine.errors import DataError
+from engine.files import output_error
 
 LengthRule = Literal["recorded", "all_zero", "sum_zero"]
 BLOCK = 128  # samples looked at together: bounds the temporary copies of a padded array
@@ -65,6 +71,78 @@ class Ragged:
             return cls(np.concatenate(pieces), offsets)
         empty = np.zeros((0,) if dim is None else (0, dim), dtype)
         return cls(np.concatenate([empty, *pieces]).astype(dtype, copy=False), offsets)
+
+
+_SPOOL: ContextVar[Path | None] = ContextVar("spool", default=None)
+
+
+@contextlib.contextmanager
+def spooled(folder: Path | None) -> Iterator[None]:
+    """Within the context, joined sequences are kept in unnamed files in `folder` and mapped, not held in memory.
+
+    The files vanish with the arrays, and with the process however it ends. None: they are held in memory.
+    """
+    token = _SPOOL.set(folder)
+    try:
+        yield
+    finally:
+        _SPOOL.reset(token)
+
+
+def _unnamed(folder: Path) -> IO[bytes]:
+    return tempfile.TemporaryFile(dir=folder)
+
+
+class _Join:
+    """Sequences end to end, taken one by one.
+
+    Raises:
+        OutputError: there is no space for the spool.
+    """
+
+    def __init__(self, dim: int):
+        self._dim, self._lengths, self._pieces, self._folder = dim, [0], [], _SPOOL.get()
+        self._open, self._file = contextlib.ExitStack(), None
+        if self._folder is not None:
+            with self._writing():
+                self._file = self._open.enter_context(_unnamed(self._folder))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as cause:
+            raise output_error(self._folder, cause) from cause
+
+    def add(self, frames: np.ndarray) -> None:
+        self._lengths.append(len(frames))
+        if self._file is None:
+            self._pieces.append(frames)
+            return
+        with self._writing():
+            self._file.write(np.ascontiguousarray(frames).data)
+
+    def ragged(self) -> Ragged:
+        offsets = np.cumsum(self._lengths, dtype=np.int64)
+        if self._file is None:
+            return Ragged(np.concatenate([np.zeros((0, self._dim), np.float32), *self._pieces]), offsets)
+        with self._writing(), self._open:
+            self._file.flush()
+            return Ragged(np.memmap(self._file, np.float32, "r", shape=(int(offsets[-1]), self._dim)), offsets)
+
+
+def release(array: np.ndarray) -> None:
+    """Give back the memory of a view of a mapped file. Its pages are read from the file again if they are asked for."""
+    base: Any = array
+    while isinstance(base, np.ndarray) and base.base is not None:
+        base = base.base
+    base = base.obj if isinstance(base, memoryview) else base
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not array.flags.c_contiguous:
+        return
+    begin = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    first, end = begin // mmap.PAGESIZE * mmap.PAGESIZE, begin + array.nbytes
+    if end > first:
+        base.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 @dataclass
@@ -160,8 +238,11 @@ def from_sequences(sequences: Sequence[np.ndarray], ids: Sequence[str], where: s
             "Check the feature extraction.",
         )
     zero = np.zeros((1, dim), np.float32)
-    pieces = [zero if p is None or len(p) == 0 else p for p in pieces]
-    return Sequences(Ragged.join(pieces, np.float32, dim), nonfinite, missing)
+    joined = _Join(dim)
+    for i, piece in enumerate(pieces):
+        joined.add(zero if piece is None or len(piece) == 0 else piece)
+        pieces[i] = None
+    return Sequences(joined.ragged(), nonfinite, missing)
 
 
 def from_padded(
@@ -204,7 +285,7 @@ def from_padded(
         raise DataError(
             where, f"no {'frames' if dim else 'feature columns'}", "at least one", "Check the feature extraction."
         )
-    pieces, nonfinite, missing = [], 0, []
+    joined, nonfinite, missing = _Join(dim), 0, []
     for first in range(0, len(padded), BLOCK):
         block = padded[first : first + BLOCK]
         if rule == "sum_zero":
@@ -224,6 +305,6 @@ def from_padded(
             if not frames.any():
                 missing.append(row)
                 frames = np.zeros((1, dim), np.float32)
-            pieces.append(frames)
-    del padded, block
-    return Sequences(Ragged.join(pieces, np.float32, dim), nonfinite, missing)
+            joined.add(frames)
+        release(block)
+    return Sequences(joined.ragged(), nonfinite, missing)

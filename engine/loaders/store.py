@@ -3,34 +3,37 @@
 Tensors, for each split S:
 
 - `S/label` float32 [N, 1];
-- `S/audio/values` float32 [total, d] and `S/audio/offsets` int64 [N + 1]; the same for vision;
+- `S/audio/values` float32 (or float16) [total, d] and `S/audio/offsets` int64 [N + 1]; the same for vision;
 - `S/tokens/values` int32 [total] and offsets: special tokens included, not cut;
 - `S/ids/values` and `S/text/values` uint8 (UTF-8) and offsets;
-- `S/features/values` float32 [total, d_t] and offsets, only where precomputed text features were asked for.
+- `S/features/values` float32 (or float16) [total, d_t] and offsets, only where precomputed text features were asked
+  for.
 
 The metadata entry `engine_store` is a JSON object: version, source format and fingerprint, length rule, tokeniser, what
-was cleaned, and a sha256 of every tensor.
+was cleaned, and a sha256 of every tensor; `engine convert` adds the sha256 of every source file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from engine import __version__
 from engine.errors import DataError, OutputError
-from engine.files import atomic_path
+from engine.files import atomic_file
 from engine.loaders.formats import SPLITS, RawDataset, Source
-from engine.loaders.ragged import LengthRule, Ragged
+from engine.loaders.ragged import LengthRule, Ragged, release
 from engine.loaders.text import Tokenizer
 
 VERSION = 1
@@ -38,7 +41,14 @@ KEY = "engine_store"
 FILE = "store.safetensors"
 HEAD_BYTES = 1 << 20
 
-_TYPES = {"float32": "F32", "float64": "F64", "int64": "I64", "int32": "I32", "uint8": "U8"}
+CHUNK = 1 << 24  # bytes that are written or summed at a time
+
+_TYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "uint8": "U8"}
+_NUMPY = {name: np.dtype(kind) for kind, name in _TYPES.items()}
+
+
+def _unchanged() -> None:
+    """Arrays in memory do not change."""
 
 
 @dataclass
@@ -52,6 +62,7 @@ class SplitData:
         tokens: int32 ragged or None. features: float32 ragged [total, d_t] or None.
         check: raises DataError where the arrays are views of a file that has changed since it was opened; asked
             before they are read.
+        origin: the store's path and the split's name, where they are.
     """
 
     ids: list[str]
@@ -61,10 +72,22 @@ class SplitData:
     vision: Ragged
     tokens: Ragged | None = None
     features: Ragged | None = None
-    check: Callable[[], None] = lambda: None
+    check: Callable[[], None] = _unchanged
+    origin: tuple[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the store itself; tokens are sent, since they may be another tokeniser's."""
+        if self.origin is not None:
+            tokens = self.tokens and Ragged(np.array(self.tokens.values), np.array(self.tokens.offsets))
+            return _reopen, (*self.origin, tokens)
+        return SplitData, tuple(getattr(self, f.name) for f in fields(self))
+
+
+def _reopen(path: str, name: str, tokens: Ragged | None) -> SplitData:
+    return replace(open_store(path).splits[name], tokens=tokens)
 
 
 @dataclass
@@ -103,6 +126,18 @@ def fingerprint(source: Source, beside: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def source_sums(source: Source, beside: list[Path]) -> dict[str, str]:
+    """sha256 of every file that data was read from, by name: to compare with what its publisher says."""
+    sums = {}
+    for path in [*source.files.values(), *source.parts, *beside]:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(CHUNK):
+                digest.update(piece)
+        sums[path.name] = digest.hexdigest()
+    return sums
+
+
 def prepare(source: Source, raw: RawDataset, rule: LengthRule, tokenizer: Tokenizer | None, mark: str) -> StoreData:
     """Check what a reader returned and make it store content. `mark` is the source's fingerprint.
 
@@ -135,6 +170,7 @@ def prepare(source: Source, raw: RawDataset, rule: LengthRule, tokenizer: Tokeni
         }
     meta = {
         "version": VERSION,
+        "engine": __version__,
         "format": raw.format,
         "source": source.path.name,
         "fingerprint": mark,
@@ -236,53 +272,145 @@ def _tensors(data: StoreData) -> Iterator[tuple[str, np.ndarray]]:
             yield f"{name}/{key}/offsets", offsets
 
 
-def write_store(path: str | Path, data: StoreData) -> Path:
+def write_store(path: str | Path, data: StoreData, dtype: Literal["float32", "float16"] | None = None) -> Path:
     """Write a store atomically; returns its file.
 
-    Arrays go to the file one by one: the safetensors library's writer would copy them all into memory first.
+    Arrays go to the file piece by piece: the safetensors library's writer would copy them all into memory first.
+
+    Args:
+        dtype: of frames and text features; None keeps it.
 
     Raises:
-        DataError: the folder cannot be written to, or there is no space.
+        DataError: the folder cannot be written to, there is no space, values that float16 cannot hold, or the store
+            that the data comes from has changed.
     """
     path = store_path(path)
-    tensors = {k: np.ascontiguousarray(v) for k, v in _tensors(data)}
+    tensors = {}
+    for key, array in _tensors(data):
+        kind = array.dtype if dtype is None or array.dtype.kind != "f" or key.endswith("/label") else np.dtype(dtype)
+        tensors[key] = array, kind
     # widest types first, so that every tensor is aligned
-    order = sorted(tensors, key=lambda k: -tensors[k].dtype.itemsize)
-    meta = {
-        **data.meta,
-        "checksums": {k: hashlib.sha256(tensors[k].data if tensors[k].size else b"").hexdigest() for k in order},
-    }
+    order = sorted(tensors, key=lambda k: -tensors[k][1].itemsize)
+    sums = dict.fromkeys(order, "0" * 64)  # known when all is written: the header gets room for them
+    meta = {**data.meta, "checksums": sums}
+    room = len(_header(meta, tensors, order))
+    try:
+        with atomic_file(path) as file:
+            file.seek(room)
+            for key in order:
+                digest = hashlib.sha256()
+                for piece in _pieces(*tensors[key], f"{path}, {key}"):
+                    file.write(piece)
+                    digest.update(piece)
+                sums[key] = digest.hexdigest()
+            for split in data.splits.values():
+                split.check()
+            file.seek(0)
+            file.write(_header(meta, tensors, order))
+    except OutputError as problem:
+        raise no_room(problem) from problem
+    return path
+
+
+def no_room(problem: OutputError) -> DataError:
+    """A store could not be written: what to do."""
+    return DataError(problem.where, problem.found, problem.expected, "Free space or name another place for the store.")
+
+
+def _header(meta: dict[str, Any], tensors: dict[str, tuple[np.ndarray, np.dtype]], order: list[str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {KEY: json.dumps(meta)}}
     at = 0
     for key in order:
-        array = tensors[key]
-        header[key] = {
-            "dtype": _TYPES[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [at, at + array.nbytes],
-        }
-        at += array.nbytes
+        array, kind = tensors[key]
+        size = array.size * kind.itemsize
+        header[key] = {"dtype": _TYPES[kind.name], "shape": list(array.shape), "data_offsets": [at, at + size]}
+        at += size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    try:
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(encoded)) + encoded)
-            for key in order:
-                if tensors[key].size:
-                    file.write(tensors[key].data)
-    except OutputError as problem:
-        raise DataError(
-            problem.where, problem.found, problem.expected, "Free space or name another place for the store."
-        ) from problem
-    return path
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _pieces(array: np.ndarray, kind: np.dtype, where: str) -> Iterator[memoryview]:
+    """The bytes of an array as `kind`, piece by piece; memory of mapped files is given back."""
+    rows = max(1, CHUNK // max(1, array[:1].nbytes))
+    for start in range(0, len(array), rows):
+        part = array[start : start + rows]
+        with np.errstate(over="ignore"):
+            found = np.ascontiguousarray(part, kind)
+        if kind == np.float16 != array.dtype and not np.isfinite(found).all():
+            raise DataError(
+                where, "values beyond ±65504, the range of float16", "values in its range", "Convert to fp32 instead."
+            )
+        if found.size:
+            yield found.reshape(-1).view(np.uint8).data
+        release(part)
+
+
+class _File:
+    """A mapped safetensors file of a store.
+
+    A mapping ends where its file was cut off, and reading past that end kills the process: `check` asks the system
+    whether the file is still the one that was opened. A file that another one has taken the place of stays readable.
+    """
+
+    def __init__(self, path: Path):
+        with safe_open(str(path), framework="numpy") as checked:  # offsets and sizes fit together
+            metadata = checked.metadata() or {}
+        self.path, self._file = path, path.open("rb")
+        self._state = self._stat()
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        (length,) = struct.unpack("<Q", self._map[:8])
+        self._start = 8 + length
+        self._entries = json.loads(self._map[8 : self._start])
+        self._entries.pop("__metadata__", None)
+        self.meta = json.loads(metadata[KEY])
+
+    def _stat(self) -> tuple[int, int]:
+        state = os.fstat(self._file.fileno())
+        return state.st_size, state.st_mtime_ns
+
+    def check(self) -> None:
+        """Raise DataError unless the file is as it was opened."""
+        now = self._stat()
+        if now != self._state:
+            found = f"{now[0]} bytes" if now[0] != self._state[0] else "a later time of writing"
+            raise DataError(
+                str(self.path),
+                f"a store that was written to while in use ({found})",
+                f"the file as it was opened ({self._state[0]} bytes)",
+                "Run `engine inspect --verify` on it, or convert the data again, and start again.",
+            )
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def keys(self) -> list[str]:
+        return list(self._entries)
+
+    def tensor(self, key: str) -> np.ndarray:
+        """A read-only view of a tensor.
+
+        Raises:
+            KeyError: there is none. ValueError: of a type that a store does not have.
+        """
+        entry = self._entries[key]
+        if entry["dtype"] not in _NUMPY:
+            raise ValueError(f"{key} of dtype {entry['dtype']}")
+        begin, end = entry["data_offsets"]
+        kind = _NUMPY[entry["dtype"]]
+        if (self._start + begin) % kind.itemsize:
+            raise ValueError(f"{key} is not aligned")
+        count = (end - begin) // kind.itemsize
+        if not count:
+            return np.zeros(entry["shape"], kind)
+        return np.frombuffer(self._map, kind, count, self._start + begin).reshape(entry["shape"])
 
 
 class _Splits(Mapping):
     """The splits of an open store, each read when it is first asked for."""
 
-    def __init__(self, path: Path, file: Any, names: list[str]):
-        self._path, self._file, self._names = path, file, names
-        self._keys = set(file.keys())
+    def __init__(self, file: _File, names: list[str]):
+        self._file, self._names = file, names
         self._read: dict[str, SplitData] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -295,18 +423,22 @@ class _Splits(Mapping):
         if name not in self._names:
             raise KeyError(name)
         if name not in self._read:
+            self._file.check()
             try:
                 self._read[name] = self._load(name)
-            except (SafetensorError, KeyError, ValueError) as cause:
-                raise _damaged(self._path, cause) from None
+            except (KeyError, ValueError, IndexError, TypeError) as cause:
+                raise _damaged(self._file.path, cause) from None
+            self._file.check()
         return self._read[name]
 
     def _ragged(self, key: str) -> Ragged | None:
-        if f"{key}/values" not in self._keys:
+        if f"{key}/values" not in self._file:
             return None
-        # torch tensors of the library are views of the mapped file, its numpy arrays are copies
-        values, offsets = (self._file.get_tensor(f"{key}/{part}").numpy() for part in ("values", "offsets"))
-        if offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
+        values, offsets = (self._file.tensor(f"{key}/{part}") for part in ("values", "offsets"))
+        offsets = np.array(offsets)  # only frames stay in the file: they alone are large, and read under `check`
+        if values.dtype.kind != "f":
+            values = np.array(values)
+        if offsets.ndim != 1 or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
             raise ValueError(f"offsets of {key} do not fit its values")
         return Ragged(values, offsets)
 
@@ -318,11 +450,16 @@ class _Splits(Mapping):
         return [raw[a:b].decode("utf-8") for a, b in zip(packed.offsets[:-1], packed.offsets[1:], strict=True)]
 
     def _load(self, name: str) -> SplitData:
-        label = self._file.get_tensor(f"{name}/label").numpy()
+        label = np.array(self._file.tensor(f"{name}/label"))
         parts = {k: self._ragged(f"{name}/{k}") for k in ("audio", "vision", "tokens", "features")}
-        split = SplitData(self._strings(f"{name}/ids") or [], self._strings(f"{name}/text"), label, **parts)
-        if any(len(p) != len(split) for p in (label, split.audio, split.vision)):
+        split = SplitData(
+            self._strings(f"{name}/ids") or [], self._strings(f"{name}/text"), label, **parts,
+            check=self._file.check, origin=(str(self._file.path), name),
+        )  # fmt: skip
+        if any(len(p) != len(split) for p in (label, *(p for p in parts.values() if p is not None))):
             raise ValueError(f"split {name} has parts of different lengths")
+        if split.audio.values.ndim != 2 or split.vision.values.ndim != 2:
+            raise ValueError(f"split {name} has frames that are not [total, d]")
         return split
 
 
@@ -338,11 +475,15 @@ def open_store(path: str | Path) -> StoreData:
     Raises:
         DataError: not a store, damaged, or of a later version.
     """
-    path = store_path(path)
+    return _open(store_path(path))[1]
+
+
+def _open(path: Path) -> tuple[_File, StoreData]:
     try:
-        file = safe_open(str(path), framework="pt")
-        meta = json.loads((file.metadata() or {})[KEY])
-        version, names = int(meta["version"]), list(meta["counts"])
+        file = _File(path)
+        meta = file.meta
+        version = int(meta["version"])
+        names = list(meta["counts"]) if version == VERSION else []
     except KeyError:
         raise DataError(
             str(path),
@@ -353,22 +494,41 @@ def open_store(path: str | Path) -> StoreData:
     except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as cause:
         raise _damaged(path, cause) from None
     if version != VERSION:
+        maker = f" (engine {meta['engine']})" if "engine" in meta else ""
+        newer = version > VERSION
         raise DataError(
             str(path),
-            f"store version {version}",
+            f"store version {version}{maker}",
             f"version {VERSION}",
-            "Convert the data again with this version of engine.",
+            "Update engine, or convert the original files again with this version."
+            if newer
+            else "Convert the data again with this version of engine.",
         )
-    return StoreData(meta, _Splits(path, file, [s for s in SPLITS if s in names]))
+    return file, StoreData(meta, _Splits(file, [s for s in SPLITS if s in names]))
 
 
 def verify_store(path: str | Path) -> list[str]:
-    """The tensors of a store whose checksum does not match; reads the whole file."""
-    data = open_store(path)
-    with safe_open(str(store_path(path)), framework="numpy") as file:
-        sums = data.meta["checksums"]
-        arrays = ((k, np.ascontiguousarray(file.get_tensor(k))) for k in file.keys())  # noqa: SIM118 (not a dict)
-        return [k for k, a in arrays if hashlib.sha256(a.tobytes()).hexdigest() != sums.get(k)]
+    """The tensors of a store whose checksum does not match; reads the whole file, without holding it in memory.
+
+    Raises:
+        DataError: not a store, damaged, or written to meanwhile.
+    """
+    file, data = _open(store_path(path))
+    sums = data.meta.get("checksums") or {}
+    wrong = [key for key in sums if key not in file]
+    for key in file.keys():  # noqa: SIM118 (not a dict)
+        file.check()
+        digest = hashlib.sha256()
+        try:
+            array = file.tensor(key)
+        except ValueError as cause:
+            raise _damaged(file.path, cause) from None
+        for piece in _pieces(array, array.dtype, key):
+            digest.update(piece)
+            file.check()
+        if digest.hexdigest() != sums.get(key):
+            wrong.append(key)
+    return wrong
 
 
 def cache_places(source: Source, settings: dict[str, Any]) -> list[Path]:

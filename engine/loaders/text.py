@@ -68,6 +68,11 @@ class Tokenizer:
     closing_id: int
     _backend: Any
 
+    @property
+    def size(self) -> int:
+        """Tokens of the vocabulary, added ones included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
     def encode(self, texts: Sequence[str], draws_words: bool = False, seed: int = 0, epoch: int = 0) -> Ragged:
         """Token ids with special tokens, not cut, int32 ragged [total].
 

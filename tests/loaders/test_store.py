@@ -1,20 +1,30 @@
 """The store: what goes in comes out, mapped, checked, atomic, and made anew when its source changes."""
 
 import errno
+import hashlib
+import json
 import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
+import engine
 from engine.config import DataConfig
 from engine.errors import DataError
 from engine.loaders import dataset as dataset_module
 from engine.loaders import formats, open_dataset
+from engine.loaders import store as store_module
 from engine.loaders.convert import convert
-from engine.loaders.store import is_store, open_store, verify_store, write_store
+from engine.loaders.ragged import Ragged
+from engine.loaders.store import SplitData, is_store, open_store, verify_store, write_store
 from tests.loaders import writers
+from tests.loaders.test_loaders import KINDS
 from tests.loaders.test_text import small_tokenizer
 
 CONFIG = DataConfig(length_rule="recorded")
@@ -208,7 +218,7 @@ def test_truncated_store_and_other_safetensors(tmp_path, source, tokenizer):
 def test_inconsistent_offsets_are_damage(tmp_path, source, tokenizer):
     data = open_store(convert(source, tmp_path / "x", tokenizer))
     split = data.splits["valid"]
-    split.audio.offsets = split.audio.offsets + 1
+    split.audio = Ragged(split.audio.values, split.audio.offsets + 1)
     path = write_store(tmp_path / "y", data)
     with pytest.raises(DataError, match="offsets of valid/audio"):
         open_store(path).splits["valid"]
@@ -217,5 +227,184 @@ def test_inconsistent_offsets_are_damage(tmp_path, source, tokenizer):
 def test_later_version(tmp_path, source, tokenizer):
     data = open_store(convert(source, tmp_path / "x", tokenizer))
     data.meta["version"] = 99
-    with pytest.raises(DataError, match="store version 99; expected version 1"):
+    with pytest.raises(DataError, match=r"store version 99 \(engine .*\); expected version 1\. Update engine"):
         open_store(write_store(tmp_path / "y", data))
+    data.meta["version"] = 0
+    with pytest.raises(DataError, match=r"store version 0.*Convert the data again"):
+        open_store(write_store(tmp_path / "y", data))
+
+
+# -- precision, provenance, vocabularies --
+
+
+def test_float16(tmp_path, source, tokenizer):
+    whole = convert(source, tmp_path / "a", tokenizer)
+    half = convert(source, tmp_path / "b", tokenizer, dtype="float16")
+    again = convert(half, tmp_path / "c", tokenizer)  # keeps it
+    assert half.stat().st_size < whole.stat().st_size
+    assert verify_store(half) == verify_store(again) == []
+    expected = open_store(whole).splits["train"].audio.values.astype(np.float16)
+    for path in (half, again):
+        found = open_store(path).splits["train"]
+        assert found.audio.values.dtype == np.float16 and found.label.dtype == np.float32
+        assert np.array_equal(found.audio.values, expected)
+    a, b = (open_dataset(p, CONFIG, tokenizer).splits["train"].audio.values for p in (whole, half))
+    assert np.allclose(a, b, atol=5e-3) and b.dtype == np.float32
+
+
+def test_float16_refuses_what_it_cannot_hold(tmp_path, tokenizer):
+    data = writers.samples()
+    data["valid"][1].vision[0, 0] = 1e5
+    path = writers.dump(writers.mmsa(data), tmp_path / "x.pkl")
+    with pytest.raises(DataError, match=r"valid/vision/values: found values beyond .*Convert to fp32"):
+        convert(path, tmp_path / "store", tokenizer, dtype="float16")
+    assert not is_store(tmp_path / "store")
+
+
+def test_provenance(tmp_path, source, tokenizer):
+    meta = open_store(convert(source, tmp_path / "a", tokenizer)).meta
+    assert meta["sha256"] == {"data.pkl": hashlib.sha256(source.read_bytes()).hexdigest()}
+    assert meta["engine"] == engine.__version__
+    again = convert(tmp_path / "a", tmp_path / "b", tokenizer)
+    assert open_store(again).meta["sha256"] == meta["sha256"]
+
+
+def test_tokens_outside_the_vocabulary(tmp_path, source, tokenizer):
+    data = open_store(convert(source, tmp_path / "x", tokenizer))
+    split = data.splits["valid"]
+    split.tokens = Ragged(split.tokens.values + 100, split.tokens.offsets)
+    with pytest.raises(DataError, match=r"valid/tokens: found token 1\d\d; expected 0 to 14"):
+        open_dataset(write_store(tmp_path / "y", data), CONFIG, tokenizer)
+
+
+def test_stores_of_different_vocabularies(tmp_path, source, tokenizer):
+    """Each is tokenised anew for the encoder in use; without texts that cannot be."""
+    other = str(small_tokenizer(tmp_path / "other", writers.WORDS[::-1]))
+    mine, theirs = (convert(source, tmp_path / n, t) for n, t in (("a", tokenizer), ("b", other)))
+    tokens = [open_dataset(p, CONFIG, tokenizer).splits["train"].tokens.values for p in (mine, theirs)]
+    assert np.array_equal(*tokens)
+    for path in (mine, theirs):
+        data = open_store(path)
+        for split in data.splits.values():
+            split.text = None
+        write_store(path.with_name("bare.safetensors"), data)
+    assert len(open_dataset(mine.with_name("bare.safetensors"), CONFIG, tokenizer).splits["train"]) == 7
+    with pytest.raises(DataError, match=r"tokens of another vocabulary .* and no texts; expected those of"):
+        open_dataset(theirs.with_name("bare.safetensors"), CONFIG, tokenizer)
+
+
+# -- files that change while they are in use --
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", ["cut off", "emptied", "overwritten", "longer"])
+def test_store_changed_while_in_use(tmp_path, source, tokenizer, kind, change):
+    path = convert(source, tmp_path / "x", tokenizer)
+    loader = open_dataset(path, CONFIG, tokenizer).loader("train", 2, kind=kind)
+    size = path.stat().st_size
+    if change == "overwritten":
+        with path.open("r+b") as file:
+            file.seek(size - 100)
+            file.write(b"x" * 50)
+        os.utime(path, ns=(0, 0))
+    else:
+        os.truncate(path, {"cut off": size // 2, "emptied": 0, "longer": size + 1}[change])
+    with pytest.raises(DataError, match="a store that was written to while in use"):
+        list(loader)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_store_replaced_while_in_use(tmp_path, source, tokenizer, kind):
+    path = convert(source, tmp_path / "x", tokenizer)
+    opened = open_dataset(path, CONFIG, tokenizer)
+    expected = [b.audio for b in opened.loader("train", 2, kind="resident")]
+    again = open_dataset(path, CONFIG, tokenizer)
+    other = writers.dump(writers.mmsa(writers.samples(seed=5)), tmp_path / "other.pkl")
+    convert(other, path, tokenizer)
+    found = [b.audio for b in again.loader("train", 2, kind=kind)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert open_store(path).splits["train"].label[0, 0] != opened.splits["train"].label[0, 0]
+
+
+def test_resident_frames_need_the_store_no_more(tmp_path, source, tokenizer):
+    path = convert(source, tmp_path / "x", tokenizer)
+    loader = open_dataset(path, CONFIG, tokenizer).loader("train", 2, kind="resident")
+    before = list(loader)
+    os.truncate(path, 10)
+    assert all(torch.equal(a.audio, b.audio) for a, b in zip(loader, before, strict=True))
+
+
+def test_verify_a_store_that_is_being_written_to(tmp_path, source, tokenizer, monkeypatch):
+    path = convert(source, tmp_path / "x", tokenizer)
+    real = store_module._File.tensor
+
+    def cut(self, key):
+        os.truncate(path, 4096)
+        return real(self, key)
+
+    monkeypatch.setattr(store_module._File, "tensor", cut)
+    monkeypatch.setattr(store_module, "_pieces", lambda *_: iter([b""]))
+    with pytest.raises(DataError, match="written to while in use"):
+        verify_store(path)
+
+
+def test_splits_travel_to_other_processes(tmp_path, source, tokenizer):
+    """Processes that are spawned, not forked, open the store themselves."""
+    path = convert(source, tmp_path / "x", tokenizer)
+    opened = open_dataset(path, CONFIG, tokenizer)
+    opened.splits["train"].audio  # a copy in memory does not travel  # noqa: B018
+    sent = pickle.dumps(opened.splits["train"])
+    assert len(sent) < 20_000
+    rows = np.array([2, 0])
+    for key in ("audio", "vision"):
+        found, expected = (s.gather(key, rows) for s in (pickle.loads(sent), opened.splits["train"]))
+        assert np.array_equal(found.values, expected.values)
+    in_memory = pickle.loads(
+        pickle.dumps(SplitData(["a"], None, np.zeros((1, 1)), *[Ragged.join([], np.float32, 2)] * 2))
+    )
+    assert in_memory.ids == ["a"]
+
+
+# -- conversions that are interrupted, or find no room --
+
+
+def drive(*arguments, timeout=500):
+    """tests/loaders/conversion.py in a process of its own; what it found."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.loaders.conversion", *map(str, arguments)],
+        capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check_kills(tmp_path, count):
+    found = drive("kill", tmp_path, count)
+    assert found["killed"] >= 0.6 * count
+    assert found["corrupt"] == []
+    assert found["left"] == []
+
+
+def test_killed_conversions(tmp_path):
+    check_kills(tmp_path, 6)
+
+
+@pytest.mark.slow
+def test_fifty_killed_conversions(tmp_path):
+    check_kills(tmp_path, 50)
+
+
+def test_no_room_at_any_point(tmp_path):
+    """A limit on the size of files, as a full disk would, stops the spool or the store at some byte."""
+    for found in drive("limit", tmp_path, 1000, 200_000, 1_200_000):
+        assert "a file larger than this process may write" in found["error"]
+        assert "Free space or name another place" in found["error"]
+        assert found["left"] == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_memory_of_a_conversion(tmp_path):
+    """Far below the 1.5 times of the largest split that is promised: blocks of samples, whatever the file's size."""
+    found = drive("memory", tmp_path)
+    assert found["peak"] < 1.5 * found["ragged"]
+    assert found["peak"] < 0.5 * found["pickle"]
