@@ -106,6 +106,21 @@ class Section(BaseModel):
             raise
 
 
+class AugmentConfig(Section):
+    """Random changes of the training samples, drawn anew in every pass from the seed and the sample alone."""
+
+    drop_text: Probability = Field(
+        0.0, description="chance that a sample comes without its text; never all three at once"
+    )
+    drop_audio: Probability = Field(0.0, description="as drop_text: the audio is missing, one frame of zeros")
+    drop_vision: Probability = Field(0.0, description="as drop_audio")
+    mask_text: Probability = Field(
+        0.0, description="chance of each token to become the unknown token (of text features: zeros)"
+    )
+    mask_audio: Probability = Field(0.0, description="chance of each audio frame to become zeros; the length stays")
+    mask_vision: Probability = Field(0.0, description="as mask_audio")
+
+
 class DataConfig(Section):
     """What is read and how it is made into samples."""
 
@@ -168,6 +183,7 @@ class DataConfig(Section):
         description="bound on the share of padding in an epoch's audio and vision: samples of like length come "
         "together, no more than it takes; none: batches of any length",
     )
+    augment: AugmentConfig = AugmentConfig()
 
 
 class TextConfig(Section):

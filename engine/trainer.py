@@ -329,6 +329,7 @@ class _Trainer:
                 drop_singleton=training,
                 task=c.model.task, draw_words=training, device=self.device, kind=c.data.loader,
                 workers=c.data.workers, max_padding=c.data.max_padding if training else None,
+                augment=c.data.augment if training else None,
             ),
             self.device,
         )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from engine import checkpoint, trainer
 from engine.config import Config
 from engine.errors import CheckpointError, ConfigError, DataError, OutputError
+from engine.loaders.loader import has_dali
 from tests.loaders import writers
 
 SIZES = {"train": 21, "valid": 6, "test": 9}
@@ -323,3 +324,49 @@ class TestBadInput:
                 ),
                 tmp_path / "run",
             )
+
+
+# -- loaders and augmentation --
+
+
+@pytest.mark.parametrize("mode", ["fast", "faithful"])
+def test_every_loader_trains_the_same_model(config, tmp_path, mode):
+    kinds = ["resident", "torch"] + ["dali"] * has_dali()
+    augment = {"drop_text": 0.2, "drop_audio": 0.3, "drop_vision": 0.3, "mask_text": 0.1, "mask_audio": 0.2}
+    runs = {}
+    for kind in kinds:
+        own = changed(config, mode=mode, epochs=2, data={"loader": kind, "augment": augment, "max_padding": 0.4})
+        trainer.train(own, tmp_path / kind)
+        runs[kind] = [timeless(r) for r in history(tmp_path / kind)]
+    assert all(run == runs["resident"] for run in runs.values())
+    plain = changed(config, mode=mode, epochs=2, data={"max_padding": 0.4})
+    trainer.train(plain, tmp_path / "plain")
+    assert [timeless(r) for r in history(tmp_path / "plain")] != runs["resident"]
+
+
+@pytest.mark.filterwarnings("ignore::engine.loaders.DataWarning")
+@pytest.mark.parametrize("mode", ["fast", "faithful"])
+def test_samples_without_a_modality_train_and_predict(config, tmp_path, mode):
+    samples = writers.samples(sizes=SIZES)
+    for split in ("train", "test"):
+        samples[split][0].audio = samples[split][0].audio[:0]
+        samples[split][1].vision = samples[split][1].vision[:0]
+        samples[split][2].text = ""
+        samples[split][3].audio = samples[split][3].audio[:0]
+        samples[split][3].vision = samples[split][3].vision[:0]
+    path = writers.dump(writers.mmsa(samples), tmp_path / "x.pkl")
+    own = changed(config, mode=mode, epochs=2, data={"path": str(path)})
+    result = trainer.train(own, tmp_path / "run")
+    assert np.isfinite(result.metrics["test"]["mae"])
+    out = trainer.predict(tmp_path / "run", path, tmp_path / "p.csv")
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["id"] for r in rows] == [s.id for s in samples["test"]]
+    assert all(np.isfinite(float(r["prediction"])) for r in rows)
+
+
+def test_a_run_goes_on_with_another_loader(config, tmp_path):
+    trainer.train(changed(config, epochs=3), tmp_path / "whole")
+    trainer.train(changed(config, epochs=2), tmp_path / "run")
+    trainer.train(changed(config, epochs=3, data={"loader": "torch", "workers": 1}), tmp_path / "run", resume=True)
+    assert [timeless(r) for r in history(tmp_path / "run")] == [timeless(r) for r in history(tmp_path / "whole")]

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import DataConfig
+from engine.config import AugmentConfig, DataConfig
 from engine.errors import DataError, OutputError
 from engine.loaders import formats
+from engine.loaders.augment import Augmentation
 from engine.loaders.formats import Choice
 from engine.loaders.loader import Kind, Loader, Padding, build, choose
 from engine.loaders.normalize import ColumnNormalizer, Normalizer
@@ -235,6 +236,8 @@ class Dataset:
         train.check()
         self.pad_id = tokenizer.pad_id if tokenizer else 0
         self.closing_id = tokenizer.closing_id if tokenizer else -1
+        self._empty = tokenizer.encode([""]).values.tolist() if tokenizer else []
+        self._unknown = tokenizer.unknown if tokenizer else 0
         if tokenizer is not None:
             data = tokenised(data, tokenizer)
         self.splits = {
@@ -277,6 +280,7 @@ class Dataset:
         workers: int | None = None,
         max_padding: float | None = None,
         shard: tuple[int, int] | Literal["torchrun"] = (0, 1),
+        augment: AugmentConfig | None = None,
     ) -> Loader:
         """Batches of `split`.
 
@@ -293,6 +297,7 @@ class Dataset:
             workers: processes of the torch loader, threads of the DALI one; None lets it choose.
             max_padding: see `Sampler`.
             shard: (rank, world size) of this process, or "torchrun" to take it from the environment.
+            augment: random changes of the samples, by `seed` and epoch; None, or all chances 0: none.
 
         Raises:
             DataError: task is classification and a label is not a class number.
@@ -311,10 +316,13 @@ class Dataset:
         size = sum(self.splits[name].frame_bytes for name in self.splits) if data.frame_bytes else 0
         chosen, why = choose(kind, size, device)
         log.info("%s split: loader %s (%s)", split, chosen, why)
-        label = _label(data, task)
+        augmentation = None
+        if augment is not None and any(augment.model_dump().values()):
+            augmentation = Augmentation(augment, seed, self._empty, self._unknown, self.pad_id)
         return build(
-            chosen, data, sampler, padding, label, device=device, draw_words=draw_words, why=why, workers=workers
-        )
+            chosen, data, sampler, padding, _label(data, task), device=device, draw_words=draw_words, why=why,
+            workers=workers, augmentation=augmentation,
+        )  # fmt: skip
 
 
 def choice_of(data: DataConfig) -> Choice:

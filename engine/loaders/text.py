@@ -73,6 +73,12 @@ class Tokenizer:
         """Tokens of the vocabulary, added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def unknown(self) -> int:
+        """Id of the token that stands for words outside the vocabulary; the padding's where there is none."""
+        ids = (self._backend.token_to_id(token) for token in ("[UNK]", "<unk>", "[MASK]", "<mask>"))
+        return next((i for i in ids if i is not None), self.pad_id)
+
     def encode(self, texts: Sequence[str], draws_words: bool = False, seed: int = 0, epoch: int = 0) -> Ragged:
         """Token ids with special tokens, not cut, int32 ragged [total].
 

@@ -51,6 +51,7 @@ class TorchLoader(Loader):
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
+            generator=torch.Generator(),  # the workers' seeds would be drawn from torch's own, which training uses
         )
 
     def _batches(self, pieces: list[Tensor]) -> Iterator[Batch]:

@@ -1,0 +1,126 @@
+"""Missing modalities and masked frames at random, on finished batches: the same whichever loader made them.
+
+Every draw is a function of the seed, the epoch, the sample and the position alone, computed where the batch lies. It
+does not depend on the batch a sample is in, the order, the loader, the number of processes, or the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from engine.config import AugmentConfig
+from engine.loaders.batch import Batch
+
+MODALITIES = ("text", "audio", "vision")
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of splitmix64
+_WORD = 1 << 64
+_DROP, _MASK, _SPARE = 0, 3, 6  # numbers of the independent streams: one a modality for dropping and for masking
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Augmentation of one loader.
+
+    Attributes:
+        config: probabilities. seed: of all draws, together with the epoch.
+        empty: token ids of an empty text, such as [CLS] [SEP]; what a missing text becomes, and never masked.
+        unknown: token id that a masked token becomes. pad_id: what fills token ids.
+    """
+
+    config: AugmentConfig
+    seed: int
+    empty: Sequence[int]
+    unknown: int
+    pad_id: int
+
+    def apply(self, batch: Batch, epoch: int) -> Batch:
+        """The batch as the draws of this epoch leave it; the one given is not changed."""
+        c = self.config
+        rates = {"text": (c.drop_text, c.mask_text), "audio": (c.drop_audio, c.mask_audio)}
+        rates["vision"] = (c.drop_vision, c.mask_vision)
+        dropped = self._dropped([rates[m][0] for m in MODALITIES], batch.index, epoch)
+        for number, name in enumerate(MODALITIES):
+            change = self._text if name == "text" else self._frames
+            if rates[name][1]:
+                batch = change(batch, name, masked=self._masked(number, rates[name][1], batch, name, epoch))
+            if rates[name][0]:
+                batch = change(batch, name, dropped=dropped[:, number])
+        return batch
+
+    def _dropped(self, rates: list[float], index: Tensor, epoch: int) -> Tensor:
+        """bool [B, 3]; where all three fall, one that is drawn evenly stays."""
+        drawn = [self._chance(_DROP + i, rate, index, epoch) for i, rate in enumerate(rates)]
+        found = torch.stack(drawn, 1)
+        spared = (_bits(_key(self.seed, epoch, _SPARE), index) >> 1 & 0x3FFFFFFF) % len(MODALITIES)
+        kept = torch.arange(len(MODALITIES), device=index.device) == spared[:, None]
+        return found & ~(found.all(1, keepdim=True) & kept)
+
+    def _masked(self, number: int, rate: float, batch: Batch, name: str, epoch: int) -> Tensor:
+        """bool [B, L] of positions."""
+        length = batch.token_mask.shape[1] if name == "text" else getattr(batch, name).shape[1]
+        place = torch.arange(length, device=batch.index.device)
+        return self._chance(_MASK + number, rate, batch.index[:, None], epoch, place)
+
+    def _chance(self, stream: int, rate: float, index: Tensor, epoch: int, place: Tensor | None = None) -> Tensor:
+        bits = _bits(_key(self.seed, epoch, stream), index)
+        if place is not None:
+            bits = _mix(bits + place * _signed(_GOLDEN))
+        return (bits & (2**63 - 1)) < int(rate * 2**63)
+
+    def _frames(self, batch: Batch, name: str, masked: Tensor | None = None, dropped: Tensor | None = None) -> Batch:
+        frames, length = getattr(batch, name), getattr(batch, f"{name}_length")
+        if masked is not None:
+            return replace(batch, **{name: frames.masked_fill(masked[..., None], 0)})
+        frames = frames.masked_fill(dropped[:, None, None], 0)
+        return replace(batch, **{name: frames, f"{name}_length": length.masked_fill(dropped, 1)})
+
+    def _text(self, batch: Batch, name: str, masked: Tensor | None = None, dropped: Tensor | None = None) -> Batch:
+        ids, mask = batch.token_ids, batch.token_mask
+        if masked is not None:
+            if ids is None:
+                return replace(batch, text=batch.text.masked_fill(masked[..., None], 0))
+            special = torch.zeros_like(ids, dtype=torch.bool)
+            for token in self.empty:
+                special |= ids == token
+            return replace(batch, token_ids=ids.masked_fill(masked & (mask != 0) & ~special, self.unknown))
+        # a missing text is an empty one: its special tokens, or one frame of zeros
+        kept = [] if ids is None else list(self.empty[: ids.shape[1]])
+        here = torch.arange(mask.shape[1], device=mask.device) < max(1, len(kept))
+        mask = torch.where(dropped[:, None], here.to(mask.dtype), mask)
+        if ids is None:
+            return replace(batch, token_mask=mask, text=batch.text.masked_fill(dropped[:, None, None], 0))
+        row = torch.full((ids.shape[1],), self.pad_id, dtype=ids.dtype)
+        row[: len(kept)] = torch.tensor(kept, dtype=ids.dtype)
+        return replace(batch, token_mask=mask, token_ids=torch.where(dropped[:, None], row.to(ids.device), ids))
+
+
+def _signed(word: int) -> int:
+    """The int64 of the same 64 bits."""
+    return (word + (_WORD >> 1)) % _WORD - (_WORD >> 1)
+
+
+def _key(*numbers: int) -> int:
+    """64 bits, as int64, that depend on all numbers and their order."""
+    state = 0
+    for number in numbers:
+        state = (state + number * _GOLDEN + _GOLDEN) % _WORD
+        state = ((state ^ state >> 30) * _FIRST) % _WORD
+        state = ((state ^ state >> 27) * _SECOND) % _WORD
+        state ^= state >> 31
+    return _signed(state)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's mixing of int64 tensors, which wrap around; shifts are of unsigned numbers."""
+    x = (x ^ (x >> 30 & 2**34 - 1)) * _signed(_FIRST)
+    x = (x ^ (x >> 27 & 2**37 - 1)) * _signed(_SECOND)
+    return x ^ (x >> 31 & 2**33 - 1)
+
+
+def _bits(key: int, index: Tensor) -> Tensor:
+    """64 random bits a sample, int64 of the shape of `index`."""
+    return _mix(_mix(index * _signed(_GOLDEN) + key))
