@@ -586,12 +586,11 @@ def backward(
         )  # fmt: skip
     else:
         vectors, parts = _long_backward(dy, x, kept, weights, to, columns, inner, sizes, flags, need_x, size)
-    d_bias1, d_bias2, d_scale, d_shift = vectors.sum(0).split([hidden, d_out, norm, norm])
+    d_bias1, d_bias2, d_scale, d_shift = vectors.split([hidden, d_out, norm, norm], 1)
     splits = [hidden * d_in, d_out * hidden, size - hidden * d_in - d_out * hidden]
-    d_fc1, d_fc2, d_residual = parts.sum(0).split(splits)
+    d_fc1, d_fc2, d_residual = parts.split(splits, 1)
     gradients = (d_fc1, d_bias1, d_fc2, d_bias2, d_residual, d_scale, d_shift)
-    # copies: an operation's outputs may not share memory
-    found = [g.clone().view(w.shape) for g, w in zip(gradients, given, strict=True) if w is not None]
+    found = [g.sum(0).view(w.shape) for g, w in zip(gradients, given, strict=True) if w is not None]
     return found if dx is None else [*found, dx]
 
 

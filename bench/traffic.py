@@ -1,0 +1,270 @@
+"""A model of what the flagship's step costs a GPU beside its products: launches, memory traffic, host synchronisations.
+
+    python -m bench.traffic            the table
+    python -m bench.traffic --update   the tables of docs/kernels.md, from it and from tests/aot/budgets.json
+
+Nothing is timed. The step runs on the CPU and is counted as it would run on a GPU: operations of `torch.ops.engine` by
+the launches of their Triton kernels, or by the calls of their host function where that is torch's own; every other
+aten operation that computes is one launch, of the eager baseline and of the engine alike. An operation reads its inputs
+once and writes its outputs once; what the caches save between operations is not modelled.
+
+Counted: CubeMLP and all eleven estimators, forward and backward, B=128. Not counted: text encoder, recurrences, the
+drawing of product rows, optimisers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from bench import machine
+from bench.baselines import mimrl
+from bench.suites import cubemlp
+from engine.config import ObjectiveConfig
+from engine.kernels import registry
+from engine.kernels.cmi import op as cmi
+from engine.kernels.critics import op as critics
+from engine.kernels.cube_mix.cpu import SHORT
+from engine.kernels.mi_bounds import op as mi_bounds
+from engine.objective import mimrl_objective
+
+BATCH, WIDTH = 128, 128
+PAGE = machine.ROOT / "docs" / "kernels.md"
+BUDGETS = machine.ROOT / "tests" / "aot" / "budgets.json"
+ARCHS = (80, 90, 100)
+# Operations that compute nothing, beside views.
+NOTHING = ("empty", "new_empty", "_unsafe_view")
+
+
+def _cube_backward(x: Tensor, weights: tuple[Tensor | None, ...]) -> tuple[int, int]:
+    """Kernels and a sum of partial results for each gradient; d is written by one kernel and read by the other."""
+    hidden, d_out = len(weights[0]), len(weights[2])
+    short = max(x.shape[1], hidden, d_out) <= SHORT
+    return (1 if short else 2) + sum(w is not None for w in weights), 0 if short else 2 * 4 * (
+        hidden + d_out
+    ) * x.shape[0] * x.shape[2]
+
+
+# Launches, and bytes beside inputs and outputs, of operations with Triton kernels.
+KERNELS: dict[str, Callable[..., tuple[int, int]]] = {
+    "mi_statistics": lambda *a: (1, 0),
+    "mi_gradients": lambda *a: (2, 0),
+    "cmi_read": lambda *a: (1, 0),
+    "cmi_read_backward": lambda *a: (1, 0),
+    "cube_mix_forward": lambda *a: (1, 0),
+    "cube_mix_backward": lambda dy, x, kept, *a: _cube_backward(x, a[:7]),
+}
+
+
+@dataclass
+class Count:
+    launches: int = 0
+    bytes: int = 0
+    syncs: int = 0
+
+
+class Counter(TorchDispatchMode):
+    """Counts while entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Count()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("engine::")
+        if func.namespace == "engine" and name not in KERNELS:
+            with self:  # torch's own operations, on a GPU as here
+                return registry._operations[name].cuda(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if name.endswith("_local_scalar_dense"):
+            self.count.syncs += 1
+            return out
+        returns = [r.alias_info for r in func._schema.returns]
+        views = returns and all(r is not None and not r.is_write for r in returns)
+        if views or name.removeprefix("aten::").startswith(NOTHING):
+            return out
+        launches, more = KERNELS[name](*args) if func.namespace == "engine" else (1, 0)
+        read = {k: v for k, v in kwargs.items() if k not in ("out", "grad_input")}
+        tensors = [*tree_iter((args, read)), *tree_iter(out)]
+        self.count.launches += launches
+        self.count.bytes += more + sum(_size(t) for t in tensors if isinstance(t, Tensor))
+        return out
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of different elements: expanded dimensions are read once."""
+    shape = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * math.prod(n if s else 1 for n, s in shape)
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Operations choose what they would choose for CUDA tensors."""
+    with ExitStack() as stack:
+        for module in (registry, mi_bounds, critics, cmi):
+            stack.enter_context(mock.patch.object(module, "backend_for", _triton))
+        yield
+
+
+def _triton(tensor: Tensor, op: str | None = None) -> str:
+    return "triton"
+
+
+Side = tuple[Callable[[], Tensor], torch.nn.Module]
+
+
+def parts() -> dict[str, tuple[Side, Side]]:
+    """For every part of the step what gives its loss, and whose gradients that has: eager baseline and engine."""
+    from bench.runner import Setting
+
+    torch.manual_seed(0)
+    ours, theirs = cubemlp.modules(Setting())
+    drawn = torch.randn(BATCH, *cubemlp.SHAPE[0])
+    c = mimrl.settings(cmi_embed_dim=WIDTH)
+    objective = mimrl_objective(ObjectiveConfig(compat="none"), WIDTH, WIDTH)
+    eager_mi = torch.nn.ModuleList(mimrl.MIEstimator(WIDTH, WIDTH, c) for _ in mimrl.MI_PAIRS)
+    eager_cmi = torch.nn.ModuleList(mimrl.CMIEstimator(c) for _ in mimrl.CMI_TRIPLES)
+    estimators = torch.nn.ModuleList([eager_mi, eager_cmi])
+    rows = {name: torch.randn(BATCH, WIDTH) for name in "FTAV"} | {"C": torch.randn(BATCH, 1)}
+    products = objective.sample_products(rows, BATCH, torch.Generator().manual_seed(0))
+    tuples = {name: tuple(three) for name, three in products.items()}
+    triples = [t for t in objective.terms if t.given is not None]
+
+    def leaves(stage: int) -> dict[str, Tensor]:
+        return {name: leaf(v) if stage == 2 and name != "C" else v for name, v in rows.items()}
+
+    def eager(stage: int) -> Side:
+        def loss() -> Tensor:
+            features, found = leaves(stage), []
+            for pair, estimator in zip(mimrl.MI_PAIRS, eager_mi, strict=True):
+                x, y = pair.upper().split("_")
+                found.append(estimator(features[x], features[y])[stage == 1])
+            for term, estimator in zip(triples, eager_cmi, strict=True):
+                joint = tuple(features[n] for n in (term.x, term.y, term.given))
+                found.append(estimator(joint, tuples[str(term)])[stage == 1])
+            return sum(found) if stage == 1 else -sum(found)
+
+        return loss, estimators
+
+    def engine(stage: int) -> Side:
+        def loss() -> Tensor:
+            features = leaves(stage)
+            if stage == 1:
+                return objective.estimator_loss(features, products).loss
+            with frozen(objective):
+                return objective.model_loss(features, products).loss
+
+        return loss, objective
+
+    return {
+        "CubeMLP, forward and backward": (
+            (lambda: theirs(leaf(drawn)).sum(), theirs),
+            (lambda: ours(leaf(drawn)).sum(), ours),
+        ),
+        "eleven estimators, stage 1": (eager(1), engine(1)),
+        "eleven estimators, stage 2": (eager(2), engine(2)),
+    }
+
+
+def leaf(value: Tensor) -> Tensor:
+    """The same values, with a gradient of its own that begins anew."""
+    return value.detach().requires_grad_()
+
+
+@contextmanager
+def frozen(module: torch.nn.Module) -> Iterator[None]:
+    """Stage 2 of mode fast: no gradients of the estimators' own weights."""
+    for p in module.parameters():
+        p.requires_grad_(False)
+    yield
+    for p in module.parameters():
+        p.requires_grad_(True)
+
+
+def measure() -> dict[str, tuple[Count, Count]]:
+    """{part: (eager, engine)}, each the second call: what a first one prepares is not counted."""
+    found = {}
+    for name, both in parts().items():
+        counts = []
+        for loss, module in both:
+            for _ in range(2):
+                module.zero_grad(set_to_none=True)
+                with as_on_a_gpu(), Counter() as counter:
+                    loss().backward()
+            counts.append(counter.count)
+        found[name] = tuple(counts)
+    return found
+
+
+def traffic_table(found: dict[str, tuple[Count, Count]]) -> str:
+    lines = [
+        "| part of the step, B=128 | launches, eager | engine | memory traffic in MB, eager | engine"
+        " | host syncs, eager | engine |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, (eager, ours) in found.items():
+        sizes = [f"{c.bytes / 1e6:,.0f}" for c in (eager, ours)]
+        lines.append(
+            f"| {name} | {eager.launches} | {ours.launches} | {sizes[0]} | {sizes[1]} | {eager.syncs} | {ours.syncs} |"
+        )
+    return "\n".join(lines)
+
+
+def kernel_table(budgets: dict[str, dict[str, int]]) -> str:
+    """One row a kernel: the most that any of its configurations takes."""
+    kernels: dict[str, dict[int, list[dict[str, int]]]] = {}
+    for key, report in budgets.items():
+        name, arch = key.split("@sm_")
+        kernels.setdefault(name.split("/")[0], {}).setdefault(int(arch), []).append(report)
+    lines = [
+        "| kernel | configurations | registers, sm_80 / sm_90 / sm_100 | shared memory, KiB | spills |",
+        "|---|---|---|---|---|",
+    ]
+    for name, by_arch in sorted(kernels.items()):
+        most = {k: [max(r[k] for r in by_arch[a]) for a in ARCHS] for k in ("regs", "shared", "stack", "spills")}
+        shared = " / ".join(f"{n / 1024:.0f}" for n in most["shared"])
+        spills = sum(most["stack"]) + sum(most["spills"])
+        registers = " / ".join(map(str, most["regs"]))
+        lines.append(f"| `{name}` | {len(by_arch[ARCHS[0]])} | {registers} | {shared} | {spills} |")
+    return "\n".join(lines)
+
+
+def update(page: Path = PAGE) -> None:
+    """Put both tables between their markers."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in (
+        ("kernels", kernel_table(json.loads(BUDGETS.read_text(encoding="utf-8")))),
+        ("traffic", traffic_table(measure())),
+    ):
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        before, rest = text.split(start)
+        text = f"{before}{start}\n\n{table}\n\n{end}{rest.split(end)[1]}"
+    page.write_text(text, encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.split("\n")[0])
+    parser.add_argument("--update", action="store_true", help="write the tables of docs/kernels.md")
+    if parser.parse_args(arguments).update:
+        update()
+    else:
+        print(traffic_table(measure()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

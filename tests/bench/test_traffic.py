@@ -1,0 +1,35 @@
+"""The tables of docs/kernels.md are what the code gives, and the model counts what it says."""
+
+import json
+
+import pytest
+import torch
+
+from bench import guard, traffic
+
+PAGE = traffic.PAGE.read_text(encoding="utf-8")
+
+
+def test_table_of_kernels_is_that_of_the_budgets():
+    table = traffic.kernel_table(json.loads(traffic.BUDGETS.read_text(encoding="utf-8")))
+    assert table in PAGE, "run python -m bench.traffic --update"
+    assert all(line.endswith("| 0 |") for line in table.splitlines()[2:]), "a kernel spills"
+
+
+def test_table_of_traffic_is_that_of_the_model():
+    found = traffic.measure()
+    for name, (eager, ours) in found.items():
+        assert ours.launches < eager.launches and ours.bytes < eager.bytes, name
+    if others := guard.other_environment(guard.load()):
+        pytest.skip("the counts on record hold elsewhere: " + ", ".join(others))
+    assert traffic.traffic_table(found) in PAGE, "run python -m bench.traffic --update"
+
+
+def test_views_cost_nothing_and_in_place_operations_write():
+    x, y = torch.ones(4, 8), torch.ones(8)
+    with traffic.Counter() as counter:
+        z = x.t()[:2].reshape(-1)  # the copy is one
+        x.add_(y)
+        torch.add(x, 1, out=x)
+        z.sum().item()
+    assert counter.count == traffic.Count(launches=4, bytes=4 * (2 * 8 + (2 * 32 + 8) + 2 * 32 + 9), syncs=1)
