@@ -276,8 +276,8 @@ FLAGS: tuple[Flag, ...] = (
          note="1 is minmax by column, fitted on train (the reference: by split, all columns); no effect on `*_Dec`"),
     Flag("log_scale", _bools, "0-0-0", "data.log_audio data.log_vision", length=3, note="no effect on `*_Dec`"),
     Flag("text", str, "text", "text_encoder", note="`text` is the text encoder, other names are precomputed features"),
-    Flag("audio", str, "covarep", fate="unsupported", note="the features are those that the data files hold"),
-    Flag("video", str, "facet41", fate="unsupported", note="the features are those that the data files hold"),
+    Flag("audio", str, "covarep", "data.audio_features", note="if the files hold several sets; no effect on `*_Dec`"),
+    Flag("video", str, "facet41", "data.vision_features", note="as --audio"),
     Flag("batch_size", int, "16", "batch_size"),
     Flag("num_workers", int, "4", fate="unused", note="loading needs no worker processes"),
     Flag("persistent_workers", bool, "", fate="unused", note="loading needs no worker processes"),
@@ -443,15 +443,18 @@ def _settings(read: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, An
     settings = {
         flag.keys: read[flag.name]
         for flag in FLAGS
-        if flag.fate == "mapped" and " " not in flag.keys and flag.name not in ("text", "cuda")
+        if flag.fate == "mapped" and " " not in flag.keys and flag.name not in ("text", "audio", "video", "cuda")
     }
     scaled = "_Dec" not in given.get("dataset", "")
     for i, name in enumerate(("audio", "vision"), start=1):
         settings[f"data.normalize_{name}"] = "minmax" if scaled and read["normalize"][i] else "none"
         settings[f"data.log_{name}"] = scaled and read["log_scale"][i]
+        flag = "audio" if name == "audio" else "video"
+        settings[f"data.{name}_features"] = read[flag] if scaled and flag in given else "auto"
     settings["data.clip"] = None
     settings["mode"] = "faithful"
     settings["text_encoder"] = REFERENCE_TEXT_ENCODER if _text_is_encoded(read, given) else "features"
+    settings["data.text_features"] = "auto" if _text_is_encoded(read, given) else read["text"]
     settings["train.clip_value"] = read["gradient_clip"] if read["gradient_clip"] > 0 else None
     settings["device"] = f"cuda:{read['cuda']}" if "cuda" in given else "auto"
     kind, numbers = read["lr_decrease"], read["lr_decrease_iter"]
@@ -503,7 +506,7 @@ def _notes(given: Mapping[str, str], read: Mapping[str, Any]) -> list[str]:
                 notes.append(f"--{name} {given[name]}: the text part is unsupported; text is not scaled")
         if read["text"] != "text":
             notes.append(f"--text {read['text']}: precomputed text features; the reference itself cannot run them")
-    if DATASETS[dataset] == "custom":
+    if DATASETS[dataset] == "custom" and not dataset.startswith("pom"):
         notes.append(
             f"--dataset {dataset}: unsupported as a format; convert the data to one that `engine inspect` reads"
         )
@@ -524,7 +527,8 @@ def _notes(given: Mapping[str, str], read: Mapping[str, Any]) -> list[str]:
             f"text encoder: {REFERENCE_TEXT_ENCODER}, as in the reference; text_encoder=minilm is a small one that "
             "needs no download"
         )
-    silent = [f"{f.name} {f.default or 'off'}" for f in FLAGS if f.name not in given and f.fate == "mapped"]
+    unasked = {"audio", "video", *given}  # the feature sets are the files' first ones where none is named
+    silent = [f"{f.name} {f.default or 'off'}" for f in FLAGS if f.name not in unasked and f.fate == "mapped"]
     if silent:
         notes.append("the reference's defaults: " + ", ".join(silent))
     return notes

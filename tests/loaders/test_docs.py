@@ -1,15 +1,20 @@
-"""The examples of docs/data.md run as printed."""
+"""The examples of docs/data.md and docs/formats.md run as printed, and the pages name what there is."""
 
 import json
 import re
+import shlex
 from pathlib import Path
 
-from engine.config import DataConfig
+from engine.cli import main
+from engine.config import DataConfig, load_config
 from engine.loaders import formats, open_dataset
+from engine.loaders.writers import WRITERS
 from tests.loaders import writers
 from tests.loaders.test_text import small_tokenizer
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = (DOCS / "data.md").read_text(encoding="utf-8")
+FORMATS = (DOCS / "formats.md").read_text(encoding="utf-8")
 USE, OWN = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
@@ -43,3 +48,31 @@ def test_a_format_of_ones_own(tmp_path):
 def test_the_page_names_every_format_and_rule():
     for name in ("DeclareLab", "MMSA", "MMIM", "MISA", "recorded", "all_zero", "sum_zero"):
         assert name in PAGE
+
+
+def test_a_folder_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", FORMATS, re.S)
+    exec(code, {})
+    opened = open_dataset("mydata", DataConfig(), str(small_tokenizer(tmp_path / "encoder")))
+    assert opened.report.format == "manifest"
+    assert (len(opened.splits["train"]), opened.audio_dim, opened.vision_dim) == (8, 5, 20)
+
+
+def test_every_layout_and_reader_has_its_row_and_section():
+    rows = [line.split("|") for line in FORMATS.splitlines() if re.match(r"\| `\S+` \| `", line)]
+    named = {row[1].strip(" `"): row[2].strip(" `") for row in rows}
+    assert set(named) == set(WRITERS)
+    assert set(named.values()) == {reader.name for reader in formats.formats()}
+    for reader in formats.formats():
+        assert f"`{reader.name}`: " in FORMATS, reader.name
+
+
+def test_the_commands_of_the_page_are_understood(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    block = FORMATS.split("```bash\n")[1].split("```")[0]
+    make, inspect, train = (shlex.split(line, comments=True)[1:] for line in block.strip().splitlines())
+    assert main(make) == 0
+    assert main(inspect) == 0
+    assert "no problems" in capsys.readouterr().out
+    assert train[0] == "train" and load_config("mosi", [w for w in train if "=" in w]).epochs == 2
