@@ -160,6 +160,13 @@ class Sequences:
     missing: list[int] = field(default_factory=list)
 
 
+def absent(count: int) -> Sequences:
+    """A modality that a data set does not have: one zero frame of one column for each of `count` samples."""
+    return Sequences(
+        Ragged(np.zeros((count, 1), np.float32), np.arange(count + 1, dtype=np.int64)), 0, list(range(count))
+    )
+
+
 def _clean(frames: np.ndarray, where: str, row: int, sample: str) -> tuple[np.ndarray, int]:
     """float32 frames with non-finite values replaced by 0, and how many there were."""
     with np.errstate(over="ignore", invalid="ignore"):

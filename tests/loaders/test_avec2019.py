@@ -72,12 +72,14 @@ def test_frames_are_cut_to_time_len_before_the_encoders(folder, tokenizer):
         assert len(split.vision[i]) == min(3, len(s.vision))
 
 
-def test_the_preset_trains(tmp_path):
+@pytest.mark.parametrize("mode", ["fast", "faithful"])
+def test_the_preset_trains(tmp_path, mode):
     """The published recipe on small files: CCC loss, selection by CCC, errors in points of PHQ-8."""
     sizes = {"train": 12, "valid": 6, "test": 6}
     folder = writers.write_split_files(tmp_path / "avec", writers.avec2019(writers.interviews(0, sizes)), valid="dev")
     overrides = [
-        f"data.path={folder}", "epochs=2", "batch_size=6", "data.time_len=10", "text.freeze=all", "model.d_common=16",
+        f"data.path={folder}", f"mode={mode}", "text_encoder=minilm", "epochs=2",
+        "batch_size=6", "data.time_len=10", "text.freeze=all", "model.d_common=16",
         "model.cubemlp.d_hiddens=5-3-16=5-3-16", "model.cubemlp.d_outs=5-3-16=5-3-16", "output.report=false",
         "output.tensorboard=false", "output.progress=false",
     ]  # fmt: skip

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from engine.config import DataConfig
 from engine.errors import DataError
-from engine.loaders import formats
+from engine.loaders import DataWarning, formats, open_dataset
 from engine.loaders.formats import Choice, RawDataset, find_source, read, register_format
 from tests.loaders import writers
+from tests.loaders.test_text import small_tokenizer
 from tests.loaders.writers import SPLITS
 
 
@@ -243,6 +245,30 @@ def test_manifest_missing_modality_and_text_features(tmp_path, data):
     assert raw.splits["train"].audio.missing == [2]
     assert raw.splits["train"].features.ragged.lengths.tolist() == [len(s.text.split()) for s in data["train"]]
     assert read(folder / "manifest.csv", "recorded")[1].splits["train"].features is None
+
+
+def test_a_modality_that_no_sample_has(tmp_path, data):
+    """MMSA-FET leaves out what was not extracted."""
+    content = writers.mmsa_fet(data)
+    for split in content.values():
+        del split["audio"], split["audio_lengths"]
+    fet = writers.dump(content, tmp_path / "feature.pkl")
+    own = writers.samples()
+    for rows in own.values():
+        for s in rows:
+            s.audio = s.audio[:0]
+    for path in (fet, writers.write_manifest(tmp_path / "own", own)):
+        raw = read(path, "recorded")[1]
+        assert any("missing in every sample" in note for note in raw.notes)
+        for split, rows in data.items():
+            got = raw.splits[split]
+            assert got.audio.ragged.values.shape == (len(rows), 1)
+            assert got.audio.missing == list(range(len(rows)))
+            assert sorted(map(len, got.vision.ragged)) == sorted(len(s.vision) for s in rows)
+        with pytest.warns(DataWarning, match="14 samples without audio"):
+            opened = open_dataset(path, DataConfig(), str(small_tokenizer(tmp_path / "encoder")))
+        batch = next(iter(opened.loader("train", 4)))
+        assert batch.audio.shape == (4, 1, 1) and not batch.audio.any()
 
 
 @pytest.mark.parametrize("family", ["declarelab", "mmsa", "tuples_in_one"])

@@ -23,7 +23,7 @@ from engine.loaders.formats import (
     csv_header,
     nearest,
 )
-from engine.loaders.ragged import LengthRule, from_sequences
+from engine.loaders.ragged import LengthRule, absent, from_sequences
 
 TITLE = "folder of arrays with a manifest.csv"
 COLUMNS = ("id", "split", "label", "audio", "vision")
@@ -45,11 +45,18 @@ class Manifest:
         rows = _rows(path, "text_features" if features else "text")
         check_splits(str(path), {r["split"] for r in rows})
         data = RawDataset(self.name, {})
+        gone = [m for m in ("audio", "vision") if not any(r[m] for r in rows)]
+        if len(gone) == 2:
+            raise DataError(str(path), "no audio and no vision file in any row", "files of one at least", "Name them.")
+        data.notes += [f"no row has {m}: it is missing in every sample" for m in gone]
         for s in SPLITS:
             own = [r for r in rows if r["split"] == s]
             ids = [r["id"] for r in own]
             parts = {}
             for kind in ("audio", "vision", "text_features") if features else ("audio", "vision"):
+                if kind in gone:
+                    parts[kind] = absent(len(own))
+                    continue
                 arrays = [_array(path, r, kind) for r in own]
                 data.dtypes.setdefault(kind, str(arrays[0].dtype))
                 parts[kind] = from_sequences(arrays, ids, f"{path}, {s}, {kind}")

@@ -22,11 +22,12 @@ from engine.loaders.formats import (
     check_keys,
     check_rows,
     check_splits,
+    nearest,
     read_labels,
     to_texts,
 )
 from engine.loaders.formats.declarelab import looks_like_mmsa
-from engine.loaders.ragged import LengthRule, from_padded
+from engine.loaders.ragged import LengthRule, absent, from_padded
 
 TITLE = "MMSA"
 REQUIRED = ("id", "audio", "vision", "regression_labels")
@@ -51,15 +52,16 @@ class MMSA:
         splits = source.split_dict() or {}
         where = str(source.path)
         check_splits(where, splits)
-        need = (*REQUIRED, "text" if features else "raw_text")
+        gone = _absent(splits)
+        need = tuple(k for k in (*REQUIRED, "text" if features else "raw_text") if k not in gone)
         for s in SPLITS:
             check_keys(f"{where}, {s}", splits[s], need, (*REQUIRED, *OPTIONAL), TITLE)
-        data = RawDataset(self.name, {})
+        data = RawDataset(self.name, {}, notes=[f"the file has no {m}: it is missing in every sample" for m in gone])
         for s in SPLITS:
             split = splits.pop(s)
             count = check_rows(f"{where}, {s}/id", split["id"], TITLE)
             ids = [i.replace("$_$", "_") for i in to_texts(split["id"], f"{where}, {s}/id")]
-            data.dtypes.update({m: str(getattr(split[m], "dtype", "")) for m in ("audio", "vision")})
+            data.dtypes.update({m: str(getattr(split.get(m), "dtype", "")) for m in ("audio", "vision")})
             text = None if "raw_text" not in split else to_texts(split["raw_text"], f"{where}, {s}/raw_text")
             if text is not None and len(text) != count:
                 raise DataError(
@@ -72,7 +74,8 @@ class MMSA:
                     split.pop(m), "right", rule, _lengths(split, m, count, f"{where}, {s}"), ids, f"{where}, {s}/{m}"
                 )
                 for m in ("audio", "vision")
-            }
+                if m not in gone
+            } | {m: absent(count) for m in gone}
             data.splits[s] = RawSplit(
                 ids,
                 text,
@@ -89,6 +92,14 @@ class MMSA:
                 else None,
             )
         return data
+
+
+def _absent(splits: dict[str, Any]) -> list[str]:
+    """Modalities of which no split has a key, spelt right or wrong: MMSA-FET leaves out what was not extracted."""
+    keys = {str(k) for s in SPLITS if isinstance(splits[s], dict) for k in splits[s]}
+    free = [k for k in keys if k not in (*REQUIRED, *OPTIONAL)]
+    gone = [m for m in ("audio", "vision") if m not in keys and not nearest(m, free, 0.5)]
+    return gone if len(gone) == 1 else []
 
 
 def _lengths(split: dict[str, Any], modality: str, count: int, where: str) -> np.ndarray | None:
