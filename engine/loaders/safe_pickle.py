@@ -43,7 +43,7 @@ _HEADS = (
         "Unpack it, or save its contents as numpy arrays in a pickle.",
     ),
     ((b"\x1f\x8b",), "a gzip archive", "Unpack it first."),
-    ((b"\x89hdf",), "an HDF5 file", "Give one of the formats that docs/data.md lists."),
+    ((b"\x89hdf",), "an HDF5 file", "Give one of the formats that docs/formats.md lists."),
 )
 
 

@@ -206,6 +206,8 @@ def find_source(path: str | Path, choice: Choice | None = None) -> Source:
             "a file or folder of features",
             f"Did you mean {near[0]}?" if near else "Check the path.",
         )
+    if not path.is_file() and not path.is_dir():
+        raise DataError(str(path), "neither a file nor a folder", "a file or folder of features", "Check the path.")
     folder = path if path.is_dir() else path.parent
     groups = _split_groups(folder)
     if path.is_file():
@@ -292,7 +294,7 @@ def choose_format(source: Source, expected: str | None = None) -> Format:
     reader = next((f for f in formats() if f.recognises(source)), None)
     if reader is None:
         known = "; ".join(f.title for f in _FORMATS.values())
-        raise DataError(str(source.path), describe(source), f"one of: {known}", "See docs/data.md for the layouts.")
+        raise DataError(str(source.path), describe(source), f"one of: {known}", "See docs/formats.md for the layouts.")
     if expected is not None and reader.name != expected:
         wanted = _FORMATS[expected]
         raise DataError(
