@@ -458,8 +458,14 @@ class _Splits(Mapping):
         )  # fmt: skip
         if any(len(p) != len(split) for p in (label, *(p for p in parts.values() if p is not None))):
             raise ValueError(f"split {name} has parts of different lengths")
-        if split.audio.values.ndim != 2 or split.vision.values.ndim != 2:
-            raise ValueError(f"split {name} has frames that are not [total, d]")
+        for key, part in parts.items():
+            number, kind = (1, "i") if key == "tokens" else (2, "f")
+            if part is None and key in ("audio", "vision"):
+                raise ValueError(f"split {name} has no {key}")
+            if part is not None and (part.values.ndim, part.values.dtype.kind) != (number, kind):
+                raise ValueError(f"{name}/{key} of shape {part.values.shape} and dtype {part.values.dtype}")
+        if label.shape != (len(split), 1) or label.dtype != np.float32:
+            raise ValueError(f"{name}/label of shape {label.shape} and dtype {label.dtype}")
         return split
 
 
@@ -483,7 +489,7 @@ def _open(path: Path) -> tuple[_File, StoreData]:
         file = _File(path)
         meta = file.meta
         version = int(meta["version"])
-        names = list(meta["counts"]) if version == VERSION else []
+        _ = meta["counts"]
     except KeyError:
         raise DataError(
             str(path),
@@ -504,7 +510,27 @@ def _open(path: Path) -> tuple[_File, StoreData]:
             if newer
             else "Convert the data again with this version of engine.",
         )
-    return file, StoreData(meta, _Splits(file, [s for s in SPLITS if s in names]))
+    if not _described(meta):
+        raise _damaged(path, "a description of another form")
+    return file, StoreData(meta, _Splits(file, list(SPLITS)))
+
+
+def _described(meta: dict[str, Any]) -> bool:
+    """Whether a store's description holds what is read from it, in the types in which it was written."""
+    counts = meta["counts"]
+    return (
+        all(isinstance(meta.get(key), str) for key in ("format", "source", "fingerprint", "length_rule"))
+        and isinstance(meta.get("notes"), list)
+        and isinstance(meta.get("checksums"), dict)
+        and isinstance(meta.get("tokenizer", 0), (dict, type(None)))
+        and isinstance(counts, dict)
+        and set(counts) == set(SPLITS)
+        and all(
+            isinstance(split.get(kind), dict) and all(isinstance(n, int) for n in split[kind].values())
+            for split in counts.values()
+            for kind in ("nonfinite", "missing")
+        )
+    )
 
 
 def verify_store(path: str | Path) -> list[str]:

@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from engine.config import DataConfig
 from engine.errors import EngineError
 from engine.loaders import formats, safe_pickle, writers
+from engine.loaders.dataset import Dataset
 from engine.loaders.formats import SPLITS, Choice, RawDataset, Source, csd
 from engine.loaders.hdf5 import CsdReader
-from engine.loaders.store import problems
+from engine.loaders.store import open_store, prepare, problems, verify_store, write_store
 from engine.loaders.writers import Caps, Sample
 
 RULES = ("recorded", "all_zero", "sum_zero")
@@ -378,11 +380,45 @@ def _csd() -> Target:
     return Target("csd", seeds, run)
 
 
+def _store() -> Target:
+    place = folder() / "store"
+    path = place / "x.safetensors"
+
+    def seeds() -> list[bytes]:
+        out = []
+        for name in ("mmsa", "avec2019"):
+            source = Source(writers.dump(contents(name)[0], place / f"{name}.pkl"), {"": place / f"{name}.pkl"})
+            reader = next(f for f in formats.formats() if f.name == name)
+            raw = reader.read(source, "recorded", name == "mmsa")
+            out.append(write_store(path, prepare(source, raw, "recorded", None, "mark")).read_bytes())
+        return out
+
+    def run(data: bytes) -> None:
+        place.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)  # another file: the one before may still be mapped
+        path.write_bytes(data)
+        opened = open_store(path)
+        for split in opened.splits.values():
+            count = len(split.ids)
+            parts = [split.label, split.audio, split.vision, *(p for p in (split.tokens, split.features) if p)]
+            if any(len(part) != count for part in parts) or (split.text is not None and len(split.text) != count):
+                raise Finding("parts of different lengths")
+            for part in parts[1:]:
+                for i in range(count):
+                    part[i].sum()
+        if opened.splits:
+            verify_store(path)
+            Dataset(opened, DataConfig(), None, None)
+
+    return Target("store", seeds, run)
+
+
 TARGETS: dict[str, Callable[[], Target]] = {
     "pickle": _unpickler,
     **{name: partial(_pickle_reader, name) for name in PICKLES},
     "label_csv": _label_csv,
     **{part: partial(_manifest, part) for part in ("manifest", "npy", "frames")},
     "csd": _csd,
+    "store": _store,
 }  # fmt: skip
 """Reader -> function that makes its target."""
