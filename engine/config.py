@@ -79,6 +79,8 @@ def _spread(n: int) -> BeforeValidator:
 
 
 # YAML has no lower-case `none`, and reads `no` as false; both are what people write.
+# YAML reads a bare `off` as false.
+_off = BeforeValidator(lambda value: "off" if value is False else value)
 _none = BeforeValidator(lambda value: None if isinstance(value, str) and value.lower() == "none" else value)
 _no = BeforeValidator(lambda value: "no" if value is False else value)
 
@@ -231,7 +233,7 @@ class ModelConfig(Section):
     modality_dropout: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
         "auto",
         description="share of a training batch whose audio, and likewise whose vision, the fusion encoder does not see "
-        "(auto: 0.3 in fast mode, 0 in faithful mode)",
+        "(auto: 0.5 in fast mode, 0 in faithful mode)",
     )
     task: Literal["regression", "classification"] = Field("regression", description="what the head predicts")
     num_class: int = Field(1, ge=1, description="1 for regression")
@@ -301,6 +303,14 @@ class TrainConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     clip_value: Annotated[float | None, _none] = Field(
         1.5, gt=0, description="clip every gradient element to +-clip_value; none: not clipped"
+    )
+    amp: Annotated[Literal["off", "auto", "bf16", "fp16"], _off] = Field(
+        "auto",
+        description="type of the model's matrix products; auto: bf16 (older GPUs: fp16) where the hardware has units "
+        "for it, else off, which is float32; losses and information terms are float32 always",
+    )
+    compile: Annotated[Literal["off", "default", "reduce-overhead", "max-autotune"], _off] = Field(
+        "off", description="torch.compile both stages in this mode; off: the kernels are called one by one"
     )
     clip_norm: Annotated[float | None, _none] = Field(
         None, gt=0, description="clip the norm of the stage's whole gradient; none: not clipped"
@@ -429,7 +439,7 @@ class Config(Section):
         if c.train.stage1_features == "auto":
             c.train.stage1_features = "fresh" if faithful else "cached"
         if c.model.modality_dropout == "auto":
-            c.model.modality_dropout = 0.0 if faithful else 0.3
+            c.model.modality_dropout = 0.0 if faithful else 0.5
         if c.train.average == "auto":
             c.train.average = None if faithful else 0.98
         if c.data.length_rule == "auto":

@@ -187,6 +187,9 @@ class Objective(nn.Module):
                         "Add it to dims.",
                     )
         self.estimators = nn.ModuleDict({t.key: _estimator(t, dims, s) for t in self.terms})
+        # names made once: a compiled graph cannot make them
+        self._weights = [(str(t), weight) for t, weight in self.stage1_weights.items()]
+        self._sums = [(e.name, [(str(t), c) for t, c in e.coefficients], e.weight) for e in self.expressions]
         by_name = {str(t): self.estimators[t.key] for t in self.terms}
         self._mi = GroupedMI(
             {str(t): by_name[str(t)] for t in self.terms if t.given is None},
@@ -256,26 +259,26 @@ class Objective(nn.Module):
                     "Pass products=.",
                 )  # fmt: skip
             found |= self._cmi(features, products)
-        return {str(t): found[str(t)] for t in self.terms}
+        return {name: found[name] for name, _ in self._weights}
 
     def estimator_loss(
         self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None
     ) -> ObjectiveOutput:
         """Stage 1: Σ weight · (the estimator's own loss). Pass detached features: only estimators should learn."""
         estimates = self.estimate(features, products)
-        losses = {str(t): estimates[str(t)].loss for t in self.terms}
-        total = sum(self.stage1_weights[t] * losses[str(t)] for t in self.terms)
+        losses = {name: estimates[name].loss for name, _ in self._weights}
+        total = sum(weight * losses[name] for name, weight in self._weights)
         return ObjectiveOutput(total, losses, {k: e.value for k, e in estimates.items()}, estimates)
 
     def model_loss(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None) -> ObjectiveOutput:
         """Stage 2: −Σ weight · expression, with gradients to the features."""
         estimates = self.estimate(features, products)
         losses, values = {}, {}
-        for expression in self.expressions:
-            value = sum(c * estimates[str(t)].surrogate for t, c in expression.coefficients)
-            losses[expression.name] = -value
-            values[expression.name] = value.detach()
-        total = sum(e.weight * losses[e.name] for e in self.expressions)
+        for name, parts, _ in self._sums:
+            value = sum(c * estimates[term].surrogate for term, c in parts)
+            losses[name] = -value
+            values[name] = value.detach()
+        total = sum(weight * losses[name] for name, _, weight in self._sums)
         return ObjectiveOutput(total, losses, values, estimates)
 
 

@@ -7,6 +7,7 @@ those estimators report. Batches are `Batch` objects or plain `(inputs, target, 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from engine.errors import EstimatorError
 from engine.kernels.knn_product import Bank
 from engine.loaders.batch import Batch
 from engine.objective import Objective, ObjectiveOutput, Rows
@@ -148,6 +150,11 @@ class TwoStageStep:
         clip_norm: clip the norm of a stage's whole gradient.
         average: decay of a moving average of the model's weights, kept after every stage-2 update in `self.average`;
             None keeps none.
+        autocast: type of the model's matrix products (see `engine.precision`); None: float32. Information terms, losses
+            and what is stored are float32 always. With float16 the loss is scaled, and a step whose gradients overflow
+            is left out.
+        compile: "off", or a mode of torch.compile: both stages' losses and their gradients are then compiled, each as
+            one graph; what depends on values (product rows, the layout of texts) is prepared outside them.
         label: name under which the target enters the objective's features, as float [B, n]; None to leave it out.
         generator: CPU generator that product rows are drawn with.
     """
@@ -163,6 +170,8 @@ class TwoStageStep:
         clip_value: float | None = None,
         clip_norm: float | None = None,
         average: float | None = None,
+        autocast: torch.dtype | None = None,
+        compile: str = "off",
         label: str | None = "C",
         generator: torch.Generator | None = None,
     ):
@@ -170,6 +179,13 @@ class TwoStageStep:
         self.main_optimizer, self.estimator_optimizer = main_optimizer, estimator_optimizer
         self.clip_value, self.clip_norm, self.label = clip_value, clip_norm, label
         self.average = None if average is None else WeightAverage(model, average)
+        self.autocast, self.compile = autocast, compile
+        device = next((p.device for p in model.parameters()), torch.device("cpu")).type
+        self.scaler = torch.amp.GradScaler(device) if autocast == torch.float16 else None
+        self._run_forward, self._run_stage1, self._run_stage2 = (
+            f if compile == "off" else torch.compile(f, mode=compile, fullgraph=True, dynamic=True)
+            for f in (self.forward, self._stage1_loss, self._stage2_loss)
+        )
         self.generator = generator or torch.Generator().manual_seed(0)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
@@ -180,8 +196,11 @@ class TwoStageStep:
 
     def forward(self, inputs: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The model's prediction and features, with the target among the features as `label`."""
-        prediction, features = self.model(inputs)
-        features = dict(features)
+        device = target.device.type
+        with torch.autocast(device, self.autocast) if self.autocast else contextlib.nullcontext():
+            prediction, features = self.model(inputs)
+        prediction = _full(prediction)
+        features = {name: _full(value) for name, value in features.items()}
         if self.label is not None:
             features[self.label] = target.reshape(len(target), -1).to(prediction.dtype)
         return prediction, features
@@ -192,32 +211,57 @@ class TwoStageStep:
             return None
         return self.objective.sample_products(bank, batch_size, self.generator)
 
-    def _update(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    def _prepared(self, inputs: Any) -> Any:
+        """Inputs as the model wants them in a graph, by its own `prepare` where it has one."""
+        prepare = getattr(self.model, "prepare", None) if self.compile != "off" else None
+        return inputs if prepare is None else prepare(inputs)
+
+    def _begin(self) -> None:
+        if self.compile != "off":
+            # a CUDA graph writes its results where those of the step before are
+            torch.compiler.cudagraph_mark_step_begin()
+
+    def _update(
+        self, loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if scaler is not None:
+            scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        optimizer.step()
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
 
     # -- the two stages ----------------------------------------------------------------------------
 
     def stage1(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> ObjectiveOutput:
         """One update of the estimators on features [B, width], which are detached first."""
         self.objective.train()
-        output = self.objective.estimator_loss({k: v.detach() for k, v in features.items()}, products)
+        self._begin()
+        output = self._run_stage1({k: v.detach() for k, v in features.items()}, products)
         self._update(output.loss, self.estimator_optimizer)
         return output
+
+    def _stage1_loss(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> ObjectiveOutput:
+        return self.objective.estimator_loss(features, products)
 
     def stage2(
         self, inputs: Any, target: Tensor, products: Mapping[str, Rows] | None, *, information: bool = True
     ) -> StepOutput:
         """One update of the model on task loss + information terms (`information=False`: on the task loss alone)."""
         self.model.train()
-        output, loss = self._stage2_loss(inputs, target, products, information)
-        self._update(loss, self.main_optimizer)
+        information = information and self.objective is not None
+        self._begin()
+        with self._frozen_estimators():
+            output, loss = self._run_stage2(self._prepared(inputs), target, products, information)
+            self._update(loss, self.main_optimizer, self.scaler)
         if self.average is not None:
             self.average.update()
         return output
@@ -229,17 +273,24 @@ class TwoStageStep:
         task = self.task_loss(prediction, target)
         terms = None
         loss = task
-        if information and self.objective is not None:
-            # Stage 2 does not step the estimators: in eval mode they keep their running state (MINE's average), and
-            # without requires_grad their weight gradients are not computed.
-            self.objective.eval()
-            with _without_grad(self.objective):
-                terms = self.objective.model_loss(features, products)
+        if information:
+            terms = self.objective.model_loss(features, products)
             loss = task + terms.loss
         output = StepOutput(
             prediction.detach(), {k: v.detach() for k, v in features.items()}, loss.detach(), task.detach(), terms
         )
         return output, loss
+
+    @contextlib.contextmanager
+    def _frozen_estimators(self) -> Iterator[None]:
+        """Stage 2 does not step the estimators: in eval mode they keep their running state (MINE's average), and
+        without requires_grad their weight gradients are not computed."""
+        if self.objective is None:
+            yield
+            return
+        self.objective.eval()
+        with _without_grad(self.objective):
+            yield
 
     # -- whole passes ------------------------------------------------------------------------------
 
@@ -249,7 +300,8 @@ class TwoStageStep:
         self.model.train()
         bank = FeatureBank(size)
         for inputs, target, index in map(unpack, loader):
-            bank.store(index, self.forward(inputs, target)[1])
+            self._begin()
+            bank.store(index, self._run_forward(self._prepared(inputs), target)[1])
         return bank
 
     def train_epoch(
@@ -310,15 +362,27 @@ class TwoStageStep:
             if output.information is not None:
                 information.add(output.information.values, len(target))
             on_batch("stage2", number)
-        return EpochResult(
-            **losses.result(), information=information.result(), estimators=estimators.result()
-        ), next_bank
+        result = EpochResult(**losses.result(), information=information.result(), estimators=estimators.result())
+        self._check_finite(result)
+        return result, next_bank
+
+    def _check_finite(self, result: EpochResult) -> None:
+        """What estimators see for themselves on a CPU is seen here, once an epoch, on a GPU and in compiled graphs."""
+        if self.objective is None or self.objective.settings.on_degenerate != "raise":
+            return
+        for name, value in (result.estimators | result.information).items():
+            if not math.isfinite(value):
+                raise EstimatorError(
+                    f"objective term {name}", f"an estimate of {value} in this epoch", "finite estimates",
+                    'Check the features and the learning rate, or set objective.on_degenerate="skip".',
+                )  # fmt: skip
 
     @torch.no_grad()
     def _fresh_features(self, loader: Iterable) -> Iterator[dict[str, Tensor]]:
         for inputs, target, _ in map(unpack, loader):
             self.model.train()
-            yield self.forward(inputs, target)[1]
+            self._begin()
+            yield self._run_forward(self._prepared(inputs), target)[1]
 
     def _bank_batches(self, bank: FeatureBank, batch_size: int) -> Iterator[dict[str, Tensor]]:
         known = bank.tensors()
@@ -341,7 +405,8 @@ class TwoStageStep:
         for inputs, target, _ in map(unpack, loader):
             use = known is not None and len(target) >= self.objective.min_batch
             products = self.draw_products(known, len(target)) if use else None
-            output, _ = self._stage2_loss(inputs, target, products, use)
+            with self._frozen_estimators():
+                output, _ = self._stage2_loss(inputs, target, products, use)
             losses.add({"loss": output.loss, "task": output.task}, len(target))
             if output.information is not None:
                 information.add(output.information.values, len(target))
@@ -358,6 +423,10 @@ class TwoStageStep:
 def unpack(item: Batch | tuple) -> tuple[Any, Tensor, Tensor]:
     """A batch as (inputs, target, index)."""
     return (item, item.label, item.index) if isinstance(item, Batch) else item
+
+
+def _full(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from engine.loaders.normalize import Normalizer
 from engine.model.mimrl import MIMRL, build_model
 from engine.model.text_encoder import load_text_encoder, text_encoder_from_config
 from engine.objective import Objective, mimrl_objective
+from engine.precision import autocast_dtype
 from engine.report import environment, write_report
 from engine.step import EpochResult, FeatureBank, TwoStageStep
 
@@ -302,6 +303,8 @@ class _Trainer:
             clip_value=c.train.clip_value,
             clip_norm=c.train.clip_norm,
             average=c.train.average,
+            autocast=autocast_dtype(c.train.amp, self.device),
+            compile=c.train.compile,
             generator=torch.Generator().manual_seed(c.seed),
         )
         self.optimizers = {"main": main, "estimators": estimators}

@@ -16,6 +16,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -163,6 +164,11 @@ def has_triton() -> bool:
 def interpreting() -> bool:
     """Whether triton's interpreter runs the kernels, on the CPU. Fixed when triton is first imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def log_size(size: int, like: Tensor) -> float | Tensor:
+    """log(size); in a graph as a tensor, because math.log would fix a dynamic size."""
+    return like.new_full((), size).log() if torch.compiler.is_compiling() else math.log(size)
 
 
 def _run(operation: Operation, *args: Any) -> Any:

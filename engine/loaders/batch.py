@@ -7,6 +7,26 @@ from torch import Tensor
 
 
 @dataclass
+class PackedText:
+    """Texts of a batch put end to end into rows of one width: what a text encoder reads instead of padding.
+
+    Attributes:
+        token_ids, position: int64 [rows, width], each text's positions counted from 0.
+        text: int64 [rows, width], which text a place belongs to; -1 where nothing is attended to.
+        place: int64 [B, L], where a text's tokens are in the flattened rows (0 for padding).
+    """
+
+    token_ids: Tensor
+    position: Tensor
+    text: Tensor
+    place: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedText":
+        """The same with every tensor on `device`."""
+        return PackedText(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+
+
+@dataclass
 class Batch:
     """One padded batch of utterances. All sequences are padded on the RIGHT with zeros.
 
@@ -19,6 +39,7 @@ class Batch:
         text: float32 [B, Lt, d_t] precomputed text features, or None where tokens are given.
         audio: float32 [B, La, d_a]; audio_length: int64 [B], 1 <= length <= La.
         vision: float32 [B, Lv, d_v]; vision_length: int64 [B], 1 <= length <= Lv.
+        packed: the token_ids once more as `engine.model.text_encoder.pack_text` lays them out, or None.
 
     A missing modality is one zero frame of length 1.
     """
@@ -33,6 +54,7 @@ class Batch:
     audio_length: Tensor
     vision: Tensor
     vision_length: Tensor
+    packed: PackedText | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -42,6 +64,6 @@ class Batch:
         moved = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            if isinstance(value := getattr(self, f.name), (Tensor, PackedText))
         }
         return replace(self, **moved)

@@ -15,7 +15,7 @@ from engine.kernels.cmi import (
     mimrl_log_ratio,
 )
 from engine.kernels.critics import mlp
-from engine.model.estimators import Estimate, build_mlp, mlp_layers, zero_with_gradients
+from engine.model.estimators import Estimate, build_mlp, finite, mlp_layers, or_zero, zero_with_gradients
 
 Rows = tuple[Tensor, Tensor, Tensor]
 ESTIMATORS = ("ldr", "dv", "nwj")
@@ -103,7 +103,7 @@ class CMIEstimator(nn.Module):
         b = len(joint[0])
         rows = torch.cat([self._row(joint), self._row(product)])
         logits = mlp(rows, mlp_layers(self.classifier))
-        if not logits.isfinite().all():
+        if not finite(logits):
             return self._degenerate("non-finite logits", "finite logits", whole, product)
         with torch.autocast(logits.device.type, enabled=False):
             return self._estimate(logits[:b], logits[b:])
@@ -119,6 +119,7 @@ class CMIEstimator(nn.Module):
             loss = classifier_loss(joint, product)
             values = cmi_values(joint.clamp(-LOGIT_LIMIT, LOGIT_LIMIT), product.clamp(-LOGIT_LIMIT, LOGIT_LIMIT))
             surrogate = values[self.estimator]
+        surrogate, loss = (or_zero(t, self.on_degenerate) for t in (surrogate, loss))
         return Estimate(surrogate.detach(), surrogate, loss, {name: v.detach() for name, v in values.items()})
 
     def _row(self, parts: Rows) -> Tensor:

@@ -88,7 +88,7 @@ class SequenceEncoder(nn.Module):
             h = self.conv(x.transpose(1, 2)).transpose(1, 2)
         else:
             weights = parameters(self.rnn)
-            if weights is not None and available(x):
+            if weights is not None and (x.is_cuda or available(x)):
                 h = bidirectional(x, length, weights, self.kind)
             else:
                 packed = pack_padded_sequence(x, length.cpu(), batch_first=True, enforce_sorted=False)

@@ -115,11 +115,12 @@ class MIEstimator(nn.Module):
             )
         if self.critic.kind == "concat" and self.bound == "infonce":
             value = self.critic.infonce(x, y)
-            if not value.isfinite():
+            if not finite(value):
                 return self._degenerate("non-finite scores", "finite scores", x, y)
+            value = or_zero(value, self.on_degenerate)
             return Estimate(value.detach(), value, -value)
         scores, log_baseline = self.critic(x, y), self.baseline(y)
-        if not scores.isfinite().all():
+        if not finite(scores):
             return self._degenerate("non-finite scores", "finite scores", x, y)
         log_ema = None
         if self.bound == "mine" and self.compat == "none":
@@ -133,7 +134,7 @@ class MIEstimator(nn.Module):
             log_ema=log_ema,
             compat=self.compat,
         )
-        if not value.isfinite():
+        if not finite(value):
             size = scores.detach().abs().max().item()
             return self._degenerate(
                 f"the estimate {value.item()} from scores of up to {size:.3g}", "a finite estimate", x, y
@@ -141,6 +142,7 @@ class MIEstimator(nn.Module):
         if log_ema is not None and self.training:
             self.log_ema.copy_(log_ema)
         loss = mimrl_mine_loss(scores) if self.bound == "mine" and self.compat == "mimrl" else -surrogate
+        value, surrogate, loss = (or_zero(t, self.on_degenerate) for t in (value, surrogate, loss))
         return Estimate(value, surrogate, loss)
 
     def reset_average(self) -> None:
@@ -251,6 +253,29 @@ def build_mlp(dim_in: int, dim_out: int, hidden: int, layers: int, activation: s
 def mlp_layers(sequential: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
     """(weight, bias) of each linear layer, for the functions of `engine.kernels.critics`."""
     return [(module.weight, module.bias) for module in sequential if isinstance(module, nn.Linear)]
+
+
+def waits_for(tensor: Tensor) -> bool:
+    """Whether Python may look at values of `tensor`: a GPU would have to be waited for, and a graph has none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def finite(*tensors: Tensor) -> bool:
+    """Whether all values are finite. True without a look where `waits_for` is not: a trainer then checks its means."""
+    return not waits_for(tensors[0]) or all(bool(t.isfinite().all()) for t in tensors)
+
+
+def or_zero(tensor: Tensor, on_degenerate: str) -> Tensor:
+    """With on_degenerate="skip" and unchecked values: 0 where not finite. (Gradients may still be NaN there.)"""
+    if on_degenerate == "raise" or waits_for(tensor):
+        return tensor
+    return torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor))
+
+
+def apart(x: Tensor) -> list[Tensor]:
+    """x[0], x[1], ...: views, or copies where torch.compile would have to return views of one tensor."""
+    parts = list(x.unbind())
+    return [part.clone() for part in parts] if torch.compiler.is_compiling() else parts
 
 
 def zero_with_gradients(*tensors: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from engine.kernels.critics.op import grouped_mlp
+from engine.kernels.critics.op import grouped_infonce, grouped_mlp
 from engine.kernels.mi_bounds.op import mi_lower_bound
-from engine.model.estimators import Estimate, MIEstimator, mlp_layers
+from engine.model.estimators import Estimate, MIEstimator, apart, finite, mlp_layers, or_zero
 
 # What compat="mimrl" computes in another way than the corrected bounds.
 DIFFERENT_IN_MIMRL = ("mine", "js", "smile", "interpolate")
@@ -124,10 +124,13 @@ class _Group:
         stacked = self._stacked()
         split = 2 * len(inputs)
         first, rest = (list(zip(s[::2], s[1::2], strict=True)) for s in (stacked[:split], stacked[split:]))
+        example = next(iter(self.estimators.values()))
+        if example.bound == "infonce":
+            value = grouped_infonce(inputs, first, rest, self.of_y, self.of_x)
+            return self._estimates(value) if finite(value) else None
         embedded = grouped_mlp(inputs, first, rest)
         towers = embedded.unbind()
         q, k = (torch.stack([towers[n] for n in places]) for places in (self.of_y, self.of_x))
-        example = next(iter(self.estimators.values()))
         ema = None
         if example.bound == "mine":
             ema = torch.stack([e.log_ema for e in self.estimators.values()])
@@ -138,13 +141,17 @@ class _Group:
         if ema is not None:
             value, ema = value
         # A non-finite score leaves no bound finite, except where a formula cuts it off: those look at the embeddings.
-        if not (value.isfinite().all() & embedded.isfinite().all()):
+        if not finite(value, embedded):
             return None
         if ema is not None:
             for estimator, log_ema in zip(self.estimators.values(), ema, strict=True):
                 if estimator.training:
                     estimator.log_ema.copy_(log_ema)
-        values, surrogates, losses = value.detach().unbind(), value.unbind(), (-value).unbind()
+        return self._estimates(value)
+
+    def _estimates(self, value: Tensor) -> dict[str, Estimate]:
+        value = or_zero(value, next(iter(self.estimators.values())).on_degenerate)
+        values, surrogates, losses = apart(value.detach()), apart(value), apart(-value)
         return {name: Estimate(values[n], surrogates[n], losses[n]) for n, name in enumerate(self.estimators)}
 
     def _fits(self, inputs: Sequence[Tensor]) -> bool:

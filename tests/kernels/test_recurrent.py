@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from engine.errors import DataError
 from engine.kernels import registry
-from engine.kernels.recurrent import build, cpu, op
+from engine.kernels.recurrent import build, cpu, cudnn, op
 from engine.model.encoders import SequenceEncoder
 
 MODULES = {"gru": nn.GRU, "lstm": nn.LSTM}
@@ -337,3 +337,25 @@ def test_import_compiles_nothing(tmp_path):
         text=True,
     )
     assert found.stdout.strip() == "False", found.stderr
+
+
+@pytest.mark.parametrize("kind, layers", [("gru", 2), ("lstm", 1), ("gru", 1), ("lstm", 3)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_a_gpu_runs_is_the_module(kind, layers, shape):
+    """Padded rows, the backward direction over rows reversed within their lengths: no device is special in it."""
+    batch, width, features, hidden = shape
+    module, x, length = case(kind, batch, width, features, hidden, layers, torch.float64)
+    cotangent = torch.randn(batch, width, 2 * hidden, dtype=torch.float64)
+
+    def padded(module, x, length):
+        return cudnn.bidirectional(x, length, op.parameters(module), kind)
+
+    expected = gradients(packed, module, x, length, cotangent)
+    for a, b in zip(gradients(padded, module, x, length, cotangent), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    weights = op.parameters(module)
+    out, state = cudnn.forward(x, length, weights, kind, 5)
+    torch.testing.assert_close(out, expected[0])
+    *of_weights, of_x = cudnn.backward(cotangent, x, length, weights, out, state, kind, True)
+    for a, b in zip([of_x, *of_weights], expected[1:], strict=True):
+        torch.testing.assert_close(a, b)

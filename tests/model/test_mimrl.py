@@ -287,7 +287,7 @@ def test_modality_dropout_hides_rows_from_the_fusion_encoder_alone(which):
 
 
 def test_faithful_mode_hides_nothing():
-    assert model("faithful").modality_dropout == 0.0 and model("fast").modality_dropout == 0.3
+    assert model("faithful").modality_dropout == 0.0 and model("fast").modality_dropout == 0.5
 
 
 def test_what_fills_the_text_is_dropped_out_like_text():

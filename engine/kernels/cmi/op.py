@@ -173,9 +173,9 @@ def _check(
     fits &= len(places) == len(product) == 3 * groups > 0 and all(0 <= s < len(joint) for s in places)
     fits &= all(t.dim() == 2 for t in (*joint, *product)) and weights[0].dim() == 3 and k >= 1
     if fits:
-        dim, wide = divmod(weights[0].shape[2], 3)
+        dim, wide = weights[0].shape[2] // 3, weights[0].shape[2] % 3
         fits &= wide == 0 and all(len(j) == len(joint[0]) and 1 <= j.shape[1] <= dim for j in joint)
-        queries, rest = divmod(len(product[0]), k)
+        queries, rest = len(product[0]) // k, len(product[0]) % k
         fits &= rest == 0 and queries > 0
         for i, part in enumerate(product):
             fits &= len(part) == (queries * k if i % 3 == 0 else queries)
@@ -203,7 +203,7 @@ def _shapes(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _fake_forward(first, first_bias, rest, joint, slots, product, k):
-    g, b, p = len(first), len(joint[0]), len(product[0])
+    g, b, p = first.shape[0], joint[0].shape[0], product[0].shape[0]  # len() would fix a dynamic size
     hidden = [first.new_empty(g, b + p, bias.shape[1]) for bias in (first_bias, *rest[1:-2:2])]
     return [first.new_empty(g, n, rest[-1].shape[1]) for n in (b, p)] + hidden
 
@@ -218,7 +218,7 @@ def _fake_backward(
 
 
 def _fake_read(joint, product, limit):
-    return [joint.new_empty(len(joint)), joint.new_empty(3, len(joint))]
+    return [joint.new_empty(joint.shape[0]), joint.new_empty(3, joint.shape[0])]
 
 
 def _fake_read_backward(joint, product, loss_grad, value_grad, which, limit):

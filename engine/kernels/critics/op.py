@@ -11,7 +11,6 @@ threads. Gradients of gradients are not defined. Hidden layers end in ReLU; othe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +22,7 @@ from engine.kernels.critics import reference
 from engine.kernels.critics.plain import concat_shapes, flat, grad_shapes, infonce_state_size, pieces_of, state_size
 from engine.kernels.critics.reference import Layers
 from engine.kernels.mi_bounds.op import infonce
-from engine.kernels.registry import backend_for, call, lazy, register
+from engine.kernels.registry import backend_for, call, lazy, log_size, register
 
 
 def grouped_mlp(inputs: Sequence[Tensor], first: Layers, rest: Layers, activation: str = "relu") -> Tensor:
@@ -90,8 +89,9 @@ def grouped_infonce(
     if _backend(inputs[0], "critics_mlp_forward", activation) != "cpu":
         embedded = grouped_mlp(inputs, first, rest, activation)
         q, k = embedded[list(rows)], embedded[list(columns)]
-        return math.log(q.shape[1]) - infonce(q, k)
-    flat, log_rows = [*_flat(first), *_flat(rest)], math.log(len(inputs[0]))
+        found = infonce(q, k)
+        return log_size(q.shape[1], found) - found
+    flat, log_rows = [*_flat(first), *_flat(rest)], log_size(len(inputs[0]), inputs[0])
     with torch.autocast(inputs[0].device.type, enabled=False):
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *flat)):
             return log_rows - _GroupedInfoNCE.apply(len(inputs), list(rows), list(columns), *inputs, *flat)
@@ -155,12 +155,12 @@ def concat_infonce(
         scores = concat_scores(x, y, layers, activation)
         scores = scores.t() if transpose else scores
         losses = -scores.log_softmax(1).diagonal() + (scores - scores).detach().sum(1)
-        return math.log(len(x)) - losses.mean()
+        return log_size(len(x), losses) - losses.mean()
     with torch.autocast(x.device.type, enabled=False):
         flat = _flat(layers)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *flat))):
-            return math.log(len(x)) - call("critics_concat_infonce", x, y, flat, transpose, False, False)[0].mean()
-        return math.log(len(x)) - _ConcatInfoNCE.apply(x, y, transpose, *flat)
+            return log_size(len(x), x) - call("critics_concat_infonce", x, y, flat, transpose, False, False)[0].mean()
+        return log_size(len(x), x) - _ConcatInfoNCE.apply(x, y, transpose, *flat)
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -320,10 +320,13 @@ def _shapes(tensors: Sequence[Tensor]) -> list[list[int]]:
     return [list(t.shape) for t in tensors]
 
 
+# In these, x.shape[0]: len(x) would fix a dynamic size.
+
+
 def _fake_mlp_forward(x, more, first, rest):
-    count, width = sum(len(w) for w in first[::2]), rest[-2].shape[1]
-    state = state_size(len(x), count, first[0].shape[1], len(rest) // 2)
-    return x.new_empty(count, len(x), width), x.new_empty(state)
+    count, width = sum(w.shape[0] for w in first[::2]), rest[-2].shape[1]
+    state = state_size(x.shape[0], count, first[0].shape[1], len(rest) // 2)
+    return x.new_empty(count, x.shape[0], width), x.new_empty(state)
 
 
 def _fake_mlp_backward(grad, inputs, first, rest, state, input_grads, weight_grads):
@@ -331,7 +334,7 @@ def _fake_mlp_backward(grad, inputs, first, rest, state, input_grads, weight_gra
 
 
 def _fake_grouped_infonce(x, more, first, rest, q, k, grads):
-    size = infonce_state_size(len(x), 2 * len(q), first[0].shape[1], rest[-2].shape[1], len(rest) // 2)
+    size = infonce_state_size(x.shape[0], 2 * len(q), first[0].shape[1], rest[-2].shape[1], len(rest) // 2)
     return x.new_empty(len(q)), x.new_empty(size if grads else 0)
 
 
@@ -344,7 +347,7 @@ def _fake_concat_backward(grad, x, y, layers, input_grads, weight_grads):
 
 
 def _fake_concat_infonce(x, y, layers, transpose, input_grads, weight_grads):
-    return x.new_empty(len(x)), _fake_concat_backward(None, x, y, layers, input_grads, weight_grads)
+    return x.new_empty(x.shape[0]), _fake_concat_backward(None, x, y, layers, input_grads, weight_grads)
 
 
 def _register(name: str, function: str, schema: str, fake, cuda: str) -> None:
@@ -387,7 +390,7 @@ _register(
     "critics_concat_forward",
     "concat_forward",
     "(Tensor x, Tensor y, Tensor[] layers) -> Tensor",
-    lambda x, y, layers: x.new_empty(len(y), len(x)),
+    lambda x, y, layers: x.new_empty(y.shape[0], x.shape[0]),
     "triton",
 )
 _register(

@@ -5,6 +5,7 @@ The concat critic's pairs are worked on a tile at a time in reused memory. All h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -38,12 +39,12 @@ def grad_shapes(
 
 def flat(like: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, list[Tensor]]:
     """A new 1-d tensor and its pieces of the given shapes."""
-    whole = like.new_empty(sum(shape.numel() for shape in shapes))
+    whole = like.new_empty(sum(math.prod(shape) for shape in shapes))  # numel() would fix a dynamic size
     return whole, pieces_of(whole, shapes)
 
 
 def pieces_of(whole: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    parts = whole.split([shape.numel() for shape in shapes])
+    parts = whole.split([math.prod(shape) for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 

@@ -24,7 +24,7 @@ from engine.errors import EstimatorError
 from engine.kernels.mi_bounds import reference
 from engine.kernels.mi_bounds.reference import BOUNDS, full_precision
 from engine.kernels.mi_bounds.statistics import SIGMOID_GRADIENT, add_positives_, finish, interpolated
-from engine.kernels.registry import backend_for, call, interpreting, lazy, register
+from engine.kernels.registry import backend_for, call, interpreting, lazy, log_size, register
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -181,7 +181,7 @@ def mi_lower_bound(
         loss = (
             _FusedInfoNCE.apply(q, k, scale, None, False) if fused else _InfoNCE.apply(q, k, scale, None, False, False)
         )
-        value = math.log(count) - (loss if fused else loss.mean(-1))
+        value = log_size(count, loss) - (loss if fused else loss.mean(-1))
     else:
         fused = bound != "interpolate" and _wants_grad(q, k, scale, a) and backend == "cpu"
         value, ema = _Bound.apply(q, k, scale, a, ema, *settings, fused)

@@ -2,6 +2,7 @@
 
 What torch.nn.GRU and LSTM compute on a packed batch, from the same weights. On CPU tensors a kernel compiled at first
 use (engine/kernels/recurrent/recurrent.cpp) runs it without padding and without one small torch operation per step.
+On a GPU cuDNN runs, and the host waits for nothing (cudnn.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from engine.kernels import registry
-from engine.kernels.recurrent import build, cpu, reference
+from engine.kernels.recurrent import build, cpu, cudnn, reference
 
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -62,9 +63,14 @@ def bidirectional(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: st
         ValueError: shapes that do not belong together.
     """
     cpu.check(x, weights, cell)
-    if not available(x):
+    if available(x):
+        return _Recurrent.apply(x, length, cell, *weights)
+    if not x.is_cuda or registry.backend_for(x) == "reference":
         return reference.bidirectional(x, length, weights, cell)
-    return _Recurrent.apply(x, length, cell, *weights)
+    if torch.compiler.is_compiling():
+        return _Recurrent.apply(x, length, cell, *weights)
+    with torch.autocast("cuda", enabled=False):
+        return cudnn.bidirectional(x if x.dtype == torch.float64 else x.float(), length, weights, cell)
 
 
 class _Recurrent(torch.autograd.Function):
@@ -72,7 +78,8 @@ class _Recurrent(torch.autograd.Function):
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx, x: Tensor, length: Tensor, cell: str, *weights: Tensor) -> Tensor:
         # lengths are data: a compiled graph, whose shapes must not depend on them, makes room for a full batch
-        tokens = x.shape[0] * x.shape[1] if torch.compiler.is_compiling() else int(length.sum())
+        graph = torch.compiler.is_compiling() or x.is_cuda
+        tokens = x.shape[0] * x.shape[1] if graph else int(length.sum())
         out, state = registry.call("recurrent_forward", x, length, list(weights), cell, tokens)
         ctx.save_for_backward(x, length, out, state, *weights)
         ctx.cell = cell
@@ -90,7 +97,7 @@ class _Recurrent(torch.autograd.Function):
 
 def _fake_forward(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str, tokens: int) -> tuple:
     hidden, layers = weights[1].shape[1], len(weights) // 8
-    width = cpu.state_width(layers, hidden, cell)
+    width = 0 if x.device.type == "cuda" else cpu.state_width(layers, hidden, cell)
     return x.new_empty(x.shape[0], x.shape[1], 2 * hidden), x.new_empty(tokens * width)
 
 
@@ -112,6 +119,7 @@ registry.register(
     "recurrent_forward",
     "(Tensor x, Tensor length, Tensor[] weights, str cell, SymInt tokens) -> (Tensor, Tensor)",
     cpu=cpu.forward,
+    cuda=cudnn.forward,
     fake=_fake_forward,
 )
 registry.register(
@@ -119,5 +127,6 @@ registry.register(
     "(Tensor gradient, Tensor x, Tensor length, Tensor[] weights, Tensor out, Tensor state, str cell, "
     "bool input_gradient) -> Tensor[]",
     cpu=cpu.backward,
+    cuda=cudnn.backward,
     fake=_fake_backward,
 )

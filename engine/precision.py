@@ -1,0 +1,50 @@
+"""Which floating-point type a training step's matrix products run in, and whether this machine gains from it."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from engine.errors import ConfigError
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast_dtype(setting: str, device: torch.device) -> torch.dtype | None:
+    """What `train.amp` means on a device: the type of autocast, or None for float32 throughout.
+
+    auto is bf16 where the hardware multiplies it: GPUs of compute capability 8.0 on, and CPUs with AMX or AVX-512 BF16;
+    fp16 on older GPUs with tensor cores (7.0 on); else float32. A CPU without such units emulates bf16 some twenty
+    times slower than float32: asked for by name it runs all the same, with a warning.
+
+    Raises:
+        ConfigError: a type that the device cannot compute in.
+    """
+    if setting == "off":
+        return None
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if setting == "auto":
+            return TYPES["bf16"] if capability >= (8, 0) else TYPES["fp16"] if capability >= (7, 0) else None
+        if setting == "bf16" and capability < (8, 0):
+            raise ConfigError(
+                "train.amp", f"bf16 on a GPU of compute capability {capability[0]}.{capability[1]}", "8.0 or newer",
+                "Use train.amp=fp16 or auto.",
+            )  # fmt: skip
+        return TYPES[setting]
+    if device.type == "cpu":
+        fast = cpu_multiplies_bf16()
+        if setting == "auto":
+            return TYPES["bf16"] if fast else None
+        if setting == "fp16":
+            raise ConfigError("train.amp", "fp16 on a CPU", "off, auto or bf16", "Use train.amp=auto.")
+        if not fast:
+            warnings.warn("train.amp=bf16: this processor has no bf16 units; float32 is much faster", stacklevel=2)
+        return TYPES[setting]
+    return None if setting == "auto" else TYPES[setting]
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this processor has instructions for bf16 products."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
