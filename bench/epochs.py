@@ -40,7 +40,9 @@ def config(mode: str, data: Path, setting: Setting, overrides: tuple[str, ...] =
         f"mode={mode}", "batch_size=32", "data.time_len=100", "model.dropout=0.1", "train.stage1_n=2", "train.lr=1e-3",
         "epochs=100000", "output.report=false", "output.tensorboard=false", "output.progress=false",
         f"device={setting.device}", f"threads={torch.get_num_threads()}", f"data.path={data}",
-        "data.length_rule=recorded", *overrides,
+        "data.length_rule=recorded",
+        "train.amp=off",  # both sides compute in float32
+        *overrides,
     ]  # fmt: skip
     return load_config("mosi-paper", settings)
 

@@ -142,7 +142,7 @@ def tiny_config(mode: str, data: Path, text_encoder: Path) -> Config:
         f"mode={mode}", f"data.path={data}", f"text_encoder={text_encoder}", f"batch_size={BATCH}", "epochs=2",
         "data.time_len=20", "model.d_common=32", "model.cubemlp.d_hiddens=10-3-32=5-3-32",
         "model.cubemlp.d_outs=10-3-32=5-3-32", "objective.hidden=48", "objective.embed=32", "threads=1", "device=cpu",
-        "data.length_rule=recorded",
+        "data.length_rule=recorded", "train.amp=off",
         "output.report=false", "output.tensorboard=false", "output.progress=false", "output.features=false",
     ]  # fmt: skip
     return load_config("mosi", settings)

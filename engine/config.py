@@ -307,7 +307,8 @@ class TrainConfig(Section):
     amp: Annotated[Literal["off", "auto", "bf16", "fp16"], _off] = Field(
         "auto",
         description="type of the model's matrix products; auto: bf16 (older GPUs: fp16) where the hardware has units "
-        "for it, else off, which is float32; losses and information terms are float32 always",
+        "for it, else and in faithful mode off, which is float32; losses, information terms and evaluation are "
+        "float32 always",
     )
     compile: Annotated[Literal["off", "default", "reduce-overhead", "max-autotune"], _off] = Field(
         "off", description="torch.compile both stages in this mode; off: the kernels are called one by one"
@@ -438,6 +439,8 @@ class Config(Section):
             c.objective.compat = "mimrl" if faithful else "none"
         if c.train.stage1_features == "auto":
             c.train.stage1_features = "fresh" if faithful else "cached"
+        if faithful and c.train.amp == "auto":
+            c.train.amp = "off"
         if c.model.modality_dropout == "auto":
             c.model.modality_dropout = 0.0 if faithful else 0.5
         if c.train.average == "auto":

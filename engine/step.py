@@ -150,8 +150,8 @@ class TwoStageStep:
         clip_norm: clip the norm of a stage's whole gradient.
         average: decay of a moving average of the model's weights, kept after every stage-2 update in `self.average`;
             None keeps none.
-        autocast: type of the model's matrix products (see `engine.precision`); None: float32. Information terms, losses
-            and what is stored are float32 always. With float16 the loss is scaled, and a step whose gradients overflow
+        autocast: type of the model's matrix products (see `engine.precision`); None: float32. Information terms, losses,
+            what is stored and evaluation are float32 always. With float16 the loss is scaled, and a step whose gradients overflow
             is left out.
         compile: "off", or a mode of torch.compile: both stages' losses and their gradients are then compiled, each as
             one graph; what depends on values (product rows, the layout of texts) is prepared outside them.
@@ -197,7 +197,8 @@ class TwoStageStep:
     def forward(self, inputs: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The model's prediction and features, with the target among the features as `label`."""
         device = target.device.type
-        with torch.autocast(device, self.autocast) if self.autocast else contextlib.nullcontext():
+        lower = self.autocast is not None and self.model.training
+        with torch.autocast(device, self.autocast) if lower else contextlib.nullcontext():
             prediction, features = self.model(inputs)
         prediction = _full(prediction)
         features = {name: _full(value) for name, value in features.items()}

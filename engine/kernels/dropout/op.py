@@ -31,7 +31,7 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     """Zero each element with probability p and scale the others by 1 / (1 - p), as `torch.nn.functional.dropout`.
 
     Args:
-        x: float tensor of any shape; float32 and float64 on the CPU take the compiled kernel.
+        x: float tensor of any shape; float32, float64 and bfloat16 on the CPU take the compiled kernel.
         p: in [0, 1].
         training: False returns x itself.
 
@@ -51,7 +51,7 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
 
 def _backend(x: Tensor) -> str | None:
     """The backend that runs; None where torch's own dropout does."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return None
     if backend_for(x) == "reference":
         return "reference"
@@ -59,7 +59,7 @@ def _backend(x: Tensor) -> str | None:
         return "cpu"
     from engine.kernels.dropout.cpu import library
 
-    return "cpu" if library(x.dtype) is not None else None
+    return "cpu" if library(torch.float64 if x.dtype == torch.float64 else torch.float32) is not None else None
 
 
 class _Dropout(torch.autograd.Function):

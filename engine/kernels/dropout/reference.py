@@ -34,4 +34,5 @@ def threshold(p: float) -> int:
 
 def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """x where kept, times 1 / (1 - p)."""
-    return torch.where(keep(x.numel(), seed, p).view(x.shape), x * (1 / (1 - p)), 0.0)
+    scaled = (x.float() * (1 / (1 - p))).to(x.dtype) if x.dtype == torch.bfloat16 else x * (1 / (1 - p))
+    return torch.where(keep(x.numel(), seed, p).view(x.shape), scaled, torch.zeros_like(x))
