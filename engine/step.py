@@ -150,9 +150,9 @@ class TwoStageStep:
         clip_norm: clip the norm of a stage's whole gradient.
         average: decay of a moving average of the model's weights, kept after every stage-2 update in `self.average`;
             None keeps none.
-        autocast: type of the model's matrix products (see `engine.precision`); None: float32. Information terms, losses,
-            what is stored and evaluation are float32 always. With float16 the loss is scaled, and a step whose gradients overflow
-            is left out.
+        autocast: type of the model's matrix products in training (see `engine.precision`); None: float32. Information
+            terms, losses, what is stored and evaluation are float32 always. With float16 the loss is scaled, and a step
+            whose gradients overflow is left out.
         compile: "off", or a mode of torch.compile: both stages' losses and their gradients are then compiled, each as
             one graph; what depends on values (product rows, the layout of texts) is prepared outside them.
         label: name under which the target enters the objective's features, as float [B, n]; None to leave it out.
