@@ -20,6 +20,8 @@ _HOME = {
     "classifier_logits": "engine.kernels.cmi.op",
     "cmi": "engine.kernels.cmi.op",
     "cube_mix": "engine.kernels.cube_mix.op",
+    "InfoNCE": "engine.kernels.modules",
+    "MILowerBound": "engine.kernels.modules",
     "use_backend": "engine.kernels.registry",
 }
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from engine.kernels.knn_product.op import knn_product_samples as knn_product_samples
     from engine.kernels.mi_bounds.op import infonce as infonce
     from engine.kernels.mi_bounds.op import mi_lower_bound as mi_lower_bound
+    from engine.kernels.modules import InfoNCE as InfoNCE
+    from engine.kernels.modules import MILowerBound as MILowerBound
     from engine.kernels.registry import use_backend as use_backend
 
 

@@ -1,0 +1,117 @@
+"""The operations that have parameters or state of their own, as modules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import EstimatorError
+from engine.kernels.mi_bounds.op import infonce, mi_lower_bound
+
+
+class InfoNCE(nn.Module):
+    """`engine.kernels.infonce` with a temperature that is kept, and learned if `learnable`.
+
+        loss = InfoNCE(temperature=0.07, learnable=True, cosine=True, symmetric=True)(image, text)  # CLIP
+
+    Args:
+        temperature: positive; at the start where it is learned.
+        learnable: makes its logarithm the parameter `log_temperature`.
+        cosine, symmetric, reduction: as for `infonce`.
+
+    Raises:
+        EstimatorError: a temperature that is not positive; whatever `infonce` raises.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        *,
+        learnable: bool = False,
+        cosine: bool = False,
+        symmetric: bool = False,
+        reduction: str = "mean",
+    ):
+        super().__init__()
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise EstimatorError("InfoNCE", f"temperature {temperature}", "a positive number", "Give one such as 0.07.")
+        self.cosine, self.symmetric, self.reduction = cosine, symmetric, reduction
+        self.fixed_temperature = temperature
+        if learnable:
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+
+    @property
+    def temperature(self) -> float | Tensor:
+        return self.log_temperature.exp() if hasattr(self, "log_temperature") else self.fixed_temperature
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        negatives: Tensor | None = None,
+        positives: Tensor | None = None,
+        exclude_self: bool = False,
+    ) -> Tensor:
+        """Arguments and result of `infonce`: a loss in nats, to be minimised."""
+        return infonce(
+            q, k, temperature=self.temperature, cosine=self.cosine, symmetric=self.symmetric, negatives=negatives,
+            positives=positives, exclude_self=exclude_self, reduction=self.reduction,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        temperature = torch.as_tensor(self.temperature).item()
+        return f"temperature={temperature:.4g}, cosine={self.cosine}, symmetric={self.symmetric}"
+
+
+class MILowerBound(nn.Module):
+    """`engine.kernels.mi_lower_bound` with MINE's moving average as state: the buffer `log_ema`, in state_dict.
+
+        value = MILowerBound("smile", smile_tau=5.0)(q, k)  # to be maximised
+
+    Args:
+        bound, alpha, smile_tau, ema_rate: as for `mi_lower_bound`.
+        groups: critics at once, for `mine`; None for inputs without a first dimension of groups.
+
+    The first batch begins the average; eval mode reads it without changing it.
+    """
+
+    def __init__(
+        self,
+        bound: str = "infonce",
+        *,
+        alpha: float = 0.01,
+        smile_tau: float = 5.0,
+        ema_rate: float = 0.01,
+        groups: int | None = None,
+    ):
+        super().__init__()
+        self.bound, self.alpha, self.smile_tau, self.ema_rate = bound, alpha, smile_tau, ema_rate
+        if bound == "mine":
+            # -inf is the logarithm of an average that has not begun
+            self.register_buffer("log_ema", torch.full(() if groups is None else (groups,), -math.inf))
+
+    def forward(
+        self,
+        scores_or_q: Tensor,
+        k: Tensor | None = None,
+        *,
+        log_baseline: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+    ) -> Tensor:
+        """Arguments and result of `mi_lower_bound`: a bound in nats, to be maximised."""
+        settings = {
+            "bound": self.bound, "log_baseline": log_baseline, "alpha": self.alpha, "smile_tau": self.smile_tau,
+            "temperature": temperature,
+        }  # fmt: skip
+        if self.bound != "mine":
+            return mi_lower_bound(scores_or_q, k, **settings)
+        value, log_ema = mi_lower_bound(scores_or_q, k, log_ema=self.log_ema, ema_rate=self.ema_rate, **settings)
+        if self.training:
+            self.log_ema.copy_(log_ema)
+        return value
+
+    def extra_repr(self) -> str:
+        return self.bound
