@@ -11,6 +11,9 @@ from engine.loaders.text import draw_words
 from engine.trainer import evaluate, train
 from tests.loaders import writers
 from tests.loaders.test_text import small_tokenizer
+from tests.test_trainer import text_encoder
+
+__all__ = ["text_encoder"]  # a fixture
 
 
 @pytest.fixture
@@ -64,6 +67,17 @@ def test_batches(tmp_path, folder, tokenizer, store):
     assert [len(t) - 2 for t in first] == [len(s) for s in sentences]
 
 
+@pytest.mark.parametrize("kind", ["torch", "dali"])
+def test_every_loader_draws_the_same_words(folder, tokenizer, kind):
+    if kind == "dali":
+        pytest.importorskip("nvidia.dali", reason="needs the extra dali")
+    opened = open_dataset(folder, DataConfig(time_len=100), tokenizer)
+    options = {"batch_size": 3, "shuffle": True, "seed": 5, "draw_words": True}
+    a, b = (opened.loader("train", kind=k, **options) for k in ("resident", kind))
+    for epoch in (0, 1, 0):
+        assert tokens(a, epoch) == tokens(b, epoch)
+
+
 def test_frames_are_cut_to_time_len_before_the_encoders(folder, tokenizer):
     data = DataConfig(time_len=3, normalize_audio="none")
     split = open_dataset(folder, data, tokenizer).splits["train"]
@@ -73,12 +87,12 @@ def test_frames_are_cut_to_time_len_before_the_encoders(folder, tokenizer):
 
 
 @pytest.mark.parametrize("mode", ["fast", "faithful"])
-def test_the_preset_trains(tmp_path, mode):
+def test_the_preset_trains(tmp_path, mode, text_encoder):
     """The published recipe on small files: CCC loss, selection by CCC, errors in points of PHQ-8."""
     sizes = {"train": 12, "valid": 6, "test": 6}
     folder = writers.write_split_files(tmp_path / "avec", writers.avec2019(writers.interviews(0, sizes)), valid="dev")
     overrides = [
-        f"data.path={folder}", f"mode={mode}", "text_encoder=minilm", "epochs=2",
+        f"data.path={folder}", f"mode={mode}", f"text_encoder={text_encoder}", "epochs=2",
         "batch_size=6", "data.time_len=10", "text.freeze=all", "model.d_common=16",
         "model.cubemlp.d_hiddens=5-3-16=5-3-16", "model.cubemlp.d_outs=5-3-16=5-3-16", "output.report=false",
         "output.tensorboard=false", "output.progress=false",

@@ -198,6 +198,23 @@ def test_csd_segments(tmp_path, data, labels):
         assert_holds(raw, data, ids=False)
 
 
+def test_changes_beside_the_features_are_seen(tmp_path, data):
+    """A store made on first use is made anew when a list of splits or an array of a manifest changes."""
+    encoder = str(small_tokenizer(tmp_path / "encoder"))
+    csd = writers.write_csd(tmp_path / "csd", data)
+    before = len(open_dataset(csd, DataConfig(), encoder).splits["train"])
+    splits = json.loads((csd / "splits.json").read_text())
+    splits["valid"].append(splits["train"].pop())
+    (csd / "splits.json").write_text(json.dumps(splits))
+    assert len(open_dataset(csd, DataConfig(), encoder).splits["train"]) < before
+    own = writers.write_manifest(tmp_path / "own", data)
+    open_dataset(own, DataConfig(), encoder)
+    frames = np.full((2, writers.AUDIO), 3, np.float32)
+    np.save(own / "audio" / "v_ideo0_0.npy", frames)
+    changed = open_dataset(own, DataConfig(normalize_audio="none"), encoder)
+    assert np.array_equal(changed.splits["train"].audio[0], frames)
+
+
 def test_csd_words(tmp_path):
     data = writers.samples()
     one = writers.aligned(data)  # as many frames as words: each word has its own

@@ -23,6 +23,7 @@ from engine.loaders.ragged import LengthRule, Sequences
 SPLITS = ("train", "valid", "test")
 SPLIT_ALIASES = {"train": "train", "valid": "valid", "val": "valid", "dev": "valid", "test": "test"}
 MANIFEST = "manifest.csv"
+SPLITS_FILE = "splits.json"
 CSD = (".csd", ".hdf5", ".h5")
 
 
@@ -212,7 +213,7 @@ def find_source(path: str | Path, choice: Choice | None = None) -> Source:
     groups = _split_groups(folder)
     if path.is_file():
         if path.suffix.lower() in CSD:
-            return Source(path, _csd(folder), choice)
+            return Source(path, _csd(folder), choice, _splits_file(folder))
         if path.suffix.lower() == ".csv":
             return Source(path, {"": path}, choice, _below(folder))
         for files in groups.values():
@@ -233,7 +234,7 @@ def find_source(path: str | Path, choice: Choice | None = None) -> Source:
     if single:
         return Source(path, {"": single[0]}, choice)
     if csd:
-        return Source(path, csd, choice)
+        return Source(path, csd, choice, _splits_file(folder))
     if groups:
         return _one_per_split(path, next(iter(groups.values())), choice)
     return Source(path, {"": manifest}, choice, _below(folder))
@@ -245,6 +246,10 @@ def _pickles(folder: Path) -> list[Path]:
 
 def _csd(folder: Path) -> dict[str, Path]:
     return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in CSD and p.is_file()}
+
+
+def _splits_file(folder: Path) -> list[Path]:
+    return [p for p in [folder / SPLITS_FILE] if p.is_file()]
 
 
 def _below(folder: Path) -> list[Path]:

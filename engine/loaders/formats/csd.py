@@ -24,6 +24,7 @@ from engine.errors import DataError
 from engine.loaders.formats import (
     SPLIT_ALIASES,
     SPLITS,
+    SPLITS_FILE,
     RawDataset,
     RawSplit,
     Source,
@@ -157,7 +158,7 @@ def _segments(source: Source, reader: CsdReader, file: Path, notes: list[str]) -
 def _splits(source: Source) -> dict[str, str]:
     """video -> train, valid or test."""
     folder = next(iter(source.files.values())).parent
-    file = folder / "splits.json"
+    file = folder / SPLITS_FILE
     if file.is_file():
         try:
             listed = json.loads(file.read_text(encoding="utf-8"))
