@@ -1,23 +1,30 @@
-"""Batches a second out of a whole data set, against the published way of loading."""
+"""Batches a second out of a whole data set, by each of the three loaders, against the published way of loading.
+
+Side engine is the resident loader, which a data set of this size gets.
+"""
 
 from __future__ import annotations
 
 import shutil
+import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench import shapes
 from bench.baselines import loader as reference_loader
-from bench.runner import Setting, Work
+from bench.runner import Setting, Work, measure, warm
 from engine.config import load_config
 from engine.loaders import open_dataset
 from engine.loaders.dataset import Dataset
 
 TITLE = "one shuffled epoch of batches, 16,326 MOSEI-shaped utterances, against a pickled list tokenised in collate"
 GOALS = {"ratio": (20.0, 100.0)}
-SIDES = ("engine", "baseline")
+SIDES = ("engine", "baseline", "torch", "dali")
+KINDS = {"engine": "resident", "torch": "torch", "dali": "dali"}
+SMALL = 1284  # utterances of the smaller set that `growth` compares with
 ROUNDS = 3
 TIME_LEN, BATCH, UTTERANCES, QUICK_UTTERANCES = 100, 32, 16326, 640
 HELD_OUT = 4
@@ -35,8 +42,8 @@ def open_engine(samples: shapes.Utterances, folder: Path) -> Dataset:
     return open_dataset(store, data)
 
 
-def engine_loader(dataset: Dataset, shuffle: bool = True):
-    return dataset.loader("train", BATCH, shuffle=shuffle, seed=0)
+def engine_loader(dataset: Dataset, shuffle: bool = True, side: str = "engine"):
+    return dataset.loader("train", BATCH, shuffle=shuffle, seed=0, kind=KINDS[side])
 
 
 def baseline_loader(samples: shapes.Utterances, folder: Path, shuffle: bool = True):
@@ -47,9 +54,16 @@ def baseline_loader(samples: shapes.Utterances, folder: Path, shuffle: bool = Tr
 
 
 def build(side: str, setting: Setting) -> Work:
+    return _work(side, count(setting))
+
+
+def _work(side: str, utterances: int) -> Work:
     folder = Path(tempfile.mkdtemp(prefix="bench-loader-"))
-    samples = shapes.mosei(count(setting))
-    loader = engine_loader(open_engine(samples, folder)) if side == "engine" else baseline_loader(samples, folder)
+    samples = shapes.mosei(utterances)
+    if side == "baseline":
+        loader = baseline_loader(samples, folder)
+    else:
+        loader = engine_loader(open_engine(samples, folder), side=side)
 
     def run() -> None:
         for batch in loader:
@@ -58,12 +72,30 @@ def build(side: str, setting: Setting) -> Work:
     return Work(run, samples=len(samples), close=lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
+    """`ratios`: each loader against the baseline; `growth`: time a sample in the whole set over that in a small one."""
+    median = {side: statistics.median(values) for side, values in numbers.items()}
+    ratios = {KINDS[side]: median["baseline"] / median[side] for side in KINDS}
+    growth = {}
+    for side, kind in KINDS.items():
+        small = _work(side, min(SMALL, count(setting)))
+        calls = warm(small, setting)
+        seconds = statistics.median(measure(small, calls, setting) for _ in range(len(numbers[side])))
+        growth[kind] = (median[side] / works[side].samples) / (seconds / small.samples)
+        small.close()
+    return {"ratios": ratios, "growth": growth}
+
+
 def gate(setting: Setting) -> None:
-    """The first batch holds the same tokens, frames and labels, sorted by length in the baseline."""
+    """The first batch holds the same tokens, frames and labels, sorted by length in the baseline; all loaders agree."""
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as folder:
         samples = shapes.mosei(BATCH, seed=3)
-        ours = next(iter(engine_loader(open_engine(samples, Path(folder)), shuffle=False)))
+        opened = open_engine(samples, Path(folder))
+        ours, *others = (next(iter(engine_loader(opened, shuffle=False, side=side))) for side in KINDS)
         theirs = next(iter(baseline_loader(samples, Path(folder), shuffle=False)))
+    for other in others:
+        for name in ("label", "audio", "vision", "token_ids", "token_mask"):
+            assert torch.equal(getattr(ours, name), getattr(other, name)), f"the loaders' {name} differs"
     order = sorted(range(BATCH), key=lambda i: samples.words[i], reverse=True)
     assert torch.equal(ours.label[order], theirs["label"]), "labels differ"
     assert torch.equal(ours.audio[order], theirs["audio"]), "audio differs"

@@ -1,4 +1,4 @@
-"""How much of a training epoch is spent waiting for the next batch."""
+"""How much of a training epoch is spent waiting for the next batch, by each of the three loaders (engine: resident)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from engine.loaders.dataset import Dataset
 TITLE = "share of a fast epoch spent waiting for data, 16,326 MOSEI-shaped utterances, MiniLM, B=32"
 GOALS = {"value": (0.02, 0.005)}
 VALUE = "share"
-SIDES = ("engine",)
+SIDES = ("engine", "torch", "dali")
 ROUNDS = 3
 # A whole epoch of 16,326 utterances takes too long to repeat. An epoch over this many batches of the whole set's order
 # draws its samples from everywhere in the set all the same, and its own work a batch is at most that of a whole one.
@@ -64,7 +64,8 @@ def build(side: str, setting: Setting) -> Work:
     samples = shapes.mosei(loader_throughput.count(setting))
     dataset = TimedDataset(loader_throughput.open_engine(samples, folder), QUICK_BATCHES if setting.quick else BATCHES)
     del samples
-    run_epoch = epochs.EngineEpochs(epochs.config("fast", folder, setting), dataset)
+    kind = (f"data.loader={loader_throughput.KINDS[side]}",)
+    run_epoch = epochs.EngineEpochs(epochs.config("fast", folder, setting, kind), dataset)
 
     def run() -> float:
         dataset.waited = 0.0

@@ -80,9 +80,10 @@ class DaliLoader(Loader):
         return tuple(self._rows(key, rows) for key in KEYS)
 
     def _rows(self, key: str, rows: np.ndarray) -> list[np.ndarray]:
-        column = self.split.normalizer(key)
-        raw = self.split.gather(key, rows, normalise=_in_numpy(column))
-        return np.split(raw.values, raw.offsets[1:-1])
+        if not _in_numpy(self.split.normalizer(key)):
+            return self.split.views(key, rows)  # DALI copies them
+        raw = self.split.gather(key, rows)
+        return np.split(raw.values.astype(np.float32, copy=False), raw.offsets[1:-1])
 
     def _build(self) -> Any:
         from nvidia.dali import fn, types

@@ -161,8 +161,8 @@ class Split:
         """Frames of every sample, int64 [N]."""
         return self._raw(key).lengths
 
-    def gather(self, key: Modality, rows: np.ndarray, normalise: bool = True) -> Ragged:
-        """Frames of some samples, read now: normalised and in this split's precision, or float32 as stored.
+    def gather(self, key: Modality, rows: np.ndarray) -> Ragged:
+        """Frames of some samples, read now, normalised and in this split's precision.
 
         Raises:
             DataError: the store has changed since it was opened.
@@ -170,10 +170,18 @@ class Split:
         self._data.check()
         raw = self._raw(key).take(rows)
         self._data.check()
-        if not normalise:
-            return Ragged(raw.values.astype(np.float32, copy=False), raw.offsets)
         dtype = np.float16 if self.precision == "float16" else np.float32
         return Ragged(self._normalizer.apply(key, raw.values, dtype), raw.offsets)
+
+    def views(self, key: Modality, rows: np.ndarray) -> list[np.ndarray]:
+        """Frames of some samples as stored, float32, to be copied at once.
+
+        Raises:
+            DataError: the store has changed since it was opened.
+        """
+        self._data.check()
+        raw = self._raw(key)
+        return [raw[i].astype(np.float32, copy=False) for i in rows.tolist()]
 
     def tensors(self, key: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Values and offsets of `audio`, `vision`, `tokens` or `features` on a device, put there on first use."""

@@ -1,9 +1,13 @@
-"""The torch loader: a DataLoader whose workers read the store, normalise and pad. It runs everywhere."""
+"""The torch loader: a DataLoader whose workers read the store and normalise; batches are padded on the device.
+
+It runs everywhere.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,18 +15,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from engine.errors import DataError
 from engine.kernels.ragged import pad
 from engine.loaders.batch import Batch
-from engine.loaders.loader import Loader, Padding, Text, pad_text, widths
+from engine.loaders.loader import Loader, pad_text
 from engine.loaders.ragged import Ragged
 
 if TYPE_CHECKING:
     from engine.loaders.dataset import Split
 
-Asked = tuple[tuple[int, int] | None, list[int]]
+Asked = tuple[tuple[int, int] | None, list[int]]  # the draw of words and the rows of a batch
+Part = tuple[Tensor, np.ndarray]  # values and offsets
+TOGETHER = 4  # batches that travel together
+ALIGNED = 64  # bytes
 
 
 def default_workers() -> int:
@@ -44,28 +51,53 @@ class TorchLoader(Loader):
         workers = default_workers() if workers is None else workers
         self._order, self._forked = _Order(), False
         self._loader = DataLoader(
-            _Rows(self.split, self.padding),
+            _Rows(self.split),
             batch_size=None,
+            collate_fn=_as_it_is,
             sampler=self._order,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=2 if workers else None,
             generator=torch.Generator(),  # the workers' seeds would be drawn from torch's own, which training uses
         )
 
     def _batches(self, pieces: list[Tensor]) -> Iterator[Batch]:
-        self._order.batches = [(self._draw(), piece.tolist()) for piece in pieces]
+        asked = [(self._draw(), piece.tolist()) for piece in pieces]
+        self._order.groups = [asked[i : i + TOGETHER] for i in range(0, len(asked), TOGETHER)]
         with contextlib.nullcontext() if self._forked else _nothing_collected():
-            batches = iter(self._loader)
+            groups = iter(self._loader)
         self._forked = True
-        for piece, found in zip(pieces, batches, strict=True):
+        number = 0
+        for found in groups:
             if isinstance(found, _Problem):
                 raise DataError(*found.parts)
-            tensors = [None if t is None else t.to(self.device, non_blocking=True) for t in found]
-            token_ids, mask, features, *frames = tensors
-            rows = piece.to(self.device, non_blocking=True)
-            yield self._batch(piece, rows, Text(token_ids, mask, features), tuple(frames[:2]), tuple(frames[2:]))
+            packed, contents = found
+            for parts in contents:
+                yield self._padded(pieces[number], *(self._part(packed, *part) for part in parts))
+                number += 1
+
+    def _part(
+        self, packed: Tensor, start: int, dtype: torch.dtype, shape: tuple[int, ...], offsets: np.ndarray
+    ) -> Part:
+        size = math.prod(shape) * dtype.itemsize
+        values = packed[start : start + size].view(dtype).view(shape)
+        return values.to(self.device, non_blocking=True), offsets
+
+    def _moved(self, offsets: np.ndarray) -> Tensor:
+        return torch.from_numpy(offsets).to(self.device, non_blocking=True)
+
+    def _padded(self, piece: Tensor, audio: Part, vision: Part, text: Part) -> Batch:
+        every = torch.arange(len(piece), device=self.device)
+        width = _width(text[1], self.padding.time_len, self.padding.text_width)
+        tokens, features = (text[0], None) if self.split.tokens is not None else (None, text[0])
+        frames = [pad(values, self._moved(offsets), every, _width(offsets)) for values, offsets in (audio, vision)]
+        return self._batch(
+            piece,
+            piece.to(self.device, non_blocking=True),
+            pad_text(tokens, features, self._moved(text[1]), every, width, self.padding),
+            *frames,
+        )
 
 
 @contextlib.contextmanager
@@ -82,21 +114,25 @@ def _nothing_collected() -> Iterator[None]:
         gc.unfreeze()
 
 
+def _as_it_is(group: Any) -> Any:
+    return group
+
+
 class _Order:
-    """What the workers are asked for: the draw of words and the rows of every batch.
+    """What the workers are asked for.
 
     It knows no loader: a cycle of references would leave the workers' end to the garbage collector, which breaks their
     queues first and then waits for them.
     """
 
     def __init__(self) -> None:
-        self.batches: list[Asked] = []
+        self.groups: list[list[Asked]] = []
 
-    def __iter__(self) -> Iterator[Asked]:
-        return iter(self.batches)
+    def __iter__(self) -> Iterator[list[Asked]]:
+        return iter(self.groups)
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.groups)
 
 
 class _Problem:
@@ -107,27 +143,50 @@ class _Problem:
 
 
 class _Rows(Dataset):
-    """Batches by their draw of words and their rows, as tensors on the CPU."""
+    """Batches, ragged: the main process pads them on its device, so that no padding travels."""
 
-    def __init__(self, split: Split, padding: Padding):
-        self._split, self._padding = split, padding
+    def __init__(self, split: Split):
+        self._split = split
 
-    def __getitem__(self, asked: Asked) -> tuple[Tensor | None, ...] | _Problem:
-        draw, rows = asked[0], np.array(asked[1])
+    def __getitem__(self, asked: list[Asked]) -> tuple[Tensor, list] | _Problem:
         try:
-            frames = [pad_here(self._split.gather(key, rows)) for key in ("audio", "vision")]
-            text = self._split.text_rows(draw).take(rows)
+            return _pack([self._read(*batch) for batch in asked])
         except DataError as problem:
             return _Problem(problem)
-        every = torch.arange(len(rows))
-        width = widths(text, [every], self._padding.time_len, self._padding.text_width)[0]
-        values, offsets = torch.from_numpy(text.values), torch.from_numpy(text.offsets)
-        tokens, features = (values, None) if self._split.tokens is not None else (None, values)
-        found = pad_text(tokens, features, offsets, every, width, self._padding)
-        return found.token_ids, found.mask, found.features, *frames[0], *frames[1]
+
+    def _read(self, draw: tuple[int, int] | None, rows: list[int]) -> list[Ragged]:
+        index = np.array(rows)
+        frames = [self._split.gather(key, index) for key in ("audio", "vision")]
+        return [*frames, self._split.text_rows(draw).take(index)]
 
 
-def pad_here(ragged: Ragged) -> tuple[Tensor, Tensor]:
-    """All sequences as a batch."""
-    every = torch.arange(len(ragged))
-    return pad(torch.from_numpy(ragged.values), torch.from_numpy(ragged.offsets), every, widths(ragged, [every])[0])
+def _pack(batches: list[list[Ragged]]) -> tuple[Tensor, list[list[tuple]]]:
+    """All arrays in one tensor of bytes in shared memory, since each tensor that travels costs a file.
+
+    Returns:
+        The tensor, and for every batch each array's place in it, dtype, shape and offsets.
+    """
+    contents: list[list[tuple]] = []
+    at = 0
+    for batch in batches:
+        contents.append([])
+        for part in batch:
+            dtype = torch.from_numpy(part.values[:0]).dtype
+            contents[-1].append((at, dtype, part.values.shape, part.offsets))
+            at += -(-part.values.nbytes // ALIGNED) * ALIGNED
+    if get_worker_info() is None:
+        packed = torch.empty(at, dtype=torch.uint8)
+    else:  # where the tensor would be copied to on its way, as torch's own collate does
+        packed = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(at))
+    to = packed.numpy()
+    for batch, places in zip(batches, contents, strict=True):
+        for part, (start, *_) in zip(batch, places, strict=True):
+            to[start : start + part.values.nbytes] = part.values.reshape(-1).view(np.uint8)
+    return packed, contents
+
+
+def _width(offsets: np.ndarray, cap: int | None = None, width: int | None = None) -> int:
+    if width is not None:
+        return width
+    longest = int(np.diff(offsets).max())
+    return max(1, longest if cap is None else min(longest, cap))
