@@ -108,10 +108,14 @@ def _train(a: argparse.Namespace, settings: list[str]) -> None:
         raise ConfigError(f"--data {config.data.path}", "no such file or folder", "existing data", "Check the path.")
     for folder in [a.out] if seeds is None else [a.out / f"seed{seed}" for seed in seeds]:
         _check_out(folder, a.resume)
+    if a.profile and seeds is not None:
+        raise ConfigError("--profile", "several seeds", "one run", "Profile a run of one seed.")
     from engine import trainer
 
     if seeds is None:
-        result = trainer.train(config, a.out, resume=a.resume)
+        result = trainer.train(config, a.out, resume=a.resume, profile=a.profile)
+        if a.profile:
+            print((a.out / "profile" / "shares.txt").read_text(encoding="utf-8"))
         _print_metrics(result.metrics["test"], f"test metrics at the best epoch ({result.metrics['best_epoch']})")
     else:
         results = trainer.train_seeds(config, a.out, seeds, resume=a.resume)
@@ -409,6 +413,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the run folder to write")
     p.add_argument(
         "--resume", action="store_true", help="go on with the run in DIR, by its own settings if none are given"
+    )
+    p.add_argument(
+        "--profile", action="store_true", help="measure where time goes: DIR/profile/shares.txt, trace.json (Perfetto)"
     )
     p.set_defaults(takes_settings=True)
 

@@ -413,6 +413,8 @@ def _spent(run: Run) -> str:
         tiles.append(("Epoch", _duration(float(np.median(seconds))), "median"))
     if _is_finite(rate):
         tiles.append(("Speed", f"{number(rate, 1)}/s", "samples a second"))
+    if _is_finite(waited := run.metrics.get("data_wait_share")):
+        tiles.append(("Waiting", f"{waited:.1%}", "for data, of training"))
     if _is_finite(memory):
         tiles.append(("Memory", f"{memory / 1024:.2f} GiB" if memory >= 1024 else f"{memory:.0f} MiB", "peak"))
     if not tiles:

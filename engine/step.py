@@ -19,6 +19,7 @@ from engine.errors import EstimatorError
 from engine.kernels.knn_product import Bank
 from engine.loaders.batch import Batch
 from engine.objective import Objective, ObjectiveOutput, Rows
+from engine.profile import part
 
 StageOneFeatures = Literal["fresh", "cached", "bank"]
 
@@ -210,7 +211,8 @@ class TwoStageStep:
         """Product rows for one batch, or None where no term needs them."""
         if bank is None or self.objective is None or not self.objective.needs_products:
             return None
-        return self.objective.sample_products(bank, batch_size, self.generator)
+        with part("products"):
+            return self.objective.sample_products(bank, batch_size, self.generator)
 
     def _prepared(self, inputs: Any) -> Any:
         """Inputs as the model wants them in a graph, by its own `prepare` where it has one."""
@@ -226,7 +228,12 @@ class TwoStageStep:
         self, loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
     ) -> None:
         optimizer.zero_grad(set_to_none=True)
-        (loss if scaler is None else scaler.scale(loss)).backward()
+        with part("backward"):
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        with part("update"):
+            self._apply(optimizer, scaler)
+
+    def _apply(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
         if scaler is not None:
             scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -251,7 +258,8 @@ class TwoStageStep:
         return output
 
     def _stage1_loss(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> ObjectiveOutput:
-        return self.objective.estimator_loss(features, products)
+        with part("estimators"):
+            return self.objective.estimator_loss(features, products)
 
     def stage2(
         self, inputs: Any, target: Tensor, products: Mapping[str, Rows] | None, *, information: bool = True
@@ -264,7 +272,8 @@ class TwoStageStep:
             output, loss = self._run_stage2(self._prepared(inputs), target, products, information)
             self._update(loss, self.main_optimizer, self.scaler)
         if self.average is not None:
-            self.average.update()
+            with part("average"):
+                self.average.update()
         return output
 
     def _stage2_loss(
@@ -275,7 +284,8 @@ class TwoStageStep:
         terms = None
         loss = task
         if information:
-            terms = self.objective.model_loss(features, products)
+            with part("estimators"):
+                terms = self.objective.model_loss(features, products)
             loss = task + terms.loss
         output = StepOutput(
             prediction.detach(), {k: v.detach() for k, v in features.items()}, loss.detach(), task.detach(), terms
@@ -337,32 +347,33 @@ class TwoStageStep:
         estimators = Average()
         if use_information and stage1_n > 0:
             if stage1_features == "cached":
-                bank = self.collect(_counted(loader, "collect", on_batch), size)
-            for _ in range(stage1_n):
-                if stage1_features == "fresh":
-                    batches = self._fresh_features(loader)
-                else:
-                    batches = self._bank_batches(bank, batch_size)
-                known = bank.tensors()
-                for number, features in enumerate(batches):
-                    rows = len(next(iter(features.values())))
-                    if rows < self.objective.min_batch:
-                        continue
-                    output = self.stage1(features, self.draw_products(known, rows))
-                    estimators.add(output.values, rows)
-                    on_batch("stage1", number)
+                with part("collect"):
+                    bank = self.collect(_counted(loader, "collect", on_batch), size)
+            with part("stage1"):
+                for _ in range(stage1_n):
+                    fresh = stage1_features == "fresh"
+                    batches = self._fresh_features(loader) if fresh else self._bank_batches(bank, batch_size)
+                    known = bank.tensors()
+                    for number, features in enumerate(batches):
+                        rows = len(next(iter(features.values())))
+                        if rows < self.objective.min_batch:
+                            continue
+                        output = self.stage1(features, self.draw_products(known, rows))
+                        estimators.add(output.values, rows)
+                        on_batch("stage1", number)
         known = bank.tensors() if use_information else None
         next_bank = FeatureBank(size)
         losses, information = Average(), Average()
-        for number, (inputs, target, index) in enumerate(map(unpack, loader)):
-            use = use_information and len(target) >= self.objective.min_batch
-            products = self.draw_products(known, len(target)) if use else None
-            output = self.stage2(inputs, target, products, information=use)
-            next_bank.store(index, output.features)
-            losses.add({"loss": output.loss, "task": output.task}, len(target))
-            if output.information is not None:
-                information.add(output.information.values, len(target))
-            on_batch("stage2", number)
+        with part("stage2"):
+            for number, (inputs, target, index) in enumerate(map(unpack, loader)):
+                use = use_information and len(target) >= self.objective.min_batch
+                products = self.draw_products(known, len(target)) if use else None
+                output = self.stage2(inputs, target, products, information=use)
+                next_bank.store(index, output.features)
+                losses.add({"loss": output.loss, "task": output.task}, len(target))
+                if output.information is not None:
+                    information.add(output.information.values, len(target))
+                on_batch("stage2", number)
         result = EpochResult(**losses.result(), information=information.result(), estimators=estimators.result())
         self._check_finite(result)
         return result, next_bank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint, losses, metrics
+from engine.allocator import keep_memory
 from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
 from engine.config import Config, ScheduleConfig, load_config
 from engine.errors import CheckpointError, ConfigError, OutputError
@@ -29,6 +31,7 @@ from engine.model.mimrl import MIMRL, build_model
 from engine.model.text_encoder import load_text_encoder, text_encoder_from_config
 from engine.objective import Objective, mimrl_objective
 from engine.precision import autocast_dtype
+from engine.profile import part, save, taken
 from engine.report import environment, write_report
 from engine.step import EpochResult, FeatureBank, TwoStageStep
 
@@ -64,6 +67,7 @@ def train(
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     dataset: Dataset | None = None,
+    profile: bool = False,
 ) -> RunResult:
     """Train one model and write its run folder.
 
@@ -74,11 +78,12 @@ def train(
             was not interrupted.
         callbacks: called beside the built-in progress and TensorBoard ones (`config.output`).
         dataset: an open dataset, to share one among several runs; default: `config.data.path` is opened.
+        profile: measure where the time of the second epoch goes: `out`/profile/shares.txt and trace.json (Perfetto).
 
     Raises:
         EngineError: a problem with settings, data or the output folder, in one line.
     """
-    return _Trainer(config, Path(out), callbacks, dataset).fit(resume)
+    return _Trainer(config, Path(out), callbacks, dataset, profile).fit(resume)
 
 
 def train_seeds(
@@ -192,15 +197,21 @@ def _device(name: str) -> torch.device:
 
 
 class _Passes:
-    """A loader that reshuffles at every pass and whose order depends on nothing but seed, epoch and pass."""
+    """A loader that reshuffles at every pass and whose order depends on nothing but seed, epoch and pass.
+
+    Attributes:
+        waited: seconds that were spent waiting for batches since `set_epoch`.
+        prepare: what is done to a batch before it moves to the device.
+    """
 
     PASSES_PER_EPOCH = 1000
 
-    def __init__(self, loader: Any, device: torch.device):
-        self.loader, self.device, self.epoch, self.passes = loader, device, 0, 0
+    def __init__(self, loader: Any, device: torch.device, prepare: Callable[[Batch], Batch]):
+        self.loader, self.device, self.prepare = loader, device, prepare
+        self.epoch, self.passes, self.waited = 0, 0, 0.0
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch, self.passes = epoch, 0
+        self.epoch, self.passes, self.waited = epoch, 0, 0.0
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -208,8 +219,17 @@ class _Passes:
     def __iter__(self) -> Iterator[Batch]:
         self.loader.set_epoch(self.epoch * self.PASSES_PER_EPOCH + self.passes)
         self.passes += 1
-        for batch in self.loader:
-            yield batch.to(self.device, non_blocking=True)
+        batches = iter(self.loader)
+        while True:
+            start = time.perf_counter()
+            with part("load"):
+                batch = next(batches, None)
+                if batch is not None:
+                    batch = self.prepare(batch).to(self.device, non_blocking=True)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
 
 def _pad_tokens(config: Config) -> int | None:
@@ -220,15 +240,29 @@ def _pad_tokens(config: Config) -> int | None:
 
 
 class _Trainer:
-    def __init__(self, config: Config, out: Path, callbacks: Sequence[Callback], dataset: Dataset | None):
+    def __init__(
+        self,
+        config: Config,
+        out: Path,
+        callbacks: Sequence[Callback],
+        dataset: Dataset | None,
+        profile: bool = False,
+    ):
+        self.profile, self.profiled = profile, ""
         self.config, self.out, self.extra_callbacks = config.resolve(), out, callbacks
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.device = _device(self.config.device)
+        if self.device.type == "cpu":
+            keep_memory()
         self.metric, self.higher_is_better = metrics.selection(self.config.data.dataset, self.config.model.task)
         self.dataset = dataset
 
     def fit(self, resume: bool) -> RunResult:
+        if self.profile and self.config.objective.enabled and self.config.epochs < 2:
+            raise ConfigError(
+                "profile", "one epoch", "two or more: the first has no information terms", "Set epochs=2."
+            )
         self._claim_folder(resume)
         self._prepare()
         history: list[dict[str, Any]] = []
@@ -335,6 +369,7 @@ class _Trainer:
                 augment=c.data.augment if training else None,
             ),
             self.device,
+            self.model.prepare,
         )  # fmt: skip
 
     def _callbacks(self) -> list[Callback]:
@@ -368,11 +403,17 @@ class _Trainer:
             record[f"lr_{name}"] = optimizer.param_groups[0]["lr"]
         had_bank = bank is not None
         self.loaders["train"].set_epoch(epoch)
-        trained, bank = self.step.train_epoch(
-            self.loaders["train"], len(self.dataset.splits["train"]), bank, batch_size=c.batch_size,
-            stage1_n=c.train.stage1_n, stage1_features=c.train.stage1_features, on_batch=on_batch,
-        )  # fmt: skip
+        # The first epoch has no bank, and so no first stage: the second is the first that tells where time goes.
+        profiled = self.profile and (had_bank or not c.objective.enabled) and not self.profiled
+        with taken(self.device) if profiled else contextlib.nullcontext() as profile:
+            trained, bank = self.step.train_epoch(
+                self.loaders["train"], len(self.dataset.splits["train"]), bank, batch_size=c.batch_size,
+                stage1_n=c.train.stage1_n, stage1_features=c.train.stage1_features, on_batch=on_batch,
+            )  # fmt: skip
         record["seconds"] = time.perf_counter() - start
+        record["waiting_seconds"] = self.loaders["train"].waited
+        if profiled:
+            self.profiled = save(profile, self.out / "profile")
         record["train"] = _record(c, trained)
         # Epoch 0 trains without information terms, so its evaluation has none either: the losses stay comparable.
         with self.step.averaged():
@@ -481,6 +522,7 @@ class _Trainer:
             "valid": numbers(best, "valid"),
             "test": numbers(best, "test"),
             "oracle_test": numbers(oracle, "test") | {"epoch": oracle["epoch"]},
+            "data_wait_share": sum(r.get("waiting_seconds", 0.0) for r in history) / sum(r["seconds"] for r in history),
             "samples_per_second": len(self.dataset.splits["train"]) * len(steady) / sum(steady),
             "peak_memory_mb": _peak_memory_mb(self.device),
             "wall_s": wall_s,

@@ -80,9 +80,16 @@ def test_a_run_folder(config, tmp_path, mode):
     written = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(result.metrics))
     assert set(written["test"]) >= {*("mae", "corr", "acc7", "acc5", "acc2_non0", "acc2_has0", "f1_non0", "f1_has0")}
-    assert {"best_epoch", "valid", "test", "oracle_test", "samples_per_second", "peak_memory_mb", "wall_s"} <= set(
-        written
-    )
+    assert {
+        "best_epoch",
+        "valid",
+        "test",
+        "oracle_test",
+        "samples_per_second",
+        "peak_memory_mb",
+        "wall_s",
+        "data_wait_share",
+    } <= set(written)
     records = history(run)
     assert [r["epoch"] for r in records] == [0, 1, 2]
     assert "information" not in records[0]["train"] and "information" not in records[0]["valid"]
@@ -108,6 +115,32 @@ def test_a_run_folder(config, tmp_path, mode):
     assert (run / "report.html").stat().st_size > 1000
     assert list((run / "tensorboard").glob("events*"))
     assert not list(run.glob(".*.part"))
+
+
+def test_a_profile_tells_where_the_second_epoch_went(config, tmp_path):
+    trainer.train(config, tmp_path / "run", profile=True)
+    lines = (tmp_path / "run/profile/shares.txt").read_text(encoding="utf-8").splitlines()
+    stages = [line.split()[0] for line in lines[1:] if not line.startswith(" ")]
+    assert stages == ["collect", "stage1", "stage2"]
+    seconds, current = {}, None
+    for line in lines[1:]:
+        words = line.split()
+        current = words[0] if not line.startswith(" ") else current
+        seconds[current, "" if not line.startswith(" ") else words[0]] = float(words[-2])
+    for stage, parts in {
+        "collect": {"text", "audio", "vision", "fusion", "load"},
+        "stage1": {"products", "estimators", "backward", "update"},
+        "stage2": {"text", "audio", "vision", "fusion", "load", "products", "estimators", "backward", "update"},
+    }.items():
+        found = {part for s, part in seconds if s == stage} - {"", "other"}
+        assert found >= parts and (stage == "stage2" or "average" not in found)
+        assert sum(v for (s, part), v in seconds.items() if s == stage and part) == pytest.approx(
+            seconds[stage, ""], abs=0.02
+        )
+    trace = json.loads((tmp_path / "run/profile/trace.json").read_text(encoding="utf-8"))
+    assert any(event.get("name") == "engine.stage1" for event in trace["traceEvents"])
+    with pytest.raises(ConfigError, match=r"profile.*one epoch"):
+        trainer.train(changed(config, epochs=1), tmp_path / "other", profile=True)
 
 
 def test_same_seed_same_run_and_another_seed_another(config, tmp_path):

@@ -18,6 +18,7 @@ from engine.model.encoders import SequenceEncoder, length_mask, masked_mean, non
 from engine.model.fusion import make_fusion
 from engine.model.heads import make_head
 from engine.model.text_encoder import encode_packed, encode_without_padding, pack_text, packable
+from engine.profile import part
 
 
 class ModelOutput(NamedTuple):
@@ -105,7 +106,8 @@ class MIMRL(nn.Module):
         else:
             audio_length, vision_length = batch.audio_length, batch.vision_length
         text_mask = batch.token_mask != 0
-        text = self.text_projection(self._encode_text(batch))
+        with part("text"):
+            text = self.text_projection(self._encode_text(batch))
         masks = [
             text_mask,
             length_mask(audio_length, batch.audio.shape[1]),
@@ -119,10 +121,10 @@ class MIMRL(nn.Module):
             masks[0] = torch.cat([text_mask, text_mask.new_zeros(len(text), more)], dim=1)
         else:
             sequences = [text * text_mask[..., None]]
-        sequences += [
-            self.audio_encoder(batch.audio, audio_length),
-            self.vision_encoder(batch.vision, vision_length),
-        ]
+        with part("audio"):
+            sequences.append(self.audio_encoder(batch.audio, audio_length))
+        with part("vision"):
+            sequences.append(self.vision_encoder(batch.vision, vision_length))
         sequences = [dropout(x, p, self.training) for x, p in zip(sequences, self.dropout, strict=True)]
         if self.faithful:
             means = [x.mean(1) for x in sequences]
@@ -133,7 +135,8 @@ class MIMRL(nn.Module):
         if self.training and self.modality_dropout:
             sequences[1:] = [hide_rows(x, self.modality_dropout) for x in sequences[1:]]
         cube, mask = torch.stack(sequences, dim=2), torch.stack(masks, dim=2)
-        fused = self.fusion(cube, mask)
+        with part("fusion"):
+            fused = self.fusion(cube, mask)
         features = {"F": fused, **dict(zip("TAV", means, strict=True))}
         return ModelOutput(self.head(fused), features)
 
