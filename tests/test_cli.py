@@ -67,7 +67,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
     module(
         "engine.trainer",
-        train=record("train", lambda config, out, resume: Result(out, METRICS)),
+        train=record("train", lambda config, out, resume, profile: Result(out, METRICS)),
         train_seeds=record("train_seeds", seeds_result),
         evaluate=record("evaluate", METRICS["test"]),
         predict=record("predict"),
@@ -110,7 +110,7 @@ def test_train(calls: list, data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     words = ("train", "epochs=3", "--preset", "mosi", "mode=faithful", "--data", data, "--out", out, "train.lr=5e-4")
     assert run(*words) == 0
     [(name, (config, folder), options)] = calls
-    assert (name, folder, options) == ("train", out, {"resume": False})
+    assert (name, folder, options) == ("train", out, {"resume": False, "profile": False})
     assert (config.preset, config.mode, config.epochs, config.train.lr) == ("mosi", "faithful", 3, 5e-4)
     assert config.data.path == str(data)
     printed = capsys.readouterr().out
@@ -160,13 +160,24 @@ def test_a_folder_that_holds_a_run_is_refused(calls: list, data: Path, tmp_path:
     assert run("train", "--preset", "mosi", "--data", data, "--out", tmp_path / "one", "--resume") == 0
 
 
+def test_profile_prints_where_time_went(calls: list, data: Path, tmp_path: Path, capsys):
+    (tmp_path / "run/profile").mkdir(parents=True)
+    (tmp_path / "run/profile/shares.txt").write_text("stage2 text 0.5")
+    assert run("train", "--preset", "mosi", "--data", data, "--out", tmp_path / "run", "--profile") == 0
+    assert calls[-1][-1] == {"resume": False, "profile": True}
+    assert "stage2 text 0.5" in capsys.readouterr().out
+    out = tmp_path / "several"
+    message = fails(capsys, "train", "--preset", "mosi", "--data", data, "--out", out, "--profile", "seeds=0-1")
+    assert "--profile" in message and "several seeds" in message
+
+
 def test_resume_uses_the_settings_of_the_run(calls: list, data: Path, tmp_path: Path):
     saved = load_config("mosi-paper", [f"data.path={data}", "seed=5"])
     saved.save(tmp_path / "run/config.yaml")
     assert run("train", "--resume", "--out", tmp_path / "run", "epochs=90") == 0
     [(_, (config, _), options)] = calls
     saved.epochs = 90
-    assert config == saved and options == {"resume": True}
+    assert config == saved and options == {"resume": True, "profile": False}
 
 
 def test_train_refuses_before_it_begins(calls: list, data: Path, tmp_path: Path, capsys):
