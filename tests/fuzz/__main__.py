@@ -51,7 +51,7 @@ class Session:
         self.count, self.found, self.start = 0, {}, time.perf_counter()
 
     def one(self, data: bytes) -> None:
-        from tests.fuzz.targets import execute
+        from tests.fuzz.targets import clean, execute
 
         finding = execute(self.target, data)
         self.count += 1
@@ -61,6 +61,7 @@ class Session:
             print(f"finding: {finding}", flush=True)
         if self.count == self.runs:
             self.report()
+            clean()  # atheris ends the process without asking Python
 
     def report(self) -> None:
         rate = self.count / (time.perf_counter() - self.start)

@@ -62,12 +62,19 @@ def execute(target: Target, data: bytes) -> str | None:
     return None
 
 
+_kept: list[tempfile.TemporaryDirectory] = []
+
+
 @cache
 def folder() -> Path:
     """Where inputs become files; in memory where the system has such a place."""
-    kept = tempfile.TemporaryDirectory(prefix="fuzz-", dir=MEMORY if MEMORY.is_dir() else None)
-    folder.kept = kept  # type: ignore[attr-defined] (until the process ends)
-    return Path(kept.name)
+    _kept.append(tempfile.TemporaryDirectory(prefix="fuzz-", dir=MEMORY if MEMORY.is_dir() else None))
+    return Path(_kept[0].name)
+
+
+def clean() -> None:
+    """Remove that folder."""
+    _kept[0].cleanup()
 
 
 def small(seed: int = 0) -> dict[str, list[Sample]]:
