@@ -436,20 +436,27 @@ class _Machine:
     def call(self, function: Any, arguments: Any) -> None:
         if type(function) is not _Function or type(arguments) is not tuple:
             raise pickle.UnpicklingError(f"a call of a {type(function).__name__}")
-        # An argument may be an object that was read long ago: without an account, one long string could be copied
-        # once an instruction.
-        self.spent += sum(len(a) for a in arguments if isinstance(a, (str, bytes, bytearray, memoryview, list, set)))
+        self.charge(arguments)
+        self.new(function.call(*arguments))
+
+    def charge(self, arguments: tuple) -> None:
+        """Account for what a call copies. An argument may be an object that was read long ago: without an account, one
+        long string could be copied once an instruction.
+        """
+        for a in arguments:
+            if isinstance(a, (str, bytes, bytearray, memoryview)):
+                self.spent += len(a)
+            elif isinstance(a, (list, tuple, set, frozenset)):
+                self.spent += SHARING * len(a)  # an item takes far longer than a byte
         if self.spent > SHARING * self.size + (1 << 20):
             raise pickle.UnpicklingError("calls that copy more than the file holds")
-        self.new(function.call(*arguments))
 
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
         if not isinstance(target, (_Dtype, _Array)):
             raise pickle.UnpicklingError(f"a state for a {type(target).__name__}")
-        if isinstance(target, _Array) and isinstance(state, tuple) and isinstance(state[-1], (str, list)):
-            self.spent += len(state[-1])
+        self.charge(state if isinstance(state, tuple) else ())
         target.build(state)
 
 

@@ -305,6 +305,15 @@ BOMBS = {
         raw(b"(", b"K\x01" * 100_000, b"lq\x00(", b"cbuiltins\nset\n(h\x00tR" * 20_000, b"t"),
         "copy more than",
     ),
+    "one list made an array by every call": (
+        raw(
+            b"(" + b"K\x01" * 50_000 + b"lq\x00cnumpy\ndtype\n(X\x02\x00\x00\x00O8tRq\x01(",
+            b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR(K\x01(M\x50\xc3th\x01\x89h\x00tb"
+            * 5000,
+            b"t",
+        ),
+        "copy more than",
+    ),
     "arrays without width": (
         raw(
             b"(",
