@@ -84,16 +84,6 @@ def test_infonce(rows, columns, dims, hidden, layers, transpose):
     compare(by_infonce(transpose), infonce(transpose), case)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [63, 64, 65, 100, 130])
-@pytest.mark.parametrize("hidden, layers", [(256, 2), (64, 1), (256, 0)])
-def test_larger_sizes(count, hidden, layers, monkeypatch):
-    monkeypatch.setattr(triton, "SLAB", (2048, 1 << 16))
-    case = concat(count, count, (31, 128), hidden, layers, torch.float32)
-    compare(by_scores, reference.concat_scores, case)
-    compare(by_infonce(False), infonce(False), case)
-
-
 def test_blocks_of_the_other_precisions(monkeypatch):
     """The interpreter multiplies in fp32 whatever is asked: what is tested is the larger blocks' bounds."""
     monkeypatch.setattr(triton, "_precision", lambda: "tf32")
