@@ -55,5 +55,6 @@ def run_all(
 def load_results(folder: Path) -> dict[str, dict[str, Any]]:
     """{name: result} of the JSON files in `folder`, in the suites' order."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    found = {name: result for name, result in found.items() if "goals" in result}  # others are not suites'
     order = [*NAMES, *sorted(set(found) - set(NAMES))]
     return {name: found[name] for name in order if name in found}

@@ -17,6 +17,7 @@ from bench import epochs, shapes
 from bench.memory import extra_peak
 from bench.runner import Setting, Work
 from engine import losses
+from engine.kernels.knn_product import Bank
 from engine.loaders import open_dataset
 from engine.model.mimrl import build_model
 from engine.model.text_encoder import load_text_encoder
@@ -66,8 +67,9 @@ class Point:
             torch.optim.Adam([*groups["main"], *groups["text"]], 1e-4, fused=True),
             torch.optim.Adam(objective.parameters(), 1e-4, fused=True), clip_value=1.5,
         )  # fmt: skip
-        self.bank = {name: torch.randn(bank, width, device=setting.device) for name in "FTAV"}
-        self.bank["C"] = torch.from_numpy(samples.label[:bank]).mul(5).round().div(5).to(setting.device)
+        features = {name: torch.randn(bank, width, device=setting.device) for name in "FTAV"}
+        features["C"] = torch.from_numpy(samples.label[:bank]).mul(5).round().div(5).to(setting.device)
+        self.bank = Bank(features)  # as the trainer makes it, once an epoch
 
     def run(self) -> None:
         self.step.model.train()
