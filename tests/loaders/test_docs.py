@@ -76,3 +76,14 @@ def test_the_commands_of_the_page_are_understood(tmp_path, monkeypatch, capsys):
     assert main(inspect) == 0
     assert "no problems" in capsys.readouterr().out
     assert train[0] == "train" and load_config("mosi", [w for w in train if "=" in w]).epochs == 2
+
+
+def test_position_on_the_page_on_loaders(tmp_path):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "loaders.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    path = writers.dump(writers.mmsa(writers.samples()), tmp_path / "x.pkl")
+    scope: dict = {"dataset": open_dataset(path, DataConfig(), str(small_tokenizer(tmp_path / "encoder")))}
+    exec(example, scope)
+    assert len(scope["first"]) == len(scope["rest"]) == 2
+    for name in ("drop_text", "mask_vision", "max_padding", "resident", "dali", "torch", "precision"):
+        assert name in page
