@@ -82,7 +82,7 @@ def load(path: str | Path) -> tuple[dict[Any, Any], dict[str, Any]]:
             header = opened.metadata() or {}
             _check_format(path, header)
             # A clone leaves the file's memory map: later writes to the file cannot reach the tensors.
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
     except SafetensorError as cause:
         raise _unreadable(path, cause) from cause
     except OSError as cause:

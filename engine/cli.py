@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # Whoever read our output has gone (`engine config | head`); Python would complain once more at exit.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 0
     except (EngineError, OSError) as cause:
         if isinstance(cause, OSError):
@@ -392,7 +392,7 @@ def _parser() -> argparse.ArgumentParser:
             name, help=help, description=textwrap.dedent(text) or f"{help[0].upper()}{help[1:]}.",
             formatter_class=_help_format, allow_abbrev=False,
         )  # fmt: skip
-        sub.make_epilog = epilog  # type: ignore[attr-defined]
+        sub.make_epilog = epilog
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         sub.set_defaults(run=run, parser=sub)
         return sub

@@ -691,7 +691,7 @@ def _load_features(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
     from safetensors import safe_open
 
     with safe_open(path, framework="np") as file:
-        features = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        features = {name: file.get_tensor(name) for name in file.keys()}
         listed = json.loads((file.metadata() or {}).get("ids", "[]"))
     order = [name for name in (*MODALITIES, "label") if name in features]
     order += sorted(set(features) - set(order))

@@ -516,7 +516,10 @@ class _Trainer:
     def _summary(self, history: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
         best, oracle = self._best(history, "valid"), self._best(history, "test")
         steady = [r["seconds"] for r in history[1:]] or [history[0]["seconds"]]
-        numbers = lambda record, split: {k: v for k, v in record[split].items() if not isinstance(v, dict)}  # noqa: E731
+
+        def numbers(record: dict[str, Any], split: str) -> dict[str, Any]:
+            return {k: v for k, v in record[split].items() if not isinstance(v, dict)}
+
         summary = {
             "best_epoch": best["epoch"],
             "valid": numbers(best, "valid"),

@@ -157,7 +157,9 @@ class TestProducts:
             assert torch.equal(rows["I(A;C|T)"][2], rows["I(V;C|T)"][2]) is shared
 
     def test_a_generator_fixes_the_draw(self):
-        draw = lambda seed: small_mimrl().sample_products(features(60), 12, torch.Generator().manual_seed(seed))  # noqa: E731
+        def draw(seed):
+            return small_mimrl().sample_products(features(60), 12, torch.Generator().manual_seed(seed))
+
         for term, rows in draw(3).items():
             assert all(torch.equal(a, b) for a, b in zip(rows, draw(3)[term], strict=True))
         assert not torch.equal(draw(3)["I(A;C|T)"][2], draw(4)["I(A;C|T)"][2])

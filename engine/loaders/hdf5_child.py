@@ -15,13 +15,13 @@ import sys
 
 del sys.path[0]  # this script's folder, in which `inspect` and others would hide the standard library's
 
-import json  # noqa: E402
-import os  # noqa: E402
+import json
+import os
 
 os.environ["HDF5_PLUGIN_PRELOAD"] = "::"  # no plugins: they are shared libraries looked up on a path
 
-import h5py  # noqa: E402
-import numpy as np  # noqa: E402
+import h5py
+import numpy as np
 
 FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
 RATIO = 1100  # deflate expands at most 1032 times

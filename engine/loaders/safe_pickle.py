@@ -473,7 +473,10 @@ def _refuse(name: str) -> Callable[[_Machine], None]:
 
 def _table() -> list[Callable[[_Machine], None] | None]:
     m = _Machine
-    push = lambda read: lambda s: s.stack.append(read(s))  # noqa: E731
+
+    def push(read: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
+        return lambda s: s.stack.append(read(s))
+
     instructions: dict[bytes, Callable[[_Machine], None]] = {
         b"\x80": m.proto, b"\x95": m.frame, b"(": m.mark, b"0": m.pop, b"1": m.pop_mark, b"2": m.dup,
         b"N": push(lambda s: None), b"\x88": push(lambda s: True), b"\x89": push(lambda s: False),

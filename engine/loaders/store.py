@@ -542,7 +542,7 @@ def verify_store(path: str | Path) -> list[str]:
     file, data = _open(store_path(path))
     sums = data.meta.get("checksums") or {}
     wrong = [key for key in sums if key not in file]
-    for key in file.keys():  # noqa: SIM118 (not a dict)
+    for key in file.keys():
         file.check()
         digest = hashlib.sha256()
         try:

@@ -25,7 +25,7 @@ things lot little bit whole part end year years kids family friend friends see s
 made say said um uh okay yeah well actually basically honestly definitely probably absolutely underwhelming storyline
 cinematography heartwarming cringeworthy rewatchable overacted melodramatic nitpicking cliched screenplay storytelling
 misogynistic
-""".split()  # noqa: SIM905 (a list literal of them would be ten times as long)
+""".split()
 
 
 @dataclass(frozen=True)

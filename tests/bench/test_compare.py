@@ -12,7 +12,10 @@ def in_repository() -> bool:
     return subprocess.run(["git", "-C", str(machine.ROOT), "rev-parse", "HEAD"], capture_output=True).returncode == 0
 
 
-@pytest.mark.skipif(not in_repository(), reason="not a git working tree")
+needs_repository = pytest.mark.skipif(not in_repository(), reason="not a git working tree")
+
+
+@needs_repository
 def test_the_other_side_imports_the_other_engine():
     import os
     import sys
@@ -36,7 +39,7 @@ def test_the_other_side_imports_the_other_engine():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not in_repository(), reason="not a git working tree")
+@needs_repository
 def test_a_comparison_with_itself(capsys):
     assert compare.compare("HEAD", ["critics"], True, 2, 1, say=lambda text: None) == 0
     line = json.loads(capsys.readouterr().out)

@@ -14,7 +14,10 @@ from tests.golden.test_model import batch_of
 
 def command(info: dict) -> str:
     """The command line that would have trained the recorded model."""
-    dash = lambda shape: "-".join(map(str, shape))  # noqa: E731
+
+    def dash(shape):
+        return "-".join(map(str, shape))
+
     switches = "".join(f" --{name}" for name in ("bias", "ln_first") if info[name])
     return (
         "python Main.py --dataset mosi_Dec --parallel"

@@ -97,7 +97,10 @@ def test_sizes_that_the_file_does_not_account_for(folder):
     change(folder, replaced("features", never_written))
     refused(folder, "COVAREP.csd", "from 0 stored")
     (folder / "COVAREP.csd").write_bytes(whole)
-    large = lambda f, v: v.create_dataset("features", data=np.zeros((1 << 20, 5)), compression=9)  # noqa: E731
+
+    def large(file, video):
+        return video.create_dataset("features", data=np.zeros((1 << 20, 5)), compression=9)
+
     change(folder, replaced("features", large))  # not read: its intervals do not fit
     refused(folder, "COVAREP.csd", "intervals of shape")
 

@@ -203,7 +203,7 @@ class ProductRows(Sequence[Tensor]):
     def __len__(self) -> int:
         return 3
 
-    def __getitem__(self, i: int) -> Tensor:  # type: ignore[override]
+    def __getitem__(self, i: int) -> Tensor:
         part = (self.x, self.y, self.z)[i]
         return part if part is self.x or self.k == 1 else part.repeat_interleave(self.k, 0)
 
