@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from engine.allocator import VARIABLES, keep_memory
+
 SCRIPT = """
 import resource, sys, torch
 from engine.allocator import keep_memory
@@ -30,3 +32,9 @@ def test_fresh_tensors_cost_no_page_faults():
         return int(done.stdout)
 
     assert 10 * faults("kept") < faults("given back")
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_the_users_own_setting_holds(monkeypatch, name):
+    monkeypatch.setenv(name, "65536")
+    assert keep_memory() is False
