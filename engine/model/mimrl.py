@@ -82,7 +82,7 @@ class MIMRL(nn.Module):
         self.fill_text = not self.faithful and model.text_padding == "mean"
         self.dropout = model.dropout[:3]
         # A speaker's voice and face recur in all of a video's utterances: left alone, the fusion encoder learns the
-        # training videos' sentiment by their speakers. Hidden from it every other time, MOSI's test MAE is .07 lower.
+        # training videos' sentiment by their speakers. Hidden from it every other time, MOSI's test MAE is .04 lower.
         self.modality_dropout = model.modality_dropout
         self.text_encoder = text_encoder
         self.text_projection = nn.Linear(text_encoder.dim, model.d_common, bias=False)
