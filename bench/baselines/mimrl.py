@@ -89,14 +89,14 @@ class CubeMLP(nn.Module):
 # -- estimators ------------------------------------------------------------------------------------
 
 
-def relu_mlp(d_in, hidden, d_out, layers=2):
+def relu_mlp(d_in, hidden, d_out, layers=2, zero_bias=True):
     sizes = [d_in] + [hidden] * (layers + 1)
     stack = []
     for a, b in itertools.pairwise(sizes):
         stack += [nn.Linear(a, b), nn.ReLU()]
     net = nn.Sequential(*stack, nn.Linear(hidden, d_out))
     for layer in net:
-        if isinstance(layer, nn.Linear):
+        if zero_bias and isinstance(layer, nn.Linear):
             nn.init.zeros_(layer.bias)
     return net
 
@@ -203,7 +203,7 @@ class MIEstimator(nn.Module):
 class CMIClassifier(nn.Module):
     def __init__(self, dim, hidden, last_activate):
         super().__init__()
-        self.mlp = relu_mlp(3 * dim, hidden, 2)
+        self.mlp = relu_mlp(3 * dim, hidden, 2, zero_bias=False)
         self.last = nn.Sigmoid() if last_activate == "sigmoid" else nn.Hardtanh(1e-4, 1 - 1e-4)
 
     def forward(self, rows):

@@ -42,7 +42,8 @@ class CMIEstimator(nn.Module):
         on_degenerate: a joint batch of one, no product rows, or non-finite logits: "raise" an EstimatorError, or
             "skip": value, surrogate and loss are 0 with zero gradients, and `details["skipped"]` is 1.
 
-    Biases start at 0, weights Xavier-uniform. `state_dict` names: classifier.{0,2,4,6}.{weight,bias}.
+    Biases start at 0, weights Xavier-uniform; compat="mimrl": both as PyTorch makes them. `state_dict` names:
+    classifier.{0,2,4,6}.{weight,bias}.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class CMIEstimator(nn.Module):
                 raise EstimatorError(what, repr(value), f"one of {', '.join(choices)}", "Choose one of these.")
         self.dim, self.estimator, self.compat = dim, estimator, compat
         self.last_activate, self.on_degenerate = last_activate, on_degenerate
-        self.classifier = build_mlp(3 * dim, 2 if compat == "mimrl" else 1, hidden, 2, "relu")
+        published = compat == "mimrl"
+        self.classifier = build_mlp(3 * dim, 2 if published else 1, hidden, 2, "relu", compat, zero_bias=not published)
 
     def forward(self, joint: Rows, product: Rows) -> Estimate:
         """One estimate.

@@ -65,7 +65,7 @@ class MIEstimator(nn.Module):
             value, surrogate and loss are 0 with zero gradients, and `details["skipped"]` is 1.
 
     All biases start at 0; weights are Xavier-uniform, which keeps the scores of standardised inputs of order 1 at the
-    start, where every bound still has a gradient.
+    start, where every bound still has a gradient. compat="mimrl" begins as that code does, with PyTorch's own weights.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class MIEstimator(nn.Module):
         self.alpha = MIMRL_ALPHA if compat == "mimrl" else alpha
         self.smile_tau, self.ema_rate = smile_tau, ema_rate
         self.critic = Critic(dim_x, dim_y, critic, hidden, embed, layers, activation, compat)
-        self.baseline = LogBaseline(dim_y, baseline, hidden, layers, activation)
+        self.baseline = LogBaseline(dim_y, baseline, hidden, layers, activation, compat)
         if bound == "mine" and compat == "none":
             # -inf is the logarithm of an average that has not begun
             self.register_buffer("log_ema", torch.tensor(-math.inf))
@@ -195,10 +195,10 @@ class Critic(nn.Module):
         self.kind, self.activation = kind, activation
         self.transpose = kind == "concat" and compat == "mimrl"
         if kind == "separate":
-            self.g = build_mlp(dim_x, embed, hidden, layers, activation)
-            self.h = build_mlp(dim_y, embed, hidden, layers, activation)
+            self.g = build_mlp(dim_x, embed, hidden, layers, activation, compat)
+            self.h = build_mlp(dim_y, embed, hidden, layers, activation, compat)
         else:
-            self.f = build_mlp(dim_x + dim_y, 1, hidden, layers, activation)
+            self.f = build_mlp(dim_x + dim_y, 1, hidden, layers, activation, compat)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x [B, dim_x], y [B, dim_y] -> [B, B]."""
@@ -220,13 +220,19 @@ class LogBaseline(nn.Module):
     """
 
     def __init__(
-        self, dim_y: int, kind: str = "constant", hidden: int = 256, layers: int = 2, activation: str = "relu"
+        self,
+        dim_y: int,
+        kind: str = "constant",
+        hidden: int = 256,
+        layers: int = 2,
+        activation: str = "relu",
+        compat: str = "none",
     ):
         super().__init__()
         _one_of("baseline", kind, BASELINES)
         self.kind, self.activation = kind, activation
         if kind == "unnormalized":
-            self.mlp = build_mlp(dim_y, 1, hidden, layers, activation)
+            self.mlp = build_mlp(dim_y, 1, hidden, layers, activation, compat)
 
     def forward(self, y: Tensor) -> Tensor:
         if self.kind == "unnormalized":
@@ -237,15 +243,23 @@ class LogBaseline(nn.Module):
         return y.new_zeros(len(y), 1)
 
 
-def build_mlp(dim_in: int, dim_out: int, hidden: int, layers: int, activation: str) -> nn.Sequential:
-    """`layers` + 1 hidden layers; Xavier-uniform weights, zero biases."""
+def build_mlp(
+    dim_in: int, dim_out: int, hidden: int, layers: int, activation: str, compat: str = "none", zero_bias: bool = True
+) -> nn.Sequential:
+    """`layers` + 1 hidden layers, Xavier-uniform weights; with compat="mimrl", weights as PyTorch makes them.
+
+    PyTorch's are 1/sqrt(3) of Xavier's where widths are equal: the scores of a separate critic, which pass eight
+    layers, begin 81 times smaller.
+    """
     _one_of("activation", activation, tuple(ACTIVATIONS))
     widths = [dim_in] + [hidden] * (layers + 1) + [dim_out]
     modules: list[nn.Module] = []
     for width_in, width_out in pairwise(widths):
         linear = nn.Linear(width_in, width_out)
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.zeros_(linear.bias)
+        if compat == "none":
+            nn.init.xavier_uniform_(linear.weight)
+        if zero_bias:
+            nn.init.zeros_(linear.bias)
         modules += [linear, MODULES[activation]()]
     return nn.Sequential(*modules[:-1])
 

@@ -20,6 +20,37 @@ def test_twenty_faithful_steps_equal_the_baseline():
     epochs.gate_faithful(Setting(), steps=20)
 
 
+def test_faithful_mode_starts_as_the_baseline():
+    """Fresh parameters of both have the same constants and the same spread, estimators' weights among them."""
+    from bench.baselines import mimrl
+    from engine import compat
+    from engine.config import Config
+    from engine.model.mimrl import build_model
+    from engine.objective import mimrl_objective
+
+    torch.manual_seed(0)
+    width, shapes = 128, [(20, 3, 128), (10, 3, 128)]
+    theirs = mimrl.MIMRL(mimrl.settings(time_len=40, d_hiddens=shapes, d_outs=shapes), torch.nn.Identity())
+    settings = Config(
+        mode="faithful", data={"time_len": 40}, model={"cubemlp": {"d_hiddens": shapes, "d_outs": shapes}}
+    ).resolve()
+    text = torch.nn.Identity()
+    text.dim = 384
+    model = build_model(settings, 5, 20, text)
+    objective = mimrl_objective(settings.objective, model.fused_dim, width)
+    ours = model.state_dict() | objective.state_dict()
+    expected = {k: v for part in compat.split_reference_state(theirs.state_dict())[:2] for k, v in part.items()}
+    assert set(ours) == set(expected)
+    for name, fresh in expected.items():
+        found = ours[name]
+        if fresh.numel() > 1 and fresh.unique().numel() == 1:
+            assert torch.equal(found, fresh), name
+        elif fresh.numel() >= 100:
+            assert found.std().item() == pytest.approx(fresh.std().item(), rel=0.2), name
+        else:
+            assert found.abs().max() > 0, name
+
+
 def test_a_wrong_estimate_turns_the_gates_red(monkeypatch):
     from engine.model.mimrl import MIMRL, ModelOutput
 
