@@ -204,7 +204,7 @@ def load() -> dict[str, Any]:
 def environment() -> dict[str, str]:
     """What the counters depend on beside the engine: another version's operations are others, and without a C++
     compiler the compiled kernels' fallbacks run."""
-    from engine.kernels.recurrent.build import compiler
+    from engine.kernels.build import compiler
 
     found = {name: metadata.version(name).split("+")[0] for name in VERSIONS}
     return found | {"C++ compiler": "no" if compiler() is None else "yes"}

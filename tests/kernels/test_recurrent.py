@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from engine.errors import DataError
-from engine.kernels import registry
-from engine.kernels.recurrent import build, cpu, cudnn, op
+from engine.kernels import build, registry
+from engine.kernels.recurrent import cpu, cudnn, op
 from engine.model.encoders import SequenceEncoder
 
 MODULES = {"gru": nn.GRU, "lstm": nn.LSTM}
@@ -275,10 +275,10 @@ def test_encoder_is_the_same_by_both_ways(kind, monkeypatch):
 
 @pytest.fixture
 def no_library(monkeypatch):
-    build.library.cache_clear()
+    cpu.library.cache_clear()
     yield
     monkeypatch.undo()
-    build.library.cache_clear()
+    cpu.library.cache_clear()
 
 
 @pytest.mark.parametrize("broken", ["no compiler", "failing compiler", "unwritable folder"])

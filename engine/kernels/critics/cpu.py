@@ -8,40 +8,30 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.errors import OutputError
+from engine.kernels import build
 from engine.kernels.critics import plain
-from engine.kernels.recurrent import build
 
 SOURCE = Path(__file__).with_name("critics.cpp")
-
-log = logging.getLogger("engine")
 
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernel for float32 or float64, compiled at its first use; None (logged once) where it cannot be had."""
-    try:
-        loaded = ctypes.CDLL(str(build.compiled(SOURCE, dtype)))
-    except (OSError, OutputError, subprocess.SubprocessError, RuntimeError) as cause:
-        log.warning("critics kernel: not available (%s); plain torch runs instead, slower", cause)
-        return None
-    size, pointer, count = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+    pointer, size, count = build.POINTER, build.SIZE, build.INT
     grouped = [size, pointer, pointer, *[size] * 4, *[pointer] * 3]
-    loaded.grouped_mlp.argtypes = [*grouped, pointer, count, *[pointer] * 4]
-    loaded.grouped_infonce.argtypes = [*grouped, size, *[pointer] * 5, count]
-    loaded.concat.argtypes = [*[size] * 4, *[pointer] * 4, count, *[pointer] * 4]
-    loaded.concat_loss.argtypes = [*[size] * 3, *[pointer] * 4, count, *[pointer] * 3]
-    for function in (loaded.grouped_mlp, loaded.grouped_infonce, loaded.concat, loaded.concat_loss):
-        function.restype = None
-    return loaded
+    functions = {
+        "grouped_mlp": [*grouped, pointer, count, *[pointer] * 4],
+        "grouped_infonce": [*grouped, size, *[pointer] * 5, count],
+        "concat": [*[size] * 4, *[pointer] * 4, count, *[pointer] * 4],
+        "concat_loss": [*[size] * 3, *[pointer] * 4, count, *[pointer] * 3],
+    }
+    return build.library(SOURCE, dtype, functions, "plain torch runs")
 
 
 def mlp_forward(

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.errors import OutputError
-from engine.kernels.recurrent import build
+from engine.kernels import build
 
 SOURCE = Path(__file__).with_name("cube_mix.cpp")
 # In the order of the kernel's tables.
@@ -21,23 +18,16 @@ ACTIVATIONS = ("gelu", "relu", "tanh", "leakyrelu", "elu", "hardtanh", "hardshri
 COLUMNS = 64  # columns of a tile, as in cube_mix.cpp
 SHORT = 8  # axes and layers up to this length are computed again in the backward pass instead of kept
 
-log = logging.getLogger("engine")
-
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernel for float32 or float64, compiled at its first use; None (logged once) where it cannot be had."""
-    try:
-        loaded = ctypes.CDLL(str(build.compiled(SOURCE, dtype)))
-    except (OSError, OutputError, subprocess.SubprocessError, RuntimeError) as cause:
-        log.warning("cube_mix kernel: not available (%s); plain torch runs instead, slower", cause)
-        return None
-    pointer = ctypes.c_void_p
-    head = [pointer, ctypes.c_double, ctypes.c_int, pointer]
-    loaded.cube_mix_forward.argtypes = [*head, *[pointer] * 3]
-    loaded.cube_mix_backward.argtypes = [*head, *[pointer] * 5]
-    loaded.cube_mix_forward.restype = loaded.cube_mix_backward.restype = None
-    return loaded
+    head = [build.POINTER, build.DOUBLE, build.INT, build.POINTER]
+    functions = {
+        "cube_mix_forward": [*head, *[build.POINTER] * 3],
+        "cube_mix_backward": [*head, *[build.POINTER] * 5],
+    }
+    return build.library(SOURCE, dtype, functions, "plain torch runs")
 
 
 def kept_size(outer: int, inner: int, d_in: int, hidden: int, d_out: int, ln_first: bool) -> int:

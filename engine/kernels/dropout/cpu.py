@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import subprocess
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.errors import OutputError
+from engine.kernels import build
 from engine.kernels.dropout import reference
-from engine.kernels.recurrent import build
 
 SOURCE = Path(__file__).with_name("dropout.cpp")
-
-log = logging.getLogger("engine")
 
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernel for float32 (and bfloat16) or float64, compiled at its first use; None (logged once) without one."""
-    try:
-        loaded = ctypes.CDLL(str(build.compiled(SOURCE, dtype)))
-    except (OSError, OutputError, subprocess.SubprocessError, RuntimeError) as cause:
-        log.warning("dropout kernel: not available (%s); torch's dropout runs instead, slower", cause)
-        return None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    for function in (loaded.dropout, loaded.dropout_bf16):
-        function.argtypes = [pointer, pointer, size, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_double, ctypes.c_int]
-        function.restype = None
-    return loaded
+    arguments = [*[build.POINTER] * 2, build.SIZE, ctypes.c_uint64, ctypes.c_uint32, build.DOUBLE, build.INT]
+    functions = {"dropout": arguments, "dropout_bf16": arguments}
+    return build.library(SOURCE, dtype, functions, "torch's dropout runs")
 
 
 def apply(x: Tensor, seed: Tensor, p: float) -> Tensor:

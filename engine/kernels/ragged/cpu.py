@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import OutputError
-from engine.kernels.recurrent import build
+from engine.kernels import build
 
 SOURCE = Path(__file__).with_name("ragged.cpp")
 KINDS = {torch.float32: 0, torch.float16: 1, torch.int32: 2}
-
-log = logging.getLogger("engine")
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernel, compiled at its first use; None (logged once) where it cannot be had."""
-    try:
-        loaded = ctypes.CDLL(str(build.compiled(SOURCE, torch.float32)))
-    except (OSError, OutputError, subprocess.SubprocessError, RuntimeError) as cause:
-        log.warning("ragged kernel: not available (%s); plain torch runs instead, slower", cause)
-        return None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    loaded.ragged_pad.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 5, *[pointer] * 2, ctypes.c_int]
-    loaded.ragged_scale.argtypes = [pointer, size, size, pointer, pointer, ctypes.c_double, pointer, ctypes.c_int]
-    loaded.ragged_pad.restype = loaded.ragged_scale.restype = None
-    return loaded
+    pointer, size, count, real = build.POINTER, build.SIZE, build.INT, build.DOUBLE
+    functions = {
+        "ragged_pad": [count, *[pointer] * 3, *[size] * 5, *[pointer] * 2, count],
+        "ragged_scale": [pointer, size, size, pointer, pointer, real, pointer, count],
+    }
+    return build.library(SOURCE, torch.float32, functions, "plain torch runs")
 
 
 def pad(values: Tensor, offsets: Tensor, rows: Tensor, width: int, fill: int, closing: int) -> tuple[Tensor, Tensor]:

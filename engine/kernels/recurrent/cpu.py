@@ -1,19 +1,30 @@
-"""Host functions of the compiled kernel: recurrent.cpp holds the loops, build.py compiles it."""
+"""Host functions of the compiled kernel: recurrent.cpp holds the loops."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from engine.errors import DataError
-from engine.kernels.recurrent import build
+from engine.kernels import build
 from engine.kernels.recurrent.reference import GATES
 
+SOURCE = Path(__file__).with_name("recurrent.cpp")
 LANES = 16  # hidden units are padded to the vector's width, at most 16 floats
 SLOTS = {"gru": 4, "lstm": 5}  # values kept per unit, token and direction for the backward pass
+
+
+@functools.cache
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernel for float32 or float64, compiled at its first use; None (logged once) where it cannot be had."""
+    pointer, size, count = build.POINTER, build.SIZE, build.INT
+    functions = {"recurrent": [count, count, *[size] * 4, *[pointer] * 5, count, *[pointer] * 4]}
+    return build.library(SOURCE, dtype, functions, "torch.nn.GRU and LSTM run")
 
 
 def state_width(layers: int, hidden: int, cell: str) -> int:
@@ -89,7 +100,7 @@ def _run(
     dweights: Sequence[Tensor] = (),
     work: Tensor | None = None,
 ) -> None:
-    loaded = build.library(x.dtype)
+    loaded = library(x.dtype)
     if loaded is None:
         raise RuntimeError("the compiled recurrent kernel is not available on this machine")
     batch, width, features = x.shape

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from engine.kernels import registry
-from engine.kernels.recurrent import build, cpu, cudnn, reference
+from engine.kernels.recurrent import cpu, cudnn, reference
 
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -40,7 +40,7 @@ def available(x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result  # torch.compile must not look inside
 def _compiled(dtype: torch.dtype) -> bool:
-    return build.library(torch.float64 if dtype == torch.float64 else torch.float32) is not None
+    return cpu.library(torch.float64 if dtype == torch.float64 else torch.float32) is not None
 
 
 def bidirectional(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str) -> Tensor:

@@ -1,9 +1,8 @@
-"""Compile the C++ source once, keep the library, load it."""
+"""Compile the C++ source of an operation once, keep the library, load it."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import logging
 import os
@@ -11,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +18,7 @@ import torch
 from engine.errors import OutputError
 from engine.files import atomic_path
 
-SOURCE = Path(__file__).with_name("recurrent.cpp")
-HEADERS = Path(__file__).parents[1]  # of the other sources
+HEADERS = Path(__file__).parent
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 # By torch's own word for the processor, so that a folder shared by machines holds one library for each kind of them.
 PROCESSOR_FLAGS = {
@@ -46,24 +45,29 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
-@functools.cache
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernel for float32 or float64, compiled if it is not kept yet; None where it cannot be had.
+# shorthands for the argument types of `library`
+POINTER, SIZE, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 
-    Decided once per process. Whatever fails is logged and costs speed only: callers fall back to torch.nn.
+
+def library(
+    source: Path, dtype: torch.dtype, functions: Mapping[str, Sequence[type]], instead: str
+) -> ctypes.CDLL | None:
+    """The library of a C++ source, compiled if it is not kept yet, or None where it cannot be had.
+
+    Whatever fails is logged and costs speed only. Not cached here: each operation caches its own.
+
+    Args:
+        functions: name -> types of the arguments; none of them returns anything.
+        instead: what runs where there is no library, for the log.
     """
     try:
-        return _load(compiled(SOURCE, dtype))
+        loaded = ctypes.CDLL(str(compiled(source, dtype)))
     except (OSError, OutputError, subprocess.SubprocessError, RuntimeError) as cause:
-        log.warning("recurrent kernel: not available (%s); torch.nn.GRU and LSTM run instead, slower", cause)
+        log.warning("%s kernel: not available (%s); %s instead, slower", source.stem, cause, instead)
         return None
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(path))
-    size, pointer, count = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-    loaded.recurrent.argtypes = [count, count, size, size, size, size, *[pointer] * 5, count, *[pointer] * 4]
-    loaded.recurrent.restype = None
+    for name, arguments in functions.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = list(arguments), None
     return loaded
 
 
