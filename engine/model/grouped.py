@@ -111,6 +111,7 @@ class _Group:
         # places of the towers of x, and of y, in the order of the estimators
         self.of_x, self.of_y = ([self.towers.index((name, which)) for name in estimators] for which in "gh")
         self.stacks: list[Tensor] = []
+        self.places: list[int] = []  # of parameters and stacks in memory, where the former are parts of the latter
 
     def parameters(self) -> list[list[Tensor]]:
         """For every stack the parameters in it; stacks of weights and of biases alternate."""
@@ -164,7 +165,7 @@ class _Group:
         if torch.compiler.is_compiling():
             return [torch.stack(part) for part in parameters]
         flat = [p for part in parameters for p in part]
-        if [p.data_ptr() for p in flat] != self._places():
+        if [t.data_ptr() for t in (*flat, *self.stacks)] != self.places:
             self._bring_together(parameters)
         return list(_Stacked.apply(self.stacks, [len(part) for part in parameters], *flat))
 
@@ -174,14 +175,7 @@ class _Group:
         for part, stack in zip(parameters, self.stacks, strict=True):
             for p, place in zip(part, stack.unbind(), strict=True):
                 p.data = place
-
-    def _places(self) -> list[int]:
-        """Addresses of the stacks' parts."""
-        return [
-            stack.data_ptr() + n * stack.stride(0) * stack.element_size()
-            for stack in self.stacks
-            for n in range(len(stack))
-        ]
+        self.places = [t.data_ptr() for part in (*parameters, self.stacks) for t in part]
 
 
 class _Stacked(torch.autograd.Function):
