@@ -400,6 +400,18 @@ def check_splits(where: str, found: Iterable[str]) -> None:
         raise DataError(where, f"an extra split {extra[0]!r}", "train, valid (or dev) and test", "Remove it.")
 
 
+def splits_with_words(source: Source, title: str, features: bool) -> dict[str, Any]:
+    """The rows of every split of a format that holds words but no text features; raises where `features` are asked."""
+    splits = source.split_dict() or {}
+    check_splits(str(source.path), splits)
+    if features:
+        raise DataError(
+            str(source.path), f"a {title}", "a file with precomputed text features",
+            "Name a text encoder in text_encoder.",
+        )  # fmt: skip
+    return splits
+
+
 def nearest(word: str, options: Iterable[str], cutoff: float = 0.6) -> list[str]:
     """The option most like `word`, or none. Bounded: both may come from a damaged file."""
     return difflib.get_close_matches(str(word)[:80], [str(o)[:80] for o in list(options)[:200]], 1, cutoff)

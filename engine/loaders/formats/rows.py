@@ -26,6 +26,7 @@ from engine.loaders.formats import (
     check_splits,
     first_rows,
     row_family,
+    splits_with_words,
     to_text,
     to_texts,
 )
@@ -127,15 +128,7 @@ class AVEC2019:
         return first_rows(source) == self.name
 
     def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
-        splits = source.split_dict() or {}
-        check_splits(str(source.path), splits)
-        if features:
-            raise DataError(
-                str(source.path),
-                f"a {self.title}",
-                "a file with precomputed text features",
-                "Name a text encoder in text_encoder.",
-            )
+        splits = splits_with_words(source, self.title, features)
         data = RawDataset(self.name, {}, draws_words=True, cut=True)
         for s in SPLITS:
             data.splits[s] = self._split(splits.pop(s), f"{source.files.get(s, source.path)}, {s}", s, source)

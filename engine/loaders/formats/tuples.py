@@ -21,10 +21,10 @@ from engine.loaders.formats import (
     Source,
     as_numbers,
     check_rows,
-    check_splits,
     first_rows,
     read_labels,
     row_family,
+    splits_with_words,
     to_text,
     to_texts,
 )
@@ -41,15 +41,7 @@ class Tuples:
         return first_rows(source) == self.name
 
     def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
-        splits = source.split_dict() or {}
-        check_splits(str(source.path), splits)
-        if features:
-            raise DataError(
-                str(source.path),
-                f"a {self.title}",
-                "a file with precomputed text features",
-                "Name a text encoder in text_encoder.",
-            )
+        splits = splits_with_words(source, self.title, features)
         data = RawDataset(self.name, {})
         for s in SPLITS:
             where = f"{source.files.get(s, source.path)}, {s}"
