@@ -6,8 +6,8 @@
 
 Counted, in `engine.train` on a fixed tiny data set and model, from the end of one batch to the end of the next in a
 steady-state epoch (so drawing, loading and storing belong to it): calls of aten operations, as a dispatch mode sees
-them; bytes of new storages that those calls return; FLOPs of matrix products, by torch's own formulas. Work inside an
-operation that is opaque to torch (a numba kernel, say) does not show.
+them; bytes of new storages that those calls return; FLOPs of matrix products, by torch's own formulas and those of
+engine/kernels/flops.py. Memory that an operation uses within itself does not show.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch.utils.flop_counter import flop_registry
 from bench import machine, shapes
 from engine.config import Config, load_config
 from engine.files import write_json
+from engine.kernels import flops
 from engine.trainer import train
 
 FILE = Path(__file__).with_name("guard.json")
@@ -50,6 +51,7 @@ class Counters(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        flops.register()
         self.operations: Counter[str] = Counter()
         self.bytes = self.flops = 0
 
