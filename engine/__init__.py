@@ -26,12 +26,14 @@ _HOME = {
     "estimate_cmi": "engine.conditional",
     "register_fusion": "engine.model.fusion",
     "use_backend": "engine.kernels.registry",
+    "keep_memory": "engine.allocator",
     "EngineError": "engine.errors",
 }
 
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
+    from engine.allocator import keep_memory as keep_memory
     from engine.conditional import estimate_cmi as estimate_cmi
     from engine.config import Config as Config
     from engine.config import load_config as load_config
