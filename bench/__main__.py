@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from bench import machine
+from engine.errors import EngineError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +43,9 @@ def _run(a: argparse.Namespace, threads: int) -> int:
     except runner.RedGateError as red:
         _say(f"red gate, nothing is reported: {red}")
         return 1
+    except EngineError as problem:
+        _say(str(problem))
+        return 2
     if a.out:
         from engine.files import write_json
 

@@ -101,6 +101,23 @@ def test_quantiles():
     assert runner.quantile([5], 0.8) == 5
 
 
+def test_an_epoch_of_real_files(tmp_path, monkeypatch, capsys):
+    from bench import __main__, shapes
+    from bench.suites import epoch_mosi
+
+    monkeypatch.delenv(epoch_mosi.FILES, raising=False)
+    monkeypatch.setattr(runner, "check_gate", lambda *a: None)
+    assert __main__.main(["run", "epoch_mosi", "--quick"]) == 2
+    assert "ENGINE_MOSI_FILES" in capsys.readouterr().err
+    made = shapes.mosi(3)
+    shapes.write_store(tmp_path, dict.fromkeys(("train", "valid", "test"), made))
+    monkeypatch.setenv(epoch_mosi.FILES, str(tmp_path))
+    monkeypatch.setattr("bench.epochs.QUICK_SAMPLES", 2)
+    found = epoch_mosi.samples(runner.Setting(quick=True))
+    assert found.text == made.text[:2] and [a.shape for a in found.audio] == [a.shape for a in made.audio[:2]]
+    assert found.label.shape == (2, 1)
+
+
 def test_every_suite_is_complete():
     for name in (*runner.NAMES, *runner.MORE_NAMES):
         module = runner.load_suite(name)
