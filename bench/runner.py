@@ -33,7 +33,6 @@ from types import ModuleType
 from typing import Any
 
 from bench import machine
-from engine.allocator import keep_memory
 
 NAMES = (
     "epoch_fast", "epoch_faithful", "gru", "knn", "critics", "streaming_infonce", "concat_critic", "cubemlp",
@@ -117,8 +116,6 @@ def run(
         RedGateError: the engine's result is wrong.
     """
     suite = load_suite(name)
-    if setting.device == "cpu":
-        keep_memory()  # as training does; all sides share the process, and the gain
     say(f"{name}: {suite.TITLE}")
     check_gate(name, setting)
     say(f"{name}: correctness gate passed")

@@ -16,6 +16,7 @@ import torch
 from bench import shapes
 from bench.baselines import loader as reference_loader
 from bench.runner import Setting, Work, measure, warm
+from engine.allocator import keep_memory
 from engine.config import load_config
 from engine.loaders import open_dataset
 from engine.loaders.dataset import Dataset
@@ -58,6 +59,7 @@ def build(side: str, setting: Setting) -> Work:
 
 
 def _work(side: str, utterances: int) -> Work:
+    keep_memory()  # as the trainer does; the baseline shares the process, and the gain
     folder = Path(tempfile.mkdtemp(prefix="bench-loader-"))
     samples = shapes.mosei(utterances)
     if side == "baseline":
