@@ -180,7 +180,8 @@ def test_t4_in_the_regime_of_mimrl():
             for where, values in readings.items():
                 line = ", ".join(f"{name} {mean:.2f} ± {sd:.2f}" for name, (mean, sd) in values.items())
                 print(f"\nindependent, given a {given}, compat={compat}, {where}: {line}", end="")
-            assert readings["seen"]["ldr"][0] > 1
+            # learnt by heart: nats more than for samples that neither classifier nor bank has seen
+            assert readings["seen"]["ldr"][0] - readings["new, own bank"]["ldr"][0] > 1
             assert readings["new, own bank"]["dv"][0] < 0.05
 
 
