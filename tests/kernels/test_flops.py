@@ -10,6 +10,8 @@ from engine.kernels.critics.op import concat_infonce, concat_scores, grouped_inf
 from engine.kernels.cube_mix.op import cube_mix
 from engine.kernels.knn_product.op import knn_product_samples
 from engine.kernels.mi_bounds.op import infonce, mi_lower_bound
+from engine.kernels.recurrent.op import bidirectional
+from tests.kernels.test_recurrent import needs_kernel
 
 flops.register()
 
@@ -92,12 +94,9 @@ def test_classifiers_of_conditional_information_read_a_label_as_one_column():
     assert counted(run, "cpu") == of_joint + of_product + last + 2 * last + 2 * of_joint + of_product
 
 
+@needs_kernel
 @pytest.mark.parametrize("input_grad", [False, True])
 def test_recurrences(input_grad):
-    from engine.kernels.recurrent.op import available, bidirectional
-
-    if not available(torch.zeros(1)):
-        pytest.skip("no C++ compiler: torch.nn.GRU runs, which torch counts itself")
     rnn = torch.nn.GRU(D, H, num_layers=2, bidirectional=True, batch_first=True)
     weights = [p for names in rnn.all_weights for p in (names if isinstance(names, list) else [names])]
     x, length = leaf(2, 3, D).detach().requires_grad_(input_grad), torch.tensor([3, 2])
