@@ -1,7 +1,7 @@
 """The resident loader: a split's frames lie on the device once, and batches are gathered and padded there.
 
-A step costs a few kernel launches and no work on the host that grows with the batch: order and widths of an epoch's
-batches are known when it begins.
+A step costs a few kernel launches, on a CPU one call: order, widths, labels and lengths of an epoch's batches are made
+when it begins.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from engine.kernels.ragged import pad
+from engine.kernels.ragged import Source, pad_batches
 from engine.loaders.batch import Batch
-from engine.loaders.loader import Loader, pad_text, widths
+from engine.loaders.loader import Loader, widths
 
 
 class ResidentLoader(Loader):
@@ -26,28 +26,37 @@ class ResidentLoader(Loader):
             return
         split, padding = self.split, self.padding
         held = {key: split.tensors(key, self.device) for key in ("audio", "vision")}
-        text_key = "tokens" if split.tokens is not None else "features"
+        tokenised = split.tokens is not None
+        text_key = "tokens" if tokenised else "features"
         text = split.text_rows(self._draw())
         if text is getattr(split, text_key):
             values, offsets = split.tensors(text_key, self.device)
         else:
             values, offsets = (torch.from_numpy(a).to(self.device) for a in (text.values, text.offsets))
-        tokens, features = (values, None) if text_key == "tokens" else (None, values)
-        order = torch.cat(pieces).to(self.device)
-        sizes = zip(
-            widths(split.audio, pieces),
-            widths(split.vision, pieces),
-            widths(text, pieces, padding.time_len, padding.text_width),
-            strict=True,
-        )
+        sizes, order = [len(piece) for piece in pieces], torch.cat(pieces)
+        ids = [split.ids[i] for i in order.tolist()]
+        rows = order.to(self.device)
+        fill, closing = (padding.pad_id, padding.closing_id) if tokenised else (0, -1)
+        sources = [
+            Source(*held["audio"]),
+            Source(*held["vision"]),
+            Source(values, offsets, fill, closing, padding.time_len),
+            Source(None, offsets, most=padding.time_len),
+        ]
+        text_widths = widths(text, pieces, padding.time_len, padding.text_width)
+        every = zip(widths(split.audio, pieces), widths(split.vision, pieces), text_widths, text_widths, strict=True)
+        # what is small is taken for the whole epoch at once
+        small = [rows, self.label[rows], *(_lengths(offsets, rows) for _, offsets in held.values())]
+        parts = zip(*(tensor.split(sizes) for tensor in small), strict=True)
         start = 0
-        for piece, (audio, vision, text_width) in zip(pieces, sizes, strict=True):
-            rows = order[start : start + len(piece)]
-            start += len(piece)
-            yield self._batch(
-                piece,
-                rows,
-                pad_text(tokens, features, offsets, rows, text_width, padding),
-                pad(*held["audio"], rows, audio),
-                pad(*held["vision"], rows, vision),
-            )
+        padded = pad_batches(sources, rows, sizes, list(every))
+        for size, tensors, (index, label, *lengths) in zip(sizes, padded, parts, strict=True):
+            audio, vision, words, mask = tensors
+            token_ids, features = (words, None) if tokenised else (None, words)
+            names = ids[start : start + size]
+            yield Batch(index, names, label, token_ids, mask, features, audio, lengths[0], vision, lengths[1])
+            start += size
+
+
+def _lengths(offsets: Tensor, rows: Tensor) -> Tensor:
+    return offsets[rows + 1] - offsets[rows]

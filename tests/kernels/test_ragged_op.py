@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.kernels.ragged import cpu, pad, reference
+from engine.kernels.ragged import Source, cpu, pad, pad_batches, reference
 from engine.kernels.registry import use_backend
 
 pytestmark = pytest.mark.skipif(
@@ -58,6 +58,34 @@ def test_every_half():
     expected = values.float()
     assert torch.equal(found[0].isnan(), expected.isnan())
     assert torch.equal(found[0].nan_to_num(7), expected.nan_to_num(7))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_batches_of_several_arrays_equal_one_call_each(backend):
+    lengths = [3, 1, 0, 7, 9, 5]
+    (audio, offsets), (tokens, _), (halves, _) = (
+        ragged(lengths, d, dtype) for d, dtype in ((5, torch.float32), (None, torch.int32), (3, torch.float16))
+    )
+    sources = [Source(audio, offsets), Source(halves, offsets), Source(tokens, offsets, 9, 102, most=4)]
+    sources.append(Source(None, offsets, most=4))
+    rows, sizes = torch.tensor([4, 0, 2, 5, 3, 1, 1, 4, 0]), [2, 3, 1, 2, 1]
+    widths = [[9, 8, 4, 4], [7, 7, 6, 6], [1, 2, 1, 1], [9, 9, 3, 3], [3, 3, 4, 4]]
+    with use_backend(backend):
+        found = list(pad_batches(sources, rows, sizes, widths))
+    assert len(found) == len(sizes)
+    for batch, part, (wide, narrow, text, _) in zip(found, rows.split(sizes), widths, strict=True):
+        assert torch.equal(batch[0], reference.pad(audio, offsets, part, wide, 0, -1)[0])
+        assert torch.equal(batch[1], reference.pad(halves, offsets, part, narrow, 0, -1)[0])
+        expected, length = reference.pad(tokens, offsets, part, min(text, 4), 9, 102)
+        assert torch.equal(batch[2][:, :4], expected) and (batch[2][:, 4:] == 9).all()
+        assert batch[3].dtype == torch.int64 and torch.equal(batch[3].sum(1), length)
+        assert torch.equal(batch[3], (torch.arange(text) < length[:, None]).long())
+
+
+def test_batches_refuse_rows_out_of_range():
+    values, offsets = ragged([3, 2], 2)
+    with pytest.raises(ValueError, match="rows from 0 to 2 of 2 sequences"):
+        next(pad_batches([Source(values, offsets)], torch.tensor([0, 2]), [2], [[3]]))
 
 
 def test_no_rows():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ def library() -> ctypes.CDLL | None:
     """The kernel, compiled at its first use; None (logged once) where it cannot be had."""
     pointer, size, count, real = build.POINTER, build.SIZE, build.INT, build.DOUBLE
     functions = {
-        "ragged_pad": [count, *[pointer] * 3, *[size] * 5, *[pointer] * 2, count],
+        "ragged_pad": [size, pointer, size, *[pointer] * 5, count],
         "ragged_scale": [pointer, size, size, pointer, pointer, real, pointer, count],
     }
     return build.library(SOURCE, torch.float32, functions, "plain torch runs")
@@ -33,22 +34,79 @@ def pad(values: Tensor, offsets: Tensor, rows: Tensor, width: int, fill: int, cl
     Raises:
         ValueError: rows out of range.
     """
-    values, offsets, rows = values.contiguous(), offsets.contiguous(), rows.contiguous()
-    count, batch = len(offsets) - 1, len(rows)
-    dtype = torch.int64 if values.dtype == torch.int32 else torch.float32
-    out = values.new_empty((batch, width, *values.shape[1:]), dtype=dtype)
-    lengths = rows.new_empty(batch)
-    if not batch:
-        return out, lengths
-    least, most = (int(v) for v in rows.aminmax())
-    if least < 0 or most >= count:
-        raise ValueError(f"rows from {least} to {most} of {count} sequences")
-    library().ragged_pad(
-        KINDS[values.dtype], values.data_ptr(), offsets.data_ptr(), rows.data_ptr(), batch, width,
-        values.shape[1] if values.ndim == 2 else 1, fill, closing, out.data_ptr(), lengths.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return out, lengths
+    batches = Batches([(values, offsets, fill, closing, width)], rows)
+    lengths = rows.new_empty(len(rows))
+    return batches.take(0, [len(rows)], [[width]], lengths)[0][0], lengths
+
+
+class Batches:
+    """Runs of `rows` out of several ragged arrays, padded in one call a batch.
+
+    Args:
+        sources: (values, offsets, fill, closing, most) each, as for `op.pad_batches`.
+        rows: int64.
+
+    Raises:
+        ValueError: rows out of range.
+    """
+
+    def __init__(self, sources: Sequence[tuple[Tensor | None, Tensor, int, int, int]], rows: Tensor):
+        self._rows = rows.contiguous()
+        if len(rows):
+            least, most = (int(v) for v in rows.aminmax())
+            count = min(len(offsets) for _, offsets, *_ in sources) - 1
+            if least < 0 or most >= count:
+                raise ValueError(f"rows from {least} to {most} of {count} sequences")
+        self._shapes: list[tuple[tuple[int, ...], torch.dtype]] = []  # of a frame, and the dtype of the result
+        self._kept: list[Tensor] = []  # what the kernel is given addresses of
+        self._sources = (_Source * len(sources))()
+        for at, (values, offsets, fill, closing, longest) in enumerate(sources):
+            offsets = offsets.contiguous()
+            self._kept.append(offsets)
+            if values is None:
+                self._shapes.append(((), torch.int64))
+                self._sources[at] = (0, None, offsets.data_ptr(), 1, 0, -1, longest)
+                continue
+            values = values.contiguous()
+            self._kept.append(values)
+            self._shapes.append(
+                (tuple(values.shape[1:]), torch.int64 if values.dtype == torch.int32 else torch.float32)
+            )
+            d = values.shape[1] if values.ndim == 2 else 1
+            found = (KINDS[values.dtype], values.data_ptr(), offsets.data_ptr(), d, fill, closing, longest)
+            self._sources[at] = found
+        self._pad = library().ragged_pad
+
+    def take(
+        self, start: int, sizes: Sequence[int], widths: Sequence[Sequence[int]], lengths: Tensor | None = None
+    ) -> list[list[Tensor]]:
+        """The padded batches of `sizes` rows each from row `start` on.
+
+        Args:
+            widths: of each batch, one a source.
+            lengths: int64, filled with the lengths of the last source's sequences.
+        """
+        found = [
+            [torch.empty((size, w, *frame), dtype=dtype) for w, (frame, dtype) in zip(width, self._shapes, strict=True)]
+            for size, width in zip(sizes, widths, strict=True)
+        ]
+        numbers, addresses = ctypes.c_int64 * len(sizes), len(sizes) * len(self._shapes)
+        self._pad(
+            len(self._shapes), self._sources, len(sizes), numbers(*sizes), self._rows.data_ptr() + 8 * start,
+            (ctypes.c_int64 * addresses)(*(w for width in widths for w in width)),
+            (ctypes.c_void_p * addresses)(*(out.data_ptr() for batch in found for out in batch)),
+            None if lengths is None else lengths.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return found
+
+
+class _Source(ctypes.Structure):
+    """As in ragged.cpp."""
+
+    _fields_ = [
+        ("kind", ctypes.c_int64), ("values", ctypes.c_void_p), ("offsets", ctypes.c_void_p), ("d", ctypes.c_int64),
+        ("fill", ctypes.c_int64), ("closing", ctypes.c_int64), ("most", ctypes.c_int64),
+    ]  # fmt: skip
 
 
 def scale(values: np.ndarray, shift: np.ndarray, factor: np.ndarray, clip: float) -> np.ndarray | None:

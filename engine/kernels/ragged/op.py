@@ -5,6 +5,10 @@ On CPU tensors a kernel compiled at first use (ragged.cpp) runs it, on CUDA tens
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,6 +16,8 @@ from engine.kernels import registry
 from engine.kernels.ragged import cpu, reference
 
 RESULT = {torch.float16: torch.float32, torch.float32: torch.float32, torch.int32: torch.int64}
+# Batches a call of the CPU kernel: each flushes what Python needs out of the caches, more of them do not fit there.
+TOGETHER = 2
 
 
 def pad(
@@ -43,6 +49,67 @@ def pad(
     if backend == "reference" or (backend == "cpu" and not _compiled()):
         return reference.pad(values, offsets, rows, width, fill, closing)
     return registry.call("ragged_pad", values, offsets, rows, width, fill, closing)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Sequences end to end, and how batches of them are padded.
+
+    Attributes:
+        values, offsets, fill, closing: as for `pad`. Without values a batch is int64 [B, width]: 1 where a sequence has
+            something, else 0.
+        most: longer sequences are cut to it, whatever the width.
+    """
+
+    values: Tensor | None
+    offsets: Tensor
+    fill: int = 0
+    closing: int = -1
+    most: int = sys.maxsize
+
+
+def pad_batches(
+    sources: Sequence[Source], rows: Tensor, sizes: Sequence[int], widths: Sequence[Sequence[int]]
+) -> Iterator[list[Tensor]]:
+    """Padded batches out of several ragged arrays, one after another: an epoch of a loader.
+
+    On a CPU a batch is one call of the kernel and next to no work in Python.
+
+    Args:
+        sources: what is padded; the same sequences of each.
+        rows: int64, of all batches end to end.
+        sizes: rows of each batch.
+        widths: of each batch the widths of its tensors, one a source, at least 1.
+
+    Yields:
+        The batch's tensors, one a source.
+
+    Raises:
+        ValueError: on a CPU, rows out of range.
+    """
+    start, values = 0, next(s.values for s in sources if s.values is not None)
+    if registry.backend_for(values, "ragged_pad") == "cpu" and cpu.library() is not None:
+        batches = cpu.Batches([(s.values, s.offsets, s.fill, s.closing, s.most) for s in sources], rows)
+        for first in range(0, len(sizes), TOGETHER):
+            some = sizes[first : first + TOGETHER]
+            yield from batches.take(start, some, widths[first : first + TOGETHER])
+            start += sum(some)
+        return
+    for size, width in zip(sizes, widths, strict=True):
+        part = rows[start : start + size]
+        yield [_padded(source, part, w) for source, w in zip(sources, width, strict=True)]
+        start += size
+
+
+def _padded(source: Source, rows: Tensor, width: int) -> Tensor:
+    if source.values is None:
+        length = (source.offsets[rows + 1] - source.offsets[rows]).clamp(max=source.most)
+        return (torch.arange(width, device=rows.device) < length[:, None]).long()
+    cut = min(width, source.most)
+    out, _ = pad(source.values, source.offsets, rows, cut, fill=source.fill, closing=source.closing)
+    if cut == width:
+        return out
+    return torch.nn.functional.pad(out, (*[0] * (2 * out.dim() - 4), 0, width - cut), value=source.fill)
 
 
 @torch.compiler.assume_constant_result  # torch.compile must not look inside
