@@ -1,15 +1,19 @@
-"""Memory that a training run has had once is kept: the C library would give large blocks back and fetch them again."""
+"""How the process's memory is had: what a training run has freed is kept, and what stays comes in large pages."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
+
+import numpy as np
 
 # glibc's mallopt: blocks from this size on are mapped, and unmapped when freed; free memory kept at the heap's top
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 LARGEST = 2**30
 MOST_KEPT = 2**31 - 1
+LARGE = 2**21  # bytes of a large page
 VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -30,3 +34,22 @@ def keep_memory() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     return bool(mallopt(MMAP_THRESHOLD, LARGEST) and mallopt(TRIM_THRESHOLD, MOST_KEPT))
+
+
+def large_pages(shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
+    """An array as `np.empty` gives it, on Linux in pages of 2 MiB where the system has them to give.
+
+    For what stays and is read in another order each time: with pages of 4 KiB every jump looks up addresses that are no
+    longer in the caches, which takes a fifth of a loader's epoch.
+    """
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if size < 8 * LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.empty(shape, dtype)
+    block = mmap.mmap(-1, size + LARGE)
+    try:
+        block.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them
+        return np.empty(shape, dtype)
+    whole = np.frombuffer(block, np.uint8)
+    start = -whole.ctypes.data % LARGE
+    return whole[start : start + size].view(dtype).reshape(shape)

@@ -1,11 +1,14 @@
-"""Blocks that are freed serve the next allocation."""
+"""Blocks that are freed serve the next allocation; what stays lies in large pages."""
 
+import mmap
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from engine.allocator import VARIABLES, keep_memory
+from engine.allocator import LARGE, VARIABLES, keep_memory, large_pages
 
 SCRIPT = """
 import resource, sys, torch
@@ -38,3 +41,28 @@ def test_fresh_tensors_cost_no_page_faults():
 def test_the_users_own_setting_holds(monkeypatch, name):
     monkeypatch.setenv(name, "65536")
     assert keep_memory() is False
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("shape", [(0, 5), (7, 3), (2_500_001, 7)])
+def test_large_pages_give_an_array_like_any_other(shape, dtype):
+    found = large_pages(shape, dtype)
+    assert found.shape == shape and found.dtype == dtype and found.flags.writeable and found.flags.c_contiguous
+    found[...] = 3
+    assert (found == 3).all()
+    if found.nbytes > 8 * LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        assert found.ctypes.data % LARGE == 0
+
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="the system gives no large pages")
+def test_large_pages_are_asked_for():
+    def advised():
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        return sum("hg" in line.split() for line in lines if line.startswith("VmFlags:"))
+
+    before = advised()
+    found = large_pages((16 * LARGE,), np.uint8)
+    assert advised() > before and found.size == 16 * LARGE

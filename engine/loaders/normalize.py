@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from engine.allocator import large_pages
 from engine.config import DataConfig
 from engine.errors import DataError
 from engine.files import atomic_path
@@ -98,7 +99,7 @@ class ColumnNormalizer:
                 f"{len(self.shift)} as fitted",
                 "Use data with the features of the training data.",
             )
-        out = np.empty(values.shape, dtype)
+        out = large_pages(values.shape, dtype)
         for start in range(0, len(values), BLOCK):
             if check is not None:
                 check()
