@@ -13,6 +13,7 @@ import numpy as np
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 LARGEST = 2**30
 MOST_KEPT = 2**31 - 1
+SETTLED = 2**25  # glibc moves its own threshold up to here, and trims from twice of it
 LARGE = 2**21  # bytes of a large page
 VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
@@ -27,13 +28,32 @@ def keep_memory() -> bool:
     Returns:
         whether the setting was taken.
     """
+    global _kept
+    _kept = _set(LARGEST, MOST_KEPT)
+    return _kept
+
+
+def settle() -> None:
+    """Take at once the thresholds that glibc itself arrives at when a program has freed a block of 32 MiB.
+
+    Until then, what a call of a kernel frees at the end goes back to the system, and the next call pays for it again.
+    Does nothing after `keep_memory`, and where that does nothing.
+    """
+    if not _kept:
+        _set(SETTLED, 2 * SETTLED)
+
+
+_kept = False
+
+
+def _set(mapped_from: int, trimmed_from: int) -> bool:
     if not sys.platform.startswith("linux") or any(name in os.environ for name in VARIABLES):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    return bool(mallopt(MMAP_THRESHOLD, LARGEST) and mallopt(TRIM_THRESHOLD, MOST_KEPT))
+    return bool(mallopt(MMAP_THRESHOLD, mapped_from) and mallopt(TRIM_THRESHOLD, trimmed_from))
 
 
 def large_pages(shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:

@@ -190,6 +190,8 @@ class Objective(nn.Module):
         # names made once: a compiled graph cannot make them
         self._weights = [(str(t), weight) for t, weight in self.stage1_weights.items()]
         self._sums = [(e.name, [(str(t), c) for t, c in e.coefficients], e.weight) for e in self.expressions]
+        for name, weights in (("_of_terms", self.stage1_weights.values()), ("_of_sums", (e.weight for e in self.expressions))):
+            self.register_buffer(name, torch.tensor(list(weights), dtype=torch.float32), persistent=False)
         by_name = {str(t): self.estimators[t.key] for t in self.terms}
         self._mi = GroupedMI(
             {str(t): by_name[str(t)] for t in self.terms if t.given is None},
@@ -267,7 +269,7 @@ class Objective(nn.Module):
         """Stage 1: Σ weight · (the estimator's own loss). Pass detached features: only estimators should learn."""
         estimates = self.estimate(features, products)
         losses = {name: estimates[name].loss for name, _ in self._weights}
-        total = sum(weight * losses[name] for name, weight in self._weights)
+        total = _weighted(losses.values(), self._of_terms)
         return ObjectiveOutput(total, losses, {k: e.value for k, e in estimates.items()}, estimates)
 
     def model_loss(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None) -> ObjectiveOutput:
@@ -278,8 +280,12 @@ class Objective(nn.Module):
             value = sum(c * estimates[term].surrogate for term, c in parts)
             losses[name] = -value
             values[name] = value.detach()
-        total = sum(weight * losses[name] for name, _, weight in self._sums)
+        total = _weighted(losses.values(), self._of_sums)
         return ObjectiveOutput(total, losses, values, estimates)
+
+
+def _weighted(losses: Iterable[Tensor], weights: Tensor) -> Tensor:
+    return (torch.stack(list(losses)) * weights).sum()
 
 
 def _terms(expressions: Sequence[Expression]) -> list[Term]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from engine.allocator import settle
 from engine.errors import OutputError
 from engine.files import atomic_path
 
@@ -65,6 +66,7 @@ def library(
     except (OSError, OutputError, subprocess.SubprocessError, RuntimeError) as cause:
         log.warning("%s kernel: not available (%s); %s instead, slower", source.stem, cause, instead)
         return None
+    settle()
     for name, arguments in functions.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = list(arguments), None

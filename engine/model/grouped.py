@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from engine.kernels.critics.op import grouped_infonce, grouped_mlp
+from engine.kernels.critics.op import grouped_infonce, grouped_infonce_of_parts, grouped_mlp
 from engine.kernels.mi_bounds.op import mi_lower_bound
+from engine.kernels.registry import backend_for
 from engine.model.estimators import Estimate, MIEstimator, apart, finite, mlp_layers, or_zero
 
 # What compat="mimrl" computes in another way than the corrected bounds.
@@ -122,10 +123,14 @@ class _Group:
         inputs = [features[source] for source in self.sources]
         if not self._fits(inputs):
             return None
+        example = next(iter(self.estimators.values()))
+        if example.bound == "infonce" and not torch.compiler.is_compiling() and self._on_cpu(inputs):
+            parts = self._parts()
+            value = grouped_infonce_of_parts(inputs, self.stacks, parts, self.of_y, self.of_x)
+            return self._estimates(value) if finite(value) else None
         stacked = self._stacked()
         split = 2 * len(inputs)
         first, rest = (list(zip(s[::2], s[1::2], strict=True)) for s in (stacked[:split], stacked[split:]))
-        example = next(iter(self.estimators.values()))
         if example.bound == "infonce":
             value = grouped_infonce(inputs, first, rest, self.of_y, self.of_x)
             return self._estimates(value) if finite(value) else None
@@ -160,14 +165,26 @@ class _Group:
         rows = len(inputs[0])
         return rows >= 2 and all(x.shape == (rows, width) for x, width in zip(inputs, self.widths, strict=True))
 
+    def _on_cpu(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether the CPU's kernel takes inputs and parameters as they are."""
+        dtype = self.layers[0][0].weight.dtype
+        return backend_for(inputs[0], "critics_mlp_forward") == "cpu" and all(
+            x.dtype == dtype in (torch.float32, torch.float64) and x.is_contiguous() for x in inputs
+        )
+
     def _stacked(self) -> list[Tensor]:
-        parameters = self.parameters()
         if torch.compiler.is_compiling():
-            return [torch.stack(part) for part in parameters]
+            return [torch.stack(part) for part in self.parameters()]
+        parts = self._parts()
+        return list(_Stacked.apply(self.stacks, [len(stack) for stack in self.stacks], *parts))
+
+    def _parts(self) -> list[Tensor]:
+        """The parameters, which are now entries of `stacks`, in their order."""
+        parameters = self.parameters()
         flat = [p for part in parameters for p in part]
         if [t.data_ptr() for t in (*flat, *self.stacks)] != self.places:
             self._bring_together(parameters)
-        return list(_Stacked.apply(self.stacks, [len(part) for part in parameters], *flat))
+        return flat
 
     @torch.no_grad()
     def _bring_together(self, parameters: Sequence[Sequence[Tensor]]) -> None:

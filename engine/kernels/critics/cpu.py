@@ -106,8 +106,10 @@ def grouped_infonce_backward(
     if library(grad.dtype) is None:
         return plain.grouped_infonce_backward(grad, inputs, first, rest, state, q, k, input_grads, weight_grads)
     of_outputs = state[plain.state_size(len(inputs[0]), 2 * len(q), first[0].shape[1], len(rest)) :]
-    scale = plain.by_mlp(grad, q, k)
-    return _mlp_backward(of_outputs, scale, inputs, first, rest, state, input_grads, weight_grads)
+    factors, of_critics = [0.0] * (2 * len(q)), grad.tolist()
+    for n, factor in zip((*q, *k), (*of_critics, *of_critics), strict=True):
+        factors[n] = factor
+    return _mlp_backward(of_outputs, factors, inputs, first, rest, state, input_grads, weight_grads)
 
 
 def concat_forward(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> Tensor:
@@ -179,7 +181,7 @@ def _head(
 
 def _mlp_backward(
     grad: Tensor,
-    scale: Tensor | None,
+    scale: Sequence[float] | None,
     inputs: Sequence[Tensor],
     first: Sequence[Tensor],
     rest: Sequence[Tensor],
@@ -192,8 +194,10 @@ def _mlp_backward(
     found, pieces = plain.flat(grad, plain.grad_shapes(inputs, (*first, *rest), input_grads, weight_grads))
     of_inputs = pieces[: len(inputs)] if input_grads else []
     pairs = [[t for w in part for t in (w, None)] for part in (first, rest)]
+    real = ctypes.c_float if state.dtype == torch.float32 else ctypes.c_double
+    factors = None if scale is None else (real * len(scale))(*scale)
     library(state.dtype).grouped_mlp(
-        *_head(inputs, *pairs, state), None, torch.get_num_threads(), grad.data_ptr(), _pointer(scale),
+        *_head(inputs, *pairs, state), None, torch.get_num_threads(), grad.data_ptr(), factors,
         _pointers(of_inputs), _pointers(pieces[len(of_inputs) :]),
     )  # fmt: skip
     return found

@@ -91,12 +91,44 @@ def grouped_infonce(
         q, k = embedded[list(rows)], embedded[list(columns)]
         found = infonce(q, k)
         return log_size(q.shape[1], found) - found
-    flat, log_rows = [*_flat(first), *_flat(rest)], log_size(len(inputs[0]), inputs[0])
+    return _grouped_infonce(inputs, [*_flat(first), *_flat(rest)], list(rows), list(columns), None)
+
+
+def grouped_infonce_of_parts(
+    inputs: Sequence[Tensor],
+    stacks: Sequence[Tensor],
+    parts: Sequence[Tensor],
+    rows: Sequence[int],
+    columns: Sequence[int],
+) -> Tensor:
+    """`grouped_infonce` on the CPU, where the gradients are wanted of the entries of `first` and `rest`.
+
+    Saves what making one tensor of many parameters, and many gradients of one, costs in a small step. Nothing is
+    checked.
+
+    Args:
+        inputs: [B, d_i] each, of the stacks' dtype, contiguous.
+        stacks: weight, bias, weight, bias, ... of `first`, then of `rest`, contiguous and without gradients.
+        parts: the stacks' entries in their order; they share the stacks' memory.
+        rows, columns: lists, as for `grouped_infonce`.
+    """
+    return _grouped_infonce(inputs, stacks, rows, columns, parts)
+
+
+def _grouped_infonce(
+    inputs: Sequence[Tensor],
+    stacks: Sequence[Tensor],
+    rows: list[int],
+    columns: list[int],
+    parts: Sequence[Tensor] | None,
+) -> Tensor:
+    leaves, log_rows = stacks if parts is None else parts, log_size(len(inputs[0]), inputs[0])
     with torch.autocast(inputs[0].device.type, enabled=False):
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *flat)):
-            return log_rows - _GroupedInfoNCE.apply(len(inputs), list(rows), list(columns), *inputs, *flat)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *leaves)):
+            own = None if parts is None else stacks
+            return log_rows - _GroupedInfoNCE.apply(len(inputs), rows, columns, own, *inputs, *leaves)
         split = 2 * len(inputs)
-        arguments = inputs[0], inputs[1:], flat[:split], flat[split:], list(rows), list(columns), False
+        arguments = inputs[0], inputs[1:], stacks[:split], stacks[split:], rows, columns, False
         return log_rows - call("critics_grouped_infonce", *arguments)[0]
 
 
@@ -185,27 +217,41 @@ class _GroupedMLP(torch.autograd.Function):
 
 
 class _GroupedInfoNCE(torch.autograd.Function):
-    """Mean losses; the gradients of the embeddings are computed forward."""
+    """Mean losses; the gradients of the embeddings are computed forward.
+
+    `leaves`: the stacks, or with `stacks` their entries.
+    """
 
     @staticmethod
-    def forward(ctx, count, q, k, *tensors):
-        inputs, first, rest = tensors[:count], tensors[count : 3 * count], tensors[3 * count :]
-        losses, state = call("critics_grouped_infonce", inputs[0], inputs[1:], first, rest, q, k, True)
-        ctx.count, ctx.numbers = count, (q, k)
-        ctx.save_for_backward(state, *inputs, *first[::2], *rest[::2])
+    def forward(ctx, count, q, k, stacks, *tensors):
+        inputs, leaves = tensors[:count], tensors[count:]
+        ctx.count, ctx.numbers, ctx.stacks = count, (q, k), stacks
+        stacks = leaves if stacks is None else stacks
+        losses, state = call(
+            "critics_grouped_infonce", inputs[0], inputs[1:], stacks[: 2 * count], stacks[2 * count :], q, k, True
+        )
+        # entries of stacks are not read in backward, but checked: one that changed since makes the gradient wrong
+        ctx.save_for_backward(state, *inputs, *(leaves[::2] if ctx.stacks is None else leaves))
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        count, needs = ctx.count, ctx.needs_input_grad[3:]
+        count, needs = ctx.count, ctx.needs_input_grad[4:]
         state, *saved = ctx.saved_tensors
-        inputs, first, rest = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        inputs, leaves = saved[:count], saved[count:]
+        weights = leaves if ctx.stacks is None else ctx.stacks[::2]
+        first, rest = weights[:count], weights[count:]
         wanted = any(needs[:count]), any(needs[count:])
         arguments = (grad.contiguous(), inputs, first, rest, state, *ctx.numbers, *wanted)
         with torch.autocast(grad.device.type, enabled=False):
             found = call("critics_grouped_infonce_backward", *arguments)
-        return None, None, None, *_grouped_pieces(found, inputs, (*first, *rest), wanted)
+        if ctx.stacks is None:
+            return None, None, None, None, *_grouped_pieces(found, inputs, weights, wanted)
+        like = [*(inputs if wanted[0] else ()), *(leaves if wanted[1] else ())]
+        pieces = torch._utils._unflatten_dense_tensors(found, like)
+        of_inputs, of_leaves = pieces[: count * wanted[0]], pieces[count * wanted[0] :]
+        return None, None, None, None, *(of_inputs or [None] * count), *(of_leaves or [None] * len(leaves))
 
 
 class _ConcatScores(torch.autograd.Function):
