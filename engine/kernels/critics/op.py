@@ -246,12 +246,11 @@ class _GroupedInfoNCE(torch.autograd.Function):
         arguments = (grad.contiguous(), inputs, first, rest, state, *ctx.numbers, *wanted)
         with torch.autocast(grad.device.type, enabled=False):
             found = call("critics_grouped_infonce_backward", *arguments)
-        if ctx.stacks is None:
-            return None, None, None, None, *_grouped_pieces(found, inputs, weights, wanted)
-        like = [*(inputs if wanted[0] else ()), *(leaves if wanted[1] else ())]
-        pieces = torch._utils._unflatten_dense_tensors(found, like)
-        of_inputs, of_leaves = pieces[: count * wanted[0]], pieces[count * wanted[0] :]
-        return None, None, None, None, *(of_inputs or [None] * count), *(of_leaves or [None] * len(leaves))
+        pieces = _grouped_pieces(found, inputs, weights, wanted)
+        if ctx.stacks is not None:
+            of_leaves = [part for piece in pieces[count:] for part in piece.unbind()] if wanted[1] else []
+            pieces = [*pieces[:count], *(of_leaves or [None] * len(leaves))]
+        return None, None, None, None, *pieces
 
 
 class _ConcatScores(torch.autograd.Function):
