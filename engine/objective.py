@@ -190,8 +190,9 @@ class Objective(nn.Module):
         # names made once: a compiled graph cannot make them
         self._weights = [(str(t), weight) for t, weight in self.stage1_weights.items()]
         self._sums = [(e.name, [(str(t), c) for t, c in e.coefficients], e.weight) for e in self.expressions]
-        for name, weights in (("_of_terms", self.stage1_weights.values()), ("_of_sums", (e.weight for e in self.expressions))):
-            self.register_buffer(name, torch.tensor(list(weights), dtype=torch.float32), persistent=False)
+        weights = {"_of_terms": self.stage1_weights.values(), "_of_sums": [e.weight for e in self.expressions]}
+        for name, numbers in weights.items():
+            self.register_buffer(name, torch.tensor(list(numbers), dtype=torch.float32), persistent=False)
         by_name = {str(t): self.estimators[t.key] for t in self.terms}
         self._mi = GroupedMI(
             {str(t): by_name[str(t)] for t in self.terms if t.given is None},
