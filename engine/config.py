@@ -175,7 +175,9 @@ class DataConfig(Section):
         "pipeline, in PyTorch worker processes; all give the same batches (auto: resident where it fits)",
     )
     workers: Annotated[int | None, _none] = Field(
-        None, ge=0, description="torch: worker processes (none: half the cores, at most 4); dali: threads (none: 2)"
+        None,
+        ge=0,
+        description="torch: worker processes (none: half the cores, at most 4; on a CPU 0); dali: threads (none: 2)",
     )
     precision: Literal["float32", "float16"] = Field(
         "float32", description="of normalised frames: float16 halves their memory and rounds them to 11 bits"

@@ -1,4 +1,4 @@
-"""The torch loader: a DataLoader whose workers read the store and normalise; batches are padded on the device.
+"""The torch loader: a DataLoader whose workers, if any, read the store and normalise; the device pads the batches.
 
 It runs everywhere.
 """
@@ -32,23 +32,24 @@ TOGETHER = 4  # batches that travel together
 ALIGNED = 64  # bytes
 
 
-def default_workers() -> int:
-    """Half the cores, 1 to 4: the other half trains."""
-    return max(1, min(4, (os.cpu_count() or 2) // 2))
+def default_workers(device: torch.device) -> int:
+    """Half the cores, 1 to 4, where a GPU trains; none where the cores do: workers would take them away, and sending a
+    batch costs more than reading it."""
+    return 0 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 2) // 2))
 
 
 class TorchLoader(Loader):
     """See `Loader`. Workers are started at the first iteration and kept.
 
     Args:
-        workers: processes; 0 reads in this one.
+        workers: processes; 0 reads in this one; None: see `default_workers`.
     """
 
     kind = "torch"
 
     def __init__(self, *args: Any, workers: int | None = None, **options: Any):
         super().__init__(*args, **options)
-        workers = default_workers() if workers is None else workers
+        workers = default_workers(self.device) if workers is None else workers
         self._order, self._forked = _Order(), False
         self._loader = DataLoader(
             _Rows(self.split),

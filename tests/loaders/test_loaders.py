@@ -21,8 +21,14 @@ needs_dali = pytest.mark.skipif(
     importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
     reason="NVIDIA DALI is not installed (it exists for Linux only): pip install 'engine[dali]'",
 )
-KINDS = ("resident", pytest.param("dali", marks=needs_dali), "torch")
+KINDS = ("resident", pytest.param("dali", marks=needs_dali), "torch", "torch in a process")
 OTHERS = KINDS[1:]
+
+
+def of(kind):
+    """Arguments of `Dataset.loader`; on a CPU the torch loader has no workers of its own."""
+    name = kind.removesuffix(" in a process")
+    return {"kind": name, "workers": 1 if kind != name else None}
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +73,8 @@ def test_every_kind_gives_the_same_batches(path, tokenizer, kind, name):
     options = {"shuffle": True, "seed": 3, "drop_singleton": True, "max_padding": 0.3}
     opened = open_dataset(path, SETTINGS[name], tokenizer)
     expected = opened.loader("train", 4, kind="resident", **options)
-    found = opened.loader("train", 4, kind=kind, **options)
-    assert found.kind == kind
+    found = opened.loader("train", 4, **of(kind), **options)
+    assert found.kind == of(kind)["kind"]
     for number in (0, 1, 0):
         pairs = list(zip(epoch(found, number), epoch(expected, number), strict=True))
         assert len(pairs) == 6 == len(found)
@@ -82,7 +88,7 @@ def test_every_kind_gives_the_same_batches(path, tokenizer, kind, name):
 def test_text_features_and_widths(path, tokenizer, kind, pad_to):
     for encoder in ("features", tokenizer):
         opened = open_dataset(path, DataConfig(time_len=6), encoder)
-        pair = [list(opened.loader("valid", 2, pad_tokens_to=pad_to, kind=k)) for k in ("resident", kind)]
+        pair = [list(opened.loader("valid", 2, pad_tokens_to=pad_to, **of(k))) for k in ("resident", kind)]
         for a, b in zip(*pair, strict=True):
             same(a, b)
             assert pad_to is None or a.token_mask.shape[1] == pad_to
@@ -92,7 +98,7 @@ def test_text_features_and_widths(path, tokenizer, kind, pad_to):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_epoch_left_early_leaves_nothing_behind(path, tokenizer, kind):
     opened = open_dataset(path, DataConfig(), tokenizer)
-    loader = opened.loader("train", 4, shuffle=True, kind=kind)
+    loader = opened.loader("train", 4, shuffle=True, **of(kind))
     whole = epoch(loader, 0)
     assert len(list(itertools.islice(loader, 2))) == 2
     for a, b in zip(epoch(loader, 0), whole, strict=True):
@@ -103,12 +109,12 @@ def test_an_epoch_left_early_leaves_nothing_behind(path, tokenizer, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_position(path, tokenizer, kind):
     opened = open_dataset(path, DataConfig(), tokenizer)
-    loader = opened.loader("train", 4, shuffle=True, kind=kind)
+    loader = opened.loader("train", 4, shuffle=True, **of(kind))
     whole = {number: epoch(loader, number) for number in (0, 1)}
     loader.set_epoch(1)
     list(itertools.islice(loader, 2))
     state = loader.state_dict()
-    again = opened.loader("train", 4, shuffle=True, kind=kind)
+    again = opened.loader("train", 4, shuffle=True, **of(kind))
     again.load_state_dict(state)
     again.set_epoch(1)  # the same epoch: the position stays
     rest = list(again)
@@ -121,7 +127,7 @@ def test_position(path, tokenizer, kind):
     for a, b in zip(epoch(again, 0), whole[0], strict=True):
         same(a, b)
     with pytest.raises(CheckpointError, match="found batch_size 4; expected batch_size 5"):
-        opened.loader("train", 5, shuffle=True, kind=kind).load_state_dict(state)
+        opened.loader("train", 5, shuffle=True, **of(kind)).load_state_dict(state)
 
 
 @pytest.mark.filterwarnings("ignore::engine.loaders.DataWarning")
