@@ -49,8 +49,17 @@ def run(backend, x, weights, axis, cotangent=None, dtype=None, **settings):
     return [y.detach(), *gradients]
 
 
+def rounded(tensor, generator):
+    """The tensor, each element off by up to half a unit in its last place."""
+    return tensor * (1 + (torch.rand(tensor.shape, generator=generator) - 0.5) * torch.finfo(tensor.dtype).eps)
+
+
 def assert_as_good_as_torch(x, weights, axis, tolerance=2e-5, **settings):
-    """|kernel - fp64| <= |torch in fp32 - fp64| + tolerance, relative to the largest element, elementwise."""
+    """|kernel - fp64| <= |torch in fp32 - fp64| + tolerance, relative to the largest element, elementwise.
+
+    LayerNorm over two or three elements is ill-conditioned: what it makes of a rounding is a matter of luck, and another
+    processor's. So torch's error is its worst one, over inputs that differ by up to a rounding too.
+    """
     with torch.no_grad():
         shape = reference.axis_mix(
             x, axis, *weights, activation=torch.relu, ln_first=settings.get("ln_first", False)
@@ -59,9 +68,14 @@ def assert_as_good_as_torch(x, weights, axis, tolerance=2e-5, **settings):
     exact = run("reference", x, weights, axis, cotangent, torch.float64, **settings)
     torchs = run("reference", x, weights, axis, cotangent, **settings)
     found = run("cpu", x, weights, axis, cotangent, **settings)
-    for name, e, t, f in zip(("y", "x", *NAMES), exact, torchs, found, strict=False):
-        # LayerNorm over two or three elements is ill-conditioned: how much is seen by torch's own worst error
-        slack = tolerance * e.abs().max() + (t - e).abs().max()
+    worst = [(t - e).abs().max() for t, e in zip(torchs, exact, strict=True)]
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        near, *around = (None if t is None else rounded(t, generator) for t in (x, *weights))
+        for n, t in enumerate(run("reference", near, around, axis, cotangent, **settings)):
+            worst[n] = torch.maximum(worst[n], (t - exact[n]).abs().max())
+    for name, e, t, f, most in zip(("y", "x", *NAMES), exact, torchs, found, worst, strict=False):
+        slack = tolerance * e.abs().max() + most
         assert ((f - e).abs() <= (t - e).abs() + slack).all(), (
             f"{name}: {(f - e).abs().max():.2e} of {e.abs().max():.2e}"
         )
