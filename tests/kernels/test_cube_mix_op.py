@@ -57,8 +57,8 @@ def rounded(tensor, generator):
 def assert_as_good_as_torch(x, weights, axis, tolerance=2e-5, **settings):
     """|kernel - fp64| <= |torch in fp32 - fp64| + tolerance, relative to the largest element, elementwise.
 
-    LayerNorm over two or three elements is ill-conditioned: what it makes of a rounding is a matter of luck, and another
-    processor's. So torch's error is its worst one, over inputs that differ by up to a rounding too.
+    LayerNorm over two or three elements is ill-conditioned: what it makes of a rounding is luck, and on another
+    processor other luck. So torch's error is its worst one, over inputs that differ by up to a rounding too.
     """
     with torch.no_grad():
         shape = reference.axis_mix(
