@@ -37,17 +37,18 @@ def seconds(value: float) -> str:
 
 
 def readme_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One row for every goal of every result, and a line on where they were measured."""
-    rows = ["| what | measured | floor | aim | engine | baseline |", "|---|---|---|---|---|---|"]
+    """One row for every goal of every result; its last column is the number of the place where it was measured."""
+    places = sorted({_place(r) for r in results.values()})
+    rows = ["| what | measured | floor | aim | engine | baseline | on |", "|---|---|---|---|---|---|---|"]
     for result in results.values():
         for key, goal in result["goals"].items():
             if key in result:
-                rows.append(_row(result, key, goal))
-    places = {_place(r) for r in results.values()}
+                rows.append(f"{_row(result, key, goal)} {places.index(_place(result)) + 1} |")
     quick = [r["name"] for r in results.values() if r["quick"]]
     if quick:
         rows += ["", f"Quick runs on smaller shapes, not to be reported: {', '.join(quick)}."]
-    return "\n".join([*rows, "", *(f"{place}." for place in sorted(places))]).rstrip()
+    legend = [f"{n}. {place}." for n, place in enumerate(places, 1)]
+    return "\n".join([*rows, "", *legend]).rstrip()
 
 
 def _row(result: Mapping[str, Any], key: str, goal: Mapping[str, float]) -> str:

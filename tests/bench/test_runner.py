@@ -156,7 +156,11 @@ def test_the_readme_table_replaces_what_is_between_its_markers(use, tmp_path):
     use(suite())
     result = runner.run("made", Setting(), memory=False)
     table = readme_table({"made": result})
-    assert "| a suite | 3× | 2× | 4× | 1 s | 3 s |" in table
+    assert "| a suite | 3× | 2× | 4× | 1 s | 3 s | 1 |" in table and table.splitlines()[-1].startswith("1. ")
+    other = result | {"machine": result["machine"] | {"processor": "another"}}
+    rows = readme_table({"made": result, "other": other}).splitlines()
+    numbers = [line.split("|")[-2].strip() for line in rows if line.startswith("| a suite")]
+    assert sorted(numbers) == ["1", "2"] and "another" in rows[-1] + rows[-2]
     path = tmp_path / "README.md"
     path.write_text(f"before\n{START}\nold\n{END}\nafter\n", encoding="utf-8")
     update_readme(path, table)

@@ -6,7 +6,7 @@ from engine.demo.latents import CMI_TERMS, MI_TERMS, LatentModel, true_informati
 
 
 def test_rows_have_the_reports_shape(monkeypatch):
-    """Names, truth, estimators and ceilings; the estimators themselves are tested in tests/truth and with the slow demo."""
+    """Names, truth, estimators and ceilings; the estimators are tested in tests/truth and with the slow demo."""
     from engine.demo import information
 
     monkeypatch.setattr(information, "estimate_mi", lambda x, y, bound, **_: {"value": float(len(bound))})
