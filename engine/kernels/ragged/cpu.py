@@ -78,12 +78,7 @@ class Batches:
         self._pad = library().ragged_pad
 
     def take(
-        self,
-        start: int,
-        sizes: Sequence[int],
-        widths: Sequence[Sequence[int]],
-        lengths: Tensor | None = None,
-        threads: int | None = None,
+        self, start: int, sizes: Sequence[int], widths: Sequence[Sequence[int]], lengths: Tensor | None = None
     ) -> list[list[Tensor]]:
         """The padded batches of `sizes` rows each from row `start` on.
 
@@ -100,7 +95,7 @@ class Batches:
             len(self._shapes), self._sources, len(sizes), numbers(*sizes), self._rows.data_ptr() + 8 * start,
             (ctypes.c_int64 * addresses)(*(w for width in widths for w in width)),
             (ctypes.c_void_p * addresses)(*(out.data_ptr() for batch in found for out in batch)),
-            None if lengths is None else lengths.data_ptr(), threads or torch.get_num_threads(),
+            None if lengths is None else lengths.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return found
 

@@ -90,12 +90,6 @@ def pad_batches(
     start, values = 0, next(s.values for s in sources if s.values is not None)
     if registry.backend_for(values, "ragged_pad") == "cpu" and cpu.library() is not None:
         batches = cpu.Batches([(s.values, s.offsets, s.fill, s.closing, s.most) for s in sources], rows)
-        import os
-
-        threads = min(torch.get_num_threads(), 4)
-        if os.environ.get("AHEAD") and threads > 1:
-            yield from _ahead(batches, sizes, widths, threads, int(os.environ["AHEAD"]))
-            return
         for first in range(0, len(sizes), TOGETHER):
             some = sizes[first : first + TOGETHER]
             yield from batches.take(start, some, widths[first : first + TOGETHER])
@@ -105,26 +99,6 @@ def pad_batches(
         part = rows[start : start + size]
         yield [_padded(source, part, w) for source, w in zip(sources, width, strict=True)]
         start += size
-
-
-def _ahead(batches, sizes, widths, threads, more):
-    from collections import deque
-    from concurrent.futures import ThreadPoolExecutor
-
-    waiting = deque()
-    start = 0
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for size, width in zip(sizes, widths, strict=True):
-                waiting.append(pool.submit(batches.take, start, [size], [width], None, 1))
-                start += size
-                if len(waiting) >= threads + more:
-                    yield waiting.popleft().result()[0]
-            while waiting:
-                yield waiting.popleft().result()[0]
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def _padded(source: Source, rows: Tensor, width: int) -> Tensor:
