@@ -40,7 +40,9 @@ class DaliLoader(Loader):
         self._rewind()
         self._waiting.extend(piece.numpy() for piece in pieces)
         text = self.split.text_rows(self._draw())
-        text_widths = widths(text, pieces, self.padding.time_len, self.padding.text_width)
+        order = torch.cat(pieces).numpy() if pieces else np.zeros(0, np.int64)
+        sizes = [len(piece) for piece in pieces]
+        text_widths = widths(text, order, sizes, self.padding.time_len, self.padding.text_width)
         for piece, width in zip(pieces, text_widths, strict=True):
             self._finished = False
             frames = [self._tensor(found) for found in self._pipeline.run()]

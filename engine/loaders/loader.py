@@ -148,12 +148,17 @@ class Text:
     features: Tensor | None
 
 
-def widths(ragged: Ragged, pieces: Sequence[Tensor], cap: int | None = None, width: int | None = None) -> list[int]:
-    """The width of every batch's tensor: that of its longest sequence (at most `cap`), or `width`."""
-    if width is not None or not pieces:
-        return [width] * len(pieces)
-    starts = np.cumsum([0, *(len(p) for p in pieces[:-1])])
-    longest = np.maximum.reduceat(ragged.lengths[torch.cat(list(pieces)).numpy()], starts)
+def widths(
+    ragged: Ragged, order: np.ndarray, sizes: Sequence[int], cap: int | None = None, width: int | None = None
+) -> list[int]:
+    """The width of every batch's tensor: that of its longest sequence (at most `cap`), or `width`.
+
+    Args:
+        order: rows of all batches end to end. sizes: rows of each batch.
+    """
+    if width is not None or not sizes:
+        return [width] * len(sizes)
+    longest = np.maximum.reduceat(ragged.lengths[order], np.cumsum([0, *sizes[:-1]]))
     return np.maximum(longest if cap is None else np.minimum(longest, cap), 1).tolist()
 
 

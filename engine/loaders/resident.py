@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ class ResidentLoader(Loader):
         else:
             values, offsets = (torch.from_numpy(a).to(self.device) for a in (text.values, text.offsets))
         sizes, order = [len(piece) for piece in pieces], torch.cat(pieces)
-        ids = [split.ids[i] for i in order.tolist()]
+        ids = np.array(split.ids, object)[order.numpy()].tolist()
         rows = order.to(self.device)
         fill, closing = (padding.pad_id, padding.closing_id) if tokenised else (0, -1)
         sources = [
@@ -43,13 +44,13 @@ class ResidentLoader(Loader):
             Source(values, offsets, fill, closing, padding.time_len),
             Source(None, offsets, most=padding.time_len),
         ]
-        text_widths = widths(text, pieces, padding.time_len, padding.text_width)
-        every = zip(widths(split.audio, pieces), widths(split.vision, pieces), text_widths, text_widths, strict=True)
+        text_widths = widths(text, order.numpy(), sizes, padding.time_len, padding.text_width)
+        frames = [widths(ragged, order.numpy(), sizes) for ragged in (split.audio, split.vision)]
         # what is small is taken for the whole epoch at once
         small = [rows, self.label[rows], *(_lengths(offsets, rows) for _, offsets in held.values())]
         parts = zip(*(tensor.split(sizes) for tensor in small), strict=True)
         start = 0
-        padded = pad_batches(sources, rows, sizes, list(every))
+        padded = pad_batches(sources, rows, sizes, list(zip(*frames, text_widths, text_widths, strict=True)))
         for size, tensors, (index, label, *lengths) in zip(sizes, padded, parts, strict=True):
             audio, vision, words, mask = tensors
             token_ids, features = (words, None) if tokenised else (None, words)

@@ -17,7 +17,7 @@ from engine.kernels.ragged import cpu, reference
 
 RESULT = {torch.float16: torch.float32, torch.float32: torch.float32, torch.int32: torch.int64}
 # Batches a call of the CPU kernel: each flushes what Python needs out of the caches, more of them do not fit there.
-TOGETHER = 2
+TOGETHER = 4
 
 
 def pad(

@@ -76,10 +76,11 @@ void ragged_pad(int64_t count, const Source* sources, int64_t batches, const int
 #pragma omp parallel num_threads(threads) if (threads > 1)
   for (int64_t k = 0, first = 0; k < batches; first += sizes[k++]) {
 #pragma omp for schedule(dynamic) nowait
-    for (int64_t t = 0; t < count * sizes[k]; t++) {
-      const int64_t i = t / sizes[k], b = t % sizes[k];
-      const int64_t n = pad(sources[i], rows[first + b], b, widths[k * count + i], out[k * count + i]);
-      if (lengths && i + 1 == count) lengths[first + b] = n;
+    for (int64_t b = 0; b < sizes[k]; b++) {
+      int64_t n = 0;
+      for (int64_t i = 0; i < count; i++)
+        n = pad(sources[i], rows[first + b], b, widths[k * count + i], out[k * count + i]);
+      if (lengths) lengths[first + b] = n;
     }
   }
 }
