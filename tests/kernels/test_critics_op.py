@@ -127,7 +127,9 @@ def test_fp32_is_as_good_as_torchs(name: str, backend: str):
     ours, formula = FUNCTIONS[name]
     single = cast(case, torch.float32)
     exact = value_and_grads(formula, cast(single, torch.float64))
-    assert_as_good_as_torch(value_and_grads(ours, single), value_and_grads(formula, single), exact)
+    summands = math.log(70) if name == "critics" or "infonce" in name else 0.0
+    found, torchs = value_and_grads(ours, single), value_and_grads(formula, single)
+    assert_as_good_as_torch(found, torchs, exact, summands=summands)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
