@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import machine, runner
-from bench.memory import LEAST, peak_of_call, warm_side
+from bench.memory import peak_of_call, warm_side
 from bench.runner import Setting, Work
 from bench.table import END, START, describe, readme_table, update_readme
 
@@ -136,7 +136,8 @@ def test_peak_of_a_call_sees_what_the_call_frees_again():
                 block[page] = 1
 
     assert peak_of_call(run, "cpu") == pytest.approx(32 << 20, rel=0.1)
-    assert peak_of_call(lambda: None, "cpu") <= LEAST
+    # Linux adds up resident pages in batches of 64 a core: what is read is that exact, in a busy process even less
+    assert peak_of_call(lambda: None, "cpu") < 1 << 20
 
 
 def test_a_point_of_a_curve_is_warmed_by_a_small_run():
