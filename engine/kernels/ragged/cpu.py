@@ -40,7 +40,7 @@ def pad(values: Tensor, offsets: Tensor, rows: Tensor, width: int, fill: int, cl
 
 
 class Batches:
-    """Runs of `rows` out of several ragged arrays, padded in one call a batch.
+    """Runs of `rows` out of several ragged arrays, padded a few batches a call.
 
     Args:
         sources: (values, offsets, fill, closing, most) each, as for `op.pad_batches`.

@@ -73,7 +73,7 @@ def pad_batches(
 ) -> Iterator[list[Tensor]]:
     """Padded batches out of several ragged arrays, one after another: an epoch of a loader.
 
-    On a CPU a batch is one call of the kernel and next to no work in Python.
+    On a CPU a few batches are one call of the kernel, and next to no work in Python.
 
     Args:
         sources: what is padded; the same sequences of each.
