@@ -1,7 +1,7 @@
 """The resident loader: a split's frames lie on the device once, and batches are gathered and padded there.
 
-A step costs a few kernel launches, on a CPU a part of one call: order, widths, labels and lengths of an epoch's batches are made
-when it begins.
+A step costs a few kernel launches, on a CPU a part of one call: order, widths, labels and lengths of an epoch's
+batches are made when it begins.
 """
 
 from __future__ import annotations
