@@ -106,9 +106,8 @@ def grouped_infonce_backward(
     if library(grad.dtype) is None:
         return plain.grouped_infonce_backward(grad, inputs, first, rest, state, q, k, input_grads, weight_grads)
     of_outputs = state[plain.state_size(len(inputs[0]), 2 * len(q), first[0].shape[1], len(rest)) :]
-    factors, of_critics = [0.0] * (2 * len(q)), grad.tolist()
-    for n, factor in zip((*q, *k), (*of_critics, *of_critics), strict=True):
-        factors[n] = factor
+    of_critics = grad.tolist()
+    factors = [of_critics[c] for c in plain.critic_of(q, k)]
     return _mlp_backward(of_outputs, factors, inputs, first, rest, state, input_grads, weight_grads)
 
 

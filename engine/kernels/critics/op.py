@@ -98,8 +98,8 @@ def grouped_infonce_of_parts(
     inputs: Sequence[Tensor],
     stacks: Sequence[Tensor],
     parts: Sequence[Tensor],
-    rows: Sequence[int],
-    columns: Sequence[int],
+    rows: list[int],
+    columns: list[int],
 ) -> Tensor:
     """`grouped_infonce` on the CPU, where the gradients are wanted of the entries of `first` and `rest`.
 
@@ -111,6 +111,9 @@ def grouped_infonce_of_parts(
         stacks: weight, bias, weight, bias, ... of `first`, then of `rest`, contiguous and without gradients.
         parts: the stacks' entries in their order; they share the stacks' memory.
         rows, columns: lists, as for `grouped_infonce`.
+
+    Returns:
+        [G], in nats, of the stacks' dtype. NaN where a score is not finite.
     """
     return _grouped_infonce(inputs, stacks, rows, columns, parts)
 

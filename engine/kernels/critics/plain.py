@@ -183,17 +183,17 @@ def grouped_infonce_backward(
     rows, count, width = len(inputs[0]), 2 * len(q), rest[-1].shape[1]
     split = state_size(rows, count, first[0].shape[1], len(rest))
     of_out = state[split : split + count * rows * width].view(count, rows, width)
-    of_out = of_out * by_mlp(grad, q, k)[:, None, None]
+    of_out = of_out * grad[critic_of(q, k)][:, None, None]
     return mlp_backward(of_out, inputs, first, rest, state, input_grads, weight_grads)
 
 
-def by_mlp(grad: Tensor, q: Sequence[int], k: Sequence[int]) -> Tensor:
-    """Numbers [G] of the critics -> [2 G] of their MLPs."""
+def critic_of(q: Sequence[int], k: Sequence[int]) -> list[int]:
+    """Of each of the 2 G MLPs the number of its critic."""
     place = [0] * (2 * len(q))
     for c, both in enumerate(zip(q, k, strict=True)):
         for n in both:
             place[n] = c
-    return grad[place]
+    return place
 
 
 def concat_forward(x: Tensor, y: Tensor, layers: Sequence[Tensor], pairs: Callable[..., None] | None = None) -> Tensor:
