@@ -42,6 +42,7 @@ NAMES = (
 MORE_NAMES = ("epoch_mosi", "epoch_mosei", "epoch_avec", "epoch_bert", "conversion")
 
 SHORTEST = 0.5  # seconds: shorter calls are repeated until one measurement lasts as long
+LONG = 20.0  # seconds: a point of a curve that takes longer is measured once, without warming up
 # The first calls after another side find caches and memory full of that side's data: both sides run past that.
 MOST_CALLS = 2000
 
@@ -162,8 +163,10 @@ def over_batches(
         curve[side] = {}
         for size in sizes:
             work = suite.build(f"{side}@{size}", setting)
-            calls = warm(work, setting)
-            seconds = statistics.median(measure(work, calls, setting) for _ in range(3))
+            seconds = measure(work, 1, setting)
+            if seconds < LONG:
+                calls = warm(work, setting)
+                seconds = statistics.median(measure(work, calls, setting) for _ in range(3))
             work.close()
             del work
             peak = extra_peak(name, f"{side}@{size}", setting, torch.get_num_threads(), repeats=1)

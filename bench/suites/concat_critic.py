@@ -17,7 +17,8 @@ GOALS = {"ratio": (2.0, 1 / 0.35), "memory_ratio": (10.0, 30.0)}
 SIDES = ("engine", "baseline", "compile")
 SLOW_SIDES = ("compile",)
 MEMORY = ("engine", "baseline")
-WIDTH, BATCH, QUICK_BATCH = 128, 256, 64
+WIDTH, HIDDEN, BATCH, QUICK_BATCH = 128, 256, 256, 64
+NARROW = 64  # hidden width of the critic that the curve follows to where one of 256 would take an hour
 
 
 def features(batch: int, setting: Setting) -> tuple[Tensor, Tensor]:
@@ -27,11 +28,11 @@ def features(batch: int, setting: Setting) -> tuple[Tensor, Tensor]:
     return tuple(v.to(setting.device).requires_grad_() for v in (x, y))
 
 
-def estimators(setting: Setting) -> tuple[MIEstimator, mimrl.MIEstimator]:
+def estimators(setting: Setting, hidden: int = HIDDEN) -> tuple[MIEstimator, mimrl.MIEstimator]:
     """The engine's and the baseline's, of the same weights; compat="mimrl" orients scores as the baseline does."""
     torch.manual_seed(0)
-    theirs = mimrl.MIEstimator(WIDTH, WIDTH, mimrl.settings(critic="concat"))
-    ours = MIEstimator(WIDTH, WIDTH, critic="concat", compat="mimrl")
+    theirs = mimrl.MIEstimator(WIDTH, WIDTH, mimrl.settings(critic="concat", critic_hidden=hidden))
+    ours = MIEstimator(WIDTH, WIDTH, critic="concat", hidden=hidden, compat="mimrl")
     state = theirs.critic_model.MLP_f.state_dict()
     ours.critic.f.load_state_dict(state)
     return ours.to(setting.device), theirs.to(setting.device)
@@ -46,9 +47,9 @@ def eager_loss(estimator: mimrl.MIEstimator, x: Tensor, y: Tensor) -> Tensor:
 
 
 def work(side: str, batch: int, setting: Setting) -> Work:
-    ours, theirs = estimators(setting)
-    module = ours if side == "engine" else theirs
-    loss = {"engine": engine_loss, "baseline": eager_loss}.get(side) or torch.compile(eager_loss)
+    ours, theirs = estimators(setting, NARROW if side == "engine_hidden_64" else HIDDEN)
+    module = theirs if side in ("baseline", "compile") else ours
+    loss = {"baseline": eager_loss}.get(side, engine_loss) if side != "compile" else torch.compile(eager_loss)
     x, y = features(batch, setting)
 
     def run() -> None:
@@ -60,7 +61,7 @@ def work(side: str, batch: int, setting: Setting) -> Work:
 
 
 def build(side: str, setting: Setting) -> Work:
-    """`side` may name another batch size than the suite's: engine@512."""
+    """`side` may name another batch size than the suite's: engine@512. engine_hidden_64: its hidden layers narrower."""
     side, _, size = side.partition("@")
     return work(side, int(size) if size else QUICK_BATCH if setting.quick else BATCH, setting)
 
@@ -69,7 +70,8 @@ def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[fl
     """Time and memory over the batch size; the tensor of all pairs only as far as a few gigabytes go."""
     if setting.quick:
         return {}
-    batches = {"engine": (64, 128, 256, 512, 1024, 2048), "baseline": (64, 128, 256, 512, 1024)}
+    doubled = [64 * 2**i for i in range(10)]  # 64 to 32,768
+    batches = {"engine": doubled[:7], "baseline": doubled[:5], "engine_hidden_64": doubled[2:]}
     return {"curve": over_batches(sys.modules[__name__], "concat_critic", batches, setting)}
 
 

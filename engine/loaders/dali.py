@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.loaders.batch import Batch
-from engine.loaders.loader import Loader, pad_text, widths
+from engine.loaders.loader import FRAMES, Loader, checked
 from engine.loaders.normalize import ColumnNormalizer
 
 AHEAD = 2  # batches that the pipeline prepares ahead
@@ -39,25 +40,14 @@ class DaliLoader(Loader):
     def _batches(self, pieces: list[Tensor]) -> Iterator[Batch]:
         self._rewind()
         self._waiting.extend(piece.numpy() for piece in pieces)
-        text = self.split.text_rows(self._draw())
-        order = torch.cat(pieces).numpy() if pieces else np.zeros(0, np.int64)
-        sizes = [len(piece) for piece in pieces]
-        text_widths = widths(text, order, sizes, self.padding.time_len, self.padding.text_width)
-        for piece, width in zip(pieces, text_widths, strict=True):
-            self._finished = False
-            frames = [self._tensor(found) for found in self._pipeline.run()]
-            rows = piece.to(self.device)
-            own = text.take(piece.numpy())
-            values, offsets = (torch.from_numpy(a).to(self.device) for a in (own.values, own.offsets))
-            tokens, features = (values, None) if self.split.tokens is not None else (None, values)
-            every = torch.arange(len(piece), device=self.device)
-            lengths = [torch.from_numpy(self.split.lengths(k)[piece.numpy()]).to(self.device) for k in KEYS]
-            padded = pad_text(tokens, features, offsets, every, width, self.padding)
-            yield self._batch(piece, rows, padded, (frames[0], lengths[0]), (frames[1], lengths[1]))
+        gpu = self.device.type == "cuda"
+        held = partial(self.split.tensors, device=self.device) if gpu else self.split.mapped
+        return checked(self._gathered(pieces, self._frames(len(pieces)), held), self.split.check)
 
-    def _tensor(self, found: Any) -> Tensor:
-        """A tensor of its own: DALI writes the next batches over this one."""
-        return torch.from_dlpack(found.as_tensor()).clone()
+    def _frames(self, batches: int) -> Iterator[list[Tensor]]:
+        for _ in range(batches):
+            self._finished = False
+            yield [torch.from_dlpack(found.as_tensor()) for found in self._pipeline.run()]
 
     # -- the pipeline --
 
@@ -79,7 +69,7 @@ class DaliLoader(Loader):
         if not self._waiting:
             raise StopIteration
         rows = self._waiting.popleft()
-        return tuple(self._rows(key, rows) for key in KEYS)
+        return tuple(self._rows(key, rows) for key in FRAMES)
 
     def _rows(self, key: str, rows: np.ndarray) -> list[np.ndarray]:
         if not _in_numpy(self.split.normalizer(key)):
@@ -98,14 +88,15 @@ class DaliLoader(Loader):
             num_threads=self._threads,
             device_id=(self.device.index or torch.cuda.current_device()) if gpu else None,
             prefetch_queue_depth=AHEAD,
+            exec_dynamic=True,  # a batch keeps its memory as long as somebody has it
         ) as pipeline:
             frames = fn.external_source(
-                source=self._read, num_outputs=len(KEYS), batch=True, dtype=types.FLOAT, ndim=2,
+                source=self._read, num_outputs=len(FRAMES), batch=True, dtype=types.FLOAT, ndim=2,
             )  # fmt: skip
             if gpu:
                 frames = [node.gpu() for node in frames]
             outputs = []
-            for key, node in zip(KEYS, frames, strict=True):
+            for key, node in zip(FRAMES, frames, strict=True):
                 column = self.split.normalizer(key)
                 if not _in_numpy(column):
                     node = _normalised(node, column)
@@ -115,9 +106,6 @@ class DaliLoader(Loader):
             pipeline.set_outputs(*outputs)
         pipeline.build()
         return pipeline
-
-
-KEYS = ("audio", "vision")
 
 
 def _in_numpy(column: ColumnNormalizer) -> bool:

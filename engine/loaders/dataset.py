@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.config import AugmentConfig, DataConfig
 from engine.errors import DataError, OutputError
+from engine.kernels.ragged import Source
 from engine.loaders import formats
 from engine.loaders.augment import Augmentation
 from engine.loaders.formats import Choice
@@ -173,6 +174,28 @@ class Split:
         dtype = np.float16 if self.precision == "float16" else np.float32
         return Ragged(self._normalizer.apply(key, raw.values, dtype), raw.offsets)
 
+    def source(self, key: Modality) -> Source | None:
+        """Frames as stored, to be normalised where they are padded; None where numpy must do that.
+
+        The caller asks `check` before they are read and after it.
+
+        Raises:
+            DataError: another number of columns than on train.
+        """
+        column = self.normalizer(key)
+        if column.log or self.precision == "float16":
+            return None
+        raw = self._raw(key)
+        return Source(*_viewed(raw), scale=column.linear(raw.values))
+
+    def mapped(self, key: Literal["tokens", "features"]) -> tuple[Tensor, Tensor]:
+        """Values and offsets where they lie, mapped from the store or not."""
+        return _viewed(getattr(self, key))
+
+    def check(self) -> None:
+        """Raise DataError where the store has changed since it was opened."""
+        self._data.check()
+
     def views(self, key: Modality, rows: np.ndarray) -> list[np.ndarray]:
         """Frames of some samples as stored, float32, to be copied at once.
 
@@ -200,6 +223,12 @@ class Split:
             return 0
         size = 2 if self.precision == "float16" else 4
         return sum(self._raw(k).values.size for k in ("audio", "vision")) * size
+
+
+def _viewed(ragged: Ragged) -> tuple[Tensor, Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch warns of arrays that are read-only: nobody writes to these
+        return torch.from_numpy(ragged.values), torch.from_numpy(ragged.offsets)
 
 
 def _owned(array: np.ndarray) -> np.ndarray:

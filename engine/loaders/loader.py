@@ -7,10 +7,11 @@ where the frames lie and who gathers them.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,9 +21,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError, ConfigError
-from engine.kernels.ragged import pad
+from engine.kernels.ragged import Source, pad, pad_batches
 from engine.loaders.batch import Batch
-from engine.loaders.ragged import Ragged
 from engine.loaders.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from engine.loaders.dataset import Split
 
 Kind = Literal["auto", "resident", "dali", "torch"]
+FRAMES = ("audio", "vision")
 SHARE = 0.5  # of the free memory that `auto` gives to resident frames
 
 log = logging.getLogger("engine")
@@ -125,6 +126,55 @@ class Loader:
 
     # what the kinds share
 
+    def _gathered(
+        self,
+        pieces: list[Tensor],
+        frames: Sequence[Source] | Iterator[Sequence[Tensor]],
+        held: Callable[[str], tuple[Tensor, Tensor]],
+    ) -> Iterator[Batch]:
+        """The batches of rows `pieces`. Order, widths, labels and lengths of all of them are made at once.
+
+        Args:
+            frames: audio and vision: where this process gathers them from, or batch by batch.
+            held: values and offsets of the split's `tokens` or `features`.
+        """
+        if not pieces:
+            return
+        split, padding = self.split, self.padding
+        tokenised = split.tokens is not None
+        text_key = "tokens" if tokenised else "features"
+        text = split.text_rows(self._draw())
+        if text is getattr(split, text_key):
+            values, offsets = held(text_key)
+        else:
+            values, offsets = (torch.from_numpy(a).to(self.device) for a in (text.values, text.offsets))
+        fill, closing = (padding.pad_id, padding.closing_id) if tokenised else (0, -1)
+        sources = [
+            Source(values, offsets, fill, closing, padding.time_len),
+            Source(None, offsets, most=padding.time_len),
+        ]
+        sizes, rows = [len(piece) for piece in pieces], torch.cat(pieces)
+        order = rows.numpy()
+        ids = np.array(split.ids, object)[order].tolist()
+        lengths = [split.lengths(key)[order] for key in FRAMES]
+        text_widths = widths(text.lengths[order], sizes, padding.time_len, padding.text_width)
+        of_batches = [text_widths, text_widths]
+        if isinstance(frames, Sequence):
+            sources = [*frames, *sources]
+            of_batches = [*(widths(n, sizes) for n in lengths), *of_batches]
+            frames = itertools.repeat(())
+        rows = rows.to(self.device)
+        small = [rows, self.label[rows], *(torch.from_numpy(n).to(self.device) for n in lengths)]
+        parts = zip(*(tensor.split(sizes) for tensor in small), strict=True)
+        padded = pad_batches(sources, rows, sizes, list(zip(*of_batches, strict=True)))
+        start = 0
+        for size, tensors, made, (index, label, *length) in zip(sizes, padded, frames, parts, strict=False):
+            audio, vision, words, mask = *made, *tensors
+            token_ids, features = (words, None) if tokenised else (None, words)
+            names = ids[start : start + size]
+            yield Batch(index, names, label, token_ids, mask, features, audio, length[0], vision, length[1])
+            start += size
+
     def _draw(self) -> tuple[int, int] | None:
         """What words are drawn with this epoch (see `Split.text_rows`)."""
         return (self.sampler.seed, self._epoch) if self._draw_words else None
@@ -148,18 +198,27 @@ class Text:
     features: Tensor | None
 
 
-def widths(
-    ragged: Ragged, order: np.ndarray, sizes: Sequence[int], cap: int | None = None, width: int | None = None
-) -> list[int]:
+def widths(lengths: np.ndarray, sizes: Sequence[int], cap: int | None = None, width: int | None = None) -> list[int]:
     """The width of every batch's tensor: that of its longest sequence (at most `cap`), or `width`.
 
     Args:
-        order: rows of all batches end to end. sizes: rows of each batch.
+        lengths: of the sequences of all batches, end to end. sizes: rows of each batch.
     """
-    if width is not None or not sizes:
+    if width is not None:
         return [width] * len(sizes)
-    longest = np.maximum.reduceat(ragged.lengths[order], np.cumsum([0, *sizes[:-1]]))
+    longest = np.maximum.reduceat(lengths, np.cumsum([0, *sizes[:-1]]))
     return np.maximum(longest if cap is None else np.minimum(longest, cap), 1).tolist()
+
+
+def checked(batches: Iterator[Batch], check: Callable[[], None]) -> Iterator[Batch]:
+    """The same batches; `check` is called before one is made and after it."""
+    while True:
+        check()
+        batch = next(batches, None)
+        check()
+        if batch is None:
+            return
+        yield batch
 
 
 def pad_text(

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from engine.allocator import large_pages
 from engine.config import DataConfig
@@ -92,13 +94,7 @@ class ColumnNormalizer:
         Raises:
             DataError: another number of columns than on train, or values that float16 cannot hold.
         """
-        if values.shape[1] != len(self.shift):
-            raise DataError(
-                "normaliser",
-                f"{values.shape[1]} feature columns",
-                f"{len(self.shift)} as fitted",
-                "Use data with the features of the training data.",
-            )
+        self._check_columns(values)
         out = large_pages(values.shape, dtype)
         for start in range(0, len(values), BLOCK):
             if check is not None:
@@ -116,17 +112,39 @@ class ColumnNormalizer:
                 )
         return out
 
+    def linear(self, values: np.ndarray) -> tuple[Tensor, Tensor, float] | None:
+        """What `engine.kernels.ragged.Source` needs to normalise `values` where it pads them; None: nothing.
+
+        Only without `log`. Raises as `apply`.
+        """
+        self._check_columns(values)
+        if self.kind == "none":
+            return None
+        return torch.from_numpy(self.shift), torch.from_numpy(self.scale), self._most
+
+    def _check_columns(self, values: np.ndarray) -> None:
+        if values.shape[1] != len(self.shift):
+            raise DataError(
+                "normaliser",
+                f"{values.shape[1]} feature columns",
+                f"{len(self.shift)} as fitted",
+                "Use data with the features of the training data.",
+            )
+
+    @property
+    def _most(self) -> float:
+        return self.clip if self.kind == "zscore" and self.clip is not None else np.inf
+
     def _block(self, values: np.ndarray) -> np.ndarray:
         if self.kind == "none" and not self.log:
             return values
-        clip = self.clip if self.kind == "zscore" and self.clip is not None else np.inf
         if not self.log:
-            found = scale(values, self.shift, self.scale, clip)
+            found = scale(values, self.shift, self.scale, self._most)
             if found is not None:
                 return found
         block = np.asarray(values, np.float64)
         scaled = (self._logarithm(block) - self.shift) * self.scale
-        np.clip(scaled, -clip, clip, out=scaled)
+        np.clip(scaled, -self._most, self._most, out=scaled)
         scaled[~block.any(1)] = 0
         return scaled
 

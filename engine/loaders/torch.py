@@ -1,6 +1,6 @@
-"""The torch loader: a DataLoader whose workers, if any, read the store and normalise; the device pads the batches.
+"""The torch loader: a DataLoader whose workers read the store and normalise; the device pads the batches.
 
-It runs everywhere.
+It runs everywhere. On a CPU without workers, the kernel that pads reads the store itself, and normalises.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from engine.errors import DataError
 from engine.kernels.ragged import pad
 from engine.loaders.batch import Batch
-from engine.loaders.loader import Loader, pad_text
+from engine.loaders.loader import FRAMES, Loader, checked, pad_text
 from engine.loaders.ragged import Ragged
 
 if TYPE_CHECKING:
@@ -64,6 +64,13 @@ class TorchLoader(Loader):
         )
 
     def _batches(self, pieces: list[Tensor]) -> Iterator[Batch]:
+        if self._loader.num_workers == 0 and self.device.type == "cpu":
+            sources = [self.split.source(key) for key in FRAMES]
+            if all(source is not None for source in sources):
+                return checked(self._gathered(pieces, sources, self.split.mapped), self.split.check)
+        return self._loaded(pieces)
+
+    def _loaded(self, pieces: list[Tensor]) -> Iterator[Batch]:
         asked = [(self._draw(), piece.tolist()) for piece in pieces]
         self._order.groups = [asked[i : i + TOGETHER] for i in range(0, len(asked), TOGETHER)]
         with contextlib.nullcontext() if self._forked else _nothing_collected():
@@ -157,7 +164,7 @@ class _Rows(Dataset):
 
     def _read(self, draw: tuple[int, int] | None, rows: list[int]) -> list[Ragged]:
         index = np.array(rows)
-        frames = [self._split.gather(key, index) for key in ("audio", "vision")]
+        frames = [self._split.gather(key, index) for key in FRAMES]
         return [*frames, self._split.text_rows(draw).take(index)]
 
 

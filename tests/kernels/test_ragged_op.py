@@ -82,6 +82,22 @@ def test_batches_of_several_arrays_equal_one_call_each(backend):
         assert torch.equal(batch[3], (torch.arange(text) < length[:, None]).long())
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("clip", [np.inf, 1.0])
+def test_batches_are_scaled_as_numpy_scales(backend, dtype, clip):
+    values, offsets = ragged([3, 1, 0, 7], 13, dtype)
+    values[2] = 0  # a frame of zeros inside stays one
+    shift, factor = (v.double() for v in torch.randn(2, 13, generator=torch.Generator().manual_seed(1)))
+    raw = values.float().numpy()
+    expected = np.clip((raw.astype(np.float64) - shift.numpy()) * factor.numpy(), -clip, clip).astype(np.float32)
+    expected[2] = 0
+    rows = torch.tensor([3, 0, 2])
+    with use_backend(backend):
+        ((found,),) = pad_batches([Source(values, offsets, scale=(shift, factor, clip))], rows, [3], [[5]])
+    assert torch.equal(found, reference.pad(torch.from_numpy(expected), offsets, rows, 5, 0, -1)[0])
+
+
 def test_batches_refuse_rows_out_of_range():
     values, offsets = ragged([3, 2], 2)
     with pytest.raises(ValueError, match="rows from 0 to 2 of 2 sequences"):

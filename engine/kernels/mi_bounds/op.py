@@ -217,7 +217,7 @@ class _InfoNCE(torch.autograd.Function):
             columns = (-grad, torch.logaddexp(rest_columns, joint))
         rows = (-grad, torch.logaddexp(rest, joint))
         dq, dk = call("mi_gradients", q, k, scale, positives, ctx.exclude_self, *rows, *columns, diagonal)
-        return dq, dk, _scale_grad(q, dq, scale), None, None, None
+        return dq, dk, _scale_grad(ctx, q, dq, scale), None, None, None
 
 
 class _FusedInfoNCE(torch.autograd.Function):
@@ -236,7 +236,7 @@ class _FusedInfoNCE(torch.autograd.Function):
         q, k, scale, positives, sum_q, sum_k, share = ctx.saved_tensors
         grad = grad / q.shape[1]
         dq, dk = _from_sums(q, k, scale, positives, sum_q, sum_k, grad, -grad[:, None] * share)
-        return dq, dk, _scale_grad(q, dq, scale), None, None
+        return dq, dk, _scale_grad(ctx, q, dq, scale), None, None
 
 
 class _Bound(torch.autograd.Function):
@@ -282,7 +282,7 @@ class _Bound(torch.autograd.Function):
             diagonal = grad[:, None] * diagonal
             dq, dk = call("mi_gradients", q, k, scale, None, False, weight, shift, None, None, diagonal)
         da = grad[:, None] * grad_a if ctx.has_baseline and grad_a is not None else None
-        return dq, dk, _scale_grad(q, dq, scale), da, None, None, None, None, None, None
+        return dq, dk, _scale_grad(ctx, q, dq, scale), da, None, None, None, None, None, None
 
 
 class _ScoreBound(torch.autograd.Function):
@@ -321,13 +321,16 @@ def _from_sums(
     diagonal: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients from the sums of `mi_fused`: factor [G] times those, plus the positives' part."""
-    dq, dk = sum_q * factor[:, None, None], sum_k * factor[:, None, None]
-    add_positives_(dq, dk, q.to(dq.dtype) * scale, k.to(dk.dtype), positives, diagonal)
-    return dq.mul_(scale).to(q.dtype), dk.to(k.dtype)
+    factor = factor[:, None, None]
+    dq, dk = sum_q * (factor * scale), sum_k * factor
+    add_positives_(dq, dk, q.to(dq.dtype), k.to(dk.dtype), positives, diagonal * scale)
+    return dq.to(q.dtype), dk.to(k.dtype)
 
 
-def _scale_grad(q: Tensor, dq: Tensor, scale: Tensor) -> Tensor | None:
-    """dV / dscale = sum over ij of dS_ij S_ij / scale = sum over i of q_i . dq_i / scale."""
+def _scale_grad(ctx, q: Tensor, dq: Tensor, scale: Tensor) -> Tensor | None:
+    """dV / dscale = sum over ij of dS_ij S_ij / scale = sum over i of q_i . dq_i / scale; None where nobody asks."""
+    if not ctx.needs_input_grad[2]:
+        return None
     return (q.to(scale.dtype) * dq.to(scale.dtype)).sum() / scale
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from engine.kernels import build
 
 SOURCE = Path(__file__).with_name("ragged.cpp")
+Scale = tuple[Tensor, Tensor, float]  # see `op.Source`
 KINDS = {torch.float32: 0, torch.float16: 1, torch.int32: 2}
 
 
@@ -22,7 +24,7 @@ def library() -> ctypes.CDLL | None:
     """The kernel, compiled at its first use; None (logged once) where it cannot be had."""
     pointer, size, count, real = build.POINTER, build.SIZE, build.INT, build.DOUBLE
     functions = {
-        "ragged_pad": [size, pointer, size, *[pointer] * 5, count],
+        "ragged_pad": [size, pointer, size, *[pointer] * 4, count],
         "ragged_scale": [pointer, size, size, pointer, pointer, real, pointer, count],
     }
     return build.library(SOURCE, torch.float32, functions, "plain torch runs")
@@ -34,67 +36,70 @@ def pad(values: Tensor, offsets: Tensor, rows: Tensor, width: int, fill: int, cl
     Raises:
         ValueError: rows out of range.
     """
-    batches = Batches([(values, offsets, fill, closing, width)], rows)
+    batches = Batches([(values, offsets, fill, closing, width, None)], rows, [len(rows)], [[width]])
     lengths = rows.new_empty(len(rows))
-    return batches.take(0, [len(rows)], [[width]], lengths)[0][0], lengths
+    return batches.take(0, lengths)[0], lengths
 
 
 class Batches:
-    """Runs of `rows` out of several ragged arrays, padded a few batches a call.
+    """Runs of `rows` out of several ragged arrays, padded a batch a call.
 
     Args:
-        sources: (values, offsets, fill, closing, most) each, as for `op.pad_batches`.
-        rows: int64.
+        sources: (values, offsets, fill, closing, most, scale) each, as for `op.pad_batches`.
+        rows: int64, of all batches end to end.
+        sizes: rows of each batch.
+        widths: of each batch the widths of its tensors, one a source.
 
     Raises:
         ValueError: rows out of range.
     """
 
-    def __init__(self, sources: Sequence[tuple[Tensor | None, Tensor, int, int, int]], rows: Tensor):
+    def __init__(
+        self,
+        sources: Sequence[tuple[Tensor | None, Tensor, int, int, int, Scale | None]],
+        rows: Tensor,
+        sizes: Sequence[int],
+        widths: Sequence[Sequence[int]],
+    ):
         self._rows = rows.contiguous()
         if len(rows):
             least, most = (int(v) for v in rows.aminmax())
             count = min(len(offsets) for _, offsets, *_ in sources) - 1
             if least < 0 or most >= count:
                 raise ValueError(f"rows from {least} to {most} of {count} sequences")
-        self._shapes: list[tuple[tuple[int, ...], torch.dtype]] = []  # of a frame, and the dtype of the result
-        self._kept: list[Tensor] = []  # what the kernel is given addresses of
+        self._widths, self._sizes = np.array(widths, np.int64), sizes
+        self._starts = np.cumsum([0, *sizes]).tolist()
+        self._kept: list[Tensor | np.ndarray] = []  # what the kernel is given addresses of
         self._sources = (_Source * len(sources))()
-        for at, (values, offsets, fill, closing, longest) in enumerate(sources):
-            offsets = offsets.contiguous()
-            self._kept.append(offsets)
-            if values is None:
-                self._shapes.append(((), torch.int64))
-                self._sources[at] = (0, None, offsets.data_ptr(), 1, 0, -1, longest)
-                continue
-            values = values.contiguous()
-            self._kept.append(values)
-            self._shapes.append(
-                (tuple(values.shape[1:]), torch.int64 if values.dtype == torch.int32 else torch.float32)
-            )
-            d = values.shape[1] if values.ndim == 2 else 1
-            found = (KINDS[values.dtype], values.data_ptr(), offsets.data_ptr(), d, fill, closing, longest)
-            self._sources[at] = found
+        frames = []  # shape of a frame, and dtype of the result
+        for at, (values, offsets, fill, closing, longest, scale) in enumerate(sources):
+            kind, d, frame, dtype = 0, 1, (), torch.int64
+            if values is not None:
+                values, kind, frame = values.contiguous(), KINDS[values.dtype], tuple(values.shape[1:])
+                d, dtype = math.prod(frame), torch.int64 if values.dtype == torch.int32 else torch.float32
+            shift, factor, clip = scale or (None, None, 0.0)
+            parts = [values, offsets.contiguous(), shift, factor]
+            self._kept += parts
+            values, offsets, shift, factor = (None if p is None else p.data_ptr() for p in parts)
+            self._sources[at] = (kind, values, offsets, d, fill, closing, longest, shift, factor, clip)
+            frames.append((frame, dtype))
+        self._shapes = [
+            [((size, width, *frame), dtype) for width, (frame, dtype) in zip(row, frames, strict=True)]
+            for size, row in zip(sizes, widths, strict=True)
+        ]
         self._pad = library().ragged_pad
 
-    def take(
-        self, start: int, sizes: Sequence[int], widths: Sequence[Sequence[int]], lengths: Tensor | None = None
-    ) -> list[list[Tensor]]:
-        """The padded batches of `sizes` rows each from row `start` on.
+    def take(self, number: int, lengths: Tensor | None = None) -> list[Tensor]:
+        """A padded batch.
 
         Args:
-            widths: of each batch, one a source.
             lengths: int64, filled with the lengths of the last source's sequences.
         """
-        found = [
-            [torch.empty((size, w, *frame), dtype=dtype) for w, (frame, dtype) in zip(width, self._shapes, strict=True)]
-            for size, width in zip(sizes, widths, strict=True)
-        ]
-        numbers, addresses = ctypes.c_int64 * len(sizes), len(sizes) * len(self._shapes)
+        found = [torch.empty(shape, dtype=dtype) for shape, dtype in self._shapes[number]]
         self._pad(
-            len(self._shapes), self._sources, len(sizes), numbers(*sizes), self._rows.data_ptr() + 8 * start,
-            (ctypes.c_int64 * addresses)(*(w for width in widths for w in width)),
-            (ctypes.c_void_p * addresses)(*(out.data_ptr() for batch in found for out in batch)),
+            len(self._sources), self._sources, self._sizes[number], self._rows.data_ptr() + 8 * self._starts[number],
+            self._widths.ctypes.data + 8 * number * len(self._sources),
+            (ctypes.c_void_p * len(found))(*(out.data_ptr() for out in found)),
             None if lengths is None else lengths.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return found
@@ -106,6 +111,7 @@ class _Source(ctypes.Structure):
     _fields_ = [
         ("kind", ctypes.c_int64), ("values", ctypes.c_void_p), ("offsets", ctypes.c_void_p), ("d", ctypes.c_int64),
         ("fill", ctypes.c_int64), ("closing", ctypes.c_int64), ("most", ctypes.c_int64),
+        ("shift", ctypes.c_void_p), ("factor", ctypes.c_void_p), ("clip", ctypes.c_double),
     ]  # fmt: skip
 
 

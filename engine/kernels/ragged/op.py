@@ -16,8 +16,6 @@ from engine.kernels import registry
 from engine.kernels.ragged import cpu, reference
 
 RESULT = {torch.float16: torch.float32, torch.float32: torch.float32, torch.int32: torch.int64}
-# Batches a call of the CPU kernel: each flushes what Python needs out of the caches, more of them do not fit there.
-TOGETHER = 4
 
 
 def pad(
@@ -59,6 +57,8 @@ class Source:
         values, offsets, fill, closing: as for `pad`. Without values a batch is int64 [B, width]: 1 where a sequence has
             something, else 0.
         most: longer sequences are cut to it, whatever the width.
+        scale: (shift, factor, clip), float64 [d] each and a number: a frame v becomes (v - shift) * factor, in float64,
+            cut to ±clip (infinity: not cut); frames that are all zero stay so. None: frames as they are.
     """
 
     values: Tensor | None
@@ -66,6 +66,7 @@ class Source:
     fill: int = 0
     closing: int = -1
     most: int = sys.maxsize
+    scale: tuple[Tensor, Tensor, float] | None = None
 
 
 def pad_batches(
@@ -73,7 +74,7 @@ def pad_batches(
 ) -> Iterator[list[Tensor]]:
     """Padded batches out of several ragged arrays, one after another: an epoch of a loader.
 
-    On a CPU a few batches are one call of the kernel, and next to no work in Python.
+    On a CPU a batch is one call of the kernel.
 
     Args:
         sources: what is padded; the same sequences of each.
@@ -87,14 +88,13 @@ def pad_batches(
     Raises:
         ValueError: on a CPU, rows out of range.
     """
-    start, values = 0, next(s.values for s in sources if s.values is not None)
+    values = next(s.values for s in sources if s.values is not None)
     if registry.backend_for(values, "ragged_pad") == "cpu" and cpu.library() is not None:
-        batches = cpu.Batches([(s.values, s.offsets, s.fill, s.closing, s.most) for s in sources], rows)
-        for first in range(0, len(sizes), TOGETHER):
-            some = sizes[first : first + TOGETHER]
-            yield from batches.take(start, some, widths[first : first + TOGETHER])
-            start += sum(some)
+        found = [(s.values, s.offsets, s.fill, s.closing, s.most, s.scale) for s in sources]
+        batches = cpu.Batches(found, rows, sizes, widths)
+        yield from map(batches.take, range(len(sizes)))
         return
+    start = 0
     for size, width in zip(sizes, widths, strict=True):
         part = rows[start : start + size]
         yield [_padded(source, part, w) for source, w in zip(sources, width, strict=True)]
@@ -107,6 +107,10 @@ def _padded(source: Source, rows: Tensor, width: int) -> Tensor:
         return (torch.arange(width, device=rows.device) < length[:, None]).long()
     cut = min(width, source.most)
     out, _ = pad(source.values, source.offsets, rows, cut, fill=source.fill, closing=source.closing)
+    if source.scale is not None:
+        shift, factor, clip = source.scale
+        scaled = ((out.double() - shift) * factor).clamp(-clip, clip).float()
+        out = torch.where((out != 0).any(-1, keepdim=True), scaled, 0.0)
     if cut == width:
         return out
     return torch.nn.functional.pad(out, (*[0] * (2 * out.dim() - 4), 0, width - cut), value=source.fill)

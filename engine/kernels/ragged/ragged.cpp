@@ -30,20 +30,41 @@ inline void fill(float* to, int64_t n, int64_t value) {
 }
 inline void fill(int64_t* to, int64_t n, int64_t value) { std::fill(to, to + n, value); }
 
+// (v - shift) * factor of one frame, cut to +-clip, in double; a frame that is all zero stays so. May be in place.
+inline void scale(const float* v, float* to, int64_t d, const double* shift, const double* factor, double clip) {
+  bool present = false;
+  for (int64_t c = 0; c < d; c++) present |= v[c] != 0;
+  for (int64_t c = 0; c < d; c++)
+    to[c] = present ? float(std::min(std::max((double(v[c]) - shift[c]) * factor[c], -clip), clip)) : 0.0f;
+}
+
 // Sequences end to end and how they are padded; without values: ones where a sequence has something.
-// kind: 0 float, 1 half, 2 int32. most: longer sequences are cut to it.
+// kind: 0 float, 1 half, 2 int32. most: longer sequences are cut to it. shift, factor, clip: see `scale`; null: as it is.
 struct Source {
   int64_t kind;
   const void* values;
   const int64_t* offsets;
   int64_t d, fill, closing, most;
+  const double *shift, *factor;
+  double clip;
 };
 
+inline void scaled(const float* from, float* to, int64_t n, const Source& s) {
+  for (int64_t i = 0; i < n; i++) scale(from + i * s.d, to + i * s.d, s.d, s.shift, s.factor, s.clip);
+}
+inline void scaled(const uint16_t* from, float* to, int64_t n, const Source& s) {
+  convert(from, to, n * s.d);
+  scaled(to, to, n, s);
+}
+inline void scaled(const int32_t*, int64_t*, int64_t, const Source&) {}  // numbers are not scaled
+
 template <class In, class Out>
-void pad(const In* values, int64_t whole, int64_t n, int64_t width, int64_t d, int64_t fill_with, int64_t closing, Out* to) {
-  convert(values, to, n * d);
-  fill(to + n * d, (width - n) * d, fill_with);
-  if (closing >= 0 && n > 0 && n < whole) to[n - 1] = Out(closing);
+void pad(const Source& s, int64_t start, int64_t whole, int64_t n, int64_t width, Out* to) {
+  const In* values = static_cast<const In*>(s.values) + start * s.d;
+  if (s.shift) scaled(values, to, n, s);
+  else convert(values, to, n * s.d);
+  fill(to + n * s.d, (width - n) * s.d, s.fill);
+  if (s.closing >= 0 && n > 0 && n < whole) to[n - 1] = Out(s.closing);
 }
 
 // Sequence b of a batch; returns its length.
@@ -56,11 +77,11 @@ int64_t pad(const Source& s, int64_t row, int64_t b, int64_t width, void* out) {
     fill(integer, n, 1);
     fill(integer + n, width - n, 0);
   } else if (s.kind == 0) {
-    pad(static_cast<const float*>(s.values) + start * d, whole, n, width, d, s.fill, s.closing, real);
+    pad<float>(s, start, whole, n, width, real);
   } else if (s.kind == 1) {
-    pad(static_cast<const uint16_t*>(s.values) + start * d, whole, n, width, d, s.fill, s.closing, real);
+    pad<uint16_t>(s, start, whole, n, width, real);
   } else {
-    pad(static_cast<const int32_t*>(s.values) + start * d, whole, n, width, d, s.fill, s.closing, integer);
+    pad<int32_t>(s, start, whole, n, width, integer);
   }
   return n;
 }
@@ -69,34 +90,22 @@ int64_t pad(const Source& s, int64_t row, int64_t b, int64_t width, void* out) {
 
 extern "C" {
 
-// Batches of sequences, sizes[batch] of `rows` each: of every source into out[batch][source], [size][width][d] with
-// widths[batch][source]. lengths: of the last source, or null.
-void ragged_pad(int64_t count, const Source* sources, int64_t batches, const int64_t* sizes, const int64_t* rows,
-                const int64_t* widths, void* const* out, int64_t* lengths, int threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  for (int64_t k = 0, first = 0; k < batches; first += sizes[k++]) {
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t b = 0; b < sizes[k]; b++) {
-      int64_t n = 0;
-      for (int64_t i = 0; i < count; i++)
-        n = pad(sources[i], rows[first + b], b, widths[k * count + i], out[k * count + i]);
-      if (lengths) lengths[first + b] = n;
-    }
+// Sequences `rows` of every source into out[source], [size][width][d]. lengths: of the last source, or null.
+void ragged_pad(int64_t count, const Source* sources, int64_t size, const int64_t* rows, const int64_t* widths,
+                void* const* out, int64_t* lengths, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t b = 0; b < size; b++) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < count; i++) n = pad(sources[i], rows[b], b, widths[i], out[i]);
+    if (lengths) lengths[b] = n;
   }
 }
 
-// out = (values - shift) * factor, cut to +-clip, in double; frames that are all zero stay so.
+// `scale` of every frame of values.
 void ragged_scale(const float* values, int64_t frames, int64_t d, const double* shift, const double* factor,
                   double clip, float* out, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < frames; i++) {
-    const float* v = values + i * d;
-    float* to = out + i * d;
-    bool present = false;
-    for (int64_t c = 0; c < d; c++) present |= v[c] != 0;
-    for (int64_t c = 0; c < d; c++)
-      to[c] = present ? float(std::min(std::max((double(v[c]) - shift[c]) * factor[c], -clip), clip)) : 0.0f;
-  }
+  for (int64_t i = 0; i < frames; i++) scale(values + i * d, out + i * d, d, shift, factor, clip);
 }
 
 }  // extern "C"
