@@ -174,6 +174,23 @@ def over_batches(
     return curve
 
 
+def products(baseline: Work, engine_seconds: float, setting: Setting) -> dict[str, float]:
+    """FLOPs of the baseline's matrix products, and the engine's rate of them as `gemm_fraction` of a 2048³ product's.
+
+    For suites whose baseline computes nothing needless.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        baseline.run()
+    flops, square = counter.get_total_flops(), torch.randn(2048, 2048, device=setting.device)
+    gemm = Work(lambda: square @ square)
+    calls = warm(gemm, setting)
+    rate = 2 * 2048**3 / statistics.median(measure(gemm, calls, setting) for _ in range(3))
+    return {"product_flops": flops, "gemm_fraction": flops / engine_seconds / rate}
+
+
 def assemble(
     name: str, suite: ModuleType, setting: Setting, summaries: Mapping[str, dict], rounds: int, threads: int
 ) -> dict[str, Any]:

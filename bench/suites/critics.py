@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import statistics
+import time
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from bench.baselines import mimrl
-from bench.runner import Setting, Work, assert_same_gradient
+from bench.runner import Setting, Work, assert_same_gradient, products
+from engine.kernels.critics import cpu
 
 TITLE = "five grouped critics + InfoNCE, forward and backward, B=128, against five separate eager estimators"
 GOALS = {"ratio": (2.0, 2.6)}
@@ -65,6 +70,36 @@ def build(side: str, setting: Setting) -> Work:
         loss(module, rows).backward()
 
     return Work(run, samples=BATCH)
+
+
+class _Timed:
+    """The compiled kernel; adds up the seconds that its functions take."""
+
+    def __init__(self, library: Any):
+        self.library, self.seconds = library, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.library, name)
+
+        def run(*arguments: Any) -> None:
+            start = time.perf_counter()
+            function(*arguments)
+            self.seconds += time.perf_counter() - start
+
+        return run
+
+
+def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
+    """What the products alone would take, and on a CPU the seconds that a call spends in the compiled kernel."""
+    found = products(works["baseline"], statistics.median(numbers["engine"]), setting)
+    library = cpu.library(torch.float32)
+    if setting.device != "cpu" or library is None:
+        return found
+    calls, timed = 100, _Timed(library)
+    with patch.object(cpu, "library", lambda dtype: timed):
+        for _ in range(calls):
+            works["engine"].run()
+    return {**found, "kernel_seconds": timed.seconds / calls}
 
 
 def gate(setting: Setting) -> None:

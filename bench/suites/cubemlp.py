@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
+from typing import Any
+
 import torch
 from torch import nn
 
 from bench.baselines import mimrl
-from bench.runner import Setting, Work, assert_same_gradient
+from bench.runner import Setting, Work, assert_same_gradient, products
 from engine.compat import reference_to_engine
 from engine.model.cubemlp import CubeMLP
 
@@ -47,6 +50,11 @@ def build(side: str, setting: Setting) -> Work:
         (module(x) * cotangent).sum().backward()
 
     return Work(run, samples=batch)
+
+
+def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
+    """What the products alone would take."""
+    return products(works["baseline"], statistics.median(numbers["engine"]), setting)
 
 
 def gate(setting: Setting) -> None:
