@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import queue
 import shutil
 import statistics
@@ -180,7 +181,10 @@ def build_gemm(setting: Setting) -> Work:
 def gemm_details(
     mode: str, samples: shapes.Utterances, setting: Setting, numbers: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """gemm_fraction and what it is made of."""
+    """gemm_fraction and what it is made of, and on which parts an epoch of the engine spends its time.
+
+    The parts' seconds are the profiler's, of an epoch beside those that count.
+    """
     settings = config(mode, Path("unused"), setting).resolve()
     from engine.loaders.text import load_tokenizer
 
@@ -193,7 +197,17 @@ def gemm_details(
         "gemm_fraction": reached / ceiling,
         "gemm_ceiling_gflops": ceiling / 1e9,
         "necessary_gflop": {name: value / 1e9 for name, value in parts.items()},
+        "part_seconds": _profiled(mode, samples, setting),
     }
+
+
+def _profiled(mode: str, samples: shapes.Utterances, setting: Setting) -> dict[str, dict[str, float]]:
+    """{stage: {part: seconds}} of an epoch; see `engine.profile`."""
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
+        held_out = {name: samples.part(0, HELD_OUT) for name in ("valid", "test")}
+        store = shapes.write_store(Path(folder) / "data", {"train": samples, **held_out})
+        train(config(mode, store, setting, ("epochs=2",)), Path(folder) / "run", profile=True)
+        return json.loads((Path(folder) / "run" / "profile" / "shares.json").read_text(encoding="utf-8"))
 
 
 # -- the same numbers ------------------------------------------------------------------------------

@@ -8,6 +8,13 @@ from typing import Any
 
 from bench.runner import meets, verdict
 
+# further sides that the table names
+OTHERS = {
+    "compile": "torch.compile of the baseline",
+    "linear_cross_entropy": "`F.linear_cross_entropy`",
+    "torch": "loader torch",
+    "dali": "loader dali",
+}
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 
 
@@ -37,9 +44,15 @@ def seconds(value: float) -> str:
 
 
 def readme_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One row for every goal of every result; its last column is the number of the place where it was measured."""
+    """One row for every goal of every result.
+
+    The last columns: other sides' time, or memory, over the engine's; number of the place where it was measured.
+    """
     places = sorted({_place(r) for r in results.values()})
-    rows = ["| what | measured | floor | aim | engine | baseline | on |", "|---|---|---|---|---|---|---|"]
+    rows = [
+        "| what | measured | floor | aim | engine | baseline | others / engine | on |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for result in results.values():
         for key, goal in result["goals"].items():
             if key in result:
@@ -54,9 +67,13 @@ def readme_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def _row(result: Mapping[str, Any], key: str, goal: Mapping[str, float]) -> str:
     name = {"ratio": "speed", "memory_ratio": "extra peak memory", "gemm_fraction": "share of the GEMM ceiling"}
     what = result["title"] if key in ("ratio", "value") else f"{result['name']}: {name[key]}"
-    engine, baseline = "", ""
+    engine, baseline, others = "", "", ""
     if key in ("ratio", "memory_ratio"):
         sides = [result["engine"], result["baseline"]]
+        found = {
+            OTHERS[name]: _times(result, side, key) for name, side in result.get("others", {}).items() if name in OTHERS
+        }
+        others = ", ".join(f"{name} {value:.3g}×" for name, value in found.items() if value)
         if key == "ratio":
             engine, baseline = (seconds(s["median"]) for s in sides)
         else:
@@ -64,8 +81,15 @@ def _row(result: Mapping[str, Any], key: str, goal: Mapping[str, float]) -> str:
     show = _shown(result, key)
     mark = "" if meets(result[key], goal["floor"], key) else " (below floor)"
     return (
-        f"| {what} | {show(result[key])}{mark} | {show(goal['floor'])} | {show(goal['aim'])} | {engine} | {baseline} |"
+        f"| {what} | {show(result[key])}{mark} | {show(goal['floor'])} | {show(goal['aim'])} | {engine} | {baseline} "
+        f"| {others} |"
     )
+
+
+def _times(result: Mapping[str, Any], side: Mapping[str, Any], key: str) -> float | None:
+    """How many times the engine's time, or extra peak memory, a further side takes; None where it was not measured."""
+    name = "median" if key == "ratio" else "extra_peak_bytes"
+    return side[name] / result["engine"][name] if name in side else None
 
 
 def _shown(result: Mapping[str, Any], key: str):

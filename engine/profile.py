@@ -7,6 +7,7 @@ profiler measures within them is in the trace.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,16 @@ def table(found: dict[str, dict[str, float]]) -> str:
 
 
 def save(profile: torch.profiler.profile, folder: Path) -> str:
-    """Write shares.txt and trace.json (open it at https://ui.perfetto.dev) into `folder`; the shares as text."""
+    """Write shares.txt, shares.json and trace.json (open it at https://ui.perfetto.dev) into `folder`.
+
+    Returns:
+        the shares as text.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    text = table(shares(profile))
+    found = shares(profile)
+    text = table(found)
     write_text(folder / "shares.txt", text + "\n")
+    write_text(folder / "shares.json", json.dumps(found, indent=1) + "\n")
     with atomic_path(folder / "trace.json") as temporary:
         profile.export_chrome_trace(str(temporary))
     return text

@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bench import machine, runner
 from bench.memory import LEAST, warm_side
@@ -149,6 +150,32 @@ def test_a_point_of_a_curve_is_warmed_by_a_small_run():
     ]  # fmt: skip
 
 
+def test_a_long_point_of_a_curve_is_measured_once(monkeypatch):
+    calls = []
+
+    def build(side, setting):
+        return Work(lambda: calls.append(side))
+
+    seconds = iter([runner.LONG + 1, 0.1, 1.0, 3.0, 2.0])
+    monkeypatch.setattr(runner, "measure", lambda work, count, setting: work.run() or next(seconds))
+    monkeypatch.setattr(runner, "warm", lambda work, setting: 1)
+    monkeypatch.setattr("bench.memory.extra_peak", lambda name, side, *_, **__: len(side))
+    curve = runner.over_batches(SimpleNamespace(build=build), "made", {"engine": (512, 64)}, Setting())
+    assert curve == {
+        "engine": {
+            "512": {"seconds": runner.LONG + 1, "extra_peak_bytes": 10},
+            "64": {"seconds": 2.0, "extra_peak_bytes": 9},
+        }
+    }
+    assert calls == ["engine@512", *["engine@64"] * 4]
+
+
+def test_products_are_counted_by_the_baseline():
+    a, b = torch.randn(8, 16), torch.randn(16, 4)
+    found = runner.products(Work(lambda: a @ b), 1e-6, Setting())
+    assert found["product_flops"] == 2 * 8 * 16 * 4 and found["gemm_fraction"] > 0
+
+
 def test_threads_are_set_before_libraries_read_them(monkeypatch):
     for name in machine.THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -160,7 +187,9 @@ def test_the_readme_table_replaces_what_is_between_its_markers(use, tmp_path):
     use(suite())
     result = runner.run("made", Setting(), memory=False)
     table = readme_table({"made": result})
-    assert "| a suite | 3× | 2× | 4× | 1 s | 3 s | 1 |" in table and table.splitlines()[-1].startswith("1. ")
+    assert "| a suite | 3× | 2× | 4× | 1 s | 3 s |  | 1 |" in table and table.splitlines()[-1].startswith("1. ")
+    compared = result | {"others": {"compile": {"median": 2.5}, "gemm": {"median": 1.0}}}
+    assert "| torch.compile of the baseline 2.5× | 1 |" in readme_table({"made": compared})
     other = result | {"machine": result["machine"] | {"processor": "another"}}
     rows = readme_table({"made": result, "other": other}).splitlines()
     numbers = [line.split("|")[-2].strip() for line in rows if line.startswith("| a suite")]
