@@ -10,13 +10,17 @@ With `exclude_self`, column i does not exist for row i.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from engine.kernels import build
 from engine.kernels.mi_bounds.statistics import add_positives_, log_weights
 
 # (first row, scores of a block of rows), over all rows
@@ -24,6 +28,20 @@ Blocks = Iterator[tuple[int, Tensor]]
 
 # Bytes of one block of scores. Larger blocks make better matrix products, smaller ones stay in the caches.
 BLOCK_BYTES = 8 << 20
+SOURCE = Path(__file__).with_name("mi_bounds.cpp")
+PANEL = 64  # rows: whole panels of mi_bounds.cpp on every processor
+WHOLE = 16  # numbers: whole vectors there
+
+
+@functools.cache
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernel for float32 or float64, compiled at its first use; None (logged once) where it cannot be had."""
+    pointer, size, count = build.POINTER, build.SIZE, build.INT
+    functions = {
+        "mi_exponentials": [pointer, pointer, *[size] * 3, pointer, size, *[pointer] * 4, count],
+        "mi_sums": [*[pointer] * 3, *[size] * 3, pointer, pointer, count],
+    }
+    return build.library(SOURCE, dtype, functions, "torch's products run")
 
 
 def statistics(
@@ -119,37 +137,35 @@ def fused(
         joint [G, B], rest [G, B], maximum M [G] (0 for "sigmoid"), and the sums over the other scores: for the rows
         [G, B, d] and for the columns [G, C, d], without the factor scale that the first still needs.
     """
-    q = q * scale
+    q, k = (q * scale).contiguous(), k.contiguous()
     groups, rows, _ = q.shape
     joint, rest = q.new_empty(groups, rows), q.new_empty(groups, rows)
     sum_q, sum_k = q.new_empty(q.shape), k.new_zeros(k.shape)
     log_row = q.new_zeros(groups, rows)  # rho
     maximum = q.new_full((groups,), -math.inf if weighting == "offset" else 0.0)
-    for begin, scores in _embedding_blocks(q, k):
-        end = begin + scores.shape[1]
-        mask = _Mask(scores, begin, positives, exclude_self)
-        joint[:, begin:end] = mask.remove(scores)
-        block = q[:, begin:end]
-        if weighting == "sigmoid":
+    if weighting == "sigmoid":
+        for begin, scores in _embedding_blocks(q, k):
+            end = begin + scores.shape[1]
+            mask = _Mask(scores, begin, positives, exclude_self)
+            joint[:, begin:end] = mask.remove(scores)
             rest[:, begin:end] = _statistic_(scores.clone(), kind, tau, mask)
             torch.bmm(scores.sigmoid_(), k, out=sum_q[:, begin:end])
+            sum_k.baddbmm_(scores.transpose(1, 2), q[:, begin:end])
+        return joint, rest, maximum, sum_q, sum_k
+    for group, block in _exponential_blocks(q, k, positives, exclude_self):
+        at = group, slice(block.begin, block.begin + block.joint.shape[1])
+        joint[at], rest[at] = block.joint, block.lse
+        if weighting == "softmax":
+            rho = logsigmoid(block.lse - block.joint)
         else:
-            lse, total = _exponentials_(scores)
-            rest[:, begin:end] = lse
-            if weighting == "softmax":
-                rho = logsigmoid(lse - joint[:, begin:end])
-            else:
-                rho = lse if offset is None else lse - offset[:, begin:end]
-                highest = torch.maximum(maximum, rho.amax(1))
-                sum_k.mul_(_exp_of_difference(maximum, highest)[:, None, None])
-                maximum = highest
-            log_row[:, begin:end] = rho
-            torch.bmm(scores, k, out=sum_q[:, begin:end])
-            sum_q[:, begin:end].div_(total[..., None])
-            block = block * (_exp_of_difference(rho, maximum[:, None]) / total)[..., None]
-        sum_k.baddbmm_(scores.transpose(1, 2), block)
-    if weighting != "sigmoid":
-        sum_q.mul_(_exp_of_difference(log_row, maximum[:, None])[..., None])
+            rho = block.lse if offset is None else block.lse - offset[at]
+            highest = torch.maximum(maximum[group], rho.amax(1))
+            sum_k[group].mul_(_exp_of_difference(maximum[group], highest)[:, None, None])
+            maximum[group] = highest
+        log_row[at] = rho
+        weight = _exp_of_difference(rho, maximum[group][:, None]) / block.total
+        sum_q[at] = block.sums(q[at] * weight[..., None], sum_k[group]).div_(block.total[..., None])
+    sum_q.mul_(_exp_of_difference(log_row, maximum[:, None])[..., None])
     return joint, rest, maximum, sum_q, sum_k
 
 
@@ -220,6 +236,71 @@ def score_mixture_gradients(
             block, begin, log_baseline, alpha, rest, weight
         ).mul_(grad[:, None, None])
     return gradient
+
+
+class _Exponentials:
+    """e^(S - max of the row) of a block of rows, 0 where a column takes no part.
+
+    Attributes:
+        begin: the first row. joint, lse, total: [G, rows]: the positives' scores, of the other ones the LSE and the sum
+            of the exponentials (1 where there is none).
+    """
+
+    def __init__(self, begin: int, scores: Tensor, k: Tensor, mask: _Mask):
+        self.begin, self._scores, self._k = begin, scores, k
+        self.joint = mask.remove(scores)
+        self.lse, self.total = _exponentials_(scores)
+
+    def sums(self, weighted: Tensor, of_columns: Tensor) -> Tensor:
+        """Exponentials times k [G, rows, d]; their transpose times `weighted` [G, rows, d] is added to `of_columns`."""
+        of_columns.baddbmm_(self._scores.transpose(1, 2), weighted)
+        return torch.bmm(self._scores, self._k)
+
+
+class _CompiledExponentials:
+    """The same of one group, by mi_bounds.cpp. `scores`: memory for whole panels of rows, times columns."""
+
+    def __init__(self, begin: int, q: Tensor, k: Tensor, positives: Tensor, own: int, scores: Tensor):
+        self.begin, self._scores, self._k = begin, scores, k
+        self._sizes = q.shape[0], k.shape[0], q.shape[1]
+        joint, highest, total = q.new_empty(3, len(q)).unbind()
+        library(q.dtype).mi_exponentials(
+            q.data_ptr(), k.data_ptr(), *self._sizes, positives.data_ptr(), own, scores.data_ptr(), joint.data_ptr(),
+            highest.data_ptr(), total.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        self.joint, self.lse = joint[None], (highest + total.log())[None]
+        self.total = total.masked_fill(total == 0, 1)[None]
+
+    def sums(self, weighted: Tensor, of_columns: Tensor) -> Tensor:
+        """As there; both are contiguous."""
+        found = torch.empty_like(weighted)
+        library(found.dtype).mi_sums(
+            self._scores.data_ptr(), self._k.data_ptr(), weighted.data_ptr(), *self._sizes, found.data_ptr(),
+            of_columns.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return found
+
+
+def _exponential_blocks(
+    q: Tensor, k: Tensor, positives: Tensor | None, exclude_self: bool
+) -> Iterator[tuple[slice, _Exponentials | _CompiledExponentials]]:
+    """Blocks of rows of contiguous q and k, and the groups that they are of. All use one buffer."""
+    groups, rows, d = q.shape
+    columns = k.shape[1]
+    if library(q.dtype) is None or d % WHOLE:
+        for begin, scores in _embedding_blocks(q, k):
+            yield slice(None), _Exponentials(begin, scores, k, _Mask(scores, begin, positives, exclude_self))
+        return
+    positives = torch.arange(rows) if positives is None else positives.contiguous()
+    fitting = BLOCK_BYTES // (columns * q.element_size()) // PANEL * PANEL
+    step = max(PANEL, min(fitting, -(-rows // PANEL) * PANEL))
+    buffer = q.new_empty(step * columns)
+    for group in range(groups):
+        for begin in range(0, rows, step):
+            block = q[group, begin : begin + step]
+            own = begin if exclude_self else -1
+            found = _CompiledExponentials(begin, block, k[group], positives[begin : begin + step], own, buffer)
+            yield slice(group, group + 1), found
 
 
 class _Mask:
