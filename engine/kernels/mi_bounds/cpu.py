@@ -1,5 +1,7 @@
 """Streaming statistics and gradients of score matrices on the CPU: blocks of rows in one reused buffer.
 
+What comes from exponentials of embeddings' scores is computed by mi_bounds.cpp, where it can be had.
+
 Scores are S = scale * q k^T, q [G, B, d], k [G, C, d]; they exist one block of rows at a time, O(B · block) memory.
 For scores that are given as a matrix, the functions beginning with `score_` do the same. Host functions: plain tensors
 in and out, fp32 or fp64, no autograd. One number of threads gives bitwise the same result every time.
@@ -59,6 +61,11 @@ def statistics(
     """
     groups, rows, _ = q.shape
     joint, rest = q.new_empty(groups, rows), q.new_empty(groups, rows)
+    if kind == "lse":
+        for group, block in _exponential_blocks((q * scale).contiguous(), k.contiguous(), positives, exclude_self):
+            at = group, slice(block.begin, block.begin + block.joint.shape[1])
+            joint[at], rest[at] = block.joint, block.lse
+        return joint, rest
     for begin, scores in _embedding_blocks(q * scale, k):
         mask = _Mask(scores, begin, positives, exclude_self)
         end = begin + scores.shape[1]

@@ -16,10 +16,14 @@ inline void convert(const uint16_t* from, float* to, int64_t n) {
     to[i] = value * 0x1p112f;
   }
 }
-// Whole vectors: a library's copy of this size, tuned for both sides in the caches, takes a tenth longer.
+// Whole vectors: a library's copy of this size, tuned for both sides in the caches, takes a tenth longer. What is read is
+// fetched 4 KiB ahead and passes the larger caches by, which hold the batch's memory from one batch to the next.
 inline void convert(const float* from, float* to, int64_t n) {
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  for (; i + W <= n; i += W) {
+    __builtin_prefetch(from + i + 1024, 0, 0);
+    store(to + i, load(from + i));
+  }
   std::memcpy(to + i, from + i, (n - i) * sizeof(float));
 }
 inline void convert(const int32_t* from, int64_t* to, int64_t n) { std::copy(from, from + n, to); }
