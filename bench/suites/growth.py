@@ -17,6 +17,7 @@ from bench import epochs, shapes
 from bench.memory import extra_peak
 from bench.runner import Setting, Work
 from engine import losses
+from engine.allocator import keep_memory
 from engine.kernels.knn_product import Bank
 from engine.loaders import open_dataset
 from engine.model.mimrl import build_model
@@ -94,6 +95,7 @@ class Point:
 
 def build(side: str, setting: Setting) -> Work:
     """The whole grid (side "engine"), or one point of it: n1284, b512 and so on."""
+    keep_memory()  # as the trainer does
     banks, batches = grid(setting)
     most = max(batches)
     if side != "engine":

@@ -338,6 +338,14 @@ def test_memory_grows_with_the_rows_not_with_their_pairs():
             r"positives \[2\]",
         ),
         (lambda: infonce(torch.zeros(3, 2), torch.zeros(3, 2), negatives=torch.zeros(2, 3)), "negatives"),
+        *(
+            (
+                lambda p=p, d=d: infonce(torch.zeros(3, d), torch.zeros(3, d), positives=torch.tensor(p)),
+                "positives from",
+            )
+            for p in ([0, 1, 3], [-1, 0, 0])
+            for d in (2, 16)
+        ),
         (lambda: mi_lower_bound(torch.zeros(3, 4)), r"scores \[3, 4\]"),
         (lambda: mi_lower_bound(torch.zeros(1, 1)), "a batch of 1"),
         (lambda: mi_lower_bound(torch.zeros(3, 2), torch.zeros(4, 2)), "3 rows and 4"),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from engine.errors import EstimatorError
 from engine.kernels import build
 from engine.kernels.mi_bounds.statistics import add_positives_, log_weights
 
@@ -291,9 +292,18 @@ class _CompiledExponentials:
 def _exponential_blocks(
     q: Tensor, k: Tensor, positives: Tensor | None, exclude_self: bool
 ) -> Iterator[tuple[slice, _Exponentials | _CompiledExponentials]]:
-    """Blocks of rows of contiguous q and k, and the groups that they are of. All use one buffer."""
+    """Blocks of rows of contiguous q and k, and the groups that they are of. All use one buffer.
+
+    Raises:
+        EstimatorError: positives out of range.
+    """
     groups, rows, d = q.shape
     columns = k.shape[1]
+    if positives is not None:
+        least, most = (int(v) for v in positives.aminmax())
+        if least < 0 or most >= columns:
+            found = f"positives from {least} to {most}"
+            raise EstimatorError("infonce", found, f"0 to {columns - 1}", "Give columns of [k; negatives].")
     if library(q.dtype) is None or d % WHOLE:
         for begin, scores in _embedding_blocks(q, k):
             yield slice(None), _Exponentials(begin, scores, k, _Mask(scores, begin, positives, exclude_self))

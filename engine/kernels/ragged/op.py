@@ -57,8 +57,9 @@ class Source:
         values, offsets, fill, closing: as for `pad`. Without values a batch is int64 [B, width]: 1 where a sequence has
             something, else 0.
         most: longer sequences are cut to it, whatever the width.
-        scale: (shift, factor, clip), float64 [d] each and a number: a frame v becomes (v - shift) * factor, in float64,
-            cut to ±clip (infinity: not cut); frames that are all zero stay so. None: frames as they are.
+        scale: (shift, factor, clip), float64 [d] each, where `values` is, and a number: a frame v becomes
+            (v - shift) * factor, in float64, cut to ±clip (infinity: not cut); frames that are all zero stay so. None:
+            frames as they are.
     """
 
     values: Tensor | None
