@@ -283,6 +283,8 @@ def choose(kind: Kind, size: int, device: torch.device) -> tuple[str, str]:
         room = "" if free is None else f" fit into the {free / 1e6:.0f} MB free on {device.type}"
         return "resident", frames + room
     why = f"{frames} do not fit into {SHARE:.0%} of the {free / 1e6:.0f} MB free on {device.type}"
+    if device.type == "cpu":
+        return "torch", f"{why}, and without a GPU it is faster than dali"
     if sys.platform == "linux" and has_dali():
         return "dali", why
     return "torch", f"{why}, and DALI is not installed"

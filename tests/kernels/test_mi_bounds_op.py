@@ -34,8 +34,8 @@ def blocks(request, monkeypatch):
 @pytest.mark.parametrize("embeddings", [True, False], ids=["embeddings", "scores"])
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_bound_is_the_reference(bound, embeddings, blocks):
-    for count in (2, 3, 17):
-        inputs, function = bound_inputs(2, count, 5, embeddings), bound_function(bound, 2)
+    for count, width in ((2, 5), (3, 16), (17, 5), (17, 48), (130, 16)):
+        inputs, function = bound_inputs(2, count, width, embeddings), bound_function(bound, 2)
         found, expected = evaluate(function, inputs, "cpu"), evaluate(function, inputs, "reference")
         torch.testing.assert_close(found.value, expected.value, rtol=1e-8, atol=1e-9)
         for name, grad in expected.grads.items():
@@ -46,19 +46,20 @@ def test_bound_is_the_reference(bound, embeddings, blocks):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("name", INFONCE)
 def test_infonce_is_the_reference(name, reduction, blocks):
-    for rows in (2, 7, 33):
-        function, inputs = infonce_case(name, rows, 6, reduction)
+    for rows, width in ((2, 16), (7, 6), (33, 6), (33, 48), (130, 16)):
+        function, inputs = infonce_case(name, rows, width, reduction)
         found, expected = evaluate(function, inputs, "cpu"), evaluate(function, inputs, "reference")
         torch.testing.assert_close(found.value, expected.value)
         for tensor, grad in expected.grads.items():
             torch.testing.assert_close(found.grads[tensor], grad, msg=f"{rows} {tensor}")
 
 
+@pytest.mark.parametrize("width", [4, 16])  # what the compiled kernel leaves to torch's products, and what it takes
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("embeddings", [True, False], ids=["embeddings", "scores"])
 @pytest.mark.parametrize("bound", OWN_GRADIENT)
-def test_gradcheck_of_bounds(bound, embeddings, backend):
-    inputs = bound_inputs(2, 5, 4, embeddings)
+def test_gradcheck_of_bounds(bound, embeddings, backend, width):
+    inputs = bound_inputs(2, 5, width, embeddings)
     function = bound_function(bound, 2)
     with use_backend(backend):
         tensors = [x.requires_grad_() for x in inputs.values()]
@@ -67,9 +68,10 @@ def test_gradcheck_of_bounds(bound, embeddings, backend):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("width", [4, 16])
 @pytest.mark.parametrize("name", INFONCE)
-def test_gradcheck_of_infonce(name, backend, reduction):
-    function, inputs = infonce_case(name, 6, 4, reduction)
+def test_gradcheck_of_infonce(name, backend, reduction, width):
+    function, inputs = infonce_case(name, 6, width, reduction)
     with use_backend(backend):
         tensors = [x.requires_grad_() for x in inputs.values()]
         assert torch.autograd.gradcheck(lambda *t: function(**dict(zip(inputs, t, strict=True))), tensors)
@@ -194,11 +196,25 @@ def test_bitwise_deterministic(blocks):
             assert all(torch.equal(again.grads[name], grad) for name, grad in first.grads.items())
 
 
+def test_torchs_products_take_the_compiled_kernels_place(blocks, monkeypatch):
+    cases = [(bound_function(b, 2), bound_inputs(2, 65, 16, True)) for b in BOUNDS]
+    cases += [infonce_case(name, 65, 16, "mean") for name in INFONCE]
+    for function, inputs in cases:
+        with monkeypatch.context() as without:
+            without.setattr(cpu, "library", lambda dtype: None)
+            expected = evaluate(function, inputs, "cpu")
+        found = evaluate(function, inputs, "cpu")
+        torch.testing.assert_close(found.value, expected.value)
+        for name, grad in expected.grads.items():
+            torch.testing.assert_close(found.grads[name], grad)
+
+
 @pytest.mark.parametrize("bound", ["infonce", "dv", "mine"])
 @pytest.mark.parametrize("shift", [100.0, -100.0, 1e4])
-def test_shift_of_all_scores(bound, shift):
+@pytest.mark.parametrize("width", [4, 15])
+def test_shift_of_all_scores(bound, shift, width):
     """A constant added to every score (a further column of q and k) changes nothing but roundoff."""
-    q, k = draw((17, 4), 0).float(), draw((17, 4), 1).float()
+    q, k = draw((17, width), 0).float() * 2 / width**0.5, draw((17, width), 1).float()
     moved = torch.cat([q, torch.full((17, 1), shift)], 1), torch.cat([k, torch.ones(17, 1)], 1)
     value, expected = mi_lower_bound(*moved, bound=bound), mi_lower_bound(q, k, bound=bound)
     torch.testing.assert_close(value, expected, rtol=0, atol=4e-6 * abs(shift))
@@ -224,8 +240,9 @@ def test_large_scores_are_finite_where_the_formula_is(bound, size, blocks):
             assert all(g.isfinite().all() for g in grads)
 
 
-def test_a_single_candidate_costs_nothing():
-    q, k = torch.randn(1, 3, requires_grad=True), torch.randn(1, 3, requires_grad=True)
+@pytest.mark.parametrize("width", [3, 16])
+def test_a_single_candidate_costs_nothing(width):
+    q, k = torch.randn(1, width, requires_grad=True), torch.randn(1, width, requires_grad=True)
     for reduction in ("mean", "none"):
         loss = infonce(q, k, reduction=reduction).sum()
         assert loss.item() == 0

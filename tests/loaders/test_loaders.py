@@ -136,15 +136,18 @@ def test_auto_says_why(path, tokenizer, monkeypatch):
     chosen = opened.loader("valid", 2)
     assert (chosen.kind, chosen.why.partition(" MB of frames fit into")[1]) == ("resident", " MB of frames fit into")
     monkeypatch.setattr(loader_module, "free_memory", lambda _: 100)
-    monkeypatch.setattr(loader_module, "has_dali", lambda: False)
     chosen = opened.loader("valid", 2)
     assert chosen.kind == "torch"
-    assert "do not fit into 50% of the 0 MB free on cpu, and DALI is not installed" in chosen.why
+    assert "do not fit into 50% of the 0 MB free on cpu, and without a GPU it is faster than dali" in chosen.why
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(loader_module, "has_dali", lambda: False)
+    kind, why = loader_module.choose("auto", 1000, gpu)
+    assert kind == "torch" and "do not fit into 50% of the 0 MB free on cuda, and DALI is not installed" in why
     with pytest.raises(ConfigError, match=r"dali, which is not installed.*engine\[dali\]"):
         opened.loader("valid", 2, kind="dali")
     monkeypatch.setattr(loader_module, "has_dali", lambda: True)
     monkeypatch.setattr(loader_module.sys, "platform", "linux")
-    assert loader_module.choose("auto", 1000, torch.device("cpu"))[0] == "dali"
+    assert loader_module.choose("auto", 1000, gpu)[0] == "dali"
     monkeypatch.setattr(loader_module, "free_memory", lambda _: None)
     assert loader_module.choose("auto", 1000, torch.device("cpu")) == ("resident", "0 MB of frames")
 
