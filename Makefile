@@ -23,8 +23,10 @@ test: lint
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpret $(SLOW)
 	$(PYTEST) tests/aot $(SLOW)
 
+# Last, what judges times, with the machine to itself.
 test-all: SLOW := --slow
 test-all: test
+	$(BIN)/pytest --slow -m alone tests/bench
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -94,6 +94,7 @@ def floors():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("name, floor", floors())
 def test_ratios_stay_above_their_floors(name, floor):
     assert guard.measured_ratio(name) >= floor
