@@ -47,7 +47,9 @@ class DaliLoader(Loader):
     def _frames(self, batches: int) -> Iterator[list[Tensor]]:
         for _ in range(batches):
             self._finished = False
-            yield [torch.from_dlpack(found.as_tensor()) for found in self._pipeline.run()]
+            found = [torch.from_dlpack(part.as_tensor()) for part in self._pipeline.run()]
+            # On a GPU DALI does not wait for torch's stream before it uses a batch's memory again.
+            yield [part.clone() for part in found] if self.device.type == "cuda" else found
 
     # -- the pipeline --
 

@@ -219,7 +219,7 @@ class Split:
     @property
     def frame_bytes(self) -> int:
         """Memory that the resident loader needs for this split; 0 where it has it already."""
-        if self._tensors or "audio" in self.__dict__:
+        if any(key == "audio" for key, _ in self._tensors) or "audio" in self.__dict__:
             return 0
         size = 2 if self.precision == "float16" else 4
         return sum(self._raw(k).values.size for k in ("audio", "vision")) * size

@@ -1,6 +1,6 @@
 """The resident loader: a split's frames lie on the device once, and batches are gathered and padded there.
 
-A step costs a few kernel launches, on a CPU a part of one call.
+A step costs a few kernel launches, on a CPU one call.
 """
 
 from __future__ import annotations

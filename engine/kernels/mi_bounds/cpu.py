@@ -299,7 +299,7 @@ def _exponential_blocks(
     """
     groups, rows, d = q.shape
     columns = k.shape[1]
-    if positives is not None:
+    if positives is not None and len(positives):
         least, most = (int(v) for v in positives.aminmax())
         if least < 0 or most >= columns:
             found = f"positives from {least} to {most}"
@@ -308,8 +308,10 @@ def _exponential_blocks(
         for begin, scores in _embedding_blocks(q, k):
             yield slice(None), _Exponentials(begin, scores, k, _Mask(scores, begin, positives, exclude_self))
         return
-    positives = torch.arange(rows) if positives is None else positives.contiguous()
-    fitting = BLOCK_BYTES // (columns * q.element_size()) // PANEL * PANEL
+    positives = torch.arange(rows, device=q.device) if positives is None else positives.contiguous()
+    # scores, and every thread's sums for the rows
+    a_row = max(columns, torch.get_num_threads() * d) * q.element_size()
+    fitting = BLOCK_BYTES // a_row // PANEL * PANEL
     step = max(PANEL, min(fitting, -(-rows // PANEL) * PANEL))
     buffer = q.new_empty(step * columns)
     for group in range(groups):

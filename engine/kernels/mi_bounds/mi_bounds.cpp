@@ -46,7 +46,7 @@ extern "C" void mi_exponentials(const T* q, const T* k, int64_t size, int64_t co
                                 int64_t own, T* scores, T* joint, T* most, T* total, int threads) {
   const Block block{size, columns, d, scores};
   const int64_t panels = block.panels();
-  const Buffer turned = buffer(panels * d * PANEL), partial = buffer(threads * panels * PANEL);
+  const Buffer turned = zeros(panels * d * PANEL), partial = buffer(threads * panels * PANEL);
 #pragma omp parallel num_threads(threads)
   {
     const int team = omp_get_num_threads();
@@ -89,7 +89,6 @@ extern "C" void mi_exponentials(const T* q, const T* k, int64_t size, int64_t co
       most[i] = partial[i];
       for (int other = 1; other < team; other++) most[i] = std::max(most[i], partial[other * panels * PANEL + i]);
     }
-    // the rows past the last one have some number, so that nothing is computed with what happens to lie there
     for (int64_t p = 0; p < panels; p++) {
       V sum[WIDE], top[WIDE];
       T lanes[PANEL] = {};

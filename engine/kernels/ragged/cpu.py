@@ -95,7 +95,7 @@ class Batches:
         Args:
             lengths: int64, filled with the lengths of the last source's sequences.
         """
-        found = [torch.empty(shape, dtype=dtype) for shape, dtype in self._shapes[number]]
+        found = [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in self._shapes[number]]
         self._pad(
             len(self._sources), self._sources, self._sizes[number], self._rows.data_ptr() + 8 * self._starts[number],
             self._widths.ctypes.data + 8 * number * len(self._sources),

@@ -59,7 +59,7 @@ class Source:
         most: longer sequences are cut to it, whatever the width.
         scale: (shift, factor, clip), float64 [d] each, where `values` is, and a number: a frame v becomes
             (v - shift) * factor, in float64, cut to ±clip (infinity: not cut); frames that are all zero stay so. None:
-            frames as they are.
+            frames as they are. Of values [total, d] of floats with fill 0.
     """
 
     values: Tensor | None
