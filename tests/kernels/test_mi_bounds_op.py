@@ -374,3 +374,10 @@ def test_misuse_is_told_in_one_line(call, told):
     with pytest.raises(EstimatorError, match=told) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_another_default_device_changes_nothing():
+    q, k = draw((8, 16), 0), draw((8, 16), 1)
+    expected = infonce(q, k)
+    with torch.device("meta"):
+        assert torch.equal(infonce(q, k), expected)

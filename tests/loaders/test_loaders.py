@@ -152,6 +152,16 @@ def test_auto_says_why(path, tokenizer, monkeypatch):
     assert loader_module.choose("auto", 1000, torch.device("cpu")) == ("resident", "0 MB of frames")
 
 
+@pytest.mark.filterwarnings("ignore::engine.loaders.DataWarning")
+def test_text_on_the_device_does_not_count_as_frames(path, tokenizer):
+    split = open_dataset(path, DataConfig(), tokenizer).splits["train"]
+    size = split.frame_bytes
+    split.tensors("tokens", torch.device("cpu"))
+    assert split.frame_bytes == size > 0
+    split.tensors("audio", torch.device("cpu"))
+    assert split.frame_bytes == 0
+
+
 def test_free_memory_is_a_positive_number():
     assert loader_module.free_memory(torch.device("cpu")) > 0
 
