@@ -16,7 +16,8 @@ from engine.kernels.critics.op import concat_infonce, concat_scores, grouped_inf
 from engine.kernels.knn_product import cpu as knn
 from engine.kernels.recurrent import op as recurrent
 from tests.kernels import critic_cases
-from tests.kernels.test_cube_mix_op import assert_as_good_as_torch, case, needs_kernel
+from tests.kernels.compiled import needs_compiler
+from tests.kernels.test_cube_mix_op import assert_as_good_as_torch, case
 
 Case = tuple[Callable[..., Tensor], list[Tensor]]
 
@@ -150,7 +151,7 @@ def test_bitwise_the_same_three_times(name: str):
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
-@needs_kernel
+@needs_compiler
 @settings(max_examples=30, deadline=None)
 @given(
     sizes=st.tuples(*[st.sampled_from([1, 2, 7])] * 3),

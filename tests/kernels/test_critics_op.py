@@ -12,6 +12,7 @@ from engine.errors import EstimatorError
 from engine.kernels.critics import cpu, reference
 from engine.kernels.critics.op import concat_infonce, concat_scores, grouped_infonce, grouped_mlp
 from engine.kernels.registry import call, use_backend
+from tests.kernels.compiled import needs_compiler
 from tests.kernels.critic_cases import (
     assert_as_good_as_torch,
     cast,
@@ -24,14 +25,10 @@ from tests.kernels.critic_cases import (
     value_and_grads,
 )  # fmt: skip
 
-COMPILED = cpu.library(torch.float32) is not None and cpu.library(torch.float64) is not None
 
-
-@pytest.fixture(params=["compiled", "plain", "reference"])
+@pytest.fixture(params=[pytest.param("compiled", marks=needs_compiler), "plain", "reference"])
 def backend(request, monkeypatch):
     """The three ways a CPU tensor can go: the compiled kernel, plain torch without it, the formula."""
-    if request.param == "compiled" and not COMPILED:
-        pytest.skip("no C++ compiler: the compiled kernel cannot be had")
     if request.param == "plain":
         monkeypatch.setattr(cpu, "library", lambda dtype: None)
     with use_backend("reference" if request.param == "reference" else "cpu"):

@@ -9,11 +9,9 @@ from engine.kernels import registry
 from engine.kernels.cube_mix import cpu, op, reference
 from engine.kernels.registry import use_backend
 from engine.model.cubemlp import CubeMLP
+from tests.kernels.compiled import needs_compiler
 
 NAMES = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "residual_weight", "norm_weight", "norm_bias")
-needs_kernel = pytest.mark.skipif(
-    cpu.library(torch.float32) is None, reason="the kernel needs a C++ compiler; without one the formula runs"
-)
 
 
 def case(shape, axis, hidden, d_out, ln_first=False, bias=True, project=True, dtype=torch.float32, scale=1.0, seed=0):
@@ -97,7 +95,7 @@ SHAPES = [
 ]
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize("ln_first", [False, True])
 @pytest.mark.parametrize("shape, axis, hidden, d_out", SHAPES)
 def test_shapes(shape, axis, hidden, d_out, ln_first):
@@ -106,7 +104,7 @@ def test_shapes(shape, axis, hidden, d_out, ln_first):
         assert_as_good_as_torch(x, weights, axis, ln_first=ln_first)
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize("activation", op.ACTIVATIONS)
 def test_activations(activation):
     x, weights = case((3, 9, 2, 5), 1, 8, 6, scale=1.5)
@@ -114,7 +112,7 @@ def test_activations(activation):
     assert_as_good_as_torch(x, weights, 1, activation=activation)
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize("scale", [1e-4, 30.0, 1e4])
 def test_small_and_large_values_stay_finite(scale):
     x, weights = case((3, 9, 2, 5), 1, 8, 6)
@@ -124,7 +122,7 @@ def test_small_and_large_values_stay_finite(scale):
     assert_as_good_as_torch(x * scale, weights, 1, activation="gelu")
 
 
-@needs_kernel
+@needs_compiler
 def test_gelu_is_the_exact_one_everywhere():
     """Against x erfc(-x / sqrt 2) / 2, which keeps its digits in the tail; what exp(-x² / 2) loses by rounding grows
     with x². An axis of one element, of which the norm at the start leaves the shift alone, hides nothing."""
@@ -138,12 +136,10 @@ def test_gelu_is_the_exact_one_everywhere():
     assert (error <= exact.abs() * (5e-7 + 6e-8 * x**2)).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_compiler)])
 @pytest.mark.parametrize("ln_first", [False, True])
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_gradcheck(backend, ln_first, axis):
-    if backend == "cpu" and cpu.library(torch.float64) is None:
-        pytest.skip("the kernel needs a C++ compiler")
     for bias, project, activation in ((True, True, "gelu"), (False, False, "tanh")):
         x, weights = case((2, 4, 5, 3), axis, 3, 4, ln_first, bias, project, torch.float64)
         leaves = [t.requires_grad_() for t in (x, *weights) if t is not None]
@@ -157,7 +153,7 @@ def test_gradcheck(backend, ln_first, axis):
             assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
-@needs_kernel
+@needs_compiler
 def test_opcheck():
     for ln_first, bias, project in itertools.product((False, True), repeat=3):
         x, weights = case((2, 9, 2, 5), 1, 4, 6, ln_first, bias, project)
@@ -172,7 +168,7 @@ def test_opcheck():
             torch.library.opcheck(torch.ops.engine.cube_mix_backward, arguments, test_utils=tests)
 
 
-@needs_kernel
+@needs_compiler
 def test_compiles_to_one_graph():
     torch.manual_seed(0)
     model = CubeMLP((9, 3, 8), [(4, 3, 8)], [(4, 3, 8)], res_project=[True])
@@ -186,7 +182,7 @@ def test_compiles_to_one_graph():
     assert torch.equal(a.grad, b.grad)
 
 
-@needs_kernel
+@needs_compiler
 def test_bitwise_determinism_whatever_the_number_of_threads():
     threads = torch.get_num_threads()
     x, weights = case((9, 20, 3, 16), 1, 12, 10)
@@ -201,7 +197,7 @@ def test_bitwise_determinism_whatever_the_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@needs_kernel
+@needs_compiler
 def test_strided_input_and_cotangent():
     x, weights = case((4, 9, 3, 8), 1, 5, 6)
     strided = x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
@@ -211,7 +207,7 @@ def test_strided_input_and_cotangent():
         assert torch.equal(a, b)
 
 
-@needs_kernel
+@needs_compiler
 def test_a_batch_without_rows():
     x, weights = case((0, 9, 3, 8), 1, 5, 6)
     y, dx, *gradients = run("cpu", x, weights, 1)
@@ -219,7 +215,7 @@ def test_a_batch_without_rows():
     assert all((g == 0).all() for g in gradients)
 
 
-@needs_kernel
+@needs_compiler
 def test_autocast_runs_in_fp32():
     x, weights = case((4, 9, 3, 8), 1, 5, 6)
     expected = run("cpu", x, weights, 1)
@@ -228,7 +224,7 @@ def test_autocast_runs_in_fp32():
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-@needs_kernel
+@needs_compiler
 def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch):
     kept, forward = [], cpu.forward
     x, weights = case((4, 20, 3, 8), 1, 12, 10)
@@ -244,7 +240,7 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch):
     assert torch.equal(with_gradient, without) and torch.equal(without, constant)
 
 
-@needs_kernel
+@needs_compiler
 def test_gradients_only_where_wanted():
     x, weights = case((4, 9, 3, 8), 1, 5, 6)
     weights[0].requires_grad_()

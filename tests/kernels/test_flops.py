@@ -11,7 +11,7 @@ from engine.kernels.cube_mix.op import cube_mix
 from engine.kernels.knn_product.op import knn_product_samples
 from engine.kernels.mi_bounds.op import infonce, mi_lower_bound
 from engine.kernels.recurrent.op import bidirectional
-from tests.kernels.test_recurrent import needs_kernel
+from tests.kernels.compiled import needs_compiler
 
 flops.register()
 
@@ -94,7 +94,7 @@ def test_classifiers_of_conditional_information_read_a_label_as_one_column():
     assert counted(run, "cpu") == of_joint + of_product + last + 2 * last + 2 * of_joint + of_product
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize("input_grad", [False, True])
 def test_recurrences(input_grad):
     rnn = torch.nn.GRU(D, H, num_layers=2, bidirectional=True, batch_first=True)

@@ -6,10 +6,9 @@ import torch
 
 from engine.kernels.ragged import Source, cpu, pad, pad_batches, reference
 from engine.kernels.registry import use_backend
+from tests.kernels.compiled import needs_compiler
 
-pytestmark = pytest.mark.skipif(
-    cpu.library() is None, reason="the kernel needs a C++ compiler; without one the formula runs"
-)
+pytestmark = needs_compiler
 DTYPES = (torch.float32, torch.float16, torch.int32)
 
 

@@ -14,6 +14,7 @@ from engine.errors import DataError
 from engine.kernels import build, registry
 from engine.kernels.recurrent import cpu, cudnn, op
 from engine.model.encoders import SequenceEncoder
+from tests.kernels.compiled import needs_compiler
 
 MODULES = {"gru": nn.GRU, "lstm": nn.LSTM}
 # batch, width, features, hidden: one of everything; sizes that fill no vector, and more rows than one group has
@@ -26,8 +27,6 @@ SHAPES = [
     (65, 7, 3, 40),
     (100, 3, 300, 5),
 ]
-
-needs_kernel = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler: the kernel cannot be built here")
 
 
 def case(kind, batch, width, features, hidden, layers=2, dtype=torch.float32, seed=0):
@@ -63,7 +62,7 @@ def test_the_formula_is_the_module(kind, layers):
     torch.testing.assert_close(found, gradients(packed, module, x, length, cotangent), rtol=1e-10, atol=1e-12)
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind, layers", [("gru", 2), ("lstm", 1), ("gru", 1), ("lstm", 3)])
 def test_output_and_gradients_equal_packed_torch(kind, layers, shape):
@@ -82,7 +81,7 @@ def test_output_and_gradients_equal_packed_torch(kind, layers, shape):
     assert (ours[0][padding] == 0).all() and (ours[1][padding] == 0).all()
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize("kind", MODULES)
 def test_gradcheck(kind):
     module, x, length = case(kind, 3, 4, 2, 3, dtype=torch.float64)
@@ -94,7 +93,7 @@ def test_gradcheck(kind):
     assert torch.autograd.gradcheck(f, (x.requires_grad_(), *weights))
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize("kind", MODULES)
 def test_a_row_depends_on_itself_alone(kind):
     """Bit for bit: alone, in another order, in a wider batch, beside rubbish in the padding."""
@@ -110,7 +109,7 @@ def test_a_row_depends_on_itself_alone(kind):
     assert torch.equal(run(module, wide, length)[:, :11], y)
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize("kind", MODULES)
 def test_bitwise_equal_over_runs_and_numbers_of_threads(kind):
     module, x, length = case(kind, 70, 11, 20, 48)
@@ -127,7 +126,7 @@ def test_bitwise_equal_over_runs_and_numbers_of_threads(kind):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize("scale", [0, 2**7, 2**13, 2**100])
 def test_large_inputs_saturate_and_stay_finite(scale):
     """Frames and weights whose products sum without rounding, so that large gates are comparable at all."""
@@ -144,7 +143,7 @@ def test_large_inputs_saturate_and_stay_finite(scale):
     assert all(f.isfinite().all() for f in found)
 
 
-@needs_kernel
+@needs_compiler
 def test_nonfinite_frames_reach_the_output():
     module, x, length = case("gru", 4, 6, 5, 16)
     x[2, 0, 0] = torch.nan
@@ -153,7 +152,7 @@ def test_nonfinite_frames_reach_the_output():
     assert y[[0, 1, 3]].isfinite().all()
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize("kind", MODULES)
 def test_opcheck(kind):
     module, x, length = case(kind, 3, 5, 4, 16)
@@ -166,7 +165,7 @@ def test_opcheck(kind):
         torch.library.opcheck(torch.ops.engine.recurrent_backward, arguments)
 
 
-@needs_kernel
+@needs_compiler
 def test_compiled_whole():
     """One graph for lengths that differ: they are data."""
     torch.manual_seed(0)
@@ -185,7 +184,7 @@ def test_compiled_whole():
         torch.testing.assert_close(found, [p.grad for p in module.parameters()])
 
 
-@needs_kernel
+@needs_compiler
 def test_shapes_that_are_not_plain():
     module, x, length = case("lstm", 4, 6, 5, 16)
     cotangent = torch.randn(4, 6, 32)
@@ -203,7 +202,7 @@ def test_shapes_that_are_not_plain():
     assert run(module, x[:0], length[:0]).shape == (0, 6, 32)
 
 
-@needs_kernel
+@needs_compiler
 def test_frozen_weights_and_inputs_get_no_gradient():
     module, x, length = case("gru", 4, 6, 5, 16)
     module.weight_hh_l0.requires_grad_(False)
@@ -213,7 +212,7 @@ def test_frozen_weights_and_inputs_get_no_gradient():
         assert not run(module, x, length).requires_grad
 
 
-@needs_kernel
+@needs_compiler
 def test_autocast_runs_in_float32():
     module, x, length = case("gru", 4, 6, 5, 16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -222,7 +221,7 @@ def test_autocast_runs_in_float32():
     assert torch.equal(y, run(module, x.bfloat16().float(), length))
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize("length", [[0, 3, 6, 1], [7, 3, 6, 1], [-1, 3, 6, 1], [6, 3, 6]])
 def test_lengths_are_checked(length):
     module, x, _ = case("gru", 4, 6, 5, 16)
@@ -253,7 +252,7 @@ def test_modules_the_operation_does_not_compute():
 # -- the encoder and the build --
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize("kind", MODULES)
 def test_encoder_is_the_same_by_both_ways(kind, monkeypatch):
     torch.manual_seed(0)
@@ -298,7 +297,7 @@ def test_training_goes_on_without_a_kernel(broken, monkeypatch, tmp_path, caplog
     assert module.rnn.weight_hh_l0.grad is not None
 
 
-@needs_kernel
+@needs_compiler
 def test_a_damaged_library_costs_speed_only(monkeypatch, tmp_path, caplog, no_library):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(build, "compiled", lambda source, dtype: tmp_path / "engine" / "damaged.so")
@@ -316,7 +315,7 @@ def compile_source(folder):
     return str(build.compiled(folder / "twice.cpp", torch.float64))
 
 
-@needs_kernel
+@needs_compiler
 def test_processes_that_compile_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "kept"))
     (tmp_path / "twice.cpp").write_text(SOURCE)

@@ -9,13 +9,7 @@
 #include <limits>
 
 #include "products.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_thread_num() { return 0; }
-static int omp_get_num_threads() { return 1; }
-#endif
+#include "threads.h"
 
 namespace {
 
