@@ -415,7 +415,9 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with the run in DIR, by its own settings if none are given"
     )
     p.add_argument(
-        "--profile", action="store_true", help="measure where time goes: DIR/profile/shares.txt, trace.json (Perfetto)"
+        "--profile",
+        action="store_true",
+        help="measure where time goes: DIR/profile/shares.txt, shares.json, trace.json (Perfetto)",
     )
     p.set_defaults(takes_settings=True)
 

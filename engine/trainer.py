@@ -78,7 +78,8 @@ def train(
             was not interrupted.
         callbacks: called beside the built-in progress and TensorBoard ones (`config.output`).
         dataset: an open dataset, to share one among several runs; default: `config.data.path` is opened.
-        profile: measure where the time of the second epoch goes: `out`/profile/shares.txt and trace.json (Perfetto).
+        profile: measure where the time of the second epoch goes: `out`/profile/shares.txt, shares.json and trace.json
+            (Perfetto).
 
     Raises:
         EngineError: a problem with settings, data or the output folder, in one line.

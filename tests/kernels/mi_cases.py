@@ -74,6 +74,7 @@ INFONCE = {
     "positives": (-3, {"positives": True}),
     "positives and negatives": (1, {"positives": True, "negatives": True}),
     "one set of samples": (0, {"positives": True, "exclude_self": True}),
+    "part of one set as keys": (-3, {"positives": True, "exclude_self": True}),
     "cosine": (0, {"cosine": True}),
 }
 
@@ -81,7 +82,7 @@ INFONCE = {
 def infonce_case(name: str, rows: int, width: int, reduction: str) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
     """Function and fp64 inputs of one InfoNCE case."""
     more, options = INFONCE[name]
-    columns, options = max(1, rows + more), dict(options)
+    columns, options = max(2 if options.get("exclude_self") else 1, rows + more), dict(options)
     scale = (9 / width) ** 0.25
     inputs = {
         "q": draw((rows, width), 0, scale),

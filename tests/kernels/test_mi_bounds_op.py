@@ -349,6 +349,10 @@ def test_memory_grows_with_the_rows_not_with_their_pairs():
         (lambda: infonce(torch.zeros(3, 2), torch.zeros(2, 2)), "3 rows of q, 2 keys"),
         (lambda: infonce(torch.zeros(3, 2), torch.zeros(4, 2), symmetric=True), "3 rows, 4 keys"),
         (lambda: infonce(torch.zeros(3, 2), torch.zeros(3, 2), exclude_self=True), "no positives"),
+        (
+            lambda: infonce(torch.zeros(3, 2), torch.zeros(3, 2), positives=torch.tensor([2, 1, 0]), exclude_self=True),
+            "row 1 as its own positive",
+        ),
         (lambda: infonce(torch.zeros(3, 2), torch.zeros(3, 2), reduction="max"), "reduction 'max'"),
         (
             lambda: infonce(torch.zeros(3, 2), torch.zeros(3, 2), positives=torch.zeros(2, dtype=int)),

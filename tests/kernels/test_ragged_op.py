@@ -138,6 +138,9 @@ def test_bad_input():
             pad(*wrong)
     with pytest.raises(ValueError):
         pad(values, offsets, rows, 2, closing=3)
+    scale = (torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), 1.0)
+    with pytest.raises(ValueError, match="padded with 0, not with 1"):
+        Source(values, offsets, fill=1, scale=scale)
 
 
 @pytest.mark.parametrize("clip", [np.inf, 1.0])

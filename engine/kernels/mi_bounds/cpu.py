@@ -295,7 +295,7 @@ def _exponential_blocks(
     """Blocks of rows of contiguous q and k, and the groups that they are of. All use one buffer.
 
     Raises:
-        EstimatorError: positives out of range.
+        EstimatorError: positives out of range, or excluded.
     """
     groups, rows, d = q.shape
     columns = k.shape[1]
@@ -304,6 +304,10 @@ def _exponential_blocks(
         if least < 0 or most >= columns:
             found = f"positives from {least} to {most}"
             raise EstimatorError("infonce", found, f"0 to {columns - 1}", "Give columns of [k; negatives].")
+        own = torch.nonzero(positives == torch.arange(rows, device=q.device)) if exclude_self else ()
+        if len(own):
+            found = f"row {own[0].item()} as its own positive"
+            raise EstimatorError("infonce(exclude_self=True)", found, "another column", "Give the other view's column.")
     if library(q.dtype) is None or d % WHOLE:
         for begin, scores in _embedding_blocks(q, k):
             yield slice(None), _Exponentials(begin, scores, k, _Mask(scores, begin, positives, exclude_self))
@@ -328,7 +332,7 @@ class _Mask:
     def __init__(self, scores: Tensor, begin: int, positives: Tensor | None, exclude_self: bool):
         groups, rows, _ = scores.shape
         own = torch.arange(begin, begin + rows, device=scores.device)
-        self.own = own.expand(groups, rows)[..., None] if exclude_self else None
+        self.own = own[: max(0, scores.shape[2] - begin)].expand(groups, -1)[..., None] if exclude_self else None
         columns = own if positives is None else positives[begin : begin + rows]
         self.columns = columns.expand(groups, rows)[..., None]
 
@@ -337,7 +341,7 @@ class _Mask:
         joint = scores.gather(2, self.columns)[..., 0]
         scores.scatter_(2, self.columns, -math.inf)
         if self.own is not None:
-            scores.scatter_(2, self.own, -math.inf)
+            scores[:, : self.own.shape[1]].scatter_(2, self.own, -math.inf)
         return joint
 
 

@@ -54,8 +54,8 @@ def infonce(
         symmetric: mean of the losses of q against k and of k against q; M = B, without the next three.
         negatives: [M', d] (or [G, M', d]): further keys, such as a queue. They receive gradients if they need them.
         positives: int64 [B]: the column of each row's positive in [k; negatives], where it is not the row's own number;
-            on a GPU the range is not checked.
-        exclude_self: column i does not exist for row i, as where q and k are the same samples.
+            on a GPU neither the range nor `exclude_self` is checked.
+        exclude_self: column i does not exist for row i, as where q and k are the same samples: it is no positive.
         reduction: "mean", "sum" or "none".
 
     Returns:

@@ -60,6 +60,9 @@ class Source:
         scale: (shift, factor, clip), float64 [d] each, where `values` is, and a number: a frame v becomes
             (v - shift) * factor, in float64, cut to ±clip (infinity: not cut); frames that are all zero stay so. None:
             frames as they are. Of values [total, d] of floats with fill 0.
+
+    Raises:
+        ValueError: another fill with `scale`.
     """
 
     values: Tensor | None
@@ -68,6 +71,10 @@ class Source:
     closing: int = -1
     most: int = sys.maxsize
     scale: tuple[Tensor, Tensor, float] | None = None
+
+    def __post_init__(self):
+        if self.scale is not None and self.fill != 0:
+            raise ValueError(f"scaled frames are padded with 0, not with {self.fill}")
 
 
 def pad_batches(
