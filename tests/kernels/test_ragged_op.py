@@ -41,6 +41,21 @@ def test_equals_the_formula(dtype, d, width):
         assert not found[0][i, n:].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_share_a_large_batch(dtype):
+    values, offsets = ragged([i % 60 for i in range(50)], 74, dtype)
+    rows = torch.arange(50).flip(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = pad(values, offsets, rows, 59)
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0].numel() > 1 << 16
+    for a, b in zip(found, reference.pad(values, offsets, rows, 59, 0, -1), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_cut_texts_keep_their_closing_token():
     values, offsets = ragged([4, 2, 3], None, torch.int32)
     with use_backend("reference"):

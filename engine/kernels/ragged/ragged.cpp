@@ -90,6 +90,10 @@ int64_t pad(const Source& s, int64_t row, int64_t b, int64_t width, void* out) {
   return n;
 }
 
+// Numbers that one thread writes sooner than a second one wakes. Threads that were woken also wait busily for more, which
+// takes a core from whoever makes the rest of a batch.
+constexpr int64_t ALONE = 1 << 16;
+
 }  // namespace
 
 extern "C" {
@@ -97,7 +101,9 @@ extern "C" {
 // Sequences `rows` of every source into out[source], [size][width][d]. lengths: of the last source, or null.
 void ragged_pad(int64_t count, const Source* sources, int64_t size, const int64_t* rows, const int64_t* widths,
                 void* const* out, int64_t* lengths, int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  int64_t numbers = 0;
+  for (int64_t i = 0; i < count; i++) numbers += size * widths[i] * sources[i].d;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && numbers > ALONE)
   for (int64_t b = 0; b < size; b++) {
     int64_t n = 0;
     for (int64_t i = 0; i < count; i++) n = pad(sources[i], rows[b], b, widths[i], out[i]);
