@@ -12,10 +12,6 @@ from pathlib import Path
 from bench import machine
 from bench.runner import NAMES
 
-# These measure the loading on the host, which a GPU does not change.
-HOST_ONLY = ("loader_throughput",)
-SUITES = tuple(name for name in NAMES if name not in HOST_ONLY)
-
 
 def missing() -> str | None:
     """Why nothing can be measured on a GPU here, or None."""
@@ -33,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--results", type=Path, default=machine.ROOT / "bench" / "results" / "gpu", help="folder to write"
     )
-    parser.add_argument("--only", nargs="+", choices=SUITES, metavar="NAME", default=SUITES)
+    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", default=NAMES)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1; cpu tries the code path")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int)

@@ -45,8 +45,8 @@ def open_engine(samples: shapes.Utterances, folder: Path) -> Dataset:
     return open_dataset(store, data)
 
 
-def engine_loader(dataset: Dataset, shuffle: bool = True, side: str = "engine"):
-    return dataset.loader("train", BATCH, shuffle=shuffle, seed=0, kind=KINDS[side])
+def engine_loader(dataset: Dataset, setting: Setting, shuffle: bool = True, side: str = "engine"):
+    return dataset.loader("train", BATCH, shuffle=shuffle, seed=0, kind=KINDS[side], device=setting.device)
 
 
 def baseline_loader(samples: shapes.Utterances, folder: Path, shuffle: bool = True):
@@ -57,20 +57,22 @@ def baseline_loader(samples: shapes.Utterances, folder: Path, shuffle: bool = Tr
 
 
 def build(side: str, setting: Setting) -> Work:
-    return _work(side, count(setting))
+    return _work(side, setting, count(setting))
 
 
-def _work(side: str, utterances: int) -> Work:
+def _work(side: str, setting: Setting, utterances: int) -> Work:
     keep_memory()  # as the trainer does; the baseline shares the process, and the gain
     folder = Path(tempfile.mkdtemp(prefix="bench-loader-"))
     samples = shapes.mosei(utterances)
     if side == "baseline":
         loader = baseline_loader(samples, folder)
     else:
-        loader = engine_loader(open_engine(samples, folder), side=side)
+        loader = engine_loader(open_engine(samples, folder), setting, side=side)
 
     def run() -> None:
         for batch in loader:
+            if side == "baseline":
+                batch = {name: tensor.to(setting.device) for name, tensor in batch.items()}
             del batch
 
     return Work(run, samples=len(samples), close=lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -79,18 +81,20 @@ def _work(side: str, utterances: int) -> Work:
 def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
     """`ratios`: each loader against the baseline; `growth`: time a sample in the whole set over that in a small one.
 
-    `dali_passing_seconds`: what a DALI pipeline takes for as many batches that are ready: it only passes them through.
+    `dali_passing_seconds`, on a CPU: what a DALI pipeline takes for as many batches that are ready: it only passes them
+    through.
     """
     median = {side: statistics.median(values) for side, values in numbers.items()}
     ratios = {KINDS[side]: median["baseline"] / median[side] for side in KINDS}
     growth = {}
     for side, kind in KINDS.items():
-        small = _work(side, min(SMALL, count(setting)))
+        small = _work(side, setting, min(SMALL, count(setting)))
         calls = warm(small, setting)
         seconds = statistics.median(measure(small, calls, setting) for _ in range(len(numbers[side])))
         growth[kind] = (median[side] / works[side].samples) / (seconds / small.samples)
         small.close()
-    return {"ratios": ratios, "growth": growth, "dali_passing_seconds": _passing(setting)}
+    found = {"ratios": ratios, "growth": growth}
+    return found if setting.device != "cpu" else {**found, "dali_passing_seconds": _passing(setting)}
 
 
 def _passing(setting: Setting) -> float:
@@ -120,7 +124,8 @@ def gate(setting: Setting) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as folder:
         samples = shapes.mosei(BATCH, seed=3)
         opened = open_engine(samples, Path(folder))
-        ours, *others = (next(iter(engine_loader(opened, shuffle=False, side=side))) for side in KINDS)
+        first = (next(iter(engine_loader(opened, setting, shuffle=False, side=side))) for side in KINDS)
+        ours, *others = (batch.to("cpu") for batch in first)
         theirs = next(iter(baseline_loader(samples, Path(folder), shuffle=False)))
     for other in others:
         for name in ("label", "audio", "vision", "token_ids", "token_mask"):

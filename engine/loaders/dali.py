@@ -85,10 +85,13 @@ class DaliLoader(Loader):
 
         gpu = self.device.type == "cuda"
         most = self.sampler.batch_size
+        device = self.device.index if gpu else None
+        if gpu and device is None:
+            device = torch.cuda.current_device()
         with Pipeline(
             batch_size=most,
             num_threads=self._threads,
-            device_id=(self.device.index or torch.cuda.current_device()) if gpu else None,
+            device_id=device,
             prefetch_queue_depth=AHEAD,
             exec_dynamic=True,  # a batch keeps its memory as long as somebody has it
         ) as pipeline:
