@@ -40,8 +40,9 @@ class DaliLoader(Loader):
     def _batches(self, pieces: list[Tensor]) -> Iterator[Batch]:
         self._rewind()
         self._waiting.extend(piece.numpy() for piece in pieces)
-        gpu = self.device.type == "cuda"
-        held = partial(self.split.tensors, device=self.device) if gpu else self.split.mapped
+        # Tokens are small. Precomputed features may not fit on the device either: they are padded in this process.
+        small = self.device.type == "cuda" and self.split.tokens is not None
+        held = partial(self.split.tensors, device=self.device) if small else self.split.mapped
         return checked(self._gathered(pieces, self._frames(len(pieces)), held), self.split.check)
 
     def _frames(self, batches: int) -> Iterator[list[Tensor]]:

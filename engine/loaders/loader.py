@@ -135,8 +135,9 @@ class Loader:
         """The batches of rows `pieces`. Order, widths, labels and lengths of all of them are made at once.
 
         Args:
-            frames: audio and vision: where this process gathers them from, or batch by batch.
-            held: values and offsets of the split's `tokens` or `features`.
+            frames: audio and vision: where this process gathers them from, or batch by batch, on the loader's device.
+            held: values and offsets of the split's `tokens` or `features`, on the device of the frames to gather; on
+                any where there are none.
         """
         if not pieces:
             return
@@ -166,10 +167,10 @@ class Loader:
         rows = rows.to(self.device)
         small = [rows, self.label[rows], *(torch.from_numpy(n).to(self.device) for n in lengths)]
         parts = zip(*(tensor.split(sizes) for tensor in small), strict=True)
-        padded = pad_batches(sources, rows, sizes, list(zip(*of_batches, strict=True)))
+        padded = pad_batches(sources, rows.to(values.device), sizes, list(zip(*of_batches, strict=True)))
         start = 0
         for size, tensors, made, (index, label, *length) in zip(sizes, padded, frames, parts, strict=False):
-            audio, vision, words, mask = *made, *tensors
+            audio, vision, words, mask = *made, *(t.to(self.device, non_blocking=True) for t in tensors)
             token_ids, features = (words, None) if tokenised else (None, words)
             names = ids[start : start + size]
             yield Batch(index, names, label, token_ids, mask, features, audio, length[0], vision, length[1])
