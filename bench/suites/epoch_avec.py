@@ -14,7 +14,7 @@ ROUNDS = 3
 
 
 def build(side: str, setting: Setting) -> Work:
-    samples = shapes.avec(16 if setting.quick else 64)
+    samples = shapes.avec(epochs.QUICK_SAMPLES if setting.quick else 64)
     if side == "baseline":
         return epochs.build_baseline(samples, setting)
     return epochs.build_engine("fast", samples, setting)

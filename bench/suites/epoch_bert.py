@@ -34,7 +34,7 @@ def bert_base() -> str:
 
 
 def build(side: str, setting: Setting) -> Work:
-    samples = shapes.mosi(16 if setting.quick else 64)
+    samples = shapes.mosi(epochs.QUICK_SAMPLES if setting.quick else 64)
     if side == "baseline":
         return epochs.build_baseline(samples, setting, bert_base())
     return epochs.build_engine("fast", samples, setting, text_encoder=bert_base())

@@ -14,7 +14,7 @@ ROUNDS = 3
 
 
 def build(side: str, setting: Setting) -> Work:
-    samples = shapes.mosei(16 if setting.quick else 64)
+    samples = shapes.mosei(epochs.QUICK_SAMPLES if setting.quick else 64)
     if side == "baseline":
         return epochs.build_baseline(samples, setting)
     return epochs.build_engine("fast", samples, setting)

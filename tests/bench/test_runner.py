@@ -224,3 +224,13 @@ def test_plots_are_written(use, tmp_path):
 def test_the_command_line_refuses_an_unknown_suite():
     done = subprocess.run([sys.executable, "-m", "bench", "run", "nothing"], capture_output=True, text=True)
     assert done.returncode == 2 and "epoch_fast" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["epoch_mosei", "epoch_avec", pytest.param("epoch_bert", marks=pytest.mark.slow)])
+def test_a_quick_epoch_runs(name):
+    """Also what memory is measured after."""
+    work = runner.load_suite(name).build("engine", runner.Setting(quick=True))
+    try:
+        assert work.run() > 0
+    finally:
+        work.close()
