@@ -44,7 +44,7 @@ def seconds(value: float) -> str:
 
 
 def readme_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One row for every goal of every result.
+    """One row for every goal of every result, and for the ratios of a result that has no goals.
 
     The last columns: other sides' time, or memory, over the engine's; number of the place where it was measured.
     """
@@ -54,7 +54,7 @@ def readme_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results.values():
-        for key, goal in result["goals"].items():
+        for key, goal in (result["goals"] or dict.fromkeys(("ratio", "memory_ratio"))).items():
             if key in result:
                 rows.append(f"{_row(result, key, goal)} {places.index(_place(result)) + 1} |")
     quick = [r["name"] for r in results.values() if r["quick"]]
@@ -64,7 +64,7 @@ def readme_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*rows, "", *legend]).rstrip()
 
 
-def _row(result: Mapping[str, Any], key: str, goal: Mapping[str, float]) -> str:
+def _row(result: Mapping[str, Any], key: str, goal: Mapping[str, float] | None) -> str:
     name = {"ratio": "speed", "memory_ratio": "extra peak memory", "gemm_fraction": "share of the GEMM ceiling"}
     what = result["title"] if key in ("ratio", "value") else f"{result['name']}: {name[key]}"
     engine, baseline, others = "", "", ""
@@ -79,11 +79,9 @@ def _row(result: Mapping[str, Any], key: str, goal: Mapping[str, float]) -> str:
         else:
             engine, baseline = (f"{s['extra_peak_bytes'] / 2**20:.1f} MiB" for s in sides)
     show = _shown(result, key)
-    mark = "" if meets(result[key], goal["floor"], key) else " (below floor)"
-    return (
-        f"| {what} | {show(result[key])}{mark} | {show(goal['floor'])} | {show(goal['aim'])} | {engine} | {baseline} "
-        f"| {others} |"
-    )
+    mark = "" if goal is None or meets(result[key], goal["floor"], key) else " (below floor)"
+    floor, aim = ("", "") if goal is None else (show(goal["floor"]), show(goal["aim"]))
+    return f"| {what} | {show(result[key])}{mark} | {floor} | {aim} | {engine} | {baseline} | {others} |"
 
 
 def _times(result: Mapping[str, Any], side: Mapping[str, Any], key: str) -> float | None:

@@ -190,6 +190,8 @@ def test_the_readme_table_replaces_what_is_between_its_markers(use, tmp_path):
     assert "| a suite | 3× | 2× | 4× | 1 s | 3 s |  | 1 |" in table and table.splitlines()[-1].startswith("1. ")
     compared = result | {"others": {"compile": {"median": 2.5}, "gemm": {"median": 1.0}}}
     assert "| torch.compile of the baseline 2.5× | 1 |" in readme_table({"made": compared})
+    aimless = next(row for row in readme_table({"made": result | {"goals": {}}}).splitlines() if "×" in row)
+    assert f"| {result['ratio']:.3g}× |  |  | " in aimless
     other = result | {"machine": result["machine"] | {"processor": "another"}}
     rows = readme_table({"made": result, "other": other}).splitlines()
     numbers = [line.split("|")[-2].strip() for line in rows if line.startswith("| a suite")]
