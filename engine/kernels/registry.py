@@ -39,6 +39,7 @@ log = logging.getLogger("engine")
 class Operation:
     cpu: Callable[..., Any]
     cuda: Callable[..., Any] | None
+    launches: int | Callable[..., int] = 1
 
 
 _operations: dict[str, Operation] = {}
@@ -89,6 +90,7 @@ def register(
     cpu: Callable[..., Any],
     cuda: Callable[..., Any] | None = None,
     fake: Callable[..., Any],
+    launches: int | Callable[..., int] = 1,
 ) -> None:
     """Register an operation as `torch.ops.engine.NAME`. Forward and backward are two operations.
 
@@ -99,8 +101,9 @@ def register(
         cpu: host function for CPU tensors.
         cuda: host function of the Triton kernels; None where there is none. See `lazy`.
         fake: shapes and dtypes of the outputs for tensors without data.
+        launches: GPU kernels that one call launches, or a function of its arguments that gives their number.
     """
-    operation = _operations[name] = Operation(cpu, cuda)
+    operation = _operations[name] = Operation(cpu, cuda, launches)
     run = functools.partial(_run, operation)
     LIB.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIB.impl(name, run, "CPU")
@@ -118,6 +121,12 @@ def call(name: str, *args: Any) -> Any:
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return getattr(torch.ops.engine, name)(*args)
     return _run(_operations[name], *args)
+
+
+def launches(name: str, *args: Any) -> int:
+    """GPU kernels that `call(name, *args)` launches, as declared at registration. Fake tensors will do."""
+    declared = _operations[name].launches
+    return declared if isinstance(declared, int) else declared(*args)
 
 
 def backend_for(tensor: Tensor, op: str | None = None) -> str:
