@@ -246,6 +246,8 @@ def test_take_says_what_is_wrong():
     for number, size in ((2, None), (-1, None), (0, 9), (torch.tensor(0), 31), (torch.tensor(0), None)):
         with pytest.raises(EstimatorError, match=r"EpochProducts\.take.*sizes \[9, 32\]"):
             epoch.take(number, size)
+    with pytest.raises(EstimatorError, match=r"EpochProducts\.take.*batch 2"):
+        epoch.take(torch.tensor(2), 32)
 
 
 def test_epoch_says_what_is_wrong():

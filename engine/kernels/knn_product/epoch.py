@@ -10,8 +10,8 @@ rows are listed once, and a draw skips its queries in the lists. A list that run
 trusted: its draw is searched as before. Finding these draws makes the host wait once a condition; so may the check that
 a condition is finite. Nothing waits after that.
 
-Beside the results (8·(1 + k) bytes a query and draw) and the lists (16 bytes an entry), working memory is bounded by
-SLICE and QUERIES: about 200 MB on a GPU, less on a CPU.
+Kept are 8·(1 + k) bytes a query and draw, and a copy of the features that terms use. At the epoch's beginning the lists
+take 16 bytes an entry, and working memory is bounded by SLICE and QUERIES: about 200 MB on a GPU, less on a CPU.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class EpochProducts:
 
         Args:
             number: the batch's place in `batch_sizes`; or that as an int64 0-d tensor on the device, which is read when
-                the rows are taken: a captured CUDA graph takes those of the number it then finds. A tensor is not
-                checked: it must be in [0, steps), and that batch's size must be `size`.
+                the rows are taken: a captured CUDA graph takes those of the number it then finds. A GPU does not check
+                it: it must be in [0, steps). That this batch's size is `size` is checked nowhere.
             size: the batch's size; needed with a tensor.
 
         Returns:
