@@ -138,6 +138,10 @@ class EpochProducts:
         part = flat.narrow(0, piece.offset * m, rows * piece.width)
         return part.view(rows, *shape).to(dtype)
 
+    def fits(self, other: EpochProducts) -> bool:
+        """Whether `load` takes the other epoch."""
+        return other._signature() == self._signature()
+
     @torch.no_grad()
     def load(self, other: EpochProducts) -> None:
         """Take over another epoch's draws and features, in place: what a captured graph reads from now on.
@@ -145,7 +149,7 @@ class EpochProducts:
         Raises:
             EstimatorError: the other's terms, numbers of batches or shapes differ.
         """
-        if other._signature() != self._signature():
+        if not self.fits(other):
             raise EstimatorError(
                 "EpochProducts.load", f"an epoch of {other._signature()}", f"{self._signature()}",
                 "Load epochs of one objective, bank size and number of batches.",
