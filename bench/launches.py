@@ -1,0 +1,122 @@
+"""python -m bench launches: GPU launches of the two-stage step's stages, counted without a GPU.
+
+    python -m bench launches                 a table
+    python -m bench launches --json          {"fast": {"stage1": n, "stage2": n, "draw": n, "collect": n}, ...}
+    python -m bench launches --detail        by operation and by part, and what involves the host
+
+Counted at B=32 with the preset mosi on random data of MOSI's shape: the MiniLM text encoder, AMP in bf16. Nothing runs
+on a GPU: `bench.pretend` has CPU tensors answer as if they were on one, and counts.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import shapes
+from bench.pretend import PretendedGpu, Seen
+from engine.config import load_config
+
+MODES = ("fast", "faithful")
+STAGES = ("stage1", "stage2", "draw", "collect")
+BATCH, BANK = 32, 1284  # MOSI's training split
+
+
+def count(fn: Callable[[], Any], gpu: PretendedGpu | None = None, warm: bool = True) -> Seen:
+    """What one call of `fn` runs on a GPU.
+
+    Args:
+        fn: anything to call; tensors made before count as on the GPU.
+        gpu: the entered context that `fn` was prepared in; None enters one for the call.
+        warm: call it once before counting: the first call prepares what later ones reuse.
+    """
+    if gpu is None:
+        with PretendedGpu() as gpu:
+            return count(fn, gpu, warm)
+    if warm:
+        fn()
+    with gpu.watch() as seen:
+        fn()
+    return seen
+
+
+def stages(mode: str, gpu: PretendedGpu, samples: int = 2 * BATCH, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """{stage: what runs it once} of a training run that stands ready at the beginning of a steady-state batch."""
+    from engine.step import FeatureBank, unpack
+    from engine.trainer import _Trainer
+
+    with tempfile.TemporaryDirectory(prefix="bench-launches-") as folder:
+        data = shapes.mosi(samples + 8)
+        splits = {"train": data.part(0, samples), "valid": data.part(samples, samples + 4)}
+        store = shapes.write_store(Path(folder) / "data", splits | {"test": data.part(samples + 4, samples + 8)})
+        settings = [
+            f"mode={mode}", f"data.path={store}", f"batch_size={BATCH}", "device=cuda", "seed=0", "train.amp=auto",
+            "data.loader=resident", "output.report=false", "output.tensorboard=false", "output.progress=false",
+            *overrides,
+        ]  # fmt: skip
+        trainer = _Trainer(load_config("mosi", settings), Path(folder) / "run", (), None)
+        trainer._prepare()
+        loader = trainer.loaders["train"]
+        loader.set_epoch(0)
+        batches = list(loader)
+    step, c = trainer.step, trainer.config
+    inputs, target, _ = unpack(batches[0])
+    with torch.no_grad():
+        features = step.forward(inputs, target)[1]
+    bank = FeatureBank(BANK)
+    rows = {k: torch.randn(BANK, *v.shape[1:], device="cuda") for k, v in features.items()}
+    bank.store(torch.arange(BANK, device="cuda"), rows)
+    known = bank.tensors()
+    products = step.draw_products(known, BATCH)
+
+    def collect() -> None:
+        with torch.no_grad():
+            step._run_forward(step._prepared(inputs), target)
+
+    assert c.batch_size == len(target)
+    return {
+        "stage1": lambda: step.stage1(features, products),
+        "stage2": lambda: step.stage2(inputs, target, products),
+        "draw": lambda: step.draw_products(known, BATCH),
+        "collect": collect,
+    }
+
+
+def measure(modes: tuple[str, ...] = MODES) -> dict[str, dict[str, Seen]]:
+    """{mode: {stage: what one batch of it runs}}."""
+    found = {}
+    for mode in modes:
+        torch.manual_seed(0)
+        with PretendedGpu() as gpu:
+            found[mode] = {name: count(run, gpu) for name, run in stages(mode, gpu).items()}
+    return found
+
+
+def numbers(found: dict[str, dict[str, Seen]]) -> dict[str, dict[str, int]]:
+    return {mode: {stage: seen.launches for stage, seen in parts.items()} for mode, parts in found.items()}
+
+
+def table(found: dict[str, dict[str, Seen]]) -> str:
+    lines = [f"{'mode':10}" + "".join(f"{stage:>10}" for stage in STAGES)]
+    for mode, parts in found.items():
+        lines.append(f"{mode:10}" + "".join(f"{parts[stage].launches:10}" for stage in STAGES))
+    return "\n".join(lines)
+
+
+def detail(found: dict[str, dict[str, Seen]]) -> str:
+    """Every stage by part and by operation, with its calls, and what involves the host."""
+    lines = []
+    for mode, parts in found.items():
+        for stage, seen in parts.items():
+            lines.append(f"\n{mode} {stage}: {seen.launches} launches")
+            lines.append("  " + ", ".join(f"{part} {n}" for part, n in seen.by_part.most_common()))
+            for name, n in seen.by_operation.most_common():
+                if n:
+                    lines.append(f"  {n:6}  {name} ({seen.calls[name]} calls)")
+            lines += [f"  host:   {what} ({n} times)" for what, n in seen.traffic.most_common()]
+            lines += [f"  not counted, taken as 1: engine.{name}: {why}" for name, why in seen.failed.items()]
+    return "\n".join(lines).lstrip("\n")
