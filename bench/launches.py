@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from bench import shapes
-from bench.pretend import PretendedGpu, Seen
+from bench.pretend import HostTraffic, HostTrafficError, PretendedGpu, Seen
 from engine.config import load_config
+
+__all__ = ["HostTraffic", "HostTrafficError", "PretendedGpu", "Seen", "count", "measure", "numbers", "stages"]
 
 MODES = ("fast", "faithful")
 STAGES = ("stage1", "stage2", "draw", "collect")
@@ -55,7 +57,8 @@ def stages(mode: str, gpu: PretendedGpu, samples: int = 2 * BATCH, overrides: tu
         store = shapes.write_store(Path(folder) / "data", splits | {"test": data.part(samples + 4, samples + 8)})
         settings = [
             f"mode={mode}", f"data.path={store}", f"batch_size={BATCH}", "device=cuda", "seed=0", "train.amp=auto",
-            "data.loader=resident", "output.report=false", "output.tensorboard=false", "output.progress=false",
+            "data.loader=resident", "data.length_rule=recorded",
+            "output.report=false", "output.tensorboard=false", "output.progress=false",
             *overrides,
         ]  # fmt: skip
         trainer = _Trainer(load_config("mosi", settings), Path(folder) / "run", (), None)
@@ -86,12 +89,12 @@ def stages(mode: str, gpu: PretendedGpu, samples: int = 2 * BATCH, overrides: tu
     }
 
 
-def measure(modes: tuple[str, ...] = MODES) -> dict[str, dict[str, Seen]]:
-    """{mode: {stage: what one batch of it runs}}."""
+def measure(modes: tuple[str, ...] = MODES, check: bool = False) -> dict[str, dict[str, Seen]]:
+    """{mode: {stage: what one batch of it runs}}. `check`: also what operations declare, see `Seen.differ`."""
     found = {}
     for mode in modes:
         torch.manual_seed(0)
-        with PretendedGpu() as gpu:
+        with PretendedGpu(check=check) as gpu:
             found[mode] = {name: count(run, gpu) for name, run in stages(mode, gpu).items()}
     return found
 
@@ -118,5 +121,6 @@ def detail(found: dict[str, dict[str, Seen]]) -> str:
                 if n:
                     lines.append(f"  {n:6}  {name} ({seen.calls[name]} calls)")
             lines += [f"  host:   {what} ({n} times)" for what, n in seen.traffic.most_common()]
-            lines += [f"  not counted, taken as 1: engine.{name}: {why}" for name, why in seen.failed.items()]
+            lines += [f"  not counted: engine.{name}: {why}" for name, why in seen.failed.items()]
+            lines += [f"  engine.{n}: declares {a}, its host function has {b}" for n, (a, b) in seen.differ.items()]
     return "\n".join(lines).lstrip("\n")

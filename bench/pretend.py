@@ -1,4 +1,4 @@
-"""A GPU that is not there: within the context CPU tensors answer that they are on `cuda`, and what is run is seen.
+"""A GPU that is not there: within the context CPU tensors answer that they are on `cuda`, and what runs is counted.
 
     with PretendedGpu() as gpu:
         model.to("cuda")                  # nothing moves; from here on the model counts as on the GPU
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ WAITS = {
 
 
 class HostTrafficError(AssertionError):
-    """Something that waits for the GPU, or copies from or to the host, was run where nothing may."""
+    """Something that waits for the GPU, copies from or to the host, or runs there, where nothing may."""
 
 
 @dataclass
@@ -57,7 +58,11 @@ class Seen:
         launches: GPU kernels, copies and fills, in all.
         by_operation: launches of each operation; calls: how often it was called.
         by_part: launches of each part of a step, as `engine.profile` names them.
-        traffic: operations that wait for the GPU or copy between host and GPU, with how often.
+        traffic: how often what waited for the GPU, copied between host and GPU, or ran on the host, so that a
+            captured graph would not repeat it.
+        failed: operations of the engine whose launches could not be counted, taken as one, and why.
+        differ: {operation of the engine: (declared launches, launches of its host function)} where they are not the
+            same, and the context checks it.
     """
 
     by_operation: Counter[str] = field(default_factory=Counter)
@@ -65,6 +70,7 @@ class Seen:
     by_part: Counter[str] = field(default_factory=Counter)
     traffic: Counter[str] = field(default_factory=Counter)
     failed: dict[str, str] = field(default_factory=dict)
+    differ: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def launches(self) -> int:
@@ -76,14 +82,16 @@ class PretendedGpu:
 
     Args:
         strict: raise HostTrafficError, naming the operation, where `Seen.traffic` would have an entry.
+        check: compare the launches that operations declare with those of their host functions, in `Seen.differ`.
     """
 
-    def __init__(self, strict: bool = False):
-        self.strict = strict
+    def __init__(self, strict: bool = False, check: bool = False):
+        self.strict, self.check = strict, check
         self.seen: Seen | None = None
         self.parts: list[str] = []
         self._host: dict[int, Tensor] = {}  # kept alive, so that no other storage gets their address
         self._made_on: torch.device | None = None
+        self._lifting = False
         self._silent = 0
         self._stack = contextlib.ExitStack()
 
@@ -137,7 +145,7 @@ class PretendedGpu:
             return
         self.seen.traffic[what] += 1
         if self.strict:
-            raise HostTrafficError(f"{what}: the host waits for the GPU, or copies from or to it")
+            raise HostTrafficError(what)
 
     @contextlib.contextmanager
     def as_one(self, name: str, launches: int) -> Iterator[None]:
@@ -150,18 +158,36 @@ class PretendedGpu:
             self._silent -= 1
 
     @contextlib.contextmanager
-    def made_on(self, device: torch.device | None) -> Iterator[None]:
-        before, self._made_on = self._made_on, device
+    def made_on(self, device: torch.device | None, lifting: bool = False) -> Iterator[None]:
+        """Within the context tensors that are made of nothing are on `device`."""
+        before = self._made_on, self._lifting
+        self._made_on, self._lifting = device, lifting
         try:
             yield
         finally:
-            self._made_on = before
+            self._made_on, self._lifting = before
 
     def place_of(self, tensors: list[Tensor]) -> torch.device:
-        """Where an operation on these tensors runs. Without any: where the call said, or, deep within torch, the GPU."""
+        """Where an operation on these tensors runs; without any: where the call said, or, within torch, the GPU."""
         if not tensors:
             return self._made_on or CUDA
         return CPU if all(self.on_host(t) for t in tensors) else CUDA
+
+
+class HostTraffic(PretendedGpu):
+    """A context in which HostTrafficError names the first operation that a CUDA graph could not hold.
+
+    That is one that waits for the GPU, copies between host and GPU, or runs on the host. Tensors made before the
+    context count as on the GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(strict=True)
+
+    def __enter__(self) -> HostTraffic:
+        super().__enter__()
+        self.seen = Seen()
+        return self
 
 
 # -- the functions of torch -------------------------------------------------------------------------------------------
@@ -177,7 +203,7 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         gpu, name = self.gpu, getattr(func, "__name__", "")
-        if func is torch.device:
+        if func is torch.device or name == "_parse_to":
             return func(*args, **kwargs)
         if func == _DEVICE:
             if (real := func(args[0])).type != "cpu":
@@ -193,11 +219,14 @@ class _Functions(TorchFunctionMode):
             return self._move(name, args, kwargs)
         if name in ("tolist", "numpy") and isinstance(args[0], Tensor) and not gpu.on_host(args[0]):
             gpu.traffic(f"Tensor.{name}")
-        if name in ("__getitem__", "__setitem__") and not gpu.on_host(args[0]) and _from_host(args[1]):
+        items = name in ("__getitem__", "__setitem__")
+        if items and not gpu.on_host(args[0]) and _from_host(args[1]):
             gpu.traffic(f"Tensor.{name} with a list of the host")
             gpu.record("copy to the GPU", 1)
-        if name == "pin_memory":
-            return args[0]
+        if name == "pin_memory" or kwargs.get("pin_memory"):
+            gpu.traffic("pinned memory")
+            if name == "pin_memory":
+                return args[0]
         replaced = _REPLACED.get(name)
         if replaced is not None and (out := replaced(gpu, args, kwargs)) is not NotImplemented:
             return out
@@ -218,15 +247,15 @@ class _Functions(TorchFunctionMode):
             if kwargs.get("device") is not None:
                 kwargs["device"] = CPU
         place = device if device is not None or tensors else CPU
-        with self.gpu.made_on(place if place is None or place.type == "cpu" else CUDA):
+        name = getattr(func, "__name__", "")
+        if name == "new_tensor" and place is None:
+            place = CPU if self.gpu.on_host(args[0]) else CUDA
+        if name in _FROM_HOST_DATA and place is not None and place.type == "cuda":
+            self.gpu.traffic(f"torch.{name}")
+            self.gpu.record("copy to the GPU", 1)
+        with self.gpu.made_on(place if place is None or place.type == "cpu" else CUDA, name in _LIFTING):
             out = func(*args, **kwargs)
-        if getattr(func, "__name__", "") in _FROM_HOST_DATA:
-            if place is not None and place.type == "cuda":
-                self.gpu.traffic(f"torch.{func.__name__}")
-                self.gpu.record("copy to the GPU", 1)
-            if place is not None:
-                self.gpu.put(out, place)
-        return out
+        return self.gpu.put(out, place) if name in _FROM_HOST_DATA and place is not None else out
 
     def _move(self, name: str, args: tuple, kwargs: dict) -> Any:
         """`tensor.to`, `.cpu` and `.cuda`: a copy where the tensor is elsewhere."""
@@ -268,13 +297,14 @@ _DEVICE = torch.Tensor.device.__get__
 _IS_CUDA = (torch.Tensor.is_cuda.__get__,)
 _IS_CPU = torch.Tensor.is_cpu.__get__
 _MOVES = ("to", "cpu", "cuda")
-_FROM_HOST_DATA = ("tensor", "as_tensor", "asarray")
+_FROM_HOST_DATA = ("tensor", "as_tensor", "asarray", "new_tensor")
+_LIFTING = (*_FROM_HOST_DATA, "__getitem__", "__setitem__")  # whose host data are dealt with where they are called
 
 
 def _from_host(index: Any) -> bool:
     """Whether an index holds numbers of the host: a list, a range or an array."""
     parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(p, list | range) or type(p).__module__ == "numpy" and getattr(p, "ndim", 0) for p in parts)
+    return any(isinstance(p, list | range) or (type(p).__module__ == "numpy" and getattr(p, "ndim", 0)) for p in parts)
 
 
 def _dropout(gpu: PretendedGpu, args: tuple, kwargs: dict) -> Any:
@@ -312,8 +342,6 @@ def _attention(gpu: PretendedGpu, args: tuple, kwargs: dict) -> Any:
         inputs = [t.to(torch.get_autocast_dtype("cuda")) for t in inputs]
         if mask is not None and mask.is_floating_point():
             mask.to(inputs[0].dtype)
-    if inputs[0].dtype == torch.float32 and values.get("attn_mask") is None:
-        pass  # memory-efficient attention: one kernel as well
     return _Attention.apply(gpu, *inputs)
 
 
@@ -378,15 +406,17 @@ class _Operations(TorchDispatchMode):
             out = func(*args, **kwargs)
         if place.type == "cuda":
             gpu.record(f"{func.namespace}.{name}", rules.launches(func, args, kwargs, out))
+        elif _makes_a_tensor(out) and not rules.is_view(func) and name not in rules.NOTHING:
+            gpu.traffic(f"aten.{name} on the host")
         if tensors and rules.is_view(func):
             return out
-        if name == "copy_" or name.endswith("_") and tensors:  # in place: the tensor stays where it is
+        if name == "copy_" or (name.endswith("_") and tensors):  # in place: the tensor stays where it is
             return out
         return gpu.put(out, place)
 
     def _look_for_traffic(self, name: str, args: tuple, kwargs: dict, tensors: list[Tensor]) -> None:
         gpu = self.gpu
-        if name in WAITS or name == "repeat_interleave" and kwargs.get("output_size") is None and len(tensors) == 1:
+        if name in WAITS or (name == "repeat_interleave" and kwargs.get("output_size") is None and len(tensors) == 1):
             gpu.traffic(f"aten.{name}")
         elif name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
             i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
@@ -396,7 +426,7 @@ class _Operations(TorchDispatchMode):
             gpu.traffic(f"aten.{name} with a tensor of the host")
             if name in ("copy_", "index", "index_put", "index_put_", "_index_put_impl_"):
                 gpu.record("copy to the GPU", sum(gpu.on_host(t) for t in tensors))
-        elif name == "lift_fresh":
+        elif name == "lift_fresh" and not gpu._lifting and tensors[0].dim():
             gpu.traffic("aten.lift_fresh: a tensor of the host's numbers")
 
     def _engine(self, name: str, args: tuple) -> Any:
@@ -411,14 +441,19 @@ class _Operations(TorchDispatchMode):
         return gpu.put(out, CUDA)
 
     def _launches(self, name: str, args: tuple) -> int:
-        operation = registry.operation(name)
-        if operation.launches is not None or operation.cuda is None:
-            return registry.launches(name, *args)
+        operation, seen = registry.operation(name), self.gpu.seen
+        declared = operation.launches is not None or operation.cuda is None
+        count = registry.launches(name, *args)
+        if operation.cuda is None or (declared and not self.gpu.check):
+            return count
         try:
-            return launched_by_the_host_function(self.gpu, name, args)
+            found = launched_by_the_host_function(self.gpu, name, args)
         except Exception as cause:
-            self.gpu.seen.failed[name] = f"{type(cause).__name__}: {cause}"
-            return 1
+            seen.failed[name] = f"{type(cause).__name__}: {cause}"
+            return count
+        if declared and found != count:
+            seen.differ[name] = count, found
+        return count if declared else found
 
 
 def launched_by_the_host_function(gpu: PretendedGpu, name: str, args: tuple) -> int:
@@ -443,6 +478,10 @@ def launched_by_the_host_function(gpu: PretendedGpu, name: str, args: tuple) -> 
     finally:
         gpu._silent, gpu.strict = silent, strict
     return seen.launches + sum(kernels.values())
+
+
+def _makes_a_tensor(out: Any) -> bool:
+    return any(isinstance(t, Tensor) for t in tree_iter(out))
 
 
 def _storage(tensor: Tensor) -> int:
@@ -497,7 +536,15 @@ def _patches(gpu: PretendedGpu) -> list[Any]:
     def from_numpy(array: Any, _original: Callable = torch.from_numpy) -> Tensor:
         return gpu.put(_original(array), CPU)
 
+    group = torch._C._group_tensors_by_device_and_dtype
     run_backward = torch.autograd._engine_run_backward
+
+    def grouped(lists: Any, with_indices: bool = False, _original: Callable = group) -> Any:
+        found = _original(lists, with_indices)
+        return {
+            (CPU if gpu.on_host(next(t for t in tensors[0] if t is not None)) else CUDA, dtype): (tensors, indices)
+            for (_, dtype), (tensors, indices) in found.items()
+        }
 
     def backward(*args: Any, **kwargs: Any) -> Any:
         with _functions(gpu):
@@ -530,11 +577,11 @@ def _patches(gpu: PretendedGpu) -> list[Any]:
         mock.patch.object(torch, "is_autocast_enabled", _as_cpu(torch.is_autocast_enabled)),
         mock.patch.object(torch, "get_autocast_dtype", _as_cpu(torch.get_autocast_dtype)),
         mock.patch.object(torch, "from_numpy", from_numpy),
+        mock.patch.object(torch.backends.cudnn, "is_acceptable", lambda *a: False),
+        mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped),
         mock.patch.object(torch.autograd, "_engine_run_backward", backward),
     ]
     # parts are looked up in the modules that import the name
-    import sys
-
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("engine.") and getattr(module, "part", None) is profile.part:
             patches.append(mock.patch.object(module, "part", part))
