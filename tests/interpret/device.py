@@ -17,7 +17,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._device import DeviceContext
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_iter, tree_map
 
 VARIABLE = "ENGINE_TEST_DEVICE"  # set by the option --device, before test modules are imported
@@ -64,16 +65,17 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= 1e-6 * b.abs().max()) if a.numel() else True
 
 
-class _OnDevice(DeviceContext):
-    """Tensors are made on a device; random ones by a generator of the CPU are drawn there and moved."""
+class _OnDevice(TorchFunctionMode):
+    """Tensors are made on the device; random ones by a generator of the CPU are drawn there and moved."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func not in _device_constructors() or kwargs.get("device") is not None:
+            return func(*args, **kwargs)
         generator = kwargs.get("generator")
-        if isinstance(generator, torch.Generator) and generator.device.type == "cpu" and kwargs.get("device") is None:
-            with torch._C.DisableTorchFunction():
-                return func(*args, **kwargs | {"device": "cpu"}).to(self.device)
-        return super().__torch_function__(func, types, args, kwargs)
+        if isinstance(generator, torch.Generator) and generator.device.type == "cpu":
+            return func(*args, **kwargs | {"device": "cpu"}).to(device())
+        return func(*args, **kwargs | {"device": device()})
 
 
 @contextlib.contextmanager
@@ -85,9 +87,9 @@ def tests_run_there() -> Iterator[None]:
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with contextlib.ExitStack() as stack:
-        for patch in _patches():
+        for patch in list(_patches()):
             stack.enter_context(patch)
-        stack.enter_context(_OnDevice(device()))
+        stack.enter_context(_OnDevice())
         yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
