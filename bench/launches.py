@@ -17,15 +17,11 @@ from typing import Any
 
 import torch
 
-from bench import shapes
+from bench import shapes, stages
 from bench.pretend import HostTraffic, HostTrafficError, PretendedGpu, Seen
-from engine.config import load_config
+from bench.stages import MODES, STAGES
 
-__all__ = ["HostTraffic", "HostTrafficError", "PretendedGpu", "Seen", "count", "measure", "numbers", "stages"]
-
-MODES = ("fast", "faithful")
-STAGES = ("stage1", "stage2", "draw", "collect")
-BATCH, BANK = 32, 1284  # MOSI's training split
+__all__ = ["HostTraffic", "HostTrafficError", "PretendedGpu", "Seen", "count", "measure", "numbers"]
 
 
 def count(fn: Callable[[], Any], gpu: PretendedGpu | None = None, warm: bool = True) -> Seen:
@@ -46,56 +42,16 @@ def count(fn: Callable[[], Any], gpu: PretendedGpu | None = None, warm: bool = T
     return seen
 
 
-def stages(mode: str, gpu: PretendedGpu, samples: int = 2 * BATCH, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
-    """{stage: what runs it once} of a training run that stands ready at the beginning of a steady-state batch."""
-    from engine.step import FeatureBank, unpack
-    from engine.trainer import _Trainer
-
-    with tempfile.TemporaryDirectory(prefix="bench-launches-") as folder:
-        data = shapes.mosi(samples + 8)
-        splits = {"train": data.part(0, samples), "valid": data.part(samples, samples + 4)}
-        store = shapes.write_store(Path(folder) / "data", splits | {"test": data.part(samples + 4, samples + 8)})
-        settings = [
-            f"mode={mode}", f"data.path={store}", f"batch_size={BATCH}", "device=cuda", "seed=0", "train.amp=auto",
-            "data.loader=resident", "data.length_rule=recorded",
-            "output.report=false", "output.tensorboard=false", "output.progress=false",
-            *overrides,
-        ]  # fmt: skip
-        trainer = _Trainer(load_config("mosi", settings), Path(folder) / "run", (), None)
-        trainer._prepare()
-        loader = trainer.loaders["train"]
-        loader.set_epoch(0)
-        batches = list(loader)
-    step, c = trainer.step, trainer.config
-    inputs, target, _ = unpack(batches[0])
-    with torch.no_grad():
-        features = step.forward(inputs, target)[1]
-    bank = FeatureBank(BANK)
-    rows = {k: torch.randn(BANK, *v.shape[1:], device="cuda") for k, v in features.items()}
-    bank.store(torch.arange(BANK, device="cuda"), rows)
-    known = bank.tensors()
-    products = step.draw_products(known, BATCH)
-
-    def collect() -> None:
-        with torch.no_grad():
-            step._run_forward(step._prepared(inputs), target)
-
-    assert c.batch_size == len(target)
-    return {
-        "stage1": lambda: step.stage1(features, products),
-        "stage2": lambda: step.stage2(inputs, target, products),
-        "draw": lambda: step.draw_products(known, BATCH),
-        "collect": collect,
-    }
-
-
 def measure(modes: tuple[str, ...] = MODES, check: bool = False) -> dict[str, dict[str, Seen]]:
     """{mode: {stage: what one batch of it runs}}. `check`: also what operations declare, see `Seen.differ`."""
     found = {}
     for mode in modes:
         torch.manual_seed(0)
         with PretendedGpu(check=check) as gpu:
-            found[mode] = {name: count(run, gpu) for name, run in stages(mode, gpu).items()}
+            with tempfile.TemporaryDirectory(prefix="bench-launches-") as folder:
+                data = stages.write_data(Path(folder) / "data", shapes.mosi(2 * stages.BATCH))
+                ready = stages.prepare(stages.settings(mode, data, "cuda"))
+            found[mode] = {name: count(run, gpu) for name, run in ready.items()}
     return found
 
 
