@@ -45,6 +45,10 @@ def prepare(config: Config, bank_size: int = BANK) -> dict[str, Callable[[], Any
         loader.set_epoch(0)
         inputs, target, _ = unpack(next(iter(loader)))
     step, device, size = trainer.step, trainer.device, len(target)
+    if device.type == "cuda":
+        for optimizer in trainer.optimizers.values():
+            for group in optimizer.param_groups:
+                group["capturable"] = True
     with torch.no_grad():
         features = step.forward(inputs, target)[1]
     bank = FeatureBank(bank_size)
