@@ -32,7 +32,7 @@ def trajectory(mode: str, device: str) -> list[list[float]]:
             features = step.forward(batch, batch.label)[1]
         one = step.stage1(features, products)
         two = step.stage2(batch, batch.label, products)
-        losses.append([float(one.loss), float(two.loss), float(two.task)])
+        losses.append([one.loss.item(), two.loss.item(), two.task.item()])
     return losses
 
 
