@@ -11,6 +11,7 @@ import torch
 
 from bench import shapes
 from engine.config import Config, load_config
+from engine.static import make_capturable
 from engine.step import FeatureBank, unpack
 from engine.trainer import _Trainer
 
@@ -37,33 +38,33 @@ def write_data(folder: Path, samples: shapes.Utterances, text_encoder: str = "mi
 
 
 def prepare(config: Config, bank_size: int = BANK) -> dict[str, Callable[[], Any]]:
-    """{stage: what runs one batch of it} of a training run in a steady-state epoch; the bank's features are random."""
+    """{stage: what runs one batch of it} of a training run in a steady-state epoch; the bank's features are random.
+
+    With train.graphs=off one operation after another, else the static functions that a graph holds.
+    """
     with tempfile.TemporaryDirectory(prefix="bench-stages-") as folder:
         trainer = _Trainer(config, Path(folder) / "run", (), None)
         trainer._prepare()
         loader = trainer.loaders["train"]
         loader.set_epoch(0)
         inputs, target, _ = unpack(next(iter(loader)))
+        loader.set_epoch(0)
     step, device, size = trainer.step, trainer.device, len(target)
-    if device.type == "cuda":
-        for optimizer in trainer.optimizers.values():
-            for group in optimizer.param_groups:
-                group["capturable"] = True
+    for optimizer in trainer.optimizers.values():
+        make_capturable(optimizer, device)
     with torch.no_grad():
         features = step.forward(inputs, target)[1]
     bank = FeatureBank(bank_size)
     rows = {k: torch.randn(bank_size, *v.shape[1:], device=device) for k, v in features.items()}
     bank.store(torch.arange(bank_size, device=device), rows)
+    if step.static is not None:
+        fresh = trainer.config.train.stage1_features == "fresh"
+        return step.static.stages(loader, len(trainer.dataset.splits["train"]), bank, config.batch_size, fresh)
     known = bank.tensors()
     products = step.draw_products(known, size)
-
-    def collect() -> None:
-        with torch.no_grad():
-            step._run_forward(step._prepared(inputs), target)
-
     return {
         "stage1": lambda: step.stage1(features, products),
         "stage2": lambda: step.stage2(inputs, target, products),
         "draw": lambda: step.draw_products(known, size),
-        "collect": collect,
+        "collect": lambda: step.features(inputs, target),
     }
