@@ -246,7 +246,7 @@ class Objective(nn.Module):
         self._sums = Sums(self.expressions, self.terms)
         folded = [e._folded() for e in self.expressions]
         self._stage2 = Constant([-sum(f.get(term, 0.0) for f in folded) for term in self.terms])
-        self._arranged()
+        self._make_constants()
 
     # -- single estimators -------------------------------------------------------------------------
 
@@ -306,11 +306,16 @@ class Objective(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Objective:
         moved = super()._apply(*args, **kwargs)
+        self._make_constants()
+        return moved
+
+    @torch.no_grad()
+    def _make_constants(self) -> None:
+        """On the device that the estimators are on, so that no step has to."""
         example = next(self.parameters(), None)
         if example is not None and not example.is_meta:
-            for weights in (*self._stage1.values(), self._stage2):
-                weights(example.detach())
-        return moved
+            values = example.new_zeros(len(self.terms))
+            self._arranged()(values), self._stage2(values), self._sums(values)
 
     # -- product rows ------------------------------------------------------------------------------
 

@@ -218,6 +218,42 @@ class TestSettings:
         again = copy.deepcopy(constant)
         assert again._made == {} and torch.equal(again(like), constant(like))
 
+    def test_constants_in_a_captured_step(self):
+        """Nothing is made in a step: neither in the first one, nor where values are read."""
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        class Names(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                seen.add(str(func))
+                return func(*args, **(kwargs or {}))
+
+        objective, seen = build(), set()
+        products = objective.sample_products(rows(40, 5), 24, torch.Generator().manual_seed(3))
+        features = {n: t.requires_grad_() for n, t in rows().items()}
+        with Names():
+            for evaluate in (objective.estimator_loss, objective.model_loss):
+                output = evaluate(features, products)
+                output.loss.backward()
+                assert output.stacked_values.shape == (len(output.names),)
+        assert not seen & {"aten.fill_.Scalar", "aten._to_copy.default", "aten.lift_fresh.default"}
+        assert "aten.dot.default" in seen
+
+    def test_compiled(self):
+        """Whole graphs, with estimators in groups and on their own."""
+        objective = build(critic="concat").eval()
+        objective.freeze("I(a;b)")
+        objective.freeze("I(c;b|s)")
+        for evaluate in (objective.estimator_loss, objective.model_loss):
+            compiled = torch.compile(evaluate, backend="eager", fullgraph=True, dynamic=True)
+            for count in (24, 16):
+                features = rows(count)
+                products = objective.sample_products(rows(40, 5), count, torch.Generator().manual_seed(3))
+                a, b = evaluate(features, products), compiled(features, products)
+                torch.testing.assert_close(a.loss, b.loss, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(a.values, b.values, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(a.losses, b.losses, rtol=1e-4, atol=1e-5)
+                b.loss.backward()
+
     def test_a_term_that_is_not_finite_spoils_its_expressions_alone(self):
         terms = [Term("a", "b"), Term("a", "c")]
         sums = Sums([MI("a", "b"), MI("a", "c") - 2 * MI("a", "b"), MI("a", "c")], terms)

@@ -309,7 +309,7 @@ def _fit(joint: Sequence[Tensor], slots: Sequence[Sequence[int]], parts: Sequenc
 def _read(example: CMIEstimator, joint: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [G], surrogate [G], and LDR, DV, NWJ [3, G], detached, of logits [G, b, out] and [G, b', out]."""
     if example.compat == "none":
-        return cmi(joint[:, :, 0], product[:, :, 0], example.estimator)
+        return cmi(joint.squeeze(2), product.squeeze(2), example.estimator)
     loss = mimrl_classifier_loss(joint, product, example.last_activate)
     joint, product = (mimrl_log_ratio(t, example.last_activate) for t in (joint, product))
     values = cmi_values(joint.detach(), product.detach())
