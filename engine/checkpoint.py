@@ -107,6 +107,9 @@ def load(path: str | Path) -> tuple[dict[Any, Any], dict[str, Any]]:
 def load_into(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load a state dict into a module, every name and shape matching; values take the module's dtype and device.
 
+    An objective's state may also name the tensors of single estimators, as `Objective.estimator_state` and older
+    checkpoints do.
+
     Args:
         where: how the user would name the source, for the error's first words.
 
@@ -114,6 +117,9 @@ def load_into(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
         CheckpointError: names the first missing, unexpected or misshapen parameter, and how many there are.
     """
     own = module.state_dict()
+    by_estimator = module.estimator_state() if hasattr(module, "estimator_state") else own
+    if any(name in by_estimator and name not in own for name in state):
+        own = by_estimator
     problems = [
         ([name for name in own if name not in state], "no parameter {name}", "a parameter of shape {own}"),
         ([name for name in state if name not in own], "a parameter {name} that the model does not have", "none"),

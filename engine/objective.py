@@ -17,17 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.config import ObjectiveConfig
+from engine.constant import Constant
 from engine.errors import ConfigError, EstimatorError
 from engine.kernels.knn_product import Bank, EpochProducts, ProductRows, ProductSampler, draw_epoch
 from engine.model.cmi import CMIEstimator
 from engine.model.estimators import Estimate, MIEstimator
-from engine.model.grouped import GroupedMI
-from engine.model.grouped_cmi import GroupedCMI
+from engine.model.term_estimators import TermEstimates, TermEstimators
 
 Rows = Sequence[Tensor]
 """Product rows of one term: x, y and z, [rows, width] each."""
@@ -115,21 +117,70 @@ def CMI(x: str, y: str, *, given: str) -> Expression:
     return Expression(((Term(x, y, given), 1.0),))
 
 
+class Sums:
+    """The values of expressions from those of terms, as one matrix of coefficients.
+
+    Args:
+        expressions: sums of terms.
+        terms: all terms, in the order of their values.
+    """
+
+    def __init__(self, expressions: Sequence[Expression], terms: Sequence[Term]):
+        rows = [[dict(e.coefficients).get(term, 0.0) for term in terms] for e in expressions]
+        self.names = [e.name for e in expressions]
+        self._coefficients = Constant(rows)
+        self._used = Constant([[float(c != 0) for c in row] for row in rows])
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """[terms] -> [expressions]. What is not finite in one term spoils only the expressions that use it."""
+        used = self._used(values, torch.bool)
+        return torch.where(used, self._coefficients(values) * values, 0.0).sum(1)
+
+
 @dataclass
 class ObjectiveOutput:
-    """What one evaluation of an objective gives.
+    """What one evaluation of an objective gives. All but `loss` is computed when it is first asked for.
 
     Attributes:
         loss: 0-d, to be minimised: the weighted sum of `losses`.
-        losses: 0-d each, unweighted; by term in stage 1, by expression name in stage 2. They carry gradients.
-        values: detached 0-d each, nats, same keys as `losses`.
-        estimates: every term's `Estimate`.
+        terms: the estimates as they were made, as vectors.
+        sums: in stage 2 what makes expressions of terms.
     """
 
     loss: Tensor
-    losses: dict[str, Tensor]
-    values: dict[str, Tensor]
-    estimates: dict[str, Estimate]
+    terms: TermEstimates
+    sums: Sums | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Keys of `losses` and `values`: names of terms in stage 1, of expressions in stage 2."""
+        return list(self.terms.names) if self.sums is None else self.sums.names
+
+    @cached_property
+    def stacked_values(self) -> Tensor:
+        """`values` as one tensor, [names], detached, in nats."""
+        with torch.no_grad():
+            values = self.terms.surrogates().detach()
+            return values if self.sums is None else self.sums(values)
+
+    @cached_property
+    def values(self) -> dict[str, Tensor]:
+        """Detached 0-d each, in nats, same keys as `losses`."""
+        return dict(zip(self.names, self.stacked_values.unbind(), strict=True))
+
+    @cached_property
+    def losses(self) -> dict[str, Tensor]:
+        """0-d each, unweighted; by term in stage 1, by expression name in stage 2. They carry gradients."""
+        if self.sums is None:
+            return {name: estimate.loss for name, estimate in self.estimates.items()}
+        with torch.set_grad_enabled(self.loss.requires_grad):
+            return dict(zip(self.names, (-self.sums(self.terms.surrogates())).unbind(), strict=True))
+
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        """Every term's `Estimate`."""
+        with torch.set_grad_enabled(self.loss.requires_grad):
+            return self.terms.by_term
 
 
 class Objective(nn.Module):
@@ -186,22 +237,85 @@ class Objective(nn.Module):
                         f"one of {sorted(dims)}",
                         "Add it to dims.",
                     )
-        self.estimators = nn.ModuleDict({t.key: _estimator(t, dims, s) for t in self.terms})
-        # names made once: a compiled graph cannot make them
-        self._weights = [(str(t), weight) for t, weight in self.stage1_weights.items()]
-        self._sums = [(e.name, [(str(t), c) for t, c in e.coefficients], e.weight) for e in self.expressions]
-        weights = {"_of_terms": self.stage1_weights.values(), "_of_sums": [e.weight for e in self.expressions]}
-        for name, numbers in weights.items():
-            self.register_buffer(name, torch.tensor(list(numbers), dtype=torch.float32), persistent=False)
-        by_name = {str(t): self.estimators[t.key] for t in self.terms}
-        self._mi = GroupedMI(
-            {str(t): by_name[str(t)] for t in self.terms if t.given is None},
-            {str(t): (t.x, t.y) for t in self.terms if t.given is None},
+        self.estimators = TermEstimators(
+            {t.key: _estimator(t, dims, s) for t in self.terms},
+            {t.key: str(t) for t in self.terms},
+            {t.key: (t.x, t.y) if t.given is None else (t.x, t.y, t.given) for t in self.terms},
         )
-        self._cmi = GroupedCMI(
-            {str(t): by_name[str(t)] for t in self.terms if t.given is not None},
-            {str(t): (t.x, t.y, t.given) for t in self.terms if t.given is not None},
-        )
+        self._stage1: dict[tuple[int, ...], Constant] = {}
+        self._sums = Sums(self.expressions, self.terms)
+        folded = [e._folded() for e in self.expressions]
+        self._stage2 = Constant([-sum(f.get(term, 0.0) for f in folded) for term in self.terms])
+        self._make_constants()
+
+    # -- single estimators -------------------------------------------------------------------------
+
+    def split(self, term: Term | str) -> nn.Module:
+        """A term's estimator as a module of its own, to change as one likes: `MIEstimator` or `CMIEstimator`.
+
+        Estimators of one shape share tensors ([estimators, out, in]). This one leaves them: it has its own parameters
+        from now on, with the same values, which an optimiser has to be told of. The shared tensors stay as they are.
+
+        Args:
+            term: a `Term`, its name ("I(a;b)") or its key in `estimators` ("a_b").
+
+        Raises:
+            ConfigError: there is no such term.
+        """
+        return self.estimators.split(term)
+
+    def replace(self, term: Term | str, module: nn.Module) -> None:
+        """Use another module as a term's estimator, from now on. An optimiser has to be told of its parameters.
+
+        Args:
+            term: as for `split`.
+            module: called as `MIEstimator` is, module(x, y), or for a conditional term as `CMIEstimator` is,
+                module((x, y, z), (x, y, z)) with joint and product rows. It returns an `Estimate`.
+
+        Raises:
+            ConfigError: there is no such term, or `module` is none.
+        """
+        self.estimators.replace(term, module)
+
+    def freeze(self, term: Term | str) -> nn.Module:
+        """Keep a term's estimator as it is: its parameters are never updated, whatever the optimiser's settings.
+
+        It is `split` off, and its parameters require no gradients. (MINE's moving average still follows the scores.)
+        `requires_grad_(True)` on the module that this returns frees it again.
+        """
+        return self.split(term).requires_grad_(False)
+
+    def estimator_state(self, grads: bool = False) -> dict[str, Tensor | None]:
+        """All parameters and buffers under the names that they have in single estimators, detached.
+
+        "estimators.a_b.critic.g.0.weight", and so on: names that do not depend on which estimators share tensors. Such
+        a state dict loads, too. The tensors are views; copy what is to be kept.
+
+        Args:
+            grads: the gradients instead, None where there is none.
+        """
+        return {f"estimators.{name}": tensor for name, tensor in self.estimators.tensors(grads).items()}
+
+    def _arranged(self) -> Constant:
+        """Weights of stage 1 for losses as the estimators give them, signs included."""
+        signs = self.estimators.signs
+        if signs not in self._stage1:
+            weights = self.stage1_weights.values()
+            self._stage1[signs] = Constant([s * w for s, w in zip(signs, weights, strict=True)])
+        return self._stage1[signs]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Objective:
+        moved = super()._apply(*args, **kwargs)
+        self._make_constants()
+        return moved
+
+    @torch.no_grad()
+    def _make_constants(self) -> None:
+        """On the device that the estimators are on, so that no step has to."""
+        example = next(self.parameters(), None)
+        if example is not None and not example.is_meta:
+            values = example.new_zeros(len(self.terms))
+            self._arranged()(values), self._stage2(values), self._sums(values)
 
     # -- product rows ------------------------------------------------------------------------------
 
@@ -279,40 +393,29 @@ class Objective(nn.Module):
             features: float [B, width] each.
             products: from `sample_products`; may be omitted where no term is conditional.
         """
-        found = self._mi(features)
-        if self.needs_products:
-            if products is None:
-                term = next(t for t in self.terms if t.given is not None)
-                raise EstimatorError(
-                    f"objective term {term}", "no product rows", "rows from Objective.sample_products",
-                    "Pass products=.",
-                )  # fmt: skip
-            found |= self._cmi(features, products)
-        return {name: found[name] for name, _ in self._weights}
+        return self._estimate(features, products).by_term
+
+    def _estimate(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> TermEstimates:
+        if self.needs_products and products is None:
+            term = next(t for t in self.terms if t.given is not None)
+            raise EstimatorError(
+                f"objective term {term}", "no product rows", "rows from Objective.sample_products", "Pass products=."
+            )
+        return self.estimators(features, products)
 
     def estimator_loss(
         self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None
     ) -> ObjectiveOutput:
         """Stage 1: Σ weight · (the estimator's own loss). Pass detached features: only estimators should learn."""
-        estimates = self.estimate(features, products)
-        losses = {name: estimates[name].loss for name, _ in self._weights}
-        total = _weighted(losses.values(), self._of_terms)
-        return ObjectiveOutput(total, losses, {k: e.value for k, e in estimates.items()}, estimates)
+        found = self._estimate(features, products)
+        losses = found.losses()
+        return ObjectiveOutput(torch.dot(losses, self._arranged()(losses)), found)
 
     def model_loss(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None) -> ObjectiveOutput:
         """Stage 2: −Σ weight · expression, with gradients to the features."""
-        estimates = self.estimate(features, products)
-        losses, values = {}, {}
-        for name, parts, _ in self._sums:
-            value = sum(c * estimates[term].surrogate for term, c in parts)
-            losses[name] = -value
-            values[name] = value.detach()
-        total = _weighted(losses.values(), self._of_sums)
-        return ObjectiveOutput(total, losses, values, estimates)
-
-
-def _weighted(losses: Iterable[Tensor], weights: Tensor) -> Tensor:
-    return (torch.stack(list(losses)) * weights).sum()
+        found = self._estimate(features, products)
+        values = found.surrogates()
+        return ObjectiveOutput(torch.dot(values, self._stage2(values)), found, self._sums)
 
 
 def _terms(expressions: Sequence[Expression]) -> list[Term]:

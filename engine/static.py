@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -435,7 +435,7 @@ class StaticStep:
             rows = self._order.index_select(0, self.number)[0, : key[0]]
             features = {name: value.index_select(0, rows) for name, value in self._known.items()}
         output = self.step.stage1(features, self._take("stage1", key[0]))
-        self._add("stage1", output.values, key[0])
+        self._add("stage1", output.names, output.stacked_values, key[0])
         self.number.add_(1)
 
     def _stage2_batch(self, key: Key, information: bool) -> None:
@@ -457,9 +457,9 @@ class StaticStep:
         self.number.add_(1)
 
     def _add_output(self, output: StepOutput, size: int) -> None:
-        self._add("losses", {"loss": output.loss, "task": output.task}, size)
+        self._add("losses", ("loss", "task"), torch.stack([output.loss, output.task]), size)
         if output.information is not None:
-            self._add("information", output.information.values, size)
+            self._add("information", output.information.names, output.information.stacked_values, size)
 
     def stages(
         self, loader: Iterable, size: int, bank: FeatureBank, batch_size: int, fresh: bool = False
@@ -599,11 +599,10 @@ class StaticStep:
         with part("products"):
             return self._draws[stage].take(self.number[0], size)
 
-    def _add(self, name: str, values: Mapping[str, Tensor], weight: int) -> None:
-        vector = torch.stack(list(values.values())).float()
+    def _add(self, name: str, names: Sequence[str], values: Tensor, weight: int) -> None:
         if name not in self._totals:
-            self._totals[name] = list(values), torch.zeros_like(vector)
-        self._totals[name][1].add_(vector, alpha=weight)
+            self._totals[name] = list(names), torch.zeros_like(values, dtype=torch.float32)
+        self._totals[name][1].add_(values, alpha=weight)
 
     def _sums(self, name: str, count: int) -> Sums:
         """Sums of a pass, read from the device, which begin anew. Empty where nothing was added."""

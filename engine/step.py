@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from engine.static import Held, StaticStep
 
 StageOneFeatures = Literal["fresh", "cached", "bank"]
 Graphs = Literal["auto", "emulate", "off"] | bool
-Sums = Mapping[str, tuple[Tensor | float, int]]
+Sums = Mapping[str, tuple[float, int]]
 """{name: (sum over samples, samples)}."""
 
 
@@ -85,27 +85,32 @@ class StepOutput:
 
 
 class Average:
-    """Sample-weighted means of named 0-d tensors, read back once: a device need not wait at every step."""
+    """Sample-weighted means of named numbers. Tensors are read back once: a device need not wait at every step."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor | float] = {}
-        self.weights: dict[str, int] = {}
+        self._vectors: dict[tuple[str, ...], tuple[Tensor, int]] = {}
+        self._sums: dict[str, tuple[float, int]] = {}
 
-    def add(self, values: Mapping[str, Tensor], weight: int) -> None:
-        self.add_sums({name: (value.detach() * weight, weight) for name, value in values.items()})
+    def add(self, names: Sequence[str], values: Tensor, weight: int) -> None:
+        """Add one batch's values [names], which are means over `weight` samples."""
+        key = tuple(names)
+        total, seen = self._vectors.get(key, (0.0, 0))
+        self._vectors[key] = total + values.detach() * weight, seen + weight
 
-    def add_sums(self, sums: Mapping[str, tuple[Tensor | float, int]]) -> None:
-        """Add {name: (sum over samples, samples)}."""
+    def add_sums(self, sums: Sums) -> None:
         for name, (value, weight) in sums.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.weights[name] = self.weights.get(name, 0) + weight
+            total, seen = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + value, seen + weight
 
-    def taken(self) -> Sums:
-        """What `add_sums` takes."""
-        return {name: (value, self.weights[name]) for name, value in self.sums.items()}
+    def sums(self) -> Sums:
+        """What was added; waits for the device."""
+        for names, (total, weight) in self._vectors.items():
+            self.add_sums({name: (value, weight) for name, value in zip(names, total.tolist(), strict=True)})
+        self._vectors.clear()
+        return self._sums
 
     def result(self) -> dict[str, float]:
-        return {name: float(value) / self.weights[name] for name, value in self.sums.items()}
+        return {name: value / weight for name, (value, weight) in self.sums().items()}
 
 
 @dataclass
@@ -492,9 +497,9 @@ class TwoStageStep:
             if rows < self.objective.min_batch:
                 continue
             output = self.stage1(features, take(number, rows))
-            estimators.add(output.values, rows)
+            estimators.add(output.names, output.stacked_values, rows)
             on_batch("stage1", number)
-        return estimators.taken()
+        return estimators.sums()
 
     def _stage2_pass(
         self,
@@ -511,11 +516,11 @@ class TwoStageStep:
             products = take(number, len(target)) if use else None
             output = self.stage2(inputs, target, products, information=use)
             next_bank.store(index, output.features)
-            losses.add({"loss": output.loss, "task": output.task}, len(target))
+            losses.add(("loss", "task"), torch.stack([output.loss, output.task]), len(target))
             if output.information is not None:
-                information.add(output.information.values, len(target))
+                information.add(output.information.names, output.information.stacked_values, len(target))
             on_batch("stage2", number)
-        return losses.taken(), information.taken(), next_bank
+        return losses.sums(), information.sums(), next_bank
 
     def _check_finite(self, result: EpochResult) -> None:
         """What estimators see for themselves on a CPU is seen here, once an epoch, on a GPU and in compiled graphs."""
@@ -558,14 +563,14 @@ class TwoStageStep:
             use = bank is not None and len(target) >= self.objective.min_batch
             products = take(number, len(target)) if use else None
             output = self.evaluated(inputs, target, products, use)
-            losses.add({"loss": output.loss, "task": output.task}, len(target))
+            losses.add(("loss", "task"), torch.stack([output.loss, output.task]), len(target))
             if output.information is not None:
-                information.add(output.information.values, len(target))
+                information.add(output.information.names, output.information.stacked_values, len(target))
             predictions.append(output.prediction)
             targets.append(target)
             features.append(output.features)
         joined = {name: torch.cat([f[name] for f in features]) for name in features[0]}
-        return losses.taken(), information.taken(), joined, torch.cat(predictions), torch.cat(targets)
+        return losses.sums(), information.sums(), joined, torch.cat(predictions), torch.cat(targets)
 
     @torch.no_grad()
     def evaluated(

@@ -534,7 +534,7 @@ class _Trainer:
         checkpoint.load_into(self.model, state["model"], f"{where}: model")
         checkpoint.load_into(self.objective, state["objective"], f"{where}: objective")
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            _load_optimizer(optimizer, state["optimizers"][name], f"{where}: optimizer {name}")
             self.schedulers[name].load_state_dict(state["schedulers"][name])
         if self.step.average is not None:
             self.step.average.load_state_dict(state["average"])
@@ -589,6 +589,19 @@ def _rng_state() -> dict[str, Any]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], where: str) -> None:
+    own, saved = ([len(g["params"]) for g in s["param_groups"]] for s in (optimizer.state_dict(), state))
+    if own != saved:
+        raise CheckpointError(
+            where,
+            f"the state of {sum(saved)} parameters",
+            f"that of {sum(own)}",
+            "An older version of engine began this run: finish it with that version, or begin a new one. Its best model"
+            " can still be evaluated.",
+        )
+    optimizer.load_state_dict(state)
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:

@@ -343,7 +343,7 @@ def reference_state(command: str, seed: int = 0) -> tuple[dict[str, torch.Tensor
     torch.manual_seed(seed)
     model = build_model(config, 5, 7, text_encoder_from_config({"model_type": "bert"} | BERT)).eval()
     objective = mimrl_objective(config.objective, model.fused_dim, config.model.d_common)
-    state = {**model.state_dict(), **objective.state_dict()}
+    state = {**model.state_dict(), **objective.estimator_state()}
     return {f"module.{engine_to_reference(name)}": tensor for name, tensor in state.items()}, model
 
 
@@ -384,7 +384,7 @@ class TestImport:
         batch = small_batch()
         with torch.no_grad():
             assert torch.equal(run.model(batch).prediction, model(batch).prediction)
-        for key, tensor in run.objective.state_dict().items():
+        for key, tensor in run.objective.estimator_state().items():
             assert torch.equal(tensor, state[f"module.{engine_to_reference(key)}"]), key
         assert (run.config.text_encoder, run.config.mode) == (bert_folder, "faithful")
         assert json.loads((tmp_path / "run" / "text_encoder" / "config.json").read_text())["hidden_size"] == 32

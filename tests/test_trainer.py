@@ -258,6 +258,27 @@ def test_resume_can_train_longer_but_not_otherwise(config, tmp_path):
         trainer.train(changed(config, epochs=5, train={"lr": 1e-3}), tmp_path / "run", resume=True)
 
 
+def test_a_run_of_an_older_version_is_read_but_not_resumed(config, tmp_path):
+    """When every estimator had parameters of its own, a run's files named them one by one."""
+    trainer.train(changed(config, epochs=2), tmp_path / "run")
+    run = trainer.load_run(tmp_path / "run")
+    for name in ("best", "last"):
+        file = tmp_path / "run" / f"{name}.safetensors"
+        state, meta = checkpoint.load(file)
+        run.objective.load_state_dict(state["objective"])
+        state["objective"] = {k: v.clone() for k, v in run.objective.estimator_state().items()}
+        if name == "last":
+            parameters = [torch.zeros_like(v) for v in state["objective"].values()]
+            state["optimizers"]["estimators"] = torch.optim.Adam(parameters).state_dict()
+        checkpoint.save(file, state, meta)
+    old = trainer.load_run(tmp_path / "run")
+    for name, tensor in checkpoint.load(tmp_path / "run" / "best.safetensors")[0]["objective"].items():
+        assert torch.equal(old.objective.estimator_state()[name], tensor), name
+    with pytest.raises(CheckpointError, match=r"optimizer estimators.*128 parameters.*22.*older version") as caught:
+        trainer.train(changed(config, epochs=3), tmp_path / "run", resume=True)
+    assert "\n" not in str(caught.value)
+
+
 def test_evaluate_and_predict_give_the_runs_own_numbers(config, data, tmp_path):
     result = trainer.train(config, tmp_path / "run")
     found = trainer.evaluate(tmp_path / "run", data)

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from engine.errors import EstimatorError
-from engine.kernels.mi_bounds.op import infonce, mi_lower_bound
+from engine.kernels.mi_bounds.op import check_temperature, infonce, mi_lower_bound
 
 
 class InfoNCE(nn.Module):
@@ -22,7 +21,7 @@ class InfoNCE(nn.Module):
         cosine, symmetric, reduction: as for `infonce`.
 
     Raises:
-        EstimatorError: a temperature that is not positive; whatever `infonce` raises.
+        EstimatorError: a temperature that is not one positive number; whatever `infonce` raises.
     """
 
     def __init__(
@@ -35,8 +34,8 @@ class InfoNCE(nn.Module):
         reduction: str = "mean",
     ):
         super().__init__()
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise EstimatorError("InfoNCE", f"temperature {temperature}", "a positive number", "Give one such as 0.07.")
+        check_temperature("InfoNCE", temperature)
+        temperature = float(temperature)
         self.cosine, self.symmetric, self.reduction = cosine, symmetric, reduction
         self.fixed_temperature = temperature
         if learnable:

@@ -14,11 +14,10 @@ from engine.kernels.cmi import (
     mimrl_cmi,
     mimrl_log_ratio,
 )
-from engine.kernels.critics import mlp
-from engine.model.estimators import Estimate, build_mlp, finite, mlp_layers, or_zero, zero_with_gradients
+from engine.model.estimators import READINGS, Estimate, build_mlp, finite, or_zero, run_mlp, zero_with_gradients
 
 Rows = tuple[Tensor, Tensor, Tensor]
-ESTIMATORS = ("ldr", "dv", "nwj")
+ESTIMATORS = READINGS
 LAST_ACTIVATIONS = ("sigmoid", "hardtanh")
 
 
@@ -104,7 +103,7 @@ class CMIEstimator(nn.Module):
             )
         b = len(joint[0])
         rows = torch.cat([self._row(joint), self._row(product)])
-        logits = mlp(rows, mlp_layers(self.classifier))
+        logits = run_mlp(self.classifier, rows)
         if not finite(logits):
             return self._degenerate("non-finite logits", "finite logits", whole, product)
         with torch.autocast(logits.device.type, enabled=False):

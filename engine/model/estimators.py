@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import EstimatorError
-from engine.kernels.critics import ACTIVATIONS, concat_infonce, concat_scores, mlp, separate_scores
+from engine.kernels.critics import ACTIVATIONS, concat_infonce, concat_scores, mlp
 from engine.kernels.mi_bounds import BOUNDS, bound_value, mimrl_mine_loss, update_log_ema
+from engine.kernels.mi_bounds.reference import full_precision
 from engine.kernels.registry import is_static
 
 CRITICS = ("separate", "concat")
 BASELINES = ("constant", "unnormalized", "gaussian")
+
+READINGS = ("ldr", "dv", "nwj")
 
 MODULES = {"relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "leakyrelu": nn.LeakyReLU, "tanh": nn.Tanh}
 
@@ -38,6 +42,46 @@ class Estimate:
     surrogate: Tensor
     loss: Tensor
     details: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Estimates:
+    """Estimates of several terms from one batch, as vectors in the order of `names`; see `Estimate`.
+
+    Attributes:
+        names: of the n terms.
+        surrogate: [n].
+        loss: [n]; None where it is -surrogate.
+        readings: LDR, DV and NWJ of conditional terms, [3, n], detached.
+        details: of terms that were evaluated alone.
+    """
+
+    names: Sequence[str]
+    surrogate: Tensor
+    loss: Tensor | None = None
+    readings: Tensor | None = None
+    details: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, found: Mapping[str, Estimate]) -> Estimates:
+        """From estimates that were made one by one."""
+        return cls(
+            list(found),
+            torch.stack([e.surrogate for e in found.values()]),
+            torch.stack([e.loss for e in found.values()]),
+            details={name: e.details for name, e in found.items()},
+        )
+
+    def apart(self) -> dict[str, Estimate]:
+        """Every term's `Estimate`; its tensors are views of the vectors."""
+        loss = -self.surrogate if self.loss is None else self.loss
+        parts = zip(*(_entries(t) for t in (self.surrogate.detach(), self.surrogate, loss)), strict=True)
+        found = {name: Estimate(*of_one) for name, of_one in zip(self.names, parts, strict=True)}
+        for n, (name, estimate) in enumerate(found.items()):
+            if self.readings is not None:
+                estimate.details |= dict(zip(READINGS, _entries(self.readings[:, n]), strict=True))
+            estimate.details |= self.details.get(name, {})
+        return found
 
 
 class MIEstimator(nn.Module):
@@ -114,7 +158,7 @@ class MIEstimator(nn.Module):
                 x,
                 y,
             )
-        if self.critic.kind == "concat" and self.bound == "infonce":
+        if self.bound == "infonce" and self.critic.has_infonce:
             value = self.critic.infonce(x, y)
             if not finite(value):
                 return self._degenerate("non-finite scores", "finite scores", x, y)
@@ -204,13 +248,26 @@ class Critic(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x [B, dim_x], y [B, dim_y] -> [B, B]."""
         if self.kind == "separate":
-            return separate_scores(x, y, mlp_layers(self.g), mlp_layers(self.h), self.activation)
-        scores = concat_scores(x, y, mlp_layers(self.f), self.activation)
+            of_x, of_y = run_mlp(self.g, x, self.activation), run_mlp(self.h, y, self.activation)
+            with torch.autocast(x.device.type, enabled=False):
+                return of_y @ of_x.t()
+        layers = mlp_layers(self.f, self.activation)
+        if layers is not None:
+            scores = concat_scores(x, y, layers, self.activation)
+        else:
+            pairs = torch.cat([x.repeat(len(y), 1), y.repeat_interleave(len(x), 0)], 1)
+            scores = full_precision(self.f(pairs)).view(len(y), len(x))
         return scores.t() if self.transpose else scores
+
+    @property
+    def has_infonce(self) -> bool:
+        """Whether `infonce` applies: to the MLP of "concat", as it was built."""
+        return self.kind == "concat" and mlp_layers(self.f, self.activation) is not None
 
     def infonce(self, x: Tensor, y: Tensor) -> Tensor:
         """The InfoNCE bound of the scores of "concat", 0-d, without storing them; NaN if one is not finite."""
-        return concat_infonce(x, y, mlp_layers(self.f), self.activation, transpose=self.transpose)
+        layers = mlp_layers(self.f, self.activation)
+        return concat_infonce(x, y, layers, self.activation, transpose=self.transpose)
 
 
 class LogBaseline(nn.Module):
@@ -237,8 +294,8 @@ class LogBaseline(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         if self.kind == "unnormalized":
-            return mlp(y, mlp_layers(self.mlp), self.activation)
-        y = y if y.dtype == torch.float64 else y.float()
+            return run_mlp(self.mlp, y, self.activation)
+        y = full_precision(y)
         if self.kind == "gaussian":
             return -0.5 * (y.square() + math.log(2 * math.pi)).sum(1, keepdim=True)
         return y.new_zeros(len(y), 1)
@@ -265,9 +322,39 @@ def build_mlp(
     return nn.Sequential(*modules[:-1])
 
 
-def mlp_layers(sequential: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
-    """(weight, bias) of each linear layer, for the functions of `engine.kernels.critics`."""
-    return [(module.weight, module.bias) for module in sequential if isinstance(module, nn.Linear)]
+def mlp_layers(tower: nn.Module, activation: str = "relu") -> list[tuple[Tensor, Tensor]] | None:
+    """(weight, bias) of each linear layer, for the functions of `engine.kernels.critics`.
+
+    None where `tower` is not, or no longer, what `build_mlp` makes: another module or activation, one layer more, a
+    hook. Such a tower has to be called.
+    """
+    if type(tower) is not nn.Sequential or _has_hooks(tower):
+        return None
+    modules = list(tower)
+    linear, between = modules[::2], modules[1::2]
+    fits = len(linear) == len(between) + 1 and not any(_has_hooks(m) for m in modules)
+    fits = fits and all(type(m) is nn.Linear and m.bias is not None for m in linear)
+    if not (fits and all(type(m) is MODULES[activation] and _has_defaults(m) for m in between)):
+        return None
+    return [(m.weight, m.bias) for m in linear]
+
+
+def run_mlp(tower: nn.Module, x: Tensor, activation: str = "relu") -> Tensor:
+    """[B, d] -> [B, n], fp32 (fp64 for fp64): by the kernels' `mlp`, or by the module itself where it was changed."""
+    layers = mlp_layers(tower, activation)
+    return full_precision(tower(x)) if layers is None else mlp(x, layers, activation)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _has_defaults(activation: nn.Module) -> bool:
+    """Whether an activation's settings are those of `ACTIVATIONS`."""
+    defaults = {"negative_slope": 0.01, "alpha": 1.0, "approximate": "none"}
+    return all(getattr(activation, name, value) == value for name, value in defaults.items())
 
 
 def waits_for(tensor: Tensor) -> bool:
@@ -277,7 +364,12 @@ def waits_for(tensor: Tensor) -> bool:
 
 def finite(*tensors: Tensor) -> bool:
     """Whether all values are finite. True without a look where `waits_for` is not: a trainer then checks its means."""
-    return not waits_for(tensors[0]) or all(bool(t.isfinite().all()) for t in tensors)
+    return not waits_for(tensors[0]) or all(_all_finite(t.detach()) for t in tensors)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # one sum tells it; only a sum that overflows needs a second look
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def or_zero(tensor: Tensor, on_degenerate: str) -> Tensor:
@@ -287,9 +379,9 @@ def or_zero(tensor: Tensor, on_degenerate: str) -> Tensor:
     return torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor))
 
 
-def apart(x: Tensor) -> list[Tensor]:
+def _entries(vector: Tensor) -> list[Tensor]:
     """x[0], x[1], ...: views, or copies where torch.compile would have to return views of one tensor."""
-    parts = list(x.unbind())
+    parts = list(vector.unbind())
     return [part.clone() for part in parts] if torch.compiler.is_compiling() else parts
 
 

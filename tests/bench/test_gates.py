@@ -38,7 +38,7 @@ def test_faithful_mode_starts_as_the_baseline():
     text.dim = 384
     model = build_model(settings, 5, 20, text)
     objective = mimrl_objective(settings.objective, model.fused_dim, width)
-    ours = model.state_dict() | objective.state_dict()
+    ours = model.state_dict() | objective.estimator_state()
     expected = {k: v for part in compat.split_reference_state(theirs.state_dict())[:2] for k, v in part.items()}
     assert set(ours) == set(expected)
     for name, fresh in expected.items():

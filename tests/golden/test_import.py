@@ -61,7 +61,7 @@ def test_imported_checkpoint_predicts_as_the_reference(name, info, tmp_path, tex
     assert run.meta["epoch"] == 7
     assert run.config.mode == "faithful"
     assert any("LAST epoch" in note for note in notes)
-    stored = run.objective.state_dict()
+    stored = run.objective.estimator_state()
     assert len(stored) == sum("vmi_" in key or "vcmi_" in key for key in state)
 
 

@@ -80,15 +80,21 @@ class Replay:
         self.step = TwoStageStep(
             self.model, self.objective, losses.task_loss("MAE", 1), main, estimators, clip_value=sgd["clip_grad_value"]
         )
-        for module in (self.model, self.objective):
-            for name, parameter in module.named_parameters():
-                parameter.register_post_accumulate_grad_hook(self._keep(compat.engine_to_reference(name)))
+        for name, parameter in self.model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(self._keep(compat.engine_to_reference(name)))
+        for parameter in self.objective.parameters():
+            parameter.register_post_accumulate_grad_hook(self._keep_estimators)
 
     def _keep(self, name: str):
         def hook(parameter: nn.Parameter) -> None:
             self.gradients[name] = parameter.grad.clone()  # before clipping
 
         return hook
+
+    def _keep_estimators(self, _: nn.Parameter) -> None:
+        for name, gradient in self.objective.estimator_state(grads=True).items():
+            if gradient is not None:
+                self.gradients[compat.engine_to_reference(name)] = gradient.clone()
 
 
 @cases("model_")

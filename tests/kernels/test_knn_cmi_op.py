@@ -17,7 +17,7 @@ from engine.kernels.knn_product import reference as knn_reference
 from engine.kernels.knn_product.op import Line, Space
 from engine.kernels.registry import use_backend
 from engine.model.cmi import CMIEstimator
-from engine.model.grouped_cmi import GroupedCMI
+from engine.model.groups import CMIGroup
 from engine.objective import Term, mimrl_objective
 
 TERMS = [
@@ -386,17 +386,20 @@ def test_classifiers_say_what_does_not_fit():
 
 
 def grouped(compat: str, **settings):
+    """MIMRL's classifiers: the group in an objective, and each as a module of its own."""
     torch.manual_seed(0)
     objective = mimrl_objective(ObjectiveConfig(compat=compat, k_neighbor=2, hidden=32, **settings), 16, 16)
-    estimators = {str(t): objective.estimators[t.key] for t in TERMS}
-    return objective, GroupedCMI(estimators, {str(t): (t.x, t.y, t.given) for t in TERMS})
+    (group,) = [g for g in objective.estimators.groups if isinstance(g, CMIGroup)]
+    return group, {t.key: group.copy_of(t.key) for t in TERMS}
 
 
-def one_by_one(objective, rows, products):
-    return {
-        str(t): objective.estimators[t.key]((rows[t.x], rows[t.y], rows[t.given]), tuple(products[str(t)]))
-        for t in TERMS
-    }
+def one_by_one(modules, rows, products):
+    return {t.key: modules[t.key]((rows[t.x], rows[t.y], rows[t.given]), tuple(products[t.key])) for t in TERMS}
+
+
+def drawn(batch: int):
+    products = ProductSampler(Bank(features()), 2, ("C",)).draw(TERMS, batch, seeded(1))
+    return {t.key: products[str(t)] for t in TERMS}
 
 
 @pytest.mark.parametrize("batch", [64, 33])
@@ -413,22 +416,19 @@ def one_by_one(objective, rows, products):
 def test_grouped_estimators_are_the_estimators(settings, batch):
     """Values, losses, details; stage-1 gradients of parameters, stage-2 gradients of features."""
     settings = {"compat": "none"} | settings
-    objective, group = grouped(**settings)
-    assert group.groups == [[str(t) for t in TERMS]]
-    names = list(objective.state_dict())
-    products = ProductSampler(Bank(features()), 2, ("C",)).draw(TERMS, batch, seeded(1))
+    group, modules = grouped(**settings)
+    assert group.names == [t.key for t in TERMS] and len(list(group.parameters())) == 8
+    products = drawn(batch)
     for stage in (1, 2):
-        results = []
-        for function in (lambda rows: one_by_one(objective, rows, products), lambda rows: group(rows, products)):
-            rows = {n: v[:batch].clone().requires_grad_(stage == 2) for n, v in features().items()}
-            objective.zero_grad()
-            objective.requires_grad_(stage == 1)
-            found = function(rows)
-            sum(e.loss if stage == 1 else e.surrogate for e in found.values()).backward()
-            grads = [p.grad.clone() for p in objective.estimators.parameters() if p.grad is not None]
-            results.append((found, grads if stage == 1 else [rows[n].grad for n in "TAVC"]))
-        (expected, expected_grads), (found, grads) = results
-        assert list(found) == list(expected) and len(grads) == len(expected_grads) > 0
+        rows = {n: v[:batch].clone().requires_grad_(stage == 2) for n, v in features().items()}
+        others = {n: v[:batch].clone().requires_grad_(stage == 2) for n, v in features().items()}
+        for module in (group, *modules.values()):
+            module.zero_grad()
+            module.requires_grad_(stage == 1)
+        found, expected = group(rows, products).apart(), one_by_one(modules, others, products)
+        for result in (found, expected):
+            sum(e.loss if stage == 1 else e.surrogate for e in result.values()).backward()
+        assert list(found) == list(expected)
         for name, estimate in expected.items():
             assert not found[name].value.requires_grad and torch.equal(found[name].value, found[name].surrogate)
             for what in ("value", "loss"):
@@ -438,65 +438,69 @@ def test_grouped_estimators_are_the_estimators(settings, batch):
                 torch.testing.assert_close(
                     found[name].details[reading], estimate.details[reading], rtol=1e-4, atol=1e-5
                 )
-        for a, b in zip(grads, expected_grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    assert list(objective.state_dict()) == names
+        if stage == 2:
+            for name in "TAVC":
+                torch.testing.assert_close(rows[name].grad, others[name].grad, rtol=1e-3, atol=1e-5)
+            assert all(p.grad is None for p in group.parameters())
+            continue
+        for name, module in modules.items():
+            gradients = group.tensors(name, grads=True)
+            for part, p in module.named_parameters():
+                torch.testing.assert_close(gradients[part], p.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_training_and_loading_through_the_group():
-    """An optimizer made before grouping moves the grouped weights; a loaded state and a copy are taken up."""
-    objective, group = grouped("none")
-    optimizer = torch.optim.Adam(objective.parameters(), lr=1e-2)
-    rows = {n: v[:64] for n, v in features().items()}
-    products = ProductSampler(Bank(features()), 2, ("C",)).draw(TERMS, 64, seeded(1))
-    before = copy.deepcopy(objective.state_dict())
+    group, _ = grouped("none")
+    optimizer = torch.optim.Adam(group.parameters(), lr=1e-2)
+    rows, products = {n: v[:64] for n, v in features().items()}, drawn(64)
+    before = copy.deepcopy(group.state_dict())
     losses = []
     for _ in range(5):
-        loss = sum(e.loss for e in group(rows, products).values())
+        loss = group(rows, products).loss.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    objective.load_state_dict(before)
-    assert sum(e.loss for e in group(rows, products).values()).item() == pytest.approx(losses[0], rel=1e-5)
+    group.load_state_dict(before)
+    assert group(rows, products).loss.sum().item() == pytest.approx(losses[0], rel=1e-5)
     with torch.no_grad():
-        for p in objective.parameters():
-            p.data = p.data.clone()  # as moving to another device does
-        objective.estimators["TA_C"].classifier[6].bias += 1
-    expected = one_by_one(objective, rows, products)
-    found = group(rows, products)
-    for name in found:
-        torch.testing.assert_close(found[name].value, expected[name].value, rtol=1e-4, atol=1e-5)
+        group.tensors("TA_C")["classifier.6.bias"].add_(1)
+    expected = one_by_one({name: group.copy_of(name) for name in group.names}, rows, products)
+    for name, estimate in group(rows, products).apart().items():
+        torch.testing.assert_close(estimate.value, expected[name].value, rtol=1e-4, atol=1e-5)
 
 
-def test_other_estimators_run_one_by_one():
+def test_only_equal_estimators_form_a_group():
+    alike = [CMIGroup.alike(e) for e in (CMIEstimator(4, 8), CMIEstimator(4, 9), CMIEstimator(4, 8))]
+    assert alike[0] == alike[2] != alike[1] and alike[0] != CMIGroup.alike(CMIEstimator(4, 8, "dv"))
+    changed = CMIEstimator(4, 8)
+    changed.classifier.append(torch.nn.Tanh())
+    assert CMIGroup.alike(changed) is None
+
+
+def test_product_rows_that_differ_in_number():
     torch.manual_seed(0)
-    estimators = {
-        "a": CMIEstimator(4, 8),
-        "b": CMIEstimator(4, 9),
-        "c": CMIEstimator(4, 8),
-        "d": CMIEstimator(4, 8, "dv"),
-    }
-    triples = dict.fromkeys(estimators, ("x", "y", "z"))
-    group = GroupedCMI(estimators, triples)
-    assert group.groups == [["a", "c"]]
+    estimators = {n: CMIEstimator(4, 8) for n in "ab"}
+    group = CMIGroup(estimators, dict.fromkeys("ab", ("x", "y", "z")))
     joint = {n: torch.randn(6, 4, generator=seeded(ord(n))) for n in "xyz"}
-    product = tuple(torch.randn(4, 4, generator=seeded(i)) for i in range(3))
-    found = group(joint, dict.fromkeys(estimators, product))
-    for name, estimator in estimators.items():
-        expected = estimator(tuple(joint.values()), product)
-        torch.testing.assert_close(found[name].value, expected.value)
-        torch.testing.assert_close(found[name].loss, expected.loss)
+    products = {
+        name: tuple(torch.randn(n, 4, generator=seeded(i)) for i in range(3)) for name, n in (("a", 4), ("b", 3))
+    }
+    for name, estimate in group(joint, products).apart().items():
+        expected = estimators[name](tuple(joint.values()), products[name])
+        torch.testing.assert_close(estimate.value, expected.value)
+        torch.testing.assert_close(estimate.loss, expected.loss)
 
 
 def test_product_rows_with_gradients_get_them():
     torch.manual_seed(0)
-    group = GroupedCMI({n: CMIEstimator(4, 8, "dv") for n in "ab"}, dict.fromkeys("ab", ("x", "y", "z")))
+    group = CMIGroup({n: CMIEstimator(4, 8, "dv") for n in "ab"}, dict.fromkeys("ab", ("x", "y", "z")))
     joint = {n: torch.randn(6, 4) for n in "xyz"}
     product = tuple(torch.randn(4, 4, requires_grad=True) for _ in range(3))
-    sum(e.surrogate for e in group(joint, dict.fromkeys("ab", product)).values()).backward()
+    group(joint, dict.fromkeys("ab", product)).surrogate.sum().backward()
     assert all(part.grad.abs().sum() > 0 for part in product)
+    assert all(p.grad is not None for p in group.parameters())
 
 
 @pytest.mark.parametrize("on_degenerate", ["raise", "skip"])
@@ -504,7 +508,7 @@ def test_product_rows_with_gradients_get_them():
 def test_degenerate_batches_as_the_estimators_have_it(case, on_degenerate):
     torch.manual_seed(0)
     estimators = {n: CMIEstimator(4, 8, on_degenerate=on_degenerate) for n in "ab"}
-    group = GroupedCMI(estimators, {"a": ("x", "y", "z"), "b": ("y", "x", "z")})
+    group = CMIGroup(estimators, {"a": ("x", "y", "z"), "b": ("y", "x", "z")})
     joint = {n: torch.randn(1 if case == "one row" else 6, 4) for n in "xyz"}
     if case == "NaN":
         joint["x"][0, 0] = math.nan
@@ -513,27 +517,23 @@ def test_degenerate_batches_as_the_estimators_have_it(case, on_degenerate):
         with pytest.raises(EstimatorError):
             group(joint, dict.fromkeys("ab", product))
     else:
-        found = group(joint, dict.fromkeys("ab", product))
+        found = group(joint, dict.fromkeys("ab", product)).apart()
         assert all(e.details["skipped"] == 1 and e.loss == 0 for e in found.values())
 
 
 def test_autocast_is_kept_out():
-    objective, group = grouped("none")
-    rows = {n: v[:64] for n, v in features().items()}
-    products = ProductSampler(Bank(features()), 2, ("C",)).draw(TERMS, 64, seeded(1))
+    group, _ = grouped("none")
+    rows, products = {n: v[:64] for n, v in features().items()}, drawn(64)
     expected = group(rows, products)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = group(rows, products)
-    assert all(torch.equal(found[n].loss, expected[n].loss) for n in found)
-    assert len(objective.terms) == 11
+    assert torch.equal(found.loss, expected.loss)
 
 
 def test_reference_backend_agrees():
-    _, group = grouped("none")
-    rows = {n: v[:64] for n, v in features().items()}
-    products = ProductSampler(Bank(features()), 2, ("C",)).draw(TERMS, 64, seeded(1))
+    group, _ = grouped("none")
+    rows, products = {n: v[:64] for n, v in features().items()}, drawn(64)
     found = group(rows, products)
     with use_backend("reference"):
-        for name, estimate in group(rows, products).items():
-            torch.testing.assert_close(found[name].value, estimate.value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.surrogate, group(rows, products).surrogate, rtol=1e-4, atol=1e-5)
     assert reference.LOGIT_LIMIT > 9

@@ -36,7 +36,8 @@ def test_classifier_runs_once_over_all_rows(monkeypatch):
     import engine.model.cmi as module
 
     calls = []
-    monkeypatch.setattr(module, "mlp", lambda x, layers, run=module.mlp: calls.append(len(x)) or run(x, layers))
+    run = module.run_mlp
+    monkeypatch.setattr(module, "run_mlp", lambda tower, x: calls.append(len(x)) or run(tower, x))
     estimator()(rows(6), rows(4, seed=1))
     assert calls == [10]
 

@@ -88,51 +88,25 @@ def grouped_infonce(
         )  # fmt: skip
     if _backend(inputs[0], "critics_mlp_forward", activation) != "cpu":
         embedded = grouped_mlp(inputs, first, rest, activation)
-        q, k = embedded[list(rows)], embedded[list(columns)]
+        q, k = entries(embedded, rows), entries(embedded, columns)
         found = infonce(q, k)
         return log_size(q.shape[1], found) - found
-    return _grouped_infonce(inputs, [*_flat(first), *_flat(rest)], list(rows), list(columns), None)
-
-
-def grouped_infonce_of_parts(
-    inputs: Sequence[Tensor],
-    stacks: Sequence[Tensor],
-    parts: Sequence[Tensor],
-    rows: list[int],
-    columns: list[int],
-) -> Tensor:
-    """`grouped_infonce` on the CPU, where the gradients are wanted of the entries of `first` and `rest`.
-
-    Saves what making one tensor of many parameters, and many gradients of one, costs in a small step. Nothing is
-    checked.
-
-    Args:
-        inputs: [B, d_i] each, of the stacks' dtype, contiguous.
-        stacks: weight, bias, weight, bias, ... of `first`, then of `rest`, contiguous and without gradients.
-        parts: the stacks' entries in their order; they share the stacks' memory.
-        rows, columns: lists, as for `grouped_infonce`.
-
-    Returns:
-        [G], in nats, of the stacks' dtype. NaN where a score is not finite.
-    """
-    return _grouped_infonce(inputs, stacks, rows, columns, parts)
-
-
-def _grouped_infonce(
-    inputs: Sequence[Tensor],
-    stacks: Sequence[Tensor],
-    rows: list[int],
-    columns: list[int],
-    parts: Sequence[Tensor] | None,
-) -> Tensor:
-    leaves, log_rows = stacks if parts is None else parts, log_size(len(inputs[0]), inputs[0])
+    stacks, log_rows = [*_flat(first), *_flat(rest)], log_size(len(inputs[0]), inputs[0])
+    rows, columns, split = list(rows), list(columns), 2 * len(inputs)
     with torch.autocast(inputs[0].device.type, enabled=False):
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *leaves)):
-            own = None if parts is None else stacks
-            return log_rows - _GroupedInfoNCE.apply(len(inputs), rows, columns, own, *inputs, *leaves)
-        split = 2 * len(inputs)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *stacks)):
+            return log_rows - _GroupedInfoNCE.apply(len(inputs), rows, columns, *inputs, *stacks)
         arguments = inputs[0], inputs[1:], stacks[:split], stacks[split:], rows, columns, False
         return log_rows - call("critics_grouped_infonce", *arguments)[0]
+
+
+def entries(stack: Tensor, numbers: Sequence[int]) -> Tensor:
+    """stack[numbers]. A list as an index would be copied to the device: neighbours are a view, others one launch."""
+    first = numbers[0]
+    if list(numbers) == list(range(first, first + len(numbers))):
+        return stack[first : first + len(numbers)]
+    parts = stack.unbind()
+    return torch.stack([parts[n] for n in numbers])
 
 
 def concat_scores(x: Tensor, y: Tensor, layers: Layers, activation: str = "relu") -> Tensor:
@@ -220,40 +194,27 @@ class _GroupedMLP(torch.autograd.Function):
 
 
 class _GroupedInfoNCE(torch.autograd.Function):
-    """Mean losses; the gradients of the embeddings are computed forward.
-
-    `leaves`: the stacks, or with `stacks` their entries.
-    """
+    """Mean losses; the gradients of the embeddings are computed forward."""
 
     @staticmethod
-    def forward(ctx, count, q, k, stacks, *tensors):
-        inputs, leaves = tensors[:count], tensors[count:]
-        ctx.count, ctx.numbers, ctx.stacks = count, (q, k), stacks
-        stacks = leaves if stacks is None else stacks
-        losses, state = call(
-            "critics_grouped_infonce", inputs[0], inputs[1:], stacks[: 2 * count], stacks[2 * count :], q, k, True
-        )
-        # entries of stacks are not read in backward, but checked: one that changed since makes the gradient wrong
-        ctx.save_for_backward(state, *inputs, *(leaves[::2] if ctx.stacks is None else leaves))
+    def forward(ctx, count, q, k, *tensors):
+        inputs, first, rest = tensors[:count], tensors[count : 3 * count], tensors[3 * count :]
+        losses, state = call("critics_grouped_infonce", inputs[0], inputs[1:], first, rest, q, k, True)
+        ctx.count, ctx.numbers = count, (q, k)
+        ctx.save_for_backward(state, *inputs, *first[::2], *rest[::2])
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        count, needs = ctx.count, ctx.needs_input_grad[4:]
+        count, needs = ctx.count, ctx.needs_input_grad[3:]
         state, *saved = ctx.saved_tensors
-        inputs, leaves = saved[:count], saved[count:]
-        weights = leaves if ctx.stacks is None else ctx.stacks[::2]
-        first, rest = weights[:count], weights[count:]
+        inputs, first, rest = saved[:count], saved[count : 2 * count], saved[2 * count :]
         wanted = any(needs[:count]), any(needs[count:])
         arguments = (grad.contiguous(), inputs, first, rest, state, *ctx.numbers, *wanted)
         with torch.autocast(grad.device.type, enabled=False):
             found = call("critics_grouped_infonce_backward", *arguments)
-        pieces = _grouped_pieces(found, inputs, weights, wanted)
-        if ctx.stacks is not None:
-            of_leaves = [part for piece in pieces[count:] for part in piece.unbind()] if wanted[1] else []
-            pieces = [*pieces[:count], *(of_leaves or [None] * len(leaves))]
-        return None, None, None, None, *pieces
+        return None, None, None, *_grouped_pieces(found, inputs, (*first, *rest), wanted)
 
 
 class _ConcatScores(torch.autograd.Function):

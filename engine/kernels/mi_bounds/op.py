@@ -49,7 +49,7 @@ def infonce(
     Args:
         q: [B, d] or [G, B, d]: G losses at once.
         k: [M, d] or [G, M, d], M >= B; row i of k is the positive of row i of q, the others are its negatives.
-        temperature: float, or a positive 0-d tensor, which receives its gradient.
+        temperature: positive: float, or a tensor of one element, which receives its gradient.
         cosine: scale q, k and negatives to length 1 first.
         symmetric: mean of the losses of q against k and of k against q; M = B, without the next three.
         negatives: [M', d] (or [G, M', d]): further keys, such as a queue. They receive gradients if they need them.
@@ -128,7 +128,7 @@ def mi_lower_bound(
         log_baseline: log a(y_i), [B], [B, 1] or with groups before; 0 if None. `tuba` and `interpolate` use it.
         alpha: interpolate: weight in [0, 1] of the multi-sample baseline.
         smile_tau: smile: scores are clipped to ±tau in the partition function.
-        temperature: of embeddings; float, or a positive 0-d tensor, which receives its gradient.
+        temperature: of embeddings; positive: float, or a tensor of one element, which receives its gradient.
         log_ema: mine: 0-d or [G], log of the moving average of mean e^S before this batch, -inf to begin it. Without it
             mine has the gradient of dv.
         ema_rate: mine: weight of this batch in the moving average.
@@ -362,11 +362,27 @@ def _prepare(where: str, q: Tensor, k: Tensor, temperature: float | Tensor) -> t
     # products of 16-bit embeddings are exact in fp32; the CPU has nothing to gain from 16 bits
     dtype = exact if q.device.type == "cpu" and not interpreting() else dtype
     q, k = q.to(dtype), k.to(dtype)
+    check_temperature(where, temperature)
     if isinstance(temperature, Tensor):
-        scale = 1 / temperature.to(device=q.device, dtype=exact)
+        scale = 1 / temperature.reshape(()).to(device=q.device, dtype=exact)
     else:
         scale = torch.full((), 1 / temperature, dtype=exact, device=q.device)
     return (q, k, scale) if q.dim() == 3 else (q[None], k[None], scale)
+
+
+def check_temperature(where: str, temperature: float | Tensor) -> None:
+    """Refuse what is not one positive number. The value of a tensor on a GPU, or in a graph, is not looked at."""
+    tensor = isinstance(temperature, Tensor)
+    wrong = f"a temperature of shape {list(temperature.shape)}" if tensor and temperature.numel() != 1 else None
+    if wrong is None and not (tensor and (torch.compiler.is_compiling() or not _is_on_host(temperature))):
+        value = float(temperature.detach() if tensor else temperature)
+        wrong = None if 0 < value < math.inf else f"temperature {value}"
+    if wrong is not None:
+        raise EstimatorError(where, wrong, "one positive number", "Give one such as 0.07.")
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def _shapes(where: str, q: Tensor, k: Tensor, expected: str) -> EstimatorError:

@@ -1,0 +1,316 @@
+"""Estimators of one shape as one module: every layer of all of them is one parameter, [N, out, in].
+
+A group costs a few large products in place of many small ones, and an optimiser sees a few large tensors in place of
+many small ones. The kernels take the parameters as they are: nothing is copied or put together in a step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.kernels.cmi.op import classifier_logits, cmi
+from engine.kernels.cmi.reference import cmi_values, mimrl_classifier_loss, mimrl_cmi, mimrl_log_ratio
+from engine.kernels.critics.op import entries, grouped_infonce, grouped_mlp
+from engine.kernels.knn_product.op import ProductRows
+from engine.kernels.mi_bounds.op import mi_lower_bound
+from engine.model.cmi import CMIEstimator
+from engine.model.estimators import READINGS, Estimate, Estimates, MIEstimator, finite, mlp_layers, or_zero
+
+Rows = Sequence[Tensor]
+
+# What compat="mimrl" computes in another way than the corrected bounds.
+DIFFERENT_IN_MIMRL = ("mine", "js", "smile", "interpolate")
+
+
+class StackedLinear(nn.Module):
+    """One linear layer of N MLPs: `weight` [N, out, in] and `bias` [N, out]."""
+
+    def __init__(self, layers: Sequence[nn.Linear]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]))
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]))
+
+
+class Group(nn.Module):
+    """Several estimators of one shape and one setting, evaluated together. `MIGroup` and `CMIGroup` say how.
+
+    A batch on which they cannot run together (a degenerate one, for instance) is given to one after the other, so that
+    results and errors are always those of the estimators themselves.
+
+    Args:
+        estimators: by name; their values are copied.
+        features: for every estimator the names of the features that it reads.
+    """
+
+    def __init__(self, estimators: Mapping[str, nn.Module], features: Mapping[str, tuple[str, ...]]):
+        super().__init__()
+        self.names = list(estimators)
+        self.features = [tuple(features[name]) for name in self.names]
+        # What each estimator is apart from its values. In a dict, so that they are not registered as submodules.
+        self._templates = {name: copy.deepcopy(estimator).to("meta") for name, estimator in estimators.items()}
+        # For each parameter and buffer of the group what its entries are: (estimator, name in the estimator).
+        self._entries: dict[str, list[tuple[str, str]]] = {}
+
+    def _stack(self, name: str, layers: Sequence[tuple[str, str, nn.Linear]]) -> StackedLinear:
+        """`layers`: (estimator, name in the estimator, the layer). `name`: of the stack in the group."""
+        for kind in ("weight", "bias"):
+            self._entries[f"{name}.{kind}"] = [(estimator, f"{path}.{kind}") for estimator, path, _ in layers]
+        return StackedLinear([layer for _, _, layer in layers])
+
+    @property
+    def example(self) -> Any:
+        """One of the estimators, without values: their settings are the same."""
+        return self._templates[self.names[0]]
+
+    # -- one estimator's part ----------------------------------------------------------------------
+
+    def tensors(self, name: str, grads: bool = False) -> dict[str, Tensor | None]:
+        """One estimator's parameters and buffers under their names in it, as views; or views of their gradients."""
+        own = dict(self.named_buffers()) | dict(self.named_parameters())
+        if grads:
+            own = {stack: t.grad if isinstance(t, nn.Parameter) else None for stack, t in own.items()}
+        found: dict[str, Tensor | None] = {}
+        for stack, members in self._entries.items():
+            whole = own[stack]
+            for n, (estimator, part) in enumerate(members):
+                if estimator == name:
+                    found[part] = None if whole is None else whole[n]
+        return {part: found[part] for part in self._templates[name].state_dict()}
+
+    def template(self, name: str) -> nn.Module:
+        """One estimator without values."""
+        return self._templates[name].train(self.training)
+
+    def copy_of(self, name: str) -> nn.Module:
+        """One estimator as a module of its own, with a copy of its values."""
+        found = copy.deepcopy(self.template(name))
+        found.load_state_dict({part: t.detach().clone() for part, t in self.tensors(name).items()}, assign=True)
+        learns = next(self.parameters()).requires_grad
+        return found.requires_grad_(learns)
+
+    def run(self, name: str, *arguments: Any) -> Estimate:
+        """One estimator's estimate; its gradients reach the group's parameters."""
+        return torch.func.functional_call(self.template(name), self.tensors(name), arguments)
+
+    def one_by_one(self, arguments: Mapping[str, tuple[Any, ...]]) -> Estimates:
+        return Estimates.of({name: self.run(name, *arguments[name]) for name in self.names})
+
+    def restack(self, state: dict[str, Tensor], parts: str, prefix: str, absent: Iterable[str] = ()) -> None:
+        """Put the tensors of single estimators in a state dict together as this group has them.
+
+        Args:
+            state: changed in place; what is incomplete or misshapen is left as it is.
+            parts: what comes before the estimators' names in it.
+            prefix: what comes before the names of the group's own tensors.
+            absent: estimators whose values are taken from the group itself.
+        """
+        own = self.state_dict()
+        for stack, members in self._entries.items():
+            names = [f"{parts}{estimator}.{part}" for estimator, part in members]
+            given = [n for n, (estimator, _) in zip(names, members, strict=True) if estimator not in absent]
+            if not all(n in state and state[n].shape == own[stack].shape[1:] for n in given):
+                continue
+            found = [state.pop(n) if n in given else own[stack][i] for i, n in enumerate(names)]
+            state[f"{prefix}{stack}"] = torch.stack([t.to(found[0]) for t in found])
+
+
+class MIGroup(Group):
+    """`MIEstimator`s with separate critics: all towers at once.
+
+    They run together if they have ReLU, a constant baseline and equal settings and widths of hidden layers; widths of
+    x and y may differ. See `alike`.
+
+    Parameters: `first.{i}`, the first layers of the towers that read the i-th feature; `rest.{l}`, the further layers
+    of all towers, in the order of `first`. MINE: buffer `log_ema`, [estimators].
+    """
+
+    def __init__(self, estimators: Mapping[str, MIEstimator], features: Mapping[str, tuple[str, str]]):
+        super().__init__(estimators, features)
+        self.sources = list(dict.fromkeys(source for read in self.features for source in read))
+        towers = [
+            (source, name, which)
+            for source in self.sources
+            for name, read in zip(self.names, self.features, strict=True)
+            for which, of_tower in zip("gh", read, strict=True)
+            if of_tower == source
+        ]
+        # places of the towers of y, and of x, in the order of the estimators
+        order = [tower[1:] for tower in towers]
+        self.rows, self.columns = ([order.index((name, which)) for name in self.names] for which in "hg")
+        linear = {
+            tower: [(f"critic.{tower[2]}.{n}", m) for n, m in enumerate(modules) if isinstance(m, nn.Linear)]
+            for tower in towers
+            for modules in [getattr(estimators[tower[1]].critic, tower[2])]
+        }
+
+        def layer(level: int, of: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, nn.Linear]]:
+            return [(tower[1], *linear[tower][level]) for tower in of]
+
+        reading = [[tower for tower in towers if tower[0] == source] for source in self.sources]
+        self.first = nn.ModuleList(self._stack(f"first.{i}", layer(0, of)) for i, of in enumerate(reading))
+        levels = range(1, len(linear[towers[0]]))
+        self.rest = nn.ModuleList(self._stack(f"rest.{level - 1}", layer(level, towers)) for level in levels)
+        if hasattr(self.example, "log_ema"):
+            self.register_buffer("log_ema", torch.stack([e.log_ema for e in estimators.values()]))
+            self._entries["log_ema"] = [(name, "log_ema") for name in self.names]
+
+    @staticmethod
+    def alike(estimator: MIEstimator) -> tuple | None:
+        """Equal for estimators that can form a group; None for those that cannot."""
+        e = estimator
+        if e.critic.kind != "separate" or e.critic.activation != "relu" or e.baseline.kind != "constant":
+            return None
+        if e.compat == "mimrl" and e.bound in DIFFERENT_IN_MIMRL:
+            return None
+        towers = [mlp_layers(tower) for tower in (e.critic.g, e.critic.h)]
+        if None in towers:
+            return None
+        of_g, of_h = ([(len(layers[0][0]), *(w.shape for w, _ in layers[1:]))] for layers in towers)
+        if of_g != of_h:
+            return None
+        return (e.bound, e.compat, e.alpha, e.smile_tau, e.ema_rate, e.on_degenerate, *of_g)
+
+    def arguments(self, features: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """What each estimator is called with."""
+        return {name: (features[x], features[y]) for name, (x, y) in zip(self.names, self.features, strict=True)}
+
+    def forward(self, features: Mapping[str, Tensor]) -> Estimates:
+        """features [B, width] each -> all estimates.
+
+        Raises:
+            EstimatorError: as the estimators do.
+        """
+        inputs = [features[source] for source in self.sources]
+        value = self._together(inputs) if self._fits(inputs) else None
+        if value is None:
+            found = self.one_by_one(self.arguments(features))
+            found.loss = None  # -surrogate, as of all estimators that can form a group
+            return found
+        return Estimates(self.names, or_zero(value, self.example.on_degenerate))
+
+    def _fits(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether the batch is one that the estimators accept; if not, they say themselves what is wrong."""
+        rows, widths = len(inputs[0]), [layer.weight.shape[2] for layer in self.first]
+        return rows >= 2 and all(x.shape == (rows, width) for x, width in zip(inputs, widths, strict=True))
+
+    def _together(self, inputs: Sequence[Tensor]) -> Tensor | None:
+        """Values [estimators]; None where one of the estimators has something to say about the batch."""
+        first, rest = ([(layer.weight, layer.bias) for layer in layers] for layers in (self.first, self.rest))
+        e = self.example
+        if e.bound == "infonce":
+            value = grouped_infonce(inputs, first, rest, self.rows, self.columns)
+            return value if finite(value) else None
+        embedded = grouped_mlp(inputs, first, rest)
+        q, k = entries(embedded, self.rows), entries(embedded, self.columns)
+        settings = {"bound": e.bound, "alpha": e.alpha, "smile_tau": e.smile_tau}
+        log_ema = None
+        if e.bound == "mine":
+            value, log_ema = mi_lower_bound(q, k, log_ema=self.log_ema, ema_rate=e.ema_rate, **settings)
+        else:
+            value = mi_lower_bound(q, k, **settings)
+        # A non-finite score leaves no bound finite, except where a formula cuts it off: those look at the embeddings.
+        if not finite(value, embedded):
+            return None
+        if log_ema is not None and self.training:
+            self.log_ema.copy_(log_ema.detach())
+        return value
+
+
+class CMIGroup(Group):
+    """`CMIEstimator`s of equal dim, hidden width and settings: all classifiers at once. See `alike`.
+
+    One by one run all of them where product rows require gradients or differ in number.
+
+    Parameters: `layers.{l}`, the l-th layer of all classifiers.
+    """
+
+    def __init__(self, estimators: Mapping[str, CMIEstimator], features: Mapping[str, tuple[str, str, str]]):
+        super().__init__(estimators, features)
+        self.sources = list(dict.fromkeys(source for read in self.features for source in read))
+        self.slots = [tuple(self.sources.index(source) for source in read) for read in self.features]
+        places = [n for n, m in enumerate(self.example.classifier) if isinstance(m, nn.Linear)]
+        self.layers = nn.ModuleList(
+            self._stack(
+                f"layers.{level}",
+                [(name, f"classifier.{n}", e.classifier[n]) for name, e in estimators.items()],
+            )
+            for level, n in enumerate(places)
+        )
+
+    @staticmethod
+    def alike(estimator: CMIEstimator) -> tuple | None:
+        """Equal for estimators that can form a group; None for those that cannot."""
+        e, layers = estimator, mlp_layers(estimator.classifier)
+        if layers is None:
+            return None
+        return (e.dim, e.estimator, e.compat, e.last_activate, e.on_degenerate, *(w.shape for w, _ in layers))
+
+    def arguments(self, features: Mapping[str, Tensor], products: Mapping[str, Rows]) -> dict[str, tuple[Rows, Rows]]:
+        """What each estimator is called with."""
+        return {
+            name: (tuple(features[f] for f in read), tuple(products[name]))
+            for name, read in zip(self.names, self.features, strict=True)
+        }
+
+    def forward(self, features: Mapping[str, Tensor], products: Mapping[str, Rows]) -> Estimates:
+        """All estimates.
+
+        Args:
+            features: [B, width] each, of the joint rows.
+            products: for every estimator its product rows (x, y, z); of `ProductRows` y and z are not repeated.
+
+        Raises:
+            EstimatorError: as the estimators do.
+        """
+        return self._together(features, products) or self.one_by_one(self.arguments(features, products))
+
+    def _together(self, features: Mapping[str, Tensor], products: Mapping[str, Rows]) -> Estimates | None:
+        joint = [features[source] for source in self.sources]
+        rows = [products[name] for name in self.names]
+        ks = {r.k if isinstance(r, ProductRows) else 1 for r in rows}
+        parts = [(r.x, r.y, r.z) if isinstance(r, ProductRows) else tuple(r) for r in rows]
+        k = max(ks)
+        if len(ks) > 1 or not _fit(joint, self.slots, parts, k, self.example.dim):
+            return None
+        count = len(parts[0][0])
+        if self.example.compat == "mimrl":
+            if count > len(joint[0]):
+                return None
+            if count < len(joint[0]):
+                joint = [j[:count] for j in joint]
+        first, *rest = ((layer.weight, layer.bias) for layer in self.layers)
+        of_joint, of_product = classifier_logits(first, rest, joint, self.slots, parts, k)
+        if not finite(of_joint, of_product):
+            return None
+        with torch.autocast(of_joint.device.type, enabled=False):
+            loss, surrogate, readings = _read(self.example, of_joint, of_product)
+        loss, surrogate = (or_zero(t, self.example.on_degenerate) for t in (loss, surrogate))
+        return Estimates(self.names, surrogate, loss, readings)
+
+
+def _fit(joint: Sequence[Tensor], slots: Sequence[Sequence[int]], parts: Sequence[Rows], k: int, dim: int) -> bool:
+    """Whether the rows are such that the estimators can run together."""
+    if any(t.dim() != 2 for t in joint) or any(len(three) != 3 or any(t.dim() != 2 for t in three) for three in parts):
+        return False
+    b, p = len(joint[0]), len(parts[0][0])
+    fits = b >= 2 and p > 0 and p % k == 0
+    fits &= all(len(j) == b and 1 <= j.shape[1] <= dim for j in joint)
+    for three, places in zip(parts, slots, strict=True):
+        for i, (part, s) in enumerate(zip(three, places, strict=True)):
+            fits &= part.shape == (p if i == 0 else p // k, joint[s].shape[1]) and not part.requires_grad
+    return fits
+
+
+def _read(example: CMIEstimator, joint: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [G], surrogate [G], and LDR, DV, NWJ [3, G], detached, of logits [G, b, out] and [G, b', out]."""
+    if example.compat == "none":
+        return cmi(joint.squeeze(2), product.squeeze(2), example.estimator)
+    loss = mimrl_classifier_loss(joint, product, example.last_activate)
+    joint, product = (mimrl_log_ratio(t, example.last_activate) for t in (joint, product))
+    values = cmi_values(joint.detach(), product.detach())
+    return loss, mimrl_cmi(joint, product), torch.stack([values[e] for e in READINGS])
