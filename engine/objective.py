@@ -195,6 +195,9 @@ class Objective(nn.Module):
             in order of appearance, MI before CMI.
         settings: estimators' settings; `compat` must be resolved ("none" or "mimrl").
 
+    `estimators[term]` is a single term's estimator; estimators of one shape share their parameters, and `replace`,
+    `freeze` and `split` take one out of them.
+
     Raises:
         ConfigError: a feature without a width, two expressions of one name, a weight for an unused term.
     """

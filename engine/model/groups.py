@@ -217,7 +217,7 @@ class MIGroup(Group):
         if not finite(value, embedded):
             return None
         if log_ema is not None and self.training:
-            self.log_ema.copy_(log_ema.detach())
+            self.log_ema.copy_(log_ema)
         return value
 
 

@@ -1,12 +1,13 @@
 """The modules beside the functions: same results, and what they keep."""
 
+import copy
 import math
 
 import pytest
 import torch
 
 from engine.errors import EstimatorError
-from engine.kernels import InfoNCE, MILowerBound, infonce, mi_lower_bound
+from engine.kernels import InfoNCE, MILowerBound, infonce, mi_lower_bound, use_backend
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -69,3 +70,13 @@ def test_mine_carries_its_average(groups):
     other = MILowerBound("mine", groups=groups)
     other.load_state_dict(module.state_dict())
     assert torch.equal(other.log_ema, log_ema)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_mines_average_has_no_gradient(backend):
+    """A buffer that kept its graph could not be copied."""
+    module = MILowerBound("mine", groups=2)
+    with use_backend(backend):
+        module(draw(2, 6, 4).requires_grad_(), draw(2, 6, 4, seed=1)).sum().backward()
+        module(draw(2, 6, 6).requires_grad_()).sum().backward()
+    assert not module.log_ema.requires_grad and torch.equal(copy.deepcopy(module).log_ema, module.log_ema)

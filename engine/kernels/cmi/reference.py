@@ -102,8 +102,8 @@ def mimrl_classifier_loss(joint: Tensor, product: Tensor, last_activate: Literal
     """Mean BCE of two independent outputs, targets [1, 0] for joint [..., n, 2], [0, 1] for product logits; [...]."""
     probabilities = _mimrl_probabilities(torch.cat([joint, product], -2), last_activate)
     target = torch.zeros_like(probabilities)
-    target[..., : joint.shape[-2], 0] = 1
-    target[..., joint.shape[-2] :, 1] = 1
+    target[..., : joint.shape[-2], 0].fill_(1)
+    target[..., joint.shape[-2] :, 1].fill_(1)
     return functional.binary_cross_entropy(probabilities, target, reduction="none").mean((-2, -1))
 
 

@@ -188,7 +188,7 @@ def mi_lower_bound(
         value, ema = _Bound.apply(q, k, scale, a, ema, *settings, fused)
     if not grouped:
         value, ema = value[0], ema[0]
-    return value if log_ema is None else (value, ema)
+    return value if log_ema is None else (value, ema.detach())
 
 
 class _InfoNCE(torch.autograd.Function):
