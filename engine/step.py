@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from engine.compiled import compile_regions
 from engine.errors import EstimatorError
 from engine.kernels.knn_product import Bank
 from engine.loaders.batch import Batch
@@ -154,8 +155,8 @@ class TwoStageStep:
         autocast: type of the model's matrix products in training (see `engine.precision`); None: float32. Information
             terms, losses, what is stored and evaluation are float32 always. With float16 the loss is scaled, and a step
             whose gradients overflow is left out.
-        compile: "off", or a mode of torch.compile: both stages' losses and their gradients are then compiled, each as
-            one graph; what depends on values (product rows, the layout of texts) is prepared outside them.
+        compile: "off", or a mode of torch.compile: the layers that the model repeats are then compiled in place (see
+            `engine.compiled`, which can compile whole stages too).
         label: name under which the target enters the objective's features, as float [B, n]; None to leave it out.
         generator: CPU generator that product rows are drawn with.
     """
@@ -183,10 +184,9 @@ class TwoStageStep:
         self.autocast, self.compile = autocast, compile
         device = next((p.device for p in model.parameters()), torch.device("cpu")).type
         self.scaler = torch.amp.GradScaler(device) if autocast == torch.float16 else None
-        self._run_forward, self._run_stage1, self._run_stage2 = (
-            f if compile == "off" else torch.compile(f, mode=compile, fullgraph=True, dynamic=True)
-            for f in (self.forward, self._stage1_loss, self._stage2_loss)
-        )
+        self._run_forward, self._run_stage1, self._run_stage2 = self.forward, self._stage1_loss, self._stage2_loss
+        if compile != "off":
+            compile_regions(model, compile)
         self.generator = generator or torch.Generator().manual_seed(0)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:

@@ -32,6 +32,9 @@ BACKENDS = ("auto", "triton", "cpu", "reference")
 
 LIB = torch.library.Library("engine", "DEF")
 
+# Looked up here and not in `has_triton`: torch.compile cannot trace find_spec.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 log = logging.getLogger("engine")
 
 
@@ -164,10 +167,9 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
     return setting
 
 
-@functools.cache
 def has_triton() -> bool:
     """Whether triton is installed; does not import it."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def interpreting() -> bool:
