@@ -23,8 +23,8 @@ REGION_MODES = {
 
 
 def regions(model: nn.Module) -> list[nn.Module]:
-    """The layers that `model` repeats: members of its lists of two or more modules of one class and of equal sizes, with
-    parts of their own. What lies within such a layer belongs to it."""
+    """The layers that `model` repeats: members of its lists of two or more modules of one class and of equal sizes,
+    with parts of their own. What lies within such a layer belongs to it."""
     if isinstance(model, nn.ModuleList) and _repeats(model):
         return list(model)
     return [layer for child in model.children() for layer in regions(child)]
