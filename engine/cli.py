@@ -417,7 +417,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--profile",
         action="store_true",
-        help="measure where time goes: DIR/profile/shares.txt, shares.json, trace.json (Perfetto)",
+        help="measure where time goes in a few batches of the second epoch: DIR/profile/shares.txt, shares.json and "
+        "trace.json (Perfetto)",
     )
     p.set_defaults(takes_settings=True)
 

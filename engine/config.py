@@ -313,7 +313,7 @@ class TrainConfig(Section):
         "float32 always",
     )
     compile: Annotated[Literal["off", "default", "reduce-overhead", "max-autotune"], _off] = Field(
-        "off", description="torch.compile both stages in this mode; off: the kernels are called one by one"
+        "off", description="torch.compile the layers that the model repeats, in this mode; off: nothing is compiled"
     )
     clip_norm: Annotated[float | None, _none] = Field(
         None, gt=0, description="clip the norm of the stage's whole gradient; none: not clipped"

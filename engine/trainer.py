@@ -31,7 +31,7 @@ from engine.model.mimrl import MIMRL, build_model
 from engine.model.text_encoder import load_text_encoder, text_encoder_from_config
 from engine.objective import Objective, mimrl_objective
 from engine.precision import autocast_dtype
-from engine.profile import part, save, taken
+from engine.profile import Profiler, part
 from engine.report import environment, write_report
 from engine.step import EpochResult, FeatureBank, TwoStageStep
 
@@ -78,8 +78,8 @@ def train(
             was not interrupted.
         callbacks: called beside the built-in progress and TensorBoard ones (`config.output`).
         dataset: an open dataset, to share one among several runs; default: `config.data.path` is opened.
-        profile: measure where the time of the second epoch goes: `out`/profile/shares.txt, shares.json and trace.json
-            (Perfetto).
+        profile: measure where the time of a few batches of each stage goes, in the second epoch:
+            `out`/profile/shares.txt, shares.json and trace.json (Perfetto).
 
     Raises:
         EngineError: a problem with settings, data or the output folder, in one line.
@@ -249,7 +249,7 @@ class _Trainer:
         dataset: Dataset | None,
         profile: bool = False,
     ):
-        self.profile, self.profiled = profile, ""
+        self.profile, self.profiler = profile, None
         self.config, self.out, self.extra_callbacks = config.resolve(), out, callbacks
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
@@ -276,6 +276,8 @@ class _Trainer:
             callback.on_start(len(history), c.epochs, self._batches())
 
         def on_batch(stage: str, number: int) -> None:
+            if self.profiler is not None:
+                self.profiler.batch_done()
             for callback in callbacks:
                 callback.on_batch(stage, number)
 
@@ -405,8 +407,9 @@ class _Trainer:
         had_bank = bank is not None
         self.loaders["train"].set_epoch(epoch)
         # The first epoch has no bank, and so no first stage: the second is the first that tells where time goes.
-        profiled = self.profile and (had_bank or not c.objective.enabled) and not self.profiled
-        with taken(self.device) if profiled else contextlib.nullcontext() as profile:
+        profiled = self.profile and (had_bank or not c.objective.enabled)
+        self.profiler = Profiler(self.device, self._batches()) if profiled else None
+        with self.profiler.taken() if profiled else contextlib.nullcontext():
             trained, bank = self.step.train_epoch(
                 self.loaders["train"], len(self.dataset.splits["train"]), bank, batch_size=c.batch_size,
                 stage1_n=c.train.stage1_n, stage1_features=c.train.stage1_features, on_batch=on_batch,
@@ -414,7 +417,8 @@ class _Trainer:
         record["seconds"] = time.perf_counter() - start
         record["waiting_seconds"] = self.loaders["train"].waited
         if profiled:
-            self.profiled = save(profile, self.out / "profile")
+            self.profiler.save(self.out / "profile")
+            self.profile, self.profiler = False, None
         record["train"] = _record(c, trained)
         # Epoch 0 trains without information terms, so its evaluation has none either: the losses stay comparable.
         with self.step.averaged():

@@ -117,28 +117,25 @@ def test_a_run_folder(config, tmp_path, mode):
     assert not list(run.glob(".*.part"))
 
 
-def test_a_profile_tells_where_the_second_epoch_went(config, tmp_path):
-    trainer.train(config, tmp_path / "run", profile=True)
-    lines = (tmp_path / "run/profile/shares.txt").read_text(encoding="utf-8").splitlines()
-    stages = [line.split()[0] for line in lines[1:] if not line.startswith(" ")]
-    assert stages == ["collect", "stage1", "stage2"]
-    seconds, current = {}, None
-    for line in lines[1:]:
-        words = line.split()
-        current = words[0] if not line.startswith(" ") else current
-        seconds[current, "" if not line.startswith(" ") else words[0]] = float(words[-2])
+def test_a_profile_tells_where_a_few_batches_went(config, tmp_path):
+    trainer.train(changed(config, batch_size=2, objective={"k_neighbor": 1}), tmp_path / "run", profile=True)
+    shares = json.loads((tmp_path / "run/profile/shares.json").read_text(encoding="utf-8"))
+    assert list(shares) == ["collect", "stage1", "stage2"]
     for stage, parts in {
         "collect": {"text", "audio", "vision", "fusion", "load"},
         "stage1": {"products", "estimators", "backward", "update"},
         "stage2": {"text", "audio", "vision", "fusion", "load", "products", "estimators", "backward", "update"},
     }.items():
-        found = {part for s, part in seconds if s == stage} - {"", "other"}
-        assert found >= parts and (stage == "stage2" or "average" not in found)
-        assert sum(v for (s, part), v in seconds.items() if s == stage and part) == pytest.approx(
-            seconds[stage, ""], abs=0.02
-        )
+        found = shares[stage]
+        assert found["batches"] == 6 and found["of"] == (20 if stage == "stage1" else 10)
+        assert set(found["parts"]) >= parts | {"other"} and (stage == "stage2") == ("average" in found["parts"])
+        assert sum(part["seconds"] for part in found["parts"].values()) == pytest.approx(found["whole"]["seconds"])
+        assert found["whole"]["idle"] is None, "no GPU"
     trace = json.loads((tmp_path / "run/profile/trace.json").read_text(encoding="utf-8"))
-    assert any(event.get("name") == "engine.stage1" for event in trace["traceEvents"])
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert names.count("engine.stage1") == 1 and names.count("engine.update") == 12
+    text = (tmp_path / "run/profile/shares.txt").read_text(encoding="utf-8")
+    assert text.splitlines()[-1] == "batches: 6 of 10 of collect, 6 of 20 of stage1, 6 of 10 of stage2"
     with pytest.raises(ConfigError, match=r"profile.*one epoch"):
         trainer.train(changed(config, epochs=1), tmp_path / "other", profile=True)
 
