@@ -23,6 +23,9 @@ from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
 from engine.config import Config, ScheduleConfig, load_config
 from engine.errors import CheckpointError, ConfigError, OutputError
 from engine.files import output_error, write_json, write_text
+from engine.kernels.knn_product import Bank
+from engine.kernels.registry import has_triton, interpreting
+from engine.kernels.warm import warm_up
 from engine.loaders import open_dataset
 from engine.loaders.batch import Batch
 from engine.loaders.dataset import Dataset
@@ -108,20 +111,30 @@ def train_seeds(
     return results
 
 
-def evaluate(run: str | Path, data: str | Path, split: str = "test", batch_size: int | None = None) -> dict[str, float]:
-    """Metrics of a run's best model on one split of `data`, normalised by the run's own statistics."""
-    loaded = load_run(run)
-    dataset, result, _ = _apply(loaded, data, split, batch_size)
-    del dataset
+def evaluate(
+    run: str | Path, data: str | Path, split: str = "test", batch_size: int | None = None, device: str = "auto"
+) -> dict[str, float]:
+    """Metrics of a run's best model on one split of `data`, normalised by the run's own statistics, in float32.
+
+    Args:
+        device: as in a run's settings: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" or "mps".
+    """
+    loaded = load_run(run, _device(device))
+    _, result = _apply(loaded, data, split, batch_size)
     return _metrics(loaded.config, result)
 
 
 def predict(
-    run: str | Path, data: str | Path, out: str | Path, split: str = "test", batch_size: int | None = None
+    run: str | Path,
+    data: str | Path,
+    out: str | Path,
+    split: str = "test",
+    batch_size: int | None = None,
+    device: str = "auto",
 ) -> Path:
-    """Write the best model's predictions on one split of `data` as CSV, in file order with ids."""
-    loaded = load_run(run)
-    dataset, result, _ = _apply(loaded, data, split, batch_size)
+    """Write the best model's predictions on one split of `data` as CSV, in file order with ids. As `evaluate`."""
+    loaded = load_run(run, _device(device))
+    dataset, result = _apply(loaded, data, split, batch_size)
     _write_predictions(Path(out), loaded.config, dataset.splits[split].ids, result)
     return Path(out)
 
@@ -189,8 +202,8 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as cause:
+        torch.empty(0, device=device).cpu()  # meta has nothing to copy
+    except (RuntimeError, AssertionError, NotImplementedError) as cause:
         raise ConfigError(
             "device", f"{name!r}, which this machine cannot use", "auto, cpu, cuda or mps", "Use auto."
         ) from cause
@@ -231,6 +244,29 @@ class _Passes:
             if batch is None:
                 return
             yield batch
+
+
+def _compiles_kernels(device: torch.device) -> bool:
+    """Whether training on `device` has Triton kernels to compile."""
+    return device.type == "cuda" and has_triton() and not interpreting()
+
+
+def _try_out(step: TwoStageStep, batch: Batch, size: int) -> None:
+    """Both stages' passes on one batch, with a bank of `size` samples, and no updates."""
+    step.model.train()
+    with torch.no_grad():
+        step.forward(batch, batch.label)
+    prediction, features = step.forward(batch, batch.label)
+    loss = step.task_loss(prediction, batch.label)
+    if step.objective is not None and len(batch) >= step.objective.min_batch:
+        detached = {name: value.detach() for name, value in features.items()}
+        bank = Bank({name: value.new_zeros(size, *value.shape[1:]) for name, value in detached.items()})
+        products = step.draw_products(bank, len(batch))
+        step.objective.train()
+        loss = loss + step.objective.estimator_loss(detached, products).loss
+        with step._frozen_estimators():
+            loss = loss + step.objective.model_loss(features, products).loss
+    loss.backward()
 
 
 def _pad_tokens(config: Config) -> int | None:
@@ -281,6 +317,8 @@ class _Trainer:
             for callback in callbacks:
                 callback.on_batch(stage, number)
 
+        if _compiles_kernels(self.device):
+            self._warm_up()
         started = time.perf_counter() - sum(r["wall_seconds"] for r in history)
         try:
             for epoch in range(len(history), c.epochs):
@@ -374,6 +412,24 @@ class _Trainer:
             self.device,
             self.model.prepare,
         )  # fmt: skip
+
+    def _warm_up(self) -> None:
+        """Have the Triton kernels of a step compiled side by side. It changes nothing else."""
+        random_state, generator_state = _rng_state(), self.step.generator.get_state()
+        buffers = [(b, b.clone()) for module in (self.model, self.objective) for b in module.buffers()]
+        try:
+            batch = next(iter(self.loaders["train"]))
+            warm_up(lambda: _try_out(self.step, batch, len(self.dataset.splits["train"])))
+        except Exception as cause:  # whatever it was: a real step meets it again, if it matters
+            warnings.warn(f"kernels are compiled when first used: {' '.join(str(cause).split())}", stacklevel=2)
+        finally:
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            self.step.generator.set_state(generator_state)
+            _set_rng_state(random_state)
 
     def _callbacks(self) -> list[Callback]:
         callbacks: list[Callback] = list(self.extra_callbacks)
@@ -606,8 +662,8 @@ def _record(config: Config, result: EpochResult) -> dict[str, Any]:
     return record
 
 
-def _apply(run: Run, data: str | Path, split: str, batch_size: int | None) -> tuple[Dataset, EpochResult, Any]:
-    c = run.config
+def _apply(run: Run, data: str | Path, split: str, batch_size: int | None) -> tuple[Dataset, EpochResult]:
+    c, device = run.config, next(run.model.parameters()).device
     dataset = open_dataset(str(data), c.data, c.text_encoder, normalizer=run.normalizer)
     if split not in dataset.splits:
         raise ConfigError("split", repr(split), f"one of {sorted(dataset.splits)}", "Name a split of the data.")
@@ -627,12 +683,13 @@ def _apply(run: Run, data: str | Path, split: str, batch_size: int | None) -> tu
         seed=c.seed,
         pad_tokens_to=_pad_tokens(c),
         task=c.model.task,
+        device=device,
         kind=c.data.loader,
         workers=c.data.workers,
     )
     task = losses.task_loss(c.train.loss, c.model.num_class, c.model.task)
     step = TwoStageStep(run.model, None, task, torch.optim.SGD(run.model.parameters(), lr=0.0))
-    return dataset, step.evaluate(loader), step
+    return dataset, step.evaluate(_Passes(loader, device, run.model.prepare))
 
 
 def _write_predictions(path: Path, config: Config, ids: list[str], result: EpochResult) -> None:

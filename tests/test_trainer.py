@@ -12,6 +12,7 @@ import torch
 from engine import checkpoint, trainer
 from engine.config import Config
 from engine.errors import CheckpointError, ConfigError, DataError, OutputError
+from engine.loaders.dataset import Dataset
 from engine.loaders.loader import has_dali
 from tests.loaders import writers
 
@@ -198,6 +199,35 @@ def test_evaluate_and_predict_give_the_runs_own_numbers(config, data, tmp_path):
     assert [line.split(",")[:2] for line in lines] == [line.split(",")[:2] for line in expected]
 
 
+def test_evaluation_asks_for_its_device(config, data, tmp_path, monkeypatch):
+    """The model, the batches and the choice of auto."""
+    trainer.train(config, tmp_path / "run")
+    made = []
+    monkeypatch.setattr(Dataset, "loader", lambda *a, f=Dataset.loader, **named: made.append(named) or f(*a, **named))
+    on_cpu = trainer.evaluate(tmp_path / "run", data, device="cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert trainer.evaluate(tmp_path / "run", data) == on_cpu
+    assert [named["device"] for named in made] == [torch.device("cpu")] * 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert trainer._device("auto") == torch.device("cuda")
+
+
+def test_compiling_kernels_beforehand_changes_nothing(config, tmp_path, monkeypatch):
+    trainer.train(config, tmp_path / "plain")
+    tried, work = [], trainer._try_out
+    monkeypatch.setattr(trainer, "_compiles_kernels", lambda device: True)
+    monkeypatch.setattr(trainer, "_try_out", lambda *a: tried.append(work(*a)))
+    monkeypatch.setattr(trainer, "warm_up", lambda run: run())
+    trainer.train(config, tmp_path / "tried")
+    assert len(tried) == 1
+    monkeypatch.setattr(trainer, "warm_up", lambda run: 1 / 0)
+    with pytest.warns(UserWarning, match="^kernels are compiled when first used: division by zero$"):
+        trainer.train(config, tmp_path / "failed")
+    expected = [timeless(r) for r in history(tmp_path / "plain")]
+    assert [timeless(r) for r in history(tmp_path / "tried")] == expected
+    assert [timeless(r) for r in history(tmp_path / "failed")] == expected
+
+
 def test_fast_evaluation_does_not_depend_on_the_batch_size(config, data, tmp_path):
     trainer.train(config, tmp_path / "run")
     values = [trainer.evaluate(tmp_path / "run", data, batch_size=b)["mae"] for b in (1, 2, 4, 9)]
@@ -313,6 +343,15 @@ class TestBadInput:
             pytest.skip("this machine has CUDA")
         with pytest.raises(ConfigError, match="device"):
             trainer.train(changed(config, device="cuda"), tmp_path / "run")
+
+    @pytest.mark.parametrize("device", ["gpu", "meta", "cuda:77"])
+    def test_evaluation_on_a_device_this_machine_lacks(self, config, data, tmp_path, device):
+        trainer.train(changed(config, epochs=1), tmp_path / "run")
+        with pytest.raises(ConfigError, match=f"^device: found '{device}', which this machine cannot use.*Use auto"):
+            trainer.evaluate(tmp_path / "run", data, device=device)
+        with pytest.raises(ConfigError, match=f"^device: found '{device}'") as error:
+            trainer.predict(tmp_path / "run", data, tmp_path / "p.csv", device=device)
+        assert "\n" not in str(error.value) and not (tmp_path / "p.csv").exists()
 
     def test_no_run_in_the_folder(self, data, tmp_path):
         with pytest.raises(CheckpointError, match="run folder"):

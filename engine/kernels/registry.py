@@ -12,13 +12,14 @@ A host function (in cpu.py and triton.py) takes and returns plain tensors and kn
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ class Operation:
 _operations: dict[str, Operation] = {}
 _setting = os.environ.get("ENGINE_BACKEND", "auto")
 _told: set[str] = set()
+_blank = False
 
 
 class use_backend:
@@ -74,6 +76,17 @@ class use_backend:
     def __exit__(self, *exception: object) -> None:
         global _setting
         _setting = self.previous
+
+
+@contextlib.contextmanager
+def blank_results() -> Iterator[None]:
+    """Within the context operations on CUDA tensors return zeros, whatever their kernels did: for `warm.recording`."""
+    global _blank
+    before, _blank = _blank, True
+    try:
+        yield
+    finally:
+        _blank = before
 
 
 def lazy(module: str, function: str) -> Callable[..., Any]:
@@ -191,7 +204,11 @@ def _run(operation: Operation, *args: Any) -> Any:
     if tensor.is_cuda:
         # a launch goes to the current device, which need not be the tensor's
         with torch.cuda.device(tensor.device):
-            return operation.cuda(*args)
+            results = operation.cuda(*args)
+        if _blank:
+            for result in (results,) if isinstance(results, Tensor) else results:
+                result.zero_()
+        return results
     if _setting == "triton" and backend_for(tensor) == "triton":
         return operation.cuda(*args)
     return operation.cpu(*args)
