@@ -1,5 +1,6 @@
 """Kernels compiled side by side: into the cache, as launches will ask for them, and without stopping for a failure."""
 
+import contextlib
 import importlib.util
 import warnings
 from types import SimpleNamespace
@@ -95,19 +96,16 @@ def test_what_is_recorded_is_what_a_launch_needs(cache, gpu_of_hopper):
 
 
 def test_results_are_zeros_while_kernels_are_recorded(monkeypatch):
-    made = []
-
     def run(tensor):
-        made.append((torch.full((2,), 7.0), torch.full((1,), 7)))
-        return made[-1]
+        return torch.full((2,), 7.0), torch.full((1,), 7)
 
-    operation = registry.Operation(cpu=None, cuda=run)
-    on_a_gpu = torch.ones(1)
+    schema = "(Tensor a) -> (Tensor, Tensor)"
+    registry.register("test_warm_sevens", schema, cpu=run, cuda=run, fake=run)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: warnings.catch_warnings())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     with registry.blank_results():
-        assert all(not result.any() for result in registry._run(operation, on_a_gpu))
-    assert all(result.all() for result in registry._run(operation, on_a_gpu))
+        assert all(not result.any() for result in registry.call("test_warm_sevens", torch.ones(1)))
+    assert all(result.all() for result in registry.call("test_warm_sevens", torch.ones(1)))
 
 
 def test_without_triton(monkeypatch):

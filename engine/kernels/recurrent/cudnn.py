@@ -19,9 +19,10 @@ from torch.autograd.function import once_differentiable
 from engine.precision import cudnn_as_matmul
 from engine.streams import run_parallel
 
-# Launches of one layer and direction. Forward: joining its weights, the product of its input, the recurrence. Backward:
-# the recurrence and its gates, the products for its input and both matrices, the biases, cleared and joined gradients.
-FORWARD, BACKWARD = 3, 8
+# Launches of one layer and direction, as an H200 runs them. Forward: joining the weights, a fill, the product of the
+# input, its biases, the recurrence. Backward: the recurrence and its gates, products and their split sums for the input
+# and both matrices, biases, fills, and the gradients of the joined weights.
+FORWARD, BACKWARD = 5, 15
 PREPARATION = 6  # places, masks and first states
 
 
