@@ -41,7 +41,7 @@ def gpu(monkeypatch):
         current.pop()
 
     def record_stream(tensor, on):
-        log.append(f"{tensor.name} used on {on.name}")
+        log.append(f"{tensor.title} used on {on.name}")
 
     names = iter("abcdefgh")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
@@ -54,7 +54,7 @@ def gpu(monkeypatch):
     def tensor(name):
         with FakeTensorMode():
             made = torch.empty(2, device="cuda")
-        made.name = name
+        made.title = name
         return made
 
     def call(name):
@@ -67,7 +67,7 @@ def gpu(monkeypatch):
 def test_the_first_stays_and_the_others_fork_and_join(gpu):
     x, y = gpu.tensor("x"), gpu.tensor("y")
     results = run_parallel([(lambda x: gpu.call("one"), (x,)), (lambda many, n: [gpu.call("two")], ([y], 3))])
-    assert results[0].name == "result of one" and results[1][0].name == "result of two"
+    assert results[0].title == "result of one" and results[1][0].title == "result of two"
     assert gpu.log == [
         "event on main", "one on main", "side a waits for event of main", "y used on side a", "two on side a",
         "main waits for side a", "result of two used on main",

@@ -282,6 +282,15 @@ def test_options_train(config, tmp_path, sections):
     trainer.evaluate(tmp_path / "run", config.data.path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", ["default", "reduce-overhead"])
+def test_a_compiled_run_is_the_eager_one(config, tmp_path, compile):
+    """In both modes of torch.compile; dropout is drawn alike in a graph and outside it where it is the engine's own."""
+    eager = trainer.train(changed(config, epochs=2), tmp_path / "eager")
+    compiled = trainer.train(changed(config, epochs=2, train={"compile": compile}), tmp_path / "compiled")
+    assert compiled.metrics["test"]["mae"] == pytest.approx(eager.metrics["test"]["mae"], rel=0.05)
+
+
 def test_classification(config, text_encoder, tmp_path):
     samples = writers.samples(sizes=SIZES)
     for rows in samples.values():
