@@ -183,7 +183,7 @@ def gemm_details(
 ) -> dict[str, Any]:
     """gemm_fraction and what it is made of, and on which parts an epoch of the engine spends its time.
 
-    The parts' seconds are the profiler's, of an epoch beside those that count.
+    The parts' seconds are the profiler's, of a run beside those that count.
     """
     settings = config(mode, Path("unused"), setting).resolve()
     from engine.loaders.text import load_tokenizer
@@ -202,12 +202,16 @@ def gemm_details(
 
 
 def _profiled(mode: str, samples: shapes.Utterances, setting: Setting) -> dict[str, dict[str, float]]:
-    """{stage: {part: seconds}} of an epoch; see `engine.profile`."""
+    """{stage: {part: seconds}} of an epoch, from the batches of each stage that `engine.profile` measures."""
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         held_out = {name: samples.part(0, HELD_OUT) for name in ("valid", "test")}
         store = shapes.write_store(Path(folder) / "data", {"train": samples, **held_out})
         train(config(mode, store, setting, ("epochs=2",)), Path(folder) / "run", profile=True)
-        return json.loads((Path(folder) / "run" / "profile" / "shares.json").read_text(encoding="utf-8"))
+        found = json.loads((Path(folder) / "run" / "profile" / "shares.json").read_text(encoding="utf-8"))
+    return {
+        stage: {name: part["seconds"] * shares["of"] / shares["batches"] for name, part in shares["parts"].items()}
+        for stage, shares in found.items()
+    }
 
 
 # -- the same numbers ------------------------------------------------------------------------------

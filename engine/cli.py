@@ -126,7 +126,7 @@ def _train(a: argparse.Namespace, settings: list[str]) -> None:
 def _evaluate(a: argparse.Namespace) -> None:
     from engine.trainer import evaluate
 
-    metrics = evaluate(_run_folder(a.run_folder), a.data, split=a.split, batch_size=a.batch_size)
+    metrics = evaluate(_run_folder(a.run_folder), a.data, split=a.split, batch_size=a.batch_size, device=a.device)
     if a.json:
         print(json.dumps({k: v if v == v else None for k, v in metrics.items()}, indent=2))
     else:
@@ -136,7 +136,7 @@ def _evaluate(a: argparse.Namespace) -> None:
 def _predict(a: argparse.Namespace) -> None:
     from engine.trainer import predict
 
-    predict(_run_folder(a.run_folder), a.data, a.out, split=a.split)
+    predict(_run_folder(a.run_folder), a.data, a.out, split=a.split, device=a.device)
     print(f"predictions: {a.out}")
 
 
@@ -417,7 +417,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--profile",
         action="store_true",
-        help="measure where time goes: DIR/profile/shares.txt, shares.json, trace.json (Perfetto)",
+        help="measure where time goes in a few batches of the second epoch: DIR/profile/shares.txt, shares.json and "
+        "trace.json (Perfetto)",
     )
     p.set_defaults(takes_settings=True)
 
@@ -558,6 +559,7 @@ def _run_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--run", metavar="DIR", type=Path, required=True, dest="run_folder", help="a run folder")
     p.add_argument("--data", metavar="PATH", type=Path, required=True, help="feature file or folder, or a store")
     p.add_argument("--split", choices=("train", "valid", "test"), default="test", help="which split (test)")
+    p.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1 or mps (auto)")
 
 
 def _train_epilog() -> str:

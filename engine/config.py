@@ -313,7 +313,7 @@ class TrainConfig(Section):
         "float32 always",
     )
     compile: Annotated[Literal["off", "default", "reduce-overhead", "max-autotune"], _off] = Field(
-        "off", description="torch.compile both stages in this mode; off: the kernels are called one by one"
+        "off", description="torch.compile the layers that the model repeats, in this mode; off: nothing is compiled"
     )
     graphs: Annotated[Literal["auto", "off", "emulate"], _off] = Field(
         "auto",

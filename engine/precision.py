@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -43,6 +45,18 @@ def autocast_dtype(setting: str, device: torch.device) -> torch.dtype | None:
             warnings.warn("train.amp=bf16: this processor has no bf16 units; float32 is much faster", stacklevel=2)
         return TYPES[setting]
     return None if setting == "auto" else TYPES[setting]
+
+
+@contextlib.contextmanager
+def cudnn_as_matmul() -> Iterator[None]:
+    """Within the context cuDNN rounds float32 to TF32 only where `torch.backends.cuda.matmul.allow_tf32` lets matrix
+    products do so: torch's own default lets cuDNN and not them. Both passes of what cuDNN computes must lie in it."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def cpu_multiplies_bf16() -> bool:

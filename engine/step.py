@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from engine.compiled import compile_regions
 from engine.errors import ConfigError, EstimatorError
 from engine.kernels.knn_product import Bank
 from engine.loaders.batch import Batch
@@ -192,17 +193,14 @@ class TwoStageStep:
         autocast: type of the model's matrix products in training (see `engine.precision`); None: float32. Information
             terms, losses, what is stored and evaluation are float32 always. With float16 the loss is scaled, and a step
             whose gradients overflow is left out.
-        compile: "off", or a mode of torch.compile: both stages' losses and their gradients are then compiled, each as
-            one graph; what depends on values (product rows, the layout of texts) is prepared outside them.
+        compile: "off", or a mode of torch.compile: the layers that the model repeats are then compiled in place (see
+            `engine.compiled`, which can compile whole stages too).
         label: name under which the target enters the objective's features, as float [B, n]; None to leave it out.
         generator: generator that product rows and the order of a bank's rows are drawn with. One on the CPU gives the
             same draws on every device.
         graphs: "auto": a static step (see `engine.static`), captured as CUDA graphs, on a GPU where the model allows
             it, else one operation after another. True: a static step, and an error where it cannot be captured (on
             other devices than a GPU it runs uncaptured). "emulate": a static step, uncaptured. "off" or False: none.
-
-    Raises:
-        ConfigError: graphs together with a compile mode that makes graphs of its own.
     """
 
     def __init__(
@@ -229,23 +227,16 @@ class TwoStageStep:
         self.autocast, self.compile = autocast, compile
         device = next((p.device for p in model.parameters()), torch.device("cpu")).type
         self.scaler = torch.amp.GradScaler(device) if autocast == torch.float16 else None
-        self._run_forward, self._run_stage1, self._run_stage2 = (
-            f if compile == "off" else torch.compile(f, mode=compile, fullgraph=True, dynamic=True)
-            for f in (self.forward, self._stage1_loss, self._stage2_loss)
-        )
+        self._run_forward, self._run_stage1, self._run_stage2 = self.forward, self._stage1_loss, self._stage2_loss
+        if compile != "off":
+            compile_regions(model, compile)
         self.generator = generator or torch.Generator().manual_seed(0)
         self.held: Held | None = None  # while a static step's function runs
         self.static = self._static_step(graphs)
 
     def _static_step(self, graphs: Graphs) -> StaticStep | None:
-        own = self.compile in ("reduce-overhead", "max-autotune")
-        if own and graphs in (True, "emulate"):
-            raise ConfigError(
-                "graphs", f"{graphs} with compile={self.compile}, which makes graphs of its own", "one of the two",
-                "Use compile=default or graphs=off.",
-            )  # fmt: skip
         on_gpu = next((p.is_cuda for p in self.model.parameters()), False)
-        if graphs in ("off", False) or (graphs == "auto" and (own or not on_gpu)):
+        if graphs in ("off", False) or (graphs == "auto" and not on_gpu):
             return None
         return StaticStep(self, capture=on_gpu and graphs != "emulate", strict=graphs != "auto")
 

@@ -23,6 +23,9 @@ from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
 from engine.config import Config, ScheduleConfig, load_config
 from engine.errors import CheckpointError, ConfigError, OutputError
 from engine.files import output_error, write_json, write_text
+from engine.kernels.knn_product import Bank
+from engine.kernels.registry import has_triton, interpreting
+from engine.kernels.warm import warm_up
 from engine.loaders import open_dataset
 from engine.loaders.batch import Batch
 from engine.loaders.dataset import Dataset
@@ -33,7 +36,7 @@ from engine.model.mimrl import MIMRL, build_model
 from engine.model.text_encoder import load_text_encoder, text_encoder_from_config
 from engine.objective import Objective, mimrl_objective
 from engine.precision import autocast_dtype
-from engine.profile import part, save, taken
+from engine.profile import Profiler, part
 from engine.report import environment, write_report
 from engine.step import EpochResult, FeatureBank, TwoStageStep
 
@@ -80,8 +83,8 @@ def train(
             was not interrupted.
         callbacks: called beside the built-in progress and TensorBoard ones (`config.output`).
         dataset: an open dataset, to share one among several runs; default: `config.data.path` is opened.
-        profile: measure where the time of the second epoch goes: `out`/profile/shares.txt, shares.json and trace.json
-            (Perfetto).
+        profile: measure where the time of a few batches of each stage goes, in the second epoch:
+            `out`/profile/shares.txt, shares.json and trace.json (Perfetto).
 
     Raises:
         EngineError: a problem with settings, data or the output folder, in one line.
@@ -110,20 +113,30 @@ def train_seeds(
     return results
 
 
-def evaluate(run: str | Path, data: str | Path, split: str = "test", batch_size: int | None = None) -> dict[str, float]:
-    """Metrics of a run's best model on one split of `data`, normalised by the run's own statistics."""
-    loaded = load_run(run)
-    dataset, result, _ = _apply(loaded, data, split, batch_size)
-    del dataset
+def evaluate(
+    run: str | Path, data: str | Path, split: str = "test", batch_size: int | None = None, device: str = "auto"
+) -> dict[str, float]:
+    """Metrics of a run's best model on one split of `data`, normalised by the run's own statistics, in float32.
+
+    Args:
+        device: as in a run's settings: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" or "mps".
+    """
+    loaded = load_run(run, _device(device))
+    _, result = _apply(loaded, data, split, batch_size)
     return _metrics(loaded.config, result)
 
 
 def predict(
-    run: str | Path, data: str | Path, out: str | Path, split: str = "test", batch_size: int | None = None
+    run: str | Path,
+    data: str | Path,
+    out: str | Path,
+    split: str = "test",
+    batch_size: int | None = None,
+    device: str = "auto",
 ) -> Path:
-    """Write the best model's predictions on one split of `data` as CSV, in file order with ids."""
-    loaded = load_run(run)
-    dataset, result, _ = _apply(loaded, data, split, batch_size)
+    """Write the best model's predictions on one split of `data` as CSV, in file order with ids. As `evaluate`."""
+    loaded = load_run(run, _device(device))
+    dataset, result = _apply(loaded, data, split, batch_size)
     _write_predictions(Path(out), loaded.config, dataset.splits[split].ids, result)
     return Path(out)
 
@@ -191,8 +204,8 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as cause:
+        torch.empty(0, device=device).cpu()  # meta has nothing to copy
+    except (RuntimeError, AssertionError, NotImplementedError) as cause:
         raise ConfigError(
             "device", f"{name!r}, which this machine cannot use", "auto, cpu, cuda or mps", "Use auto."
         ) from cause
@@ -262,6 +275,29 @@ class _Passes:
         return iter(self.loader)
 
 
+def _compiles_kernels(device: torch.device) -> bool:
+    """Whether training on `device` has Triton kernels to compile."""
+    return device.type == "cuda" and has_triton() and not interpreting()
+
+
+def _try_out(step: TwoStageStep, batch: Batch, size: int) -> None:
+    """Both stages' passes on one batch, with a bank of `size` samples, and no updates."""
+    step.model.train()
+    with torch.no_grad():
+        step.forward(batch, batch.label)
+    prediction, features = step.forward(batch, batch.label)
+    loss = step.task_loss(prediction, batch.label)
+    if step.objective is not None and len(batch) >= step.objective.min_batch:
+        detached = {name: value.detach() for name, value in features.items()}
+        bank = Bank({name: value.new_zeros(size, *value.shape[1:]) for name, value in detached.items()})
+        products = step.draw_products(bank, len(batch))
+        step.objective.train()
+        loss = loss + step.objective.estimator_loss(detached, products).loss
+        with step._frozen_estimators():
+            loss = loss + step.objective.model_loss(features, products).loss
+    loss.backward()
+
+
 def _pad_tokens(config: Config) -> int | None:
     return config.data.time_len if config.mode == "faithful" else None
 
@@ -278,7 +314,7 @@ class _Trainer:
         dataset: Dataset | None,
         profile: bool = False,
     ):
-        self.profile, self.profiled = profile, ""
+        self.profile, self.profiler = profile, None
         self.config, self.out, self.extra_callbacks = config.resolve(), out, callbacks
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
@@ -305,9 +341,13 @@ class _Trainer:
             callback.on_start(len(history), c.epochs, self._batches())
 
         def on_batch(stage: str, number: int) -> None:
+            if self.profiler is not None:
+                self.profiler.batch_done()
             for callback in callbacks:
                 callback.on_batch(stage, number)
 
+        if _compiles_kernels(self.device):
+            self._warm_up()
         started = time.perf_counter() - sum(r["wall_seconds"] for r in history)
         try:
             for epoch in range(len(history), c.epochs):
@@ -404,6 +444,24 @@ class _Trainer:
             exact=c.mode == "faithful",
         )  # fmt: skip
 
+    def _warm_up(self) -> None:
+        """Have the Triton kernels of a step compiled side by side. It changes nothing else."""
+        random_state, generator_state = _rng_state(), self.step.generator.get_state()
+        buffers = [(b, b.clone()) for module in (self.model, self.objective) for b in module.buffers()]
+        try:
+            batch = next(iter(self.loaders["train"]))
+            warm_up(lambda: _try_out(self.step, batch, len(self.dataset.splits["train"])))
+        except Exception as cause:  # whatever it was: a real step meets it again, if it matters
+            warnings.warn(f"kernels are compiled when first used: {' '.join(str(cause).split())}", stacklevel=2)
+        finally:
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            self.step.generator.set_state(generator_state)
+            _set_rng_state(random_state)
+
     def _callbacks(self) -> list[Callback]:
         callbacks: list[Callback] = list(self.extra_callbacks)
         if self.config.output.tensorboard:
@@ -436,8 +494,9 @@ class _Trainer:
         had_bank = bank is not None
         self.loaders["train"].set_epoch(epoch)
         # The first epoch has no bank, and so no first stage: the second is the first that tells where time goes.
-        profiled = self.profile and (had_bank or not c.objective.enabled) and not self.profiled
-        with taken(self.device) if profiled else contextlib.nullcontext() as profile:
+        profiled = self.profile and (had_bank or not c.objective.enabled)
+        self.profiler = Profiler(self.device, self._batches()) if profiled else None
+        with self.profiler.taken() if profiled else contextlib.nullcontext():
             trained, bank = self.step.train_epoch(
                 self.loaders["train"], len(self.dataset.splits["train"]), bank, batch_size=c.batch_size,
                 stage1_n=c.train.stage1_n, stage1_features=c.train.stage1_features, on_batch=on_batch,
@@ -445,7 +504,8 @@ class _Trainer:
         record["seconds"] = time.perf_counter() - start
         record["waiting_seconds"] = self.loaders["train"].waited
         if profiled:
-            self.profiled = save(profile, self.out / "profile")
+            self.profiler.save(self.out / "profile")
+            self.profile, self.profiler = False, None
         record["train"] = _record(c, trained)
         # Epoch 0 trains without information terms, so its evaluation has none either: the losses stay comparable.
         with self.step.averaged():
@@ -648,8 +708,8 @@ def _record(config: Config, result: EpochResult) -> dict[str, Any]:
     return record
 
 
-def _apply(run: Run, data: str | Path, split: str, batch_size: int | None) -> tuple[Dataset, EpochResult, Any]:
-    c = run.config
+def _apply(run: Run, data: str | Path, split: str, batch_size: int | None) -> tuple[Dataset, EpochResult]:
+    c, device = run.config, next(run.model.parameters()).device
     dataset = open_dataset(str(data), c.data, c.text_encoder, normalizer=run.normalizer)
     if split not in dataset.splits:
         raise ConfigError("split", repr(split), f"one of {sorted(dataset.splits)}", "Name a split of the data.")
@@ -669,12 +729,13 @@ def _apply(run: Run, data: str | Path, split: str, batch_size: int | None) -> tu
         seed=c.seed,
         pad_tokens_to=_pad_tokens(c),
         task=c.model.task,
+        device=device,
         kind=c.data.loader,
         workers=c.data.workers,
     )
     task = losses.task_loss(c.train.loss, c.model.num_class, c.model.task)
     step = TwoStageStep(run.model, None, task, torch.optim.SGD(run.model.parameters(), lr=0.0))
-    return dataset, step.evaluate(loader), step
+    return dataset, step.evaluate(_Passes(loader, device, run.model.prepare))
 
 
 def _write_predictions(path: Path, config: Config, ids: list[str], result: EpochResult) -> None:

@@ -202,11 +202,12 @@ def test_train_refuses_before_it_begins(calls: list, data: Path, tmp_path: Path,
 def test_evaluate(calls: list, data: Path, tmp_path: Path, capsys):
     assert run("evaluate", "--run", tmp_path, "--data", data) == 0
     assert "0.7500" in capsys.readouterr().out
-    assert run("evaluate", "--run", tmp_path, "--data", data, "--split", "valid", "--batch-size", 7, "--json") == 0
+    assert run("evaluate", "--run", tmp_path, "--data", data, "--split", "valid", "--batch-size", 7, "--json",
+               "--device", "cuda:1") == 0  # fmt: skip
     assert json.loads(capsys.readouterr().out) == METRICS["test"]
     assert calls == [
-        ("evaluate", (tmp_path, data), {"split": "test", "batch_size": None}),
-        ("evaluate", (tmp_path, data), {"split": "valid", "batch_size": 7}),
+        ("evaluate", (tmp_path, data), {"split": "test", "batch_size": None, "device": "auto"}),
+        ("evaluate", (tmp_path, data), {"split": "valid", "batch_size": 7, "device": "cuda:1"}),
     ]
     assert "no such folder" in fails(capsys, "evaluate", "--run", tmp_path / "no", "--data", data)
     assert "invalid choice: 'dev'" in fails(capsys, "evaluate", "--run", tmp_path, "--data", data, "--split", "dev")
@@ -215,7 +216,7 @@ def test_evaluate(calls: list, data: Path, tmp_path: Path, capsys):
 
 def test_predict(calls: list, data: Path, tmp_path: Path):
     assert run("predict", "--run", tmp_path, "--data", data, "--out", tmp_path / "p.csv") == 0
-    assert calls == [("predict", (tmp_path, data, tmp_path / "p.csv"), {"split": "test"})]
+    assert calls == [("predict", (tmp_path, data, tmp_path / "p.csv"), {"split": "test", "device": "auto"})]
 
 
 def test_convert(calls: list, data: Path, tmp_path: Path):

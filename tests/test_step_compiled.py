@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.epochs import RATE, tiny_batch, tiny_pair
+from bench.epochs import RATE, TINY_BERT, tiny_batch, tiny_pair
+from engine.compiled import compile_regions, compile_stages, regions
 from engine.errors import EstimatorError
 from engine.kernels.knn_product import Bank
 from engine.kernels.recurrent import cudnn
@@ -51,7 +52,7 @@ def graphs(monkeypatch, request):
     def counted(f, mode, **settings):
         def one_more(graph, inputs):
             compiled = torch._dynamo.lookup_backend(backend)(graph, inputs)
-            made.append(f.__name__)  # only now: a backend may have the frame traced again
+            made.append(f.__qualname__)  # only now: a backend may have the frame traced again
             return compiled
 
         return compile_(f, backend=one_more, **settings)
@@ -80,7 +81,8 @@ SLOW_BACKENDS = [pytest.param(name, marks=pytest.mark.slow) for name in ("aot_ea
 
 @pytest.mark.parametrize("graphs", ["eager", *SLOW_BACKENDS], indirect=True)
 def test_compiled_stages_equal_eager_ones_in_few_graphs(eager, bank, graphs):
-    compiled = step_like(eager, compile="default")
+    compiled = step_like(eager)
+    compile_stages(compiled, "default")
     for rows in SIZES:
         a, b = run_both(eager, compiled, bank, rows)
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -89,7 +91,50 @@ def test_compiled_stages_equal_eager_ones_in_few_graphs(eager, bank, graphs):
     for a, b in zip(eager.objective.parameters(), compiled.objective.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     # sizes that are equal by chance in the first batch make a second graph; batches after it make none
-    assert graphs.count("_stage1_loss") <= 2 and graphs.count("_stage2_loss") <= 2 and len(graphs) <= 4
+    stages = [graphs.count(f"TwoStageStep._stage{n}_loss") for n in (1, 2)]
+    assert max(stages) <= 2 and sum(stages) == len(graphs)
+
+
+@pytest.mark.parametrize("graphs", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], indirect=True)
+def test_layers_share_one_graph_and_equal_eager_ones(graphs, monkeypatch):
+    """One graph with gradients and one without, for every layer and every size."""
+    monkeypatch.setitem(TINY_BERT, "num_hidden_layers", 5)
+    eager = step_like(tiny_pair("fast").step)
+    compiled = step_like(eager, compile="default")
+    layers = regions(compiled.model)
+    assert [type(layer).__name__ for layer in layers] == ["BertLayer"] * 5
+    for rows in SIZES:
+        batch, found = batch_of(rows), []
+        for step in (eager, compiled):
+            step.model.train()
+            with torch.no_grad():
+                features = step.forward(batch, batch.label)[1]
+            output = step.stage2(batch, batch.label, None, information=False)
+            found.append((output.loss, features, [p.grad for p in step.model.parameters() if p.grad is not None]))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert graphs == ["BertLayer.forward"] * 2
+    batches = [batch_of(7)]
+    torch.testing.assert_close(*(s.evaluate(batches).prediction for s in (eager, compiled)), rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 2, "evaluation runs as it does without train.compile"
+
+
+@pytest.mark.parametrize("graphs", ["eager"], indirect=True)
+def test_a_copy_of_a_compiled_model_runs_its_own_weights(graphs):
+    model = torch.nn.Sequential(torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(3, 3)) for _ in range(2)))
+    assert compile_regions(model, "reduce-overhead") == 2
+    layer = copy.deepcopy(model)[0][0]
+    with torch.no_grad():
+        layer[0].weight.zero_()
+        layer[0].bias.fill_(2.0)
+    assert torch.equal(layer(torch.ones(1, 3)), torch.full((1, 3), 2.0)) and graphs == ["Sequential.forward"]
+    assert torch.equal(layer.eval()(torch.ones(1, 3)), torch.full((1, 3), 2.0)) and len(graphs) == 1
+
+
+def test_layers_that_differ_are_no_regions():
+    linear = torch.nn.Linear
+    lists = torch.nn.ModuleList
+    pairs = lists(torch.nn.Sequential(linear(n, 3)) for n in (2, 4))
+    assert regions(torch.nn.Sequential(pairs, lists([linear(2, 2), linear(2, 2)]))) == []
 
 
 def as_fakes(mode, value):

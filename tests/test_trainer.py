@@ -13,6 +13,7 @@ import torch
 from engine import checkpoint, trainer
 from engine.config import Config
 from engine.errors import CheckpointError, ConfigError, DataError, OutputError
+from engine.loaders.dataset import Dataset
 from engine.loaders.loader import has_dali
 from tests.loaders import writers
 
@@ -188,28 +189,25 @@ def test_a_run_folder(config, tmp_path, mode):
     assert not list(run.glob(".*.part"))
 
 
-def test_a_profile_tells_where_the_second_epoch_went(config, tmp_path):
-    trainer.train(config, tmp_path / "run", profile=True)
-    lines = (tmp_path / "run/profile/shares.txt").read_text(encoding="utf-8").splitlines()
-    stages = [line.split()[0] for line in lines[1:] if not line.startswith(" ")]
-    assert stages == ["collect", "stage1", "stage2"]
-    seconds, current = {}, None
-    for line in lines[1:]:
-        words = line.split()
-        current = words[0] if not line.startswith(" ") else current
-        seconds[current, "" if not line.startswith(" ") else words[0]] = float(words[-2])
+def test_a_profile_tells_where_a_few_batches_went(config, tmp_path):
+    trainer.train(changed(config, batch_size=2, objective={"k_neighbor": 1}), tmp_path / "run", profile=True)
+    shares = json.loads((tmp_path / "run/profile/shares.json").read_text(encoding="utf-8"))
+    assert list(shares) == ["collect", "stage1", "stage2"]
     for stage, parts in {
         "collect": {"text", "audio", "vision", "fusion", "load"},
         "stage1": {"products", "estimators", "backward", "update"},
         "stage2": {"text", "audio", "vision", "fusion", "load", "products", "estimators", "backward", "update"},
     }.items():
-        found = {part for s, part in seconds if s == stage} - {"", "other"}
-        assert found >= parts and (stage == "stage2" or "average" not in found)
-        assert sum(v for (s, part), v in seconds.items() if s == stage and part) == pytest.approx(
-            seconds[stage, ""], abs=0.02
-        )
+        found = shares[stage]
+        assert found["batches"] == 6 and found["of"] == (20 if stage == "stage1" else 10)
+        assert set(found["parts"]) >= parts | {"other"} and (stage == "stage2") == ("average" in found["parts"])
+        assert sum(part["seconds"] for part in found["parts"].values()) == pytest.approx(found["whole"]["seconds"])
+        assert found["whole"]["idle"] is None, "no GPU"
     trace = json.loads((tmp_path / "run/profile/trace.json").read_text(encoding="utf-8"))
-    assert any(event.get("name") == "engine.stage1" for event in trace["traceEvents"])
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert names.count("engine.stage1") == 1 and names.count("engine.update") == 12
+    text = (tmp_path / "run/profile/shares.txt").read_text(encoding="utf-8")
+    assert text.splitlines()[-1] == "batches: 6 of 10 of collect, 6 of 20 of stage1, 6 of 10 of stage2"
     with pytest.raises(ConfigError, match=r"profile.*one epoch"):
         trainer.train(changed(config, epochs=1), tmp_path / "other", profile=True)
 
@@ -293,6 +291,35 @@ def test_evaluate_and_predict_give_the_runs_own_numbers(config, data, tmp_path):
     assert [line.split(",")[:2] for line in lines] == [line.split(",")[:2] for line in expected]
 
 
+def test_evaluation_asks_for_its_device(config, data, tmp_path, monkeypatch):
+    """The model, the batches and the choice of auto."""
+    trainer.train(config, tmp_path / "run")
+    made = []
+    monkeypatch.setattr(Dataset, "loader", lambda *a, f=Dataset.loader, **named: made.append(named) or f(*a, **named))
+    on_cpu = trainer.evaluate(tmp_path / "run", data, device="cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert trainer.evaluate(tmp_path / "run", data) == on_cpu
+    assert [named["device"] for named in made] == [torch.device("cpu")] * 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert trainer._device("auto") == torch.device("cuda")
+
+
+def test_compiling_kernels_beforehand_changes_nothing(config, tmp_path, monkeypatch):
+    trainer.train(config, tmp_path / "plain")
+    tried, work = [], trainer._try_out
+    monkeypatch.setattr(trainer, "_compiles_kernels", lambda device: True)
+    monkeypatch.setattr(trainer, "_try_out", lambda *a: tried.append(work(*a)))
+    monkeypatch.setattr(trainer, "warm_up", lambda run: run())
+    trainer.train(config, tmp_path / "tried")
+    assert len(tried) == 1
+    monkeypatch.setattr(trainer, "warm_up", lambda run: 1 / 0)
+    with pytest.warns(UserWarning, match="^kernels are compiled when first used: division by zero$"):
+        trainer.train(config, tmp_path / "failed")
+    expected = [timeless(r) for r in history(tmp_path / "plain")]
+    assert [timeless(r) for r in history(tmp_path / "tried")] == expected
+    assert [timeless(r) for r in history(tmp_path / "failed")] == expected
+
+
 def test_fast_evaluation_does_not_depend_on_the_batch_size(config, data, tmp_path):
     trainer.train(config, tmp_path / "run")
     values = [trainer.evaluate(tmp_path / "run", data, batch_size=b)["mae"] for b in (1, 2, 4, 9)]
@@ -345,6 +372,15 @@ def test_options_train(config, tmp_path, sections):
     key = "ccc" if "data" in sections else "mae"
     assert np.isfinite(result.metrics["test"][key])
     trainer.evaluate(tmp_path / "run", config.data.path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", ["default", "reduce-overhead"])
+def test_a_compiled_run_is_the_eager_one(config, tmp_path, compile):
+    """In both modes of torch.compile; dropout is drawn alike in a graph and outside it where it is the engine's own."""
+    eager = trainer.train(changed(config, epochs=2), tmp_path / "eager")
+    compiled = trainer.train(changed(config, epochs=2, train={"compile": compile}), tmp_path / "compiled")
+    assert compiled.metrics["test"]["mae"] == pytest.approx(eager.metrics["test"]["mae"], rel=0.05)
 
 
 def test_classification(config, text_encoder, tmp_path):
@@ -408,6 +444,15 @@ class TestBadInput:
             pytest.skip("this machine has CUDA")
         with pytest.raises(ConfigError, match="device"):
             trainer.train(changed(config, device="cuda"), tmp_path / "run")
+
+    @pytest.mark.parametrize("device", ["gpu", "meta", "cuda:77"])
+    def test_evaluation_on_a_device_this_machine_lacks(self, config, data, tmp_path, device):
+        trainer.train(changed(config, epochs=1), tmp_path / "run")
+        with pytest.raises(ConfigError, match=f"^device: found '{device}', which this machine cannot use.*Use auto"):
+            trainer.evaluate(tmp_path / "run", data, device=device)
+        with pytest.raises(ConfigError, match=f"^device: found '{device}'") as error:
+            trainer.predict(tmp_path / "run", data, tmp_path / "p.csv", device=device)
+        assert "\n" not in str(error.value) and not (tmp_path / "p.csv").exists()
 
     def test_no_run_in_the_folder(self, data, tmp_path):
         with pytest.raises(CheckpointError, match="run folder"):

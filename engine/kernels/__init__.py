@@ -23,6 +23,7 @@ _HOME = {
     "InfoNCE": "engine.kernels.modules",
     "MILowerBound": "engine.kernels.modules",
     "use_backend": "engine.kernels.registry",
+    "warm_up": "engine.kernels.warm",
 }
 
 __all__ = [*_HOME]
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from engine.kernels.modules import InfoNCE as InfoNCE
     from engine.kernels.modules import MILowerBound as MILowerBound
     from engine.kernels.registry import use_backend as use_backend
+    from engine.kernels.warm import warm_up as warm_up
 
 
 class _Kernels(ModuleType):

@@ -80,12 +80,8 @@ class AotReport:
     bytes: int
 
 
-def compile_case(case: AotCase, arch: int) -> AotReport:
-    """Compile for `sm_{arch}` and read the machine code. About a second.
-
-    Raises:
-        ConfigError: triton is missing, or its interpreter has taken the place of the compiler.
-    """
+def require_compiler() -> None:
+    """ConfigError where triton is missing, or its interpreter has taken the place of the compiler."""
     if not has_triton() or interpreting():
         raise ConfigError(
             "ahead-of-time compilation",
@@ -93,6 +89,10 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
             "triton's compiler",
             "Unset TRITON_INTERPRET." if has_triton() else "Install engine[triton].",
         )
+
+
+def compiled(case: AotCase, arch: int) -> Any:
+    """Triton's compiled kernel for `sm_{arch}`, from its cache where it is there."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -109,12 +109,22 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=case.constexprs, attrs=aligned)
-    compiled = triton.compile(
+    return triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True},
     )
-    cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+
+
+def compile_case(case: AotCase, arch: int) -> AotReport:
+    """Compile for `sm_{arch}` and read the machine code. About a second.
+
+    Raises:
+        ConfigError: triton is missing, or its interpreter has taken the place of the compiler.
+    """
+    require_compiler()
+    kernel = compiled(case, arch)
+    cubin, ptx = kernel.asm["cubin"], kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -126,7 +136,7 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
         arch=arch,
         regs=regs,
         stack=stack,
-        shared=compiled.metadata.shared,
+        shared=kernel.metadata.shared,
         spills=len(SPILL.findall(sass)),
         tensor_core=len(TENSOR_CORE.findall(sass)),
         f64=ptx.count(".f64"),

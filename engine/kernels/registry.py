@@ -33,6 +33,9 @@ BACKENDS = ("auto", "triton", "cpu", "reference")
 
 LIB = torch.library.Library("engine", "DEF")
 
+# Looked up here and not in `has_triton`: torch.compile cannot trace find_spec.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 log = logging.getLogger("engine")
 
 
@@ -47,6 +50,7 @@ class Operation:
 _operations: dict[str, Operation] = {}
 _setting = os.environ.get("ENGINE_BACKEND", "auto")
 _told: set[str] = set()
+_blank = False
 
 
 class use_backend:
@@ -73,6 +77,17 @@ class use_backend:
     def __exit__(self, *exception: object) -> None:
         global _setting
         _setting = self.previous
+
+
+@contextlib.contextmanager
+def blank_results() -> Iterator[None]:
+    """Within the context operations on CUDA tensors return zeros, whatever their kernels did: for `warm.recording`."""
+    global _blank
+    before, _blank = _blank, True
+    try:
+        yield
+    finally:
+        _blank = before
 
 
 def lazy(module: str, function: str) -> Callable[..., Any]:
@@ -177,10 +192,9 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
     return setting
 
 
-@functools.cache
 def has_triton() -> bool:
     """Whether triton is installed; does not import it."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 _static = False
@@ -221,7 +235,11 @@ def _run(operation: Operation, *args: Any) -> Any:
     if tensor.is_cuda:
         # a launch goes to the current device, which need not be the tensor's
         with torch.cuda.device(tensor.device):
-            return operation.cuda(*args)
+            results = operation.cuda(*args)
+        if _blank:
+            for result in (results,) if isinstance(results, Tensor) else results:
+                result.zero_()
+        return results
     if _setting == "triton" and backend_for(tensor) == "triton":
         return operation.cuda(*args)
     return operation.cpu(*args)

@@ -19,6 +19,7 @@ from engine.model.fusion import make_fusion
 from engine.model.heads import make_head
 from engine.model.text_encoder import encode_packed, encode_padded, encode_without_padding, pack_text, packable
 from engine.profile import part
+from engine.streams import run_parallel
 
 
 class ModelOutput(NamedTuple):
@@ -67,6 +68,11 @@ def hide_rows(x: Tensor, p: float) -> Tensor:
     """x [B, ...] with rows zeroed at random, each with probability p."""
     kept = torch.rand(len(x), device=x.device) >= p
     return x * kept.view(-1, *[1] * (x.dim() - 1))
+
+
+def _encode(name: str, encoder: SequenceEncoder, x: Tensor, length: Tensor) -> Tensor:
+    with part(name):
+        return encoder(x, length)
 
 
 class MIMRL(nn.Module):
@@ -118,8 +124,13 @@ class MIMRL(nn.Module):
         else:
             audio_length, vision_length = batch.audio_length, batch.vision_length
         text_mask = batch.token_mask != 0
-        with part("text"):
-            text = self.text_projection(self._encode_text(batch))
+        text, audio, vision = run_parallel(
+            [
+                (self._text, (batch,)),
+                (_encode, ("audio", self.audio_encoder, batch.audio, audio_length)),
+                (_encode, ("vision", self.vision_encoder, batch.vision, vision_length)),
+            ]
+        )
         masks = [
             text_mask,
             length_mask(audio_length, batch.audio.shape[1]),
@@ -133,10 +144,7 @@ class MIMRL(nn.Module):
             masks[0] = torch.cat([text_mask, text_mask.new_zeros(len(text), more)], dim=1)
         else:
             sequences = [text * text_mask[..., None]]
-        with part("audio"):
-            sequences.append(self.audio_encoder(batch.audio, audio_length))
-        with part("vision"):
-            sequences.append(self.vision_encoder(batch.vision, vision_length))
+        sequences += [audio, vision]
         if self.faithful:
             exact = None, batch.audio_width, batch.vision_width
             sequences = [cut(x, width) for x, width in zip(sequences, exact, strict=True)]
@@ -154,6 +162,10 @@ class MIMRL(nn.Module):
             fused = self.fusion(cube, mask)
         features = {"F": fused, **dict(zip("TAV", means, strict=True))}
         return ModelOutput(self.head(fused), features)
+
+    def _text(self, batch: Batch) -> Tensor:
+        with part("text"):
+            return self.text_projection(self._encode_text(batch))
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch with its texts packed, where forward would pack them: before it moves to a GPU or into a graph."""

@@ -358,3 +358,89 @@ def test_what_a_gpu_runs_is_the_module(kind, layers, shape):
     *of_weights, of_x = cudnn.backward(cotangent, x, length, weights, out, state, kind, True)
     for a, b in zip([of_x, *of_weights], expected[1:], strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Watched(torch.autograd.Function):
+    """Identity that notes cuDNN's setting when gradients pass."""
+
+    @staticmethod
+    def forward(ctx, x, seen):
+        ctx.seen = seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.seen.append(("backward", torch.backends.cudnn.allow_tf32))
+        return gradient, None
+
+
+@pytest.fixture
+def settings():
+    """torch's settings of TF32, put back afterwards."""
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
+    yield
+    for place, value in zip(places, before, strict=True):
+        place.allow_tf32 = value
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("kind", MODULES)
+def test_cudnn_rounds_to_tf32_where_products_do(kind, allowed, monkeypatch, settings):
+    """In both passes, of the eager way and of the operation; and the setting is put back."""
+    module, x, length = case(kind, 3, 4, 2, 3, layers=1)
+    weights, seen, run = op.parameters(module), [], getattr(torch._VF, kind)
+
+    def watched(*arguments):
+        seen.append(("forward", torch.backends.cudnn.allow_tf32))
+        out, *rest = run(*arguments)
+        return Watched.apply(out, seen), *rest
+
+    monkeypatch.setattr(torch._VF, kind, watched)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed, not allowed
+    both = [("forward", allowed)] * 2 + [("backward", allowed)] * 2
+    cudnn.bidirectional(x, length, weights, kind).sum().backward()
+    assert seen == both and torch.backends.cudnn.allow_tf32 is not allowed
+    seen.clear()
+    with torch.no_grad():
+        out = cudnn.bidirectional(x, length, weights, kind)
+    assert seen == both[:2] and torch.backends.cudnn.allow_tf32 is not allowed
+    seen.clear()
+    state = cudnn.forward(x, length, weights, kind, 12)[1]
+    cudnn.backward(torch.ones_like(out), x, length, weights, out, state, kind, True)
+    assert seen == both[:2] + both and torch.backends.cudnn.allow_tf32 is not allowed
+
+
+def test_weights_reach_cudnn_as_one_buffer(monkeypatch):
+    """From its first byte on and without gaps: then cuDNN copies nothing and does not warn."""
+    module, x, length = case("gru", 3, 4, 2, 3)
+    given, run = [], torch._VF.gru
+    monkeypatch.setattr(
+        torch._VF, "gru", lambda x, h, weights, *rest: given.append(weights) or run(x, h, weights, *rest)
+    )
+    cudnn.bidirectional(x, length, op.parameters(module), "gru").sum().backward()
+    assert len(given) == 4
+    for views, own in zip(given, torch.tensor_split(torch.arange(16), 4), strict=True):
+        parameters = [op.parameters(module)[i] for i in own]
+        [storage] = {v.untyped_storage().data_ptr() for v in views}
+        place = storage
+        for view, parameter in zip(views, parameters, strict=True):
+            assert torch.equal(view, parameter) and view.data_ptr() == place != parameter.data_ptr()
+            place += view.nbytes
+        assert place - storage == views[0].untyped_storage().nbytes()
+        assert all(p.grad.shape == p.shape for p in parameters)
+
+
+def test_what_a_gpu_runs_keeps_its_graph_and_skips_what_is_frozen():
+    module, x, length = case("gru", 3, 4, 2, 3, dtype=torch.float64)
+    module.weight_hh_l0.requires_grad_(False)
+    y = cudnn.bidirectional(x, length, op.parameters(module), "gru")
+    wanted = [module.bias_ih_l0, module.weight_hh_l1]
+    twice = [torch.autograd.grad(y.sum(), wanted, retain_graph=keep) for keep in (True, False)]
+    torch.testing.assert_close(*twice)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y.sum(), wanted)
+    cudnn.bidirectional(x, length, op.parameters(module), "gru").sum().backward()
+    assert module.weight_hh_l0.grad is None and module.weight_ih_l0.grad is not None
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: cudnn.bidirectional(x, length, op.parameters(module), "gru"), x)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import ConfigError
-from engine.model.encoders import ENCODERS, SequenceEncoder, length_mask, masked_mean, nonzero_length
+from engine.model.encoders import ENCODERS, SequenceEncoder, convolve, length_mask, masked_mean, nonzero_length
 
 LENGTH = torch.tensor([5, 9, 1, 7])
 
@@ -95,3 +95,15 @@ def test_masked_mean():
 def test_unknown_encoder_names_the_key():
     with pytest.raises(ConfigError, match=r"model\.encoder.*rnn.*gru"):
         SequenceEncoder("rnn", 3, 4)
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_a_convolution_as_one_product(length):
+    """What a GPU runs."""
+    conv = torch.nn.Conv1d(6, 8, kernel_size=3, padding=1, dtype=torch.float64)
+    x = torch.randn(4, length, 6, dtype=torch.float64, requires_grad=True)
+    found, expected = convolve(conv, x), conv(x.mT).mT
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(expected)
+    wanted = [x, *conv.parameters()]
+    torch.testing.assert_close(*(torch.autograd.grad(y, wanted, weight) for y in (found, expected)))

@@ -170,21 +170,21 @@ def _check(
     weights: Sequence[Tensor], joint: Sequence[Tensor], places: Sequence[int], product: Sequence[Tensor], k: int
 ) -> None:
     groups, fits = len(weights[0]), len(weights) >= 4 and len(joint) > 0
-    fits &= len(places) == len(product) == 3 * groups > 0 and all(0 <= s < len(joint) for s in places)
-    fits &= all(t.dim() == 2 for t in (*joint, *product)) and weights[0].dim() == 3 and k >= 1
+    fits = fits and len(places) == len(product) == 3 * groups > 0 and all(0 <= s < len(joint) for s in places)
+    fits = fits and all(t.dim() == 2 for t in (*joint, *product)) and weights[0].dim() == 3 and k >= 1
     if fits:
         dim, wide = weights[0].shape[2] // 3, weights[0].shape[2] % 3
-        fits &= wide == 0 and all(len(j) == len(joint[0]) and 1 <= j.shape[1] <= dim for j in joint)
+        fits = fits and wide == 0 and all(len(j) == len(joint[0]) and 1 <= j.shape[1] <= dim for j in joint)
         queries, rest = len(product[0]) // k, len(product[0]) % k
-        fits &= rest == 0 and queries > 0
+        fits = fits and rest == 0 and queries > 0
         for i, part in enumerate(product):
-            fits &= len(part) == (queries * k if i % 3 == 0 else queries)
-            fits &= part.shape[1] == joint[places[i]].shape[1]
+            fits = fits and len(part) == (queries * k if i % 3 == 0 else queries)
+            fits = fits and part.shape[1] == joint[places[i]].shape[1]
         width = weights[0].shape[2]
         for weight, bias in zip(weights[::2], weights[1::2], strict=True):
-            fits &= weight.dim() == 3 and weight.shape[0] == groups and weight.shape[2] == width
+            fits = fits and weight.dim() == 3 and weight.shape[0] == groups and weight.shape[2] == width
             width = weight.shape[1]
-            fits &= bias.shape == (groups, width)
+            fits = fits and bias.shape == (groups, width)
     if not fits:
         raise EstimatorError(
             "classifier_logits",

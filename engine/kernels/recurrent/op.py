@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from engine.kernels import registry
@@ -67,7 +68,7 @@ def bidirectional(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: st
         return _Recurrent.apply(x, length, cell, *weights)
     if not x.is_cuda or registry.backend_for(x) == "reference":
         return reference.bidirectional(x, length, weights, cell)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return _Recurrent.apply(x, length, cell, *weights)
     with torch.autocast("cuda", enabled=False):
         return cudnn.bidirectional(x if x.dtype == torch.float64 else x.float(), length, weights, cell)
@@ -121,6 +122,7 @@ registry.register(
     cpu=cpu.forward,
     cuda=cudnn.forward,
     fake=_fake_forward,
+    launches=cudnn.forward_launches,
 )
 registry.register(
     "recurrent_backward",
@@ -129,4 +131,5 @@ registry.register(
     cpu=cpu.backward,
     cuda=cudnn.backward,
     fake=_fake_backward,
+    launches=cudnn.backward_launches,
 )

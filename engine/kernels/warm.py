@@ -1,0 +1,124 @@
+"""Compiling Triton kernels side by side, before they are needed one after another.
+
+Triton compiles a kernel when it is first launched, one for every set of types and sizes that it tells apart, and keeps
+it in its cache on disk. A fresh machine waits half a minute for that. Which kernels a step needs is found by running it
+once without launching any: what they would have computed is zero then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from engine.kernels import aot, registry
+
+log = logging.getLogger("engine")
+
+# The name of a kernel and what compiles it.
+Job = tuple[str, Callable[[], Any]]
+
+
+def warm_up(run: Callable[[], Any] | None = None, *, arch: int | None = None, workers: int | None = None) -> int:
+    """Compile Triton kernels on several threads, into Triton's cache and this process.
+
+    What cannot be compiled is told in one warning, and left to the launch that needs it.
+
+    Args:
+        run: called once to learn which kernels it launches; no kernel runs, and their operations' results are zeros.
+            What else it changes stays changed. Needs a GPU.
+        arch: without `run`, compile what the ahead-of-time tests compile, for a GPU that need not be there: 90 is
+            compute capability 9.0. Default: the present GPU's. Those are typical sizes; a run of sizes that Triton
+            tells apart from them compiles its own.
+        workers: threads; default: one a core.
+
+    Returns:
+        the number of kernels compiled or found in the cache.
+
+    Raises:
+        ConfigError: no triton, or its interpreter in place of the compiler.
+    """
+    aot.require_compiler()
+    if run is not None:
+        with recording() as jobs:
+            run()
+    else:
+        if arch is None:
+            major, minor = torch.cuda.get_device_capability()
+            arch = 10 * major + minor
+        jobs = [(case.name, lambda case=case: aot.compiled(case, arch)) for case in aot.all_cases()]
+    return compile_all(jobs, workers)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Job]]:
+    """Within the context the engine's kernels that this process has not compiled yet are neither compiled nor launched
+    but added to the list, each once, for `compile_all`; operations on CUDA return zeros."""
+    from triton import knobs
+
+    jobs: list[Job] = []
+    known: set[tuple[Any, str]] = set()
+
+    def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        kernel, data = fn.jit_function, compile["specialization_data"]
+        if not kernel.fn.__module__.startswith("engine."):
+            return False
+        if (kernel, data) not in known:
+            known.add((kernel, data))
+            jobs.append((fn.name, lambda: kernel.preload(data)))
+        return True  # triton goes on without compiling or launching
+
+    before = knobs.runtime.jit_cache_hook
+    knobs.runtime.jit_cache_hook = note
+    try:
+        with registry.blank_results():
+            yield jobs
+    finally:
+        knobs.runtime.jit_cache_hook = before
+
+
+def compile_all(jobs: Sequence[Job], workers: int | None = None) -> int:
+    """Run all jobs, and warn once of those that fail. Most of a compilation runs outside Python: threads do.
+
+    Returns:
+        the number of jobs that succeeded.
+    """
+    if not jobs:
+        return 0
+    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    start = time.perf_counter()
+    with ThreadPoolExecutor(workers, initializer=_begin, initargs=(device,)) as pool:
+        failed = [f for f in pool.map(_attempt, jobs) if f is not None]
+    log.info(
+        "kernels: %d compiled in %.1f s on %d threads", len(jobs) - len(failed), time.perf_counter() - start, workers
+    )
+    if failed:
+        warnings.warn(
+            f"{len(failed)} of {len(jobs)} Triton kernels could not be compiled beforehand, first {failed[0]}",
+            stacklevel=2,
+        )
+    return len(jobs) - len(failed)
+
+
+def _begin(device: int | None) -> None:
+    """A thread begins on device 0, whichever was chosen before."""
+    if device is not None:
+        torch.cuda.set_device(device)
+
+
+def _attempt(job: Job) -> str | None:
+    """Why a job failed, in one line, or None."""
+    name, compile = job
+    try:
+        compile()
+    except Exception as cause:  # the compiler's own errors have no common type
+        return f"{name}: {' '.join(str(cause).split())[:200] or type(cause).__name__}"
+    return None

@@ -1,0 +1,119 @@
+"""Kernels compiled side by side: into the cache, as launches will ask for them, and without stopping for a failure."""
+
+import contextlib
+import importlib.util
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine.errors import ConfigError
+from engine.kernels import aot, registry, warm, warm_up
+from engine.kernels.registry import interpreting
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or interpreting(), reason="needs triton's compiler"
+)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def cases():
+    """The smallest kernels there are."""
+    found = [case for case in aot.all_cases() if case.name.startswith(("ragged.", "cmi.read/"))]
+    assert len(found) >= 3
+    return found
+
+
+@pytest.fixture
+def gpu_of_hopper(monkeypatch):
+    """What triton asks of a GPU's driver before it launches a kernel; nothing can be launched."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    absent = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    monkeypatch.setattr(type(driver), "active", property(lambda self: absent))
+
+
+@needs_compiler
+def test_several_threads_fill_the_cache(cache, cases, monkeypatch):
+    monkeypatch.setattr(aot, "all_cases", lambda: cases)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert warm_up(arch=90, workers=3) == len(cases)
+    assert len(list(cache.rglob("*.cubin"))) == len(cases)
+    made = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    assert warm_up(arch=90) == len(cases)
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == made, "found in the cache"
+
+
+@needs_compiler
+def test_a_kernel_that_cannot_be_compiled_costs_a_warning(cache, cases, monkeypatch):
+    broken = aot.AotCase("ragged.broken", cases[0].kernel, {}, {})
+    monkeypatch.setattr(aot, "all_cases", lambda: [broken, cases[0]])
+    with pytest.warns(UserWarning, match=r"^1 of 2 Triton kernels could not .* first ragged\.broken: ") as caught:
+        assert warm_up(arch=90, workers=2) == 1
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+
+
+@needs_compiler
+def test_what_is_recorded_is_what_a_launch_needs(cache, gpu_of_hopper):
+    from triton import knobs
+
+    from engine.kernels.ragged import triton as ragged
+
+    values, offsets, rows = torch.arange(6, dtype=torch.int32), torch.tensor([0, 2, 6]), torch.tensor([1, 0])
+    out, lengths = torch.empty(2, 4, dtype=torch.int64), torch.empty(2, dtype=torch.int64)
+    blocks = {**ragged._blocks(1), "num_warps": ragged.WARPS}
+    arguments = (values, offsets, rows, out, lengths, 4, 1, 0, -1)
+
+    def run():
+        for _ in range(2):
+            ragged.pad_kernel[(2, 1)](*arguments, **blocks)
+
+    with warm.recording() as jobs:
+        run()
+    assert len(jobs) == 1 and not cache.exists(), "nothing was compiled or launched"
+    assert warm_up(run) == 1
+    assert len(list(cache.rglob("*.cubin"))) == 1
+    asked = []
+    knobs.runtime.jit_cache_hook = lambda **named: asked.append(named)
+    try:
+        assert ragged.pad_kernel.warmup(*arguments, grid=(2, 1), **blocks).asm["cubin"]
+    finally:
+        knobs.runtime.jit_cache_hook = None
+    assert asked == [], "a launch finds it"
+
+
+def test_results_are_zeros_while_kernels_are_recorded(monkeypatch):
+    def run(tensor):
+        return torch.full((2,), 7.0), torch.full((1,), 7)
+
+    schema = "(Tensor a) -> (Tensor, Tensor)"
+    registry.register("test_warm_sevens", schema, cpu=run, cuda=run, fake=run)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    with registry.blank_results():
+        assert all(not result.any() for result in registry.call("test_warm_sevens", torch.ones(1)))
+    assert all(result.all() for result in registry.call("test_warm_sevens", torch.ones(1)))
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(aot, "has_triton", lambda: False)
+    with pytest.raises(ConfigError, match="no triton"):
+        warm_up(arch=90)
+
+
+def test_nothing_to_compile():
+    assert warm.compile_all([]) == 0
+    assert warm.compile_all([("one", int), ("two", int)], workers=2) == 2
