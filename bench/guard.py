@@ -117,7 +117,7 @@ class _SecondBatches:
         pass
 
 
-def tiny_text_encoder(folder: Path) -> Path:
+def tiny_text_encoder(folder: Path, dropout: float = 0.1) -> Path:
     """A two-layer BERT of width 32 with a word-level tokeniser of `bench.shapes.WORDS`, written to `folder`."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -133,8 +133,9 @@ def tiny_text_encoder(folder: Path) -> Path:
     tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
-    )
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     BertModel(config).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))

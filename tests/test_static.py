@@ -25,16 +25,16 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, 0.05, momentum=0.9, fused=True)
 
 
-def make(graphs, model=None, optimizer=adam, settings=None, **options) -> TwoStageStep:
+def make(graphs, model=None, optimizer=adam, settings=None, device="cpu", **options) -> TwoStageStep:
     torch.manual_seed(0)
-    model = model or TwoFeatures()
+    model = (model or TwoFeatures()).to(device)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     settings = ObjectiveConfig(hidden=16, embed=8, **{"compat": "none"} | (settings or {}))
     objective = Objective(
         [0.1 * MI("X", "Y"), -0.1 * CMI("X", "C", given="Y")], {"X": 4, "Y": 4, "C": 1}, settings=settings
-    )
+    ).to(device)
     optimizers = optimizer(model.parameters()), optimizer(objective.parameters())
     return TwoStageStep(model, objective, nn.functional.mse_loss, *optimizers, graphs=graphs, **options)
 
