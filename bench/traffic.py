@@ -4,7 +4,7 @@
     python -m bench.traffic --update   the tables of docs/kernels.md, from it and from tests/aot/budgets.json
 
 Nothing is timed. The step runs on the CPU and is counted as it would run on a GPU: operations of `torch.ops.engine` by
-the launches of their Triton kernels, or by the calls of their host function where that is torch's own; every other
+the launches that they declare, or by the calls of their host function where that is torch's own; every other
 aten operation that computes is one launch, of the eager baseline and of the engine alike. An operation reads its inputs
 once and writes its outputs once; what the caches save between operations is not modelled.
 
@@ -58,12 +58,56 @@ def _cube_backward(x: Tensor, weights: tuple[Tensor | None, ...]) -> tuple[int, 
     ) * x.shape[0] * x.shape[2]
 
 
-# Launches, and bytes beside inputs and outputs, of operations with Triton kernels.
+def _tower_bytes(name: str, *args: Any) -> int:
+    """Hidden layers are read again by the next layer; their gradients are written, and read twice."""
+    backward = name.endswith("backward")
+    x = args[1][0] if backward else args[0]
+    first, rest = args[2][:: 1 if backward else 2], args[3][:: 1 if backward else 2]
+    count, hidden = sum(len(w) for w in first), 4 * len(x) * sum(w.shape[0] * w.shape[2] for w in rest)
+    found = 3 * hidden if backward else hidden
+    if name == "critics_grouped_infonce":
+        # embeddings and the derivatives of scores: written, read twice
+        found += 3 * 4 * count * len(x) * rest[-1].shape[1] + 3 * 4 * (count // 2) * len(x) ** 2
+    return found
+
+
+def _concat_bytes(name: str, *args: Any) -> int:
+    """A pair's layers, as often as a slab's kernels and products read and write them."""
+    x, y, layers = args[1:4] if name.endswith("backward") else args[:3]
+    depth, backward = len(layers) // 2 - 2, not name.endswith("forward") and any(args[-2:])
+    passes = 2 + 4 * depth + (4 + 7 * depth if backward else 0)
+    return 4 * len(x) * len(y) * len(layers[0]) * passes
+
+
+def _classifier_bytes(name: str, *args: Any) -> int:
+    """As `_tower_bytes`; the gradients of all hidden layers have the rows that logits have gradients for."""
+    if name == "cmi_forward":
+        first, _, rest, joint, _, product, _ = args
+        return 4 * len(first) * (len(joint[0]) + len(product[0])) * sum(w.shape[2] for w in rest[::2])
+    joint_grad, product_grad, first, rest = args[:4]
+    rows = joint_grad.shape[1] + (0 if product_grad is None else product_grad.shape[1])
+    return 3 * 4 * len(first) * rows * sum(w.shape[2] for w in rest)
+
+
+# Bytes beside inputs and outputs of operations that declare their launches.
+DECLARED: dict[str, Callable[..., int]] = {
+    "critics_mlp_forward": _tower_bytes,
+    "critics_mlp_backward": _tower_bytes,
+    "critics_grouped_infonce": _tower_bytes,
+    "critics_grouped_infonce_backward": _tower_bytes,
+    "critics_concat_forward": _concat_bytes,
+    "critics_concat_backward": _concat_bytes,
+    "critics_concat_infonce": _concat_bytes,
+    "cmi_forward": _classifier_bytes,
+    "cmi_backward": _classifier_bytes,
+    "cmi_read": lambda *a: 0,
+    "cmi_read_backward": lambda *a: 0,
+}
+
+# Launches, and bytes beside inputs and outputs, of other operations with Triton kernels.
 KERNELS: dict[str, Callable[..., tuple[int, int]]] = {
     "mi_statistics": lambda *a: (1, 0),
     "mi_gradients": lambda *a: (2, 0),
-    "cmi_read": lambda *a: (1, 0),
-    "cmi_read_backward": lambda *a: (1, 0),
     "cube_mix_forward": lambda *a: (1, 0),
     "cube_mix_backward": lambda dy, x, kept, *a: _cube_backward(x, a[:7]),
 }
@@ -86,7 +130,7 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("engine::")
-        if func.namespace == "engine" and name not in KERNELS:
+        if func.namespace == "engine" and name not in KERNELS and name not in DECLARED:
             with self:  # torch's own operations, on a GPU as here
                 return registry._operations[name].cuda(*args, **kwargs)
         out = func(*args, **kwargs)
@@ -97,7 +141,11 @@ class Counter(TorchDispatchMode):
         views = returns and all(r is not None and not r.is_write for r in returns)
         if views or name.removeprefix("aten::").startswith(NOTHING):
             return out
-        launches, more = KERNELS[name](*args) if func.namespace == "engine" else (1, 0)
+        launches, more = 1, 0
+        if name in DECLARED:
+            launches, more = registry.launches(name, *args), DECLARED[name](name, *args)
+        elif func.namespace == "engine":
+            launches, more = KERNELS[name](*args)
         read = {k: v for k, v in kwargs.items() if k not in ("out", "grad_input")}
         tensors = [*tree_iter((args, read)), *tree_iter(out)]
         self.count.launches += launches

@@ -48,7 +48,8 @@ class AotCase:
     Attributes:
         name: "op.kernel/variant/dtype", unique; the op is its folder under engine/kernels.
         kernel: the @triton.jit function (heuristics are unwrapped).
-        signature: types of the arguments that are not constexpr, such as {"q": "*fp32", "rows": "i32"}.
+        signature: types of the arguments that are not constexpr, such as {"q": "*fp32", "rows": "i32"}; of a tuple
+            the types of its members.
         constexprs: values of the constexpr arguments.
         dot: whether tensor-core instructions must appear (bf16 and tf32 products; not for exact fp32).
         quick: compiled in every test run; the others in the full matrix only.
@@ -56,7 +57,7 @@ class AotCase:
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, str | tuple[str, ...]]
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
@@ -105,9 +106,7 @@ def compiled(case: AotCase, arch: int) -> Any:
         raise ValueError(f"{case.name}: arguments without a type or value, or unknown: {sorted(missing)}")
     signature = {name: case.signature.get(name, "constexpr") for name in kernel.arg_names}
     # At run time triton specialises on aligned pointers; without saying so other code would be measured.
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
-    }
+    aligned = {path: [["tt.divisibility", 16]] for path, kind in _leaves(signature) if kind.startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=case.constexprs, attrs=aligned)
     return triton.compile(
         source,
@@ -143,6 +142,14 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
         instructions=sum(bool(INSTRUCTION.match(line)) for line in sass.splitlines()),
         bytes=len(cubin),
     )
+
+
+def _leaves(signature: dict[str, str | tuple[str, ...]]) -> list[tuple[tuple[int, ...], str]]:
+    """The place and the type of every argument; a tuple's members have places of two numbers."""
+    found = []
+    for i, kind in enumerate(signature.values()):
+        found += [((i,), kind)] if isinstance(kind, str) else [((i, j), member) for j, member in enumerate(kind)]
+    return found
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The concat critic's Triton kernels under triton's interpreter, with guards."""
+"""The critics' Triton kernels under triton's interpreter, with guards."""
 
 import math
 
@@ -10,7 +10,7 @@ from tests.interpret.guards import Guards, require_interpreter
 
 require_interpreter()
 
-from engine.kernels.critics import plain, reference, triton
+from engine.kernels.critics import plain, reference, slabs, towers, triton
 from engine.kernels.critics.op import concat_infonce, concat_scores, grouped_mlp
 from tests.kernels.critic_cases import (
     assert_as_good_as_torch,
@@ -30,11 +30,19 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def small_slabs(monkeypatch):
-    """Several slabs, and splits that end before and after a slab does."""
+@pytest.fixture(autouse=True, params=["slabs", "fused"])
+def small_slabs(request, monkeypatch):
+    """Several slabs, also where a row does not fit one; splits that end before and after a slab does."""
+    monkeypatch.setattr(triton, "PREFERRED", request.param)
     monkeypatch.setattr(triton, "SLAB", (128, 128))
     monkeypatch.setattr(triton, "SPLITS", 3)
+    monkeypatch.setattr(slabs, "SLAB_NUMBERS", 600)
+    monkeypatch.setattr(slabs, "BLOCKS", 3)
+    return request.param
+
+
+fused_only = pytest.mark.parametrize("small_slabs", ["fused"], indirect=True)
+slabs_only = pytest.mark.parametrize("small_slabs", ["slabs"], indirect=True)
 
 
 def guarded(function, case, upstream):
@@ -85,6 +93,7 @@ def test_infonce(rows, columns, dims, hidden, layers, transpose):
     compare(by_infonce(transpose), infonce(transpose), case, summands=math.log(count))
 
 
+@fused_only
 def test_blocks_of_the_other_precisions(monkeypatch):
     """The larger blocks' bounds; the interpreter multiplies in fp32 whatever is asked."""
     monkeypatch.setattr(triton, "_precision", lambda: "tf32")
@@ -93,14 +102,28 @@ def test_blocks_of_the_other_precisions(monkeypatch):
 
 
 def test_layers_kept_in_16_bits(monkeypatch):
-    """As with precision medium, but for the products' own rounding; the interpreter truncates where a GPU rounds."""
+    """As with precision medium; the interpreter truncates where a GPU rounds, and the fused kernels' products are those
+    of fp32 in it."""
     monkeypatch.setattr(triton, "_buffer_dtype", lambda precision: torch.bfloat16)
+    monkeypatch.setattr(slabs, "_dtype", lambda: torch.bfloat16)
     case = concat(9, 9, (4, 3), 40, 2, torch.float32)
     compare(by_scores, reference.concat_scores, case, 2**-6)
+    exact = value_and_grads(infonce(), cast(case, torch.float64))
+    upstream = draw(seed=7, dtype=torch.float32)
+    for f, e in zip(guarded(by_infonce(False), case, upstream), exact, strict=True):
+        assert (f - e).norm() <= 2**-5 * e.norm() + 1e-6
 
 
+@slabs_only
+def test_memory_of_a_slab_is_bounded():
+    for rows, columns, hidden in ((10**6, 10**6, 8), (1, 10**6, 100), (10**6, 1, 600), (3, 3, 50), (7, 9, 599)):
+        height, width = slabs._size(rows, columns, hidden)
+        assert 1 <= height <= rows and 1 <= width <= columns and height * width * hidden <= 600
+
+
+@fused_only
 def test_deeper_and_wider_critics():
-    """What the kernels do not take runs by torch's products."""
+    """What the fused kernels do not take runs in slabs."""
     for hidden, layers in ((8, 3), (300, 1)):
         case = concat(5, 5, (4, 3), hidden, layers, torch.float32)
         compare(by_scores, reference.concat_scores, case)
@@ -128,6 +151,97 @@ def test_what_is_not_finite_shows(bad):
     scores = concat_scores(x, y, layers)
     assert not scores[17].isfinite().any() and scores[:17].isfinite().all()
     assert concat_infonce(x, y, layers).isnan() and concat_infonce(x, y, layers, transpose=True).isnan()
+
+
+# Rows, widths of inputs, towers that read them, hidden width, embedding, hidden layers after the first.
+TOWERS = [
+    (1, (1,), (2,), 1, 1, 1), (2, (3, 5), (1, 1), 17, 9, 2), (33, (100, 4, 7), (3, 1, 2), 40, 70, 1),
+    (65, (2, 70), (2, 2), 70, 33, 2), (9, (5,), (4,), 8, 16, 0),
+]  # fmt: skip
+
+
+def critics(case):
+    """Rows and columns of critics: towers in twos, every other one the other way round."""
+    count = len(case[2][0][0])
+    return [n + (n // 2) % 2 for n in range(0, count, 2)], [n + 1 - (n // 2) % 2 for n in range(0, count, 2)]
+
+
+def infonce_of_towers(*case):
+    out = reference.grouped_mlp(*case)
+    scores = torch.stack([out[i] @ out[j].t() for i, j in zip(*critics(case), strict=True)])
+    return -scores.log_softmax(2).diagonal(dim1=1, dim2=2).mean(1)
+
+
+@pytest.mark.parametrize("of_critics", [False, True])
+@pytest.mark.parametrize("rows, dims, counts, hidden, out, layers", TOWERS)
+@slabs_only
+def test_towers(rows, dims, counts, hidden, out, layers, of_critics):
+    """Towers' outputs, or critics' losses, and all gradients; with some unwanted the others are the same."""
+    case = grouped(rows, dims, counts, hidden, out, layers, torch.float32)
+    formula = infonce_of_towers if of_critics else reference.grouped_mlp
+    exact = value_and_grads(formula, cast(case, torch.float64))
+    upstream, numbers = draw(*exact[0].shape, seed=7, dtype=torch.float32), critics(case) if of_critics else ()
+    with Guards() as guards:
+        inputs, first, rest = ([guards.input(t) for t in tensors(part)] for part in case)
+        more = (*numbers, True) if of_critics else ()
+        forward = towers.grouped_infonce if of_critics else towers.mlp_forward
+        backward = towers.grouped_infonce_backward if of_critics else towers.mlp_backward
+        value, state = forward(inputs[0], inputs[1:], first, rest, *more)
+        arguments = guards.input(upstream), inputs, first[::2], rest[::2], state, *numbers
+        found = backward(*arguments, True, True)
+        some = [backward(*arguments, True, False), backward(*arguments, False, True)]
+        if of_critics:
+            alone, nothing = forward(inputs[0], inputs[1:], first, rest, *numbers, False)
+            torch.testing.assert_close(alone, value)
+            assert not nothing.numel()
+    assert torch.equal(found, torch.cat(some))
+    pieces = plain.pieces_of(found, plain.grad_shapes(inputs, (*first[::2], *rest[::2]), True, True))
+    summands = math.log(rows) if of_critics else 0.0
+    assert_as_good_as_torch([value, *pieces], value_and_grads(formula, case), exact, 2e-5, summands)
+
+
+@slabs_only
+def test_many_rows_run_as_library_products(monkeypatch):
+    monkeypatch.setattr(towers, "FEW_ROWS", 8)
+    case = grouped(9, (3, 4), (2, 2), 8, 4, dtype=torch.float32)
+    for f, e in zip(value_and_grads(grouped_mlp, case), value_and_grads(reference.grouped_mlp, case), strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
+    inputs, first, rest = (tensors(part) for part in case)
+    found = []
+    for few in (8, 9):
+        monkeypatch.setattr(towers, "FEW_ROWS", few)
+        losses, state = towers.grouped_infonce(inputs[0], inputs[1:], first, rest, [0, 3], [1, 2], True)
+        arguments = torch.tensor([0.5, 2.0]), inputs, first[::2], rest[::2], state, [0, 3], [1, 2]
+        found.append((losses, towers.grouped_infonce_backward(*arguments, True, True)))
+    for library, fused in zip(*found, strict=True):
+        torch.testing.assert_close(library, fused, rtol=1e-4, atol=1e-5)
+
+
+@slabs_only
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_losses_of_towers_show_what_is_not_finite(bad):
+    inputs, first, rest = grouped(20, (3, 4), (2, 2), 8, 4, dtype=torch.float32)
+    inputs[1][17, 2] = bad
+    losses, _ = towers.grouped_infonce(inputs[0], inputs[1:], tensors(first), tensors(rest), [0, 2], [1, 3], True)
+    assert losses[0].isfinite() and losses[1].isnan()
+
+
+@slabs_only
+@pytest.mark.parametrize("scale", [100.0, -100.0, 1e4])
+def test_large_scores_of_towers(scale):
+    inputs, first, rest = grouped(20, (4, 3), (2, 2), 16, 8, dtype=torch.float32)
+    rest[-1][0][0].mul_(scale)
+    first, rest = tensors(first), tensors(rest)
+    losses, state = towers.grouped_infonce(inputs[0], inputs[1:], first, rest, [0, 2], [1, 3], True)
+    exact, _ = plain.grouped_infonce(
+        inputs[0].double(), [inputs[1].double()], cast(first, torch.float64), cast(rest, torch.float64), [0, 2], [1, 3],
+        True,
+    )  # fmt: skip
+    grads = towers.grouped_infonce_backward(
+        torch.ones(2), inputs, first[::2], rest[::2], state, [0, 2], [1, 3], True, True
+    )
+    assert grads.isfinite().all()
+    torch.testing.assert_close(losses.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_through_the_operations_and_bitwise_the_same():

@@ -41,7 +41,7 @@ def forward(
     """
     b, p = len(joint[0]), len(product[0])
     hidden = first.new_empty(len(first), b + p, first.shape[1])
-    for run in _runs(joint, slots):
+    for run in runs(joint, slots):
         x, y, z = _rows(run, joint, slots, product)
         once = first_bias[run, None].repeat(1, b + p // k, 1)  # joint rows, and queries before they are repeated
         _add_product(once, y, _slot(first, run, 1))
@@ -93,14 +93,14 @@ def backward(
         torch.ops.aten.threshold_backward.grad_input(grad, layer, 0, grad_input=grad)
     of_joint = [torch.zeros_like(j) for j in joint] if row_grads else []
     if row_grads:
-        for g, run in enumerate(_each(_runs(joint, slots))):
+        for g, run in enumerate(_each(runs(joint, slots))):
             for i, s in enumerate(slots[3 * g : 3 * g + 3]):
-                weight = _fold(_slot(first, run, i), joint[s].shape[1])[g - run.start]
+                weight = fold(_slot(first, run, i), joint[s].shape[1])[g - run.start]
                 of_joint[s].addmm_(grad[g, :b], weight)
     if not weight_grads:
         return of_joint
     of_first = torch.empty_like(first)
-    for run in _runs(joint, slots):
+    for run in runs(joint, slots):
         x, y, z = _rows(run, joint, slots, product if product_grad is not None else None)
         part = grad[run]
         once = part
@@ -114,7 +114,7 @@ def backward(
     return [*of_joint, of_first, grad.sum(1), *of_rest]
 
 
-def _runs(joint: Sequence[Tensor], slots: Sequence[int]) -> list[slice]:
+def runs(joint: Sequence[Tensor], slots: Sequence[int]) -> list[slice]:
     """Neighbouring classifiers whose features have the same widths: they run as one batch."""
     widths = [tuple(joint[s].shape[1] for s in slots[at : at + 3]) for at in range(0, len(slots), 3)]
     starts = [g for g in range(len(widths)) if g == 0 or widths[g] != widths[g - 1]]
@@ -143,7 +143,7 @@ def _rows(run: slice, joint: Sequence[Tensor], slots: Sequence[int], product: Se
     ]
 
 
-def _fold(weight: Tensor, width: int) -> Tensor:
+def fold(weight: Tensor, width: int) -> Tensor:
     """Weights [n, hidden, dim] on `width` columns repeated to dim -> [n, hidden, width] on the columns themselves."""
     dim = weight.shape[2]
     if width == dim:
@@ -156,14 +156,14 @@ def _fold(weight: Tensor, width: int) -> Tensor:
 
 
 def _unfold(grad: Tensor, into: Tensor) -> None:
-    """Gradient [n, hidden, width] of `_fold`ed weights -> into [n, hidden, dim]."""
+    """Gradient [n, hidden, width] of `fold`ed weights -> into [n, hidden, dim]."""
     dim, width = into.shape[2], grad.shape[2]
     into.copy_(grad if width in (1, dim) else grad.repeat(1, 1, -(-dim // width))[:, :, :dim])
 
 
 def _add_product(total: Tensor, rows: Tensor, weight: Tensor) -> None:
     """total [n, R, hidden] += rows [n, R, width] · weights [n, hidden, dim] on repeated columns."""
-    weight = _fold(weight, rows.shape[2])
+    weight = fold(weight, rows.shape[2])
     if rows.shape[2] == 1:
         total.addcmul_(rows, weight.mT)
     else:

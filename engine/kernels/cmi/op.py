@@ -4,8 +4,8 @@
     loss, value, readings = cmi(joint, product, "ldr")                              # one pass gives loss and values
 
 Both compute in fp32 (fp64 for fp64 inputs), also under autocast, and are bitwise deterministic for one number of
-threads. Gradients of gradients are not defined. On a GPU the classifiers run on torch's batched products (cuBLAS), and
-loss and values are one Triton kernel.
+threads. Gradients of gradients are not defined. On a GPU a layer of all classifiers is one launch, and so are loss and
+values.
 """
 
 from __future__ import annotations
@@ -228,7 +228,14 @@ def _fake_read_backward(joint, product, loss_grad, value_grad, which, limit):
 
 def _register(name: str, function: str, schema: str, fake, cuda: str) -> None:
     folder = "engine.kernels.cmi"
-    register(name, schema, cpu=lazy(f"{folder}.cpu", function), cuda=lazy(f"{folder}.{cuda}", function), fake=fake)
+    register(
+        name,
+        schema,
+        cpu=lazy(f"{folder}.cpu", function),
+        cuda=lazy(f"{folder}.{cuda}", function),
+        fake=fake,
+        launches=lazy(f"{folder}.{cuda}", f"{function}_launches"),
+    )
 
 
 _register(
@@ -237,7 +244,7 @@ _register(
     "(Tensor first, Tensor first_bias, Tensor[] rest, Tensor[] joint, int[] slots, Tensor[] product, int k)"
     " -> Tensor[]",
     _fake_forward,
-    "cpu",  # torch's products, on a GPU cuBLAS's
+    "classifiers",
 )
 _register(
     "cmi_backward",
@@ -245,7 +252,7 @@ _register(
     "(Tensor joint_grad, Tensor? product_grad, Tensor first, Tensor[] rest, Tensor[] joint, int[] slots,"
     " Tensor[] product, int k, Tensor[] layers, bool row_grads, bool weight_grads) -> Tensor[]",
     _fake_backward,
-    "cpu",
+    "classifiers",
 )
 _register("cmi_read", "read", "(Tensor joint, Tensor product, float limit) -> Tensor[]", _fake_read, "triton")
 _register(

@@ -1,7 +1,6 @@
 """From classifiers' logits to loss and values on the GPU: one launch forward, one backward, a program a classifier.
 
-The classifiers themselves run on torch's batched products (`cpu`): there is nothing between them that a kernel of its
-own would save.
+The classifiers themselves are in `classifiers`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.aot import AotCase
-from engine.kernels.cmi import cpu
+from engine.kernels.cmi import classifiers, cpu
 
 BLOCK, WARPS = 512, 4
 
@@ -135,6 +134,20 @@ def read_backward(
     return [of_joint] if of_product is None else [of_joint, of_product]
 
 
+def read_launches(joint: Tensor, product: Tensor, limit: float) -> int:
+    return 1 if _fits(joint, limit) else 19
+
+
+def read_backward_launches(
+    joint: Tensor, product: Tensor, loss_grad: Tensor | None, value_grad: Tensor | None, which: int, limit: float
+) -> int:
+    if _fits(joint, limit):
+        return 1
+    of_loss = 9 if loss_grad is not None else 0
+    of_value = 5 + (0, 7, 8)[which] if value_grad is not None else 0
+    return 1 + of_loss + of_value
+
+
 def _fits(joint: Tensor, limit: float) -> bool:
     """The kernels sum in fp32, and exponentials relative to the limit vanish where it is large."""
     return joint.dtype == torch.float32 and 0 < limit <= 40
@@ -155,4 +168,4 @@ def aot_cases() -> list[AotCase]:
         found.append(
             AotCase(f"cmi.read_backward/{name}/fp32", _read_backward, pointers | given | sizes, constexprs, WARPS)
         )
-    return found
+    return found + classifiers.aot_cases()

@@ -361,16 +361,22 @@ def _fake_concat_infonce(x, y, layers, transpose, input_grads, weight_grads):
 
 def _register(name: str, function: str, schema: str, fake, cuda: str) -> None:
     folder = "engine.kernels.critics"
-    register(name, schema, cpu=lazy(f"{folder}.cpu", function), cuda=lazy(f"{folder}.{cuda}", function), fake=fake)
+    register(
+        name,
+        schema,
+        cpu=lazy(f"{folder}.cpu", function),
+        cuda=lazy(f"{folder}.{cuda}", function),
+        fake=fake,
+        launches=lazy(f"{folder}.{cuda}", f"{function}_launches"),
+    )
 
 
-# On a GPU grouped MLPs are cuBLAS's batched products.
 _register(
     "critics_mlp_forward",
     "mlp_forward",
     "(Tensor x, Tensor[] more, Tensor[] first, Tensor[] rest) -> (Tensor, Tensor)",
     _fake_mlp_forward,
-    "plain",
+    "towers",
 )
 _register(
     "critics_mlp_backward",
@@ -378,14 +384,14 @@ _register(
     "(Tensor grad, Tensor[] inputs, Tensor[] first, Tensor[] rest, Tensor state, bool input_grads,"
     " bool weight_grads) -> Tensor",
     _fake_mlp_backward,
-    "plain",
+    "towers",
 )
 _register(
     "critics_grouped_infonce",
     "grouped_infonce",
     "(Tensor x, Tensor[] more, Tensor[] first, Tensor[] rest, int[] q, int[] k, bool grads) -> (Tensor, Tensor)",
     _fake_grouped_infonce,
-    "plain",
+    "towers",
 )
 _register(
     "critics_grouped_infonce_backward",
@@ -393,7 +399,7 @@ _register(
     "(Tensor grad, Tensor[] inputs, Tensor[] first, Tensor[] rest, Tensor state, int[] q, int[] k, bool input_grads,"
     " bool weight_grads) -> Tensor",
     _fake_grouped_infonce_backward,
-    "plain",
+    "towers",
 )
 _register(
     "critics_concat_forward",

@@ -99,7 +99,7 @@ def mlp_forward(
     rows, count, hidden, width = len(x), sum(len(w) for w in first[::2]), first[0].shape[1], rest[-2].shape[1]
     out = x.new_empty(count, rows, width)
     state = x.new_empty(state_size(rows, count, hidden, len(rest) // 2))
-    _mlp_forward([x, *more], first, rest, out, _layers_of(state, len(rest) // 2, count, rows, hidden))
+    _mlp_forward([x, *more], first, rest, out, layers_of(state, len(rest) // 2, count, rows, hidden))
     return out, state
 
 
@@ -123,7 +123,7 @@ def mlp_backward(
     count, rows, _ = grad.shape
     found, pieces = flat(grad, grad_shapes(inputs, (*first, *rest), input_grads, weight_grads))
     of_inputs = pieces[: len(inputs)] if input_grads else []
-    kept = _layers_of(state, len(rest), count, rows, first[0].shape[1])
+    kept = layers_of(state, len(rest), count, rows, first[0].shape[1])
     _mlp_backward(grad, inputs, first, rest, kept, of_inputs, pieces[len(of_inputs) :])
     return found
 
@@ -152,8 +152,9 @@ def grouped_infonce(
     split = state_size(rows, count, hidden, len(rest) // 2)
     state = x.new_empty(infonce_state_size(rows, count, hidden, width, len(rest) // 2))
     out = x.new_empty(count, rows, width)
-    _mlp_forward([x, *more], first, rest, out, _layers_of(state, len(rest) // 2, count, rows, hidden))
-    of_rows, of_columns = out[list(q)], out[list(k)]
+    _mlp_forward([x, *more], first, rest, out, layers_of(state, len(rest) // 2, count, rows, hidden))
+    towers = out.unbind()
+    of_rows, of_columns = (torch.stack([towers[n] for n in numbers]) for numbers in (q, k))
     scores = torch.bmm(of_rows, of_columns.mT)
     check = (scores - scores).sum((1, 2))  # 0, or NaN where a score is not finite
     grad = scores.log_softmax(2)
@@ -163,8 +164,10 @@ def grouped_infonce(
     grad.exp_().diagonal(dim1=1, dim2=2).sub_(1)
     grad.div_(rows)
     of_out = state[split : split + out.numel()].view(out.shape)
-    of_out[list(q)] = torch.bmm(grad, of_columns)
-    of_out[list(k)] = torch.bmm(grad.mT, of_rows)
+    found = dict(zip(q, torch.bmm(grad, of_columns), strict=True)) | dict(
+        zip(k, torch.bmm(grad.mT, of_rows), strict=True)
+    )
+    torch.stack([found[n] for n in range(count)], out=of_out)
     return losses, state
 
 
@@ -183,7 +186,8 @@ def grouped_infonce_backward(
     rows, count, width = len(inputs[0]), 2 * len(q), rest[-1].shape[1]
     split = state_size(rows, count, first[0].shape[1], len(rest))
     of_out = state[split : split + count * rows * width].view(count, rows, width)
-    of_out = of_out * grad[critic_of(q, k)][:, None, None]
+    factors = grad.unbind()
+    of_out = of_out * torch.stack([factors[c] for c in critic_of(q, k)])[:, None, None]
     return mlp_backward(of_out, inputs, first, rest, state, input_grads, weight_grads)
 
 
@@ -261,7 +265,7 @@ def concat_infonce(
     return losses, found
 
 
-def _layers_of(state: Tensor, layers: int, count: int, rows: int, hidden: int) -> Tensor:
+def layers_of(state: Tensor, layers: int, count: int, rows: int, hidden: int) -> Tensor:
     return state[: layers * count * rows * hidden].view(layers, count, rows, hidden)
 
 

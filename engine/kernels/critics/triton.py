@@ -22,9 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.aot import AotCase
-from engine.kernels.critics import plain
-
-PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
+from engine.kernels.critics import plain, slabs, towers
+from engine.kernels.mlp.triton import PRECISIONS
 
 # Rows and columns of a tile of pairs, features of a slice of what is read and of the second layer, warps, stages.
 SCORES = {"tf32x3": (1, 32, 16, 32, 8, 1), "tf32": (1, 64, 32, 64, 8, 2), "bf16": (1, 64, 32, 32, 8, 2)}
@@ -42,6 +41,7 @@ TILE = 8  # rows, and columns, of the tiles of pairs that a slab consists of
 # Pairs of a slab: a 32nd of all of them, within these limits. Its buffers take 3 · hidden numbers a pair.
 SLAB = (1 << 13, 1 << 16)
 SIDES = 16  # features of one program that adds a slab's pairs up
+PREFERRED = "slabs"
 SPLITS = 8  # runs of a slab's pairs whose weight gradients are summed apart
 
 
@@ -326,23 +326,82 @@ def _weight_gradient(
 
 def concat_forward(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> Tensor:
     """As `plain.concat_forward`."""
-    return plain.concat_forward(x, y, layers, _forward_pairs if _fits(layers) else None)
+    pairs = _forward_pairs if algorithm(layers) == "fused" else slabs.forward_pairs
+    return plain.concat_forward(x, y, layers, pairs)
 
 
 def concat_backward(
     grad: Tensor, x: Tensor, y: Tensor, layers: Sequence[Tensor], input_grads: bool, weight_grads: bool
 ) -> Tensor:
     """As `plain.concat_backward`."""
-    pairs = _backward_pairs if _fits(layers) else None
+    pairs = _backward_pairs if algorithm(layers) == "fused" else slabs.backward_pairs
     return plain.concat_backward(grad, x, y, layers, input_grads, weight_grads, pairs)
 
 
 def concat_infonce(
     x: Tensor, y: Tensor, layers: Sequence[Tensor], transpose: bool, input_grads: bool, weight_grads: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `plain.concat_infonce`, without storing scores."""
-    pairs = _infonce_pairs if _fits(layers) else None
+    """As `plain.concat_infonce`."""
+    pairs = _infonce_pairs if algorithm(layers) == "fused" else slabs.infonce_pairs
     return plain.concat_infonce(x, y, layers, transpose, input_grads, weight_grads, pairs)
+
+
+# -- launches; each takes the arguments of the function it is named after --
+
+
+def concat_forward_launches(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> int:
+    if algorithm(layers) == "fused":
+        return 3 if x.shape[0] * y.shape[0] else 2
+    return 2 + slabs.launches(y.shape[0], x.shape[0], *_widths(layers), "forward", False)
+
+
+def concat_backward_launches(
+    grad: Tensor, x: Tensor, y: Tensor, layers: Sequence[Tensor], input_grads: bool, weight_grads: bool
+) -> int:
+    pairs = y.shape[0], x.shape[0], *_widths(layers)
+    outer = _outer_launches(input_grads, weight_grads)
+    if algorithm(layers) == "fused":
+        return outer + _fused_gradients(*pairs, True, weight_grads)
+    return outer + slabs.launches(*pairs, "backward", weight_grads)
+
+
+def concat_infonce_launches(
+    x: Tensor, y: Tensor, layers: Sequence[Tensor], transpose: bool, input_grads: bool, weight_grads: bool
+) -> int:
+    pairs, wanted = (x.shape[0], x.shape[0], *_widths(layers)), input_grads or weight_grads
+    outer = _outer_launches(input_grads, weight_grads)
+    if algorithm(layers) == "fused":
+        return outer + 1 + (_fused_gradients(*pairs, False, weight_grads) if wanted else 0)
+    return outer + slabs.launches(*pairs, "infonce" if wanted else "losses", weight_grads)
+
+
+def _widths(layers: Sequence[Tensor]) -> tuple[int, int]:
+    """Width of the hidden layers, and how many there are after the first."""
+    return layers[0].shape[0], len(layers) // 2 - 2
+
+
+def _outer_launches(input_grads: bool, weight_grads: bool) -> int:
+    """Of the first layer and its gradients, where it is not yet, or no longer, one of pairs."""
+    return 2 + 2 * input_grads + 5 * weight_grads
+
+
+def _fused_gradients(rows: int, columns: int, hidden: int, depth: int, given: bool, weight_grads: bool) -> int:
+    """Of `_gradients`: sums set to zero, slabs, sums written out."""
+    further = 2 * (depth + 1) if weight_grads else 0
+    if not rows * columns:
+        return 2 + further
+    height, span = _slab(rows, columns)
+    slabs = triton.cdiv(rows, height) * triton.cdiv(columns, span)
+    total = 3 + further + slabs * (4 + depth * (1 + weight_grads))
+    return total + (4 * depth + (3 if given else 4) if weight_grads else 0)
+
+
+def algorithm(layers: Sequence[Tensor]) -> str:
+    """How a concat critic runs: in "slabs", or "fused", where a pair's layers stay on the chip.
+
+    Fused kernels save a slab's memory and lose time to library products: they run only where they are asked for.
+    """
+    return "fused" if PREFERRED == "fused" and _fits(layers) else "slabs"
 
 
 def _fits(layers: Sequence[Tensor]) -> bool:
@@ -413,8 +472,7 @@ def _gradients(
         total.zero_()
     if not rows * columns:
         return
-    span = min(_up(columns), 1024)
-    height = max(TILE, min(_up(rows), max(SLAB[0], min(SLAB[1], rows * columns // 32)) // span // TILE * TILE))
+    height, span = _slab(rows, columns)
     most = height * span
     buffers = [row.new_empty(hidden * most, dtype=_buffer_dtype(precision)) for _ in range(depth + 1)]
     vectors = row.new_empty(most // TOP[precision][0], hidden)
@@ -457,6 +515,12 @@ def _gradients(
         of_weights[-2].copy_(last[None])
         # InfoNCE does not depend on the last bias: 0, or NaN where the loss is
         of_weights[-1].copy_(grad.sum() if grad is not None else 0 * diagonal.sum())
+
+
+def _slab(rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of a slab of the fused kernels."""
+    span = min(_up(columns), 1024)
+    return max(TILE, min(_up(rows), max(SLAB[0], min(SLAB[1], rows * columns // 32)) // span // TILE * TILE)), span
 
 
 def _add_weight_gradient(
@@ -541,7 +605,7 @@ def aot_cases() -> list[AotCase]:
             blocks = {"BLOCK_O": o, "BLOCK_N": n, "BLOCK_S": s}
             found.append(_case(_weight_gradient, name, common | blocks, warps, stages, True, quick))
     found.append(_case(_sides, "fp32", {"HIDDEN": 256, "BLOCK": TILE, "BLOCK_F": SIDES}, 4, 2, False, True))
-    return found
+    return found + slabs.aot_cases() + towers.aot_cases()
 
 
 def _case(
