@@ -158,11 +158,12 @@ def test_opcheck():
     for ln_first, bias, project in itertools.product((False, True), repeat=3):
         x, weights = case((2, 9, 2, 5), 1, 4, 6, ln_first, bias, project)
         x = x.flatten(2)
-        settings = ("gelu", ln_first, 1e-6)
+        settings, single = ("gelu", ln_first, 1e-6, "fp32"), torch.float32
         tests = ("test_schema", "test_faketensor")
         for keep in (False, True):
-            torch.library.opcheck(torch.ops.engine.cube_mix_forward, (x, *weights, *settings, keep), test_utils=tests)
-        y, kept = torch.ops.engine.cube_mix_forward(x, *weights, *settings, True)
+            arguments = (x, *weights, *settings, single, keep)
+            torch.library.opcheck(torch.ops.engine.cube_mix_forward, arguments, test_utils=tests)
+        y, kept = torch.ops.engine.cube_mix_forward(x, *weights, *settings, single, True)
         for need_x in (False, True):
             arguments = (torch.ones_like(y), x, kept, *weights, *settings, need_x)
             torch.library.opcheck(torch.ops.engine.cube_mix_backward, arguments, test_utils=tests)
