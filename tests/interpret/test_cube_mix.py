@@ -117,6 +117,39 @@ def test_layer_norm_of_what_has_no_deviation():
         assert (y - weights[-1][:, None, None]).abs().max() <= tolerance
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_to_one_graph(autocast):
+    torch.manual_seed(0)
+    model = CubeMLP((9, 3, 16), [(9, 3, 9)], [(5, 3, 9)], res_project=[True])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 9, 3, 16)
+    found = []
+    for function in (model, compiled):
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with use_backend("triton"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = function(leaf)
+        y.square().sum().backward()
+        found.append([y.detach(), leaf.grad, *(p.grad.clone() for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_opcheck():
+    x, _, modality, channel = block_weights((1, 3, 3, 9), (3, 3, 10), (3, 3, 11))
+    settings, tests = ("gelu", False, 1e-6, "bf16"), ("test_schema", "test_faketensor")
+    arguments = (x.flatten(0, 1), *modality, *channel, *settings, True)
+    torch.library.opcheck(torch.ops.engine.cube_pair_forward, arguments, test_utils=tests)
+    y, mixed, kept = torch.ops.engine.cube_pair_forward(*arguments)
+    arguments = (torch.ones_like(y), arguments[0], mixed, kept, *arguments[1:])
+    torch.library.opcheck(torch.ops.engine.cube_pair_backward, arguments, test_utils=tests)
+    u = x.flatten(2).to(torch.bfloat16)
+    arguments = (u, *case((1, 3, 3, 9), 1, 9, 5)[1], *settings, torch.bfloat16, True)
+    torch.library.opcheck(torch.ops.engine.cube_mix_forward, arguments, test_utils=tests)
+    y, kept = torch.ops.engine.cube_mix_forward(*arguments)
+    arguments = (torch.ones_like(y), u, kept, *arguments[1:-2], True)
+    torch.library.opcheck(torch.ops.engine.cube_mix_backward, arguments, test_utils=tests)
+
+
 def block_weights(shape, hidden, d_out, **settings):
     """x and the weights of the three axes."""
     x, time = case(shape, 1, hidden[0], d_out[0], **settings)

@@ -637,27 +637,55 @@ def pair_forward_kernel(
 
 @triton.jit
 def sum_kernel(
-    parts, n_parts, vectors, n_vectors, short, n_short, out,
-    PARTS: tl.constexpr, VECTORS: tl.constexpr, SHORT_PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    matrices, n_matrices, matrix_stride, vectors, n_vectors, vector_stride,
+    fc1, fc2, residual, bias1, bias2, scale, shift,
+    other_matrices, n_other_matrices, other_matrix_stride, other_vectors, n_other_vectors, other_vector_stride,
+    other_fc1, other_fc2, other_residual, other_bias1, other_bias2, other_scale, other_shift,
+    SIZES: tl.constexpr, WANTED: tl.constexpr, OTHER_SIZES: tl.constexpr, OTHER_WANTED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out = the sums over rows of parts [n_parts, PARTS], vectors and short, one after another."""
-    pid = tl.program_id(0)
-    A: tl.constexpr = (PARTS + COLUMNS - 1) // COLUMNS
-    B: tl.constexpr = (VECTORS + COLUMNS - 1) // COLUMNS
-    if pid < A:
-        _sum_block(parts, n_parts, out, pid, PARTS, ROWS, COLUMNS)
-    elif pid < A + B:
-        _sum_block(vectors, n_vectors, out + PARTS, pid - A, VECTORS, ROWS, COLUMNS)
-    else:
-        _sum_block(short, n_short, out + PARTS + VECTORS, pid - A - B, SHORT_PARTS, ROWS, COLUMNS)
+    """The gradients of one axis' weights, or of two axes': sums over the rows of matrices [n_matrices, ...] (fc1, fc2,
+    residual) and of vectors (both biases, scale, shift), each into its own tensor.
+
+    SIZES, WANTED: elements of the seven in those rows, and as many or 0 for those that are wanted.
+    """
+    outs = (fc1, fc2, residual, bias1, bias2, scale, shift)
+    block = _sum_axis(
+        tl.program_id(0), matrices, n_matrices, matrix_stride, vectors, n_vectors, vector_stride, outs, SIZES, WANTED,
+        ROWS, COLUMNS,
+    )  # fmt: skip
+    outs = (other_fc1, other_fc2, other_residual, other_bias1, other_bias2, other_scale, other_shift)
+    _sum_axis(
+        block, other_matrices, n_other_matrices, other_matrix_stride, other_vectors, n_other_vectors,
+        other_vector_stride, outs, OTHER_SIZES, OTHER_WANTED, ROWS, COLUMNS,
+    )  # fmt: skip
 
 
 @triton.jit
-def _sum_block(p, rows, out, block, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _sum_axis(
+    block, matrices, n_matrices, matrix_stride, vectors, n_vectors, vector_stride, outs,
+    SIZES: tl.constexpr, WANTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The block-th block of COLUMNS of all sums, if it is one of this axis. The number that it has after them."""
+    for i in tl.static_range(3):
+        if (block >= 0) & (block * COLUMNS < WANTED[i]):
+            _sum_block(matrices, n_matrices, matrix_stride, outs[i], block, WANTED[i], ROWS, COLUMNS)
+        matrices += SIZES[i]
+        block -= (WANTED[i] + COLUMNS - 1) // COLUMNS
+    for i in tl.static_range(3, 7):
+        if (block >= 0) & (block * COLUMNS < WANTED[i]):
+            _sum_block(vectors, n_vectors, vector_stride, outs[i], block, WANTED[i], ROWS, COLUMNS)
+        vectors += SIZES[i]
+        block -= (WANTED[i] + COLUMNS - 1) // COLUMNS
+    return block
+
+
+@triton.jit
+def _sum_block(p, rows, stride, out, block, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     j = block * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i0 in range(0, rows, ROWS):
-        total += _tile(p, i0 + tl.arange(0, ROWS), rows, WIDTH, j, j < WIDTH)
+        total += _tile(p, i0 + tl.arange(0, ROWS), rows, stride, j, j < WIDTH)
     tl.store(out + j, tl.sum(total, 0), mask=j < WIDTH)
 
 
@@ -770,20 +798,17 @@ def backward(
     precision: str,
     need_x: bool,
 ) -> list[Tensor]:
-    """Gradients of the weights that are not None, in their order, and after them, where `need_x`, the one of x. Those
-    of the weights lie in one block of memory."""
+    """Gradients of the weights that are not None, in their order, and after them, where `need_x`, the one of x."""
     dy, x, given = dy.contiguous(), x.contiguous(), (fc1, bias1, fc2, bias2, residual, scale, shift)
     if not x.numel():
         found = [torch.zeros_like(w) for w in given if w is not None]
         return [*found, torch.empty_like(x)] if need_x else found
     settings = {"eps": eps, "ACTIVATION": activation, "LN_FIRST": ln_first}
     if max(_sizes(x, fc1, fc2).values()) <= SHORT:
-        dx, parts = _short_backward(dy, x, given, settings)
-        total = _sum(None, None, parts)
+        dx, *parts = _short_backward(dy, x, given, settings)
     else:
         dx, *parts = _long_backward(dy, x, kept, given, settings | {"PRECISION": precision})
-        total = _sum(*parts, None)
-    found = _gradients(total, given)
+    found = _sums(*parts, given)
     return [*found, dx] if need_x else found
 
 
@@ -819,7 +844,7 @@ def pair_forward(
 
 def pair_backward(dy: Tensor, x: Tensor, mixed: Tensor, kept: Tensor, *rest: Argument) -> list[Tensor]:
     """Gradients of the weights that are not None, modality before channel, and after them, where `need_x`, the one of
-    x. Those of the weights lie in one block of memory."""
+    x."""
     modality, channel = rest[:7], rest[7:14]
     activation, ln_first, eps, precision, need_x = rest[14:]
     dy, x = dy.contiguous(), x.contiguous()
@@ -828,32 +853,31 @@ def pair_backward(dy: Tensor, x: Tensor, mixed: Tensor, kept: Tensor, *rest: Arg
         return [*found, torch.empty_like(x)] if need_x else found
     settings = {"eps": eps, "ACTIVATION": activation, "LN_FIRST": ln_first}
     rows = mixed.view(-1, mixed.shape[2], 1)
-    d_mixed, parts, vectors = _long_backward(
+    d_mixed, *parts = _long_backward(
         dy.view(-1, dy.shape[2], 1), rows, kept, channel, settings | {"PRECISION": precision}
     )
-    dx, short = _short_backward(d_mixed.view(mixed.shape), x, modality, settings)
-    total = _sum(parts, vectors, short)
-    size = short.shape[1]
-    found = [*_gradients(total[-size:], modality), *_gradients(total[:-size], channel)]
+    dx, *modality_parts = _short_backward(d_mixed.view(mixed.shape), x, modality, settings)
+    found = _sums(*modality_parts, modality, *parts, channel)
     return [*found, dx] if need_x else found
 
 
 def _short_backward(
     dy: Tensor, x: Tensor, given: Sequence[Tensor | None], settings: dict[str, object]
-) -> tuple[Tensor, Tensor]:
-    """dx; parts [programs, ...] of the weights' gradients."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx; parts [programs, ...] of the gradients of the matrices and of the vectors among the weights."""
     outer, _, inner = x.shape
     sizes, columns = _sizes(x, given[0], given[2]), outer * inner
     steps = triton.cdiv(triton.cdiv(columns, SHORT_COLUMNS), SHORT_PROGRAMS)
     run = steps * SHORT_COLUMNS
     programs = triton.cdiv(columns, run)
     dx = torch.empty_like(x)
-    parts = x.new_empty(programs, sum(_lengths(given)), dtype=torch.float32)
+    lengths = _lengths(given)
+    parts = x.new_empty(programs, sum(lengths), dtype=torch.float32)
     short_backward_kernel[(programs,)](
         dy, x, *_present(given, x), dx, parts, columns, inner, run, **settings, **sizes, **_flags(given),
         BLOCK_C=SHORT_COLUMNS, num_warps=WARPS,
     )  # fmt: skip
-    return dx, parts
+    return dx, *parts.split([sum(lengths[:3]), sum(lengths[3:])], 1)
 
 
 def _long_backward(
@@ -902,34 +926,43 @@ def _long_backward(
     return dx, parts, vectors
 
 
-def _lengths(given: Sequence[Tensor | None]) -> list[int]:
+def _lengths(given: Sequence[Tensor | None]) -> tuple[int, ...]:
     """Of the gradients as the kernels leave them: fc1, fc2, residual, then both biases, scale and shift. The biases'
     are there whether there are biases or not."""
     fc1, _, fc2, _, residual, scale, shift = given
-    matrices = [fc1.numel(), fc2.numel(), 0 if residual is None else residual.numel()]
-    return [*matrices, len(fc1), len(fc2), len(scale), len(shift)]
+    matrices = (fc1.numel(), fc2.numel(), 0 if residual is None else residual.numel())
+    return (*matrices, len(fc1), len(fc2), len(scale), len(shift))
 
 
-def _sum(parts: Tensor | None, vectors: Tensor | None, short: Tensor | None) -> Tensor:
-    """Parts of gradients [programs, ...] -> their sums, one after another."""
-    like = next(t for t in (parts, short) if t is not None)
-    counts = [0 if t is None else len(t) for t in (parts, vectors, short)]
-    widths = [0 if t is None else t.shape[1] for t in (parts, vectors, short)]
-    tensors = [like if t is None else t for t in (parts, vectors, short)]
-    out = like.new_empty(sum(widths))
-    arguments = [v for pair in zip(tensors, counts, strict=True) for v in pair]
-    sum_kernel[(sum(triton.cdiv(n, SUM_COLUMNS) for n in widths),)](
-        *arguments, out, PARTS=widths[0], VECTORS=widths[1], SHORT_PARTS=widths[2], ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS,
-        num_warps=WARPS,
+def _sums(matrices: Tensor, vectors: Tensor, given: Sequence[Tensor | None], *other: object) -> list[Tensor]:
+    """Gradients of the weights that are not None, in their order, from parts [programs, ...] of those of the matrices
+    and of the vectors among them. `other` is the same three of a second axis, whose gradients follow."""
+    found, arguments, constexprs, blocks = _axis_sums(matrices, vectors, given)
+    if other:
+        more, other_arguments, other_constexprs, other_blocks = _axis_sums(*other)
+        found, blocks = [*found, *more], blocks + other_blocks
+    else:
+        other_arguments, other_constexprs = arguments, {"SIZES": (0,) * 7, "WANTED": (0,) * 7}
+    sum_kernel[(blocks,)](
+        *arguments, *other_arguments, **constexprs, **{f"OTHER_{k}": v for k, v in other_constexprs.items()},
+        ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=WARPS,
     )  # fmt: skip
-    return out
+    return found
 
 
-def _gradients(total: Tensor, given: Sequence[Tensor | None]) -> list[Tensor]:
-    """Those of the weights that are not None, in their order: views."""
-    fc1, fc2, residual, bias1, bias2, scale, shift = total.split(_lengths(given))
-    found = (fc1, bias1, fc2, bias2, residual, scale, shift)
-    return [g.view(w.shape) for g, w in zip(found, given, strict=True) if w is not None]
+def _axis_sums(
+    matrices: Tensor, vectors: Tensor, given: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor | int], dict[str, tuple[int, ...]], int]:
+    """One axis' gradients, yet to be filled; arguments of `sum_kernel`; its constants; blocks."""
+    gradients = [None if w is None else torch.empty_like(w, memory_format=torch.contiguous_format) for w in given]
+    fc1, bias1, fc2, bias2, residual, scale, shift = gradients
+    outs = (fc1, fc2, residual, bias1, bias2, scale, shift)
+    wanted = tuple(0 if g is None else g.numel() for g in outs)
+    parts = [matrices, len(matrices), matrices.stride(0), vectors, len(vectors), vectors.stride(0)]
+    found = [g for g in gradients if g is not None]
+    constexprs = {"SIZES": _lengths(given), "WANTED": wanted}
+    blocks = sum(triton.cdiv(n, SUM_COLUMNS) for n in wanted)
+    return found, [*parts, *(matrices if g is None else g for g in outs)], constexprs, blocks
 
 
 # -- ahead-of-time cases --
@@ -949,9 +982,17 @@ def aot_cases() -> list[AotCase]:
                 found.append(_pair_case(precision, ln_first, few))
     for ln_first in (False, True):
         found += _short_cases(ln_first)
-    signature = {"n_parts": "i32", "n_vectors": "i32", "n_short": "i32"}
-    constexprs = {"PARTS": 3 * 128 * 128, "VECTORS": 512, "SHORT_PARTS": 39, "ROWS": SUM_ROWS, "COLUMNS": SUM_COLUMNS}
-    return [*found, _case("sum/fp32", sum_kernel, signature, constexprs)]
+    return [*found, _sum_case()]
+
+
+def _sum_case() -> AotCase:
+    """Of the channel and modality axes."""
+    inputs = {n: "i32" for n in sum_kernel.arg_names if n.startswith("n_") or n.endswith("_stride")}
+    constexprs = {"ROWS": SUM_ROWS, "COLUMNS": SUM_COLUMNS}
+    for prefix, (d_in, hidden, d_out) in (("", MODALITY), ("OTHER_", CHANNEL)):
+        sizes = (hidden * d_in, d_out * hidden, d_out * d_in, hidden, d_out, d_out, d_out)
+        constexprs |= {f"{prefix}SIZES": sizes, f"{prefix}WANTED": sizes}
+    return _case("sum/fp32", sum_kernel, inputs, constexprs)
 
 
 def _aot_settings(lengths: tuple[int, int, int], ln_first: bool) -> dict[str, object]:
