@@ -32,6 +32,8 @@ def few_steps(monkeypatch):
     """Small blocks, so that programs loop, and more than one of them runs."""
     monkeypatch.setattr(triton, "SHORT_COLUMNS", 32)
     monkeypatch.setattr(triton, "SHORT_PROGRAMS", 3)
+    monkeypatch.setattr(triton, "SUM_ROWS", 2)
+    monkeypatch.setattr(triton, "SUM_COLUMNS", 256)
 
 
 # Of the largest element, against fp64. Where the products are of 16 bits, so is what is kept, and the interpreter

@@ -635,7 +635,12 @@ def pair_forward_kernel(
 # -- sums over programs --
 
 
-@triton.jit
+# Not specialised: a number of 1 would become a constant, of which no branch could make a variable.
+_COUNTS = [f"{other}{n}" for other in ("", "other_") for n in ("matrix_stride", "vector_stride")]
+_COUNTS += ["n_matrices", "n_vectors", "n_other_matrices", "n_other_vectors"]
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def sum_kernel(
     matrices, n_matrices, matrix_stride, vectors, n_vectors, vector_stride,
     fc1, fc2, residual, bias1, bias2, scale, shift,
@@ -649,44 +654,40 @@ def sum_kernel(
 
     SIZES, WANTED: elements of the seven in those rows, and as many or 0 for those that are wanted.
     """
+    block = tl.program_id(0)
+    # Replaced where the block is found below.
+    source, rows, stride, out, width, first = matrices, n_matrices, matrix_stride, fc1, block * 0, block * 0
     outs = (fc1, fc2, residual, bias1, bias2, scale, shift)
-    block = _sum_axis(
-        tl.program_id(0), matrices, n_matrices, matrix_stride, vectors, n_vectors, vector_stride, outs, SIZES, WANTED,
-        ROWS, COLUMNS,
-    )  # fmt: skip
+    for i in tl.static_range(7):
+        if (block >= 0) & (block * COLUMNS < WANTED[i]):
+            out, width, first = outs[i], WANTED[i], block * COLUMNS
+            if i < 3:
+                source, rows, stride = matrices, n_matrices, matrix_stride
+            else:
+                source, rows, stride = vectors, n_vectors, vector_stride
+        block -= (WANTED[i] + COLUMNS - 1) // COLUMNS
+        if i < 3:
+            matrices += SIZES[i]
+        else:
+            vectors += SIZES[i]
     outs = (other_fc1, other_fc2, other_residual, other_bias1, other_bias2, other_scale, other_shift)
-    _sum_axis(
-        block, other_matrices, n_other_matrices, other_matrix_stride, other_vectors, n_other_vectors,
-        other_vector_stride, outs, OTHER_SIZES, OTHER_WANTED, ROWS, COLUMNS,
-    )  # fmt: skip
-
-
-@triton.jit
-def _sum_axis(
-    block, matrices, n_matrices, matrix_stride, vectors, n_vectors, vector_stride, outs,
-    SIZES: tl.constexpr, WANTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """The block-th block of COLUMNS of all sums, if it is one of this axis. The number that it has after them."""
-    for i in tl.static_range(3):
-        if (block >= 0) & (block * COLUMNS < WANTED[i]):
-            _sum_block(matrices, n_matrices, matrix_stride, outs[i], block, WANTED[i], ROWS, COLUMNS)
-        matrices += SIZES[i]
-        block -= (WANTED[i] + COLUMNS - 1) // COLUMNS
-    for i in tl.static_range(3, 7):
-        if (block >= 0) & (block * COLUMNS < WANTED[i]):
-            _sum_block(vectors, n_vectors, vector_stride, outs[i], block, WANTED[i], ROWS, COLUMNS)
-        vectors += SIZES[i]
-        block -= (WANTED[i] + COLUMNS - 1) // COLUMNS
-    return block
-
-
-@triton.jit
-def _sum_block(p, rows, stride, out, block, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    j = block * COLUMNS + tl.arange(0, COLUMNS)
+    for i in tl.static_range(7):
+        if (block >= 0) & (block * COLUMNS < OTHER_WANTED[i]):
+            out, width, first = outs[i], OTHER_WANTED[i], block * COLUMNS
+            if i < 3:
+                source, rows, stride = other_matrices, n_other_matrices, other_matrix_stride
+            else:
+                source, rows, stride = other_vectors, n_other_vectors, other_vector_stride
+        block -= (OTHER_WANTED[i] + COLUMNS - 1) // COLUMNS
+        if i < 3:
+            other_matrices += OTHER_SIZES[i]
+        else:
+            other_vectors += OTHER_SIZES[i]
+    j = first + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i0 in range(0, rows, ROWS):
-        total += _tile(p, i0 + tl.arange(0, ROWS), rows, stride, j, j < WIDTH)
-    tl.store(out + j, tl.sum(total, 0), mask=j < WIDTH)
+        total += _tile(source, i0 + tl.arange(0, ROWS), rows, stride, j, j < width)
+    tl.store(out + j, tl.sum(total, 0), mask=j < width)
 
 
 # -- host functions --
