@@ -49,13 +49,16 @@ ARCHS = (80, 90, 100)
 NOTHING = ("empty", "new_empty", "_unsafe_view")
 
 
-def _cube_backward(x: Tensor, weights: tuple[Tensor | None, ...]) -> tuple[int, int]:
-    """Kernels and a sum of partial results for each gradient; d is written by one kernel and read by the other."""
+def _cube_backward(x: Tensor, weights: tuple[Tensor | None, ...]) -> int:
+    """Bytes that one kernel of the backward pass writes and another reads: the gradients of both layers' outputs."""
     hidden, d_out = len(weights[0]), len(weights[2])
     short = max(x.shape[1], hidden, d_out) <= SHORT
-    return (1 if short else 2) + sum(w is not None for w in weights), 0 if short else 2 * 4 * (
-        hidden + d_out
-    ) * x.shape[0] * x.shape[2]
+    return 0 if short else 2 * 4 * (hidden + d_out) * x.shape[0] * x.shape[2]
+
+
+def _pair_backward(mixed: Tensor, channel: tuple[Tensor | None, ...]) -> int:
+    """The same of the channels, and the gradient of what they read."""
+    return _cube_backward(mixed.flatten(0, 1)[..., None], channel) + 2 * _size(mixed)
 
 
 def _tower_bytes(name: str, *args: Any) -> int:
@@ -108,8 +111,11 @@ DECLARED: dict[str, Callable[..., int]] = {
 KERNELS: dict[str, Callable[..., tuple[int, int]]] = {
     "mi_statistics": lambda *a: (1, 0),
     "mi_gradients": lambda *a: (2, 0),
-    "cube_mix_forward": lambda *a: (1, 0),
-    "cube_mix_backward": lambda dy, x, kept, *a: _cube_backward(x, a[:7]),
+    "cube_mix_forward": lambda *a: (registry.launches("cube_mix_forward", *a), 0),
+    "cube_mix_backward": lambda *a: (registry.launches("cube_mix_backward", *a), _cube_backward(a[1], a[3:10])),
+    # the cube with its modalities mixed is an output, and read back
+    "cube_pair_forward": lambda x, *a: (registry.launches("cube_pair_forward", x, *a), 4 * x[:, 0].numel() * len(a[2])),
+    "cube_pair_backward": lambda *a: (registry.launches("cube_pair_backward", *a), _pair_backward(a[2], a[11:18])),
 }
 
 

@@ -122,12 +122,25 @@ def _cube_mix_forward(
 
 def _cube_mix_backward(
     dy: Shape, x: Shape, kept: Shape, fc1: Shape, bias1: Shape | None, fc2: Shape, bias2: Shape | None,
-    residual: Shape | None, scale: Shape, shift: Shape, activation: str, ln_first: bool, eps: float, need_x: bool,
-    **_: Any,
+    residual: Shape | None, scale: Shape, shift: Shape, activation: str, ln_first: bool, eps: float, precision: str,
+    need_x: bool, **_: Any,
 ) -> int:  # fmt: skip
     rows = x[0] * x[2]
     chain = _linear(rows, [fc2]) + need_x * _linear(rows, [w for w in (fc1, residual) if w is not None])
     return chain + _cube_mix_forward(x, fc1, bias1, fc2, bias2, residual)
+
+
+def _cube_pair_forward(x: Shape, *rest: Any, **_: Any) -> int:
+    modality, channel = rest[:7], rest[7:14]
+    mixed = (x[0] * modality[2][0], x[2], 1)
+    return _cube_mix_forward(x, *modality) + _cube_mix_forward(mixed, *channel)
+
+
+def _cube_pair_backward(dy: Shape, x: Shape, mixed: Shape, kept: Shape, *rest: Any, **_: Any) -> int:
+    modality, channel, settings, need_x = rest[:7], rest[7:14], rest[14:18], rest[18]
+    rows = (mixed[0] * mixed[1], mixed[2], 1)
+    of_channel = _cube_mix_backward(dy, rows, kept, *channel, *settings, True)
+    return of_channel + _cube_mix_backward(mixed, x, kept, *modality, *settings, need_x)
 
 
 def _recurrent_forward(x: Shape, length: Shape, weights: Sequence[Shape], cell: str, tokens: int, **_: Any) -> int:
@@ -167,6 +180,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "cmi_backward": _cmi_backward,
     "cube_mix_forward": _cube_mix_forward,
     "cube_mix_backward": _cube_mix_backward,
+    "cube_pair_forward": _cube_pair_forward,
+    "cube_pair_backward": _cube_pair_backward,
     "recurrent_forward": _recurrent_forward,
     "recurrent_backward": _recurrent_backward,
     "knn_nearest": _knn_nearest,

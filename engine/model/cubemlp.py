@@ -62,21 +62,24 @@ class AxisMix(nn.Module):
         self.residual = nn.Linear(d_in, d_out, bias=False) if res_project else None
         self.norm = nn.LayerNorm(d_in if ln_first else d_out, eps=LAYER_NORM_EPS)
 
+    @property
+    def weights(self) -> tuple[Tensor | None, ...]:
+        """In the order of `op.cube_mix`'s arguments."""
+        residual = None if self.residual is None else self.residual.weight
+        fc1, fc2, norm = self.fc1, self.fc2, self.norm
+        return fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual, norm.weight, norm.bias
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether `op` knows this mix: its activation, and no dropout now."""
+        return self.activate in op.ACTIVATIONS and not (self.training and self.dropout)
+
     def forward(self, x: Tensor) -> Tensor:
-        weights = (
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
-            None if self.residual is None else self.residual.weight,
-            self.norm.weight,
-            self.norm.bias,
-        )
-        eps = self.norm.eps
-        if self.activate in op.ACTIVATIONS and not (self.training and self.dropout):
-            return op.cube_mix(x, self.axis, *weights, activation=self.activate, ln_first=self.ln_first, eps=eps)
-        settings = {"ln_first": self.ln_first, "dropout": self.dropout, "training": self.training, "eps": eps}
-        return axis_mix(x, self.axis, *weights, activation=self.act, **settings)
+        settings = {"ln_first": self.ln_first, "eps": self.norm.eps}
+        if self.has_kernel:
+            return op.cube_mix(x, self.axis, *self.weights, activation=self.activate, **settings)
+        settings |= {"dropout": self.dropout, "training": self.training}
+        return axis_mix(x, self.axis, *self.weights, activation=self.act, **settings)
 
 
 class CubeBlock(nn.Module):
@@ -99,6 +102,10 @@ class CubeBlock(nn.Module):
             self.add_module(axis, mix)
 
     def forward(self, x: Tensor) -> Tensor:
+        mixes = (self.time, self.modality, self.channel)
+        if op.on_triton(x) and all(mix.has_kernel for mix in mixes):
+            settings = {"activation": self.time.activate, "ln_first": self.time.ln_first, "eps": self.time.norm.eps}
+            return op.cube_block(x, *(mix.weights for mix in mixes), **settings)
         return self.channel(self.modality(self.time(x)))
 
 

@@ -158,14 +158,89 @@ def test_opcheck():
     for ln_first, bias, project in itertools.product((False, True), repeat=3):
         x, weights = case((2, 9, 2, 5), 1, 4, 6, ln_first, bias, project)
         x = x.flatten(2)
-        settings = ("gelu", ln_first, 1e-6)
+        settings, single = ("gelu", ln_first, 1e-6, "fp32"), torch.float32
         tests = ("test_schema", "test_faketensor")
         for keep in (False, True):
-            torch.library.opcheck(torch.ops.engine.cube_mix_forward, (x, *weights, *settings, keep), test_utils=tests)
-        y, kept = torch.ops.engine.cube_mix_forward(x, *weights, *settings, True)
+            arguments = (x, *weights, *settings, single, keep)
+            torch.library.opcheck(torch.ops.engine.cube_mix_forward, arguments, test_utils=tests)
+        y, kept = torch.ops.engine.cube_mix_forward(x, *weights, *settings, single, True)
         for need_x in (False, True):
             arguments = (torch.ones_like(y), x, kept, *weights, *settings, need_x)
             torch.library.opcheck(torch.ops.engine.cube_mix_backward, arguments, test_utils=tests)
+
+
+def pair_case(ln_first, bias=True, project=True, dtype=torch.float32):
+    """x and the weights of a modality and a channel axis, as the operation of both takes them."""
+    settings = {"ln_first": ln_first, "bias": bias, "project": project, "dtype": dtype}
+    x, modality = case((2, 2, 3, 9), 2, 4, 2, **settings)
+    _, channel = case((2, 2, len(modality[2]), 9), 3, 10, 11, seed=1, **settings)
+    return x.flatten(0, 1), [*modality, *channel]
+
+
+@needs_compiler
+@pytest.mark.parametrize("ln_first", [False, True])
+def test_gradcheck_of_modality_and_channel_together(ln_first):
+    for bias, project, activation in ((True, True, "gelu"), (False, False, "tanh")):
+        x, weights = pair_case(ln_first, bias, project, torch.float64)
+        leaves = [t.requires_grad_() for t in (x, *weights) if t is not None]
+
+        def function(*given, weights=weights, activation=activation):
+            given = iter(given)
+            x, *w = next(given), *(None if t is None else next(given) for t in weights)
+            return op._CubePair.apply(x, activation, ln_first, 1e-6, "fp32", *w)
+
+        with use_backend("cpu"):
+            assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@needs_compiler
+def test_opcheck_of_modality_and_channel_together():
+    for ln_first, bias, project in itertools.product((False, True), repeat=3):
+        x, weights = pair_case(ln_first, bias, project)
+        settings = ("gelu", ln_first, 1e-6, "fp32")
+        tests = ("test_schema", "test_faketensor")
+        for keep in (False, True):
+            arguments = (x, *weights, *settings, keep)
+            torch.library.opcheck(torch.ops.engine.cube_pair_forward, arguments, test_utils=tests)
+        y, mixed, kept = torch.ops.engine.cube_pair_forward(x, *weights, *settings, True)
+        for need_x in (False, True):
+            arguments = (torch.ones_like(y), x, mixed, kept, *weights, *settings, need_x)
+            torch.library.opcheck(torch.ops.engine.cube_pair_backward, arguments, test_utils=tests)
+
+
+@needs_compiler
+def test_a_block_is_its_three_axes():
+    _, time = case((2, 20, 3, 9), 1, 12, 10)
+    x, channel = torch.randn(2, 20, 3, 9), case((2, 10, 2, 9), 3, 10, 11)[1]
+    _, modality = case((2, 10, 3, 9), 2, 4, 2)
+    expected = x
+    for axis, weights in enumerate((time, modality, channel), 1):
+        expected = op.cube_mix(expected, axis, *weights)
+    assert torch.equal(op.cube_block(x, time, modality, channel), expected)
+    with pytest.raises(ValueError, match="fc1_weight"):
+        op.cube_block(x, time, channel, modality)
+
+
+def test_products_follow_the_caller(monkeypatch):
+    x = torch.zeros(1)
+    monkeypatch.setattr(op, "_tf32", lambda: False)
+    assert op._precision(x) == "fp32"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert op._precision(x) == "bf16"
+    with torch.autocast("cpu", torch.float16):
+        assert op._precision(x) == "fp16"
+    monkeypatch.setattr(op, "_tf32", lambda: True)
+    assert op._precision(x) == "tf32"
+
+
+def test_tf32_is_allowed_where_torch_allows_it():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, allowed in (("highest", False), ("high", True), ("medium", True)):
+            torch.set_float32_matmul_precision(precision)
+            assert op._tf32() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @needs_compiler

@@ -17,6 +17,10 @@ SOURCE = Path(__file__).with_name("cube_mix.cpp")
 ACTIVATIONS = ("gelu", "relu", "tanh", "leakyrelu", "elu", "hardtanh", "hardshrink")
 COLUMNS = 64  # columns of a tile, as in cube_mix.cpp
 SHORT = 8  # axes and layers up to this length are computed again in the backward pass instead of kept
+# What a GPU keeps for the backward pass, by the precision of products; float32 for the others.
+STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+Argument = Tensor | str | bool | float | None
 
 
 @functools.cache
@@ -50,11 +54,13 @@ def forward(
     activation: str,
     ln_first: bool,
     eps: float,
+    precision: str,
+    dtype: torch.dtype,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """x [outer, d_in, inner] -> y [outer, d_out, inner], what the backward pass needs (1-d). float32 or float64.
 
-    Without `keep` nothing is kept for the backward pass.
+    Without `keep` nothing is kept for the backward pass. precision and dtype are for GPUs: here all is of x's type.
     """
     x = x.contiguous()
     weights = _contiguous(fc1, bias1, fc2, bias2, residual, scale, shift)
@@ -82,6 +88,7 @@ def backward(
     activation: str,
     ln_first: bool,
     eps: float,
+    precision: str,
     need_x: bool,
 ) -> list[Tensor]:
     """Gradients of the weights that are not None, in their order, and after them, where `need_x`, the one of x."""
@@ -98,6 +105,29 @@ def backward(
             *head, dy.data_ptr(), x.data_ptr(), kept.data_ptr(), _pointer(dx), _pointers(gradients)
         )
     return [g for g in (*gradients, dx) if g is not None]
+
+
+def pair_forward(
+    x: Tensor, *rest: Argument
+) -> tuple[Tensor, Tensor, Tensor]:  # both axes' weights and settings: as in op.py's schema
+    """The modality axis of x [rows, m_in, d_in], then the channels: y, x with the modalities mixed, what the channels'
+    backward pass needs. The modality axis is short, so nothing is kept for it."""
+    modality, channel, settings, (precision, keep) = rest[:7], rest[7:14], rest[14:17], rest[17:]
+    mixed, _ = forward(x, *modality, *settings, precision, x.dtype, False)
+    y, kept = forward(mixed.flatten(0, 1)[..., None], *channel, *settings, precision, x.dtype, keep)
+    return y.view(*mixed.shape[:2], -1), mixed, kept
+
+
+def pair_backward(dy: Tensor, x: Tensor, mixed: Tensor, kept: Tensor, *rest: Argument) -> list[Tensor]:
+    """Gradients of the weights that are not None, modality before channel, and after them, where `need_x`, the one of
+    x."""
+    modality, channel, settings, (precision, need_x) = rest[:7], rest[7:14], rest[14:17], rest[17:]
+    rows = mixed.flatten(0, 1)[..., None]
+    *of_channel, d_mixed = backward(dy.reshape(len(rows), -1, 1), rows, kept, *channel, *settings, precision, True)
+    nothing = x.new_empty(0)
+    found = backward(d_mixed.view(mixed.shape), x, nothing, *modality, *settings, precision, need_x)
+    of_modality, dx = (found[:-1], found[-1:]) if need_x else (found, [])
+    return [*of_modality, *of_channel, *dx]
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -1,4 +1,4 @@
-"""One CubeMLP axis mix as an operation: what `reference.axis_mix` says, without permuted copies of the cube.
+"""CubeMLP's axis mixes as operations: what `reference.axis_mix` says, without permuted copies of the cube.
 
 On CPU tensors a kernel compiled at first use (cube_mix.cpp) runs a tile of columns through both layers, the residual
 and the LayerNorm while it is in the caches; on CUDA tensors Triton kernels do.
@@ -7,6 +7,7 @@ and the LayerNorm while it is in the caches; on CUDA tensors Triton kernels do.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from engine.kernels import registry
 from engine.kernels.cube_mix import cpu, reference
 
 ACTIVATIONS = cpu.ACTIVATIONS
+# fc1 weight and bias, fc2 weight and bias, residual weight, norm weight and bias, as in `cube_mix`.
+Weights = Sequence[Tensor | None]
 
 _FUNCTIONS = {
     "gelu": torch.nn.functional.gelu,
@@ -50,8 +53,11 @@ def cube_mix(
         ln_first=False:  y = LayerNorm(MLP(x) + R(x))
         ln_first=True:   y = MLP(LayerNorm(x)) + R(x)
 
-    Runs in float32 (float64 for float64 x), under autocast too: statistics and sums are never in 16 bits. Bitwise the
-    same from run to run, whatever the number of threads.
+    The result is float32 (float64 for float64 x), under autocast too, and so are LayerNorm and all sums. Products are
+    float32 on the CPU. On a GPU they have the caller's precision: autocast's type where it is on; else tf32 where
+    torch's own products may be (`torch.set_float32_matmul_precision`); else float32, as three tf32 products of split
+    factors. Under autocast what is kept for the backward pass is of 16 bits there. Bitwise the same from run to run,
+    whatever the number of threads.
 
     Args:
         x: [B, l, k, d], or of any number of axes. `axis` is the one mixed; its length is d_in, the others are kept.
@@ -71,15 +77,51 @@ def cube_mix(
     axis = axis % x.ndim
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual_weight, norm_weight, norm_bias)
     _check(x.shape[axis], weights, activation, ln_first)
-    if not available(x):
-        return reference.axis_mix(x, axis, *weights, activation=_FUNCTIONS[activation], ln_first=ln_first, eps=eps)
-    before, after = x.shape[:axis], x.shape[axis + 1 :]
-    columns = x.reshape(math.prod(before), x.shape[axis], math.prod(after))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
-        y = _CubeMix.apply(columns, activation, ln_first, eps, *weights)
+    return _mix(x, axis, weights, activation, ln_first, eps)
+
+
+def cube_block(
+    x: Tensor,
+    time: Weights,
+    modality: Weights,
+    channel: Weights,
+    *,
+    activation: str = "gelu",
+    ln_first: bool = False,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Mix time, then modality, then channel: `cube_mix` along axes 1, 2 and 3.
+
+    On a GPU modality and channel are one operation if the modality axis is short (up to 8, in the layer too) and the
+    channels are not. Under autocast what goes from time to modality and on to channel is of autocast's type there.
+
+    Args:
+        x: [B, l, k, d].
+        time, modality, channel: the seven weights of each axis, in the order of `cube_mix`'s arguments.
+        activation, ln_first, eps: of all three, as in `cube_mix`.
+
+    Returns:
+        [B, l_out, k_out, d_out], float32 (float64 for float64 x). Differentiable once in x and the weights.
+
+    Raises:
+        ValueError: as `cube_mix`.
+    """
+    for axis, weights in enumerate((time, modality, channel), 1):
+        _check(x.shape[axis], weights, activation, ln_first)
+    settings = (activation, ln_first, eps)
+    if not on_triton(x) or _longest(modality) > cpu.SHORT or _longest(channel) <= cpu.SHORT:
+        for axis, weights in enumerate((time, modality, channel), 1):
+            x = _mix(x, axis, weights, *settings)
+        return x
+    precision = _precision(x)
+    x = _mix(x, 1, time, *settings, cpu.STORAGE.get(precision, torch.float32))
+    batch, length, _, _ = x.shape
+    rows = x.flatten(0, 1)
+    if _needs_gradient(x, *modality, *channel):
+        y = _CubePair.apply(rows, *settings, precision, *modality, *channel)
     else:
-        y = _forward(columns, weights, (activation, ln_first, eps), False)[0]
-    return y.view(*before, len(fc2_weight), *after)
+        y = _pair_forward(rows, (*modality, *channel), (*settings, precision), False)[0]
+    return y.view(batch, length, *y.shape[1:])
 
 
 def available(x: Tensor) -> bool:
@@ -93,6 +135,11 @@ def available(x: Tensor) -> bool:
     return backend == "triton" and x.dtype != torch.float64
 
 
+def on_triton(x: Tensor) -> bool:
+    """Whether Triton kernels run on tensors like x."""
+    return registry.backend_for(x, "cube_mix_forward") == "triton" and available(x)
+
+
 # Constants to torch.compile, which must not look inside.
 @torch.compiler.assume_constant_result
 def _single() -> bool:
@@ -102,6 +149,33 @@ def _single() -> bool:
 @torch.compiler.assume_constant_result
 def _double() -> bool:
     return cpu.library(torch.float64) is not None
+
+
+@torch.compiler.assume_constant_result
+def _tf32() -> bool:
+    """Whether torch's own products of float32 matrices may be tf32."""
+    cuda = torch.backends.cuda.matmul
+    # before torch 2.9 there is but the older name; after it, reading that one fails where the newer one was set
+    return cuda.fp32_precision == "tf32" if hasattr(cuda, "fp32_precision") else cuda.allow_tf32
+
+
+def _precision(x: Tensor) -> str:
+    """Of a GPU's products: fp32, tf32, bf16 or fp16."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        for name, storage in cpu.STORAGE.items():
+            if storage == dtype:
+                return name
+    return "tf32" if _tf32() else "fp32"
+
+
+def _longest(weights: Weights) -> int:
+    """Of an axis' input, hidden layer and output."""
+    return max(*weights[0].shape, len(weights[2]))
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _check(d_in: int, weights: tuple[Tensor | None, ...], activation: str, ln_first: bool) -> None:
@@ -118,64 +192,204 @@ def _check(d_in: int, weights: tuple[Tensor | None, ...], activation: str, ln_fi
         raise ValueError(f"without residual_weight d_in must equal d_out; found {d_in} and {d_out}")
 
 
+def _mix(
+    x: Tensor,
+    axis: int,
+    weights: Weights,
+    activation: str,
+    ln_first: bool,
+    eps: float,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`cube_mix`. dtype: the result's on a GPU."""
+    if not available(x):
+        return reference.axis_mix(x, axis, *weights, activation=_FUNCTIONS[activation], ln_first=ln_first, eps=eps)
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    columns = x.reshape(math.prod(before), x.shape[axis], math.prod(after))
+    settings = (activation, ln_first, eps, _precision(x) if on_triton(x) else "fp32")
+    if _needs_gradient(x, *weights):
+        y = _CubeMix.apply(columns, *settings, dtype, *weights)
+    else:
+        y = _forward(columns, weights, settings, dtype, False)[0]
+    return y.view(*before, len(weights[2]), *after)
+
+
+def _used(x: Tensor, weights: Weights) -> list[Tensor | None]:
+    """x and the weights as the host functions take them: a GPU's kernels read x in 16 bits too."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return [x if on_triton(x) else x.to(dtype), *(None if w is None else w.to(dtype) for w in weights)]
+
+
 def _forward(
-    x: Tensor, weights: tuple[Tensor | None, ...], settings: tuple[str, bool, float], keep: bool
+    x: Tensor, weights: Weights, settings: tuple[str, bool, float, str], dtype: torch.dtype, keep: bool
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """y; what the backward pass needs, nothing unless `keep`; x and the weights as they were used."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    used = [None if t is None else t.to(dtype) for t in (x, *weights)]
-    return *registry.call("cube_mix_forward", *used, *settings, keep), used
+    used = _used(x, weights)
+    dtype = torch.float64 if x.dtype == torch.float64 else dtype
+    return *registry.call("cube_mix_forward", *used, *settings, dtype, keep), used
+
+
+def _pair_forward(
+    x: Tensor, weights: Weights, settings: tuple[str, bool, float, str], keep: bool
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """The same of modality and channel, with the modalities mixed as second result."""
+    used = _used(x, weights)
+    return *registry.call("cube_pair_forward", *used, *settings, keep), used
 
 
 class _CubeMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, activation: str, ln_first: bool, eps: float, *weights: Tensor | None) -> Tensor:
-        ctx.settings = (activation, ln_first, eps)
+    def forward(
+        ctx, x: Tensor, activation: str, ln_first: bool, eps: float, precision: str, dtype: torch.dtype,
+        *weights: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.settings = (activation, ln_first, eps, precision)
         ctx.dtypes = (x.dtype, *(None if w is None else w.dtype for w in weights))
-        y, kept, (x, *weights) = _forward(x, weights, ctx.settings, True)
+        y, kept, (x, *weights) = _forward(x, weights, ctx.settings, dtype, True)
         ctx.save_for_backward(x, kept, *weights)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, kept, *weights = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0]
-        dy = dy.to(x.dtype)
-        found = iter(registry.call("cube_mix_backward", dy, x, kept, *weights, *ctx.settings, need_x))
-        dx_dtype, *dtypes = ctx.dtypes
-        gradients = [None if w is None else next(found).to(d) for w, d in zip(weights, dtypes, strict=True)]
-        return (next(found).to(dx_dtype) if need_x else None, None, None, None, *gradients)
+        found = registry.call("cube_mix_backward", dy, *ctx.saved_tensors, *ctx.settings, need_x)
+        dx, *gradients = _given_types(found, need_x, ctx.dtypes)
+        return (dx, None, None, None, None, None, *gradients)
+
+
+class _CubePair(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, activation: str, ln_first: bool, eps: float, precision: str, *weights: Tensor | None
+    ) -> Tensor:
+        ctx.settings = (activation, ln_first, eps, precision)
+        ctx.dtypes = (x.dtype, *(None if w is None else w.dtype for w in weights))
+        y, mixed, kept, (x, *weights) = _pair_forward(x, weights, ctx.settings, True)
+        ctx.save_for_backward(x, mixed, kept, *weights)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        need_x = ctx.needs_input_grad[0]
+        found = registry.call("cube_pair_backward", dy, *ctx.saved_tensors, *ctx.settings, need_x)
+        dx, *gradients = _given_types(found, need_x, ctx.dtypes)
+        return (dx, None, None, None, None, *gradients)
+
+
+def _given_types(found: Sequence[Tensor], need_x: bool, dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
+    """x's gradient and then the weights', None where there is none, each of its tensor's type."""
+    of_weights = iter(found[:-1] if need_x else found)
+    dx = found[-1].to(dtypes[0]) if need_x else None
+    return [dx, *(None if d is None else next(of_weights).to(d) for d in dtypes[1:])]
+
+
+# -- registration --
+
+
+def _storage(x: Tensor, precision: str) -> torch.dtype:
+    return cpu.STORAGE.get(precision, torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def _fake_forward(
-    x: Tensor, fc1: Tensor, bias1, fc2: Tensor, bias2, residual, scale, shift, activation, ln_first, eps, keep
+    x: Tensor, fc1: Tensor, bias1, fc2: Tensor, bias2, residual, scale, shift, activation, ln_first, eps, precision,
+    dtype, keep,
 ):  # fmt: skip
     outer, d_in, inner = x.shape
     size = cpu.kept_size(outer, inner, d_in, fc1.shape[0], fc2.shape[0], ln_first) if keep else 0
-    return x.new_empty(outer, fc2.shape[0], inner), x.new_empty(size)
+    y = x.new_empty(outer, fc2.shape[0], inner, dtype=dtype)
+    return y, x.new_empty(size, dtype=_storage(x, precision))
 
 
 def _fake_backward(dy: Tensor, x: Tensor, kept: Tensor, *rest) -> list[Tensor]:
-    *weights, _, _, _, need_x = rest
+    *weights, _, _, _, _, need_x = rest
+    return _like(weights, x, need_x)
+
+
+def _fake_pair_forward(x: Tensor, *rest):
+    modality, channel, (_, ln_first, _, precision, keep) = rest[:7], rest[7:14], rest[14:]
+    rows, _, d_in = x.shape
+    m_out, hidden, d_out = modality[2].shape[0], channel[0].shape[0], channel[2].shape[0]
+    storage = _storage(x, precision)
+    size = cpu.kept_size(rows * m_out, 1, d_in, hidden, d_out, ln_first) if keep else 0
+    y = x.new_empty(rows, m_out, d_out, dtype=torch.promote_types(storage, torch.float32))
+    return y, x.new_empty(rows, m_out, d_in, dtype=storage), x.new_empty(size, dtype=storage)
+
+
+def _fake_pair_backward(dy: Tensor, x: Tensor, mixed: Tensor, kept: Tensor, *rest) -> list[Tensor]:
+    return _like(rest[:14], x, rest[-1])
+
+
+def _like(weights: Weights, x: Tensor, need_x: bool) -> list[Tensor]:
     found = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights if w is not None]
     return [*found, x.new_empty(x.shape)] if need_x else found
 
 
-_WEIGHTS = "Tensor fc1, Tensor? bias1, Tensor fc2, Tensor? bias2, Tensor? residual, Tensor scale, Tensor shift"
-_SETTINGS = "str activation, bool ln_first, float eps"
+def _copies(*tensors: Tensor | None) -> int:
+    """Launches for what is not contiguous."""
+    return sum(t is not None and not t.is_contiguous() for t in tensors)
+
+
+def _forward_launches(x: Tensor, *rest) -> int:
+    return _copies(x, *rest[:7]) + 1 if x.numel() else 0
+
+
+def _backward_launches(dy: Tensor, x: Tensor, kept: Tensor, *rest) -> int:
+    weights = rest[:7]
+    if not x.numel():
+        return sum(w is not None for w in weights)
+    return _copies(dy, x, *weights) + (2 if _longest(weights) <= cpu.SHORT else 3)
+
+
+def _pair_forward_launches(x: Tensor, *rest) -> int:
+    return _copies(x, *rest[:14]) + 1 if x.numel() else 0
+
+
+def _pair_backward_launches(dy: Tensor, x: Tensor, mixed: Tensor, kept: Tensor, *rest) -> int:
+    """Two for the channels, one for the modalities, one for the sums of both."""
+    weights = rest[:14]
+    return _copies(dy, x, *weights) + 4 if x.numel() else sum(w is not None for w in weights)
+
+
+def _weights(prefix: str = "") -> str:
+    names = ("fc1", "bias1", "fc2", "bias2", "residual", "scale", "shift")
+    optional = ("bias1", "bias2", "residual")
+    return ", ".join(f"Tensor{'?' if n in optional else ''} {prefix}{n}" for n in names)
+
+
+_SETTINGS = "str activation, bool ln_first, float eps, str precision"
+_BOTH = f"{_weights('m_')}, {_weights()}, {_SETTINGS}"
 
 registry.register(
     "cube_mix_forward",
-    f"(Tensor x, {_WEIGHTS}, {_SETTINGS}, bool keep) -> (Tensor, Tensor)",
+    f"(Tensor x, {_weights()}, {_SETTINGS}, ScalarType dtype, bool keep) -> (Tensor, Tensor)",
     cpu=cpu.forward,
     cuda=registry.lazy("engine.kernels.cube_mix.triton", "forward"),
     fake=_fake_forward,
+    launches=_forward_launches,
 )
 registry.register(
     "cube_mix_backward",
-    f"(Tensor dy, Tensor x, Tensor kept, {_WEIGHTS}, {_SETTINGS}, bool need_x) -> Tensor[]",
+    f"(Tensor dy, Tensor x, Tensor kept, {_weights()}, {_SETTINGS}, bool need_x) -> Tensor[]",
     cpu=cpu.backward,
     cuda=registry.lazy("engine.kernels.cube_mix.triton", "backward"),
     fake=_fake_backward,
+    launches=_backward_launches,
+)
+registry.register(
+    "cube_pair_forward",
+    f"(Tensor x, {_BOTH}, bool keep) -> (Tensor, Tensor, Tensor)",
+    cpu=cpu.pair_forward,
+    cuda=registry.lazy("engine.kernels.cube_mix.triton", "pair_forward"),
+    fake=_fake_pair_forward,
+    launches=_pair_forward_launches,
+)
+registry.register(
+    "cube_pair_backward",
+    f"(Tensor dy, Tensor x, Tensor mixed, Tensor kept, {_BOTH}, bool need_x) -> Tensor[]",
+    cpu=cpu.pair_backward,
+    cuda=registry.lazy("engine.kernels.cube_mix.triton", "pair_backward"),
+    fake=_fake_pair_backward,
+    launches=_pair_backward_launches,
 )

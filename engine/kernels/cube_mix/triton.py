@@ -1,14 +1,25 @@
+# ruff: noqa: RUF005 - Triton does not unpack tuples
 """Triton kernels of the axis mix, for CUDA tensors (on CPU tensors triton's interpreter runs them, for tests).
 
-A column is one vector along the mixed axis of x [outer, d_in, inner]; a program owns a block of columns, whichever axis
-is mixed, so nothing is permuted. Forward is one launch. Backward is two: the first leaves the gradients of both layers'
-outputs beside dx, the second multiplies them with their inputs into the weights' gradients. Sums over programs are left
-as one partial result each and added by torch in a fixed order: no atomics, bitwise deterministic.
+A column is one vector along the mixed axis of x [outer, d_in, inner]. A program owns a block of columns, whichever axis
+is mixed, so nothing is permuted.
 
-Axes of up to `cpu.SHORT` elements have kernels without products, one launch each way, that keep nothing.
+- Long axes multiply with `tl.dot`: one launch forward, three backward. The first leaves dx and the gradients of both
+  layers' outputs, the second multiplies those with their inputs into the gradients of the weights, the third adds what
+  the programs of the first two found.
+- Short axes (`cpu.SHORT`) hold a column in registers, one number a thread: one launch forward, two backward. Nothing is
+  kept for the backward pass.
+- `pair_*` mix a short modality axis and then the channels. Forward is one launch: a program mixes the modalities of
+  whole rows, leaves them in memory and goes on with the channels of the same rows. Backward is that of the two axes,
+  with one sum for both: four launches.
 
-Products follow torch.get_float32_matmul_precision(): highest is exact fp32, high tf32, medium bf16. Sums and statistics
-are fp32.
+There are no atomics. Every sum has a fixed order, so results are bitwise the same from run to run. Whether anything is
+kept, or dx is wanted, does not select another kernel: a compiler may fuse multiplications and additions differently in
+each, which would change the last bits.
+
+`precision` is that of the products: fp32 (three tf32 products of split factors), tf32 (operands rounded to nearest),
+bf16 or fp16. LayerNorm and all sums are fp32. What is kept for the backward pass is stored in 16 bits where the
+products are.
 """
 
 from __future__ import annotations
@@ -21,17 +32,22 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.aot import AotCase
-from engine.kernels.cube_mix.cpu import SHORT, kept_size
+from engine.kernels.cube_mix.cpu import SHORT, STORAGE, Argument, kept_size
+from engine.kernels.registry import interpreting
+from engine.kernels.triton_math import round_tf32
 
-PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
-# By precision: columns of a program, depth of a product's step, hidden units of a step, warps. The backward pass holds
-# more at once: with 64 columns it spills on sm_80, with 32 hidden units a step on sm_100.
-BLOCKS = {"ieee": (32, 16, 32, 8), "tf32": (64, 32, 32, 8), "bf16": (64, 32, 32, 8)}
-BACKWARD_BLOCKS = {"ieee": (32, 16, 32, 8), "tf32": (32, 32, 64, 8), "bf16": (32, 32, 64, 8)}
-# Of the weights' gradients: rows and columns of the result, columns of the cube a step, warps.
-WEIGHT_BLOCKS = {"ieee": (64, 32, 16, 4), "tf32": (64, 64, 32, 8), "bf16": (64, 64, 32, 8)}
-SPLITS = 32  # runs of columns whose weight gradients are summed apart
-SHORT_COLUMNS, SHORT_STEPS, SHORT_WARPS = 128, 16, 4
+# Columns of a program: the most of COLUMNS that still make this many programs, about two for each processor.
+ENOUGH = 256
+COLUMNS = (32, 16)
+DEPTH = 32  # of one step of a product
+HIDDEN_STEP = 64  # hidden units of a step
+# Of the weights' gradients: rows and columns of the result, columns of the cube a step, most programs.
+WEIGHT_ROWS, WEIGHT_COLUMNS, WEIGHT_STEP, WEIGHT_PROGRAMS = 64, 64, 32, 512
+SHORT_COLUMNS, SHORT_PROGRAMS = 256, 512
+SUM_ROWS, SUM_COLUMNS = 128, 32
+WARPS, STAGES = 8, 2
+# The interpreter's tl.dot multiplies the bit patterns of bf16 operands.
+INTERPRETED = tl.constexpr(interpreting())
 
 
 @triton.jit
@@ -69,16 +85,31 @@ def _activate(p, ACTIVATION: tl.constexpr):
 @triton.jit
 def _dot(a, b, total, PRECISION: tl.constexpr):
     if PRECISION == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
+        a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
+        if INTERPRETED:
+            return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+        return tl.dot(a, b, total)
+    elif PRECISION == "fp16":
+        return tl.dot(a.to(tl.float16), b.to(tl.float16), total)
+    elif PRECISION == "tf32":
+        return tl.dot(round_tf32(a), round_tf32(b), total, input_precision="tf32")
     else:
-        return tl.dot(a, b, total, input_precision=PRECISION)
+        tl.static_assert(PRECISION == "fp32")
+        return tl.dot(a, b, total, input_precision="tf32x3")
 
 
 @triton.jit
 def _tile(p, rows, n_rows, row_stride, columns, live):
-    """[rows, columns] at p + rows * row_stride + columns; 0 outside."""
+    """[rows, columns] at p + rows * row_stride + columns, as fp32; 0 outside."""
     mask = (rows < n_rows)[:, None] & live[None, :]
-    return tl.load(p + rows.to(tl.int64)[:, None] * row_stride + columns[None, :], mask=mask, other=0.0)
+    return tl.load(p + rows.to(tl.int64)[:, None] * row_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(p, rows, n_rows, row_stride, columns, live, value):
+    """The inverse of `_tile`."""
+    mask = (rows < n_rows)[:, None] & live[None, :]
+    tl.store(p + rows.to(tl.int64)[:, None] * row_stride + columns[None, :], value, mask=mask)
 
 
 @triton.jit
@@ -88,51 +119,82 @@ def _matrix(p, rows, n_rows, row_stride, columns, n_columns, column_stride):
     return tl.load(p + rows[:, None] * row_stride + columns[None, :] * column_stride, mask=mask, other=0.0)
 
 
+# Means multiply by 1 / n. A division is approximate: of one element, the mean would not be that element.
+
+
 @triton.jit
 def _statistics(
-    x, at, live, inner, eps: tl.constexpr, D_IN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr
+    x,
+    at,
+    live,
+    inner: tl.constexpr,
+    eps: tl.constexpr,
+    D_IN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """Mean and inverse deviation of every column of x, two passes."""
     mean = tl.zeros([BLOCK_C], tl.float32)
     for k0 in range(0, D_IN, BLOCK_K):
         mean += tl.sum(_tile(x, k0 + tl.arange(0, BLOCK_K), D_IN, inner, at, live), 0)
-    mean = mean / D_IN
+    mean = mean * (1.0 / D_IN)
     square = tl.zeros([BLOCK_C], tl.float32)
     for k0 in range(0, D_IN, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         v = tl.where((k < D_IN)[:, None], _tile(x, k, D_IN, inner, at, live) - mean[None, :], 0.0)
         square += tl.sum(v * v, 0)
-    return mean, 1.0 / tl.sqrt(square / D_IN + eps)
+    return mean, 1.0 / tl.sqrt(square * (1.0 / D_IN) + eps)
 
 
 @triton.jit
-def _normalise(v, rows, n, eps: tl.constexpr):
-    """[rows, columns] of which n rows count -> normalised (0 in the others), inverse deviation."""
-    mean = tl.sum(tl.where((rows < n)[:, None], v, 0.0), 0) / n
-    v = tl.where((rows < n)[:, None], v - mean[None, :], 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(v * v, 0) / n + eps)
-    return v * inverse[None, :], inverse
+def _centre(v, rows, n: tl.constexpr):
+    """[rows, columns] of which n rows count, less the column's mean; 0 in the other rows."""
+    mean = tl.sum(tl.where((rows < n)[:, None], v, 0.0), 0) * (1.0 / n)
+    return tl.where((rows < n)[:, None], v - mean[None, :], 0.0)
 
 
 @triton.jit
-def _normalise_backward(d, normal, inverse, scale, n):
+def _inverse_deviation(centred, n: tl.constexpr, eps: tl.constexpr):
+    return 1.0 / tl.sqrt(tl.sum(centred * centred, 0) * (1.0 / n) + eps)
+
+
+@triton.jit
+def _normalise_backward(d, normal, inverse, scale, n: tl.constexpr):
     """Gradient of the normalised value's source; rows past n are 0 in d."""
     g = d * scale[:, None]
-    mean = tl.sum(g, 0) / n
-    along = tl.sum(g * normal, 0) / n
+    mean = tl.sum(g, 0) * (1.0 / n)
+    along = tl.sum(g * normal, 0) * (1.0 / n)
     return inverse[None, :] * (g - mean[None, :] - normal * along[None, :])
 
 
-@triton.jit
+# -- long axes --
+
+
+@triton.jit(do_not_specialize=["keep"])
 def forward_kernel(
-    x, fc1, bias1, fc2, bias2, residual, scale, shift, y, pre, normal, inverse, columns, inner,
+    x, fc1, bias1, fc2, bias2, residual, scale, shift, y, pre, centred, columns, inner: tl.constexpr, keep,
     eps: tl.constexpr, D_IN: tl.constexpr, HIDDEN: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
     LN_FIRST: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
-    KEEP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """y; if KEEP, for backward: pre [HIDDEN, columns], unless LN_FIRST normal [D_OUT, columns], inverse [columns]."""
+    """y; if keep, for backward: pre [HIDDEN, columns] and, unless LN_FIRST, centred [D_OUT, columns], the sum before
+    LayerNorm less its mean."""
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    live = c < columns
+    _forward(
+        x, fc1, bias1, fc2, bias2, residual, scale, shift, y, pre, centred, columns, inner, keep, c, c < columns, eps,
+        D_IN, HIDDEN, D_OUT, ACTIVATION, LN_FIRST, BIAS1, BIAS2, RESIDUAL, PRECISION, BLOCK_C, BLOCK_K, BLOCK_H,
+        BLOCK_O,
+    )  # fmt: skip
+
+
+@triton.jit
+def _forward(
+    x, fc1, bias1, fc2, bias2, residual, scale, shift, y, pre, centred, columns, inner: tl.constexpr, keep, c, live,
+    eps: tl.constexpr, D_IN: tl.constexpr, HIDDEN: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
+    LN_FIRST: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """`forward_kernel` for the columns c, where they are live."""
     at = c // inner * D_IN * inner + c % inner
     to = c // inner * D_OUT * inner + c % inner
     o = tl.arange(0, BLOCK_O)
@@ -159,35 +221,32 @@ def forward_kernel(
             p = _dot(_matrix(fc1, h, HIDDEN, D_IN, k, D_IN, 1), u, p, PRECISION)
         if BIAS1:
             p += tl.load(bias1 + h, mask=h < HIDDEN, other=0.0)[:, None]
-        if KEEP:
-            place = pre + h.to(tl.int64)[:, None] * columns + c[None, :]
-            tl.store(place, p, mask=(h < HIDDEN)[:, None] & live[None, :])
+        if keep:
+            _store(pre, h, HIDDEN, columns, c, live, p)
         g, _ = _activate(p, ACTIVATION)
         total = _dot(_matrix(fc2, o, D_OUT, HIDDEN, h, HIDDEN, 1), g, total, PRECISION)
     if BIAS2:
         total += tl.load(bias2 + o, mask=o < D_OUT, other=0.0)[:, None]
-    mask = (o < D_OUT)[:, None] & live[None, :]
     if not LN_FIRST:
-        total, r = _normalise(total, o, D_OUT, eps)
-        if KEEP:
-            tl.store(normal + o.to(tl.int64)[:, None] * columns + c[None, :], total, mask=mask)
-            tl.store(inverse + c, r, mask=live)
+        total = _centre(total, o, D_OUT)
+        if keep:
+            _store(centred, o, D_OUT, columns, c, live, total)
         a = tl.load(scale + o, mask=o < D_OUT, other=0.0)
         b = tl.load(shift + o, mask=o < D_OUT, other=0.0)
-        total = total * a[:, None] + b[:, None]
-    tl.store(y + o.to(tl.int64)[:, None] * inner + to[None, :], total, mask=mask)
+        total = total * _inverse_deviation(total, D_OUT, eps)[None, :] * a[:, None] + b[:, None]
+    _store(y, o, D_OUT, inner, to, live, total)
 
 
 @triton.jit
 def backward_kernel(
-    dy, x, fc1, fc2, residual, scale, pre, normal, inverse, dx, d, vectors, columns, inner,
+    dy, x, fc1, fc2, residual, scale, pre, centred, dx, d1, d2, vectors, columns, inner: tl.constexpr,
     eps: tl.constexpr, D_IN: tl.constexpr, HIDDEN: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
-    LN_FIRST: tl.constexpr, RESIDUAL: tl.constexpr, NEED_X: tl.constexpr, PRECISION: tl.constexpr,
+    LN_FIRST: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """dx, and for the weights: d [HIDDEN + D_OUT, columns], the gradients of both layers' outputs; vectors [programs,
-    HIDDEN + D_OUT + 2 N], this program's part of the gradients of the biases, scale and shift (N is the norm's length).
-    """
+    """dx, and for the weights: d1 [HIDDEN, columns] and d2 [D_OUT, columns], the gradients of both layers' outputs;
+    vectors [programs, HIDDEN + D_OUT + 2 N], this program's part of the gradients of the biases, scale and shift (N is
+    the norm's length)."""
     pid = tl.program_id(0).to(tl.int64)
     c = pid * BLOCK_C + tl.arange(0, BLOCK_C)
     live = c < columns
@@ -199,15 +258,15 @@ def backward_kernel(
     own = vectors + pid * (HIDDEN + D_OUT + 2 * N)
     ds = _tile(dy, o, D_OUT, inner, to, live)
     if not LN_FIRST:
-        v = _tile(normal, o, D_OUT, columns, c, live)
-        r = tl.load(inverse + c, mask=live, other=0.0)
+        v = _tile(centred, o, D_OUT, columns, c, live)
+        r = _inverse_deviation(v, D_OUT, eps)
+        v = v * r[None, :]
         tl.store(own + HIDDEN + D_OUT + o, tl.sum(ds * v, 1), mask=o < N)
         tl.store(own + HIDDEN + D_OUT + N + o, tl.sum(ds, 1), mask=o < N)
         ds = _normalise_backward(ds, v, r, tl.load(scale + o, mask=o < D_OUT, other=0.0), D_OUT)
         ds = tl.where((o < D_OUT)[:, None] & live[None, :], ds, 0.0)
     tl.store(own + HIDDEN + o, tl.sum(ds, 1), mask=o < D_OUT)
-    d2 = d + HIDDEN * columns.to(tl.int64)
-    tl.store(d2 + o.to(tl.int64)[:, None] * columns + c[None, :], ds, mask=(o < D_OUT)[:, None] & live[None, :])
+    _store(d2, o, D_OUT, columns, c, live, ds)
     # What follows reads it back in blocks: registers cannot be indexed.
     tl.debug_barrier()
     total = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
@@ -220,29 +279,29 @@ def backward_kernel(
             dp = _dot(w, _tile(d2, k, D_OUT, columns, c, live), dp, PRECISION)
         _, slope = _activate(_tile(pre, h, HIDDEN, columns, c, live), ACTIVATION)
         dp = tl.where((h < HIDDEN)[:, None] & live[None, :], dp * slope, 0.0)
-        tl.store(d + h.to(tl.int64)[:, None] * columns + c[None, :], dp, mask=(h < HIDDEN)[:, None] & live[None, :])
+        _store(d1, h, HIDDEN, columns, c, live, dp)
         tl.store(own + h, tl.sum(dp, 1), mask=h < HIDDEN)
-        if NEED_X or LN_FIRST:
-            total = _dot(_matrix(fc1, i, D_IN, 1, h, HIDDEN, D_IN), dp, total, PRECISION)
+        total = _dot(_matrix(fc1, i, D_IN, 1, h, HIDDEN, D_IN), dp, total, PRECISION)
     if LN_FIRST:
-        v, r = _normalise(_tile(x, i, D_IN, inner, at, live), i, D_IN, eps)
+        v = _centre(_tile(x, i, D_IN, inner, at, live), i, D_IN)
+        r = _inverse_deviation(v, D_IN, eps)
+        v = v * r[None, :]
         tl.store(own + HIDDEN + D_OUT + i, tl.sum(total * v, 1), mask=i < N)
         tl.store(own + HIDDEN + D_OUT + N + i, tl.sum(total, 1), mask=i < N)
         total = _normalise_backward(total, v, r, tl.load(scale + i, mask=i < D_IN, other=0.0), D_IN)
-    if NEED_X:
-        if RESIDUAL:
-            for k0 in range(0, D_OUT, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                w = _matrix(residual, i, D_IN, 1, k, D_OUT, D_IN)
-                total = _dot(w, _tile(d2, k, D_OUT, columns, c, live), total, PRECISION)
-        else:
-            total += _tile(d2, i, D_OUT, columns, c, live)
-        tl.store(dx + i.to(tl.int64)[:, None] * inner + at[None, :], total, mask=(i < D_IN)[:, None] & live[None, :])
+    if RESIDUAL:
+        for k0 in range(0, D_OUT, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            w = _matrix(residual, i, D_IN, 1, k, D_OUT, D_IN)
+            total = _dot(w, _tile(d2, k, D_OUT, columns, c, live), total, PRECISION)
+    else:
+        total += _tile(d2, i, D_OUT, columns, c, live)
+    _store(dx, i, D_IN, inner, at, live, total)
 
 
 @triton.jit
 def weights_kernel(
-    x, scale, shift, pre, d, parts, columns, inner, run,
+    x, scale, shift, pre, d1, d2, parts, columns, inner: tl.constexpr, run,
     eps: tl.constexpr, D_IN: tl.constexpr, HIDDEN: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
     LN_FIRST: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -257,10 +316,9 @@ def weights_kernel(
     last = tl.minimum(first + run, columns)
     SIZE: tl.constexpr = HIDDEN * D_IN + D_OUT * HIDDEN + (D_OUT * D_IN if RESIDUAL else 0)
     own = parts + tl.program_id(1).to(tl.int64) * SIZE
-    d2 = d + HIDDEN * columns.to(tl.int64)
     if pid < MH * NI:
         _weights_tile(
-            d, HIDDEN, x, D_IN, scale, shift, own, pid // NI, pid % NI, first, last, columns, inner, eps, D_IN,
+            d1, HIDDEN, x, D_IN, scale, shift, own, pid // NI, pid % NI, first, last, columns, inner, eps, D_IN,
             ACTIVATION, "normal" if LN_FIRST else "x", PRECISION, BLOCK_M, BLOCK_N, BLOCK_C, BLOCK_I,
         )  # fmt: skip
     elif pid < MH * NI + MO * NH:
@@ -279,7 +337,7 @@ def weights_kernel(
 
 @triton.jit
 def _weights_tile(
-    d, rows, source, width, scale, shift, to, m0, n0, first, last, columns, inner,
+    d, rows, source, width, scale, shift, to, m0, n0, first, last, columns, inner: tl.constexpr,
     eps: tl.constexpr, D_IN: tl.constexpr, ACTIVATION: tl.constexpr, SOURCE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
@@ -305,165 +363,331 @@ def _weights_tile(
     tl.store(to + m[:, None] * width + n[None, :], total, mask=mask)
 
 
-# -- short axes: [8, columns] in registers, products as sums --
+# -- short axes: a column is a tuple of D_IN numbers, each of them a vector over the program's columns --
 
 
 @triton.jit
-def _row(v, rows, i: tl.constexpr):
-    return tl.sum(tl.where((rows == i)[:, None], v, 0.0), 0)
+def _scalars(p, n: tl.constexpr):
+    found = ()
+    for i in tl.static_range(n):
+        found = found + (tl.load(p + i),)
+    return found
+
+
+@triton.jit
+def _column(p, at, live, inner: tl.constexpr, n: tl.constexpr):
+    found = ()
+    for i in tl.static_range(n):
+        found = found + (tl.load(p + at + i * inner, mask=live, other=0.0).to(tl.float32),)
+    return found
+
+
+@triton.jit
+def _store_column(p, at, live, inner: tl.constexpr, values, n: tl.constexpr):
+    for i in tl.static_range(n):
+        tl.store(p + at + i * inner, values[i], mask=live)
+
+
+@triton.jit
+def _product(w, v, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """w [ROWS, COLUMNS] v."""
+    found = ()
+    for i in tl.static_range(ROWS):
+        total = w[i * COLUMNS] * v[0]
+        for k in tl.static_range(1, COLUMNS):
+            total += w[i * COLUMNS + k] * v[k]
+        found = found + (total,)
+    return found
+
+
+@triton.jit
+def _transposed_product(w, v, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """v w, with w [ROWS, COLUMNS]."""
+    found = ()
+    for k in tl.static_range(COLUMNS):
+        total = w[k] * v[0]
+        for i in tl.static_range(1, ROWS):
+            total += w[i * COLUMNS + k] * v[i]
+        found = found + (total,)
+    return found
+
+
+@triton.jit
+def _outer(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    found = ()
+    for i in tl.static_range(ROWS):
+        for k in tl.static_range(COLUMNS):
+            found = found + (a[i] * b[k],)
+    return found
+
+
+@triton.jit
+def _add(a, b, n: tl.constexpr):
+    found = ()
+    for i in tl.static_range(n):
+        found = found + (a[i] + b[i],)
+    return found
+
+
+@triton.jit
+def _multiply(a, b, n: tl.constexpr):
+    found = ()
+    for i in tl.static_range(n):
+        found = found + (a[i] * b[i],)
+    return found
+
+
+@triton.jit
+def _total(v, n: tl.constexpr):
+    total = v[0]
+    for i in tl.static_range(1, n):
+        total += v[i]
+    return total
+
+
+@triton.jit
+def _normalise_column(v, n: tl.constexpr, eps: tl.constexpr):
+    """Normalised, inverse deviation."""
+    mean = _total(v, n) * (1.0 / n)
+    centred = ()
+    for i in tl.static_range(n):
+        centred = centred + (v[i] - mean,)
+    inverse = 1.0 / tl.sqrt(_total(_multiply(centred, centred, n), n) * (1.0 / n) + eps)
+    normal = ()
+    for i in tl.static_range(n):
+        normal = normal + (centred[i] * inverse,)
+    return normal, inverse
+
+
+@triton.jit
+def _normalise_column_backward(d, normal, inverse, scale, n: tl.constexpr):
+    g = _multiply(d, scale, n)
+    mean = _total(g, n) * (1.0 / n)
+    along = _total(_multiply(g, normal, n), n) * (1.0 / n)
+    found = ()
+    for i in tl.static_range(n):
+        found = found + (inverse * (g[i] - mean - normal[i] * along),)
+    return found
+
+
+@triton.jit
+def _short_weights(
+    fc1, bias1, fc2, bias2, residual, scale, shift,
+    D_IN: tl.constexpr, HIDDEN: tl.constexpr, D_OUT: tl.constexpr, LN_FIRST: tl.constexpr, BIAS1: tl.constexpr,
+    BIAS2: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """All weights as scalars; what is missing has no elements."""
+    N: tl.constexpr = D_IN if LN_FIRST else D_OUT
+    return (
+        _scalars(fc1, HIDDEN * D_IN), _scalars(bias1, HIDDEN if BIAS1 else 0), _scalars(fc2, D_OUT * HIDDEN),
+        _scalars(bias2, D_OUT if BIAS2 else 0), _scalars(residual, D_OUT * D_IN if RESIDUAL else 0), _scalars(scale, N),
+        _scalars(shift, N),
+    )  # fmt: skip
+
+
+@triton.jit
+def _short_mix(
+    v, weights, eps: tl.constexpr, D_IN: tl.constexpr, HIDDEN: tl.constexpr, D_OUT: tl.constexpr,
+    ACTIVATION: tl.constexpr, LN_FIRST: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """x's columns -> the MLP's input, normalised x and its inverse deviation (if LN_FIRST), hidden units and their
+    slope, sum before a LayerNorm at the end."""
+    fc1, bias1, fc2, bias2, residual, scale, shift = weights
+    u, normal, inverse = v, v, v[0]
+    if LN_FIRST:
+        normal, inverse = _normalise_column(v, D_IN, eps)
+        u = _add(_multiply(normal, scale, D_IN), shift, D_IN)
+    p = _product(fc1, u, HIDDEN, D_IN)
+    if BIAS1:
+        p = _add(p, bias1, HIDDEN)
+    g, slope = (), ()
+    for h in tl.static_range(HIDDEN):
+        value, derivative = _activate(p[h], ACTIVATION)
+        g, slope = g + (value,), slope + (derivative,)
+    total = _product(fc2, g, D_OUT, HIDDEN)
+    total = _add(total, _product(residual, v, D_OUT, D_IN) if RESIDUAL else v, D_OUT)
+    if BIAS2:
+        total = _add(total, bias2, D_OUT)
+    return u, normal, inverse, g, slope, total
+
+
+@triton.jit
+def _short_forward(
+    x, weights, y, c, live, inner: tl.constexpr,
+    eps: tl.constexpr, D_IN: tl.constexpr, HIDDEN: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
+    LN_FIRST: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """y for the columns c, where they are live."""
+    at = c // inner * D_IN * inner + c % inner
+    to = c // inner * D_OUT * inner + c % inner
+    v = _column(x, at, live, inner, D_IN)
+    _, _, _, _, _, total = _short_mix(
+        v, weights, eps, D_IN, HIDDEN, D_OUT, ACTIVATION, LN_FIRST, BIAS1, BIAS2, RESIDUAL
+    )
+    if not LN_FIRST:
+        total, _ = _normalise_column(total, D_OUT, eps)
+        total = _add(_multiply(total, weights[5], D_OUT), weights[6], D_OUT)
+    _store_column(y, to, live, inner, total, D_OUT)
 
 
 @triton.jit
 def short_forward_kernel(
-    x, fc1, bias1, fc2, bias2, residual, scale, shift, y, columns, inner,
+    x, fc1, bias1, fc2, bias2, residual, scale, shift, y, columns, inner: tl.constexpr,
     eps: tl.constexpr, D_IN: tl.constexpr, HIDDEN: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
-    LN_FIRST: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+    LN_FIRST: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    live = c < columns
-    at = c // inner * D_IN * inner + c % inner
-    to = c // inner * D_OUT * inner + c % inner
-    v = _tile(x, tl.arange(0, BLOCK_I), D_IN, inner, at, live)
-    _, _, _, _, total = _short_tile(
-        v, fc1, bias1, fc2, bias2, residual, scale, shift, eps, D_IN, HIDDEN, D_OUT, ACTIVATION, LN_FIRST, BIAS1, BIAS2,
-        RESIDUAL, BLOCK_I, BLOCK_H, BLOCK_O, BLOCK_C,
-    )  # fmt: skip
-    o = tl.arange(0, BLOCK_O)
-    if not LN_FIRST:
-        total, _ = _normalise(total, o, D_OUT, eps)
-        a = tl.load(scale + o, mask=o < D_OUT, other=0.0)
-        b = tl.load(shift + o, mask=o < D_OUT, other=0.0)
-        total = total * a[:, None] + b[:, None]
-    tl.store(y + o.to(tl.int64)[:, None] * inner + to[None, :], total, mask=(o < D_OUT)[:, None] & live[None, :])
-
-
-@triton.jit
-def _short_tile(
-    v, fc1, bias1, fc2, bias2, residual, scale, shift,
-    eps: tl.constexpr, D_IN: tl.constexpr, HIDDEN: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
-    LN_FIRST: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """x's tile -> the MLP's input, x normalised and its inverse deviation (LN_FIRST), pre-activation, sum."""
-    i = tl.arange(0, BLOCK_I)
-    h = tl.arange(0, BLOCK_H)
-    o = tl.arange(0, BLOCK_O)
-    u, normal = v, v
-    inverse = tl.zeros([BLOCK_C], tl.float32)
-    if LN_FIRST:
-        normal, inverse = _normalise(v, i, D_IN, eps)
-        a = tl.load(scale + i, mask=i < D_IN, other=0.0)
-        b = tl.load(shift + i, mask=i < D_IN, other=0.0)
-        u = normal * a[:, None] + b[:, None]
-    p = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
-    for k in tl.static_range(D_IN):
-        w = tl.load(fc1 + h * D_IN + k, mask=h < HIDDEN, other=0.0)
-        p += w[:, None] * _row(u, i, k)[None, :]
-    if BIAS1:
-        p += tl.load(bias1 + h, mask=h < HIDDEN, other=0.0)[:, None]
-    g, _ = _activate(p, ACTIVATION)
-    total = tl.zeros([BLOCK_O, BLOCK_C], tl.float32)
-    for k in tl.static_range(HIDDEN):
-        w = tl.load(fc2 + o * HIDDEN + k, mask=o < D_OUT, other=0.0)
-        total += w[:, None] * _row(g, h, k)[None, :]
-    if RESIDUAL:
-        for k in tl.static_range(D_IN):
-            w = tl.load(residual + o * D_IN + k, mask=o < D_OUT, other=0.0)
-            total += w[:, None] * _row(v, i, k)[None, :]
-    else:
-        total += v
-    if BIAS2:
-        total += tl.load(bias2 + o, mask=o < D_OUT, other=0.0)[:, None]
-    return u, normal, inverse, p, total
+    weights = _short_weights(
+        fc1, bias1, fc2, bias2, residual, scale, shift, D_IN, HIDDEN, D_OUT, LN_FIRST, BIAS1, BIAS2, RESIDUAL
+    )
+    _short_forward(
+        x, weights, y, c, c < columns, inner, eps, D_IN, HIDDEN, D_OUT, ACTIVATION, LN_FIRST, BIAS1, BIAS2, RESIDUAL
+    )
 
 
 @triton.jit
 def short_backward_kernel(
-    dy, x, fc1, bias1, fc2, bias2, residual, scale, shift, dx, vectors, parts, columns, inner,
+    dy, x, fc1, bias1, fc2, bias2, residual, scale, shift, dx, parts, columns, inner: tl.constexpr, run,
     eps: tl.constexpr, D_IN: tl.constexpr, HIDDEN: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
-    LN_FIRST: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, RESIDUAL: tl.constexpr, NEED_X: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
+    LN_FIRST: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx, and this program's part of all weights' gradients, over STEPS blocks of columns."""
-    pid = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK_I)
-    h = tl.arange(0, BLOCK_H)
-    o = tl.arange(0, BLOCK_O)
+    """dx, and in parts [programs, ...] the gradients of all weights over this program's run of columns: fc1, fc2,
+    residual (if RESIDUAL), both biases, scale, shift."""
     N: tl.constexpr = D_IN if LN_FIRST else D_OUT
-    BLOCK_N: tl.constexpr = BLOCK_I if LN_FIRST else BLOCK_O
-    n = tl.arange(0, BLOCK_N)
-    d_fc1 = tl.zeros([BLOCK_H, BLOCK_I], tl.float32)
-    d_fc2 = tl.zeros([BLOCK_O, BLOCK_H], tl.float32)
-    d_residual = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-    d_bias1 = tl.zeros([BLOCK_H], tl.float32)
-    d_bias2 = tl.zeros([BLOCK_O], tl.float32)
-    d_scale = tl.zeros([BLOCK_N], tl.float32)
-    d_shift = tl.zeros([BLOCK_N], tl.float32)
-    factor = tl.load(scale + n, mask=n < N, other=0.0)
-    for step in range(STEPS):
-        c = (pid * STEPS + step) * BLOCK_C + tl.arange(0, BLOCK_C)
-        live = c < columns
+    SIZE: tl.constexpr = HIDDEN * D_IN + D_OUT * HIDDEN + (D_OUT * D_IN if RESIDUAL else 0) + HIDDEN + D_OUT + 2 * N
+    weights = _short_weights(
+        fc1, bias1, fc2, bias2, residual, scale, shift, D_IN, HIDDEN, D_OUT, LN_FIRST, BIAS1, BIAS2, RESIDUAL
+    )
+    first = tl.program_id(0).to(tl.int64) * run
+    last = tl.minimum(first + run, columns)
+    totals = ()
+    for _ in tl.static_range(SIZE):
+        totals = totals + (tl.zeros([BLOCK_C], tl.float32),)
+    for c0 in range(first, last, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        live = c < last
         at = c // inner * D_IN * inner + c % inner
         to = c // inner * D_OUT * inner + c % inner
-        v = _tile(x, i, D_IN, inner, at, live)
-        u, normal, inverse, p, total = _short_tile(
-            v, fc1, bias1, fc2, bias2, residual, scale, shift, eps, D_IN, HIDDEN, D_OUT, ACTIVATION, LN_FIRST, BIAS1,
-            BIAS2, RESIDUAL, BLOCK_I, BLOCK_H, BLOCK_O, BLOCK_C,
-        )  # fmt: skip
-        g, slope = _activate(p, ACTIVATION)
-        ds = _tile(dy, o, D_OUT, inner, to, live)
+        v = _column(x, at, live, inner, D_IN)
+        ds = _column(dy, to, live, inner, D_OUT)
+        u, normal, inverse, g, slope, total = _short_mix(
+            v, weights, eps, D_IN, HIDDEN, D_OUT, ACTIVATION, LN_FIRST, BIAS1, BIAS2, RESIDUAL
+        )
         if not LN_FIRST:
-            normal, inverse = _normalise(total, o, D_OUT, eps)
-            d_scale += tl.sum(ds * normal, 1)
-            d_shift += tl.sum(ds, 1)
-            ds = _normalise_backward(ds, normal, inverse, factor, D_OUT)
-            ds = tl.where((o < D_OUT)[:, None] & live[None, :], ds, 0.0)
-        d_bias2 += tl.sum(ds, 1)
-        dp = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
-        for k in tl.static_range(D_OUT):
-            w = tl.load(fc2 + k * HIDDEN + h, mask=h < HIDDEN, other=0.0)
-            dp += w[:, None] * _row(ds, o, k)[None, :]
-        dp = tl.where((h < HIDDEN)[:, None] & live[None, :], dp * slope, 0.0)
-        d_bias1 += tl.sum(dp, 1)
-        for k in tl.static_range(D_IN):
-            d_fc1 += tl.where((i == k)[None, :], tl.sum(dp * _row(u, i, k)[None, :], 1)[:, None], 0.0)
-            if RESIDUAL:
-                d_residual += tl.where((i == k)[None, :], tl.sum(ds * _row(v, i, k)[None, :], 1)[:, None], 0.0)
-        for k in tl.static_range(HIDDEN):
-            d_fc2 += tl.where((h == k)[None, :], tl.sum(ds * _row(g, h, k)[None, :], 1)[:, None], 0.0)
-        if NEED_X or LN_FIRST:
-            du = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
-            for k in tl.static_range(HIDDEN):
-                w = tl.load(fc1 + k * D_IN + i, mask=i < D_IN, other=0.0)
-                du += w[:, None] * _row(dp, h, k)[None, :]
-            if LN_FIRST:
-                d_scale += tl.sum(du * normal, 1)
-                d_shift += tl.sum(du, 1)
-                du = _normalise_backward(du, normal, inverse, factor, D_IN)
-            if NEED_X:
-                if RESIDUAL:
-                    for k in tl.static_range(D_OUT):
-                        w = tl.load(residual + k * D_IN + i, mask=i < D_IN, other=0.0)
-                        du += w[:, None] * _row(ds, o, k)[None, :]
-                else:
-                    du += ds
-                mask = (i < D_IN)[:, None] & live[None, :]
-                tl.store(dx + i.to(tl.int64)[:, None] * inner + at[None, :], du, mask=mask)
-    own = vectors + pid * (HIDDEN + D_OUT + 2 * N)
-    tl.store(own + h, d_bias1, mask=h < HIDDEN)
-    tl.store(own + HIDDEN + o, d_bias2, mask=o < D_OUT)
-    tl.store(own + HIDDEN + D_OUT + n, d_scale, mask=n < N)
-    tl.store(own + HIDDEN + D_OUT + N + n, d_shift, mask=n < N)
-    SIZE: tl.constexpr = HIDDEN * D_IN + D_OUT * HIDDEN + (D_OUT * D_IN if RESIDUAL else 0)
-    part = parts + pid * SIZE
-    ih = (h < HIDDEN)[:, None] & (i < D_IN)[None, :]
-    tl.store(part + h[:, None] * D_IN + i[None, :], d_fc1, mask=ih)
-    part += HIDDEN * D_IN
-    tl.store(part + o[:, None] * HIDDEN + h[None, :], d_fc2, mask=(o < D_OUT)[:, None] & (h < HIDDEN)[None, :])
-    if RESIDUAL:
-        part += D_OUT * HIDDEN
-        tl.store(part + o[:, None] * D_IN + i[None, :], d_residual, mask=(o < D_OUT)[:, None] & (i < D_IN)[None, :])
+            normal, inverse = _normalise_column(total, D_OUT, eps)
+            d_norm = _multiply(ds, normal, D_OUT) + ds
+            ds = _normalise_column_backward(ds, normal, inverse, weights[5], D_OUT)
+        dp = _multiply(_transposed_product(weights[2], ds, D_OUT, HIDDEN), slope, HIDDEN)
+        du = _transposed_product(weights[0], dp, HIDDEN, D_IN)
+        if LN_FIRST:
+            d_norm = _multiply(du, normal, D_IN) + du
+            du = _normalise_column_backward(du, normal, inverse, weights[5], D_IN)
+        found = _outer(dp, u, HIDDEN, D_IN) + _outer(ds, g, D_OUT, HIDDEN)
+        if RESIDUAL:
+            found = found + _outer(ds, v, D_OUT, D_IN)
+            du = _add(du, _transposed_product(weights[4], ds, D_OUT, D_IN), D_IN)
+        else:
+            du = _add(du, ds, D_IN)
+        totals = _add(totals, found + dp + ds + d_norm, SIZE)
+        _store_column(dx, at, live, inner, du, D_IN)
+    for i in tl.static_range(SIZE):
+        tl.store(parts + tl.program_id(0).to(tl.int64) * SIZE + i, tl.sum(totals[i]))
+
+
+# -- modality and channel together --
+
+
+@triton.jit(do_not_specialize=["keep"])
+def pair_forward_kernel(
+    x, m_fc1, m_bias1, m_fc2, m_bias2, m_residual, m_scale, m_shift,
+    fc1, bias1, fc2, bias2, residual, scale, shift, mixed, y, pre, centred, rows, columns, keep,
+    eps: tl.constexpr, M_IN: tl.constexpr, M_HIDDEN: tl.constexpr, M_OUT: tl.constexpr, D_IN: tl.constexpr,
+    HIDDEN: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr, LN_FIRST: tl.constexpr,
+    M_BIAS1: tl.constexpr, M_BIAS2: tl.constexpr, M_RESIDUAL: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
+    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """x [rows, M_IN, D_IN] -> mixed [rows, M_OUT, D_IN] -> y [rows, M_OUT, D_OUT]; columns = rows * M_OUT."""
+    ROWS: tl.constexpr = BLOCK_C // M_OUT
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    weights = _short_weights(
+        m_fc1, m_bias1, m_fc2, m_bias2, m_residual, m_scale, m_shift, M_IN, M_HIDDEN, M_OUT, LN_FIRST, M_BIAS1,
+        M_BIAS2, M_RESIDUAL,
+    )  # fmt: skip
+    last = tl.minimum(first + ROWS, rows) * D_IN
+    for c0 in range(first * D_IN, last, BLOCK_S):
+        c = c0 + tl.arange(0, BLOCK_S)
+        _short_forward(
+            x, weights, mixed, c, c < last, D_IN, eps, M_IN, M_HIDDEN, M_OUT, ACTIVATION, LN_FIRST, M_BIAS1, M_BIAS2,
+            M_RESIDUAL,
+        )  # fmt: skip
+    # The program reads back what it wrote, in another arrangement.
+    tl.debug_barrier()
+    n = tl.arange(0, BLOCK_C)
+    c = first * M_OUT + n
+    _forward(
+        mixed, fc1, bias1, fc2, bias2, residual, scale, shift, y, pre, centred, columns, 1, keep, c,
+        (n < ROWS * M_OUT) & (c < columns), eps, D_IN, HIDDEN, D_OUT, ACTIVATION, LN_FIRST, BIAS1, BIAS2, RESIDUAL,
+        PRECISION, BLOCK_C, BLOCK_K, BLOCK_H, BLOCK_O,
+    )  # fmt: skip
+
+
+# -- sums over programs --
+
+
+# Not specialised: a number of 1 would become a constant, of which no branch could make a variable.
+_COUNTS = [f"{other}{n}" for other in ("", "other_") for n in ("matrix_stride", "vector_stride")]
+_COUNTS += ["n_matrices", "n_vectors", "n_other_matrices", "n_other_vectors"]
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def sum_kernel(
+    matrices, n_matrices, matrix_stride, vectors, n_vectors, vector_stride,
+    fc1, fc2, residual, bias1, bias2, scale, shift,
+    other_matrices, n_other_matrices, other_matrix_stride, other_vectors, n_other_vectors, other_vector_stride,
+    other_fc1, other_fc2, other_residual, other_bias1, other_bias2, other_scale, other_shift,
+    SIZES: tl.constexpr, WANTED: tl.constexpr, OTHER_SIZES: tl.constexpr, OTHER_WANTED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one axis' weights, or of two axes': sums over the rows of matrices [n_matrices, ...] (fc1, fc2,
+    residual) and of vectors (both biases, scale, shift), each into its own tensor.
+
+    SIZES, WANTED: elements of the seven in those rows, and as many or 0 for those that are wanted.
+    """
+    block = tl.program_id(0)
+    # Replaced where the block is found below.
+    source, rows, stride, out, width, first = matrices, n_matrices, matrix_stride, fc1, block * 0, block * 0
+    outs = (fc1, fc2, residual, bias1, bias2, scale, shift)
+    for i in tl.static_range(7):
+        if (block >= 0) & (block * COLUMNS < WANTED[i]):
+            out, width, first = outs[i], WANTED[i], block * COLUMNS
+            if i < 3:
+                source, rows, stride = matrices, n_matrices, matrix_stride
+            else:
+                source, rows, stride = vectors, n_vectors, vector_stride
+        block -= (WANTED[i] + COLUMNS - 1) // COLUMNS
+        if i < 3:
+            matrices += SIZES[i]
+        else:
+            vectors += SIZES[i]
+    outs = (other_fc1, other_fc2, other_residual, other_bias1, other_bias2, other_scale, other_shift)
+    for i in tl.static_range(7):
+        if (block >= 0) & (block * COLUMNS < OTHER_WANTED[i]):
+            out, width, first = outs[i], OTHER_WANTED[i], block * COLUMNS
+            if i < 3:
+                source, rows, stride = other_matrices, n_other_matrices, other_matrix_stride
+            else:
+                source, rows, stride = other_vectors, n_other_vectors, other_vector_stride
+        block -= (OTHER_WANTED[i] + COLUMNS - 1) // COLUMNS
+        if i < 3:
+            other_matrices += OTHER_SIZES[i]
+        else:
+            other_vectors += OTHER_SIZES[i]
+    j = first + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i0 in range(0, rows, ROWS):
+        total += _tile(source, i0 + tl.arange(0, ROWS), rows, stride, j, j < width)
+    tl.store(out + j, tl.sum(total, 0), mask=j < width)
 
 
 # -- host functions --
@@ -473,31 +697,48 @@ def _sizes(x: Tensor, fc1: Tensor, fc2: Tensor) -> dict[str, int]:
     return {"D_IN": x.shape[1], "HIDDEN": fc1.shape[0], "D_OUT": fc2.shape[0]}
 
 
-def _is_short(sizes: dict[str, int]) -> bool:
-    return max(sizes.values()) <= SHORT
-
-
-def _short_blocks(sizes: dict[str, int]) -> dict[str, int]:
-    names = {"BLOCK_I": "D_IN", "BLOCK_H": "HIDDEN", "BLOCK_O": "D_OUT"}
-    return {block: triton.next_power_of_2(sizes[name]) for block, name in names.items()} | {"BLOCK_C": SHORT_COLUMNS}
-
-
-def _precision() -> str:
-    return PRECISIONS[torch.get_float32_matmul_precision()]
+def _flags(weights: Sequence[Tensor | None]) -> dict[str, bool]:
+    _, bias1, _, bias2, residual, _, _ = weights
+    return {"BIAS1": bias1 is not None, "BIAS2": bias2 is not None, "RESIDUAL": residual is not None}
 
 
 def _padded(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-def _parts_of(kept: Tensor, sizes: dict[str, int], columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """pre, normal, inverse: views of what is kept; with ln_first it ends with pre, and the others are not used."""
-    hidden, d_out = sizes["HIDDEN"] * columns, sizes["D_OUT"] * columns
-    return kept, kept[min(hidden, len(kept) - 1) :], kept[min(hidden + d_out, len(kept) - 1) :]
+def _forward_warps(precision: str) -> int:
+    """Fewer warps let more programs share a processor; fp32's split factors need the registers of more."""
+    return WARPS if precision == "fp32" else WARPS // 2
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
+def _columns(columns: int) -> int:
+    """Columns of a program."""
+    return next((n for n in COLUMNS if columns >= ENOUGH * n), COLUMNS[-1])
+
+
+def _forward_blocks(sizes: dict[str, int], block_c: int) -> dict[str, int]:
+    step = min(HIDDEN_STEP, _padded(sizes["HIDDEN"]))
+    return {"BLOCK_C": block_c, "BLOCK_K": DEPTH, "BLOCK_H": step, "BLOCK_O": _padded(sizes["D_OUT"])}
+
+
+def _backward_blocks(sizes: dict[str, int], block_c: int) -> dict[str, int]:
+    return _forward_blocks(sizes, block_c) | {"BLOCK_I": _padded(sizes["D_IN"])}
+
+
+def _weight_blocks(precision: str) -> dict[str, int]:
+    width = WEIGHT_COLUMNS if precision != "fp32" else WEIGHT_COLUMNS // 2
+    return {"BLOCK_M": WEIGHT_ROWS, "BLOCK_N": width, "BLOCK_C": WEIGHT_STEP, "BLOCK_I": DEPTH}
+
+
+def _kept_parts(kept: Tensor, x: Tensor, sizes: dict[str, int], columns: int) -> tuple[Tensor, Tensor]:
+    """pre, centred: views of what is kept; x stands for what is not."""
+    hidden = sizes["HIDDEN"] * columns
+    return (kept, kept[hidden:]) if len(kept) > hidden else (kept, x) if len(kept) else (x, x)
+
+
+def _present(tensors: Sequence[Tensor | None], other: Tensor) -> list[Tensor]:
+    """Contiguous; `other` where there is none, which a kernel does not read."""
+    return [other if t is None else t.contiguous() for t in tensors]
 
 
 def forward(
@@ -512,34 +753,31 @@ def forward(
     activation: str,
     ln_first: bool,
     eps: float,
+    precision: str,
+    dtype: torch.dtype,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x [outer, d_in, inner] -> y [outer, d_out, inner], what the backward pass needs (1-d, empty unless `keep`).
-    float32."""
-    x, *weights = _contiguous(x, fc1, bias1, fc2, bias2, residual, scale, shift)
+    """x [outer, d_in, inner] -> y [outer, d_out, inner] of `dtype`, what the backward pass needs (1-d, empty unless
+    `keep`). x float32 or of 16 bits, weights float32."""
+    x, given = x.contiguous(), (fc1, bias1, fc2, bias2, residual, scale, shift)
     outer, d_in, inner = x.shape
-    sizes = _sizes(x, fc1, fc2)
-    y = x.new_empty(outer, sizes["D_OUT"], inner)
-    kept = x.new_empty(kept_size(outer, inner, d_in, sizes["HIDDEN"], sizes["D_OUT"], ln_first) if keep else 0)
-    columns = outer * inner
+    sizes, columns = _sizes(x, fc1, fc2), outer * inner
+    y = x.new_empty(outer, sizes["D_OUT"], inner, dtype=dtype)
+    size = kept_size(outer, inner, d_in, sizes["HIDDEN"], sizes["D_OUT"], ln_first) if keep else 0
+    kept = x.new_empty(size, dtype=STORAGE.get(precision, torch.float32))
     if not columns:
         return y, kept
-    weights = [x if w is None else w for w in weights]  # not read where it is None
-    flags = {
-        "eps": eps, "ACTIVATION": activation, "LN_FIRST": ln_first, "BIAS1": bias1 is not None,
-        "BIAS2": bias2 is not None, "RESIDUAL": residual is not None,
-    }  # fmt: skip
-    if _is_short(sizes):
+    weights = _present(given, x)
+    settings = {"eps": eps, "ACTIVATION": activation, "LN_FIRST": ln_first} | sizes | _flags(given)
+    if max(sizes.values()) <= SHORT:
         short_forward_kernel[(triton.cdiv(columns, SHORT_COLUMNS),)](
-            x, *weights, y, columns, inner, **flags, **sizes, **_short_blocks(sizes), num_warps=SHORT_WARPS
+            x, *weights, y, columns, inner, **settings, BLOCK_C=SHORT_COLUMNS, num_warps=WARPS
         )
         return y, kept
-    precision = _precision()
-    block_c, block_k, block_h, warps = BLOCKS[precision]
+    block_c = _columns(columns)
     forward_kernel[(triton.cdiv(columns, block_c),)](
-        x, *weights, y, *(_parts_of(kept, sizes, columns) if keep else [x] * 3), columns, inner, **flags, **sizes,
-        PRECISION=precision, KEEP=keep, BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_H=block_h,
-        BLOCK_O=_padded(sizes["D_OUT"]), num_warps=warps,
+        x, *weights, y, *_kept_parts(kept, x, sizes, columns), columns, inner, int(keep), **settings,
+        PRECISION=precision, **_forward_blocks(sizes, block_c), num_warps=_forward_warps(precision), num_stages=STAGES,
     )  # fmt: skip
     return y, kept
 
@@ -558,126 +796,273 @@ def backward(
     activation: str,
     ln_first: bool,
     eps: float,
+    precision: str,
     need_x: bool,
 ) -> list[Tensor]:
     """Gradients of the weights that are not None, in their order, and after them, where `need_x`, the one of x."""
-    given = (fc1, bias1, fc2, bias2, residual, scale, shift)
-    dy, x, *weights = _contiguous(dy, x, *given)
-    outer, d_in, inner = x.shape
-    sizes = _sizes(x, fc1, fc2)
-    hidden, d_out, columns = sizes["HIDDEN"], sizes["D_OUT"], outer * inner
-    dx = torch.empty_like(x) if need_x else None
-    if not columns:
+    dy, x, given = dy.contiguous(), x.contiguous(), (fc1, bias1, fc2, bias2, residual, scale, shift)
+    if not x.numel():
         found = [torch.zeros_like(w) for w in given if w is not None]
-        return found if dx is None else [*found, dx]
-    weights = [x if w is None else w for w in weights]
-    to = x if dx is None else dx
-    norm = len(scale)
-    size = hidden * d_in + d_out * hidden + (0 if residual is None else d_out * d_in)
-    flags = {"eps": eps, "ACTIVATION": activation, "LN_FIRST": ln_first, "RESIDUAL": residual is not None}
-    if _is_short(sizes):
-        programs = triton.cdiv(columns, SHORT_COLUMNS * SHORT_STEPS)
-        vectors = x.new_empty(programs, hidden + d_out + 2 * norm)
-        parts = x.new_empty(programs, size)
-        short_backward_kernel[(programs,)](
-            dy, x, *weights, to, vectors, parts, columns, inner, **flags, BIAS1=bias1 is not None,
-            BIAS2=bias2 is not None, NEED_X=need_x, **sizes, **_short_blocks(sizes), STEPS=SHORT_STEPS,
-            num_warps=SHORT_WARPS,
-        )  # fmt: skip
+        return [*found, torch.empty_like(x)] if need_x else found
+    settings = {"eps": eps, "ACTIVATION": activation, "LN_FIRST": ln_first}
+    if max(_sizes(x, fc1, fc2).values()) <= SHORT:
+        dx, *parts = _short_backward(dy, x, given, settings)
     else:
-        vectors, parts = _long_backward(dy, x, kept, weights, to, columns, inner, sizes, flags, need_x, size)
-    d_bias1, d_bias2, d_scale, d_shift = vectors.split([hidden, d_out, norm, norm], 1)
-    splits = [hidden * d_in, d_out * hidden, size - hidden * d_in - d_out * hidden]
-    d_fc1, d_fc2, d_residual = parts.split(splits, 1)
-    gradients = (d_fc1, d_bias1, d_fc2, d_bias2, d_residual, d_scale, d_shift)
-    found = [g.sum(0).view(w.shape) for g, w in zip(gradients, given, strict=True) if w is not None]
-    return found if dx is None else [*found, dx]
+        dx, *parts = _long_backward(dy, x, kept, given, settings | {"PRECISION": precision})
+    found = _sums(*parts, given)
+    return [*found, dx] if need_x else found
+
+
+def pair_forward(
+    x: Tensor, *rest: Argument
+) -> tuple[Tensor, Tensor, Tensor]:  # weights of the modality axis, of the channel axis, settings: as in op.py's schema
+    """x [rows, m_in, d_in] -> y [rows, m_out, d_out] in float32, the modality axis mixed [rows, m_out, d_in], and what
+    the channel axis keeps for the backward pass (1-d, empty unless `keep`)."""
+    modality, channel = rest[:7], rest[7:14]
+    activation, ln_first, eps, precision, keep = rest[14:]
+    x = x.contiguous()
+    rows, m_in, d_in = x.shape
+    m_out, hidden, d_out = len(modality[2]), len(channel[0]), len(channel[2])
+    storage = STORAGE.get(precision, torch.float32)
+    y = x.new_empty(rows, m_out, d_out, dtype=torch.float32)
+    mixed = x.new_empty(rows, m_out, d_in, dtype=storage)
+    columns = rows * m_out
+    kept = x.new_empty(kept_size(columns, 1, d_in, hidden, d_out, ln_first) if keep else 0, dtype=storage)
+    if not columns:
+        return y, mixed, kept
+    sizes = {"D_IN": d_in, "HIDDEN": hidden, "D_OUT": d_out}
+    settings = {"eps": eps, "ACTIVATION": activation, "LN_FIRST": ln_first} | sizes | _flags(channel)
+    settings |= {"M_IN": m_in, "M_HIDDEN": len(modality[0]), "M_OUT": m_out}
+    settings |= {f"M_{name}": flag for name, flag in _flags(modality).items()}
+    block_c = _columns(columns)
+    pair_forward_kernel[(triton.cdiv(rows, block_c // m_out),)](
+        x, *_present(modality, x), *_present(channel, x), mixed, y, *_kept_parts(kept, x, sizes, columns), rows,
+        columns, int(keep), **settings, PRECISION=precision, **_forward_blocks(sizes, block_c),
+        BLOCK_S=SHORT_COLUMNS, num_warps=_forward_warps(precision), num_stages=STAGES,
+    )  # fmt: skip
+    return y, mixed, kept
+
+
+def pair_backward(dy: Tensor, x: Tensor, mixed: Tensor, kept: Tensor, *rest: Argument) -> list[Tensor]:
+    """Gradients of the weights that are not None, modality before channel, and after them, where `need_x`, the one of
+    x."""
+    modality, channel = rest[:7], rest[7:14]
+    activation, ln_first, eps, precision, need_x = rest[14:]
+    dy, x = dy.contiguous(), x.contiguous()
+    if not x.numel():
+        found = [torch.zeros_like(w) for w in (*modality, *channel) if w is not None]
+        return [*found, torch.empty_like(x)] if need_x else found
+    settings = {"eps": eps, "ACTIVATION": activation, "LN_FIRST": ln_first}
+    rows = mixed.view(-1, mixed.shape[2], 1)
+    d_mixed, *parts = _long_backward(
+        dy.view(-1, dy.shape[2], 1), rows, kept, channel, settings | {"PRECISION": precision}
+    )
+    dx, *modality_parts = _short_backward(d_mixed.view(mixed.shape), x, modality, settings)
+    found = _sums(*modality_parts, modality, *parts, channel)
+    return [*found, dx] if need_x else found
+
+
+def _short_backward(
+    dy: Tensor, x: Tensor, given: Sequence[Tensor | None], settings: dict[str, object]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx; parts [programs, ...] of the gradients of the matrices and of the vectors among the weights."""
+    outer, _, inner = x.shape
+    sizes, columns = _sizes(x, given[0], given[2]), outer * inner
+    steps = triton.cdiv(triton.cdiv(columns, SHORT_COLUMNS), SHORT_PROGRAMS)
+    run = steps * SHORT_COLUMNS
+    programs = triton.cdiv(columns, run)
+    dx = torch.empty_like(x)
+    lengths = _lengths(given)
+    parts = x.new_empty(programs, sum(lengths), dtype=torch.float32)
+    short_backward_kernel[(programs,)](
+        dy, x, *_present(given, x), dx, parts, columns, inner, run, **settings, **sizes, **_flags(given),
+        BLOCK_C=SHORT_COLUMNS, num_warps=WARPS,
+    )  # fmt: skip
+    return dx, *parts.split([sum(lengths[:3]), sum(lengths[3:])], 1)
 
 
 def _long_backward(
-    dy: Tensor,
-    x: Tensor,
-    kept: Tensor,
-    weights: Sequence[Tensor],
-    dx: Tensor,
-    columns: int,
-    inner: int,
-    sizes: dict[str, int],
-    flags: dict[str, object],
-    need_x: bool,
-    size: int,
-) -> tuple[Tensor, Tensor]:
-    fc1, _, fc2, _, residual, scale, shift = weights
-    d_in, hidden, d_out = sizes["D_IN"], sizes["HIDDEN"], sizes["D_OUT"]
-    precision = _precision()
-    block_c, block_k, block_h, warps = BACKWARD_BLOCKS[precision]
+    dy: Tensor, x: Tensor, kept: Tensor, given: Sequence[Tensor | None], settings: dict[str, object]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx; parts [programs, ...] of the gradients of the matrices and of the vectors among the weights."""
+    outer, d_in, inner = x.shape
+    sizes, columns = _sizes(x, given[0], given[2]), outer * inner
+    hidden, d_out = sizes["HIDDEN"], sizes["D_OUT"]
+    fc1, _, fc2, _, residual, scale, shift = _present(given, x)
+    settings = settings | sizes | {"RESIDUAL": given[4] is not None}
+    pre, centred = _kept_parts(kept, x, sizes, columns)
+    matrices, vector_length = sum(_lengths(given)[:3]), sum(_lengths(given)[3:])
+    block_c = _columns(columns)
     programs = triton.cdiv(columns, block_c)
-    d = x.new_empty(hidden + d_out, columns)
-    vectors = x.new_empty(programs, hidden + d_out + 2 * len(scale))
-    pre, normal, inverse = _parts_of(kept, sizes, columns)
+    dx = torch.empty_like(x)
+    d1, d2 = kept.new_empty(hidden, columns), kept.new_empty(d_out, columns)
+    vectors = x.new_empty(programs, vector_length, dtype=torch.float32)
     backward_kernel[(programs,)](
-        dy, x, fc1, fc2, residual, scale, pre, normal, inverse, dx, d, vectors, columns, inner, **flags, **sizes,
-        NEED_X=need_x, PRECISION=precision, BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_H=block_h, BLOCK_O=_padded(d_out),
-        BLOCK_I=_padded(d_in), num_warps=warps,
+        dy, x, fc1, fc2, residual, scale, pre, centred, dx, d1, d2, vectors, columns, inner, **settings,
+        **_backward_blocks(sizes, block_c), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
-    block_m, block_n, step, warps = WEIGHT_BLOCKS[precision]
-    splits = min(SPLITS, triton.cdiv(columns, step))
-    run = triton.cdiv(triton.cdiv(columns, splits), step) * step
+    blocks = _weight_blocks(settings["PRECISION"])
+    results = [(hidden, d_in), (d_out, hidden)] + ([(d_out, d_in)] if settings["RESIDUAL"] else [])
+    tiles = sum(triton.cdiv(m, blocks["BLOCK_M"]) * triton.cdiv(n, blocks["BLOCK_N"]) for m, n in results)
+    steps = triton.cdiv(columns, WEIGHT_STEP)
+    run = triton.cdiv(steps, max(1, WEIGHT_PROGRAMS // tiles)) * WEIGHT_STEP
     splits = triton.cdiv(columns, run)
-    parts = x.new_empty(splits, size)
-    tiles = triton.cdiv(hidden, block_m) * triton.cdiv(d_in, block_n)
-    tiles += triton.cdiv(d_out, block_m) * triton.cdiv(hidden, block_n)
-    if flags["RESIDUAL"]:
-        tiles += triton.cdiv(d_out, block_m) * triton.cdiv(d_in, block_n)
+    parts = x.new_empty(splits, matrices, dtype=torch.float32)
     weights_kernel[(tiles, splits)](
-        x, scale, shift, pre, d, parts, columns, inner, run, **flags, **sizes, PRECISION=precision, BLOCK_M=block_m,
-        BLOCK_N=block_n, BLOCK_C=step, BLOCK_I=block_k, num_warps=warps,
+        x,
+        scale,
+        shift,
+        pre,
+        d1,
+        d2,
+        parts,
+        columns,
+        inner,
+        run,
+        **settings,
+        **blocks,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+    return dx, parts, vectors
+
+
+def _lengths(given: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """Of the gradients as the kernels leave them: fc1, fc2, residual, then both biases, scale and shift. The biases'
+    are there whether there are biases or not."""
+    fc1, _, fc2, _, residual, scale, shift = given
+    matrices = (fc1.numel(), fc2.numel(), 0 if residual is None else residual.numel())
+    return (*matrices, len(fc1), len(fc2), len(scale), len(shift))
+
+
+def _sums(matrices: Tensor, vectors: Tensor, given: Sequence[Tensor | None], *other: object) -> list[Tensor]:
+    """Gradients of the weights that are not None, in their order, from parts [programs, ...] of those of the matrices
+    and of the vectors among them. `other` is the same three of a second axis, whose gradients follow."""
+    found, arguments, constexprs, blocks = _axis_sums(matrices, vectors, given)
+    if other:
+        more, other_arguments, other_constexprs, other_blocks = _axis_sums(*other)
+        found, blocks = [*found, *more], blocks + other_blocks
+    else:
+        other_arguments, other_constexprs = arguments, {"SIZES": (0,) * 7, "WANTED": (0,) * 7}
+    sum_kernel[(blocks,)](
+        *arguments, *other_arguments, **constexprs, **{f"OTHER_{k}": v for k, v in other_constexprs.items()},
+        ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=WARPS,
     )  # fmt: skip
-    return vectors, parts
+    return found
+
+
+def _axis_sums(
+    matrices: Tensor, vectors: Tensor, given: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor | int], dict[str, tuple[int, ...]], int]:
+    """One axis' gradients, yet to be filled; arguments of `sum_kernel`; its constants; blocks."""
+    gradients = [None if w is None else torch.empty_like(w, memory_format=torch.contiguous_format) for w in given]
+    fc1, bias1, fc2, bias2, residual, scale, shift = gradients
+    outs = (fc1, fc2, residual, bias1, bias2, scale, shift)
+    wanted = tuple(0 if g is None else g.numel() for g in outs)
+    parts = [matrices, len(matrices), matrices.stride(0), vectors, len(vectors), vectors.stride(0)]
+    found = [g for g in gradients if g is not None]
+    constexprs = {"SIZES": _lengths(given), "WANTED": wanted}
+    blocks = sum(triton.cdiv(n, SUM_COLUMNS) for n in wanted)
+    return found, [*parts, *(matrices if g is None else g for g in outs)], constexprs, blocks
 
 
 # -- ahead-of-time cases --
 
+TIME, CHANNEL, MODALITY = (100, 50, 50), (128, 128, 128), (3, 3, 3)
+
 
 def aot_cases() -> list[AotCase]:
-    """The flagship's axes, every kernel in every precision; gelu, and LayerNorm at the end unless named otherwise."""
+    """The flagship's axes: every kernel in every precision for many columns, and for few ones where LayerNorm is last.
+    Biases, a projection and gelu everywhere."""
     found = []
-    common = {"eps": 1e-6, "ACTIVATION": "gelu", "RESIDUAL": True}
-    for axis, (d_in, hidden, d_out) in {"time": (100, 50, 50), "channel": (128, 128, 128)}.items():
-        sizes = {"D_IN": d_in, "HIDDEN": hidden, "D_OUT": d_out}
-        for precision in BLOCKS:
-            for ln_first in (False, True):
-                variant = f"{axis}{'_ln_first' if ln_first else ''}/{precision}"
-                dot, quick = precision != "ieee", precision != "bf16" and (axis == "channel") != ln_first
-                settings = common | sizes | {"LN_FIRST": ln_first, "PRECISION": precision}
-                c, k, h, warps = BLOCKS[precision]
-                blocks = {"BLOCK_C": c, "BLOCK_K": k, "BLOCK_H": h, "BLOCK_O": _padded(d_out)}
-                constexprs = settings | blocks | {"BIAS1": True, "BIAS2": True, "KEEP": True}
-                found.append(_case("forward", variant, forward_kernel, constexprs, warps, dot, quick))
-                c, k, h, warps = BACKWARD_BLOCKS[precision]
-                blocks = {"BLOCK_C": c, "BLOCK_K": k, "BLOCK_H": h, "BLOCK_O": _padded(d_out)}
-                constexprs = settings | blocks | {"BLOCK_I": _padded(d_in), "NEED_X": True}
-                found.append(_case("backward", variant, backward_kernel, constexprs, warps, dot, quick))
-                m, n, c, warps = WEIGHT_BLOCKS[precision]
-                constexprs = settings | {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_C": c, "BLOCK_I": k}
-                found.append(_case("weights", variant, weights_kernel, constexprs, warps, dot, quick))
-    sizes = {"D_IN": 3, "HIDDEN": 3, "D_OUT": 3}
+    for precision in ("fp32", "tf32", "bf16", "fp16"):
+        for ln_first in (False, True) if precision != "fp16" else (False,):
+            for few in (False, True) if precision == "bf16" and not ln_first else (False,):
+                found += _long_cases("time", TIME, precision, ln_first, few)
+                found += _long_cases("channel", CHANNEL, precision, ln_first, few)
+                found.append(_pair_case(precision, ln_first, few))
     for ln_first in (False, True):
-        settings = common | sizes | _short_blocks(sizes) | {"LN_FIRST": ln_first, "BIAS1": True, "BIAS2": True}
-        variant = f"modality{'_ln_first' if ln_first else ''}/fp32"
-        backward_settings = settings | {"NEED_X": True, "STEPS": SHORT_STEPS}
-        found += [
-            _case("short_forward", variant, short_forward_kernel, settings, SHORT_WARPS, False, not ln_first),
+        found += _short_cases(ln_first)
+    return [*found, _sum_case()]
+
+
+def _sum_case() -> AotCase:
+    """Of the channel and modality axes."""
+    inputs = {n: "i32" for n in sum_kernel.arg_names if n.startswith("n_") or n.endswith("_stride")}
+    constexprs = {"ROWS": SUM_ROWS, "COLUMNS": SUM_COLUMNS}
+    for prefix, (d_in, hidden, d_out) in (("", MODALITY), ("OTHER_", CHANNEL)):
+        sizes = (hidden * d_in, d_out * hidden, d_out * d_in, hidden, d_out, d_out, d_out)
+        constexprs |= {f"{prefix}SIZES": sizes, f"{prefix}WANTED": sizes}
+    return _case("sum/fp32", sum_kernel, inputs, constexprs)
+
+
+def _aot_settings(lengths: tuple[int, int, int], ln_first: bool) -> dict[str, object]:
+    names = ("D_IN", "HIDDEN", "D_OUT")
+    flags = {"BIAS1": True, "BIAS2": True, "RESIDUAL": True}
+    return {"eps": 1e-6, "ACTIVATION": "gelu", "LN_FIRST": ln_first} | flags | dict(zip(names, lengths, strict=True))
+
+
+def _aot_storage(precision: str) -> str:
+    return f"*{precision}" if precision in STORAGE else "*fp32"
+
+
+def _long_cases(axis: str, lengths: tuple[int, int, int], precision: str, ln_first: bool, few: bool) -> list[AotCase]:
+    variant = f"{axis}{'_ln_first' if ln_first else ''}{'_few' if few else ''}/{precision}"
+    settings = _aot_settings(lengths, ln_first) | {"PRECISION": precision, "inner": 384 if axis == "time" else 1}
+    sizes = {name: settings[name] for name in ("D_IN", "HIDDEN", "D_OUT")}
+    quick = axis == "time" and precision == "bf16" and not ln_first
+    inputs = {"columns": "i32", "keep": "i32", "run": "i32"}
+    inputs |= dict.fromkeys(("pre", "centred", "d1", "d2"), _aot_storage(precision))
+    if axis == "time":
+        inputs |= dict.fromkeys(("y", "dy"), _aot_storage(precision))
+    else:
+        inputs |= dict.fromkeys(("x", "dx"), _aot_storage(precision))
+    block_c, found = COLUMNS[few], []
+    if axis == "time":
+        blocks = _forward_blocks(sizes, block_c)
+        found.append(
             _case(
-                "short_backward", variant, short_backward_kernel, backward_settings, SHORT_WARPS, False, not ln_first
-            ),
-        ]
+                f"forward/{variant}", forward_kernel, inputs, settings | blocks, _forward_warps(precision), True, quick
+            )
+        )
+    blocks = _backward_blocks(sizes, block_c)
+    found.append(_case(f"backward/{variant}", backward_kernel, inputs, settings | blocks, WARPS, True, quick))
+    if not few:
+        blocks = _weight_blocks(precision)
+        found.append(_case(f"weights/{variant}", weights_kernel, inputs, settings | blocks, WARPS, True, quick))
     return found
 
 
+def _pair_case(precision: str, ln_first: bool, few: bool) -> AotCase:
+    variant = f"{'ln_first' if ln_first else 'ln_last'}{'_few' if few else ''}/{precision}"
+    settings = _aot_settings(CHANNEL, ln_first) | {"PRECISION": precision, "BLOCK_S": SHORT_COLUMNS}
+    settings |= dict(zip(("M_IN", "M_HIDDEN", "M_OUT"), MODALITY, strict=True))
+    settings |= {"M_BIAS1": True, "M_BIAS2": True, "M_RESIDUAL": True}
+    block_c = COLUMNS[few]
+    settings |= _forward_blocks({"HIDDEN": CHANNEL[1], "D_OUT": CHANNEL[2]}, block_c)
+    inputs = {"rows": "i32", "columns": "i32", "keep": "i32"}
+    inputs |= dict.fromkeys(("x", "mixed", "pre", "centred"), _aot_storage(precision))
+    quick = precision == "tf32" and not ln_first
+    return _case(
+        f"pair_forward/{variant}", pair_forward_kernel, inputs, settings, _forward_warps(precision), True, quick
+    )
+
+
+def _short_cases(ln_first: bool) -> list[AotCase]:
+    settings = _aot_settings(MODALITY, ln_first) | {"BLOCK_C": SHORT_COLUMNS, "inner": 128}
+    inputs = {"columns": "i32", "run": "i32"}
+    variant = f"modality{'_ln_first' if ln_first else ''}/fp32"
+    kernels = {"short_forward": short_forward_kernel, "short_backward": short_backward_kernel}
+    return [_case(f"{name}/{variant}", kernel, inputs, settings) for name, kernel in kernels.items()]
+
+
 def _case(
-    kind: str, variant: str, kernel: object, constexprs: dict[str, object], warps: int, dot: bool, quick: bool
-) -> AotCase:
-    names = [name for name in kernel.arg_names if name not in constexprs]
-    signature = {name: "i32" if name in ("columns", "inner", "run") else "*fp32" for name in names}
-    return AotCase(f"cube_mix.{kind}/{variant}", kernel, signature, constexprs, num_warps=warps, dot=dot, quick=quick)
+    name: str, kernel: object, inputs: dict[str, str], constexprs: dict[str, object], warps: int = WARPS,
+    dot: bool = False, quick: bool = True,
+) -> AotCase:  # fmt: skip
+    """Pointers are to fp32 where `inputs` does not say otherwise; both name more than one kernel takes."""
+    constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
+    signature = {n: inputs.get(n, "*fp32") for n in kernel.arg_names if n not in constexprs}
+    return AotCase(
+        f"cube_mix.{name}", kernel, signature, constexprs, num_warps=warps, num_stages=STAGES, dot=dot, quick=quick
+    )
