@@ -1,0 +1,191 @@
+"""Two fused operations of a transformer's layer, differentiable.
+
+    y, low = add_norm(x, weight, shift, bias=b, residual=r, seed=seed, p=0.1)
+    z = bias_gelu(x, b)
+
+A product's bias belongs to the operation behind it, so that the bias's gradient comes out of a kernel that has its
+numbers at hand anyway. Dropout's mask is a function of a seed on the device, of the call's number and of the place
+(`engine.kernels.dropout.reference`): nothing is stored, and a captured CUDA graph draws a new seed at each replay.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from engine.kernels.dropout.op import SEEDS
+from engine.kernels.registry import backend_for, call, lazy, register
+from engine.kernels.transformer import cpu, reference
+
+WIDEST = 8192  # columns that one program of add_norm's kernel holds
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """int64 [1] on `device`, from torch's default generator: one serves all calls of a forward pass."""
+    return torch.randint(SEEDS, (1,), device=device)
+
+
+def add_norm(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+    after: bool = False,
+    eps: float = 1e-5,
+    number: int = 0,
+    low: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """LayerNorm(residual + dropout(x + bias)) over the last axis; with `after`, dropout of the LayerNorm instead.
+
+    Args:
+        x: [N, C], float16, bfloat16, float32 or float64.
+        weight, shift: LayerNorm's, [C]; the computation has their type, float32 (or float64).
+        bias: [C], of the same type.
+        residual: [N, C], of any of the types.
+        seed: int64 [1], from `draw_seed`; needed where p > 0.
+        p: share that dropout drops, in [0, 1); 0 does nothing.
+        number: tells the calls that share a seed apart.
+        low: also return the result in x's type, for a product that follows.
+
+    Returns:
+        y [N, C] of the weight's type, and y of x's type or None.
+
+    Raises:
+        ValueError: shapes that do not fit, p outside [0, 1), or p > 0 without a seed.
+    """
+    _check(x, p, seed, weight=weight, shift=shift, bias=bias)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"a residual of shape {list(residual.shape)} for x of shape {list(x.shape)}")
+    if _by_formula(x, "add_norm"):
+        y = reference.add_norm(x, bias, residual, weight, shift, seed, p, after, eps, number)
+        return y, y.to(x.dtype) if low else None
+    return _AddNorm.apply(x, bias, residual, weight, shift, seed, p, after, eps, number, low)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x + bias), by the error function.
+
+    Args:
+        x: [N, C], float16, bfloat16, float32 or float64.
+        bias: [C]; the computation has its type, float32 (or float64).
+
+    Returns:
+        [N, C] of x's type.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    _check(x, 0.0, None, bias=bias)
+    return reference.bias_gelu(x, bias) if _by_formula(x, "bias_gelu") else _BiasGelu.apply(x, bias)
+
+
+def _check(x: Tensor, p: float, seed: Tensor | None, **vectors: Tensor | None) -> None:
+    for name, vector in vectors.items():
+        if x.dim() != 2 or (vector is not None and vector.shape != x.shape[1:]):
+            raise ValueError(f"x must be [N, C] and {name} [C]; found {list(x.shape)} and {list(vector.shape)}")
+    if not 0 <= p < 1 or (p > 0 and seed is None):
+        raise ValueError(f"p={p} with seed={seed}: p must be in [0, 1), and p > 0 needs a seed")
+
+
+def _by_formula(x: Tensor, op: str) -> bool:
+    """Whether the reference runs: asked for, or more than the kernels can do."""
+    backend = backend_for(x, op)
+    return backend == "reference" or (backend == "triton" and (x.dtype == torch.float64 or x.shape[1] > WIDEST))
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, residual, weight, shift, seed, p, after, eps, number, low):
+        ctx.set_materialize_grads(False)
+        ctx.settings = (p, after, eps, number)
+        ctx.save_for_backward(x, bias, residual, weight, seed)
+        y, small = call("add_norm", x, bias, residual, weight, shift, seed, p, after, eps, number, low)
+        return y, small if low else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_low):
+        x, bias, residual, weight, seed = ctx.saved_tensors
+        if grad is None and grad_low is None:
+            return (None,) * 11
+        _, of_bias, _, of_weight, of_shift, *_ = ctx.needs_input_grad
+        parameters = of_bias or of_weight or of_shift
+        arguments = (x, bias, residual, weight, seed, *ctx.settings, parameters)
+        dx, dresidual, sums = call("add_norm_backward", grad, grad_low, *arguments)
+        return (
+            dx,
+            sums[2] if of_bias else None,
+            None if residual is None else dresidual,
+            sums[0] if of_weight else None,
+            sums[1] if of_shift else None,
+            *(None,) * 6,
+        )
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias):
+        ctx.save_for_backward(x, bias)
+        return call("bias_gelu", x, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        dx, dbias = call("bias_gelu_backward", grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
+        return dx, dbias if ctx.needs_input_grad[1] else None
+
+
+def _fake_add_norm(x, bias, residual, weight, shift, seed, p, after, eps, number, low):
+    return x.new_empty(x.shape, dtype=weight.dtype), x.new_empty(x.shape if low else 0)
+
+
+def _fake_add_norm_backward(
+    grad, grad_low, x, bias, residual, weight, seed, p, after, eps, number, parameters
+):  # fmt: skip
+    dresidual = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
+    return x.new_empty(x.shape), dresidual, weight.new_empty((3, x.shape[1]) if parameters else 0)
+
+
+def _fake_bias_gelu_backward(grad, x, bias, parameters):
+    return x.new_empty(x.shape), bias.new_empty(bias.shape if parameters else 0)
+
+
+_TRITON = "engine.kernels.transformer.triton"
+
+register(
+    "add_norm",
+    "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor shift, Tensor? seed, float p, bool after, "
+    "float eps, int number, bool low) -> (Tensor, Tensor)",
+    cpu=cpu.add_norm,
+    cuda=lazy(_TRITON, "add_norm"),
+    fake=_fake_add_norm,
+)
+register(
+    "add_norm_backward",
+    "(Tensor? grad, Tensor? grad_low, Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor? seed, float p, "
+    "bool after, float eps, int number, bool parameters) -> (Tensor, Tensor, Tensor)",
+    cpu=cpu.add_norm_backward,
+    cuda=lazy(_TRITON, "add_norm_backward"),
+    fake=_fake_add_norm_backward,
+    launches=lambda *args: 2 if args[-1] else 1,  # the programs' sums are added up by a second kernel
+)
+register(
+    "bias_gelu",
+    "(Tensor x, Tensor bias) -> Tensor",
+    cpu=cpu.bias_gelu,
+    cuda=lazy(_TRITON, "bias_gelu"),
+    fake=lambda x, bias: x.new_empty(x.shape),
+)
+register(
+    "bias_gelu_backward",
+    "(Tensor grad, Tensor x, Tensor bias, bool parameters) -> (Tensor, Tensor)",
+    cpu=cpu.bias_gelu_backward,
+    cuda=lazy(_TRITON, "bias_gelu_backward"),
+    fake=_fake_bias_gelu_backward,
+    launches=lambda *args: 2 if args[-1] else 1,
+)
