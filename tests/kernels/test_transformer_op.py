@@ -80,13 +80,13 @@ def test_calls_that_share_a_seed_drop_different_places():
 def test_types(low, backend):
     tensors = case(low=low, full=torch.float32)
     with use_backend(backend):
-        y, small = norm(p=0.2, low=True)(**tensors)
+        y, small = norm(p=0.2, low=low)(**tensors)
         assert (y.dtype, small.dtype) == (torch.float32, low)
         torch.testing.assert_close(small, y.to(low))
-        found = results(tensors, norm(p=0.2, low=True))[2:]
+        found = results(tensors, norm(p=0.2, low=low))[2:]
         assert bias_gelu(tensors["x"], tensors["bias"]).dtype == low
     assert [g.dtype for g in found] == [t.dtype for t in tensors.values()]
-    exact = results({k: t.detach().double().requires_grad_() for k, t in tensors.items()}, norm(p=0.2, low=True))[2:]
+    exact = results({k: t.detach().double().requires_grad_() for k, t in tensors.items()}, norm(p=0.2, low=low))[2:]
     for f, e in zip(found, exact, strict=True):
         torch.testing.assert_close(f.double(), e, rtol=2e-2, atol=2e-2)
 
@@ -116,7 +116,7 @@ def test_gelu_is_torchs():
 
 def test_one_output_is_enough():
     tensors = case(full=torch.float32, low=torch.bfloat16)
-    both = norm(low=True)(**tensors)
+    both = norm(low=torch.bfloat16)(**tensors)
     for part in both:
         assert torch.autograd.grad(part.sum(), tensors["residual"], retain_graph=True)[0].isfinite().all()
 
@@ -148,7 +148,7 @@ def test_registered(parts):
     x, weight, shift, bias, residual = (tensors.get(k) for k in ("x", "weight", "shift", "bias", "residual"))
     ops = torch.ops.engine
     settings = (0.3, False, 1e-12, 2)
-    torch.library.opcheck(ops.add_norm.default, (x, bias, residual, weight, shift, SEED, *settings, True))
+    torch.library.opcheck(ops.add_norm.default, (x, bias, residual, weight, shift, SEED, *settings, torch.bfloat16))
     back = (x.float(), x, x, bias, residual, weight, SEED, *settings, True)
     torch.library.opcheck(ops.add_norm_backward.default, back)
     if bias is not None:
@@ -160,7 +160,7 @@ def test_compiles_without_graph_breaks():
     tensors = {k: t.detach().requires_grad_() for k, t in case(6, 8, full=torch.float32, low=torch.bfloat16).items()}
 
     def run(**tensors):
-        y, low = norm(p=0.3, low=True)(**tensors)
+        y, low = norm(p=0.3, low=torch.bfloat16)(**tensors)
         return y, bias_gelu(low, tensors["bias"])
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")

@@ -27,12 +27,12 @@ def _total(
 
 def add_norm(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Tensor, shift: Tensor, seed: Tensor | None,
-    p: float, after: bool, eps: float, number: int, low: bool,
+    p: float, after: bool, eps: float, number: int, low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y [N, C] of the weight's type, and y of x's type where `low` asks for it (else of no element)."""
+    """y [N, C] of the weight's type, and y of the type `low` where there is one (else of no element)."""
     total = _total(x, bias, residual, weight, seed, 0 if after else p, number)
     y = _dropped(F.layer_norm(total, (total.shape[-1],), weight, shift, eps), seed, p if after else 0, number)
-    return y, y.to(x.dtype, copy=True) if low else x.new_empty(0)
+    return y, x.new_empty(0) if low is None else y.to(low, copy=True)
 
 
 def _layer_norm_backward(grad: Tensor, total: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ def add_norm(
     after: bool = False,
     eps: float = 1e-5,
     number: int = 0,
-    low: bool = False,
+    low: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """LayerNorm(residual + dropout(x + bias)) over the last axis; with `after`, dropout of the LayerNorm instead.
 
@@ -50,10 +50,10 @@ def add_norm(
         seed: int64 [1], from `draw_seed`; needed where p > 0.
         p: share that dropout drops, in [0, 1); 0 does nothing.
         number: tells the calls that share a seed apart.
-        low: also return the result in x's type, for a product that follows.
+        low: also return the result in this type, for a product that follows.
 
     Returns:
-        y [N, C] of the weight's type, and y of x's type or None.
+        y [N, C] of the weight's type, and y of the type `low` or None.
 
     Raises:
         ValueError: shapes that do not fit, p outside [0, 1), or p > 0 without a seed.
@@ -63,7 +63,7 @@ def add_norm(
         raise ValueError(f"a residual of shape {list(residual.shape)} for x of shape {list(x.shape)}")
     if _by_formula(x, "add_norm"):
         y = reference.add_norm(x, bias, residual, weight, shift, seed, p, after, eps, number)
-        return y, y.to(x.dtype) if low else None
+        return y, None if low is None else y.to(low)
     return _AddNorm.apply(x, bias, residual, weight, shift, seed, p, after, eps, number, low)
 
 
@@ -105,7 +105,7 @@ class _AddNorm(torch.autograd.Function):
         ctx.settings = (p, after, eps, number)
         ctx.save_for_backward(x, bias, residual, weight, seed)
         y, small = call("add_norm", x, bias, residual, weight, shift, seed, p, after, eps, number, low)
-        return y, small if low else None
+        return y, None if low is None else small
 
     @staticmethod
     @once_differentiable
@@ -141,7 +141,7 @@ class _BiasGelu(torch.autograd.Function):
 
 
 def _fake_add_norm(x, bias, residual, weight, shift, seed, p, after, eps, number, low):
-    return x.new_empty(x.shape, dtype=weight.dtype), x.new_empty(x.shape if low else 0)
+    return x.new_empty(x.shape, dtype=weight.dtype), x.new_empty(0) if low is None else x.new_empty(x.shape, dtype=low)
 
 
 def _fake_add_norm_backward(
@@ -160,7 +160,7 @@ _TRITON = "engine.kernels.transformer.triton"
 register(
     "add_norm",
     "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor shift, Tensor? seed, float p, bool after, "
-    "float eps, int number, bool low) -> (Tensor, Tensor)",
+    "float eps, int number, ScalarType? low) -> (Tensor, Tensor)",
     cpu=cpu.add_norm,
     cuda=lazy(_TRITON, "add_norm"),
     fake=_fake_add_norm,

@@ -35,17 +35,17 @@ def _drop(p: float, after: bool) -> dict[str, int | float]:
 
 def add_norm(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Tensor, shift: Tensor, seed: Tensor | None,
-    p: float, after: bool, eps: float, number: int, low: bool,
+    p: float, after: bool, eps: float, number: int, low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `cpu.add_norm`."""
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     n, c = x.shape
     y = torch.empty((n, c), dtype=weight.dtype, device=x.device)
-    small = torch.empty((n, c) if low else (0,), dtype=x.dtype, device=x.device)
+    small = torch.empty((0,) if low is None else (n, c), dtype=low or x.dtype, device=x.device)
     if n:
         blocks = _norm_blocks(c)
         add_norm_kernel[(triton.cdiv(n, blocks["ROWS"]),)](
-            x, bias, residual, weight, shift, seed, y, small if low else None, n, c, eps, number,
+            x, bias, residual, weight, shift, seed, y, None if low is None else small, n, c, eps, number,
             **_drop(p, after), **blocks,
         )  # fmt: skip
     return y, small
@@ -143,7 +143,7 @@ def add_norm_kernel(
     x, bias, residual, weight, shift, seed, y, small, n, c, eps, number,
     BEFORE: tl.constexpr, AFTER: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Whole rows of the result, also in x's type where `small` is given. Grid: (blocks of rows,)."""
+    """Whole rows of the result, and again in the type of `small`. Grid: (blocks of rows,)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_C)
     place = row.to(tl.int64)[:, None] * c + column[None, :]
@@ -249,7 +249,7 @@ def aot_cases() -> list[AotCase]:
         for place, after, forward, backward in (
             ("layer", False, {**inside, **result, **given},
              {**inside, **slopes, **more, "dx": f"*{low}", "dresidual": "*fp32"}),
-            ("embeddings", True, {**outside, **result}, {**outside, **slopes, "dx": "*fp32"}),
+            ("embeddings", True, {**outside, **result, **given}, {**outside, **slopes, **more, "dx": "*fp32"}),
         ):  # fmt: skip
             if place == "embeddings" and not both:
                 continue
