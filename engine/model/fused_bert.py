@@ -1,8 +1,9 @@
 """BERT's and Electra's layers in few launches, from the parameters of the Hugging Face model that owns them.
 
-A layer is eight kernels forward: one product for query, key and value, torch's fused attention, three products, and
-between them `add_norm` twice and `bias_gelu`. Hidden states stay in the parameters' type, float32, beside a copy in
-autocast's type for the product that follows. All weights are cast at once (`engine.model.lowered`).
+A layer is eight kernels forward: one product for query, key and value, `attention`, three more products, and between
+them `add_norm` twice and `bias_gelu`. In float32, for long texts and for wide heads torch's attention runs instead.
+Hidden states stay in the parameters' type, float32, beside a copy in autocast's type for the product that follows. All
+weights are cast at once (`engine.model.lowered`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from engine.errors import ConfigError
 from engine.kernels import dropout as ops
-from engine.kernels.transformer import add_norm, bias_gelu, draw_seed
+from engine.kernels.transformer import add_norm, attention, attention_fits, bias_gelu, draw_seed
 from engine.model.lowered import autocast_type, lower
 
 TYPES = ("bert", "electra")
@@ -25,10 +26,9 @@ ALIGNED = 16  # torch's attention copies a bias whose rows do not begin at multi
 
 
 class Weights(NamedTuple):
-    """A layer's factors in the products' type; the other biases are added in float32."""
+    """A layer's factors in the products' type; query's, key's and value's are one."""
 
     qkv: Tensor
-    qkv_bias: Tensor
     out: Tensor
     up: Tensor
     down: Tensor
@@ -81,20 +81,11 @@ def last_hidden_state(model: nn.Module, token_ids: Tensor, bias: Tensor, positio
         x, low = _embedded(model.embeddings, token_ids, position, seed, dtype)
         if project is not None:
             x = low = F.linear(low, lowered[0], lowered[1])
-        weights = iter(lowered[len(own) :])
+        factors = iter(lowered[len(own) :])
         for i, layer in enumerate(layers):
-            own_weights = Weights(*(next(weights) for _ in Weights._fields))
-            x, low = _layer(
-                layer,
-                x,
-                low,
-                (batch, length),
-                bias,
-                own_weights,
-                seed,
-                2 * i + 1,
-                dtype if i + 1 < len(layers) else None,
-            )
+            weights = Weights(*(next(factors) for _ in Weights._fields))
+            again = dtype if i + 1 < len(layers) else None
+            x, low = _layer(layer, x, low, (batch, length), bias, weights, seed, 3 * i + 1, again)
     return x.view(batch, length, -1)
 
 
@@ -142,7 +133,7 @@ def _groups(layer: nn.Module) -> list[tuple[Tensor, ...]]:
     inner = layer.attention.self
     qkv = (inner.query, inner.key, inner.value)
     single = (layer.attention.output.dense, layer.intermediate.dense, layer.output.dense)
-    return [tuple(m.weight for m in qkv), tuple(m.bias for m in qkv), *((m.weight,) for m in single)]
+    return [tuple(m.weight for m in qkv), *((m.weight,) for m in single)]
 
 
 def _p(dropout: nn.Dropout) -> float:
@@ -170,21 +161,34 @@ def _embedded(
 
 def _layer(
     layer: nn.Module, x: Tensor, low: Tensor, shape: tuple[int, int], bias: Tensor, weights: Weights,
-    seed: Tensor | None, number: int, dtype: torch.dtype | None,
+    seed: Tensor | None, number: int, again: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One layer on hidden states x [B · L, dim]; `low` is x in the products' type; the result is in `dtype` too."""
-    inner = layer.attention.self
-    qkv = F.linear(low, weights.qkv, weights.qkv_bias).view(*shape, 3, inner.num_attention_heads, -1)
-    query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))
-    p, scale = _p(inner.dropout), query.shape[-1] ** -0.5
-    if p > 0 and low.device.type == "cpu":
-        seen = attention_with_dropout(query, key, value, bias, p, scale)
-    else:
-        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p, scale=scale)
-    seen = F.linear(seen.transpose(1, 2).reshape(len(low), -1), weights.out)
-    x, low = _add_norm(layer.attention.output, seen, x, seed, number, seen.dtype)
+    """One layer on hidden states x [B · L, dim], of which `low` is a copy in the products' type; so its result.
+
+    number: of its first dropout, of three. again: the second result's type, None where nothing needs it.
+    """
+    seen = _attended(layer.attention.self, F.linear(low, weights.qkv), shape, bias, seed, number)
+    x, low = _add_norm(layer.attention.output, F.linear(seen, weights.out), x, seed, number + 1, low.dtype)
     inside = bias_gelu(F.linear(low, weights.up), layer.intermediate.dense.bias)
-    return _add_norm(layer.output, F.linear(inside, weights.down), x, seed, number + 1, dtype)
+    return _add_norm(layer.output, F.linear(inside, weights.down), x, seed, number + 2, again)
+
+
+def _attended(
+    inner: nn.Module, qkv: Tensor, shape: tuple[int, int], bias: Tensor, seed: Tensor | None, number: int
+) -> Tensor:
+    """Attention [B · L, dim] on the products of queries, keys and values [B · L, 3 · dim]."""
+    p, heads = _p(inner.dropout), inner.num_attention_heads
+    biases = (inner.query.bias, inner.key.bias, inner.value.bias)
+    width = len(biases[0]) // heads
+    if attention_fits(qkv.dtype, shape[1], width):
+        return attention(qkv, *biases, bias, heads=heads, seed=seed, p=p, number=number)
+    qkv = (qkv + torch.cat(biases).to(qkv.dtype)).view(*shape, 3, heads, width)
+    query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))
+    if p > 0 and qkv.device.type == "cpu":
+        seen = attention_with_dropout(query, key, value, bias, p, width**-0.5)
+    else:
+        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p)
+    return seen.transpose(1, 2).reshape(shape[0] * shape[1], -1)
 
 
 def _add_norm(

@@ -1,4 +1,4 @@
-"""Dropout, residual and LayerNorm in one operation, bias and GELU in another."""
+"""A transformer layer's operations: attention; dropout, residual and LayerNorm in one; bias and GELU in one."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import torch
 from engine.kernels import registry
 from engine.kernels.dropout import reference as masks
 from engine.kernels.registry import use_backend
-from engine.kernels.transformer import add_norm, bias_gelu, draw_seed
+from engine.kernels.transformer import add_norm, attention, attention_fits, bias_gelu, draw_seed
 
 SEED = torch.tensor([2**62 + 12345])
 PARTS = [dict(zip(("bias", "residual"), given, strict=True)) for given in itertools.product([True, False], repeat=2)]
@@ -114,6 +114,103 @@ def test_gelu_is_torchs():
         torch.testing.assert_close(f, e)
 
 
+def attention_case(batch=3, length=5, heads=2, d=4, low=torch.float64, full=torch.float64):
+    """qkv and the three biases, with gradients."""
+    c = heads * d
+    biases = {name: draw(c, seed=i, dtype=full) for i, name in enumerate(("q_bias", "k_bias", "v_bias"))}
+    tensors = {"qkv": draw(batch * length, 3 * c, seed=3, dtype=low), **biases}
+    return {name: t.requires_grad_() for name, t in tensors.items()}
+
+
+def key_mask(batch=3, length=5, dtype=torch.float64, rows=1):
+    """Texts shorter and shorter; with rows, also what queries see differs."""
+    hidden = torch.arange(length) >= length - torch.arange(batch)[:, None].clamp(max=length - 1)
+    if rows > 1:
+        hidden = hidden[:, None] | (torch.arange(length) > torch.arange(rows)[:, None])
+        hidden[..., 0] = False
+    return torch.zeros(batch, 1, rows, length, dtype=dtype).masked_fill(hidden.view(batch, 1, rows, length), -30000.0)
+
+
+def attend(mask, heads=2, p=0.0):
+    return lambda **tensors: [attention(**tensors, mask=mask, heads=heads, seed=SEED, p=p, number=5)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_attention_equals_its_formula(rows, p):
+    found, expected = [], []
+    for backend, into in (("cpu", found), ("reference", expected)):
+        with use_backend(backend):
+            into += results(attention_case(), attend(key_mask(rows=rows), p=p))
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_attention_is_torchs(rows):
+    def torchs(qkv, q_bias, k_bias, v_bias):
+        x = (qkv + torch.cat([q_bias, k_bias, v_bias])).view(3, 5, 3, 2, 4)
+        q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=key_mask(rows=rows))
+        return [out.transpose(1, 2).reshape(15, 8)]
+
+    found = results(attention_case(), attend(key_mask(rows=rows)))
+    for f, e in zip(found, results(attention_case(), torchs), strict=True):
+        torch.testing.assert_close(f, e)
+
+
+def test_attention_drops_weights():
+    """With the unit matrix as values the output is the weights: dropped ones are 0, the others larger."""
+    tensors = {k: t.detach() for k, t in attention_case(200, 4, 2, 4).items()}
+    tensors["qkv"][:, 16:] = torch.eye(4, dtype=torch.float64).repeat(200, 2)
+    tensors["v_bias"].zero_()
+    mask = torch.zeros(200, 1, 1, 4)
+    (whole,), (dropped,) = attend(mask)(**tensors), attend(mask, p=0.25)(**tensors)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], whole[kept] / 0.75)
+    assert 0.7 < kept.double().mean() < 0.8
+
+
+def test_gradcheck_of_attention():
+    tensors = attention_case(2, 3, 2, 2)
+    names = list(tensors)
+    assert torch.autograd.gradcheck(
+        lambda *t: attend(key_mask(2, 3), p=0.3)(**dict(zip(names, t, strict=True)))[0], list(tensors.values())
+    )
+
+
+def test_what_fits_attentions_kernel():
+    assert attention_fits(torch.bfloat16, 64, 64) and attention_fits(torch.float16, 1, 8)
+    for dtype, length, width in ((torch.float32, 8, 8), (torch.float16, 65, 8), (torch.float16, 8, 65)):
+        assert not attention_fits(dtype, length, width)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_attention_is_registered(rows):
+    tensors = [t.detach() for t in attention_case(low=torch.bfloat16, full=torch.float32).values()]
+    rest = (key_mask(rows=rows, dtype=torch.bfloat16), SEED, 0.3, 2, 4)
+    torch.library.opcheck(torch.ops.engine.attention.default, (*tensors, *rest))
+    grad = torch.randn(15, 8).bfloat16()
+    for parameters in (True, False):
+        torch.library.opcheck(torch.ops.engine.attention_backward.default, (grad, *tensors, *rest, parameters))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"heads": 3}, "3 heads"),
+        ({"mask": torch.zeros(3, 1, 1, 4)}, "fit together"),
+        ({"mask": torch.zeros(3, 1, 2, 5)}, "fit together"),
+        ({"k_bias": torch.zeros(3)}, "k_bias"),
+        ({"p": 0.5}, "needs a seed"),
+    ],
+)
+def test_bad_arguments_of_attention(change, words):
+    arguments = {**attention_case(), "mask": key_mask(), "heads": 2, **change}
+    with pytest.raises(ValueError, match=words):
+        attention(**arguments)
+
+
 def test_one_output_is_enough():
     tensors = case(full=torch.float32, low=torch.bfloat16)
     both = norm(low=torch.bfloat16)(**tensors)
@@ -161,7 +258,10 @@ def test_compiles_without_graph_breaks():
 
     def run(**tensors):
         y, low = norm(p=0.3, low=torch.bfloat16)(**tensors)
-        return y, bias_gelu(low, tensors["bias"])
+        x = torch.cat([low, low, low], 1)
+        biases = [tensors[name] for name in ("bias", "weight", "shift")]
+        seen = attention(x, *biases, torch.zeros(2, 1, 1, 3), heads=2, seed=SEED, p=0.3)
+        return y, seen, bias_gelu(low, tensors["bias"])
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for f, e in zip(results(tensors, compiled), results(tensors, run), strict=True):

@@ -68,3 +68,34 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, parameters: bool) 
     """Gradients of x, and of the bias [C] where `parameters` asks for it (else of no element)."""
     dx = torch.ops.aten.gelu_backward(grad.to(bias.dtype), x.to(bias.dtype) + bias)
     return dx.to(x.dtype, copy=True), dx.sum(0) if parameters else bias.new_empty(0)
+
+
+def attention(
+    qkv: Tensor, q_bias: Tensor, k_bias: Tensor, v_bias: Tensor, mask: Tensor, seed: Tensor | None, p: float,
+    heads: int, number: int,
+) -> Tensor:  # fmt: skip
+    """As `reference.attention`."""
+    q, k, v = reference.with_bias(qkv, q_bias, k_bias, v_bias, mask, heads)
+    weights = _dropped(_softmax(q, k, mask), seed, p, number)
+    return (weights @ v).transpose(1, 2).reshape(len(qkv), -1).to(qkv.dtype, copy=True)
+
+
+def attention_backward(
+    grad: Tensor, qkv: Tensor, q_bias: Tensor, k_bias: Tensor, v_bias: Tensor, mask: Tensor, seed: Tensor | None,
+    p: float, heads: int, number: int, parameters: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of qkv, and of the biases [3, C] where `parameters` asks for them (else of no element)."""
+    q, k, v = reference.with_bias(qkv, q_bias, k_bias, v_bias, mask, heads)
+    g = grad.to(q.dtype).view(*q.transpose(1, 2).shape).transpose(1, 2)
+    weights = _softmax(q, k, mask)
+    dweights = _dropped(g @ v.transpose(-1, -2), seed, p, number)
+    dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    dv = _dropped(weights, seed, p, number).transpose(-1, -2) @ g
+    each = (dscores @ k, dscores.transpose(-1, -2) @ q, dv)
+    dqkv = torch.stack([part.transpose(1, 2).reshape(len(qkv), -1) for part in each], dim=1)
+    sums = dqkv.sum(0) if parameters else q_bias.new_empty(0)
+    return dqkv.flatten(1).to(qkv.dtype, copy=True), sums
+
+
+def _softmax(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask.to(q.dtype)).softmax(-1)

@@ -1,5 +1,6 @@
-"""Two fused operations of a transformer's layer, differentiable.
+"""Three fused operations of a transformer's layer, differentiable.
 
+    a = attention(x, bq, bk, bv, mask, heads=12, seed=seed, p=0.1)
     y, low = add_norm(x, weight, shift, bias=b, residual=r, seed=seed, p=0.1)
     z = bias_gelu(x, b)
 
@@ -19,6 +20,7 @@ from engine.kernels.registry import backend_for, call, lazy, register
 from engine.kernels.transformer import cpu, reference
 
 WIDEST = 8192  # columns that one program of add_norm's kernel holds
+LONGEST, HEAD = 64, 64  # tokens of a text, and width of a head, that one program of attention's kernel holds
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -84,6 +86,50 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return reference.bias_gelu(x, bias) if _by_formula(x, "bias_gelu") else _BiasGelu.apply(x, bias)
 
 
+def attention_fits(dtype: torch.dtype, length: int, width: int) -> bool:
+    """Whether `attention` has a kernel for products in `dtype`, texts of `length` tokens and heads of `width`."""
+    return dtype in (torch.float16, torch.bfloat16) and length <= LONGEST and width <= HEAD
+
+
+def attention(
+    qkv: Tensor,
+    q_bias: Tensor,
+    k_bias: Tensor,
+    v_bias: Tensor,
+    mask: Tensor,
+    *,
+    heads: int,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+    number: int = 0,
+) -> Tensor:
+    """dropout(softmax(q k' / sqrt(d) + mask)) v of every head, for short texts: one program holds a head of a text.
+
+    Args:
+        qkv: [B · L, 3 · C], products of queries, keys and values, without their biases; head after head in each.
+        q_bias, k_bias, v_bias: [C], float32 (or float64).
+        mask: [B, 1, 1, L] or [B, 1, L, L], any float type: added to the scores; finite. It gets no gradient.
+        seed, p, number: dropout of the attention's weights, as for `add_norm`.
+
+    Returns:
+        [B · L, C], of qkv's type. Where `attention_fits` is False, the reference computes it.
+
+    Raises:
+        ValueError: shapes that do not fit, p outside [0, 1), or p > 0 without a seed.
+    """
+    batch, length = mask.shape[0], mask.shape[-1]
+    width = q_bias.shape[0]
+    if qkv.shape != (batch * length, 3 * width) or width % heads or mask.shape[1:3] not in ((1, 1), (1, length)):
+        raise ValueError(
+            f"qkv {list(qkv.shape)}, mask {list(mask.shape)} and {heads} heads of {width} numbers do not fit together"
+        )
+    _check(q_bias[None], p, seed, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias)
+    backend = backend_for(qkv, "attention")
+    if backend == "reference" or (backend == "triton" and not attention_fits(qkv.dtype, length, width // heads)):
+        return reference.attention(qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number)
+    return _Attention.apply(qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number)
+
+
 def _check(x: Tensor, p: float, seed: Tensor | None, **vectors: Tensor | None) -> None:
     for name, vector in vectors.items():
         if x.dim() != 2 or (vector is not None and vector.shape != x.shape[1:]):
@@ -127,6 +173,21 @@ class _AddNorm(torch.autograd.Function):
         )
 
 
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number):
+        ctx.settings = (p, heads, number)
+        ctx.save_for_backward(qkv, q_bias, k_bias, v_bias, mask, seed)
+        return call("attention", qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        wanted = ctx.needs_input_grad[1:4]
+        dqkv, sums = call("attention_backward", grad, *ctx.saved_tensors, *ctx.settings, any(wanted))
+        return dqkv, *(sums[i] if want else None for i, want in enumerate(wanted)), *(None,) * 5
+
+
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias):
@@ -151,6 +212,16 @@ def _fake_add_norm_backward(
     return x.new_empty(x.shape), dresidual, weight.new_empty((3, x.shape[1]) if parameters else 0)
 
 
+def _fake_attention(qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number):
+    return qkv.new_empty((qkv.shape[0], q_bias.shape[0]))
+
+
+def _fake_attention_backward(
+    grad, qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number, parameters
+):  # fmt: skip
+    return qkv.new_empty(qkv.shape), q_bias.new_empty((3, q_bias.shape[0]) if parameters else 0)
+
+
 def _fake_bias_gelu_backward(grad, x, bias, parameters):
     return x.new_empty(x.shape), bias.new_empty(bias.shape if parameters else 0)
 
@@ -173,6 +244,23 @@ register(
     cuda=lazy(_TRITON, "add_norm_backward"),
     fake=_fake_add_norm_backward,
     launches=lambda *args: 2 if args[-1] else 1,  # the programs' sums are added up by a second kernel
+)
+register(
+    "attention",
+    "(Tensor qkv, Tensor q_bias, Tensor k_bias, Tensor v_bias, Tensor mask, Tensor? seed, float p, int heads, "
+    "int number) -> Tensor",
+    cpu=cpu.attention,
+    cuda=lazy(_TRITON, "attention"),
+    fake=_fake_attention,
+)
+register(
+    "attention_backward",
+    "(Tensor grad, Tensor qkv, Tensor q_bias, Tensor k_bias, Tensor v_bias, Tensor mask, Tensor? seed, float p, "
+    "int heads, int number, bool parameters) -> (Tensor, Tensor)",
+    cpu=cpu.attention_backward,
+    cuda=lazy(_TRITON, "attention_backward"),
+    fake=_fake_attention_backward,
+    launches=lambda *args: 2 if args[-1] else 1,
 )
 register(
     "bias_gelu",
