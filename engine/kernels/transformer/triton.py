@@ -1,0 +1,441 @@
+"""The operations on a GPU. Sums over rows have a fixed order: no atomics, bitwise the same every time.
+
+In a backward pass PROGRAMS programs go over the rows and keep their sums of the parameters' gradients in registers;
+torch adds up what they leave, in one more launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.aot import AotCase
+from engine.kernels.dropout import reference as dropout
+from engine.kernels.registry import interpreting
+
+PROGRAMS = 512
+GELU = {"ROWS": 16, "BLOCK_C": 128}  # a tile of bias_gelu
+GELU_PROGRAMS = 64  # of the rows; the columns have programs of their own
+PIECE_BITS = tl.constexpr(dropout.PIECE.bit_length() - 1)
+WITHIN = tl.constexpr(dropout.PIECE - 1)  # the bits of a place within its piece
+
+
+def _norm_blocks(c: int) -> dict[str, int]:
+    """Rows at a time, columns and warps of a program that holds whole rows: 1,024 numbers, or one row."""
+    block = max(triton.next_power_of_2(c), 16)
+    return {"ROWS": max(1024 // block, 1), "BLOCK_C": block, "num_warps": min(max(block // 256, 8), 16)}
+
+
+def _drop(p: float, after: bool) -> dict[str, int | float]:
+    """Constants of dropout: thresholds before and after LayerNorm, of which 0 keeps everything."""
+    threshold = dropout.threshold(p)
+    return {"BEFORE": 0 if after else threshold, "AFTER": threshold if after else 0, "SCALE": 1 / (1 - p)}
+
+
+def add_norm(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Tensor, shift: Tensor, seed: Tensor | None,
+    p: float, after: bool, eps: float, number: int, low: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `cpu.add_norm`."""
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    n, c = x.shape
+    y = torch.empty((n, c), dtype=weight.dtype, device=x.device)
+    small = torch.empty((0,) if low is None else (n, c), dtype=low or x.dtype, device=x.device)
+    if n:
+        blocks = _norm_blocks(c)
+        add_norm_kernel[(triton.cdiv(n, blocks["ROWS"]),)](
+            x, bias, residual, weight, shift, seed, y, None if low is None else small, n, c, eps, number,
+            **_drop(p, after), **blocks,
+        )  # fmt: skip
+    return y, small
+
+
+def add_norm_backward(
+    grad: Tensor | None, grad_low: Tensor | None, x: Tensor, bias: Tensor | None, residual: Tensor | None,
+    weight: Tensor, seed: Tensor | None, p: float, after: bool, eps: float, number: int, parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `cpu.add_norm_backward`."""
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    grad, grad_low = (None if g is None else g.contiguous() for g in (grad, grad_low))
+    n, c = x.shape
+    dx = torch.empty((n, c), dtype=x.dtype, device=x.device)
+    if residual is None:
+        dresidual = torch.empty((0,), dtype=x.dtype, device=x.device)
+    else:
+        dresidual = torch.empty((n, c), dtype=residual.dtype, device=x.device)
+    blocks = _norm_blocks(c)
+    programs = min(PROGRAMS, triton.cdiv(n, blocks["ROWS"]))
+    sums = torch.empty((programs, 3, c) if parameters else (0,), dtype=weight.dtype, device=x.device)
+    if n:
+        add_norm_backward_kernel[(programs,)](
+            grad, grad_low, x, bias, residual, weight, seed, dx, None if residual is None else dresidual,
+            sums if parameters else None, n, c, eps, number, **_drop(p, after), **blocks,
+        )  # fmt: skip
+    return dx, dresidual, sums.sum(0) if parameters else sums
+
+
+def _text_blocks(length: int, width: int) -> dict[str, int | bool]:
+    """A program of attention holds one head of one text. The interpreter would multiply the bits of 16-bit numbers."""
+    block = max(triton.next_power_of_2(length), 16)
+    return {
+        "BLOCK_L": block,
+        "BLOCK_D": max(triton.next_power_of_2(width), 16),
+        "num_warps": 8 if block > 32 else 4,
+        "UPCAST": interpreting(),
+    }
+
+
+def _mask_strides(mask: Tensor) -> tuple[Tensor, int, int]:
+    """The mask with its last axis contiguous, and its strides along texts and queries (0: one row for all)."""
+    mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    return mask, mask.stride(0), mask.stride(2) if mask.shape[2] > 1 else 0
+
+
+def attention(
+    qkv: Tensor, q_bias: Tensor, k_bias: Tensor, v_bias: Tensor, mask: Tensor, seed: Tensor | None, p: float,
+    heads: int, number: int,
+) -> Tensor:  # fmt: skip
+    """As `cpu.attention`."""
+    qkv, (mask, *strides) = qkv.contiguous(), _mask_strides(mask)
+    c, length = len(q_bias), mask.shape[-1]
+    out = torch.empty((len(qkv), c), dtype=qkv.dtype, device=qkv.device)
+    if len(qkv):
+        attention_kernel[(heads, len(mask))](
+            qkv, q_bias, k_bias, v_bias, mask, seed, out, *strides, length, c, c // heads, (c // heads) ** -0.5, number,
+            THRESHOLD=dropout.threshold(p), SCALE=1 / (1 - p), **_text_blocks(length, c // heads),
+        )  # fmt: skip
+    return out
+
+
+def attention_backward(
+    grad: Tensor, qkv: Tensor, q_bias: Tensor, k_bias: Tensor, v_bias: Tensor, mask: Tensor, seed: Tensor | None,
+    p: float, heads: int, number: int, parameters: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `cpu.attention_backward`."""
+    qkv, grad, (mask, *strides) = qkv.contiguous(), grad.contiguous(), _mask_strides(mask)
+    c, length = len(q_bias), mask.shape[-1]
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    sums = torch.empty((len(mask), 3, c) if parameters else (0,), dtype=q_bias.dtype, device=qkv.device)
+    if len(qkv):
+        attention_backward_kernel[(heads, len(mask))](
+            grad, qkv, q_bias, k_bias, v_bias, mask, seed, dqkv, sums if parameters else None, *strides,
+            length, c, c // heads, (c // heads) ** -0.5, number,
+            THRESHOLD=dropout.threshold(p), SCALE=1 / (1 - p), **_text_blocks(length, c // heads),
+        )  # fmt: skip
+    return dqkv, sums.sum(0) if parameters else sums
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """As `cpu.bias_gelu`."""
+    x = x.contiguous()
+    n, c = x.shape
+    y = torch.empty((n, c), dtype=x.dtype, device=x.device)
+    if n:
+        grid = (triton.cdiv(n, GELU["ROWS"]), triton.cdiv(c, GELU["BLOCK_C"]))
+        bias_gelu_kernel[grid](x, bias, y, n, c, **GELU)
+    return y
+
+
+def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, parameters: bool) -> tuple[Tensor, Tensor]:
+    """As `cpu.bias_gelu_backward`."""
+    x, grad = x.contiguous(), grad.contiguous()
+    n, c = x.shape
+    dx = torch.empty((n, c), dtype=x.dtype, device=x.device)
+    programs = min(GELU_PROGRAMS, triton.cdiv(n, GELU["ROWS"]))
+    sums = torch.empty((programs, c) if parameters else (0,), dtype=bias.dtype, device=x.device)
+    if n:
+        grid = (programs, triton.cdiv(c, GELU["BLOCK_C"]))
+        bias_gelu_backward_kernel[grid](grad, x, bias, dx, sums if parameters else None, n, c, **GELU)
+    return dx, sums.sum(0) if parameters else sums
+
+
+@triton.jit
+def _mixed(h):
+    """As `engine.kernels.dropout.reference.mixed`, on uint32."""
+    h = h ^ (h >> 16)
+    h = h * 0x7FEB352D
+    h = h ^ (h >> 15)
+    h = h * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _drop_out(v, first, offset, seed, number, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):
+    """v * SCALE at the places `first + offset` that `dropout.keep` keeps, else 0; v itself if THRESHOLD is 0.
+
+    first is int64 and may be few numbers; offset is int32, less than a piece, so that two keys serve each of them.
+    """
+    if THRESHOLD == 0:
+        return v
+    drawn = tl.load(seed) + number
+    low, high = drawn.to(tl.uint32), (drawn >> 32).to(tl.uint32)
+    piece = (first >> PIECE_BITS).to(tl.uint32)
+    key = _mixed(low ^ _mixed(high ^ _mixed(piece)))
+    next_key = _mixed(low ^ _mixed(high ^ _mixed(piece + 1)))
+    place = (first & WITHIN).to(tl.int32) + offset
+    draw = (place & WITHIN).to(tl.uint32) + tl.where(place > WITHIN, next_key, key)
+    draw = _mixed(_mixed(draw) ^ high)
+    return tl.where(draw >= THRESHOLD, v * SCALE, 0.0)
+
+
+@triton.jit
+def _normalised(
+    x, bias, residual, seed, number, first, place, column, live, c, eps, BEFORE: tl.constexpr, SCALE: tl.constexpr
+):  # fmt: skip
+    """Rows of LayerNorm's normalised input, and 1 / their standard deviation [rows, 1]. Columns past c hold 0."""
+    total = tl.load(x + place, mask=live, other=0.0).to(tl.float32)
+    if bias is not None:
+        total += tl.load(bias + column, mask=column < c, other=0.0)[None, :]
+    total = _drop_out(total, first, column[None, :], seed, number, BEFORE, SCALE)
+    if residual is not None:
+        total += tl.load(residual + place, mask=live, other=0.0).to(tl.float32)
+    inside = (column < c)[None, :]
+    centred = tl.where(inside, total - (tl.sum(total, 1) / c)[:, None], 0.0)
+    scale = (1.0 / tl.sqrt(tl.sum(centred * centred, 1) / c + eps))[:, None]
+    return centred * scale, scale
+
+
+@triton.jit(do_not_specialize=["number"])
+def add_norm_kernel(
+    x, bias, residual, weight, shift, seed, y, small, n, c, eps, number,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Whole rows of the result, and again in the type of `small`. Grid: (blocks of rows,)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_C)
+    first = row.to(tl.int64)[:, None] * c
+    place = first + column[None, :]
+    live = (row < n)[:, None] & (column < c)[None, :]
+    normal, _ = _normalised(x, bias, residual, seed, number, first, place, column, live, c, eps, BEFORE, SCALE)
+    w = tl.load(weight + column, mask=column < c, other=0.0)[None, :]
+    b = tl.load(shift + column, mask=column < c, other=0.0)[None, :]
+    result = normal * w + b
+    result = _drop_out(result, first, column[None, :], seed, number, AFTER, SCALE)
+    tl.store(y + place, result, mask=live)
+    if small is not None:
+        tl.store(small + place, result.to(small.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["number"])
+def add_norm_backward_kernel(
+    grad, grad_low, x, bias, residual, weight, seed, dx, dresidual, sums, n, c, eps, number,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gradients of x and residual, and a program's part of those of weight, shift and bias. Grid: (programs,)."""
+    column = tl.arange(0, BLOCK_C)
+    w = tl.load(weight + column, mask=column < c, other=0.0)[None, :]
+    of_weight = tl.zeros([BLOCK_C], tl.float32)
+    of_shift = tl.zeros([BLOCK_C], tl.float32)
+    of_bias = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)
+        first = row.to(tl.int64)[:, None] * c
+        place = first + column[None, :]
+        live = (row < n)[:, None] & (column < c)[None, :]
+        normal, scale = _normalised(x, bias, residual, seed, number, first, place, column, live, c, eps, BEFORE, SCALE)
+        g = tl.zeros([ROWS, BLOCK_C], tl.float32)
+        if grad is not None:
+            g += tl.load(grad + place, mask=live, other=0.0).to(tl.float32)
+        if grad_low is not None:
+            g += tl.load(grad_low + place, mask=live, other=0.0).to(tl.float32)
+        g = _drop_out(g, first, column[None, :], seed, number, AFTER, SCALE)
+        along = g * w
+        mean = (tl.sum(along, 1) / c)[:, None]
+        inner = scale * (along - mean - normal * (tl.sum(along * normal, 1) / c)[:, None])
+        if dresidual is not None:
+            tl.store(dresidual + place, inner.to(dresidual.dtype.element_ty), mask=live)
+        outer = _drop_out(inner, first, column[None, :], seed, number, BEFORE, SCALE)
+        tl.store(dx + place, outer.to(dx.dtype.element_ty), mask=live)
+        if sums is not None:
+            of_weight += tl.sum(g * normal, 0)
+            of_shift += tl.sum(g, 0)
+            of_bias += tl.sum(tl.where(live, outer, 0.0), 0)
+    if sums is not None:
+        part = sums + tl.program_id(0) * 3 * c + column
+        tl.store(part, of_weight, mask=column < c)
+        tl.store(part + c, of_shift, mask=column < c)
+        tl.store(part + 2 * c, of_bias, mask=column < c)
+
+
+@triton.jit
+def _dot(a, b, UPCAST: tl.constexpr):
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b)
+
+
+@triton.jit
+def _rows(x, bias, first, stride, i, e, length, d):
+    """Rows i of one head, with its bias, rounded to x's type; rows past `length` and columns past d hold 0."""
+    live = (i < length)[:, None] & (e < d)[None, :]
+    v = tl.load(x + first + i[:, None] * stride + e[None, :], mask=live, other=0.0)
+    b = tl.load(bias + e, mask=e < d, other=0.0)[None, :]
+    return tl.where(live, v.to(tl.float32) + b, 0.0).to(x.dtype.element_ty)
+
+
+@triton.jit
+def _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, UPCAST: tl.constexpr):
+    """softmax(q k' scale + mask) [BLOCK_L, BLOCK_L]; keys past `length` weigh 0."""
+    j = i[None, :]
+    scores = _dot(q, tl.trans(k), UPCAST) * scale
+    live = (i < length)[:, None] & (j < length)
+    scores += tl.load(mask + text * mask_text + i[:, None] * mask_row + j, mask=live, other=0.0).to(tl.float32)
+    scores = tl.where(j < length, scores, float("-inf"))
+    weights = tl.exp(scores - tl.max(scores, 1)[:, None])
+    return weights / tl.sum(weights, 1)[:, None]
+
+
+@triton.jit(do_not_specialize=["number"])
+def attention_kernel(
+    qkv, q_bias, k_bias, v_bias, mask, seed, out, mask_text, mask_row, length, c, d, scale, number,
+    THRESHOLD: tl.constexpr, SCALE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One head of one text. Grid: (heads, texts)."""
+    head, text = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i, e = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_D)
+    first = text * length * 3 * c + head * d
+    q = _rows(qkv, q_bias + head * d, first, 3 * c, i, e, length, d)
+    k = _rows(qkv, k_bias + head * d, first + c, 3 * c, i, e, length, d)
+    v = _rows(qkv, v_bias + head * d, first + 2 * c, 3 * c, i, e, length, d)
+    weights = _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, UPCAST)
+    start, offset = (text * tl.num_programs(0) + head) * length * length, i[:, None] * length + i[None, :]
+    weights = _drop_out(weights, start, offset, seed, number, THRESHOLD, SCALE)
+    result = _dot(weights.to(v.dtype), v, UPCAST)
+    to = out + (text * length + i[:, None]) * c + head * d + e[None, :]
+    tl.store(to, result.to(out.dtype.element_ty), mask=(i < length)[:, None] & (e < d)[None, :])
+
+
+@triton.jit
+def _store_rows(dx, sums, value, first, stride, place, i, e, length, d):
+    """Gradients of one head's rows, and their sum over the rows."""
+    live = (i < length)[:, None] & (e < d)[None, :]
+    tl.store(dx + first + i[:, None] * stride + e[None, :], value.to(dx.dtype.element_ty), mask=live)
+    if sums is not None:
+        tl.store(sums + place + e, tl.sum(tl.where(live, value, 0.0), 0), mask=e < d)
+
+
+@triton.jit(do_not_specialize=["number"])
+def attention_backward_kernel(
+    grad, qkv, q_bias, k_bias, v_bias, mask, seed, dqkv, sums, mask_text, mask_row, length, c, d, scale, number,
+    THRESHOLD: tl.constexpr, SCALE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one head of one text, and their sums over its tokens. Grid: (heads, texts)."""
+    head, text = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i, e = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_D)
+    live = (i < length)[:, None] & (e < d)[None, :]
+    first = text * length * 3 * c + head * d
+    q = _rows(qkv, q_bias + head * d, first, 3 * c, i, e, length, d)
+    k = _rows(qkv, k_bias + head * d, first + c, 3 * c, i, e, length, d)
+    g = tl.load(grad + (text * length + i[:, None]) * c + head * d + e[None, :], mask=live, other=0.0)
+    weights = _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, UPCAST)
+    start, offset = (text * tl.num_programs(0) + head) * length * length, i[:, None] * length + i[None, :]
+    kept = _drop_out(weights, start, offset, seed, number, THRESHOLD, SCALE)
+    sum_place = text * 3 * c + head * d
+    dv = _dot(tl.trans(kept.to(g.dtype)), g, UPCAST)
+    _store_rows(dqkv, sums, dv, first + 2 * c, 3 * c, sum_place + 2 * c, i, e, length, d)
+    v = _rows(qkv, v_bias + head * d, first + 2 * c, 3 * c, i, e, length, d)
+    slopes = _drop_out(_dot(g, tl.trans(v), UPCAST), start, offset, seed, number, THRESHOLD, SCALE)
+    slopes = weights * (slopes - tl.sum(weights * slopes, 1)[:, None]) * scale
+    slopes = tl.where((i < length)[:, None], slopes, 0.0).to(g.dtype)
+    dq = _dot(slopes, k, UPCAST)
+    _store_rows(dqkv, sums, dq, first, 3 * c, sum_place, i, e, length, d)
+    dk = _dot(tl.trans(slopes), q, UPCAST)
+    _store_rows(dqkv, sums, dk, first + c, 3 * c, sum_place + c, i, e, length, d)
+
+
+@triton.jit
+def bias_gelu_kernel(x, bias, y, n, c, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A tile of gelu(x + bias). Grid: (blocks of rows, blocks of columns)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    place = row.to(tl.int64)[:, None] * c + column[None, :]
+    live = (row < n)[:, None] & (column < c)[None, :]
+    v = tl.load(x + place, mask=live, other=0.0).to(tl.float32)
+    v += tl.load(bias + column, mask=column < c, other=0.0)[None, :]
+    result = v * 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
+    tl.store(y + place, result.to(y.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def bias_gelu_backward_kernel(grad, x, bias, dx, sums, n, c, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The gradient of x, and a program's part of the bias's. Grid: (programs, blocks of columns)."""
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    b = tl.load(bias + column, mask=column < c, other=0.0)[None, :]
+    total = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)
+        place = row.to(tl.int64)[:, None] * c + column[None, :]
+        live = (row < n)[:, None] & (column < c)[None, :]
+        v = tl.load(x + place, mask=live, other=0.0).to(tl.float32) + b
+        g = tl.load(grad + place, mask=live, other=0.0).to(tl.float32)
+        below = 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
+        g *= below + v * tl.exp(-0.5 * v * v) * 0.3989422804014327
+        tl.store(dx + place, g.to(dx.dtype.element_ty), mask=live)
+        total += tl.sum(g, 0)
+    if sums is not None:
+        tl.store(sums + tl.program_id(0) * c + column, total, mask=column < c)
+
+
+def aot_cases() -> list[AotCase]:
+    """BERT's layers at MiniLM's and BERT-base's widths, with dropout, in training's precisions; and the embeddings'."""
+    cases = []
+    for name, low, c in (("bf16", "bf16", 384), ("bf16", "bf16", 768), ("fp32", "fp32", 384)):
+        blocks = _norm_blocks(c)
+        warps = blocks.pop("num_warps")
+        common = {"n": "i32", "c": "i32"}
+        norm = {"weight": "*fp32", "seed": "*i64", "eps": "fp32", "number": "i32", **common}
+        inside = {"x": f"*{low}", "bias": "*fp32", "residual": "*fp32", **norm}
+        outside = {"x": "*fp32", **norm}  # the embeddings': neither bias nor residual
+        result = {"shift": "*fp32", "y": "*fp32"}
+        slopes = {"grad": "*fp32", "sums": "*fp32"}
+        both = low != "fp32"
+        given = {"small": f"*{low}"} if both else {}
+        more = {"grad_low": f"*{low}"} if both else {}
+        for place, after, forward, backward in (
+            ("layer", False, {**inside, **result, **given},
+             {**inside, **slopes, **more, "dx": f"*{low}", "dresidual": "*fp32"}),
+            ("embeddings", True, {**outside, **result, **given}, {**outside, **slopes, **more, "dx": "*fp32"}),
+        ):  # fmt: skip
+            if place == "embeddings" and not both:
+                continue
+            fixed = {**_drop(0.1, after), **blocks}
+            for kernel, signature in ((add_norm_kernel, forward), (add_norm_backward_kernel, backward)):
+                absent = {k: None for k in kernel.arg_names if k not in signature and k not in fixed}
+                title = f"transformer.{kernel.__name__.removesuffix('_kernel')}/{place}/c{c}/{name}"
+                cases.append(AotCase(title, kernel, signature, {**fixed, **absent}, num_warps=warps))
+        width = {"x": f"*{low}", "bias": "*fp32", **common}
+        for kernel, signature in (
+            (bias_gelu_kernel, {**width, "y": f"*{low}"}),
+            (bias_gelu_backward_kernel, {**width, "grad": f"*{low}", "dx": f"*{low}", "sums": "*fp32"}),
+        ):
+            if c == 384:
+                title = f"transformer.{kernel.__name__.removesuffix('_kernel')}/{name}"
+                cases.append(AotCase(title, kernel, signature, dict(GELU)))
+    return cases + _attention_cases()
+
+
+def _attention_cases() -> list[AotCase]:
+    """Texts of up to 32 and 64 tokens with MiniLM's heads, and 64 with BERT-base's."""
+    cases = []
+    common = {
+        "qkv": "*bf16", "q_bias": "*fp32", "k_bias": "*fp32", "v_bias": "*fp32", "mask": "*bf16", "seed": "*i64",
+        "mask_text": "i32", "mask_row": "i32", "length": "i32", "c": "i32", "d": "i32", "scale": "fp32",
+        "number": "i32",
+    }  # fmt: skip
+    own = {
+        attention_kernel: {"out": "*bf16"},
+        attention_backward_kernel: {"grad": "*bf16", "dqkv": "*bf16", "sums": "*fp32"},
+    }
+    for length, width in ((32, 32), (64, 32), (64, 64)):
+        blocks = _text_blocks(length, width)
+        warps = blocks.pop("num_warps")
+        fixed = {"THRESHOLD": dropout.threshold(0.1), "SCALE": 1 / 0.9, **blocks}
+        for kernel, more in own.items():
+            title = f"transformer.{kernel.__name__.removesuffix('_kernel')}/L{length}/d{width}/bf16"
+            cases.append(AotCase(title, kernel, {**common, **more}, fixed, num_warps=warps, dot=True))
+    return cases

@@ -1,0 +1,94 @@
+"""Parameters in autocast's type, all cast at once.
+
+Autocast casts every weight of every Linear by itself, in every forward pass and again for its gradient. `lower` casts
+them in one foreach operation each way. The cast is part of the forward pass, so a changed parameter is never old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+LOW = (torch.float16, torch.bfloat16)
+
+
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """The 16-bit type in which autocast multiplies on `device` just now; None where it does not."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    dtype = torch.get_autocast_dtype(device.type)
+    return dtype if dtype in LOW else None
+
+
+def lower(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
+    """Each group's tensors end to end along axis 0, in `dtype`, differentiable; all copied by one foreach operation.
+
+    A group of one tensor that has the type already is that tensor itself. Gradients come back in the tensors' own type,
+    as autocast's do: formed in `dtype`, then cast, by one foreach operation.
+
+    Args:
+        groups: tensors that differ in axis 0 at most. Such as the weights of query, key and value, which one product
+            then multiplies; or single weights.
+    """
+    groups = [tuple(group) for group in groups]
+    copied = [g for g in groups if len(g) > 1 or g[0].dtype != dtype]
+    frozen = [g for g in copied if not any(t.requires_grad for t in g)]
+    moving = [g for g in copied if any(t.requires_grad for t in g)]
+    found: dict[int, Tensor] = {}
+    if frozen:
+        found |= zip(map(id, frozen), _copied(frozen, dtype), strict=True)
+    if moving:
+        sizes = [len(g) for g in moving]
+        found |= zip(map(id, moving), _Lower.apply(dtype, sizes, *(t for g in moving for t in g)), strict=True)
+    return [found.get(id(g), g[0]) for g in groups]
+
+
+def lowered_linears(module: nn.Module, dtype: torch.dtype, without: Sequence[nn.Module] = ()) -> dict[str, Tensor]:
+    """Weights and biases of the module's Linears in `dtype`, by their names: for torch.func.functional_call.
+
+    Args:
+        without: parts of the module that see to themselves, such as its text encoder.
+    """
+    left_out = {id(part) for m in without for part in m.modules()}
+    names = [
+        f"{name}.{own}" if name else own
+        for name, part in module.named_modules()
+        if type(part) is nn.Linear and id(part) not in left_out
+        for own, _ in part.named_parameters(recurse=False)
+    ]
+    return dict(zip(names, lower([(module.get_parameter(name),) for name in names], dtype), strict=True))
+
+
+def _copied(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
+    wholes = [g[0].new_empty((sum(t.shape[0] for t in g), *g[0].shape[1:]), dtype=dtype) for g in groups]
+    parts = [p for w, g in zip(wholes, groups, strict=True) for p in w.split([t.shape[0] for t in g])]
+    torch._foreach_copy_(parts, [t.detach() for g in groups for t in g])
+    return wholes
+
+
+class _Lower(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dtype, sizes, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.sizes, ctx.types = sizes, [t.dtype for t in tensors]
+        ctx.lengths = [t.shape[0] for t in tensors]
+        left = iter(tensors)
+        return tuple(_copied([[next(left) for _ in range(size)] for size in sizes], dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        lengths, parts = iter(ctx.lengths), []
+        for size, grad in zip(ctx.sizes, grads, strict=True):
+            own = [next(lengths) for _ in range(size)]
+            parts += [None] * size if grad is None else grad.split(own)
+        wanted = [i for i, part in enumerate(parts) if part is not None and ctx.needs_input_grad[2 + i]]
+        result = [None] * len(parts)
+        for i in wanted:
+            result[i] = torch.empty_like(parts[i], dtype=ctx.types[i], memory_format=torch.contiguous_format)
+        if wanted:
+            torch._foreach_copy_([result[i] for i in wanted], [parts[i] for i in wanted])
+        return None, None, *result

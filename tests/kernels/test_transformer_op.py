@@ -1,0 +1,289 @@
+"""A transformer layer's operations: attention; dropout, residual and LayerNorm in one; bias and GELU in one."""
+
+import itertools
+
+import pytest
+import torch
+
+from engine.kernels import registry
+from engine.kernels.dropout import reference as masks
+from engine.kernels.registry import use_backend
+from engine.kernels.transformer import add_norm, attention, attention_fits, bias_gelu, draw_seed
+
+SEED = torch.tensor([2**62 + 12345])
+PARTS = [dict(zip(("bias", "residual"), given, strict=True)) for given in itertools.product([True, False], repeat=2)]
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def case(n=5, c=7, bias=True, residual=True, low=torch.float64, full=torch.float64):
+    """x, weight, shift and the optional tensors of add_norm, all with gradients."""
+    tensors = {
+        "x": draw(n, c, dtype=low),
+        "weight": 1 + draw(c, seed=1, dtype=full),
+        "shift": draw(c, seed=2, dtype=full),
+    }
+    if bias:
+        tensors["bias"] = draw(c, seed=3, dtype=full)
+    if residual:
+        tensors["residual"] = draw(n, c, seed=4, dtype=full)
+    return {name: t.requires_grad_() for name, t in tensors.items()}
+
+
+def results(tensors, run):
+    """The outputs of run(**tensors), and the gradients of a weighted sum of them."""
+    outputs = [o for o in run(**tensors) if o is not None]
+    loss = sum((o.double() * draw(*o.shape, seed=9 + i)).sum() for i, o in enumerate(outputs))
+    return outputs + list(torch.autograd.grad(loss, list(tensors.values())))
+
+
+def norm(**settings):
+    return lambda **tensors: add_norm(seed=SEED, eps=1e-12, number=3, **tensors, **settings)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_kernel_equals_formula(parts, after, p):
+    found, expected = [], []
+    for backend, into in (("cpu", found), ("reference", expected)):
+        with use_backend(backend):
+            into += results(case(**parts), norm(p=p, after=after))
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+def test_what_it_computes():
+    tensors = case(40, 30)
+    x, weight, shift, bias, residual = tensors.values()
+    kept = masks.keep(x.numel(), SEED + 3, 0.25).view(x.shape)
+    assert 0.6 < kept.float().mean() < 0.9
+    total = torch.where(kept, (x + bias) / 0.75, 0.0) + residual
+    expected = torch.nn.functional.layer_norm(total, (30,), weight, shift, 1e-12)
+    torch.testing.assert_close(norm(p=0.25)(**tensors)[0], expected)
+
+
+def test_calls_that_share_a_seed_drop_different_places():
+    x = torch.ones(64, 64)
+    ones, zeros = torch.ones(64), torch.zeros(64)
+    ramp = torch.arange(64.0)
+    dropped = [
+        add_norm(x + ramp, ones, zeros, seed=SEED, p=0.5, after=True, number=number)[0] == 0 for number in (0, 0, 1)
+    ]
+    assert torch.equal(dropped[0], dropped[1]) and 0.4 < (dropped[0] != dropped[2]).float().mean() < 0.6
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_types(low, backend):
+    tensors = case(low=low, full=torch.float32)
+    with use_backend(backend):
+        y, small = norm(p=0.2, low=low)(**tensors)
+        assert (y.dtype, small.dtype) == (torch.float32, low)
+        torch.testing.assert_close(small, y.to(low))
+        found = results(tensors, norm(p=0.2, low=low))[2:]
+        assert bias_gelu(tensors["x"], tensors["bias"]).dtype == low
+    assert [g.dtype for g in found] == [t.dtype for t in tensors.values()]
+    exact = results({k: t.detach().double().requires_grad_() for k, t in tensors.items()}, norm(p=0.2, low=low))[2:]
+    for f, e in zip(found, exact, strict=True):
+        torch.testing.assert_close(f.double(), e, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("p, after", [(0.0, False), (0.4, False), (0.4, True)])
+def test_gradcheck(p, after):
+    tensors = case(4, 5)
+    names = list(tensors)
+    assert torch.autograd.gradcheck(
+        lambda *t: norm(p=p, after=after)(**dict(zip(names, t, strict=True)))[0], list(tensors.values())
+    )
+
+
+def test_gradcheck_of_gelu():
+    assert torch.autograd.gradcheck(bias_gelu, [draw(4, 5).requires_grad_(), draw(5, seed=1).requires_grad_()])
+
+
+def test_gelu_is_torchs():
+    x, bias = draw(6, 9).requires_grad_(), draw(9, seed=1).requires_grad_()
+    for f, e in zip(
+        results({"x": x, "bias": bias}, lambda x, bias: [bias_gelu(x, bias)]),
+        results({"x": x, "bias": bias}, lambda x, bias: [torch.nn.functional.gelu(x + bias)]),
+        strict=True,
+    ):
+        torch.testing.assert_close(f, e)
+
+
+def attention_case(batch=3, length=5, heads=2, d=4, low=torch.float64, full=torch.float64):
+    """qkv and the three biases, with gradients."""
+    c = heads * d
+    biases = {name: draw(c, seed=i, dtype=full) for i, name in enumerate(("q_bias", "k_bias", "v_bias"))}
+    tensors = {"qkv": draw(batch * length, 3 * c, seed=3, dtype=low), **biases}
+    return {name: t.requires_grad_() for name, t in tensors.items()}
+
+
+def key_mask(batch=3, length=5, dtype=torch.float64, rows=1):
+    """Texts shorter and shorter; with rows, also what queries see differs."""
+    hidden = torch.arange(length) >= length - torch.arange(batch)[:, None].clamp(max=length - 1)
+    if rows > 1:
+        hidden = hidden[:, None] | (torch.arange(length) > torch.arange(rows)[:, None])
+        hidden[..., 0] = False
+    return torch.zeros(batch, 1, rows, length, dtype=dtype).masked_fill(hidden.view(batch, 1, rows, length), -30000.0)
+
+
+def attend(mask, heads=2, p=0.0):
+    return lambda **tensors: [attention(**tensors, mask=mask, heads=heads, seed=SEED, p=p, number=5)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_attention_equals_its_formula(rows, p):
+    found, expected = [], []
+    for backend, into in (("cpu", found), ("reference", expected)):
+        with use_backend(backend):
+            into += results(attention_case(), attend(key_mask(rows=rows), p=p))
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_attention_is_torchs(rows):
+    def torchs(qkv, q_bias, k_bias, v_bias):
+        x = (qkv + torch.cat([q_bias, k_bias, v_bias])).view(3, 5, 3, 2, 4)
+        q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=key_mask(rows=rows))
+        return [out.transpose(1, 2).reshape(15, 8)]
+
+    found = results(attention_case(), attend(key_mask(rows=rows)))
+    for f, e in zip(found, results(attention_case(), torchs), strict=True):
+        torch.testing.assert_close(f, e)
+
+
+def test_attention_drops_weights():
+    """With the unit matrix as values the output is the weights: dropped ones are 0, the others larger."""
+    tensors = {k: t.detach() for k, t in attention_case(200, 4, 2, 4).items()}
+    tensors["qkv"][:, 16:] = torch.eye(4, dtype=torch.float64).repeat(200, 2)
+    tensors["v_bias"].zero_()
+    mask = torch.zeros(200, 1, 1, 4)
+    (whole,), (dropped,) = attend(mask)(**tensors), attend(mask, p=0.25)(**tensors)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], whole[kept] / 0.75)
+    assert 0.7 < kept.double().mean() < 0.8
+
+
+def test_gradcheck_of_attention():
+    tensors = attention_case(2, 3, 2, 2)
+    names = list(tensors)
+    assert torch.autograd.gradcheck(
+        lambda *t: attend(key_mask(2, 3), p=0.3)(**dict(zip(names, t, strict=True)))[0], list(tensors.values())
+    )
+
+
+def test_what_fits_attentions_kernel():
+    assert attention_fits(torch.bfloat16, 64, 64) and attention_fits(torch.float16, 1, 8)
+    for dtype, length, width in ((torch.float32, 8, 8), (torch.float16, 65, 8), (torch.float16, 8, 65)):
+        assert not attention_fits(dtype, length, width)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_attention_is_registered(rows):
+    tensors = [t.detach() for t in attention_case(low=torch.bfloat16, full=torch.float32).values()]
+    rest = (key_mask(rows=rows, dtype=torch.bfloat16), SEED, 0.3, 2, 4)
+    torch.library.opcheck(torch.ops.engine.attention.default, (*tensors, *rest))
+    grad = torch.randn(15, 8).bfloat16()
+    for parameters in (True, False):
+        torch.library.opcheck(torch.ops.engine.attention_backward.default, (grad, *tensors, *rest, parameters))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"heads": 3}, "3 heads"),
+        ({"mask": torch.zeros(3, 1, 1, 4)}, "fit together"),
+        ({"mask": torch.zeros(3, 1, 2, 5)}, "fit together"),
+        ({"k_bias": torch.zeros(3)}, "k_bias"),
+        ({"p": 0.5}, "needs a seed"),
+    ],
+)
+def test_bad_arguments_of_attention(change, words):
+    arguments = {**attention_case(), "mask": key_mask(), "heads": 2, **change}
+    with pytest.raises(ValueError, match=words):
+        attention(**arguments)
+
+
+def test_one_output_is_enough():
+    tensors = case(full=torch.float32, low=torch.bfloat16)
+    both = norm(low=torch.bfloat16)(**tensors)
+    for part in both:
+        assert torch.autograd.grad(part.sum(), tensors["residual"], retain_graph=True)[0].isfinite().all()
+
+
+def test_gradients_that_nobody_wants_are_not_computed():
+    tensors = case()
+    for name in ("weight", "shift", "bias"):
+        tensors[name].requires_grad_(False)
+    asked = []
+
+    def spy(name, *args):
+        asked.append((name, registry.launches(name, *args)))
+        return registry.call(name, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.kernels.transformer.op.call", spy)
+        norm(p=0.1)(**tensors)[0].sum().backward()
+        bias_gelu(tensors["x"], tensors["bias"]).sum().backward()
+        results(case(), norm(p=0.1))
+    assert asked == [
+        ("add_norm", 1), ("add_norm_backward", 1), ("bias_gelu", 1), ("bias_gelu_backward", 1), ("add_norm", 1),
+        ("add_norm_backward", 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_registered(parts):
+    tensors = {k: t.detach() for k, t in case(low=torch.bfloat16, full=torch.float32, **parts).items()}
+    x, weight, shift, bias, residual = (tensors.get(k) for k in ("x", "weight", "shift", "bias", "residual"))
+    ops = torch.ops.engine
+    settings = (0.3, False, 1e-12, 2)
+    torch.library.opcheck(ops.add_norm.default, (x, bias, residual, weight, shift, SEED, *settings, torch.bfloat16))
+    back = (x.float(), x, x, bias, residual, weight, SEED, *settings, True)
+    torch.library.opcheck(ops.add_norm_backward.default, back)
+    if bias is not None:
+        torch.library.opcheck(ops.bias_gelu.default, (x, bias))
+        torch.library.opcheck(ops.bias_gelu_backward.default, (x, x, bias, True))
+
+
+def test_compiles_without_graph_breaks():
+    tensors = {k: t.detach().requires_grad_() for k, t in case(6, 8, full=torch.float32, low=torch.bfloat16).items()}
+
+    def run(**tensors):
+        y, low = norm(p=0.3, low=torch.bfloat16)(**tensors)
+        x = torch.cat([low, low, low], 1)
+        biases = [tensors[name] for name in ("bias", "weight", "shift")]
+        seen = attention(x, *biases, torch.zeros(2, 1, 1, 3), heads=2, seed=SEED, p=0.3)
+        return y, seen, bias_gelu(low, tensors["bias"])
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for f, e in zip(results(tensors, compiled), results(tensors, run), strict=True):
+        torch.testing.assert_close(f, e)
+
+
+def test_a_seed_comes_from_torchs_generator():
+    torch.manual_seed(3)
+    first = draw_seed(torch.device("cpu"))
+    torch.manual_seed(3)
+    assert torch.equal(draw_seed(torch.device("cpu")), first) and first.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"p": 0.5}, "needs a seed"),
+        ({"p": 1.0, "seed": SEED}, "p must be"),
+        ({"residual": torch.zeros(3, 7)}, "residual"),
+        ({"bias": torch.zeros(3)}, "bias"),
+    ],
+)
+def test_bad_arguments(change, words):
+    with pytest.raises(ValueError, match=words):
+        add_norm(torch.zeros(5, 7), torch.ones(7), torch.zeros(7), **change)

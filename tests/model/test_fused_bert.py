@@ -1,0 +1,296 @@
+"""BERT's and Electra's layers in few launches: Hugging Face's numbers, counted operations, and what is left to it."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import ElectraConfig, ElectraModel
+
+from engine.errors import ConfigError
+from engine.kernels import registry
+from engine.model.fused_bert import fusable, last_hidden_state, score_bias
+from engine.model.text_encoder import TextEncoder, encode_padded, encode_without_padding, load_text_encoder
+from tests.model.test_text_encoder import SMALL, bert, distilbert, tokens
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def electra(embedding_size=16):
+    torch.manual_seed(0)
+    settings = {"max_position_embeddings": 40, "num_hidden_layers": 2, **SMALL}
+    return ElectraModel(ElectraConfig(embedding_size=embedding_size, **settings))
+
+
+def scattered(model, seed=1, by=0.3):
+    """Weights large enough for differences to show: fresh ones have a deviation of .02, biases of 0."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(by * torch.randn_like(p))
+    return model
+
+
+MAKES = {"bert": bert, "electra": electra, "electra-projected": lambda: electra(12)}
+
+
+@pytest.fixture(params=MAKES.values(), ids=MAKES)
+def encoder(request):
+    return TextEncoder(scattered(request.param())).eval()
+
+
+def outputs_and_gradients(encoder, run, ids, mask, dtype=None):
+    """Hidden states at attended places, and all parameters' gradients."""
+    encoder.zero_grad()
+    weight = torch.randn(*ids.shape, encoder.dim, generator=torch.Generator().manual_seed(3)) * mask[..., None]
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        h = run(encoder, ids, mask)
+    (h.float() * weight).sum().backward()
+    return [h[mask != 0].detach().float()] + [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+
+
+def huggingface(encoder, ids, mask):
+    return encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+
+LENGTHS = [2, 30, 3, 29, 12, 1]
+
+
+def test_equals_huggingface(encoder):
+    ids, mask = tokens(LENGTHS, width=33)
+    found = outputs_and_gradients(encoder, encode_padded, ids, mask)
+    for f, e in zip(found, outputs_and_gradients(encoder, huggingface, ids, mask), strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5 * max(1, float(e.abs().max())))
+
+
+def test_equals_the_call_without_padding(encoder):
+    ids, mask = tokens(LENGTHS, width=33)
+    found, expected = encode_padded(encoder, ids, mask), encode_without_padding(encoder, ids, mask)
+    torch.testing.assert_close(found[mask != 0], expected[mask != 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_is_as_exact_as_autocast(encoder, dtype):
+    """Judged against fp32 by the relative errors of whole tensors, in the mean over four sets of weights.
+
+    Errors of one set have causes in common, so that one set alone differs by chance. A key's bias moves all scores of a
+    query alike: its gradient is nothing but rounding.
+    """
+    ids, mask = tokens(LENGTHS)
+    names = ["hidden states", *(n for n, _ in encoder.named_parameters())]
+    kept = [i for i, name in enumerate(names) if not name.endswith("key.bias")]
+    errors = []
+    for seed in range(4):
+        scattered(encoder, seed, 0.1)
+        exact = outputs_and_gradients(encoder, huggingface, ids, mask)
+        for run in (encode_padded, huggingface):
+            found = outputs_and_gradients(encoder, run, ids, mask, dtype)
+            errors.append([float((found[i] - exact[i]).norm() / exact[i].norm()) for i in kept])
+    ours, theirs = torch.tensor(errors[::2]).mean(0), torch.tensor(errors[1::2]).mean(0)
+    assert 0 < ours.mean() <= 1.1 * theirs.mean()
+    assert (ours <= 2 * theirs + 1e-6).all()
+
+
+def test_longer_texts_take_torchs_attention(encoder, monkeypatch):
+    ids, mask = tokens([6, 4])
+    expected = outputs_and_gradients(encoder, encode_padded, ids, mask, torch.bfloat16)
+    monkeypatch.setattr("engine.kernels.transformer.op.LONGEST", 5)
+    found = outputs_and_gradients(encoder, encode_padded, ids, mask, torch.bfloat16)
+    assert not torch.equal(found[0], expected[0])
+    for name, f, e in zip(["", *(n for n, _ in encoder.named_parameters())], found, expected, strict=True):
+        assert name.endswith("key.bias") or (f - e).norm() <= 0.05 * e.norm() + 1e-5, name
+
+
+def test_minilm():
+    encoder = load_text_encoder("minilm").eval()
+    ids, mask = tokens([5, 14, 3, 9], width=16)
+    ids = ids + 1000 * mask
+    with torch.no_grad():
+        found, expected = encode_padded(encoder, ids, mask), encoder(ids, mask)
+    torch.testing.assert_close(found[mask != 0], expected[mask != 0], rtol=0, atol=1e-5)
+
+
+def test_packed_texts_with_positions():
+    encoder = TextEncoder(scattered(bert())).eval()
+    ids, mask = tokens([7, 4])
+    apart = torch.cat([ids[0, :7], ids[1, :4]])[None]
+    text = torch.tensor([[0] * 7 + [1] * 4])
+    position = torch.cat([torch.arange(7), torch.arange(4)])[None]
+    bias = score_bias(text[:, None, :, None] != text[:, None, None, :], torch.float32)
+    found = last_hidden_state(encoder.model, apart, bias, position)[0]
+    expected = huggingface(encoder, ids, mask)
+    torch.testing.assert_close(found, expected[mask != 0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_without_tokens_is_finite():
+    encoder = TextEncoder(scattered(bert()))
+    ids, mask = tokens([0, 6, 4])
+    for dtype in (None, *HALVES):
+        assert all(t.isfinite().all() for t in outputs_and_gradients(encoder, encode_padded, ids, mask, dtype))
+
+
+def test_names_and_state_stay():
+    before = bert().state_dict()
+    encoder = TextEncoder(bert())
+    encode_padded(encoder, *tokens([6, 4])).sum().backward()
+    assert [f"model.{n}" for n in before if "pooler" not in n] == list(encoder.state_dict())
+    assert all(torch.equal(before[n.removeprefix("model.")], v) for n, v in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("freeze", ["part", "all"])
+def test_frozen_layers(freeze):
+    encoder = TextEncoder(scattered(bert(10)), freeze).eval()
+    moving = {n for n, p in encoder.named_parameters() if p.requires_grad}
+    ids, mask = tokens([6, 4])
+    if freeze == "all":
+        assert not encode_padded(encoder, ids, mask).requires_grad and not moving
+        return
+    found = outputs_and_gradients(encoder, encode_padded, ids, mask)
+    assert {n for n, p in encoder.named_parameters() if p.grad is not None} == moving
+    for f, e in zip(found, outputs_and_gradients(encoder, huggingface, ids, mask), strict=True):
+        assert (f - e).norm() <= 1e-4 * e.norm() + 1e-5
+
+
+def test_dropout_is_new_at_each_call_and_seeded():
+    encoder = TextEncoder(bert()).train()
+    ids, mask = tokens([6, 4])
+    torch.manual_seed(0)
+    first, second = encode_padded(encoder, ids, mask), encode_padded(encoder, ids, mask)
+    torch.manual_seed(0)
+    assert torch.equal(encode_padded(encoder, ids, mask), first) and not torch.equal(first, second)
+
+
+def test_dropout_keeps_the_mean_of_hugging_faces():
+    """Over many draws: the same probability at the same places of every layer."""
+    encoder = TextEncoder(scattered(bert(1))).train()
+    ids, mask = tokens([6] * 3000)
+    ids = ids[:1].expand_as(ids)
+    with torch.no_grad():
+        ours, theirs = encode_padded(encoder, ids, mask), huggingface(encoder, ids, mask)
+    error = (ours.var(0) / 3000 + theirs.var(0) / 3000).sqrt()
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 5 * error).all()
+    torch.testing.assert_close(ours.var(0), theirs.var(0), rtol=0.25, atol=0.01)
+
+
+def test_dropout_follows_each_module():
+    encoder = TextEncoder(bert()).train()
+    ids, mask = tokens([6, 4])
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    encoder.model.encoder.layer[1].output.dropout.train()
+    found = [encode_padded(encoder, ids, mask) for _ in range(2)]
+    assert not torch.equal(*found)
+    encoder.eval()
+    assert torch.equal(encode_padded(encoder, ids, mask), encode_padded(encoder, ids, mask))
+
+
+def changed(change):
+    model = bert()
+    change(model)
+    return model
+
+
+def lora(model):
+    """A Linear of another class, which adds something of its own."""
+
+    class Lora(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    query = model.encoder.layer[0].attention.self.query
+    model.encoder.layer[0].attention.self.query = Lora(*query.weight.T.shape)
+
+
+LEFT = {
+    "relu": lambda: bert(hidden_act="relu"),
+    "decoder": lambda: bert(is_decoder=True),
+    "replaced": lambda: changed(lora),
+    "parametrised": lambda: changed(
+        lambda m: torch.nn.utils.parametrizations.weight_norm(m.encoder.layer[0].output.dense)
+    ),
+    "hooked": lambda: changed(lambda m: m.encoder.layer[0].register_forward_hook(lambda *a: None)),
+    "checkpointed": lambda: changed(lambda m: setattr(m.encoder.layer[0], "gradient_checkpointing", True)),
+    "distilbert": distilbert,
+}
+
+
+@pytest.mark.parametrize("make", LEFT.values(), ids=LEFT)
+def test_what_is_left_to_hugging_face(make):
+    encoder = TextEncoder(make()).eval()
+    assert not fusable(encoder.model)
+    ids, mask = tokens([6, 4])
+    assert torch.equal(encode_padded(encoder, ids, mask), encoder(ids, mask))
+
+
+def test_more_tokens_than_positions():
+    with pytest.raises(ConfigError, match="41 tokens"):
+        encode_padded(TextEncoder(bert()), *tokens([41]))
+
+
+def test_compiles_without_graph_breaks():
+    encoder = TextEncoder(scattered(bert())).eval()
+    ids, mask = tokens([6, 4])
+    compiled = torch.compile(encode_padded, fullgraph=True, backend="aot_eager")
+    for dtype in (None, torch.bfloat16):
+        found = outputs_and_gradients(encoder, compiled, ids, mask, dtype)
+        for f, e in zip(found, outputs_and_gradients(encoder, encode_padded, ids, mask, dtype), strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-3)
+
+
+VIEWS = {
+    "view", "_unsafe_view", "transpose", "t", "unbind", "select", "expand", "detach", "alias", "split",
+    "split_with_sizes", "slice", "empty", "new_empty", "empty_like", "unsqueeze", "permute",
+}  # fmt: skip
+# gradients of rows of a table begin with zeros
+SEVERAL = {"embedding_dense_backward": 2, "slice_backward": 2, "select_backward": 2}
+
+
+class Launches(TorchDispatchMode):
+    """GPU kernels that the operations would launch: one each, but for views and what operations declare."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.names = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if function.namespace == "engine":
+            self.count += registry.launches(name, *args)
+        elif name not in VIEWS:
+            self.count += SEVERAL.get(name, 1)
+        self.names += [name] * (name not in VIEWS)
+        return function(*args, **(kwargs or {}))
+
+
+def launches(layers, freeze="no"):
+    """Of a training step's forward and backward pass through the encoder."""
+    encoder = TextEncoder(bert(layers), freeze).train()
+    encoder.model.embeddings.requires_grad_(True)
+    ids, mask = tokens([6, 4], width=16)
+    with torch.autocast("cpu", torch.bfloat16), Launches() as forward:
+        h = encode_padded(encoder, ids, mask)
+    slope = torch.ones_like(h)
+    with Launches() as backward:
+        h.backward(slope)
+    return forward, backward
+
+
+def test_launches_of_a_layer():
+    (f1, b1), (f2, b2) = launches(2), launches(3)
+    assert (f2.count - f1.count, b2.count - b1.count) == (8, 16)
+    counted = f2.names + b2.names
+    assert "_to_copy" not in counted and "clone" not in counted and "native_layer_norm" not in counted
+
+
+def test_launches_of_a_frozen_layer():
+    """Neither products for the weights' gradients nor sums for those of biases and LayerNorms."""
+    counts = [launches(layers, "part")[1].count for layers in (8, 9, 10, 11)]
+    # the ninth layer is the last frozen one; with the tenth the cast of gradients comes in
+    assert [after - before for before, after in itertools.pairwise(counts)] == [8, 17, 16]
+
+
+def test_launches_around_the_layers():
+    """Seed, mask, cast of all weights, embeddings; backward the embeddings' gradients and one cast."""
+    (f1, b1), (f2, b2) = launches(1), launches(2)
+    assert (2 * f1.count - f2.count, 2 * b1.count - b2.count) == (9, 11)
