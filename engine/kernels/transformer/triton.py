@@ -15,7 +15,7 @@ from engine.kernels.aot import AotCase
 from engine.kernels.dropout import reference as dropout
 from engine.kernels.registry import interpreting
 
-PROGRAMS = 512
+PROGRAMS = 256
 GELU = {"ROWS": 16, "BLOCK_C": 128}  # a tile of bias_gelu
 GELU_PROGRAMS = 64  # of the rows; the columns have programs of their own
 PIECE_BITS = tl.constexpr(dropout.PIECE.bit_length() - 1)
@@ -23,9 +23,9 @@ WITHIN = tl.constexpr(dropout.PIECE - 1)  # the bits of a place within its piece
 
 
 def _norm_blocks(c: int) -> dict[str, int]:
-    """Rows at a time, columns and warps of a program that holds whole rows: 1,024 numbers, or one row."""
+    """Rows at a time, columns and warps of a program that holds whole rows: 2,048 numbers, or one row."""
     block = max(triton.next_power_of_2(c), 16)
-    return {"ROWS": max(1024 // block, 1), "BLOCK_C": block, "num_warps": min(max(block // 256, 8), 16)}
+    return {"ROWS": max(2048 // block, 1), "BLOCK_C": block, "num_warps": 8 if block <= 2048 else 16}
 
 
 def _drop(p: float, after: bool) -> dict[str, int | float]:
