@@ -352,13 +352,13 @@ class _Rnn(torch.autograd.Function):
     def forward(ctx, gpu, x, shape, layers, *weights):
         ctx.gpu, ctx.layers = gpu, layers
         ctx.save_for_backward(x, *weights)
-        with gpu.as_one("cudnn rnn", rules.rnn(layers, len(weights))):
+        with gpu.as_one("cudnn rnn", rules.rnn(layers, weights)):
             return x.new_zeros(shape) + x.mean()
 
     @staticmethod
     def backward(ctx, grad):
         x, *weights = ctx.saved_tensors
-        launches = rules.rnn_backward(ctx.layers, len(weights))
+        launches = rules.rnn_backward(ctx.layers, weights)
         with ctx.gpu.as_one("cudnn rnn backward", launches):
             return None, torch.zeros_like(x), None, None, *(torch.zeros_like(w) for w in weights)
 

@@ -26,16 +26,22 @@ CAT = 128
 ATTENTION, ATTENTION_BACKWARD = 1, 3
 
 
-def rnn(layers: int, weights: int) -> int:
-    """One call of cuDNN for `layers` x directions. Measured: a copy of every weight into one flat buffer, two memory
-    fills, a product of the inputs, a bias pass and the persistent kernel."""
-    return weights + 5 * layers
+def rnn(layers: int, weights: Sequence[Tensor]) -> int:
+    """One call of cuDNN for `layers` x directions. Measured: two memory fills, a product of the inputs, a bias pass and
+    the persistent kernel; and a copy of every weight, where they do not lie in one buffer in cuDNN's order."""
+    return 5 * layers + (0 if _flat(weights) else len(weights))
 
 
-def rnn_backward(layers: int, weights: int) -> int:
+def rnn_backward(layers: int, weights: Sequence[Tensor]) -> int:
     """Measured: the persistent kernel, the element-wise pass, products and their split sums for dx, dW and dU, bias
-    gradients, fills, and the weights' flat buffer anew."""
-    return weights + 14 * layers
+    gradients, fills; and a copy of every weight, as forward."""
+    return 14 * layers + (0 if _flat(weights) else len(weights))
+
+
+def _flat(weights: Sequence[Tensor]) -> bool:
+    """Whether each begins where the one before ends (source: `try_get_weight_buf` in cudnn/RNN.cpp)."""
+    ends = [w.data_ptr() + w.numel() * w.element_size() for w in weights]
+    return all(w.data_ptr() == end for w, end in zip(weights[1:], ends, strict=False))
 
 
 def launches(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
@@ -46,7 +52,7 @@ def launches(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
     if (rule := BY_NAME.get(name)) is not None:
         return rule if isinstance(rule, int) else rule(args, kwargs, out)
     if name.startswith("_foreach_"):
-        return foreach(args, out)
+        return foreach(args, out, mixed=name.startswith("_foreach_copy"))
     return 1
 
 
@@ -85,13 +91,17 @@ def multi_tensor(sizes: Sequence[int], depth: int) -> int:
     return count + (blocks > 0)
 
 
-def foreach(args: tuple, out: Any) -> int:
-    """A foreach operation; one kernel a tensor where the lists do not fit together (the slow path)."""
+def foreach(args: tuple, out: Any, mixed: bool = False) -> int:
+    """A foreach operation on lists; one kernel a tensor where the lists do not fit together (the slow path).
+
+    Args:
+        mixed: the lists may be of different types, each of one: copies (source: ForeachBinaryOpList.cu).
+    """
     lists = [a for a in args if isinstance(a, list | tuple) and a and isinstance(a[0], Tensor)]
     depth = len(lists) + isinstance(out, list | tuple)
     first = lists[0]
     alike = all(
-        t.dtype == first[0].dtype and t.stride() == like.stride() and t.is_floating_point()
+        t.dtype == (part if mixed else first)[0].dtype and t.stride() == like.stride() and t.is_floating_point()
         for part in lists
         for t, like in zip(part, first, strict=False)
     )
