@@ -315,6 +315,11 @@ class TrainConfig(Section):
     compile: Annotated[Literal["off", "default", "reduce-overhead", "max-autotune"], _off] = Field(
         "off", description="torch.compile both stages in this mode; off: the kernels are called one by one"
     )
+    graphs: Annotated[Literal["auto", "off", "emulate"], _off] = Field(
+        "auto",
+        description="both stages as CUDA graphs, each shape captured once and replayed (auto: on a GPU); emulate: the "
+        "same static functions uncaptured, on any device; off: one operation after another",
+    )
     clip_norm: Annotated[float | None, _none] = Field(
         None, gt=0, description="clip the norm of the stage's whole gradient; none: not clipped"
     )

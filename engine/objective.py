@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from engine.config import ObjectiveConfig
 from engine.errors import ConfigError, EstimatorError
-from engine.kernels.knn_product import Bank, ProductRows, ProductSampler
+from engine.kernels.knn_product import Bank, EpochProducts, ProductRows, ProductSampler, draw_epoch
 from engine.model.cmi import CMIEstimator
 from engine.model.estimators import Estimate, MIEstimator
 from engine.model.grouped import GroupedMI
@@ -241,6 +241,32 @@ class Objective(nn.Module):
             shared=not reference,
         )
         return sampler.draw([t for t in self.terms if t.given is not None], batch_size, generator)
+
+    def sample_epoch(
+        self, bank: Mapping[str, Tensor], batch_sizes: Sequence[int], generator: torch.Generator | None = None
+    ) -> EpochProducts:
+        """Draw the product rows of all batches of an epoch at once; `EpochProducts.take` gives those of one batch.
+
+        For the same queries and keys the rows are those of `sample_products`; the random stream is another one.
+
+        Args:
+            bank: features of N samples, [N, width] each, without gradients.
+            batch_sizes: joint rows of every batch, of several passes one after another. A batch smaller than
+                k_neighbor gets no rows.
+            generator: source of randomness. One on the CPU gives the same draws on every device, one on a GPU draws
+                there.
+
+        Raises:
+            EstimatorError: the bank is too small for k_neighbor and a batch, or not finite.
+        """
+        reference = self.settings.compat == "mimrl"
+        sampler = ProductSampler(
+            bank if isinstance(bank, Bank) else Bank(bank),
+            self.settings.k_neighbor,
+            discrete=() if reference else self.discrete,
+            shared=not reference,
+        )
+        return draw_epoch(sampler, [t for t in self.terms if t.given is not None], batch_sizes, generator)
 
     # -- the two losses ----------------------------------------------------------------------------
 

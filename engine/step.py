@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from engine.errors import EstimatorError
+from engine.errors import ConfigError, EstimatorError
 from engine.kernels.knn_product import Bank
 from engine.loaders.batch import Batch
 from engine.objective import Objective, ObjectiveOutput, Rows
 from engine.profile import part
+from engine.static import Held, StaticStep
 
 StageOneFeatures = Literal["fresh", "cached", "bank"]
+Graphs = Literal["auto", "emulate", "off"] | bool
+Sums = Mapping[str, tuple[Tensor | float, int]]
+"""{name: (sum over samples, samples)}."""
 
 
 class FeatureBank:
@@ -34,21 +38,33 @@ class FeatureBank:
     def __init__(self, size: int):
         self.size = size
         self.rows: dict[str, Tensor] = {}
-        self.filled = torch.zeros(size, dtype=torch.bool)
+        self.filled = torch.zeros(size, dtype=torch.bool)  # where the features are
 
     def store(self, index: Tensor, features: Mapping[str, Tensor]) -> None:
         """Keep a copy of `features` [B, width] of the samples `index` int64 [B]."""
         for name, value in features.items():
             if name not in self.rows:
                 self.rows[name] = value.new_zeros(self.size, *value.shape[1:])
-            self.rows[name][index] = value.detach()
-        self.filled[index.to(self.filled.device)] = True
+            self.rows[name].index_copy_(0, index, value.detach())
+        if self.filled.device != index.device:
+            self.filled = self.filled.to(index.device)
+        self.filled.index_fill_(0, index, True)
 
     def tensors(self) -> Bank:
         """The features of the samples seen, [n, width] each, in row order: what product rows are drawn from."""
         if bool(self.filled.all()):
             return Bank(self.rows)
-        return Bank({name: value[self.filled.to(value.device)] for name, value in self.rows.items()})
+        return Bank({name: value[self.filled] for name, value in self.rows.items()})
+
+    def clear(self) -> None:
+        """Forget what was stored; the memory stays."""
+        self.filled.zero_()
+
+    def copy(self) -> FeatureBank:
+        """A bank of the same content in memory of its own."""
+        made = FeatureBank(self.size)
+        made.load_state_dict(self.state_dict())
+        return made
 
     def state_dict(self) -> dict[str, Any]:
         return {"filled": self.filled, "rows": self.rows}
@@ -72,14 +88,21 @@ class Average:
     """Sample-weighted means of named 0-d tensors, read back once: a device need not wait at every step."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor | float] = {}
         self.weights: dict[str, int] = {}
 
     def add(self, values: Mapping[str, Tensor], weight: int) -> None:
-        for name, value in values.items():
-            value = value.detach() * weight
+        self.add_sums({name: (value.detach() * weight, weight) for name, value in values.items()})
+
+    def add_sums(self, sums: Mapping[str, tuple[Tensor | float, int]]) -> None:
+        """Add {name: (sum over samples, samples)}."""
+        for name, (value, weight) in sums.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.weights[name] = self.weights.get(name, 0) + weight
+
+    def taken(self) -> Sums:
+        """What `add_sums` takes."""
+        return {name: (value, self.weights[name]) for name, value in self.sums.items()}
 
     def result(self) -> dict[str, float]:
         return {name: float(value) / self.weights[name] for name, value in self.sums.items()}
@@ -111,13 +134,23 @@ class WeightAverage:
         self.module, self.decay, self.updates = module, decay, 0
         self.values = {k: v.detach().clone() for k, v in module.state_dict().items() if v.is_floating_point()}
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take the module's present weights in."""
+    def next_rate(self) -> float:
+        """The weight of the present in the next update, which this counts."""
         rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
+        return rate
+
+    @torch.no_grad()
+    def update(self, rate: float | Tensor) -> None:
+        """Take the module's present weights in; `rate` is from `next_rate`, as a number or as a 0-d tensor."""
         state = self.module.state_dict()
-        torch._foreach_lerp_(list(self.values.values()), [state[k].detach() for k in self.values], rate)
+        values, present = list(self.values.values()), [state[k].detach() for k in self.values]
+        if not isinstance(rate, Tensor):
+            torch._foreach_lerp_(values, present, rate)
+            return
+        change = torch._foreach_sub(present, values)
+        torch._foreach_mul_(change, rate)
+        torch._foreach_add_(values, change)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -157,7 +190,14 @@ class TwoStageStep:
         compile: "off", or a mode of torch.compile: both stages' losses and their gradients are then compiled, each as
             one graph; what depends on values (product rows, the layout of texts) is prepared outside them.
         label: name under which the target enters the objective's features, as float [B, n]; None to leave it out.
-        generator: CPU generator that product rows are drawn with.
+        generator: generator that product rows and the order of a bank's rows are drawn with. One on the CPU gives the
+            same draws on every device.
+        graphs: "auto": a static step (see `engine.static`), captured as CUDA graphs, on a GPU where the model allows
+            it, else one operation after another. True: a static step, and an error where it cannot be captured (on
+            other devices than a GPU it runs uncaptured). "emulate": a static step, uncaptured. "off" or False: none.
+
+    Raises:
+        ConfigError: graphs together with a compile mode that makes graphs of its own.
     """
 
     def __init__(
@@ -175,6 +215,7 @@ class TwoStageStep:
         compile: str = "off",
         label: str | None = "C",
         generator: torch.Generator | None = None,
+        graphs: Graphs = "off",
     ):
         self.model, self.objective, self.task_loss = model, objective, task_loss
         self.main_optimizer, self.estimator_optimizer = main_optimizer, estimator_optimizer
@@ -188,6 +229,20 @@ class TwoStageStep:
             for f in (self.forward, self._stage1_loss, self._stage2_loss)
         )
         self.generator = generator or torch.Generator().manual_seed(0)
+        self.held: Held | None = None  # while a static step's function runs
+        self.static = self._static_step(graphs)
+
+    def _static_step(self, graphs: Graphs) -> StaticStep | None:
+        own = self.compile in ("reduce-overhead", "max-autotune")
+        if own and graphs in (True, "emulate"):
+            raise ConfigError(
+                "graphs", f"{graphs} with compile={self.compile}, which makes graphs of its own", "one of the two",
+                "Use compile=default or graphs=off.",
+            )  # fmt: skip
+        on_gpu = next((p.is_cuda for p in self.model.parameters()), False)
+        if graphs in ("off", False) or (graphs == "auto" and (own or not on_gpu)):
+            return None
+        return StaticStep(self, capture=on_gpu and graphs != "emulate", strict=graphs != "auto")
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the model holds its averaged weights, where an average is kept."""
@@ -241,11 +296,12 @@ class TwoStageStep:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
+        with contextlib.nullcontext() if self.held is None else self.held.rates(optimizer):
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
 
     # -- the two stages ----------------------------------------------------------------------------
 
@@ -273,7 +329,7 @@ class TwoStageStep:
             self._update(loss, self.main_optimizer, self.scaler)
         if self.average is not None:
             with part("average"):
-                self.average.update()
+                self.average.update(self.average.next_rate() if self.held is None else self.held.tensor("average"))
         return output
 
     def _stage2_loss(
@@ -306,14 +362,55 @@ class TwoStageStep:
     # -- whole passes ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def collect(self, loader: Iterable, size: int) -> FeatureBank:
-        """Features of every sample of `loader` in the model's present state, dropout included as in training."""
+    def features(self, inputs: Any, target: Tensor) -> dict[str, Tensor]:
+        """Features of one batch in the model's present state, dropout included as in training; without gradients."""
         self.model.train()
+        self._begin()
+        return self._run_forward(self._prepared(inputs), target)[1]
+
+    def collect(
+        self, loader: Iterable, size: int, on_batch: Callable[[str, int], None] = lambda stage, batch_index: None
+    ) -> FeatureBank:
+        """Features of every sample of `loader` in the model's present state, dropout included as in training."""
         bank = FeatureBank(size)
-        for inputs, target, index in map(unpack, loader):
-            self._begin()
-            bank.store(index, self._run_forward(self._prepared(inputs), target)[1])
+        for number, (inputs, target, index) in enumerate(map(unpack, loader)):
+            bank.store(index, self.features(inputs, target))
+            on_batch("collect", number)
         return bank
+
+    def shuffled(self, count: int) -> Tensor:
+        """int64 [count]: an order drawn with the step's generator, on its device."""
+        return torch.randperm(count, generator=self.generator, device=self.generator.device)
+
+    @staticmethod
+    def batch_sizes(loader: Iterable, batch_size: int) -> list[int] | None:
+        """Rows of every batch of the loader's next pass: what it says, or `batch_size`; None for a bare iterator."""
+        if hasattr(loader, "batch_sizes"):
+            return loader.batch_sizes()
+        return [batch_size] * len(loader) if isinstance(loader, Sized) else None
+
+    def _pass_products(
+        self, bank: FeatureBank | None, sizes: list[int] | None
+    ) -> Callable[[int, int], dict[str, Rows] | None]:
+        """A function of a batch's number and its rows that gives its product rows, drawn for a whole pass at once.
+
+        A batch whose size was not foreseen has its rows drawn on the spot.
+        """
+        if bank is None or self.objective is None or not self.objective.needs_products:
+            return lambda number, rows: None
+        known = bank.tensors()
+        if sizes is None:
+            return lambda number, rows: self.draw_products(known, rows)
+        with part("products"):
+            drawn = self.objective.sample_epoch(known, sizes, self.generator)
+
+        def take(number: int, rows: int) -> dict[str, Rows]:
+            if number >= len(sizes) or rows != sizes[number]:
+                return self.draw_products(known, rows)
+            with part("products"):
+                return drawn.take(number)
+
+        return take
 
     def train_epoch(
         self,
@@ -332,7 +429,7 @@ class TwoStageStep:
         smaller than `Objective.min_batch`, on which the terms are undefined.
 
         Args:
-            loader: the training batches, iterated anew for every pass.
+            loader: the training batches, iterated anew for every pass. A static step needs one with a length.
             size: number of training samples.
             bank: the bank returned by the previous epoch.
             batch_size: rows of a stage-1 batch where features are taken from a bank.
@@ -342,41 +439,77 @@ class TwoStageStep:
 
         Returns:
             The means over stage 2 (`estimators`: over stage 1), and the bank for the next epoch.
+
+        Raises:
+            EstimatorError: an estimate of this epoch is not finite, under on_degenerate="raise".
+            ConfigError: a static step on a loader without a length, or a model that cannot be captured.
         """
-        use_information = self.objective is not None and bank is not None
+        if self.static is not None and self.batch_sizes(loader, batch_size) is None:
+            raise ConfigError(
+                "graphs", f"a {type(loader).__name__} without a length", "a loader that has one",
+                "Give a list, a DataLoader or another object with __len__, or use graphs off.",
+            )  # fmt: skip
+        passes = self if self.static is None else self.static
+        stage1, stage2 = (self._stage1_pass, self._stage2_pass) if passes is self else (passes.stage1, passes.stage2)
+        bank = bank if self.objective is not None else None
         estimators = Average()
-        if use_information and stage1_n > 0:
+        if bank is not None and stage1_n > 0:
             if stage1_features == "cached":
                 with part("collect"):
-                    bank = self.collect(_counted(loader, "collect", on_batch), size)
+                    bank = passes.collect(loader, size, on_batch)
             with part("stage1"):
                 for _ in range(stage1_n):
-                    fresh = stage1_features == "fresh"
-                    batches = self._fresh_features(loader) if fresh else self._bank_batches(bank, batch_size)
-                    known = bank.tensors()
-                    for number, features in enumerate(batches):
-                        rows = len(next(iter(features.values())))
-                        if rows < self.objective.min_batch:
-                            continue
-                        output = self.stage1(features, self.draw_products(known, rows))
-                        estimators.add(output.values, rows)
-                        on_batch("stage1", number)
-        known = bank.tensors() if use_information else None
-        next_bank = FeatureBank(size)
+                    estimators.add_sums(stage1(loader, bank, batch_size, stage1_features == "fresh", on_batch))
         losses, information = Average(), Average()
         with part("stage2"):
-            for number, (inputs, target, index) in enumerate(map(unpack, loader)):
-                use = use_information and len(target) >= self.objective.min_batch
-                products = self.draw_products(known, len(target)) if use else None
-                output = self.stage2(inputs, target, products, information=use)
-                next_bank.store(index, output.features)
-                losses.add({"loss": output.loss, "task": output.task}, len(target))
-                if output.information is not None:
-                    information.add(output.information.values, len(target))
-                on_batch("stage2", number)
+            of_losses, of_information, next_bank = stage2(loader, size, bank, batch_size, on_batch)
+        losses.add_sums(of_losses)
+        information.add_sums(of_information)
         result = EpochResult(**losses.result(), information=information.result(), estimators=estimators.result())
         self._check_finite(result)
         return result, next_bank
+
+    def _stage1_pass(
+        self, loader: Iterable, bank: FeatureBank, batch_size: int, fresh: bool, on_batch: Callable[[str, int], None]
+    ) -> Sums:
+        if fresh:
+            sizes = self.batch_sizes(loader, batch_size)
+            batches = (self.features(inputs, target) for inputs, target, _ in map(unpack, loader))
+        else:
+            known = bank.tensors()
+            rows = self.shuffled(len(next(iter(known.values())))).split(batch_size)
+            sizes = [len(r) for r in rows]
+            batches = ({name: value[r.to(value.device)] for name, value in known.items()} for r in rows)
+        take, estimators = self._pass_products(bank, sizes), Average()
+        for number, features in enumerate(batches):
+            rows = len(next(iter(features.values())))
+            if rows < self.objective.min_batch:
+                continue
+            output = self.stage1(features, take(number, rows))
+            estimators.add(output.values, rows)
+            on_batch("stage1", number)
+        return estimators.taken()
+
+    def _stage2_pass(
+        self,
+        loader: Iterable,
+        size: int,
+        bank: FeatureBank | None,
+        batch_size: int,
+        on_batch: Callable[[str, int], None],
+    ) -> tuple[Sums, Sums, FeatureBank]:
+        take = self._pass_products(bank, self.batch_sizes(loader, batch_size))
+        next_bank, losses, information = FeatureBank(size), Average(), Average()
+        for number, (inputs, target, index) in enumerate(map(unpack, loader)):
+            use = bank is not None and len(target) >= self.objective.min_batch
+            products = take(number, len(target)) if use else None
+            output = self.stage2(inputs, target, products, information=use)
+            next_bank.store(index, output.features)
+            losses.add({"loss": output.loss, "task": output.task}, len(target))
+            if output.information is not None:
+                information.add(output.information.values, len(target))
+            on_batch("stage2", number)
+        return losses.taken(), information.taken(), next_bank
 
     def _check_finite(self, result: EpochResult) -> None:
         """What estimators see for themselves on a CPU is seen here, once an epoch, on a GPU and in compiled graphs."""
@@ -388,20 +521,6 @@ class TwoStageStep:
                     f"objective term {name}", f"an estimate of {value} in this epoch", "finite estimates",
                     'Check the features and the learning rate, or set objective.on_degenerate="skip".',
                 )  # fmt: skip
-
-    @torch.no_grad()
-    def _fresh_features(self, loader: Iterable) -> Iterator[dict[str, Tensor]]:
-        for inputs, target, _ in map(unpack, loader):
-            self.model.train()
-            self._begin()
-            yield self._run_forward(self._prepared(inputs), target)[1]
-
-    def _bank_batches(self, bank: FeatureBank, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        known = bank.tensors()
-        count = len(next(iter(known.values())))
-        order = torch.randperm(count, generator=self.generator)
-        for rows in order.split(batch_size):
-            yield {name: value[rows.to(value.device)] for name, value in known.items()}
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable, bank: FeatureBank | None = None) -> EpochResult:
@@ -451,9 +570,3 @@ def _without_grad(module: nn.Module) -> Iterator[None]:
     finally:
         for p in needing:
             p.requires_grad_(True)
-
-
-def _counted(loader: Iterable, stage: str, on_batch: Callable[[str, int], None]) -> Iterator:
-    for number, item in enumerate(loader):
-        yield item
-        on_batch(stage, number)

@@ -26,6 +26,8 @@ from engine.files import output_error, write_json, write_text
 from engine.loaders import open_dataset
 from engine.loaders.batch import Batch
 from engine.loaders.dataset import Dataset
+from engine.loaders.feed import CopyFeed, Feed, ResidentFeed, buckets_of
+from engine.loaders.loader import Loader
 from engine.loaders.normalize import Normalizer
 from engine.model.mimrl import MIMRL, build_model
 from engine.model.text_encoder import load_text_encoder, text_encoder_from_config
@@ -203,12 +205,13 @@ class _Passes:
     Attributes:
         waited: seconds that were spent waiting for batches since `set_epoch`.
         prepare: what is done to a batch before it moves to the device.
+        exact: a static step's batches also tell their widths without buckets.
     """
 
     PASSES_PER_EPOCH = 1000
 
-    def __init__(self, loader: Any, device: torch.device, prepare: Callable[[Batch], Batch]):
-        self.loader, self.device, self.prepare = loader, device, prepare
+    def __init__(self, loader: Loader, device: torch.device, prepare: Callable[[Batch], Batch], exact: bool = False):
+        self.loader, self.device, self.prepare, self.exact = loader, device, prepare, exact
         self.epoch, self.passes, self.waited = 0, 0, 0.0
 
     def set_epoch(self, epoch: int) -> None:
@@ -218,9 +221,7 @@ class _Passes:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        self.loader.set_epoch(self.epoch * self.PASSES_PER_EPOCH + self.passes)
-        self.passes += 1
-        batches = iter(self.loader)
+        batches = self._plain()
         while True:
             start = time.perf_counter()
             with part("load"):
@@ -231,6 +232,29 @@ class _Passes:
             if batch is None:
                 return
             yield batch
+
+    def batch_sizes(self) -> list[int]:
+        """Rows of every batch of the next pass."""
+        return [len(rows) for rows in self.loader.sampler.batches(self._number())]
+
+    def feed(self) -> Feed:
+        """The same passes for a static step: gathered in it where the split is resident, else copied into buffers."""
+        if self.loader.kind == "resident" and not self.loader.draws_words:
+            return ResidentFeed(self.loader, self._begin, self.exact)
+        return CopyFeed(self._plain, self.device, buckets_of(self.loader), self.exact)
+
+    def _number(self) -> int:
+        return self.epoch * self.PASSES_PER_EPOCH + self.passes
+
+    def _begin(self) -> tuple[list[Tensor], int]:
+        number = self._number()
+        self.passes += 1
+        return self.loader.sampler.batches(number), number
+
+    def _plain(self) -> Iterator[Batch]:
+        self.loader.set_epoch(self._number())
+        self.passes += 1
+        return iter(self.loader)
 
 
 def _pad_tokens(config: Config) -> int | None:
@@ -341,6 +365,7 @@ class _Trainer:
             autocast=autocast_dtype(c.train.amp, self.device),
             compile=c.train.compile,
             generator=torch.Generator().manual_seed(c.seed),
+            graphs=c.train.graphs,
         )
         self.optimizers = {"main": main, "estimators": estimators}
         self.schedulers = {
@@ -371,6 +396,7 @@ class _Trainer:
             ),
             self.device,
             self.model.prepare,
+            exact=c.mode == "faithful",
         )  # fmt: skip
 
     def _callbacks(self) -> list[Callback]:
@@ -583,6 +609,8 @@ def _differences(a: Config, b: Config) -> list[str]:
     x, y = a.model_dump(), b.model_dump()
     for data in (x["data"], y["data"]):
         del data["path"], data["loader"], data["workers"]  # which loader makes the batches does not change them
+    for train in (x["train"], y["train"]):
+        del train["graphs"]  # how the steps are launched changes no more than rounding
     return [key for key in x if key not in free and x[key] != y[key]]
 
 

@@ -12,13 +12,14 @@ A host function (in cpu.py and triton.py) takes and returns plain tensors and kn
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +169,25 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
 def has_triton() -> bool:
     """Whether triton is installed; does not import it."""
     return importlib.util.find_spec("triton") is not None
+
+
+_static = False
+
+
+@contextlib.contextmanager
+def static() -> Iterator[None]:
+    """A context in which nothing may look at values on the host, whatever the device: a static step's functions."""
+    global _static
+    before, _static = _static, True
+    try:
+        yield
+    finally:
+        _static = before
+
+
+def is_static() -> bool:
+    """Whether a static step's function runs."""
+    return _static
 
 
 def interpreting() -> bool:

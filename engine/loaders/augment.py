@@ -7,7 +7,7 @@ does not depend on the batch a sample is in, the order, the loader, the number o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,37 +36,48 @@ class Augmentation:
     empty: Sequence[int]
     unknown: int
     pad_id: int
+    _rows: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    def apply(self, batch: Batch, epoch: int) -> Batch:
-        """The batch as the draws of this epoch leave it; the one given is not changed."""
+    STREAMS = 7  # independent streams of random numbers: dropping and masking of three modalities, and sparing one
+
+    def keys(self, epoch: int) -> list[int]:
+        """What an epoch's draws depend on beside the sample and the position: one int64 a stream."""
+        return [_key(self.seed, epoch, stream) for stream in range(self.STREAMS)]
+
+    def apply(self, batch: Batch, keys: Sequence[int] | Tensor) -> Batch:
+        """The batch as an epoch's draws leave it; the one given is not changed.
+
+        Args:
+            keys: from `keys(epoch)`, as numbers or as int64 [STREAMS] on the batch's device.
+        """
         c = self.config
         rates = {"text": (c.drop_text, c.mask_text), "audio": (c.drop_audio, c.mask_audio)}
         rates["vision"] = (c.drop_vision, c.mask_vision)
-        dropped = self._dropped([rates[m][0] for m in MODALITIES], batch.index, epoch)
+        dropped = self._dropped([rates[m][0] for m in MODALITIES], batch.index, keys)
         for number, name in enumerate(MODALITIES):
             change = self._text if name == "text" else self._frames
             if rates[name][1]:
-                batch = change(batch, name, masked=self._masked(number, rates[name][1], batch, name, epoch))
+                batch = change(batch, name, masked=self._masked(number, rates[name][1], batch, name, keys))
             if rates[name][0]:
                 batch = change(batch, name, dropped=dropped[:, number])
         return batch
 
-    def _dropped(self, rates: list[float], index: Tensor, epoch: int) -> Tensor:
+    def _dropped(self, rates: list[float], index: Tensor, keys: Sequence[int] | Tensor) -> Tensor:
         """bool [B, 3]; where all three fall, one that is drawn evenly stays."""
-        drawn = [self._chance(_DROP + i, rate, index, epoch) for i, rate in enumerate(rates)]
+        drawn = [self._chance(keys[_DROP + i], rate, index) for i, rate in enumerate(rates)]
         found = torch.stack(drawn, 1)
-        spared = (_bits(_key(self.seed, epoch, _SPARE), index) >> 1 & 0x3FFFFFFF) % len(MODALITIES)
+        spared = (_bits(keys[_SPARE], index) >> 1 & 0x3FFFFFFF) % len(MODALITIES)
         kept = torch.arange(len(MODALITIES), device=index.device) == spared[:, None]
         return found & ~(found.all(1, keepdim=True) & kept)
 
-    def _masked(self, number: int, rate: float, batch: Batch, name: str, epoch: int) -> Tensor:
+    def _masked(self, number: int, rate: float, batch: Batch, name: str, keys: Sequence[int] | Tensor) -> Tensor:
         """bool [B, L] of positions."""
         length = batch.token_mask.shape[1] if name == "text" else getattr(batch, name).shape[1]
         place = torch.arange(length, device=batch.index.device)
-        return self._chance(_MASK + number, rate, batch.index[:, None], epoch, place)
+        return self._chance(keys[_MASK + number], rate, batch.index[:, None], place)
 
-    def _chance(self, stream: int, rate: float, index: Tensor, epoch: int, place: Tensor | None = None) -> Tensor:
-        bits = _bits(_key(self.seed, epoch, stream), index)
+    def _chance(self, key: int | Tensor, rate: float, index: Tensor, place: Tensor | None = None) -> Tensor:
+        bits = _bits(key, index)
         if place is not None:
             bits = _mix(bits + place * _signed(_GOLDEN))
         return (bits & (2**63 - 1)) < int(rate * 2**63)
@@ -93,9 +104,17 @@ class Augmentation:
         mask = torch.where(dropped[:, None], here.to(mask.dtype), mask)
         if ids is None:
             return replace(batch, token_mask=mask, text=batch.text.masked_fill(dropped[:, None, None], 0))
-        row = torch.full((ids.shape[1],), self.pad_id, dtype=ids.dtype)
-        row[: len(kept)] = torch.tensor(kept, dtype=ids.dtype)
-        return replace(batch, token_mask=mask, token_ids=torch.where(dropped[:, None], row.to(ids.device), ids))
+        row = self._empty_text(ids)
+        return replace(batch, token_mask=mask, token_ids=torch.where(dropped[:, None], row, ids))
+
+    def _empty_text(self, ids: Tensor) -> Tensor:
+        """An empty text as wide as ids [B, L], made once a width: a static step may copy nothing from the host."""
+        key = (ids.shape[1], ids.device)
+        if key not in self._rows:
+            kept = list(self.empty[: ids.shape[1]])
+            row = kept + [self.pad_id] * (ids.shape[1] - len(kept))
+            self._rows[key] = torch.tensor(row, dtype=ids.dtype, device=ids.device)
+        return self._rows[key]
 
 
 def _signed(word: int) -> int:
@@ -121,6 +140,6 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & 2**33 - 1)
 
 
-def _bits(key: int, index: Tensor) -> Tensor:
+def _bits(key: int | Tensor, index: Tensor) -> Tensor:
     """64 random bits a sample, int64 of the shape of `index`."""
     return _mix(_mix(index * _signed(_GOLDEN) + key))

@@ -40,6 +40,9 @@ class Batch:
         audio: float32 [B, La, d_a]; audio_length: int64 [B], 1 <= length <= La.
         vision: float32 [B, Lv, d_v]; vision_length: int64 [B], 1 <= length <= Lv.
         packed: the token_ids once more as `engine.model.text_encoder.pack_text` lays them out, or None.
+        static: the batch lies in buffers of a static step: its widths are a bucket's, not those of its longest
+            sequences, and nothing may look at its values on the host.
+        audio_width, vision_width: int64 0-d, the widths without the bucket; None where the tensors have them.
 
     A missing modality is one zero frame of length 1.
     """
@@ -55,6 +58,9 @@ class Batch:
     vision: Tensor
     vision_length: Tensor
     packed: PackedText | None = None
+    static: bool = False
+    audio_width: Tensor | None = None
+    vision_width: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -116,6 +116,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def draws_words(self) -> bool:
+        """Whether `text_rows` depends on `draw`."""
+        return self._draws_with is not None
+
     def text_rows(self, draw: tuple[int, int] | None = None) -> Ragged:
         """Tokens or text features; where the data draws words (AVEC2019), those of `draw` = (seed, epoch)."""
         if self.tokens is None:

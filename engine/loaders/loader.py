@@ -58,6 +58,7 @@ class Loader:
     Attributes:
         kind: resident, dali or torch.
         why: why it was chosen, in words.
+        draws_words: texts change from epoch to epoch.
     """
 
     kind: str
@@ -73,7 +74,7 @@ class Loader:
         draw_words: bool = False,
         why: str = "",
     ):
-        self._draw_words = draw_words
+        self.draws_words = draw_words and split.draws_words
         self.split, self.sampler, self.padding, self.why = split, sampler, padding, why
         self.device, self.augmentation = torch.device(device), augmentation
         self.label = label.to(self.device)
@@ -94,7 +95,7 @@ class Loader:
         for batch in self._batches(pieces[start:]):
             self._delivered += 1
             if self.augmentation is not None:
-                batch = self.augmentation.apply(batch, epoch)
+                batch = self.augmentation.apply(batch, self.augmentation.keys(epoch))
             yield batch
 
     def _batches(self, pieces: list[Tensor]) -> Iterator[Batch]:
@@ -178,7 +179,7 @@ class Loader:
 
     def _draw(self) -> tuple[int, int] | None:
         """What words are drawn with this epoch (see `Split.text_rows`)."""
-        return (self.sampler.seed, self._epoch) if self._draw_words else None
+        return (self.sampler.seed, self._epoch) if self.draws_words else None
 
     def _batch(self, piece: Tensor, rows: Tensor, text: Text, audio: Padded, vision: Padded) -> Batch:
         """`piece` are the rows on the host, `rows` on the device."""

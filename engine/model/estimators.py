@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from engine.errors import EstimatorError
 from engine.kernels.critics import ACTIVATIONS, concat_infonce, concat_scores, mlp, separate_scores
 from engine.kernels.mi_bounds import BOUNDS, bound_value, mimrl_mine_loss, update_log_ema
+from engine.kernels.registry import is_static
 
 CRITICS = ("separate", "concat")
 BASELINES = ("constant", "unnormalized", "gaussian")
@@ -271,7 +272,7 @@ def mlp_layers(sequential: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
 
 def waits_for(tensor: Tensor) -> bool:
     """Whether Python may look at values of `tensor`: a GPU would have to be waited for, and a graph has none."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_static()
 
 
 def finite(*tensors: Tensor) -> bool:

@@ -51,6 +51,18 @@ def fill(x: Tensor, mask: Tensor, more: int) -> Tensor:
     return torch.cat([inside, mean.expand(-1, more, -1)], dim=1)
 
 
+def cut(x: Tensor, width: Tensor | None) -> Tensor:
+    """x [B, L, D] with zeros from position `width` (int64 0-d) on; None: as it is."""
+    if width is None:
+        return x
+    return x * (torch.arange(x.shape[1], device=x.device) < width)[:, None]
+
+
+def mean_over(x: Tensor, width: Tensor | None) -> Tensor:
+    """Mean of x [B, L, D] over its first `width` (int64 0-d) positions, the others being zero; None: over all."""
+    return x.mean(1) if width is None else x.sum(1) / width
+
+
 def hide_rows(x: Tensor, p: float) -> Tensor:
     """x [B, ...] with rows zeroed at random, each with probability p."""
     kept = torch.rand(len(x), device=x.device) >= p
@@ -125,9 +137,12 @@ class MIMRL(nn.Module):
             sequences.append(self.audio_encoder(batch.audio, audio_length))
         with part("vision"):
             sequences.append(self.vision_encoder(batch.vision, vision_length))
+        if self.faithful:
+            exact = None, batch.audio_width, batch.vision_width
+            sequences = [cut(x, width) for x, width in zip(sequences, exact, strict=True)]
         sequences = [dropout(x, p, self.training) for x, p in zip(sequences, self.dropout, strict=True)]
         if self.faithful:
-            means = [x.mean(1) for x in sequences]
+            means = [mean_over(x, width) for x, width in zip(sequences, exact, strict=True)]
         else:
             means = [masked_mean(x, mask) for x, mask in zip(sequences, masks, strict=True)]
         sequences = [fit_length(x, self.time_len) for x in sequences]
@@ -142,7 +157,9 @@ class MIMRL(nn.Module):
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch with its texts packed, where forward would pack them: before it moves to a GPU or into a graph."""
-        if self.faithful or batch.token_ids is None or batch.packed is not None or not packable(self.text_encoder):
+        if self.faithful or batch.static or batch.token_ids is None or batch.packed is not None:
+            return batch
+        if not packable(self.text_encoder):
             return batch
         return replace(batch, packed=pack_text(batch.token_ids, batch.token_mask))
 
@@ -156,7 +173,7 @@ class MIMRL(nn.Module):
     def _encode_text(self, batch: Batch) -> Tensor:
         if batch.text is not None:
             return batch.text
-        if self.faithful:
+        if self.faithful or batch.static:
             return self.text_encoder(batch.token_ids, batch.token_mask)
         if batch.packed is None:
             return encode_without_padding(self.text_encoder, batch.token_ids, batch.token_mask)

@@ -35,7 +35,8 @@ def batch(count=2000, length=9, features=False):
 
 
 def augmented(config, data, epoch=0, seed=0):
-    return Augmentation(config, seed, EMPTY, UNKNOWN, PAD).apply(data, epoch)
+    augmentation = Augmentation(config, seed, EMPTY, UNKNOWN, PAD)
+    return augmentation.apply(data, augmentation.keys(epoch))
 
 
 def missing(found):

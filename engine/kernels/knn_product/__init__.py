@@ -1,5 +1,6 @@
 """Product samples p(x|z) p(y,z): isolated k-nearest-neighbour sampling, and sampling within strata of a discrete z."""
 
+from engine.kernels.knn_product.epoch import EpochProducts, draw_epoch
 from engine.kernels.knn_product.op import (
     Bank,
     ProductRows,
@@ -13,9 +14,11 @@ from engine.kernels.knn_product.reference import Strata, label_strata
 
 __all__ = [
     "Bank",
+    "EpochProducts",
     "ProductRows",
     "ProductSampler",
     "Strata",
+    "draw_epoch",
     "knn_product_samples",
     "label_strata",
     "product_indices",

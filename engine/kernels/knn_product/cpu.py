@@ -89,12 +89,14 @@ def prepare(z: Tensor, int8: bool | None = None) -> tuple[Tensor, Tensor, Tensor
 
 
 def nearest(
-    z: Tensor, coarse: Tensor, bounds: Tensor, unit: Tensor, query: Tensor, key: Tensor, k: int, first: bool
-) -> Tensor:
+    z: Tensor, coarse: Tensor, bounds: Tensor, unit: Tensor, query: Tensor, key: Tensor, k: int, first: bool,
+    isolate: bool = True,
+) -> Tensor:  # fmt: skip
     """As `reference.nearest`, with what `prepare` made of z. int64 [T, m, k]."""
     n, (draws, m) = len(z), query.shape
     taken = np.zeros((draws, n), dtype=np.bool_)
-    np.put_along_axis(taken, query.numpy(), True, axis=1)
+    if isolate:
+        np.put_along_axis(taken, query.numpy(), True, axis=1)
     flat, found = query.reshape(-1), query.new_empty(draws * m, k)
     size = max(1, PRODUCTS // max(1, n))
     for at in range(0, len(flat), size):
@@ -363,3 +365,35 @@ def _tied_run(value, centre, kth, left):
         else:
             hi = mid
     return begin, lo
+
+
+# -- taking rows ------------------------------------------------------------------------------------------------------
+
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def take(
+    features: Tensor, query: Tensor, neighbour: Tensor, counter: Tensor, plan: Tensor, m: int, size: int
+) -> Tensor:
+    """As `reference.take`; plan int64 [pieces, 5] holds the pieces' numbers."""
+    out = features.new_empty(size)
+    bits = BITS[features.element_size()]  # numpy knows no bfloat16, and a copy needs no more
+    _take(
+        features.view(bits).numpy(), query.numpy(), neighbour.flatten(2).numpy(), counter.item(), plan.numpy(), m,
+        neighbour.shape[3], out.view(bits).numpy(),
+    )  # fmt: skip
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _take(features, query, neighbour, step, plan, m, k, out):
+    for p in range(len(plan)):
+        draw, column, width, at, near = plan[p]
+        at *= m
+        index = neighbour[step, draw] if near else query[step, draw]
+        for i in range(m * k if near else m):
+            line = features[index[i]]
+            for c in range(column, column + width):
+                out[at] = line[c]
+                at += 1

@@ -29,6 +29,9 @@ Indices = tuple[Tensor, Tensor]
 
 KEYS = 1 << 32
 
+# What the searches of scalars launch on a GPU, where they are torch's operations: each taken for one kernel.
+LINE_LAUNCHES, STRATA_LAUNCHES, DISTINCT_LAUNCHES = 0, 0, 0
+
 
 # -- registration -----------------------------------------------------------------------------------------------------
 
@@ -39,10 +42,12 @@ def _neighbours_like(query: Tensor, k: int) -> Tensor:
 
 register(
     "knn_nearest",
-    "(Tensor z, Tensor coarse, Tensor bounds, Tensor unit, Tensor query, Tensor key, int k, bool first) -> Tensor",
+    "(Tensor z, Tensor coarse, Tensor bounds, Tensor unit, Tensor query, Tensor key, int k, bool first,"
+    " bool isolate=True) -> Tensor",
     cpu=lazy("engine.kernels.knn_product.cpu", "nearest"),
     cuda=lazy("engine.kernels.knn_product.triton", "nearest"),
-    fake=lambda z, coarse, bounds, unit, query, key, k, first: _neighbours_like(query, k),
+    fake=lambda z, coarse, bounds, unit, query, key, k, first, isolate=True: _neighbours_like(query, k),
+    launches=lambda *args: 4 if args[8:] != (False,) else 3,  # who is a query: zeros and a scatter
 )
 register(
     "knn_nearest_on_line",
@@ -50,6 +55,7 @@ register(
     cpu=lazy("engine.kernels.knn_product.cpu", "nearest_on_line"),
     cuda=reference.nearest_on_line,  # sorting is done: what is left are small device operations
     fake=lambda ascending, order, query, key, k: _neighbours_like(query, k),
+    launches=lambda ascending, order, query, key, k: LINE_LAUNCHES + DISTINCT_LAUNCHES * k,
 )
 register(
     "knn_within_strata",
@@ -58,6 +64,15 @@ register(
     cpu=lazy("engine.kernels.knn_product.cpu", "within_strata"),
     cuda=reference.within_strata,
     fake=lambda ascending, order, group, start, stop, query, key, k: _neighbours_like(query, k),
+    launches=lambda *args: LINE_LAUNCHES + STRATA_LAUNCHES + 2 * DISTINCT_LAUNCHES * args[-1],
+)
+register(
+    "knn_take",
+    "(Tensor features, Tensor query, Tensor neighbour, Tensor counter, Tensor plan, int m, int size) -> Tensor",
+    cpu=lazy("engine.kernels.knn_product.cpu", "take"),
+    cuda=lazy("engine.kernels.knn_product.triton", "take"),
+    fake=lambda features, query, neighbour, counter, plan, m, size: features.new_empty(size),
+    launches=1,
 )
 
 
@@ -80,18 +95,23 @@ class Space:
             )  # fmt: skip
         self._prepared: dict[str, tuple[Tensor, ...]] = {}
 
-    def neighbours(self, query: Tensor, key: Tensor, k: int, ties: Ties = "random") -> Tensor:
-        """The k nearest non-query rows of each query; query, key int64 [T, m] -> int64 [T, m, k]."""
+    def neighbours(
+        self, query: Tensor, key: Tensor, k: int, ties: Ties = "random", isolate: bool = True
+    ) -> Tensor:
+        """The k nearest non-query rows of each query; query, key int64 [T, m] -> int64 [T, m, k].
+
+        With `isolate=False` any row may be a neighbour, the query itself included.
+        """
         backend = backend_for(self.z, "knn_nearest")
         if backend == "reference":
-            return reference.nearest(self.z, query, key, k, ties == "first")
+            return reference.nearest(self.z, query, key, k, ties == "first", isolate)
         if backend not in self._prepared:
             if backend == "cpu":
                 from engine.kernels.knn_product.cpu import prepare
             else:
                 from engine.kernels.knn_product.triton import prepare
             self._prepared[backend] = prepare(self.z)
-        return call("knn_nearest", self.z, *self._prepared[backend], query, key, k, ties == "first")
+        return call("knn_nearest", self.z, *self._prepared[backend], query, key, k, ties == "first", isolate)
 
 
 class Line:
@@ -256,11 +276,11 @@ class ProductSampler:
         if not sizes:
             return {}
         z = self.bank[next(iter(groups))]
-        _check_bank(len(z), m, k)
+        check_bank(len(z), m, k)
         query, key = _draw(len(z), sum(sizes), m, generator, z.device)
         rows = {}
         for (given, members), q, s in zip(groups.items(), query.split(sizes), key.split(sizes), strict=True):
-            neighbour = self._neighbours(given, q, s).flatten(1)
+            neighbour = self.neighbours(given, q, s).flatten(1)
             for i, term in enumerate(members):
                 at = 0 if self.shared else i
                 x, y, z = (self.bank[name] for name in (term.x, term.y, given))
@@ -270,13 +290,18 @@ class ProductSampler:
                 )
         return {str(term): rows[str(term)] for term in terms}
 
-    def _neighbours(self, given: str, query: Tensor, key: Tensor) -> Tensor:
+    def neighbours(self, given: str, query: Tensor, key: Tensor) -> Tensor:
+        """k rows like each query in condition `given`; int64 [T, m] -> int64 [T, m, k]."""
         if given in self.discrete:
             return self.bank.line(given).within_strata(query, key, self.k)
-        z = self.bank[given]
-        if z.numel() == len(z):
+        if self.on_a_line(given):
             return self.bank.line(given).neighbours(query, key, self.k)
         return self.bank.space(given).neighbours(query, key, self.k)
+
+    def on_a_line(self, given: str) -> bool:
+        """Whether condition `given` is a scalar, or taken for one."""
+        z = self.bank[given]
+        return given in self.discrete or z.numel() == len(z)
 
 
 def knn_product_samples(
@@ -325,7 +350,7 @@ def product_indices(
     Raises:
         EstimatorError: fewer than k rows are left beside the m queries; z is not finite.
     """
-    _check_bank(len(z), m, k)
+    check_bank(len(z), m, k)
     query, key = _query_and_key(query, len(z), m, generator, z.device)
     if m == 0:
         return query[0], query[0]
@@ -367,7 +392,7 @@ def stratified_product_indices(
     """
     label = Bank({"label": label}).line("label") if len(label) else Line(label)
     n = len(label.z)
-    _check_bank(n, m, k)
+    check_bank(n, m, k)
     query, key = _query_and_key(query, n, m, generator, label.z.device)
     if m == 0:
         return query[0], query[0]
@@ -382,7 +407,7 @@ def product_rows(
     return bank_x[neighbour], bank_y[repeated], bank_z[repeated]
 
 
-def _check_bank(n: int, m: int, k: int) -> None:
+def check_bank(n: int, m: int, k: int) -> None:
     if k < 1 or m < 0:
         raise EstimatorError(
             "k_neighbor", f"k_neighbor {k} and {m} queries", "k_neighbor >= 1 and queries >= 0", "Mend them."

@@ -36,30 +36,58 @@ def mix(key: Tensor, number: Tensor) -> Tensor:
 # -- nearest neighbours -----------------------------------------------------------------------------------------------
 
 
-def nearest(z: Tensor, query: Tensor, key: Tensor, k: int, first: bool) -> Tensor:
+def nearest(z: Tensor, query: Tensor, key: Tensor, k: int, first: bool, isolate: bool = True) -> Tensor:
     """Of each query the k non-query rows of least (|z − z_query|², mix(key, row), row), in this order.
 
     Args:
         z: [N, d], finite.
         query, key: int64 [T, m]; the queries of one draw are distinct.
         first: leave the hash out: of tied rows the lowest are taken.
+        isolate: without it any row may be a neighbour, the query itself included.
 
     Returns:
         int64 [T, m, k].
     """
     row = torch.arange(len(z), device=z.device)
     found = query.new_empty(*query.shape, k)
-    wide = _wide(z)
+    z = wide(z)
     for t in range(len(query)):
         for block in torch.arange(query.shape[1], device=z.device).split(max(1, BLOCK // max(1, z.numel()))):
-            distance = (wide - wide[query[t, block]][:, None]).square().sum(-1)
-            distance[:, query[t]] = float("inf")
+            distance = (z - z[query[t, block]][:, None]).square().sum(-1)
+            if isolate:
+                distance[:, query[t]] = float("inf")
             order = row.expand_as(distance)
             if not first:
                 order = mix(key[t, block][:, None], row).argsort(dim=1, stable=True)
             nearest_first = torch.sort(distance.gather(1, order), dim=1, stable=True).indices[:, :k]
             found[t, block] = order.gather(1, nearest_first)
     return found
+
+
+def select(rows: Tensor, distance: Tensor, query: Tensor, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As `nearest`, from lists of each row's nearest rows.
+
+    A list decides where the k-th distance left after skipping the queries is below the list's last one: every row that
+    is not listed is farther away. A list of the whole bank always decides.
+
+    Args:
+        rows: int64 [N, L], the L rows nearest to each row, nearest first; the row itself may be among them.
+        distance: float [N, L], their squared distances.
+        query, key: int64 [T, m].
+
+    Returns:
+        int64 [T, m, k], and bool [T]: draws with a query whose list does not decide, to be searched again.
+    """
+    near, gap = rows[query], distance[query]
+    taken = torch.zeros(len(query), len(rows), dtype=torch.bool, device=rows.device).scatter_(1, query, True)
+    last = gap[..., -1]
+    gap = gap.masked_fill(taken.gather(1, near.flatten(1)).view_as(near), float("inf"))
+    by_chance = (mix(key[..., None], near) << 31 | near).argsort(dim=-1)
+    gap, nearest_first = torch.sort(gap.gather(-1, by_chance), dim=-1, stable=True)
+    found = near.gather(-1, by_chance).gather(-1, nearest_first[..., :k])
+    if rows.shape[1] == len(rows):
+        return found, torch.zeros_like(taken[:, 0])
+    return found, (gap[..., k - 1] >= last).any(1)
 
 
 def nearest_on_line(ascending: Tensor, order: Tensor, query: Tensor, key: Tensor, k: int) -> Tensor:
@@ -75,42 +103,36 @@ def nearest_on_line(ascending: Tensor, order: Tensor, query: Tensor, key: Tensor
     Returns:
         int64 [T, m, k], nearest first.
     """
-    return torch.stack([_nearest_on_line(ascending, order, q, s, k) for q, s in zip(query, key, strict=True)])
+    last, device = len(order) - query.shape[1], order.device
+    place = _places(order)[query]
+    free, centre = _Free(place), ascending[place]
 
-
-def _nearest_on_line(ascending: Tensor, order: Tensor, query: Tensor, key: Tensor, k: int) -> Tensor:
-    n, m, device = len(order), len(query), order.device
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(n, device=device)
-    centre = ascending[rank[query]]
-    rest, _ = _without(order, query)
-    ascending = ascending[rank[rest]]
-
-    place = torch.searchsorted(ascending, centre)[:, None] + _outwards(k, device)
-    outside = (place < 0) | (place >= n - m)
-    place = place.clamp(0, n - m - 1)
-    distance = (_wide(ascending)[place] - _wide(centre)[:, None]).abs().masked_fill(outside, float("inf"))
-    distance, nearest_first = torch.sort(distance, dim=1, stable=True)
-    place = place.gather(1, nearest_first)
+    number = free.before(torch.searchsorted(ascending, centre))[..., None] + _outwards(k, device)
+    outside = (number < 0) | (number >= last)
+    number = number.clamp(0, last - 1)
+    value = ascending[free.place(number)]
+    distance = (wide(value) - wide(centre)[..., None]).abs().masked_fill(outside, float("inf"))
+    distance, nearest_first = torch.sort(distance, dim=-1, stable=True)
+    number, value = number.gather(-1, nearest_first), value.gather(-1, nearest_first)
 
     # The run of values equal to the k-th on either side; on a side without one the run is empty.
-    tied = distance == distance[:, k - 1 : k]
-    value = ascending[place]
+    tied = distance == distance[..., k - 1 : k]
     low, width = [], []
-    for side in (value < centre[:, None], value >= centre[:, None]):
+    for side in (value < centre[..., None], value >= centre[..., None]):
         here = tied & side
         # a run has one value, unless rounding made several distances equal
-        least = torch.where(here, value, float("inf")).amin(1)
-        most = torch.where(here, value, float("-inf")).amax(1)
-        low.append(torch.searchsorted(ascending, least))
-        width.append((torch.searchsorted(ascending, most, right=True) - low[-1]).clamp(min=0))
-    tied, place = tied[:, :k], place[:, :k]
-    needed = tied.sum(1)
+        least = torch.where(here, value, float("inf")).amin(-1)
+        most = torch.where(here, value, float("-inf")).amax(-1)
+        low.append(free.before(torch.searchsorted(ascending, least)))
+        width.append((free.before(torch.searchsorted(ascending, most, right=True)) - low[-1]).clamp(min=0))
+    tied, number = tied[..., :k], number[..., :k]
+    needed = tied.sum(-1)
     draw = distinct(width[0] + width[1], needed, k, key)
-    draw = torch.where(draw < width[0][:, None], low[0][:, None] + draw, low[1][:, None] + draw - width[0][:, None])
+    left = width[0][..., None]
+    draw = torch.where(draw < left, low[0][..., None] + draw, low[1][..., None] + draw - left)
     # The j-th draw goes to the j-th of the tied places, which are the last ones of the row.
-    turn = (torch.arange(k, device=device) - (k - needed)[:, None]).clamp(min=0)
-    return rest[torch.where(tied, draw.gather(1, turn), place)]
+    turn = (torch.arange(k, device=device) - (k - needed)[..., None]).clamp(min=0)
+    return order[free.place(torch.where(tied, draw.gather(-1, turn), number))]
 
 
 def _outwards(k: int, device: torch.device) -> Tensor:
@@ -120,33 +142,46 @@ def _outwards(k: int, device: torch.device) -> Tensor:
 
 
 def distinct(size: Tensor, count: Tensor, most: int, key: Tensor) -> Tensor:
-    """For each row a uniformly random set of `count` distinct integers in [0, size), as [rows, most] padded with -1.
+    """Uniformly random sets of `count` distinct integers in [0, size), as [..., most] padded with -1.
 
-    Floyd's algorithm: `most` steps on all rows at once, whatever the sizes. size >= count, key, all int64 [rows].
+    Floyd's algorithm: `most` steps on all sets at once, whatever the sizes. size >= count, key, all int64 [...].
     """
-    chosen = size.new_full((len(size), most), -1)
+    chosen = size.new_full((*size.shape, most), -1)
     for step in range(most):
         top = size - count + step  # the step-th draw is from [0, top]
         draw = (mix(key, torch.full_like(key, step)) * (top + 1)) >> 32
-        taken = (chosen == draw[:, None]).any(1)
-        chosen[:, step] = torch.where(step < count, torch.where(taken, top, draw), -1)
+        taken = (chosen == draw[..., None]).any(-1)
+        chosen[..., step] = torch.where(step < count, torch.where(taken, top, draw), -1)
     return chosen
 
 
-def _without(order: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """`order` without the queries, [N - m], and how many of the first i entries of `order` are left, [N + 1]."""
-    n = len(order)
-    keep = torch.ones(n, dtype=torch.bool, device=order.device)
-    keep[query] = False
-    keep = keep[order]
-    before = torch.zeros(n + 1, dtype=torch.int64, device=order.device)
-    torch.cumsum(keep, 0, out=before[1:])
-    rest = order.new_empty(n + 1)  # the last slot collects the queries
-    rest[torch.where(keep, before[:-1], n)] = order
-    return rest[: n - len(query)], before
+class _Free:
+    """The places of the sorted bank that no query of a draw holds, numbered in ascending order.
+
+    Args:
+        place: int64 [T, m], the places of the queries.
+    """
+
+    def __init__(self, place: Tensor):
+        self.taken = place.sort(dim=1).values
+        # free places below each query
+        self.below = self.taken - torch.arange(place.shape[1], device=place.device)
+
+    def before(self, place: Tensor) -> Tensor:
+        """How many places below `place` int64 [T, ...] are free."""
+        return place - torch.searchsorted(self.taken, place.flatten(1)).view_as(place)
+
+    def place(self, number: Tensor) -> Tensor:
+        """The place of each free place's number int64 [T, ...]."""
+        return number + torch.searchsorted(self.below, number.flatten(1), right=True).view_as(number)
 
 
-def _wide(values: Tensor) -> Tensor:
+def _places(order: Tensor) -> Tensor:
+    """Where each row stands in `order`."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def wide(values: Tensor) -> Tensor:
     """Values in the precision that distances are compared in: float64, where the device has it."""
     return values if values.device.type == "mps" else values.double()
 
@@ -236,12 +271,57 @@ def within_strata(
     Returns:
         int64 [T, m, k].
     """
-    found = []
-    for q, s in zip(query, key, strict=True):
-        rest, before = _without(order, q)
-        low, high = before[start[group[q]]], before[stop[group[q]]]
-        short = high - low < k
-        low, high = torch.where(short, 0, low), torch.where(short, len(rest), high)
-        drawn = rest[low[:, None] + distinct(high - low, torch.full_like(low, k), k, s)]
-        found.append(torch.where(short[:, None], _nearest_on_line(ascending, order, q, s, k), drawn))
-    return torch.stack(found)
+    free, stratum = _Free(_places(order)[query]), group[query]
+    low, high = free.before(start[stratum]), free.before(stop[stratum])
+    short = high - low < k
+    low, high = torch.where(short, 0, low), torch.where(short, len(order) - query.shape[1], high)
+    drawn = low[..., None] + distinct(high - low, torch.full_like(low, k), k, key)
+    drawn = order[free.place(drawn)]
+    return torch.where(short[..., None], nearest_on_line(ascending, order, query, key, k), drawn)
+
+
+# -- taking rows ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor among the product rows of a batch, within the buffer that holds them all.
+
+    Attributes:
+        draw: which draw's rows are taken.
+        column, width: the columns of the concatenated features.
+        offset: where it begins in the buffer, in units of m elements.
+        near: rows of the neighbours, m·k of them; else of the queries, m of them.
+    """
+
+    draw: int
+    column: int
+    width: int
+    offset: int
+    near: bool
+
+
+def take(
+    features: Tensor, query: Tensor, neighbour: Tensor, counter: Tensor, pieces: list[Piece], m: int, size: int
+) -> Tensor:
+    """The rows of all pieces for one batch, in one buffer.
+
+    Args:
+        features: [N, width], concatenated.
+        query: int64 [steps, T, M].
+        neighbour: int64 [steps, T, M, k].
+        counter: int64 0-d, the number of the batch.
+        m: queries of the batch, at most M.
+        size: elements of the buffer.
+
+    Returns:
+        [size]; piece p fills it from p.offset · m on, row by row. What lies between pieces is left unset.
+    """
+    at = counter.reshape(1)
+    query, neighbour = (t.index_select(0, at)[0, :, :m].flatten(1) for t in (query, neighbour))
+    out = features.new_empty(size)
+    for p in pieces:
+        rows = (neighbour if p.near else query)[p.draw]
+        part = features[:, p.column : p.column + p.width].index_select(0, rows)
+        out[p.offset * m : p.offset * m + part.numel()] = part.flatten()
+    return out

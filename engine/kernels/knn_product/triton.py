@@ -21,6 +21,7 @@ from engine.kernels.aot import AotCase
 # Exact-float32 products take registers, not tensor cores: small tiles, many warps.
 BOUND = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
 RANK = {"BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
+TAKE = {"BLOCK_M": 16, "BLOCK_D": 128, "num_warps": 4}
 CANDIDATES = 16
 MOST_PARTS = 64  # of the bank, searched side by side
 
@@ -42,12 +43,15 @@ def prepare(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nearest(
-    z: Tensor, coarse: Tensor, bounds: Tensor, unit: Tensor, query: Tensor, key: Tensor, k: int, first: bool
-) -> Tensor:
+    z: Tensor, coarse: Tensor, bounds: Tensor, unit: Tensor, query: Tensor, key: Tensor, k: int, first: bool,
+    isolate: bool = True,
+) -> Tensor:  # fmt: skip
     """As `reference.nearest`, with what `prepare` made of z. int64 [T, m, k]."""
     (n, d), (draws, m) = z.shape, query.shape
     query, key = query.contiguous(), key.contiguous()
-    taken = torch.zeros(draws, n, dtype=torch.int8, device=z.device).scatter_(1, query, 1)
+    taken = torch.zeros(draws, n, dtype=torch.int8, device=z.device)
+    if isolate:
+        taken.scatter_(1, query, 1)
     size = max(CANDIDATES, triton.next_power_of_2(k))
     tiles = triton.cdiv(n, BOUND["BLOCK_N"])
     tiles_each = triton.cdiv(tiles, MOST_PARTS)
@@ -213,23 +217,62 @@ def rank_kernel(
     tl.store(found + (draw * m + i) * K + out, best_row, mask=out < K)
 
 
+# -- taking rows ------------------------------------------------------------------------------------------------------
+
+
+def take(
+    features: Tensor, query: Tensor, neighbour: Tensor, counter: Tensor, plan: Tensor, m: int, size: int
+) -> Tensor:
+    """As `reference.take`, in one launch; plan int64 [pieces, 5] holds the pieces' numbers."""
+    (_, draws, most), k = query.shape, neighbour.shape[3]
+    out = features.new_empty(size)
+    take_kernel[(len(plan), triton.cdiv(m * k, TAKE["BLOCK_M"]))](
+        features, query, neighbour, counter, plan, out, features.shape[1], draws, most, m, k, **TAKE
+    )
+    return out
+
+
+@triton.jit
+def take_kernel(
+    features, query, neighbour, counter, plan, out, width_of_all, draws, most, m, k,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of one piece."""
+    piece = plan + tl.program_id(0) * 5
+    draw, column, width = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
+    start, near = tl.load(piece + 3) * m, tl.load(piece + 4) != 0
+    base = (tl.load(counter) * draws + draw) * most
+    i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    there = i < tl.where(near, m * k, m)
+    row = tl.load(neighbour + base * k + i, mask=there & near, other=0)
+    row += tl.load(query + base + i, mask=there & (near == 0), other=0)
+    for c0 in range(0, width, BLOCK_D):
+        c = c0 + tl.arange(0, BLOCK_D)
+        inside = there[:, None] & (c < width)[None, :]
+        value = tl.load(features + row[:, None] * width_of_all + column + c[None, :], mask=inside)
+        tl.store(out + start + i.to(tl.int64)[:, None] * width + c[None, :], value, mask=inside)
+
+
 def aot_cases() -> list[AotCase]:
-    """Both kernels at MIMRL's sizes and at more neighbours."""
+    """The kernels at MIMRL's sizes, as lists of the bank take them, and at more neighbours."""
     index = dict.fromkeys(("n", "m", "d", "parts"), "i32")
     bound = {"coarse": "*fp32", "norm": "*fp32", "query": "*i64", "taken": "*i8", "bound": "*fp32", "row": "*i32"}
     rank = {
         "z": "*fp32", "unit": "*fp64", "query": "*i64", "key": "*i64", "taken": "*i8", "bound": "*fp32", "row": "*i32",
         "found": "*i64",
     }  # fmt: skip
-    cases = []
-    for k in (2, 20):
+    take = {"features": "*fp32", "query": "*i64", "neighbour": "*i64", "counter": "*i64", "plan": "*i64", "out": "*fp32"}
+    take |= dict.fromkeys(("width_of_all", "draws", "most", "m", "k"), "i32")
+    blocks = {key: value for key, value in TAKE.items() if key.isupper()}
+    cases = [AotCase("knn_product.take/fp32", take_kernel, take, blocks, num_warps=TAKE["num_warps"])]
+    for k in (2, 11, 20):
         keep = triton.next_power_of_2(k)
         size = max(CANDIDATES, keep)
         sizes = {"K": k, "KEEP": keep, "PARTS": MOST_PARTS * size, "FIRST": False}
-        for name, kernel, signature, setting, more in (
-            (f"bound/size{size}", bound_kernel, bound | index | {"tiles_each": "i32"}, BOUND, {}),
-            (f"rank/k{k}", rank_kernel, rank | index, RANK, sizes),
-        ):
+        kernels = [(f"rank/k{k}", rank_kernel, rank | index, RANK, sizes)]
+        if k != 11:  # its candidates are as many as those of 2
+            kernels.append((f"bound/size{size}", bound_kernel, bound | index | {"tiles_each": "i32"}, BOUND, {}))
+        for name, kernel, signature, setting, more in kernels:
             blocks = {key: value for key, value in setting.items() if key.isupper()}
             cases.append(
                 AotCase(

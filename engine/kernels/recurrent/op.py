@@ -77,8 +77,8 @@ class _Recurrent(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx, x: Tensor, length: Tensor, cell: str, *weights: Tensor) -> Tensor:
-        # lengths are data: a compiled graph, whose shapes must not depend on them, makes room for a full batch
-        graph = torch.compiler.is_compiling() or x.is_cuda
+        # lengths are data: a graph, whose shapes must not depend on them, makes room for a full batch
+        graph = torch.compiler.is_compiling() or x.is_cuda or registry.is_static()
         tokens = x.shape[0] * x.shape[1] if graph else int(length.sum())
         out, state = registry.call("recurrent_forward", x, length, list(weights), cell, tokens)
         ctx.save_for_backward(x, length, out, state, *weights)

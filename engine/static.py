@@ -1,0 +1,534 @@
+"""The static step: each stage as one function over buffers that stay where they are, so that a GPU can replay it.
+
+A step launches a thousand small kernels, and Python takes ten times as long to launch them as a GPU takes to run them.
+Here a stage reads its batch, its random rows and its rates from static buffers, and leaves its results in others.
+Nothing in it waits for the device or copies from the host. On a GPU it is captured as a CUDA graph for every shape it
+meets, and replayed. With `graphs="emulate"` the same functions run uncaptured on any device.
+
+A shape's first batch runs uncaptured. That is the warm-up that a capture needs, and it counts: no weight has to be
+restored. The second batch is captured and replayed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from engine.errors import ConfigError
+from engine.kernels import registry
+from engine.kernels.knn_product import Bank
+from engine.loaders.feed import CopyFeed, Feed, Key
+from engine.profile import part
+
+if TYPE_CHECKING:
+    from engine.step import FeatureBank, Sums, TwoStageStep
+
+LIMIT = 64  # graphs a step keeps; further shapes run uncaptured
+KERNELS = str(Path(registry.__file__).parent)
+
+log = logging.getLogger("engine")
+
+
+class NotCapturable(ConfigError):
+    """An operation that a CUDA graph cannot hold."""
+
+    def __init__(self, operation: str, where: str, why: str):
+        super().__init__(
+            "graphs", f"{operation} at {where}: {why}", "operations that a CUDA graph can replay",
+            "Change the model there, or train with graphs off (train.graphs=off).",
+        )  # fmt: skip
+
+
+# -- what cannot be captured ---------------------------------------------------------------------------------------
+
+
+_READS = {"_local_scalar_dense": "the host waits for its value"}
+_SIZES = dict.fromkeys(
+    ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"),
+    "the size of its result depends on values",
+)
+
+
+class Watch(TorchDispatchMode):
+    """Raises `NotCapturable` at the first operation that a CUDA graph could not hold, on any device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.overloadpacket.__name__
+        why = _READS.get(name) or _SIZES.get(name)
+        if name == "index" and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]):
+            why = "the size of its result depends on values"
+        if name in ("copy_", "_to_copy", "index") and why is None:
+            devices = {t.device.type for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+            target = (kwargs or {}).get("device")
+            if len(devices | ({torch.device(target).type} if target is not None else set())) > 1:
+                why = "data move between host and device"
+        if why is not None:
+            where, ours = _caller()
+            # a host function for CPU tensors may look at them: on a GPU another one runs
+            if not (ours and all(t.device.type == "cpu" for t in tree_iter(args) if isinstance(t, Tensor))):
+                raise NotCapturable(name.strip("_"), where, why)
+        return func(*args, **(kwargs or {}))
+
+
+def _caller() -> tuple[str, bool]:
+    """Where Python code outside of torch called an operation, and whether it is one of the engine's kernels."""
+    frame = sys._getframe(2)
+    library = str(Path(torch.__file__).parent)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((library, "<")):
+            return f"{Path(file).name}:{frame.f_lineno}", file.startswith(KERNELS)
+        frame = frame.f_back
+    return "an unknown place", False
+
+
+# -- graphs ---------------------------------------------------------------------------------------------------------
+
+
+class Graphs:
+    """Runs functions without arguments, each under a key: captured once and replayed, or uncaptured.
+
+    Args:
+        device: where the functions' buffers are.
+        capture: False runs them uncaptured, which works on every device.
+        strict: raise `NotCapturable` where a function cannot be captured. Otherwise it is said once, and everything
+            runs uncaptured from there.
+        limit: graphs kept at once.
+    """
+
+    def __init__(self, device: torch.device, capture: bool, strict: bool, limit: int = LIMIT):
+        self.device, self.capture, self.strict, self.limit = device, capture, strict, limit
+        self._graphs: dict[Hashable, Any] = {}
+        self._seen: set[Hashable] = set()
+        self._uncaptured: set[Hashable] = set()
+        self._watching = True
+        if capture:
+            self._stream = torch.cuda.Stream(device)
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def clear(self) -> None:
+        """Forget everything: what the graphs read has moved."""
+        self._graphs.clear()
+        self._seen.clear()
+        self._uncaptured.clear()
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[None]:
+        """A context in which work is queued where graphs are captured and replayed."""
+        if not self.capture:
+            yield
+            return
+        outside = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(outside)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            outside.wait_stream(self._stream)
+
+    def run(self, key: Hashable, function: Callable[[], None]) -> None:
+        """Run `function`: as the graph of this key, as its warm-up, or uncaptured."""
+        if key in self._graphs:
+            self._graphs[key].replay()
+            return
+        first = key not in self._seen
+        self._seen.add(key)
+        with registry.static():
+            if first and self._watching:
+                self._watched(function)
+            elif not self.capture or key in self._uncaptured or first:
+                function()
+            elif len(self._graphs) >= self.limit:
+                log.warning("%d CUDA graphs are kept, no more are made: further shapes run uncaptured", self.limit)
+                self._uncaptured.add(key)
+                function()
+            elif self._captured(key, function):
+                self._graphs[key].replay()
+            else:
+                function()
+
+    def _watched(self, function: Callable[[], None]) -> None:
+        try:
+            with Watch():
+                function()
+        except NotCapturable as cause:
+            self._give_up(cause)
+            function()
+
+    def _captured(self, key: Hashable, function: Callable[[], None]) -> bool:
+        """Whether the function could be captured under the key."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                function()
+        except torch.OutOfMemoryError as cause:
+            self._uncaptured.add(key)
+            log.warning(
+                "out of memory while a CUDA graph was captured for %s (%d are kept): this shape runs uncaptured. A "
+                "smaller batch_size, or train.graphs=off, needs less. %s",
+                key, len(self._graphs), str(cause).splitlines()[0],
+            )  # fmt: skip
+            torch.cuda.empty_cache()
+            return False
+        except ConfigError:
+            raise
+        except RuntimeError as cause:
+            self._give_up(NotCapturable("an operation", _raised_at(cause), str(cause).splitlines()[0]))
+            return False
+        self._graphs[key] = graph
+        return True
+
+    def _give_up(self, cause: NotCapturable) -> None:
+        if self.strict:
+            raise cause
+        log.warning("steps run without CUDA graphs: %s", cause)
+        self.capture = self._watching = False
+
+
+def _raised_at(error: BaseException) -> str:
+    """The last place outside of torch in an error's traceback."""
+    library, found, trace = str(Path(torch.__file__).parent), "an unknown place", error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith((library, "<")):
+            found = f"{Path(file).name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
+
+
+# -- what graphs read of Python's ---------------------------------------------------------------------------------
+
+
+class Held:
+    """Numbers that change from step to step, such as learning rates, as tensors that a graph reads.
+
+    Python keeps the numbers; `refresh` copies those that changed. Other settings of an optimiser are part of its
+    graphs: see `settings`.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._values: dict[Hashable, tuple[Tensor, float | None]] = {}
+
+    def tensor(self, name: Hashable) -> Tensor:
+        """float32 0-d, the number `name`."""
+        if name not in self._values:
+            self._values[name] = torch.zeros((), device=self._device), None
+        return self._values[name][0]
+
+    def refresh(self, name: Hashable, value: float) -> None:
+        tensor = self.tensor(name)
+        if self._values[name][1] != value:
+            tensor.fill_(value)
+            self._values[name] = tensor, value
+
+    def refresh_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the learning rates that the optimiser's groups have now."""
+        for number, group in enumerate(optimizer.param_groups):
+            self.refresh((id(optimizer), number), float(group["lr"]))
+
+    @contextlib.contextmanager
+    def rates(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """A context in which the optimiser's learning rates are the tensors."""
+        own = [group["lr"] for group in optimizer.param_groups]
+        for number, group in enumerate(optimizer.param_groups):
+            group["lr"] = self.tensor((id(optimizer), number))
+        try:
+            yield
+        finally:
+            for group, rate in zip(optimizer.param_groups, own, strict=True):
+                group["lr"] = rate
+
+
+def settings(optimizer: torch.optim.Optimizer) -> list[tuple]:
+    """An optimiser's settings but for learning rates: a graph holds them as they were."""
+    return [tuple((k, v) for k, v in g.items() if k not in ("params", "lr")) for g in optimizer.param_groups]
+
+
+def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Let an optimiser's step be part of a graph.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    kind, first = type(optimizer).__name__, optimizer.param_groups[0]
+    if "capturable" not in optimizer.defaults and not first.get("fused"):
+        raise ConfigError(
+            "graphs", f"the optimiser {kind}, which reads its learning rate on the host",
+            "one that can be captured: Adam, AdamW or another with capturable=True, SGD with fused=True",
+            "Use such an optimiser, or graphs off.",
+        )  # fmt: skip
+    if device.type != "cuda":
+        return
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = True
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].to(device)
+
+
+class Watched:
+    """Notices that something which graphs hold has been replaced: a parameter, its storage, a module."""
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        self._modules = list(modules)
+        self._parts: list[tuple[dict, str, int, int, bool]] = []
+        for root in self._modules:
+            for module in root.modules():
+                for held in (module._parameters, module._buffers, module._modules):
+                    self._parts += [(held, name, *_identity(value)) for name, value in held.items()]
+
+    def changed(self) -> bool:
+        return any(_identity(held.get(name)) != (a, b, c) for held, name, a, b, c in self._parts)
+
+
+def _identity(value: Tensor | nn.Module | None) -> tuple[int, int, bool]:
+    if isinstance(value, Tensor):
+        return id(value), value.data_ptr(), value.requires_grad
+    return id(value), 0, False
+
+
+def numbers(modules: Iterable[nn.Module]) -> list[tuple]:
+    """Plain settings of modules, such as a dropout's p: a graph holds them as they were."""
+    found = []
+    for root in modules:
+        for module in root.modules():
+            found += [
+                (k, v) for k, v in vars(module).items() if k != "training" and isinstance(v, (bool, int, float, str))
+            ]
+    return found
+
+
+# -- the passes -------------------------------------------------------------------------------------------------
+
+
+class StaticStep:
+    """The passes of an epoch, batch by batch as static functions. `TwoStageStep` makes and uses it.
+
+    Args:
+        step: whose stages these are.
+        capture, strict: as for `Graphs`.
+    """
+
+    def __init__(self, step: TwoStageStep, capture: bool, strict: bool):
+        self.step = step
+        self.device = next((p.device for p in step.model.parameters()), torch.device("cpu"))
+        self.graphs = Graphs(self.device, capture, strict)
+        self.held = Held(self.device)
+        self.number = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._feed: tuple[Any, Feed] | None = None
+        self._known: dict[str, Tensor] = {}
+        self._order = torch.zeros(0, 0, dtype=torch.int64, device=self.device)
+        self._draws: dict[str, Any] = {}
+        self._totals: dict[str, tuple[list[str], Tensor]] = {}
+        self._banks: dict[str, FeatureBank] = {}
+        self._watched: Watched | None = None
+        self._settings: list[Any] = []
+
+    # the passes
+
+    def collect(self, loader: Iterable, size: int, on_batch: Callable[[str, int], None]) -> FeatureBank:
+        """As `TwoStageStep.collect`."""
+        bank = self._bank("collect", size)
+
+        def one(key: Key) -> None:
+            inputs, target, index = self._feed[1].batch(key, self.number)
+            bank.store(index, self.step.features(inputs, target))
+            self.number.add_(1)
+
+        with self._pass(loader) as feed, torch.no_grad():
+            for number, key in enumerate(feed.steps()):
+                self._run(("collect", key), lambda key=key: one(key))
+                on_batch("collect", number)
+        return bank
+
+    def stage1(
+        self, loader: Iterable, bank: FeatureBank, batch_size: int, fresh: bool, on_batch: Callable[[str, int], None]
+    ) -> Sums:
+        """One pass of stage 1: sums of the estimators' values."""
+        step = self.step
+        with self._pass(loader) as feed:
+            known = self._load(bank)
+            if fresh:
+                sizes = step.batch_sizes(loader, batch_size)
+                keys: Iterable[Key] = feed.steps()
+            else:
+                sizes = self._shuffle(len(next(iter(known.values()))), batch_size)
+                keys = [(size,) for size in sizes]
+            self._draw("stage1", known, sizes)
+
+            def one(key: Key) -> None:
+                if fresh:
+                    inputs, target, _ = self._feed[1].batch(key, self.number)
+                    with torch.no_grad():
+                        features = step.features(inputs, target)
+                else:
+                    rows = self._order.index_select(0, self.number)[0, : key[0]]
+                    features = {name: value.index_select(0, rows) for name, value in self._known.items()}
+                output = step.stage1(features, self._take("stage1", key[0]))
+                self._add("stage1", output.values, key[0])
+                self.number.add_(1)
+
+            seen = 0
+            for number, key in enumerate(keys):
+                if key[0] < step.objective.min_batch:
+                    self.number.add_(1)
+                    continue
+                self.held.refresh_rates(step.estimator_optimizer)
+                self._run(("stage1", key), lambda key=key: one(key))
+                seen += key[0]
+                on_batch("stage1", number)
+            return self._sums("stage1", seen)
+
+    def stage2(
+        self,
+        loader: Iterable,
+        size: int,
+        bank: FeatureBank | None,
+        batch_size: int,
+        on_batch: Callable[[str, int], None],
+    ) -> tuple[Sums, Sums, FeatureBank]:
+        """The pass of stage 2: sums of the losses, sums of the information terms, and the next bank."""
+        step, next_bank = self.step, self._bank("stage2", size)
+        with self._pass(loader) as feed:
+            if bank is not None:
+                self._draw("stage2", self._load(bank), step.batch_sizes(loader, batch_size))
+
+            def one(key: Key, information: bool) -> None:
+                inputs, target, index = self._feed[1].batch(key, self.number)
+                products = self._take("stage2", key[0]) if information else None
+                output = step.stage2(inputs, target, products, information=information)
+                next_bank.store(index, output.features)
+                self._add("losses", {"loss": output.loss, "task": output.task}, key[0])
+                if output.information is not None:
+                    self._add("information", output.information.values, key[0])
+                self.number.add_(1)
+
+            seen = informed = 0
+            for number, key in enumerate(feed.steps()):
+                use = bank is not None and key[0] >= step.objective.min_batch
+                self.held.refresh_rates(step.main_optimizer)
+                if step.average is not None:
+                    self.held.refresh("average", step.average.next_rate())
+                self._run(("stage2", key, use), lambda key=key, use=use: one(key, use))
+                seen += key[0]
+                informed += key[0] if use else 0
+                on_batch("stage2", number)
+            return self._sums("losses", seen), self._sums("information", informed), next_bank.copy()
+
+    # what they share
+
+    @contextlib.contextmanager
+    def _pass(self, loader: Iterable) -> Iterator[Feed]:
+        self._check_settings()
+        if self._feed is None or self._feed[0] is not loader:
+            make = getattr(loader, "feed", None)
+            feed = CopyFeed(lambda: loader, self.device) if make is None else make()
+            self._feed = loader, feed
+            self.graphs.clear()
+        self.step.held = self.held
+        try:
+            with self.graphs.stream():
+                self.number.zero_()
+                yield self._feed[1]
+        finally:
+            self.step.held = None
+
+    def _run(self, key: Hashable, function: Callable[[], None]) -> None:
+        if self._watched is None or self._watched.changed():
+            self.graphs.clear()
+            self._watched = Watched(self._modules())
+        self.graphs.run(key, function)
+
+    def _modules(self) -> list[nn.Module]:
+        return [m for m in (self.step.model, self.step.objective) if m is not None]
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [o for o in (self.step.main_optimizer, self.step.estimator_optimizer) if o is not None]
+
+    def _check_settings(self) -> None:
+        """Graphs hold settings as they were: forget the graphs where one has changed since."""
+        for optimizer in self._optimizers():
+            make_capturable(optimizer, self.device)
+        step = self.step
+        now = [*map(settings, self._optimizers()), step.clip_value, step.clip_norm, step.autocast, step.label]
+        now.append(numbers(self._modules()))
+        if now != self._settings:
+            self.graphs.clear()
+        self._settings = now
+
+    def _bank(self, name: str, size: int) -> FeatureBank:
+        from engine.step import FeatureBank
+
+        if name not in self._banks or self._banks[name].size != size:
+            self._banks[name] = FeatureBank(size)
+            self.graphs.clear()
+        self._banks[name].clear()
+        return self._banks[name]
+
+    def _load(self, bank: FeatureBank) -> Bank:
+        """A bank's features, copied to where the graphs read them."""
+        found = bank.tensors()
+        if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in self._known.items()}:
+            self._known = {name: torch.empty_like(value) for name, value in found.items()}
+            self.graphs.clear()
+        for name, value in found.items():
+            self._known[name].copy_(value)
+        return Bank(self._known)
+
+    def _shuffle(self, count: int, batch_size: int) -> list[int]:
+        """Draw the order in which a bank's rows are taken; the sizes of the batches."""
+        batches = -(-count // batch_size)
+        if self._order.shape != (batches, batch_size):
+            self._order = torch.zeros(batches, batch_size, dtype=torch.int64, device=self.device)
+            self.graphs.clear()
+        order = torch.zeros(batches * batch_size, dtype=torch.int64)
+        order[:count] = self.step.shuffled(count)
+        self._order.copy_(order.view(batches, batch_size))
+        return [min(batch_size, count - start) for start in range(0, count, batch_size)]
+
+    def _draw(self, stage: str, known: Bank, sizes: list[int]) -> None:
+        """Draw all product rows of a pass, into the buffers of the pass before."""
+        if not self.step.objective.needs_products:
+            return
+        with part("products"):
+            drawn = self.step.objective.sample_epoch(known, sizes, self.step.generator)
+            if stage in self._draws and self._draws[stage].fits(drawn):
+                self._draws[stage].load(drawn)
+            else:
+                self._draws[stage] = drawn
+                self.graphs.clear()
+
+    def _take(self, stage: str, size: int) -> Mapping[str, Any] | None:
+        if stage not in self._draws:
+            return None
+        with part("products"):
+            return self._draws[stage].take(self.number[0], size)
+
+    def _add(self, name: str, values: Mapping[str, Tensor], weight: int) -> None:
+        vector = torch.stack(list(values.values())).float()
+        if name not in self._totals:
+            self._totals[name] = list(values), torch.zeros_like(vector)
+        self._totals[name][1].add_(vector, alpha=weight)
+
+    def _sums(self, name: str, count: int) -> Sums:
+        """Sums of a pass, read from the device, which begin anew. Empty where nothing was added."""
+        if count == 0 or name not in self._totals:
+            return {}
+        names, total = self._totals[name]
+        found = {n: (value, count) for n, value in zip(names, total.tolist(), strict=True)}
+        total.zero_()
+        return found
