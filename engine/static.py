@@ -223,9 +223,10 @@ class Held:
         self._values: dict[Hashable, tuple[Tensor, float | None]] = {}
 
     def tensor(self, name: Hashable) -> Tensor:
-        """float32 0-d, the number `name`."""
+        """0-d, the number `name`: in float32 on a GPU, whose optimisers read no other, else in float64."""
         if name not in self._values:
-            self._values[name] = torch.zeros((), device=self._device), None
+            dtype = torch.float32 if self._device.type == "cuda" else torch.float64
+            self._values[name] = torch.zeros((), dtype=dtype, device=self._device), None
         return self._values[name][0]
 
     def refresh(self, name: Hashable, value: float) -> None:
@@ -302,13 +303,14 @@ def _identity(value: Tensor | nn.Module | None) -> tuple[int, int, bool]:
 
 
 def numbers(modules: Iterable[nn.Module]) -> list[tuple]:
-    """Plain settings of modules, such as a dropout's p: a graph holds them as they were."""
+    """Plain settings of modules, such as a dropout's p: a graph holds them as they were.
+
+    Integers are left out: where they change they are counters.
+    """
     found = []
     for root in modules:
         for module in root.modules():
-            found += [
-                (k, v) for k, v in vars(module).items() if k != "training" and isinstance(v, (bool, int, float, str))
-            ]
+            found += [(k, v) for k, v in vars(module).items() if k != "training" and isinstance(v, (bool, float, str))]
     return found
 
 
@@ -329,7 +331,9 @@ class StaticStep:
         self.graphs = Graphs(self.device, capture, strict)
         self.held = Held(self.device)
         self.number = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._feed: tuple[Any, Feed] | None = None
+        self._loader: Iterable | None = None
+        self._feed: Feed | None = None
+        self._made = False  # by the loader itself
         self._known: dict[str, Tensor] = {}
         self._order = torch.zeros(0, 0, dtype=torch.int64, device=self.device)
         self._draws: dict[str, Any] = {}
@@ -345,7 +349,7 @@ class StaticStep:
         bank = self._bank("collect", size)
 
         def one(key: Key) -> None:
-            inputs, target, index = self._feed[1].batch(key, self.number)
+            inputs, target, index = self._feed.batch(key, self.number)
             bank.store(index, self.step.features(inputs, target))
             self.number.add_(1)
 
@@ -363,7 +367,7 @@ class StaticStep:
         with self._pass(loader) as feed:
             known = self._load(bank)
             if fresh:
-                sizes = step.batch_sizes(loader, batch_size)
+                sizes = step.batch_sizes(loader, batch_size, bank.size)
                 keys: Iterable[Key] = feed.steps()
             else:
                 sizes = self._shuffle(len(next(iter(known.values()))), batch_size)
@@ -372,7 +376,7 @@ class StaticStep:
 
             def one(key: Key) -> None:
                 if fresh:
-                    inputs, target, _ = self._feed[1].batch(key, self.number)
+                    inputs, target, _ = self._feed.batch(key, self.number)
                     with torch.no_grad():
                         features = step.features(inputs, target)
                 else:
@@ -405,10 +409,10 @@ class StaticStep:
         step, next_bank = self.step, self._bank("stage2", size)
         with self._pass(loader) as feed:
             if bank is not None:
-                self._draw("stage2", self._load(bank), step.batch_sizes(loader, batch_size))
+                self._draw("stage2", self._load(bank), step.batch_sizes(loader, batch_size, size))
 
             def one(key: Key, information: bool) -> None:
-                inputs, target, index = self._feed[1].batch(key, self.number)
+                inputs, target, index = self._feed.batch(key, self.number)
                 products = self._take("stage2", key[0]) if information else None
                 output = step.stage2(inputs, target, products, information=information)
                 next_bank.store(index, output.features)
@@ -434,16 +438,17 @@ class StaticStep:
     @contextlib.contextmanager
     def _pass(self, loader: Iterable) -> Iterator[Feed]:
         self._check_settings()
-        if self._feed is None or self._feed[0] is not loader:
-            make = getattr(loader, "feed", None)
-            feed = CopyFeed(lambda: loader, self.device) if make is None else make()
-            self._feed = loader, feed
+        makes_feed = hasattr(loader, "feed")
+        if self._feed is None or makes_feed != self._made or (makes_feed and self._loader is not loader):
+            self._made = makes_feed
+            self._feed = loader.feed() if makes_feed else CopyFeed(lambda: self._loader, self.device)
             self.graphs.clear()
+        self._loader = loader
         self.step.held = self.held
         try:
             with self.graphs.stream():
                 self.number.zero_()
-                yield self._feed[1]
+                yield self._feed
         finally:
             self.step.held = None
 
@@ -515,6 +520,12 @@ class StaticStep:
     def _take(self, stage: str, size: int) -> Mapping[str, Any] | None:
         if stage not in self._draws:
             return None
+        foreseen = sorted(set(self._draws[stage].batch_sizes))
+        if size not in foreseen:
+            raise ConfigError(
+                "loader", f"a batch of {size} samples", f"batches of {foreseen}",
+                "Give batches of batch_size samples, the last one smaller, or a loader with a method batch_sizes().",
+            )  # fmt: skip
         with part("products"):
             return self._draws[stage].take(self.number[0], size)
 

@@ -383,11 +383,17 @@ class TwoStageStep:
         return torch.randperm(count, generator=self.generator, device=self.generator.device)
 
     @staticmethod
-    def batch_sizes(loader: Iterable, batch_size: int) -> list[int] | None:
-        """Rows of every batch of the loader's next pass: what it says, or `batch_size`; None for a bare iterator."""
+    def batch_sizes(loader: Iterable, batch_size: int, size: int) -> list[int] | None:
+        """Rows of every batch of the loader's next pass over `size` samples; None for a bare iterator.
+
+        A loader may say so itself (`batch_sizes()`). Of any other with a length all batches are full but the last.
+        """
         if hasattr(loader, "batch_sizes"):
             return loader.batch_sizes()
-        return [batch_size] * len(loader) if isinstance(loader, Sized) else None
+        if not isinstance(loader, Sized):
+            return None
+        rest = size - (len(loader) - 1) * batch_size
+        return [*[batch_size] * (len(loader) - 1), rest if 0 < rest < batch_size else batch_size]
 
     def _pass_products(
         self, bank: FeatureBank | None, sizes: list[int] | None
@@ -444,7 +450,7 @@ class TwoStageStep:
             EstimatorError: an estimate of this epoch is not finite, under on_degenerate="raise".
             ConfigError: a static step on a loader without a length, or a model that cannot be captured.
         """
-        if self.static is not None and self.batch_sizes(loader, batch_size) is None:
+        if self.static is not None and self.batch_sizes(loader, batch_size, size) is None:
             raise ConfigError(
                 "graphs", f"a {type(loader).__name__} without a length", "a loader that has one",
                 "Give a list, a DataLoader or another object with __len__, or use graphs off.",
@@ -473,7 +479,7 @@ class TwoStageStep:
         self, loader: Iterable, bank: FeatureBank, batch_size: int, fresh: bool, on_batch: Callable[[str, int], None]
     ) -> Sums:
         if fresh:
-            sizes = self.batch_sizes(loader, batch_size)
+            sizes = self.batch_sizes(loader, batch_size, bank.size)
             batches = (self.features(inputs, target) for inputs, target, _ in map(unpack, loader))
         else:
             known = bank.tensors()
@@ -498,7 +504,7 @@ class TwoStageStep:
         batch_size: int,
         on_batch: Callable[[str, int], None],
     ) -> tuple[Sums, Sums, FeatureBank]:
-        take = self._pass_products(bank, self.batch_sizes(loader, batch_size))
+        take = self._pass_products(bank, self.batch_sizes(loader, batch_size, size))
         next_bank, losses, information = FeatureBank(size), Average(), Average()
         for number, (inputs, target, index) in enumerate(map(unpack, loader)):
             use = bank is not None and len(target) >= self.objective.min_batch

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -66,6 +67,72 @@ def changed(config: Config, **sections) -> Config:
 
 def history(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def numbers(records) -> list[float]:
+    """Every loss, estimate and metric of a history."""
+    found = []
+    for record in records:
+        for split in ("train", "valid", "test"):
+            for value in record[split].values():
+                found += value.values() if isinstance(value, dict) else [value]
+    return found
+
+
+STILL = {"dropout": 0.0, "modality_dropout": 0.0}
+
+
+@pytest.mark.parametrize("mode", ["fast", "faithful"])
+@pytest.mark.parametrize("kind", ["resident", "torch"])
+def test_a_static_run_equals_one_without(config, tmp_path, text_encoder, mode, kind):
+    """Without dropout, whose masks depend on widths. Five epochs are 20 steps of stage 2."""
+    bert = still_bert(text_encoder, tmp_path / "bert")
+    settings = changed(
+        config,
+        mode=mode,
+        text_encoder=str(bert),
+        epochs=5,
+        model=STILL,
+        data={"loader": kind},
+        train={"lr": 1e-3, "amp": "off"},
+    )
+    for graphs in ("off", "emulate"):
+        trainer.train(changed(settings, train={"graphs": graphs}), tmp_path / graphs)
+    off, static = (numbers(history(tmp_path / graphs)) for graphs in ("off", "emulate"))
+    assert off == pytest.approx(static, rel=1e-4, abs=1e-5, nan_ok=True)
+
+
+def still_bert(text_encoder: Path, folder: Path) -> Path:
+    """The same model folder without dropout."""
+    shutil.copytree(text_encoder, folder)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": {"encoder": "lstm"}, "train": {"schedule": {"kind": "plateau", "patience": 0}}},
+        {"model": {"encoder": "conv", "fusion": "tfn"}, "train": {"amp": "bf16", "schedule": {"kind": "step"}}},
+        {"mode": "faithful", "model": {"encoder": "conv"}, "data": {"augment": {"drop_audio": 0.5}}},
+        {"model": {"fusion": "transformer"}, "train": {"amp": "fp16", "optimizer": "sgd", "clip_norm": 1.0}},
+        {"objective": {"bound": "mine", "critic": "concat"}, "train": {"stage1_features": "bank"}},
+        {"objective": {"enabled": False}, "data": {"max_padding": 0.3, "drop_last": True}},
+    ],
+    ids=str,
+)
+def test_settings_that_a_static_run_takes(config, tmp_path, settings):
+    """Two static runs of a seed are bit-equal, and so is one that is resumed; each with its dropout."""
+    settings = changed(config, **settings)
+    settings = changed(settings, train={"graphs": "emulate", "lr": 1e-3})
+    for name in ("a", "b"):
+        trainer.train(settings, tmp_path / name)
+    trainer.train(changed(settings, epochs=2), tmp_path / "c")
+    trainer.train(settings, tmp_path / "c", resume=True)
+    a, b, c = (list(map(timeless, history(tmp_path / name))) for name in "abc")
+    assert json.dumps(a) == json.dumps(b) == json.dumps(c)
 
 
 def timeless(record: dict) -> dict:

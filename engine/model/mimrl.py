@@ -17,7 +17,7 @@ from engine.model.cubemlp import CubeMLP
 from engine.model.encoders import SequenceEncoder, length_mask, masked_mean, nonzero_length
 from engine.model.fusion import make_fusion
 from engine.model.heads import make_head
-from engine.model.text_encoder import encode_packed, encode_without_padding, pack_text, packable
+from engine.model.text_encoder import encode_packed, encode_padded, encode_without_padding, pack_text, packable
 from engine.profile import part
 
 
@@ -173,7 +173,9 @@ class MIMRL(nn.Module):
     def _encode_text(self, batch: Batch) -> Tensor:
         if batch.text is not None:
             return batch.text
-        if self.faithful or batch.static:
+        if batch.static:
+            return encode_padded(self.text_encoder, batch.token_ids, batch.token_mask)
+        if self.faithful:
             return self.text_encoder(batch.token_ids, batch.token_mask)
         if batch.packed is None:
             return encode_without_padding(self.text_encoder, batch.token_ids, batch.token_mask)

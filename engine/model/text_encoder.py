@@ -334,6 +334,16 @@ def encode_packed(encoder: TextEncoder, packed: PackedText) -> Tensor:
     return output.last_hidden_state.flatten(0, 1)[packed.place]
 
 
+def encode_padded(encoder: nn.Module, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+    """`encoder` over a batch as it is, padding included: [B, Lt] twice -> [B, Lt, dim]."""
+    if not packable(encoder):
+        return encoder(token_ids, token_mask)
+    dtype = encoder.model.get_input_embeddings().weight.dtype
+    masked = (token_mask == 0)[:, None, None, :].expand(-1, 1, token_mask.shape[1], -1)
+    bias = torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill(masked, torch.finfo(dtype).min)
+    return encoder.model(input_ids=token_ids, attention_mask=bias).last_hidden_state
+
+
 def encode_without_padding(encoder: nn.Module, token_ids: Tensor, token_mask: Tensor) -> Tensor:
     """`encoder` over a batch, computing little of its padding: [B, Lt] twice -> [B, Lt, dim].
 

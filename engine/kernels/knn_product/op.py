@@ -95,9 +95,7 @@ class Space:
             )  # fmt: skip
         self._prepared: dict[str, tuple[Tensor, ...]] = {}
 
-    def neighbours(
-        self, query: Tensor, key: Tensor, k: int, ties: Ties = "random", isolate: bool = True
-    ) -> Tensor:
+    def neighbours(self, query: Tensor, key: Tensor, k: int, ties: Ties = "random", isolate: bool = True) -> Tensor:
         """The k nearest non-query rows of each query; query, key int64 [T, m] -> int64 [T, m, k].
 
         With `isolate=False` any row may be a neighbour, the query itself included.

@@ -261,7 +261,14 @@ def aot_cases() -> list[AotCase]:
         "z": "*fp32", "unit": "*fp64", "query": "*i64", "key": "*i64", "taken": "*i8", "bound": "*fp32", "row": "*i32",
         "found": "*i64",
     }  # fmt: skip
-    take = {"features": "*fp32", "query": "*i64", "neighbour": "*i64", "counter": "*i64", "plan": "*i64", "out": "*fp32"}
+    take = {
+        "features": "*fp32",
+        "query": "*i64",
+        "neighbour": "*i64",
+        "counter": "*i64",
+        "plan": "*i64",
+        "out": "*fp32",
+    }
     take |= dict.fromkeys(("width_of_all", "draws", "most", "m", "k"), "i32")
     blocks = {key: value for key, value in TAKE.items() if key.isupper()}
     cases = [AotCase("knn_product.take/fp32", take_kernel, take, blocks, num_warps=TAKE["num_warps"])]

@@ -1,0 +1,276 @@
+"""The static step, uncaptured: the same numbers as one operation after another, in every setting that it takes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from engine.config import ObjectiveConfig
+from engine.errors import ConfigError, EstimatorError
+from engine.kernels import registry
+from engine.objective import CMI, MI, Objective
+from engine.static import Graphs, NotCapturable, Watch
+from engine.step import TwoStageStep
+from tests.test_step import TwoFeatures, batches
+
+N, BATCH = 45, 10  # the last batch has 5 rows
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, 1e-2, fused=True)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, 0.05, momentum=0.9, fused=True)
+
+
+def make(graphs, model=None, optimizer=adam, settings=None, **options) -> TwoStageStep:
+    torch.manual_seed(0)
+    model = model or TwoFeatures()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    settings = ObjectiveConfig(hidden=16, embed=8, **{"compat": "none"} | (settings or {}))
+    objective = Objective(
+        [0.1 * MI("X", "Y"), -0.1 * CMI("X", "C", given="Y")], {"X": 4, "Y": 4, "C": 1}, settings=settings
+    )
+    optimizers = optimizer(model.parameters()), optimizer(objective.parameters())
+    return TwoStageStep(model, objective, nn.functional.mse_loss, *optimizers, graphs=graphs, **options)
+
+
+def run(step, epochs=3, loader=None, **options):
+    """Every number of some epochs, and the weights at the end."""
+    found, bank = [], None
+    for _ in range(epochs):
+        loader = batches(n=N) if loader is None else loader
+        result, bank = step.train_epoch(loader, N, bank, batch_size=BATCH, **options)
+        found += [result.loss, result.task, *result.information.values(), *result.estimators.values()]
+    kept = [] if step.average is None else list(step.average.values.values())
+    weights = [p.detach() for m in (step.model, step.objective) for p in m.parameters()]
+    return found, [*weights, *kept, *bank.rows.values()]
+
+
+def assert_equal(a, b, rtol=1e-5, atol=1e-6):
+    assert a[0] == pytest.approx(b[0], rel=rtol, abs=atol)
+    torch.testing.assert_close(a[1], b[1], rtol=rtol, atol=atol)
+
+
+BOUNDS = ("infonce", "dv", "mine", "tuba", "nwj", "js", "js_fgan", "smile", "interpolate")
+
+
+@pytest.mark.parametrize("features", ["cached", "fresh", "bank"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"optimizer": sgd},
+        {"average": 0.98, "clip_norm": 1.0, "clip_value": 0.5},
+        {"autocast": torch.bfloat16},
+        {"autocast": torch.float16},
+    ],
+    ids=lambda options: "+".join(options) or "plain",
+)
+def test_a_static_epoch_gives_what_an_eager_one_gives(options, features):
+    eager, static = (
+        run(make(graphs, **options), stage1_n=2, stage1_features=features) for graphs in ("off", "emulate")
+    )
+    assert_equal(eager, static)
+
+
+@pytest.mark.parametrize("critic", ["separate", "concat"])
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_every_bound_and_critic(bound, critic):
+    settings = {"bound": bound, "critic": critic, "baseline": "unnormalized"}
+    assert_equal(run(make("off", settings=settings)), run(make("emulate", settings=settings)))
+
+
+@pytest.mark.parametrize("settings", [{"compat": "mimrl"}, {"cmi_estimator": "dv"}, {"on_degenerate": "skip"}], ids=str)
+def test_every_kind_of_conditional_estimate(settings):
+    assert_equal(run(make("off", settings=settings)), run(make("emulate", settings=settings)))
+
+
+def test_two_runs_of_a_seed_are_bit_equal():
+    a, b = (run(make("emulate")) for _ in range(2))
+    assert a[0] == b[0] and all(torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True))
+
+
+def test_without_terms_and_with_a_dataloader():
+    found = []
+    for graphs in ("off", "emulate"):
+        torch.manual_seed(0)
+        model, data = TwoFeatures(), batches(n=N, size=1)
+        model.dropout.p = 0.0
+        samples = [(x[0], y[0], i[0]) for x, y, i in data]
+        loader = torch.utils.data.DataLoader(samples, BATCH)
+        step = TwoStageStep(model, None, nn.functional.mse_loss, adam(model.parameters()), graphs=graphs)
+        found.append(step.train_epoch(loader, N, None, batch_size=BATCH)[0].loss)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+# -- what changes between steps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda step: step.main_optimizer.param_groups[0].update(lr=0.0),
+        lambda step: step.estimator_optimizer.param_groups[0].update(lr=0.1),
+        lambda step: step.main_optimizer.param_groups[0].update(weight_decay=0.5),
+        lambda step: setattr(step, "clip_value", 1e-4),
+        lambda step: setattr(step.model.dropout, "p", 0.999999),
+        lambda step: step.model.head.weight.requires_grad_(False),
+        lambda step: setattr(step.model, "head", copy.deepcopy(step.model.x.__class__(8, 1))),
+    ],
+    ids=["lr", "lr of the estimators", "weight decay", "clip", "dropout", "frozen", "replaced"],
+)
+def test_a_change_between_epochs_takes_effect_and_is_noticed(change):
+    ends = []
+    for graphs in ("off", "emulate"):
+        step = make(graphs, optimizer=sgd)
+        run(step, 2)
+        torch.manual_seed(7)
+        change(step)
+        ends.append((step, run(step, 1)))
+    if "dropout" not in repr(change):
+        assert_equal(ends[0][1], ends[1][1], rtol=1e-4)
+
+
+def test_graphs_are_forgotten_when_what_they_hold_changes():
+    step = make("emulate")
+    run(step, 2)
+    graphs = step.static.graphs
+    for change in (
+        lambda: step.main_optimizer.param_groups[0].update(weight_decay=0.1),
+        lambda: setattr(step.model.dropout, "p", 0.25),
+        lambda: setattr(step, "clip_norm", 2.0),
+        lambda: setattr(step.model, "head", nn.Linear(8, 1)),
+        lambda: setattr(step.model.head, "weight", nn.Parameter(torch.zeros(1, 8))),
+        lambda: step.model.x.weight.requires_grad_(False),
+        lambda: setattr(step.model.x.weight, "data", torch.zeros(4, 6)),
+    ):
+        cleared = []
+        graphs.clear = lambda cleared=cleared: (cleared.append(1), Graphs.clear(graphs))
+        run(step, 1)
+        assert not cleared
+        change()
+        run(step, 1)
+        assert cleared
+    step.main_optimizer.param_groups[0]["lr"] = 0.5  # a number that graphs read
+    cleared.clear()
+    run(step, 1)
+    assert not cleared
+
+
+def test_a_learning_rate_is_read_at_every_batch():
+    step = make("emulate", optimizer=sgd)
+    before = [p.detach().clone() for p in step.model.parameters()]
+
+    def stop(stage, number):
+        if stage == "stage2" and number == 0:
+            step.main_optimizer.param_groups[0]["lr"] = 0.0
+            before[:] = [p.detach().clone() for p in step.model.parameters()]
+
+    step.train_epoch(batches(n=N), N, None, batch_size=BATCH, on_batch=stop)
+    assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+
+class Reads(TwoFeatures):
+    def forward(self, inputs):
+        if float(inputs.sum()) > 1e9:
+            raise ValueError
+        return super().forward(inputs)
+
+
+class Selects(TwoFeatures):
+    def forward(self, inputs):
+        return super().forward(inputs + inputs[inputs > 1e9].sum())
+
+
+class Searches(TwoFeatures):
+    def forward(self, inputs):
+        return super().forward(inputs + inputs.nonzero().sum() * 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "operation", "why"),
+    [(Reads, "local_scalar_dense", "waits"), (Selects, "index", "depends"), (Searches, "nonzero", "depends")],
+)
+def test_a_model_that_cannot_be_captured_is_named(model, operation, why):
+    with pytest.raises(NotCapturable, match=rf"{operation} at test_static.py:\d+: .*{why}") as problem:
+        run(make(True, model=model()), 1)
+    assert "train.graphs=off" in str(problem.value)
+
+
+def test_auto_goes_on_without_graphs_and_says_why(caplog):
+    eager = run(make("off", model=Reads()))
+    step = make("emulate", model=Reads())
+    step.static.graphs.strict = False
+    with caplog.at_level("WARNING", logger="engine"):
+        assert_equal(eager, run(step))
+    assert caplog.text.count("without CUDA graphs") == 1 and "test_static.py" in caplog.text
+
+
+def test_a_loader_without_a_length_is_refused():
+    with pytest.raises(ConfigError, match="list_iterator without a length"):
+        run(make("emulate"), 1, loader=iter(batches(n=N)))
+
+
+def test_a_batch_of_a_size_that_was_not_foreseen_is_refused():
+    pieces = batches(n=N)
+    pieces[0], pieces[4] = pieces[4], pieces[0]
+    odd = [tuple(t[:7] for t in pieces[1]), *pieces[1:]]
+    step = make("emulate")
+    with pytest.raises(ConfigError, match="a batch of 7 samples"):
+        run(step, 2, loader=odd)
+
+
+def test_inputs_that_are_not_tensors_are_refused():
+    odd = [((x, "text"), y, i) for x, y, i in batches(n=N)]
+    with pytest.raises(ConfigError, match="str among its inputs"):
+        run(make("emulate"), 1, loader=odd)
+
+
+def test_an_optimizer_that_reads_its_rate_on_the_host_is_refused():
+    step = make("emulate", optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    with pytest.raises(ConfigError, match=r"optimiser SGD.*fused=True"):
+        run(step, 1)
+
+
+def test_compile_modes_with_graphs_of_their_own_are_refused():
+    with pytest.raises(ConfigError, match="reduce-overhead"):
+        make("emulate", compile="reduce-overhead")
+    assert make("auto").static is None  # on a CPU
+
+
+def test_values_are_checked_after_the_epoch():
+    step = make("emulate")
+    _, bank = step.train_epoch(batches(n=N), N, None, batch_size=BATCH)
+    with torch.no_grad():
+        next(iter(step.objective.parameters())).fill_(float("nan"))
+    with pytest.raises(EstimatorError, match="nan"):
+        step.train_epoch(batches(n=N), N, bank, batch_size=BATCH)
+
+
+# -- the pieces -----------------------------------------------------------------------------------------------------
+
+
+def test_watch_lets_host_functions_of_cpu_kernels_look_at_values():
+    values, offsets = torch.arange(6.0)[:, None], torch.tensor([0, 2, 6])
+    from engine.kernels.ragged import pad
+
+    with Watch():
+        assert pad(values, offsets, torch.tensor([1]), 4)[0].shape == (1, 4, 1)
+        with pytest.raises(NotCapturable):
+            values.sum().item()
+
+
+def test_graphs_run_under_the_static_flag_and_watch_only_once():
+    seen = []
+    graphs = Graphs(torch.device("cpu"), capture=False, strict=True)
+    for _ in range(2):
+        graphs.run("key", lambda: seen.append((registry.is_static(), torch._C._len_torch_dispatch_stack())))
+    assert seen == [(True, 1), (True, 0)] and not registry.is_static()
