@@ -21,6 +21,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from engine.errors import EstimatorError
+
 GROUP = 64  # rows that share one bound
 PRODUCTS = 1 << 23  # entries of one block of products: 32 MB
 ROWS = 8192  # rows prepared at a time, in float64
@@ -377,10 +379,15 @@ def take(
     features: Tensor, query: Tensor, neighbour: Tensor, counter: Tensor, plan: Tensor, m: int, size: int
 ) -> Tensor:
     """As `reference.take`; plan int64 [pieces, 5] holds the pieces' numbers."""
+    step = counter.item()
+    if not 0 <= step < len(query):
+        raise EstimatorError(
+            "EpochProducts.take", f"batch {step}", f"one of this epoch's {len(query)} batches", "Draw a longer epoch."
+        )
     out = features.new_empty(size)
     bits = BITS[features.element_size()]  # numpy knows no bfloat16, and a copy needs no more
     _take(
-        features.view(bits).numpy(), query.numpy(), neighbour.flatten(2).numpy(), counter.item(), plan.numpy(), m,
+        features.view(bits).numpy(), query.numpy(), neighbour.flatten(2).numpy(), step, plan.numpy(), m,
         neighbour.shape[3], out.view(bits).numpy(),
     )  # fmt: skip
     return out

@@ -10,8 +10,8 @@ rows are listed once, and a draw skips its queries in the lists. A list that run
 trusted: its draw is searched as before. Finding these draws makes the host wait once a condition; so may the check that
 a condition is finite. Nothing waits after that.
 
-Beside the results (8·(1 + k) bytes a query and draw) and the lists (16 bytes an entry), working memory is bounded by
-SLICE and QUERIES: about 200 MB on a GPU, less on a CPU.
+Kept are 8·(1 + k) bytes a query and draw, and a copy of the features that terms use. At the epoch's beginning the lists
+take 16 bytes an entry, and working memory is bounded by SLICE and QUERIES: about 200 MB on a GPU, less on a CPU.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class EpochProducts:
 
         Args:
             number: the batch's place in `batch_sizes`; or that as an int64 0-d tensor on the device, which is read when
-                the rows are taken: a captured CUDA graph takes those of the number it then finds. A tensor is not
-                checked: it must be in [0, steps), and that batch's size must be `size`.
+                the rows are taken: a captured CUDA graph takes those of the number it then finds. A GPU does not check
+                it: it must be in [0, steps). That this batch's size is `size` is checked nowhere.
             size: the batch's size; needed with a tensor.
 
         Returns:
@@ -111,15 +111,16 @@ class EpochProducts:
             known = self.batch_sizes[number : number + 1] if number >= 0 else []
             size = known[0] if size is None and known else size
         if size not in known:
+            what = "a batch" if isinstance(number, Tensor) else f"batch {number}"
             raise EstimatorError(
-                "EpochProducts.take", f"batch {'' if isinstance(number, Tensor) else number} of size {size}",
-                f"a batch of this epoch's {len(self.batch_sizes)}, of sizes {sorted(set(self.batch_sizes))}",
+                "EpochProducts.take", f"{what} of size {size}",
+                f"one of this epoch's {len(self.batch_sizes)} batches, of sizes {sorted(set(self.batch_sizes))}",
                 "Draw an epoch that has this batch.",
             )  # fmt: skip
         m = size // self.k
         if m == 0:
             return {}
-        counter = number if isinstance(number, Tensor) else self._counters[number]
+        counter = number if isinstance(number, Tensor) else self._counters.select(0, number)
         flat = self._take(counter, m)
         return {
             term: ProductRows(*(self._view(flat, name, piece, m) for name, piece in three), self.k)
@@ -134,7 +135,7 @@ class EpochProducts:
 
     def _view(self, flat: Tensor, name: str, piece: Piece, m: int) -> Tensor:
         rows, (shape, dtype) = m * self.k if piece.near else m, self._shapes[name]
-        part = flat[piece.offset * m : piece.offset * m + rows * piece.width]
+        part = flat.narrow(0, piece.offset * m, rows * piece.width)
         return part.view(rows, *shape).to(dtype)
 
     def fits(self, other: EpochProducts) -> bool:
@@ -148,7 +149,7 @@ class EpochProducts:
         Raises:
             EstimatorError: the other's terms, numbers of batches or shapes differ.
         """
-        if other._signature() != self._signature():
+        if not self.fits(other):
             raise EstimatorError(
                 "EpochProducts.load", f"an epoch of {other._signature()}", f"{self._signature()}",
                 "Load epochs of one objective, bank size and number of batches.",
@@ -273,8 +274,11 @@ def lists_pay(n: int, draws: int, m: int, backend: str) -> bool:
     """Whether listing the whole bank's neighbours costs less than searching every draw.
 
     Both multiply queries with the bank; the lists have n queries, look for more neighbours of each, and are then read.
+    On a CPU a list was measured to cost two to nine times a search; for a GPU the ratio is modelled.
     """
-    return draws * (max(m, TILE) if backend == "triton" else m) > 2 * n
+    if backend == "triton":
+        return draws * max(m, TILE) > 2 * n
+    return draws * m > 8 * n
 
 
 def from_lists(space: Space, query: Tensor, key: Tensor, k: int) -> Tensor:

@@ -30,7 +30,7 @@ Indices = tuple[Tensor, Tensor]
 KEYS = 1 << 32
 
 # What the searches of scalars launch on a GPU, where they are torch's operations: each taken for one kernel.
-LINE_LAUNCHES, STRATA_LAUNCHES, DISTINCT_LAUNCHES = 0, 0, 0
+LINE_LAUNCHES, STRATA_LAUNCHES, DISTINCT_LAUNCHES = 75, 25, 25
 
 
 # -- registration -----------------------------------------------------------------------------------------------------

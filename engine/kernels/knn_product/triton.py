@@ -240,12 +240,14 @@ def take_kernel(
     """BLOCK_M rows of one piece."""
     piece = plan + tl.program_id(0) * 5
     draw, column, width = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
-    start, near = tl.load(piece + 3) * m, tl.load(piece + 4) != 0
+    start, near = tl.load(piece + 3) * m, tl.load(piece + 4)
     base = (tl.load(counter) * draws + draw) * most
     i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    there = i < tl.where(near, m * k, m)
-    row = tl.load(neighbour + base * k + i, mask=there & near, other=0)
-    row += tl.load(query + base + i, mask=there & (near == 0), other=0)
+    # one of the two is empty
+    of_neighbour, of_query = i < near * m * k, i < (1 - near) * m
+    there = of_neighbour | of_query
+    row = tl.load(neighbour + base * k + i, mask=of_neighbour, other=0)
+    row += tl.load(query + base + i, mask=of_query, other=0)
     for c0 in range(0, width, BLOCK_D):
         c = c0 + tl.arange(0, BLOCK_D)
         inside = there[:, None] & (c < width)[None, :]
