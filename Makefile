@@ -1,5 +1,5 @@
 # make demo   generated data, a trained model and runs/demo/report.html
-# make test   lint and tests; make test-all adds the slow ones
+# make test   lint and tests; make test-all adds the slow ones; make test-gpu runs what needs a GPU, where there is one
 # Both create .venv and install what they need first; later runs skip that.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-all lint format wheel clean
+.PHONY: demo test test-all test-gpu lint format wheel clean
 
 demo: $(READY)
 	$(BIN)/engine demo --out runs/demo
@@ -27,6 +27,9 @@ test: lint
 test-all: SLOW := --slow
 test-all: test
 	$(BIN)/pytest --slow -m alone tests/bench
+
+test-gpu: $(READY)
+	$(BIN)/python -m tests.gpu $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

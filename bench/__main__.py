@@ -1,4 +1,4 @@
-"""python -m bench run NAME [--json], all, compare --base REF, list."""
+"""python -m bench run NAME [--json], all, compare --base REF, launches, list."""
 
 from __future__ import annotations
 
@@ -71,6 +71,22 @@ def _compare(a: argparse.Namespace, threads: int) -> int:
     return compare(a.base, a.names, a.quick, a.rounds, threads, say=_say)
 
 
+def _launches(a: argparse.Namespace, threads: int) -> int:
+    import json
+
+    from bench import launches
+
+    machine.pin_threads(threads)
+    found = launches.measure(a.mode or launches.MODES, check=a.detail)
+    if a.json:
+        print(json.dumps(launches.numbers(found)))
+    else:
+        print(launches.table(found))
+        if a.detail:
+            print("\n" + launches.detail(found))
+    return 0
+
+
 def _serve(a: argparse.Namespace, threads: int) -> int:
     from bench.compare import serve
 
@@ -112,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("names", nargs="*", metavar="NAME", help="suites (default: those that take seconds)")
     p.add_argument("--base", required=True, metavar="REF")
     sizes(p)
+    p = command("launches", _launches, "GPU launches of the step's stages, counted without a GPU")
+    p.add_argument("--json", action="store_true", help="one line of JSON: {mode: {stage: launches}}")
+    p.add_argument("--detail", action="store_true", help="also by operation and by part, and what involves the host")
+    p.add_argument("--mode", nargs="+", choices=("fast", "faithful"))
     p = command("serve", _serve, "one engine side, timed on request over pipes (used by compare)")
     p.add_argument("name")
     p.add_argument("--quick", action="store_true")

@@ -8,6 +8,8 @@ Counted, in `engine.train` on a fixed tiny data set and model, from the end of o
 steady-state epoch (so drawing, loading and storing belong to it): calls of aten operations, as a dispatch mode sees
 them; bytes of new storages that those calls return; FLOPs of matrix products, by torch's own formulas and those of
 engine/kernels/flops.py. Memory that an operation uses within itself does not show.
+
+Beside them, GPU launches of every stage of the flagship: see `bench.launches`.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from engine.trainer import train
 FILE = Path(__file__).with_name("guard.json")
 MODES, STAGES = ("fast", "faithful"), ("stage1", "stage2")
 COUNTERS = ("aten_calls", "bytes_allocated", "flops")
-VERSIONS = ("torch", "transformers")
+VERSIONS = ("torch", "transformers", "triton")
 MARGIN = 0.7
 FLOOR_SUITES = ("gru", "knn", "critics", "streaming_infonce", "concat_critic", "cubemlp", "loader_throughput")
 BATCH = 8
@@ -197,6 +199,23 @@ def differences(recorded: dict[str, Any], found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def measure_launches() -> dict[str, dict[str, int]]:
+    """{mode: {stage: GPU launches a batch}} of the flagship at B=32."""
+    from bench import launches
+
+    return launches.numbers(launches.measure())
+
+
+def launch_differences(recorded: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """One line for every stage whose launches differ."""
+    return [
+        f"{mode} {stage} launches: recorded {recorded.get(mode, {}).get(stage)}, found {number}"
+        for mode, stages in found.items()
+        for stage, number in stages.items()
+        if recorded.get(mode, {}).get(stage) != number
+    ]
+
+
 def load() -> dict[str, Any]:
     return (
         json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"counters": {}, "floors": {}, "history": []}
@@ -208,7 +227,12 @@ def environment() -> dict[str, str]:
     compiler the compiled kernels' fallbacks run."""
     from engine.kernels.build import compiler
 
-    found = {name: metadata.version(name).split("+")[0] for name in VERSIONS}
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = metadata.version(name).split("+")[0]
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
     return found | {"C++ compiler": "no" if compiler() is None else "yes"}
 
 
@@ -220,9 +244,9 @@ def other_environment(recorded: dict[str, Any]) -> list[str]:
 
 def update(reason: str) -> list[str]:
     """Record the present counters, and why they changed; returns what did."""
-    recorded, found = load(), measure()
-    lines = differences(recorded["counters"], found)
-    recorded["counters"] = found
+    recorded, found, launched = load(), measure(), measure_launches()
+    lines = differences(recorded["counters"], found) + launch_differences(recorded.get("launches", {}), launched)
+    recorded["counters"], recorded["launches"] = found, launched
     recorded["environment"] = environment()
     recorded["history"].append({"reason": reason, "changes": [li for li in lines if " operations: " not in li]})
     write_json(FILE, recorded)
@@ -269,6 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("not comparable: " + ", ".join(others), file=sys.stderr)
         return 2
     lines = differences(recorded["counters"], measure())
+    lines += launch_differences(recorded.get("launches", {}), measure_launches())
     print("\n".join(lines) or "counters as recorded")
     if lines:
         print('If this is meant: python -m bench.guard --update --reason "..."', file=sys.stderr)

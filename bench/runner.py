@@ -86,9 +86,12 @@ def load_suite(name: str) -> ModuleType:
 
 
 def check_gate(name: str, setting: Setting) -> None:
-    """Raise RedGateError unless the suite's correctness check passes."""
+    """Raise RedGateError unless the suite's correctness check passes, with products and recurrences in float32."""
+    from bench.timing import precision
+
     try:
-        load_suite(name).gate(setting)
+        with precision("fp32", setting.device):
+            load_suite(name).gate(setting)
     except Exception as cause:
         reason = " ".join(str(cause).split()) or type(cause).__name__
         raise RedGateError(f"{name}: {type(cause).__name__}: {reason[:500]}") from cause

@@ -104,12 +104,12 @@ def _place(result: Mapping[str, Any]) -> str:
     return f"{where}; Python {v['python']}, torch {v['torch']}; commit {result['commit']}"
 
 
-def update_readme(path: Path, table: str) -> None:
+def update_readme(path: Path, table: str, markers: tuple[str, str] = (START, END)) -> None:
     """Replace what is between the markers of `path`; ValueError where they are not both there, in order."""
     from engine.files import write_text
 
     text = path.read_text(encoding="utf-8")
-    start, end = text.find(START), text.find(END)
+    start, end = (text.find(marker) for marker in markers)
     if not 0 <= start < end:
-        raise ValueError(f"{path}: no {START} before {END}")
-    write_text(path, text[: start + len(START)] + "\n\n" + table + "\n\n" + text[end:])
+        raise ValueError(f"{path}: no {markers[0]} before {markers[1]}")
+    write_text(path, text[: start + len(markers[0])] + "\n\n" + table + "\n\n" + text[end:])

@@ -12,6 +12,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
+    parser.addoption(
+        "--device", default=None, help="where the cases of tests/interpret run: cpu (the interpreter) or cuda"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # test modules look at it when they are imported, in every worker
+    if config.getoption("--device"):
+        os.environ["ENGINE_TEST_DEVICE"] = config.getoption("--device")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

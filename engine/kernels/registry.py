@@ -40,7 +40,8 @@ log = logging.getLogger("engine")
 class Operation:
     cpu: Callable[..., Any]
     cuda: Callable[..., Any] | None
-    launches: int | Callable[..., int] = 1
+    fake: Callable[..., Any]
+    launches: int | Callable[..., int] | None = None
 
 
 _operations: dict[str, Operation] = {}
@@ -91,7 +92,7 @@ def register(
     cpu: Callable[..., Any],
     cuda: Callable[..., Any] | None = None,
     fake: Callable[..., Any],
-    launches: int | Callable[..., int] = 1,
+    launches: int | Callable[..., int] | None = None,
 ) -> None:
     """Register an operation as `torch.ops.engine.NAME`. Forward and backward are two operations.
 
@@ -102,9 +103,10 @@ def register(
         cpu: host function for CPU tensors.
         cuda: host function of the Triton kernels; None where there is none. See `lazy`.
         fake: shapes and dtypes of the outputs for tensors without data.
-        launches: GPU kernels that one call launches, or a function of its arguments that gives their number.
+        launches: GPU kernels that one call launches, or a function of its arguments that gives their number; None
+            where it is not declared.
     """
-    operation = _operations[name] = Operation(cpu, cuda, launches)
+    operation = _operations[name] = Operation(cpu, cuda, fake, launches)
     run = functools.partial(_run, operation)
     LIB.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIB.impl(name, run, "CPU")
@@ -125,9 +127,19 @@ def call(name: str, *args: Any) -> Any:
 
 
 def launches(name: str, *args: Any) -> int:
-    """GPU kernels that `call(name, *args)` launches, as declared at registration. Fake tensors will do."""
+    """GPU kernels that `call(name, *args)` launches, as declared at registration (1 without a declaration).
+
+    Fake tensors will do.
+    """
     declared = _operations[name].launches
+    if declared is None:
+        return 1
     return declared if isinstance(declared, int) else declared(*args)
+
+
+def operation(name: str) -> Operation:
+    """A registered operation's functions and its declared launches."""
+    return _operations[name]
 
 
 def backend_for(tensor: Tensor, op: str | None = None) -> str:

@@ -1,7 +1,9 @@
-"""The interpreter tier: every Triton kernel's numbers on the CPU, in a process of its own."""
+"""The kernels' cases: in triton's interpreter on the CPU, in a process of its own, or on a GPU (`--device cuda`)."""
 
 import pytest
 import torch
+
+from tests.interpret import device
 
 
 @pytest.fixture(autouse=True)
@@ -11,7 +13,7 @@ def triton_backend():
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with use_backend("triton"):
+    with use_backend("triton"), device.tests_run_there():
         yield
     torch.set_num_threads(threads)
 

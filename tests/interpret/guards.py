@@ -1,4 +1,4 @@
-"""Guards around kernels that triton's interpreter runs, where reading and writing out of bounds goes unnoticed.
+"""Guards around kernels, whose reading and writing out of bounds goes unnoticed in triton's interpreter and on a GPU.
 
     with Guards() as guards:
         q, k = guards.input(q), guards.input(k)
@@ -12,27 +12,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.interpret import device
+
 # More than the overshoot of one tile of 64 rows of 256.
 BAND = 1 << 14
 
 
 def require_interpreter() -> None:
-    """Skip the test module unless triton's interpreter runs the kernels: call it before importing them."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed", allow_module_level=True)
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip(
-            "needs a process of its own: TRITON_INTERPRET=1 pytest tests/interpret (make test does)",
-            allow_module_level=True,
-        )
+    """Skip the test module unless its kernels can run: in triton's interpreter, or on the GPU that `--device` names.
+
+    Call it before importing them.
+    """
+    if (reason := device.missing()) is not None:
+        pytest.skip(reason, allow_module_level=True)
 
 
 def poison(dtype: torch.dtype) -> float | int | bool:
@@ -53,17 +51,17 @@ class Guards:
     def input(self, tensor: Tensor) -> Tensor:
         """A copy of `tensor`, of the same shape and strides, between bands; gaps between its elements are poisoned."""
         span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-        buffer = torch.full((span + 2 * BAND,), poison(tensor.dtype), dtype=tensor.dtype)
+        buffer = torch.full((span + 2 * BAND,), poison(tensor.dtype), dtype=tensor.dtype, device=tensor.device)
         view = buffer.as_strided(tensor.shape, tensor.stride(), BAND)
         view.copy_(tensor)
         self._guarded.append((f"an input {list(tensor.shape)}", buffer, view, buffer.clone()))
         return view
 
-    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, place: Any = None) -> Tensor:
         count = 1
         for n in shape:
             count *= n
-        buffer = torch.full((count + 2 * BAND,), poison(dtype), dtype=dtype)
+        buffer = torch.full((count + 2 * BAND,), poison(dtype), dtype=dtype, device=place)
         view = buffer[BAND : BAND + count].view(shape)
         self._guarded.append((f"an allocation {list(shape)}", buffer, view, None))
         return view
@@ -76,13 +74,13 @@ class Guards:
             shape = _shape(size)
             if 0 in shape:
                 return self._originals[torch, "empty"](shape, dtype=dtype, **rest)
-            return self._allocate(shape, dtype or torch.get_default_dtype())
+            return self._allocate(shape, dtype or torch.get_default_dtype(), rest.get("device"))
 
         def empty_like(tensor: Tensor, *, dtype: torch.dtype | None = None, **rest: Any) -> Tensor:
-            return empty(tensor.shape, dtype=dtype or tensor.dtype)
+            return empty(tensor.shape, dtype=dtype or tensor.dtype, device=rest.get("device") or tensor.device)
 
         def new_empty(tensor: Tensor, *size: Any, dtype: torch.dtype | None = None, **rest: Any) -> Tensor:
-            return empty(_shape(size), dtype=dtype or tensor.dtype)
+            return empty(_shape(size), dtype=dtype or tensor.dtype, device=rest.get("device") or tensor.device)
 
         for (owner, name), function in zip(self.PATCHED, (empty, empty_like, new_empty), strict=True):
             setattr(owner, name, function)
@@ -100,7 +98,7 @@ class Guards:
             if before is not None:
                 assert _same(buffer, before), f"{what} or the band around it was written to"
             else:
-                canary = torch.full((BAND,), poison(buffer.dtype), dtype=buffer.dtype)
+                canary = torch.full((BAND,), poison(buffer.dtype), dtype=buffer.dtype, device=buffer.device)
                 assert _same(buffer[:BAND], canary), f"something was written before {what}"
                 assert _same(buffer[-BAND:], canary), f"something was written past the end of {what}"
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.interpret.device import on_gpu, same, tolerance
 from tests.interpret.guards import Guards, require_interpreter
 
 require_interpreter()
@@ -30,7 +31,7 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(triton, "SHORT_STEPS", 2)
 
 
-def compare(x, weights, axis, **settings):
+def compare(x, weights, axis, precision="fp32", **settings):
     before, after = x.shape[:axis].numel(), x.shape[axis + 1 :].numel()
     activation, ln_first = settings.get("activation", "gelu"), settings.get("ln_first", False)
     with Guards() as guards:
@@ -38,19 +39,21 @@ def compare(x, weights, axis, **settings):
         u = guards.input(x.reshape(before, x.shape[axis], after))
         y, kept = triton.forward(u, *inputs, activation, ln_first, 1e-6, True)
         alone, nothing = triton.forward(u, *inputs, activation, ln_first, 1e-6, False)
-        assert torch.equal(alone, y) and not nothing.numel()
+        assert same(alone, y) and not nothing.numel()
         cotangent = guards.input(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
         found = triton.backward(cotangent, u, kept, *inputs, activation, ln_first, 1e-6, True)
         again = triton.backward(cotangent, u, kept, *inputs, activation, ln_first, 1e-6, False)
     assert len(again) == len(found) - 1
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=False)), "weights' gradients differ without dx"
+    assert all(same(a, b) for a, b in zip(found, again, strict=False)), "weights' gradients differ without dx"
     found = [y, found[-1], *found[:-1]]
     shape = (*x.shape[:axis], -1, *x.shape[axis + 1 :])
     exact = run("reference", x, weights, axis, cotangent.view(shape), torch.float64, **settings)
     torchs = run("reference", x, weights, axis, cotangent.view(shape), **settings)
+    # LayerNorm over one element divides what should be 0, and is a rounding on a GPU, by the root of its epsilon
+    alone = on_gpu() and weights[-1].numel() == 1
     present = ["y", "x", *(n for n, w in zip(NAMES, weights, strict=True) if w is not None)]
     for name, e, t, f in zip(present, exact, torchs, found, strict=True):
-        slack = 2e-5 * e.abs().max() + 2 * (t - e).abs().max() + 1e-6
+        slack = tolerance(precision) * e.abs().max() + 2 * (t - e).abs().max() + (1e-3 if alone else 1e-6)
         error = (f.view(e.shape) - e).abs()
         assert (error <= slack).all(), f"{name}: {error.max():.2e} of {e.abs().max():.2e}"
 
@@ -79,10 +82,10 @@ def test_activations(activation, shape, axis, hidden, d_out):
 
 @pytest.mark.parametrize("precision", ["tf32"])
 def test_blocks_of_the_other_precisions(monkeypatch, precision):
-    """The interpreter multiplies in fp32 whatever is asked: what is tested is the larger blocks' bounds."""
+    """The larger blocks' bounds; the interpreter multiplies in fp32 whatever is asked."""
     monkeypatch.setattr(triton, "_precision", lambda: precision)
     x, weights = case((2, 70, 3, 23), 1, 34, 50)
-    compare(x, weights, 1)
+    compare(x, weights, 1, precision)
 
 
 def test_through_the_operation_and_bitwise_determinism():

@@ -1,0 +1,82 @@
+"""python -m bench launches: GPU launches of the two-stage step's stages, counted without a GPU.
+
+    python -m bench launches                 a table
+    python -m bench launches --json          {"fast": {"stage1": n, "stage2": n, "draw": n, "collect": n}, ...}
+    python -m bench launches --detail        by operation and by part, and what involves the host
+
+Counted at B=32 with the preset mosi on random data of MOSI's shape: the MiniLM text encoder, AMP in bf16. Nothing runs
+on a GPU: `bench.pretend` has CPU tensors answer as if they were on one, and counts.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import shapes, stages
+from bench.pretend import HostTraffic, HostTrafficError, PretendedGpu, Seen
+from bench.stages import MODES, STAGES
+
+__all__ = ["HostTraffic", "HostTrafficError", "PretendedGpu", "Seen", "count", "measure", "numbers"]
+
+
+def count(fn: Callable[[], Any], gpu: PretendedGpu | None = None, warm: bool = True) -> Seen:
+    """What one call of `fn` runs on a GPU.
+
+    Args:
+        fn: anything to call; tensors made before count as on the GPU.
+        gpu: the entered context that `fn` was prepared in; None enters one for the call.
+        warm: call it once before counting: the first call prepares what later ones reuse.
+    """
+    if gpu is None:
+        with PretendedGpu() as gpu:
+            return count(fn, gpu, warm)
+    if warm:
+        fn()
+    with gpu.watch() as seen:
+        fn()
+    return seen
+
+
+def measure(modes: tuple[str, ...] = MODES, check: bool = False) -> dict[str, dict[str, Seen]]:
+    """{mode: {stage: what one batch of it runs}}. `check`: also what operations declare, see `Seen.differ`."""
+    found = {}
+    for mode in modes:
+        torch.manual_seed(0)
+        with PretendedGpu(check=check) as gpu:
+            with tempfile.TemporaryDirectory(prefix="bench-launches-") as folder:
+                data = stages.write_data(Path(folder) / "data", shapes.mosi(2 * stages.BATCH))
+                ready = stages.prepare(stages.settings(mode, data, "cuda"))
+            found[mode] = {name: count(run, gpu) for name, run in ready.items()}
+    return found
+
+
+def numbers(found: dict[str, dict[str, Seen]]) -> dict[str, dict[str, int]]:
+    return {mode: {stage: seen.launches for stage, seen in parts.items()} for mode, parts in found.items()}
+
+
+def table(found: dict[str, dict[str, Seen]]) -> str:
+    lines = [f"{'mode':10}" + "".join(f"{stage:>10}" for stage in STAGES)]
+    for mode, parts in found.items():
+        lines.append(f"{mode:10}" + "".join(f"{parts[stage].launches:10}" for stage in STAGES))
+    return "\n".join(lines)
+
+
+def detail(found: dict[str, dict[str, Seen]]) -> str:
+    """Every stage by part and by operation, with its calls, and what involves the host."""
+    lines = []
+    for mode, parts in found.items():
+        for stage, seen in parts.items():
+            lines.append(f"\n{mode} {stage}: {seen.launches} launches")
+            lines.append("  " + ", ".join(f"{part} {n}" for part, n in seen.by_part.most_common()))
+            for name, n in seen.by_operation.most_common():
+                if n:
+                    lines.append(f"  {n:6}  {name} ({seen.calls[name]} calls)")
+            lines += [f"  host:   {what} ({n} times)" for what, n in seen.traffic.most_common()]
+            lines += [f"  not counted: engine.{name}: {why}" for name, why in seen.failed.items()]
+            lines += [f"  engine.{n}: declares {a}, its host function has {b}" for n, (a, b) in seen.differ.items()]
+    return "\n".join(lines).lstrip("\n")

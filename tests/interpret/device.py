@@ -1,0 +1,132 @@
+"""Where the kernels' cases run: in triton's interpreter on the CPU, or as they are on a GPU (`--device cuda`).
+
+On a GPU the tensors that a test makes are made there, random ones from the same CPU generators, so that inputs are the
+same on both; and what a test compares with, a host function of the CPU, is given copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+from torch.utils._pytree import tree_iter, tree_map
+
+VARIABLE = "ENGINE_TEST_DEVICE"  # set by the option --device, before test modules are imported
+
+# Of the largest element, on a GPU: what the products' own rounding leaves after a few layers of them. The interpreter
+# multiplies in float32 whatever is asked.
+TOLERANCES = {"fp32": 2e-5, "tf32": 2**-8, "bf16": 2**-6}
+
+
+def device() -> torch.device:
+    return torch.device(os.environ.get(VARIABLE, "cpu"))
+
+
+def on_gpu() -> bool:
+    return device().type != "cpu"
+
+
+def missing() -> str | None:
+    """Why the cases cannot run where they should, or None."""
+    from bench.gpu import missing as no_gpu
+    from engine.kernels.registry import has_triton
+
+    if not has_triton():
+        return "triton is not installed"
+    if on_gpu():
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return "TRITON_INTERPRET=1 and a GPU exclude each other"
+        return no_gpu()
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs a process of its own: TRITON_INTERPRET=1 pytest tests/interpret (make test does)"
+    return None
+
+
+def tolerance(precision: str) -> float:
+    """How far a kernel of a precision may be off, as a part of the largest element."""
+    return TOLERANCES[precision if on_gpu() else "fp32"]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are the same: bit for bit, or, on a GPU, where specialisations of one kernel contract
+    products and sums differently, to rounding."""
+    if not on_gpu():
+        return torch.equal(a, b)
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-6 * b.abs().max()) if a.numel() else True
+
+
+class _OnDevice(TorchFunctionMode):
+    """Tensors are made on the device; random ones by a generator of the CPU are drawn there and moved."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _device_constructors() or kwargs.get("device") is not None:
+            return func(*args, **kwargs)
+        generator = kwargs.get("generator")
+        if isinstance(generator, torch.Generator) and generator.device.type == "cpu":
+            return func(*args, **kwargs | {"device": "cpu"}).to(device())
+        return func(*args, **kwargs | {"device": device()})
+
+
+@contextlib.contextmanager
+def tests_run_there() -> Iterator[None]:
+    """Within the context a test's tensors are made where the cases run, and the CPU's host functions take them."""
+    if not on_gpu():
+        yield
+        return
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with contextlib.ExitStack() as stack:
+        for patch in list(_patches()):
+            stack.enter_context(patch)
+        stack.enter_context(_OnDevice())
+        yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+
+
+def _patches() -> Iterator[Any]:
+    from engine.kernels import registry
+
+    def run(operation: Any, *args: Any, _original: Callable = registry._run) -> Any:
+        of_the_cpu = registry._setting == "cpu" and any(isinstance(a, Tensor) and not a.is_cpu for a in tree_iter(args))
+        return on_the_host(_original)(operation, *args) if of_the_cpu else _original(operation, *args)
+
+    def backend_for(tensor: Tensor, op: str | None = None, _original: Callable = registry.backend_for) -> str:
+        return "cpu" if registry._setting == "cpu" else _original(tensor, op)
+
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("engine."):
+            continue
+        if getattr(module, "backend_for", None) is registry.backend_for:
+            yield mock.patch.object(module, "backend_for", backend_for)
+        if name.startswith("engine.kernels.") and name.endswith(".cpu"):
+            for key, value in vars(module).items():
+                if isinstance(value, types.FunctionType) and value.__module__ == name and not key.startswith("_"):
+                    yield mock.patch.object(module, key, on_the_host(value))
+    yield mock.patch.object(registry, "_run", run)
+
+
+def on_the_host(function: Callable) -> Callable:
+    """The function on copies of its tensors on the CPU; its results are moved to where the arguments are."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        places = [t.device for t in tree_iter((args, kwargs)) if isinstance(t, Tensor) and not t.is_cpu]
+        if not places:
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            args, kwargs = tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, (args, kwargs))
+            out = function(*args, **kwargs)
+        return tree_map(lambda v: v.to(places[0]) if isinstance(v, Tensor) else v, out)
+
+    return call
