@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_iter, tree_map, tree_unflatten
 
 from bench import rules
 from engine.kernels import registry
@@ -430,14 +430,15 @@ class _Operations(TorchDispatchMode):
             gpu.traffic("aten.lift_fresh: a tensor of the host's numbers")
 
     def _engine(self, name: str, args: tuple) -> Any:
-        """An operation of the engine: its launches, and zeros of its results' shapes."""
+        """An operation of the engine: its launches, and results of the right shapes: ones, which divide and have a
+        logarithm, and zeros for indices."""
         gpu = self.gpu
         with _functions(gpu):
             if gpu.seen is not None and not gpu._silent:
                 gpu.record(f"engine.{name}", self._launches(name, args))
             out = registry.operation(name).fake(*args)
             for tensor in tree_iter(out):
-                tensor.zero_()
+                tensor.fill_(1 if tensor.is_floating_point() else 0)
         return gpu.put(out, CUDA)
 
     def _launches(self, name: str, args: tuple) -> int:
@@ -465,6 +466,9 @@ def launched_by_the_host_function(gpu: PretendedGpu, name: str, args: tuple) -> 
     def run(self: Any, *arguments: Any, grid: Any = None, **named: Any) -> None:
         kernels[self.fn.__name__] += 1
 
+    # what it leaves unwritten must not get into the step's tensors
+    with torch._C.DisableTorchFunction():
+        args = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, args)
     silent, gpu._silent = gpu._silent, 0
     strict, gpu.strict = gpu.strict, False
     try:
