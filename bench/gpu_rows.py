@@ -108,11 +108,28 @@ def step(mode: str, context: Context) -> Iterator[Entry]:
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as place:
         config = configured(mode, Path(place), context, MOSI, shapes.mosi)
         yield from epoch(f"epoch_{mode}", config, context, {"samples": MOSI, "B": config.batch_size})
-        bank = stages.BANK if not context.quick else 24
-        ready = stages.prepare(config, bank)
+        yield from batches(mode, config, context)
+        eagerly = stages.prepare(with_graphs(config, "off"), stages.BANK if not context.quick else 24)
         for stage in ("stage2", "stage1", "draw", "collect"):
-            found = measured(context, {"engine": ready[stage]}, graphs=stage in ("stage1", "stage2"))
-            yield {"row": f"{stage}_{mode}", "side": "engine", "B": config.batch_size, **found["engine"]}
+            found = measured(context, {"eager": eagerly[stage]}, graphs=stage in ("stage1", "stage2"))
+            yield {"row": f"{stage}_{mode}", "side": "uncaptured", "B": config.batch_size, **found["eager"]}
+
+
+def with_graphs(config: Config, graphs: str) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update={"graphs": graphs})})
+
+
+def batches(mode: str, config: Config, context: Context) -> Iterator[Entry]:
+    """A batch of each stage as training runs it: a whole pass by replayed graphs, over its batches."""
+    clock = context.clock
+    trainer = stages.ready(with_graphs(config, "auto" if clock.cuda else "emulate"))
+    for stage, (run, count) in stages.passes(trainer).items():
+        entry = {"row": f"{stage}_{mode}", "side": "engine", "B": config.batch_size}
+        try:
+            found = {"wall_ms": clock.wall(run, 1 if context.quick else 3), **clock.traced(run)}
+            yield entry | {key: number / count for key, number in found.items()}
+        except Exception as cause:
+            yield entry | {"failed": short(cause)}
 
 
 def epoch(name: str, config: Config, context: Context, case: Entry) -> Iterator[Entry]:

@@ -12,7 +12,7 @@ Entry = Mapping[str, Any]
 MARKERS = ("<!-- gpu:start -->", "<!-- gpu:end -->")
 SIDES = {
     "eager": "eager torch", "baseline": "eager torch", "torch": "torch", "compile": "torch.compile",
-    "cce": "cut-cross-entropy", "liger": "Liger",
+    "cce": "cut-cross-entropy", "liger": "Liger", "uncaptured": "without graphs",
 }  # fmt: skip
 
 

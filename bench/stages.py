@@ -11,7 +11,6 @@ import torch
 
 from bench import shapes
 from engine.config import Config, load_config
-from engine.static import make_capturable
 from engine.step import FeatureBank, unpack
 from engine.trainer import _Trainer
 
@@ -37,29 +36,56 @@ def write_data(folder: Path, samples: shapes.Utterances, text_encoder: str = "mi
     return shapes.write_store(folder, {"train": samples, **held_out}, text_encoder)
 
 
-def prepare(config: Config, bank_size: int = BANK) -> dict[str, Callable[[], Any]]:
-    """{stage: what runs one batch of it} of a training run in a steady-state epoch; the bank's features are random.
-
-    With train.graphs=off one operation after another, else the static functions that a graph holds.
-    """
+def ready(config: Config) -> _Trainer:
+    """A training run before its first epoch; nothing is written."""
     with tempfile.TemporaryDirectory(prefix="bench-stages-") as folder:
         trainer = _Trainer(config, Path(folder) / "run", (), None)
         trainer._prepare()
-        loader = trainer.loaders["train"]
-        loader.set_epoch(0)
-        inputs, target, _ = unpack(next(iter(loader)))
-        loader.set_epoch(0)
+    return trainer
+
+
+def epoch(trainer: _Trainer, number: int, bank: FeatureBank | None) -> FeatureBank:
+    """One epoch of both stages; returns the bank for the next. The first has no bank, and so no first stage."""
+    loader, c = trainer.loaders["train"], trainer.config
+    loader.set_epoch(number)
+    return trainer.step.train_epoch(
+        loader, len(trainer.dataset.splits["train"]), bank, batch_size=c.batch_size, stage1_n=c.train.stage1_n,
+        stage1_features=c.train.stage1_features,
+    )[1]  # fmt: skip
+
+
+def passes(trainer: _Trainer) -> dict[str, tuple[Callable[[], Any], int]]:
+    """{stage: (what runs one pass of it, its batches)} of a run whose step is static; "draw": a pass's product rows.
+
+    Two epochs have been run: every shape has been met, and on a GPU captured.
+    """
+    static, loader, size = trainer.step.static, trainer.loaders["train"], len(trainer.dataset.splits["train"])
+    bank = epoch(trainer, 1, epoch(trainer, 0, None))
+    batch, known, step = trainer.config.batch_size, bank.tensors(), trainer.step
+    sizes, fresh = step.batch_sizes(loader, batch, size), trainer.config.train.stage1_features == "fresh"
+
+    def nothing(stage: str, number: int) -> None:
+        pass
+
+    return {
+        "stage2": (lambda: static.stage2(loader, size, bank, batch, nothing), len(loader)),
+        "stage1": (lambda: static.stage1(loader, bank, batch, fresh, nothing), -(-size // batch)),
+        "draw": (lambda: step.objective.sample_epoch(known, sizes, step.generator), len(loader)),
+        "collect": (lambda: static.collect(loader, size, nothing), len(loader)),
+    }
+
+
+def prepare(config: Config, bank_size: int = BANK) -> dict[str, Callable[[], Any]]:
+    """{stage: what runs one batch of it eagerly}; the bank's features are random."""
+    trainer = ready(config)
+    loader = trainer.loaders["train"]
+    loader.set_epoch(0)
+    inputs, target, _ = unpack(next(iter(loader)))
     step, device, size = trainer.step, trainer.device, len(target)
-    for optimizer in trainer.optimizers.values():
-        make_capturable(optimizer, device)
-    with torch.no_grad():
-        features = step.forward(inputs, target)[1]
+    features = step.features(inputs, target)
     bank = FeatureBank(bank_size)
     rows = {k: torch.randn(bank_size, *v.shape[1:], device=device) for k, v in features.items()}
     bank.store(torch.arange(bank_size, device=device), rows)
-    if step.static is not None:
-        fresh = trainer.config.train.stage1_features == "fresh"
-        return step.static.stages(loader, len(trainer.dataset.splits["train"]), bank, config.batch_size, fresh)
     known = bank.tensors()
     products = step.draw_products(known, size)
     return {

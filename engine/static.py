@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -103,13 +104,15 @@ class Graphs:
         capture: False runs them uncaptured, which works on every device.
         strict: raise `NotCapturable` where a function cannot be captured. Otherwise it is said once, and everything
             runs uncaptured from there.
+        warm_ups: uncaptured runs before a capture. The first is watched; torch.compile compiles nothing in it, and so
+            needs a second.
         limit: graphs kept at once.
     """
 
-    def __init__(self, device: torch.device, capture: bool, strict: bool, limit: int = LIMIT):
-        self.device, self.capture, self.strict, self.limit = device, capture, strict, limit
+    def __init__(self, device: torch.device, capture: bool, strict: bool, warm_ups: int = 1, limit: int = LIMIT):
+        self.device, self.capture, self.strict, self.warm_ups, self.limit = device, capture, strict, warm_ups, limit
         self._graphs: dict[Hashable, Any] = {}
-        self._seen: set[Hashable] = set()
+        self._seen: Counter[Hashable] = Counter()
         self._uncaptured: set[Hashable] = set()
         self._watching = True
         if capture:
@@ -144,12 +147,11 @@ class Graphs:
         if key in self._graphs:
             self._graphs[key].replay()
             return
-        first = key not in self._seen
-        self._seen.add(key)
+        self._seen[key] += 1
         with registry.static():
-            if first and self._watching:
+            if self._seen[key] == 1 and self._watching:
                 self._watched(function)
-            elif not self.capture or key in self._uncaptured or first:
+            elif not self.capture or key in self._uncaptured or self._seen[key] <= self.warm_ups:
                 function()
             elif len(self._graphs) >= self.limit:
                 log.warning("%d CUDA graphs are kept, no more are made: further shapes run uncaptured", self.limit)
@@ -329,7 +331,7 @@ class StaticStep:
     def __init__(self, step: TwoStageStep, capture: bool, strict: bool):
         self.step = step
         self.device = next((p.device for p in step.model.parameters()), torch.device("cpu"))
-        self.graphs = Graphs(self.device, capture, strict)
+        self.graphs = Graphs(self.device, capture, strict, warm_ups=1 if step.compile == "off" else 2)
         self.held = Held(self.device)
         self.number = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._loader: Iterable | None = None
@@ -461,42 +463,6 @@ class StaticStep:
         if output.information is not None:
             self._add("information", output.information.names, output.information.stacked_values, size)
 
-    def stages(
-        self, loader: Iterable, size: int, bank: FeatureBank, batch_size: int, fresh: bool = False
-    ) -> dict[str, Callable[[], None]]:
-        """For measuring: what runs the first batch of "collect", "stage1", "stage2" and "draw" again and again.
-
-        The arguments are those of the passes. Weights move with every call. Call each once before it is captured.
-        """
-        self._bank("collect", size)
-        self._bank("stage2", size)
-        with self._pass(loader) as feed:
-            key = next(iter(feed.steps()))
-            known = self._load(bank)
-            for stage in ("stage1", "stage2"):
-                self._draw(stage, known, self.step.batch_sizes(loader, batch_size, size))
-            self._shuffle(len(next(iter(known.values()))), batch_size)
-        for optimizer in self._optimizers():
-            self.held.refresh_rates(optimizer)
-        self.held.refresh("average", 0.02)
-
-        def again(one: Callable[[], None]) -> None:
-            self.step.held = self.held
-            self.number.zero_()
-            try:
-                with registry.static():
-                    one()
-            finally:
-                self.step.held = None
-
-        functions = {
-            "collect": lambda: self._collect_batch(key),
-            "stage1": lambda: self._stage1_batch(key if fresh else key[:1], fresh),
-            "stage2": lambda: self._stage2_batch(key, True),
-            "draw": lambda: self._take("stage2", key[0]),
-        }
-        return {name: partial(again, function) for name, function in functions.items()}
-
     # what they share
 
     @contextlib.contextmanager
@@ -526,7 +492,7 @@ class StaticStep:
         if self._watched is None or self._watched.changed():
             self.graphs.clear()
             self._watched = Watched(self._modules())
-        self.graphs.run((self._place, *key), function)
+        self.graphs.run((*key, self._place), function)
 
     def _modules(self) -> list[nn.Module]:
         return [m for m in (self.step.model, self.step.objective) if m is not None]

@@ -264,15 +264,7 @@ def test_every_operation_could_be_counted_and_declares_what_it_launches(found):
             assert not seen.failed and not seen.differ, (mode, stage)
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        pytest.param("fast", marks=pytest.mark.xfail(strict=True, reason="the critics index with a list of the host")),
-        pytest.param(
-            "faithful", marks=pytest.mark.xfail(strict=True, reason="transformers reads whether the mask is full")
-        ),
-    ],
-)
+@pytest.mark.parametrize("mode", ["fast", "faithful"])
 def test_stages_keep_the_host_out(found, mode):
     assert {stage: dict(found[mode][stage].traffic) for stage in ("stage1", "stage2", "collect")} == {
         "stage1": {}, "stage2": {}, "collect": {},

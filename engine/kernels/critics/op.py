@@ -19,7 +19,15 @@ from torch.autograd.function import once_differentiable
 
 from engine.errors import EstimatorError
 from engine.kernels.critics import reference
-from engine.kernels.critics.plain import concat_shapes, flat, grad_shapes, infonce_state_size, pieces_of, state_size
+from engine.kernels.critics.plain import (
+    FEW_ROWS,
+    concat_shapes,
+    flat,
+    grad_shapes,
+    infonce_state_size,
+    pieces_of,
+    state_size,
+)
 from engine.kernels.critics.reference import Layers
 from engine.kernels.mi_bounds.op import infonce
 from engine.kernels.registry import backend_for, call, lazy, log_size, register
@@ -86,7 +94,9 @@ def grouped_infonce(
             "grouped_infonce", f"rows {list(rows)} and columns {list(columns)} of {count} MLPs", "every MLP once",
             "Name for every critic the MLP of y in `rows` and that of x in `columns`.",
         )  # fmt: skip
-    if _backend(inputs[0], "critics_mlp_forward", activation) != "cpu":
+    backend = _backend(inputs[0], "critics_mlp_forward", activation)
+    if backend == "reference" or (backend == "triton" and len(inputs[0]) > FEW_ROWS):
+        # many rows: scores are streamed, where the operation would store them
         embedded = grouped_mlp(inputs, first, rest, activation)
         q, k = entries(embedded, rows), entries(embedded, columns)
         found = infonce(q, k)

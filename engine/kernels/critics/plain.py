@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+# Rows of a batch up to which a step is launches and not arithmetic; above them library products take over.
+FEW_ROWS = 2048
+
 LANES = 16  # samples are padded to the vector's width, at most 16 floats
 
 # Pairs of a tile of the concat critic, times the width of its hidden layers.

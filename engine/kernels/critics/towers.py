@@ -16,10 +16,9 @@ from torch import Tensor
 
 from engine.kernels.aot import AotCase
 from engine.kernels.critics import plain
+from engine.kernels.critics.plain import FEW_ROWS
 from engine.kernels.mlp.triton import TILES, dot, layer_backward, layer_forward, precision_now
 
-# Rows of a batch up to which a step is launches and not arithmetic; above them library products take over.
-FEW_ROWS = 2048
 SCORE_ROWS, SCORE_COLUMNS = 16, 64  # a program's tile of scores
 WARPS = 4
 
