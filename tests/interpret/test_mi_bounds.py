@@ -7,8 +7,8 @@ from tests.interpret.guards import BAND, Guards, require_interpreter
 
 require_interpreter()
 
-from engine.kernels.mi_bounds import triton as kernels
-from engine.kernels.mi_bounds.triton import KINDS
+from engine.kernels.mi_bounds import chunked as kernels
+from engine.kernels.mi_bounds.tiles import KINDS
 from tests.kernels.mi_cases import (
     BOUNDS,
     INFONCE,

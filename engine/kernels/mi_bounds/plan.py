@@ -1,0 +1,106 @@
+"""Which algorithm the bounds take on a GPU, how it cuts its work up, what it launches. Does not import triton.
+
+    fused    triton.py: embeddings of up to MAX_WIDTH, no memory beside the outputs
+    chunked  chunked.py: library products of CHUNK_BYTES of scores at a time, any width
+    eager    plain torch, all scores at once
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from engine.kernels import dispatch
+
+# Bytes of a chunk of the chunked algorithm: its scores in fp32, and their gradient where that has 16 bits.
+CHUNK_BYTES = 256 << 20
+LEAST_ROWS = 128
+# The widest embeddings that a fused program holds whole, so that it computes no product twice.
+MAX_WIDTH = 128
+
+
+def chunk_rows(groups: int, rows: int, columns: int, element_size: int, with_gradient: bool) -> int:
+    """Rows of a chunk: as many as CHUNK_BYTES hold, at least LEAST_ROWS; chunks are of one size."""
+    cell = 4 + (element_size if with_gradient and element_size < 4 else 0)
+    most = max(1, CHUNK_BYTES // (groups * columns * cell * LEAST_ROWS))
+    blocks = math.ceil(rows / LEAST_ROWS)
+    return max(1, min(rows, math.ceil(blocks / max(1, math.ceil(blocks / most))) * LEAST_ROWS))
+
+
+def chunks(groups: int, rows: int, columns: int, element_size: int, with_gradient: bool) -> int:
+    return math.ceil(rows / chunk_rows(groups, rows, columns, element_size, with_gradient))
+
+
+def choose(operation: str, q: Tensor, k: Tensor) -> str:
+    """The algorithm for q [G, B, d] and k [G, M, d]."""
+    groups, rows, width = q.shape
+    sizes = {"groups": groups, "rows": rows, "columns": k.shape[1], "width": width}
+    return dispatch.choose(operation, dtype=q.dtype, device=q.device, sizes=sizes)
+
+
+def rule(precision: str, sizes: Mapping[str, int]) -> str:
+    """Where nothing was measured. tf32x3 takes three products for one, and its tiles are small."""
+    return "fused" if sizes["width"] <= MAX_WIDTH and precision != "fp32" else "chunked"
+
+
+CANDIDATES = {
+    "fused": lambda sizes: sizes["width"] <= MAX_WIDTH,
+    "chunked": lambda sizes: True,
+    "eager": lambda sizes: True,
+}
+
+# The sizes that decide, and those that `dispatch.measure` takes.
+ORDER = ("width", "rows")
+CLASSES = tuple(
+    {"groups": groups, "rows": rows, "columns": rows, "width": width}
+    for width, all_rows in ((128, (128, 1024, 4096, 16384, 65536)), (512, (1024, 4096, 16384)), (768, (16384,)))
+    for rows in all_rows
+    for groups in [5 if rows == 128 else 1]
+)
+
+
+def roundings(q: Tensor) -> int:
+    """Launches that round operands to tf32."""
+    return 2 if dispatch.precision_of(q.dtype) == "tf32" else 0
+
+
+def gradient_launches(q: Tensor, k: Tensor) -> int:
+    """Of chunked gradients: three products and a kernel a chunk, then dq and dk are scaled."""
+    return 4 * _chunks(q, k, True) + 2
+
+
+def infonce_launches(q, k, scale, positives, exclude_self, algorithm, gradients) -> int:
+    if algorithm == "fused":
+        return 1 + roundings(q)
+    return gradient_launches(q, k) if gradients == "both" else 2 * _chunks(q, k, False)
+
+
+def statistics_launches(q, k, scale, positives, exclude_self, *rest) -> int:
+    if choose("mi_bound", q, k) == "fused" and positives is None and not exclude_self:
+        return 1 + roundings(q)
+    return 2 * _chunks(q, k, False)
+
+
+def symmetric_launches(q, k, scale) -> int:
+    if choose("mi_bound", q, k) == "fused":
+        return 2 * (1 + roundings(q))
+    return 3 * _chunks(q, k, False) + 1
+
+
+def gradients_launches(q, k, *rest) -> int:
+    return 2 + roundings(q) if choose("mi_bound", q, k) == "fused" else gradient_launches(q, k)
+
+
+def mixture_launches(q, k, *rest) -> int:
+    return 2 * _chunks(q, k, False)
+
+
+def mixture_gradient_launches(q, k, *rest) -> int:
+    return 5 * _chunks(q, k, True) + 3
+
+
+def _chunks(q: Tensor, k: Tensor, with_gradient: bool) -> int:
+    return chunks(q.shape[0], q.shape[1], k.shape[1], q.element_size(), with_gradient)
