@@ -28,6 +28,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def _look_up(known: Operation, operation: str, precision: str, arch: int, sizes:
 
 def _nearest(classes: list[int], size: int) -> int:
     """The class nearest by ratio. Comparisons only, so that a dynamic size stays one."""
-    for low, high in zip(classes, classes[1:], strict=False):
+    for low, high in pairwise(classes):
         if size * size <= low * high:
             return low
     return classes[-1]

@@ -8,8 +8,8 @@ sums over the rows, dk, are taken in fp32 in the order of the chunks. Results ar
 Memory: `plan.CHUNK_BYTES` for a chunk (or what `plan.LEAST_ROWS` rows need, if that is more), and fp32 copies of dq and
 dk.
 
-fp32 products follow `torch.backends.cuda.matmul.allow_tf32`; the library rounds to tf32 correctly. Embeddings of 16 bits
-are multiplied as they are, with fp32 sums and fp32 results.
+fp32 products follow `torch.backends.cuda.matmul.allow_tf32`; the library rounds to tf32 correctly. Embeddings of 16
+bits are multiplied as they are, with fp32 sums and fp32 results.
 """
 
 from __future__ import annotations

@@ -611,10 +611,7 @@ def _work(operation: str):
         q, k = ((sizes["width"] ** -0.25 * x).to(dtype).requires_grad_() for x in (q, k))
 
         def run() -> None:
-            if operation == "infonce":
-                result = infonce(q, k)
-            else:
-                result = mi_lower_bound(q, k, bound="dv")
+            result = infonce(q, k) if operation == "infonce" else mi_lower_bound(q, k, bound="dv")
             torch.autograd.grad(result.sum(), (q, k))
 
         return run
@@ -623,6 +620,4 @@ def _work(operation: str):
 
 
 for _operation in ("infonce", "mi_bound"):
-    dispatch.register(
-        _operation, plan.ORDER, plan.CANDIDATES, plan.rule, work=_work(_operation), classes=plan.CLASSES
-    )
+    dispatch.register(_operation, plan.ORDER, plan.CANDIDATES, plan.rule, work=_work(_operation), classes=plan.CLASSES)

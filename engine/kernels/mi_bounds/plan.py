@@ -1,8 +1,8 @@
 """Which algorithm the bounds take on a GPU, how it cuts its work up, what it launches. Does not import triton.
 
-    fused    triton.py: embeddings of up to MAX_WIDTH, no memory beside the outputs
-    chunked  chunked.py: library products of CHUNK_BYTES of scores at a time, any width
-    eager    plain torch, all scores at once
+fused    triton.py: embeddings of up to MAX_WIDTH, no memory beside the outputs
+chunked  chunked.py: library products of CHUNK_BYTES of scores at a time, any width
+eager    plain torch, all scores at once
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from engine.kernels import dispatch
@@ -42,8 +41,14 @@ def choose(operation: str, q: Tensor, k: Tensor) -> str:
 
 
 def rule(precision: str, sizes: Mapping[str, int]) -> str:
-    """Where nothing was measured. tf32x3 takes three products for one, and its tiles are small."""
-    return "fused" if sizes["width"] <= MAX_WIDTH and precision != "fp32" else "chunked"
+    """Where nothing was measured: fused where one program's tiles hold the width.
+
+    But tf32x3, which fused kernels multiply fp32 with, takes three products for one and small tiles: it pays only where
+    few launches matter more than products.
+    """
+    if sizes["width"] > MAX_WIDTH or (precision == "fp32" and sizes["rows"] * sizes["columns"] > 1 << 20):
+        return "chunked"
+    return "fused"
 
 
 CANDIDATES = {

@@ -189,7 +189,7 @@ def _gradients(
     IS_SIGMOID: tl.constexpr, HAS_COLUMNS: tl.constexpr, SCALED: tl.constexpr, HAS_POSITIVES: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dV / dS elementwise, as in triton._gradients. Grid: (row blocks, column blocks, groups). `out` may be `scores`."""
+    """dV / dS elementwise; see triton._gradients. Grid: (row blocks, column blocks, groups). `out` may be `scores`."""
     group = tl.program_id(2).to(tl.int64)
     local = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -342,7 +342,7 @@ def infonce_rows(
     scores: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, begin: int, losses: Tensor,
     state: Tensor, out: Tensor | None, factor: float,
 ) -> None:  # fmt: skip
-    """Write a chunk's losses into [G, N], its state into [4, G, N], and factor times the losses' gradient into `out`."""
+    """Write a chunk's losses into [G, N], its state into [4, G, N], and `factor` times its gradient into `out`."""
     groups, height, columns = scores.shape
     config = ROWS if out is None else GRADIENT_ROWS
     _infonce_rows[triton.cdiv(height, config["BLOCK_M"]), groups](
@@ -487,7 +487,7 @@ def aot_cases() -> list[AotCase]:
             ROWS,
             kind == "lse",
         )
-    for name, out, config in (("values", None, ROWS), ("fp32", "*fp32", GRADIENT_ROWS), ("bf16", "*bf16", GRADIENT_ROWS)):
+    for name, out in (("values", None), ("fp32", "*fp32"), ("bf16", "*bf16")):
         add(
             f"chunk_infonce/{name}",
             _infonce_rows,
@@ -496,7 +496,7 @@ def aot_cases() -> list[AotCase]:
                 **({"out_ptr": out} if out else {}),
             },
             {**plain, "WITH_GRADIENT": out is not None, "FACTOR": 1.0, **({} if out else {"out_ptr": None})},
-            config,
+            GRADIENT_ROWS if out else ROWS,
         )  # fmt: skip
     for is_first in (True, False):
         add(

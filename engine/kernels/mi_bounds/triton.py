@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.aot import AotCase
+from engine.kernels.aot import ARCHS, AotCase
+from engine.kernels.dispatch import architecture
 from engine.kernels.mi_bounds import scores
 from engine.kernels.mi_bounds.chunked import contiguous, in_range
 from engine.kernels.mi_bounds.plan import MAX_WIDTH
@@ -37,21 +38,21 @@ ROUND_BLOCK = 1024
 
 
 @triton.jit
-def _load(ptr, index, count, width, BLOCK_W: tl.constexpr, UPCAST: tl.constexpr):
+def _load(ptr, index, count, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, UPCAST: tl.constexpr):
     """Rows [n, BLOCK_W] of embeddings; 0 where there is no row or column."""
     w = tl.arange(0, BLOCK_W)
-    mask = (index < count)[:, None] & (w < width)[None, :]
-    x = tl.load(ptr + index.to(tl.int64)[:, None] * width + w[None, :], mask=mask, other=0.0)
+    mask = (index < count)[:, None] & (w < WIDTH)[None, :]
+    x = tl.load(ptr + index.to(tl.int64)[:, None] * WIDTH + w[None, :], mask=mask, other=0.0)
     if UPCAST:
         x = x.to(tl.float32)
     return x
 
 
 @triton.jit
-def _store(ptr, index, count, width, x, BLOCK_W: tl.constexpr):
+def _store(ptr, index, count, x, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
     w = tl.arange(0, BLOCK_W)
-    mask = (index < count)[:, None] & (w < width)[None, :]
-    tl.store(ptr + index.to(tl.int64)[:, None] * width + w[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+    mask = (index < count)[:, None] & (w < WIDTH)[None, :]
+    tl.store(ptr + index.to(tl.int64)[:, None] * WIDTH + w[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -63,6 +64,31 @@ def _operand(x, like, ROUND: tl.constexpr):
 
 
 @triton.jit
+def _scores(
+    a, b, a_ptr, b_ptr, a_index, b_index, a_count, b_count, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """a b^T of loaded rows; or, with BLOCK_D < BLOCK_W, of BLOCK_D columns at a time, loaded anew.
+
+    tf32x3 splits its operands in registers, which do not hold those of whole rows.
+    """
+    if BLOCK_D == BLOCK_W:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, WIDTH, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            a_mask = (a_index < a_count)[:, None] & (d < WIDTH)[None, :]
+            b_mask = (b_index < b_count)[None, :] & (d < WIDTH)[:, None]
+            a_part = tl.load(a_ptr + a_index.to(tl.int64)[:, None] * WIDTH + d[None, :], mask=a_mask, other=0.0)
+            b_part = tl.load(b_ptr + b_index.to(tl.int64)[None, :] * WIDTH + d[:, None], mask=b_mask, other=0.0)
+            if UPCAST:
+                a_part, b_part = a_part.to(tl.float32), b_part.to(tl.float32)
+            total = tl.dot(a_part, b_part, total, input_precision=PRECISION)
+        return total
+
+
+@triton.jit
 def _round(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
     """fp32 rounded to tf32. Grid: (blocks,)."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -71,26 +97,29 @@ def _round(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _statistics(
-    q_ptr, k_ptr, scale_ptr, joint_ptr, rest_ptr, rows, columns, width,
-    KIND: tl.constexpr, TAU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_ptr, k_ptr, scale_ptr, joint_ptr, rest_ptr, rows, columns,
+    KIND: tl.constexpr, TAU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """D and R of BLOCK_M rows of one group, with the positives on the diagonal. Grid: (row blocks, groups)."""
     group = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_ptr += group * rows * width
-    k_ptr += group * columns * width
+    q_ptr += group * rows * WIDTH
+    k_ptr += group * columns * WIDTH
     # log-sum-exps are taken in base 2
     base = 1.0 if KIND == 2 else LOG2_E
     scale = tl.load(scale_ptr) * base
-    own = _load(q_ptr, row, rows, width, BLOCK_W, UPCAST)
+    own = _load(q_ptr, row, rows, WIDTH, BLOCK_W, UPCAST)
     joint = tl.zeros((BLOCK_M,), tl.float32)
     high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, columns, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        other = _load(k_ptr, column, columns, width, BLOCK_W, UPCAST)
-        scores = tl.dot(own, tl.trans(other), input_precision=PRECISION) * scale
+        other = _load(k_ptr, column, columns, WIDTH, BLOCK_W, UPCAST)
+        scores = _scores(
+            own, other, q_ptr, k_ptr, row, column, rows, columns, PRECISION, UPCAST, WIDTH, BLOCK_W, BLOCK_D, BLOCK_M,
+            BLOCK_N,
+        ) * scale  # fmt: skip
         is_positive = column[None, :] == row[:, None]
         joint += tl.sum(tl.where(is_positive, scores, 0.0), 1)
         keep = (column < columns)[None, :] & (is_positive == 0)
@@ -111,9 +140,10 @@ def _statistics(
 
 @triton.jit
 def _infonce(
-    q_ptr, k_ptr, scale_ptr, positives_ptr, losses_ptr, state_ptr, pull_ptr, rows, columns, width, slots,
+    q_ptr, k_ptr, scale_ptr, positives_ptr, losses_ptr, state_ptr, pull_ptr, rows, columns, slots,
     HAS_POSITIVES: tl.constexpr, EXCLUDE_SELF: tl.constexpr, PULL: tl.constexpr, ROUND: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """InfoNCE loss of BLOCK_M rows of one group and its state. Grid: (row blocks, groups).
 
@@ -124,21 +154,24 @@ def _infonce(
     group = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = row < rows
-    q_ptr += group * rows * width
-    k_ptr += group * columns * width
+    q_ptr += group * rows * WIDTH
+    k_ptr += group * columns * WIDTH
     scale = tl.load(scale_ptr) * LOG2_E
     positive = row
     if HAS_POSITIVES:
         positive = tl.load(positives_ptr + row, mask=row_ok, other=-1).to(tl.int32)
-    own = _load(q_ptr, row, rows, width, BLOCK_W, UPCAST)
+    own = _load(q_ptr, row, rows, WIDTH, BLOCK_W, UPCAST)
     joint = tl.zeros((BLOCK_M,), tl.float32)
     high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     pull = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
     for start in range(0, columns, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        other = _load(k_ptr, column, columns, width, BLOCK_W, UPCAST)
-        scores = tl.dot(own, tl.trans(other), input_precision=PRECISION) * scale
+        other = _load(k_ptr, column, columns, WIDTH, BLOCK_W, UPCAST)
+        scores = _scores(
+            own, other, q_ptr, k_ptr, row, column, rows, columns, PRECISION, UPCAST, WIDTH, BLOCK_W, BLOCK_D, BLOCK_M,
+            BLOCK_N,
+        ) * scale  # fmt: skip
         is_positive = column[None, :] == positive[:, None]
         joint += tl.sum(tl.where(is_positive, scores, 0.0), 1)
         keep = (column < columns)[None, :] & (is_positive == 0)
@@ -163,24 +196,24 @@ def _infonce(
     tl.store(state_ptr + 2 * slots + place, joint + lse, mask=row_ok)
     tl.store(state_ptr + 3 * slots + place, share, mask=row_ok)
     if PULL:
-        key = _load(k_ptr, tl.where(row_ok, positive, columns), columns, width, BLOCK_W, UPCAST).to(tl.float32)
+        key = _load(k_ptr, tl.where(row_ok, positive, columns), columns, WIDTH, BLOCK_W, UPCAST).to(tl.float32)
         mean = pull / tl.where(total == 0.0, 1.0, total)[:, None]
-        pull_ptr += group * rows * width
-        _store(pull_ptr, row, rows, width, (share * tl.load(scale_ptr))[:, None] * (mean - key), BLOCK_W)
+        pull_ptr += group * rows * WIDTH
+        _store(pull_ptr, row, rows, (share * tl.load(scale_ptr))[:, None] * (mean - key), WIDTH, BLOCK_W)
 
 
 @triton.jit
 def _gradients(
     own_ptr, other_ptr, scale_ptr, factor_ptr, positives_ptr, own_weight_ptr, own_shift_ptr, other_weight_ptr,
-    other_shift_ptr, diagonal_ptr, out_ptr, own_count, other_count, width,
+    other_shift_ptr, diagonal_ptr, out_ptr, own_count, other_count,
     HAS_OWN: tl.constexpr, HAS_OTHER: tl.constexpr, IS_SIGMOID: tl.constexpr, OWNS_ROWS: tl.constexpr,
     IS_SHARE: tl.constexpr, HAS_FACTORS: tl.constexpr, POSITIVES: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
-    ROUND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ROUND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """factor * dS other for BLOCK_M owned embeddings. Grid: (blocks, groups).
 
-    dS = -weight e^(S - shift) summed over the sides that have one (or -weight sigmoid(S)). At a row's positive it is the
+    dS = -weight e^(S - shift) summed over the sides that have one, or -weight sigmoid(S). At a row's positive it is the
     row's diagonal coefficient. With IS_SHARE weights are InfoNCE losses' gradients: dS = weight e^(S - shift), and
     -weight times the coefficient at the positive. The factor is one number, or one a group.
     """
@@ -188,8 +221,8 @@ def _gradients(
     own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     own_ok = own < own_count
     own_place, other_base = group * own_count + own, group * other_count
-    own_ptr += group * own_count * width
-    other_ptr += group * other_count * width
+    own_ptr += group * own_count * WIDTH
+    other_ptr += group * other_count * WIDTH
     base = 1.0 if IS_SIGMOID else LOG2_E
     scale = tl.load(scale_ptr) * base
     if HAS_OWN:
@@ -204,23 +237,23 @@ def _gradients(
         if IS_SHARE:
             own_weight = -own_weight
             own_diagonal *= own_weight
-    rows = _load(own_ptr, own, own_count, width, BLOCK_W, UPCAST)
+    rows = _load(own_ptr, own, own_count, WIDTH, BLOCK_W, UPCAST)
     total = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
     for start in range(0, other_count, BLOCK_N):
         other = start + tl.arange(0, BLOCK_N)
         other_ok = other < other_count
-        value = _load(other_ptr, other, other_count, width, BLOCK_W, UPCAST)
-        scores = tl.dot(rows, tl.trans(value), input_precision=PRECISION) * scale
+        value = _load(other_ptr, other, other_count, WIDTH, BLOCK_W, UPCAST)
+        scores = _scores(
+            rows, value, own_ptr, other_ptr, own, other, own_count, other_count, PRECISION, UPCAST, WIDTH, BLOCK_W,
+            BLOCK_D, BLOCK_M, BLOCK_N,
+        ) * scale  # fmt: skip
         if HAS_OTHER:
             weight = tl.load(other_weight_ptr + other_base + other, mask=other_ok, other=0.0)
             if IS_SHARE:
                 weight = -weight
         if IS_SIGMOID:
             grad = sigmoid(scores)
-            if HAS_OWN:
-                grad = -own_weight[:, None] * grad
-            else:
-                grad = -weight[None, :] * grad
+            grad *= -own_weight[:, None] if HAS_OWN else -weight[None, :]
         else:
             grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             if HAS_OWN:
@@ -248,8 +281,8 @@ def _gradients(
         grad = tl.where(keep, grad, 0.0)
         total = tl.dot(_operand(grad, value, ROUND), value, total, input_precision=PRECISION)
     factor = tl.load(factor_ptr + (group if HAS_FACTORS else 0))
-    out_ptr += group * own_count * width
-    _store(out_ptr, own, own_count, width, total * factor, BLOCK_W)
+    out_ptr += group * own_count * WIDTH
+    _store(out_ptr, own, own_count, total * factor, WIDTH, BLOCK_W)
 
 
 @dataclass(frozen=True)
@@ -274,25 +307,35 @@ def precision_of(q: Tensor) -> Precision:
     return Precision("tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32")
 
 
-# Owned and streamed rows of a tile, warps, stages: [precision][few rows or many], each the most that does not spill on
-# any architecture. tf32x3 holds each factor twice.
-FORWARD = {
-    "half": ((64, 64, 4, 3), (128, 128, 8, 3)),
-    "tf32": ((64, 64, 8, 2), (128, 64, 8, 2)),
-    "fp32": ((64, 32, 8, 1), (64, 32, 8, 1)),
+# Owned and streamed rows of a tile, columns of the embeddings at a time (0 for all), warps, stages: for few owned rows,
+# for many, and for many on one architecture. Each spills on no architecture that takes it.
+Config = tuple[int, int, int, int, int]
+STATISTICS: dict[str, dict[str | int, Config]] = {
+    "half": {"few": (64, 64, 0, 4, 3), "many": (128, 128, 0, 8, 3)},
+    "tf32": {"few": (64, 64, 0, 4, 2), "many": (128, 64, 0, 8, 2)},
+    "fp32": {"few": (64, 64, 16, 8, 2), "many": (64, 64, 16, 8, 2)},
 }
-GRADIENTS = {
-    "half": ((64, 64, 4, 2), (128, 64, 8, 2)),
-    "tf32": ((64, 64, 8, 2), (64, 64, 8, 2)),
-    "fp32": ((64, 32, 8, 1), (64, 32, 8, 1)),
+INFONCE: dict[str, dict[str | int, Config]] = {
+    "half": {"few": (64, 64, 0, 4, 3), "many": (128, 64, 0, 8, 3), 90: (128, 128, 0, 8, 3)},
+    "tf32": {"few": (64, 32, 0, 8, 2), "many": (64, 32, 0, 8, 2), 90: (128, 64, 0, 8, 2), 100: (128, 64, 0, 8, 2)},
+    "fp32": {"few": (64, 32, 32, 8, 1), "many": (64, 32, 32, 8, 1)},
+}
+GRADIENTS: dict[str, dict[str | int, Config]] = {
+    "half": {"few": (64, 64, 0, 4, 2), "many": (128, 64, 0, 8, 2), 90: (128, 128, 0, 8, 2), 100: (128, 128, 0, 8, 2)},
+    "tf32": {"few": (64, 32, 0, 4, 2), "many": (64, 32, 0, 4, 2), 90: (128, 64, 0, 8, 2), 100: (128, 64, 0, 8, 2)},
+    "fp32": {"few": (64, 32, 32, 8, 1), "many": (64, 32, 32, 8, 1)},
 }
 
 
-def tile(configs: dict[str, tuple], precision: str, rows: int, width: int) -> dict[str, int]:
+def tile(configs: dict[str, dict[str | int, Config]], precision: str, rows: int, width: int, arch: int | None) -> dict:
     """Keywords of a launch for so many owned rows, all groups together."""
-    block_m, block_n, warps, stages = configs[precision][rows >= FEW_ROWS]
+    found = configs[precision]
+    block_m, block_n, block_d, warps, stages = found["few"] if rows < FEW_ROWS else found.get(arch, found["many"])
     block_w = max(16, triton.next_power_of_2(width))
-    return {"BLOCK_W": block_w, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    return {
+        "WIDTH": width, "BLOCK_W": block_w, "BLOCK_D": min(block_d or block_w, block_w), "BLOCK_M": block_m,
+        "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
 
 
 def statistics(
@@ -303,9 +346,9 @@ def statistics(
     (q, k), precision = _operands(q, k)
     groups, rows, width = q.shape
     joint, rest = rows_like(q, 2)
-    config = tile(FORWARD, precision.name, groups * rows, width)
+    config = tile(STATISTICS, precision.name, groups * rows, width, architecture(q.device))
     _statistics[triton.cdiv(rows, config["BLOCK_M"]), groups](
-        q, k, scale, joint, rest, rows, k.shape[1], width, KINDS[kind], tau, **precision.dot, **config
+        q, k, scale, joint, rest, rows, k.shape[1], KINDS[kind], tau, **precision.dot, **config
     )
     return joint, rest
 
@@ -324,9 +367,9 @@ def infonce(
     (losses,) = rows_like(q, 1)
     state = torch.empty((4, groups, rows), dtype=torch.float32, device=q.device)
     dq = torch.empty(q.shape if gradients == "rows" else (0,), dtype=torch.float32, device=q.device)
-    config = tile(FORWARD, precision.name, groups * rows, width)
+    config = tile(INFONCE, precision.name, groups * rows, width, architecture(q.device))
     _infonce[triton.cdiv(rows, config["BLOCK_M"]), groups](
-        q, k, scale, positives, losses, state, dq, rows, k.shape[1], width, groups * rows,
+        q, k, scale, positives, losses, state, dq, rows, k.shape[1], groups * rows,
         positives is not None, exclude_self, gradients == "rows", precision.rounds, **precision.dot, **config,
     )  # fmt: skip
     return losses, state, dq, torch.empty(0, dtype=torch.float32, device=q.device)
@@ -374,9 +417,9 @@ def _run(
     out = torch.empty_like(own)
     whose = DIAGONAL if positives is None else OWN if owns_rows else OTHER
     is_sigmoid = own_side[1] is None and other_side[1] is None
-    config = tile(GRADIENTS, precision.name, groups * count, width)
+    config = tile(GRADIENTS, precision.name, groups * count, width, architecture(own.device))
     _gradients[triton.cdiv(count, config["BLOCK_M"]), groups](
-        own, other, scale, factor, positives, *own_side, *other_side, diagonal, out, count, other.shape[1], width,
+        own, other, scale, factor, positives, *own_side, *other_side, diagonal, out, count, other.shape[1],
         own_side[0] is not None, other_side[0] is not None, is_sigmoid, owns_rows, is_share, factor.dim() > 0, whose,
         exclude_self, precision.rounds, **precision.dot, **config,
     )  # fmt: skip
@@ -397,10 +440,11 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 def aot_cases() -> list[AotCase]:
-    """Every kernel in fp32 (tf32x3), tf32 and bf16, with few and with many owned rows, as the host functions launch it."""
+    """Every kernel in fp32 (tf32x3), tf32 and bf16, in the configurations that the host functions launch."""
     cases = []
     pointers = {"q_ptr": "*{}", "k_ptr": "*{}", "scale_ptr": "*fp32"}
-    sizes = {"rows": "i32", "columns": "i32", "width": "i32"}
+    sizes = {"rows": "i32", "columns": "i32"}
+    no_positives = {"positives_ptr": None, "EXCLUDE_SELF": False}
     sides_of = {
         "rows": (True, False, False, True, False),
         "columns": (False, True, False, False, False),
@@ -409,73 +453,70 @@ def aot_cases() -> list[AotCase]:
         "sigmoid": (True, False, True, True, False),
     }
 
-    def add(name: str, kernel, signature: dict, constexprs: dict, config: dict, quick: bool):
-        blocks = {key: value for key, value in config.items() if key.startswith("BLOCK")}
-        launch = {key: value for key, value in config.items() if key.startswith("num")}
+    def add(name: str, kernel, signature: dict, constexprs: dict, configs: dict, quick: bool):
         typed = {key: kind.format(element) for key, kind in signature.items()}
-        constexprs = {**dot, **constexprs, **blocks}
-        cases.append(AotCase(f"mi_bounds.{name}", kernel, typed, constexprs, dot=True, quick=quick, **launch))
+        found = configs["half" if dtype == "bf16" else dtype]
+        for size in found:
+            # those of one architecture are compiled for it alone, the others where they are launched
+            archs = (size,) if isinstance(size, int) else tuple(a for a in ARCHS if size == "few" or a not in found)
+            if size != "many" or found["few"] != found["many"]:
+                rows = 1 if size == "few" else FEW_ROWS
+                config = tile(configs, "half" if dtype == "bf16" else dtype, rows, MAX_WIDTH, archs[0])
+                launch = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+                label = f"sm{size}" if isinstance(size, int) else size
+                cases.append(
+                    AotCase(
+                        f"mi_bounds.{name}/{dtype}/{label}", kernel, typed, {**dot, **constexprs, **config}, dot=True,
+                        quick=quick, archs=archs, **launch,
+                    )
+                )  # fmt: skip
 
-    for dtype, element, input_precision in (
-        ("fp32", "fp32", "tf32x3"), ("tf32", "fp32", "tf32"), ("bf16", "bf16", "ieee")
-    ):  # fmt: skip
+    for dtype, input_precision in (("fp32", "tf32x3"), ("tf32", "tf32"), ("bf16", "ieee")):
+        element = "bf16" if dtype == "bf16" else "fp32"
         dot = {"PRECISION": input_precision, "UPCAST": False}
         rounds = {"ROUND": dtype == "tf32"}
-        precision = "half" if dtype == "bf16" else dtype
-        for size, rows in (("few", 1), ("many", FEW_ROWS)):
-            if size == "many" and FORWARD[precision][0] == FORWARD[precision][1]:
-                continue
-            forward = tile(FORWARD, precision, rows, MAX_WIDTH)
-            quick = dtype == "bf16"
-            for kind in KINDS:
-                add(
-                    f"statistics/{kind}/{dtype}/{size}",
-                    _statistics,
-                    {**pointers, "joint_ptr": "*fp32", "rest_ptr": "*fp32", **sizes},
-                    {"KIND": KINDS[kind], "TAU": 5.0},
-                    forward,
-                    quick and kind == "lse",
-                )
-            outputs = {"losses_ptr": "*fp32", "state_ptr": "*fp32", "pull_ptr": "*fp32"}
-            for pull in (False, True):
-                add(
-                    f"infonce/{'rows' if pull else 'values'}/{dtype}/{size}",
-                    _infonce,
-                    {**pointers, **outputs, **sizes, "slots": "i32"},
-                    {"positives_ptr": None, "HAS_POSITIVES": False, "EXCLUDE_SELF": False, "PULL": pull, **rounds},
-                    forward,
-                    dtype != "tf32" and pull,
-                )
-        for size, rows in (("few", 1), ("many", FEW_ROWS)):
-            if size == "many" and GRADIENTS[precision][0] == GRADIENTS[precision][1]:
-                continue
-            backward = tile(GRADIENTS, precision, rows, MAX_WIDTH)
-            for variant, (has_own, has_other, is_sigmoid, owns_rows, is_share) in sides_of.items():
-                found, absent = {"diagonal_ptr": "*fp32"}, {"positives_ptr": None}
-                for side, has in (("own", has_own), ("other", has_other)):
-                    for what in ("weight", "shift"):
-                        if has and not (is_sigmoid and what == "shift"):
-                            found[f"{side}_{what}_ptr"] = "*fp32"
-                        else:
-                            absent[f"{side}_{what}_ptr"] = None
-                add(
-                    f"gradients/{variant}/{dtype}/{size}",
-                    _gradients,
-                    {
-                        "own_ptr": "*{}", "other_ptr": "*{}", "scale_ptr": "*fp32", "factor_ptr": "*fp32",
-                        "out_ptr": "*{}", **found, "own_count": "i32", "other_count": "i32", "width": "i32",
-                    },
-                    {
-                        **absent, **rounds, "HAS_OWN": has_own, "HAS_OTHER": has_other, "IS_SIGMOID": is_sigmoid,
-                        "OWNS_ROWS": owns_rows, "IS_SHARE": is_share, "HAS_FACTORS": False, "POSITIVES": DIAGONAL,
-                        "EXCLUDE_SELF": False,
-                    },
-                    backward,
-                    dtype != "tf32" and variant in ("rows", "keys"),
-                )  # fmt: skip
-    cases.append(
-        AotCase(
-            "mi_bounds.round", _round, {"x_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32"}, {"BLOCK": ROUND_BLOCK}
-        )
-    )
+        for kind in KINDS:
+            add(
+                f"statistics/{kind}",
+                _statistics,
+                {**pointers, "joint_ptr": "*fp32", "rest_ptr": "*fp32", **sizes},
+                {"KIND": KINDS[kind], "TAU": 5.0},
+                STATISTICS,
+                dtype == "bf16" and kind == "lse",
+            )
+        outputs = {"losses_ptr": "*fp32", "state_ptr": "*fp32", "pull_ptr": "*fp32"}
+        for pull in (False, True):
+            add(
+                f"infonce/{'rows' if pull else 'values'}",
+                _infonce,
+                {**pointers, **outputs, **sizes, "slots": "i32"},
+                {**no_positives, **rounds, "HAS_POSITIVES": False, "PULL": pull},
+                INFONCE,
+                dtype != "tf32" and pull,
+            )
+        for variant, (has_own, has_other, is_sigmoid, owns_rows, is_share) in sides_of.items():
+            found, absent = {"diagonal_ptr": "*fp32"}, {}
+            for side, has in (("own", has_own), ("other", has_other)):
+                for what in ("weight", "shift"):
+                    if has and not (is_sigmoid and what == "shift"):
+                        found[f"{side}_{what}_ptr"] = "*fp32"
+                    else:
+                        absent[f"{side}_{what}_ptr"] = None
+            add(
+                f"gradients/{variant}",
+                _gradients,
+                {
+                    "own_ptr": "*{}", "other_ptr": "*{}", "scale_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": "*{}",
+                    **found, "own_count": "i32", "other_count": "i32",
+                },
+                {
+                    **no_positives, **absent, **rounds, "HAS_OWN": has_own, "HAS_OTHER": has_other,
+                    "IS_SIGMOID": is_sigmoid, "OWNS_ROWS": owns_rows, "IS_SHARE": is_share, "HAS_FACTORS": False,
+                    "POSITIVES": DIAGONAL,
+                },
+                GRADIENTS,
+                dtype != "tf32" and variant in ("rows", "keys"),
+            )  # fmt: skip
+    signature = {"x_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32"}
+    cases.append(AotCase("mi_bounds.round", _round, signature, {"BLOCK": ROUND_BLOCK}))
     return cases + scores.aot_cases()
