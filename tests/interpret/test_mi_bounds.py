@@ -10,10 +10,11 @@ from tests.interpret.guards import BAND, Guards, require_interpreter
 
 require_interpreter()
 
-from triton.runtime.interpreter import InterpreterBuilder
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from engine.errors import ConfigError
-from engine.kernels import dispatch, infonce, mi_lower_bound, use_backend
+from engine.kernels import dispatch, infonce, mi_lower_bound, registry, use_backend
 from engine.kernels.mi_bounds import chunked, cpu, plan, tiles
 from engine.kernels.mi_bounds import scores as score_kernels
 from engine.kernels.mi_bounds import triton as fused
@@ -277,6 +278,59 @@ class TestProducts:
             else:
                 mi_lower_bound(q, k, bound=bound).backward()
         return tuple(n / (rows * rows * width) for n in found.values())
+
+
+class Launches(TorchDispatchMode):
+    """Counts Triton launches, and aten operations that compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.run = 0, GridExecutor.__call__
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        # bmm of 16 bits is one launch on a GPU; here its operands are widened before
+        self.count += not (views or name.startswith(("empty", "new_empty", "_to_copy", "detach")))
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        def counted(executor, *args, **kwargs):
+            self.count += 1
+            # what the interpreter does with the arguments does not count
+            with torch.utils._python_dispatch._disable_current_modes():
+                return self.run(executor, *args, **kwargs)
+
+        self.patch = mock.patch.object(GridExecutor, "__call__", counted)
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        self.patch.stop()
+        return super().__exit__(*exception)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_launches_are_those_declared(precision, algorithm, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", precision == "tf32")
+    dtype = dispatch.DTYPES[precision]
+    q, k, rows = torch.randn(2, 130, 8).to(dtype), torch.randn(2, 130, 8).to(dtype), torch.randn(2, 130)
+    scale, state, grad = torch.ones(()), torch.randn(4, 2, 130), torch.ones(2)
+    pair, source = (q, k, scale), (q, k, scale, None, False)
+    calls = {
+        "mi_infonce": (*source, algorithm, "rows" if algorithm == "fused" else "both"),
+        "mi_infonce_gradients": (*source, rows, state),
+        "mi_infonce_keys": (*source, rows, state),
+        "mi_symmetric_statistics": pair,
+        "mi_statistics": (*source, "lse", 0.0),
+        "mi_gradients": (*source, rows, rows, rows, rows, rows),
+        "mi_mixture": (*pair, rows, 0.1),
+        "mi_mixture_gradients": (*pair, rows, 0.1, rows, rows, grad),
+    }
+    for name, arguments in calls.items():
+        with Launches() as found:
+            registry._operations[name].cuda(*arguments)
+        assert found.count == registry.launches(name, *arguments), name
 
 
 def test_memory_of_chunks_is_bounded(monkeypatch):

@@ -506,7 +506,7 @@ _register(
     f"({_SOURCE}, Tensor weight, Tensor state) -> Tensor",
     lambda q, k, *rest: k.new_empty(k.shape),
     "cuda",
-    lambda q, *rest: 1 + plan.roundings(q),
+    plan.infonce_keys_launches,
 )
 _register(
     "mi_infonce_gradients",
@@ -514,7 +514,7 @@ _register(
     f"({_SOURCE}, Tensor weight, Tensor state) -> (Tensor, Tensor)",
     _fake_gradients,
     "cuda",
-    lambda q, k, *rest: 2 + plan.gradient_launches(q, k),
+    plan.infonce_gradients_launches,
 )
 _register(
     "mi_symmetric_statistics",

@@ -72,6 +72,11 @@ def roundings(q: Tensor) -> int:
     return 2 if dispatch.precision_of(q.dtype) == "tf32" else 0
 
 
+def scalings(q: Tensor, weights: int, more: int = 0) -> int:
+    """Launches that bring so many weights of a gradient into the range of fp16."""
+    return 3 * weights + 8 + more if dispatch.precision_of(q.dtype) == "fp16" else 0
+
+
 def gradient_launches(q: Tensor, k: Tensor) -> int:
     """Of chunked gradients: three products and a kernel a chunk, then dq and dk are scaled."""
     return 4 * _chunks(q, k, True) + 2
@@ -80,7 +85,17 @@ def gradient_launches(q: Tensor, k: Tensor) -> int:
 def infonce_launches(q, k, scale, positives, exclude_self, algorithm, gradients) -> int:
     if algorithm == "fused":
         return 1 + roundings(q)
-    return gradient_launches(q, k) if gradients == "both" else 2 * _chunks(q, k, False)
+    if gradients == "both":
+        return gradient_launches(q, k) + (dispatch.precision_of(q.dtype) == "fp16")
+    return 2 * _chunks(q, k, False)
+
+
+def infonce_keys_launches(q, *rest) -> int:
+    return 1 + roundings(q) + scalings(q, 1)
+
+
+def infonce_gradients_launches(q, k, *rest) -> int:
+    return 2 + gradient_launches(q, k) + scalings(q, 2)
 
 
 def statistics_launches(q, k, scale, positives, exclude_self, *rest) -> int:
@@ -95,8 +110,9 @@ def symmetric_launches(q, k, scale) -> int:
     return 3 * _chunks(q, k, False) + 1
 
 
-def gradients_launches(q, k, *rest) -> int:
-    return 2 + roundings(q) if choose("mi_bound", q, k) == "fused" else gradient_launches(q, k)
+def gradients_launches(q, k, scale, positives, exclude_self, row_weight, row_shift, col_weight, *rest) -> int:
+    fused = choose("mi_bound", q, k) == "fused"
+    return (2 + roundings(q) if fused else gradient_launches(q, k)) + scalings(q, 2 + (col_weight is not None))
 
 
 def mixture_launches(q, k, *rest) -> int:
@@ -104,7 +120,7 @@ def mixture_launches(q, k, *rest) -> int:
 
 
 def mixture_gradient_launches(q, k, *rest) -> int:
-    return 5 * _chunks(q, k, True) + 3
+    return 5 * _chunks(q, k, True) + 3 + scalings(q, 1, 5)
 
 
 def _chunks(q: Tensor, k: Tensor, with_gradient: bool) -> int:

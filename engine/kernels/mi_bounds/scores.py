@@ -30,7 +30,7 @@ from engine.kernels.mi_bounds.tiles import (
 # Rows and columns of a tile, warps. One row at a time where a row is read twice: it is still in the cache then.
 ROWS = {"BLOCK_M": 4, "BLOCK_N": 512, "num_warps": 4}
 GRADIENT_ROWS = {"BLOCK_M": 1, "BLOCK_N": 2048, "num_warps": 4}
-CELLS = {"BLOCK_M": 8, "BLOCK_N": 256, "num_warps": 4}
+CELLS = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
 COLUMNS = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4}
 MIXTURE = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
 MIXTURE_CELLS = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
