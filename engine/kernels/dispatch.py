@@ -79,7 +79,7 @@ def register(
 
     Args:
         order: names of the sizes that the table is searched by, the most important one first.
-        candidates: algorithm -> whether it can take these sizes; "eager" must be one and take all of them.
+        candidates: algorithm -> whether it can take these sizes; "eager" must be one.
         rule: (precision, sizes) -> algorithm, where the table has no answer.
         work: (device, dtype, sizes) -> function that runs the operation once, forward and backward, for `measure`.
         classes: the sizes that `measure` takes.

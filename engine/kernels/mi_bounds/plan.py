@@ -17,6 +17,8 @@ from engine.kernels import dispatch
 # Bytes of a chunk of the chunked algorithm: its scores in fp32, and their gradient where that has 16 bits.
 CHUNK_BYTES = 256 << 20
 LEAST_ROWS = 128
+# Bytes of scores in fp32 that plain torch may be given; it makes several tensors of that size.
+EAGER_BYTES = 1 << 30
 # The widest embeddings that a fused program holds whole, so that it computes no product twice.
 MAX_WIDTH = 128
 
@@ -54,7 +56,7 @@ def rule(precision: str, sizes: Mapping[str, int]) -> str:
 CANDIDATES = {
     "fused": lambda sizes: sizes["width"] <= MAX_WIDTH,
     "chunked": lambda sizes: True,
-    "eager": lambda sizes: True,
+    "eager": lambda sizes: 4 * sizes["groups"] * sizes["rows"] * sizes["columns"] <= EAGER_BYTES,
 }
 
 # The sizes that decide, and those that `dispatch.measure` takes.
