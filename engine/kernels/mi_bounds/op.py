@@ -4,8 +4,8 @@
     mi_lower_bound(q, k, bound=...)     nine bounds, value and gradient, for many critics at once
     mi_lower_bound(scores, bound=...)   the same from scores that exist already
 
-Memory is O(B d) and a bounded chunk of scores: 8 MiB on the CPU, at most 256 MiB on a GPU (`plan`); where plain torch was
-measured to be faster, it may be all scores, up to 1 GiB. All statistics, sums and products accumulate in fp32 (fp64 for
+Memory is O(B d) and a bounded chunk of scores: 8 MiB on the CPU, at most 256 MiB on a GPU (`plan`). Where plain torch
+was measured to be faster, it may be all scores, up to 1 GiB. All statistics, sums and products accumulate in fp32 (fp64 for
 fp64 inputs), also under autocast: embeddings of 16 bits are taken as they are, and gradients come back in their dtype.
 Every backend is bitwise deterministic. Gradients of gradients are not defined.
 
