@@ -5,9 +5,9 @@
     mi_lower_bound(scores, bound=...)   the same from scores that exist already
 
 Memory is O(B d) and a bounded chunk of scores: 8 MiB on the CPU, at most 256 MiB on a GPU (`plan`). Where plain torch
-was measured to be faster, it may be all scores, up to 1 GiB. All statistics, sums and products accumulate in fp32 (fp64 for
-fp64 inputs), also under autocast: embeddings of 16 bits are taken as they are, and gradients come back in their dtype.
-Every backend is bitwise deterministic. Gradients of gradients are not defined.
+was measured to be faster, it may be all scores, up to 1 GiB. All statistics, sums and products accumulate in fp32 (fp64
+for fp64 inputs), also under autocast: embeddings of 16 bits are taken as they are, and gradients come back in their
+dtype. Every backend is bitwise deterministic. Gradients of gradients are not defined.
 
 The autograd.Functions are here; what they call is registered with torch (`engine.kernels.registry`) and knows nothing
 of autograd.
