@@ -33,6 +33,24 @@ from tests.kernels.mi_cases import (
 SIZES = (2, 17, 64, 130)
 
 
+@pytest.fixture(autouse=True)
+def small_tiles(request, monkeypatch):
+    """Several tiles a row even here, and fewer programs for the interpreter."""
+    if request.function is not test_tiles_as_they_are_launched:
+        for name in ("ROWS", "GRADIENT_ROWS", "CELLS", "MIXTURE", "MIXTURE_CELLS"):
+            monkeypatch.setattr(score_kernels, name, {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4})
+
+
+def test_tiles_as_they_are_launched():
+    for name in ("square", "positives and negatives"):
+        function, inputs = infonce_case(name, 9, 20, "mean")
+        inputs = cast(inputs, torch.float32)
+        exact = evaluate(function, cast(inputs, torch.float64), "reference")
+        with dispatch.use(infonce="chunked"):
+            found = guarded(function, inputs)
+        assert_as_good_as_torch(found, evaluate(function, inputs, "reference"), exact, 2e-5)
+
+
 @pytest.fixture(params=["fused", "chunked"])
 def algorithm(request, monkeypatch):
     """Either of the GPU's algorithms; chunks of 128 rows, so that what goes from chunk to chunk is tested too."""
@@ -311,8 +329,7 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
-def test_launches_are_those_declared(precision, algorithm, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", precision == "tf32")
+def test_launches_are_those_declared(precision, algorithm):
     dtype = dispatch.DTYPES[precision]
     q, k, rows = torch.randn(2, 130, 8).to(dtype), torch.randn(2, 130, 8).to(dtype), torch.randn(2, 130)
     scale, state, grad = torch.ones(()), torch.randn(4, 2, 130), torch.ones(2)
@@ -328,9 +345,10 @@ def test_launches_are_those_declared(precision, algorithm, monkeypatch):
         "mi_mixture_gradients": (*pair, rows, 0.1, rows, rows, grad),
     }
     for name, arguments in calls.items():
-        with Launches() as found:
-            registry._operations[name].cuda(*arguments)
-        assert found.count == registry.launches(name, *arguments), name
+        with dispatch._tf32(precision == "tf32"):
+            with Launches() as found:
+                registry._operations[name].cuda(*arguments)
+            assert found.count == registry.launches(name, *arguments), name
 
 
 def test_memory_of_chunks_is_bounded(monkeypatch):
