@@ -4,5 +4,7 @@ from setuptools import find_packages, setup
 
 setup(
     packages=find_packages(include=["engine", "engine.*"]),
-    package_data={"engine": ["presets/*.yaml", "*.html", "py.typed", "kernels/*.h", "kernels/*/*.cpp"]},
+    package_data={
+        "engine": ["presets/*.yaml", "*.html", "py.typed", "kernels/*.h", "kernels/*.json", "kernels/*/*.cpp"]
+    },
 )

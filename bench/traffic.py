@@ -1,7 +1,8 @@
 """A model of what the flagship's step costs a GPU beside its products: launches, memory traffic, host synchronisations.
 
-    python -m bench.traffic            the table
-    python -m bench.traffic --update   the tables of docs/kernels.md, from it and from tests/aot/budgets.json
+    python -m bench.traffic              the tables
+    python -m bench.traffic --update     the tables of docs/kernels.md, from them and from tests/aot/budgets.json
+    python -m bench.traffic --dispatch   the modelled entries of engine/kernels/dispatch.json
 
 Nothing is timed. The step runs on the CPU and is counted as it would run on a GPU: operations of `torch.ops.engine` by
 the launches that they declare, or by the calls of their host function where that is torch's own; every other
@@ -10,6 +11,9 @@ once and writes its outputs once; what the caches save between operations is not
 
 Counted: CubeMLP and all eleven estimators, forward and backward, B=128. Not counted: text encoder, recurrences, the
 drawing of product rows, optimisers.
+
+Another model gives InfoNCE's time from its products and bytes, at the rates that were measured on one chip:
+`infonce_cost`. It says where the algorithms stand until `engine.kernels.dispatch.measure` has timed them.
 """
 
 from __future__ import annotations
@@ -34,11 +38,12 @@ from bench import machine
 from bench.baselines import mimrl
 from bench.suites import cubemlp
 from engine.config import ObjectiveConfig
-from engine.kernels import registry
+from engine.kernels import dispatch, registry
 from engine.kernels.cmi import op as cmi
 from engine.kernels.critics import op as critics
 from engine.kernels.cube_mix.cpu import SHORT
 from engine.kernels.mi_bounds import op as mi_bounds
+from engine.kernels.mi_bounds import plan
 from engine.objective import mimrl_objective
 
 BATCH, WIDTH = 128, 128
@@ -107,10 +112,14 @@ DECLARED: dict[str, Callable[..., int]] = {
     "cmi_read_backward": lambda *a: 0,
 }
 
+
+def _declared(name: str) -> Callable[..., tuple[int, int]]:
+    return lambda *arguments: (registry.launches(name, *arguments), 0)
+
+
 # Launches, and bytes beside inputs and outputs, of other operations with Triton kernels.
 KERNELS: dict[str, Callable[..., tuple[int, int]]] = {
-    "mi_statistics": lambda *a: (1, 0),
-    "mi_gradients": lambda *a: (2, 0),
+    **{name: _declared(name) for name in ("mi_infonce", "mi_infonce_keys", "mi_statistics", "mi_gradients")},
     "cube_mix_forward": lambda *a: (registry.launches("cube_mix_forward", *a), 0),
     "cube_mix_backward": lambda *a: (registry.launches("cube_mix_backward", *a), _cube_backward(a[1], a[3:10])),
     # the cube with its modalities mixed is an output, and read back
@@ -278,6 +287,115 @@ def traffic_table(found: dict[str, tuple[Count, Count]]) -> str:
     return "\n".join(lines)
 
 
+# One NVIDIA H200, torch 2.11.0+cu130, triton 3.6.0, 2026-11-27: TFLOP/s of products, bytes a millisecond of a copy.
+CHIP = "2026-11-27 NVIDIA H200, torch 2.11.0+cu130, triton 3.6.0"
+RATES = {"bf16": 807, "tf32": 420, "fp32": 51}
+COPY = 4.2e9
+# Milliseconds of InfoNCE there, forward and backward, by rows, width, precision: eager torch, and the fused kernels of
+# that time, which computed products again for every 128 columns and had tiles of 64.
+MEASURED = {
+    (1024, 128, "bf16"): (0.417, 0.932),
+    (1024, 128, "fp32"): (0.422, 1.201),
+    (4096, 128, "bf16"): (0.645, 1.444),
+    (4096, 128, "tf32"): (0.490, 1.326),
+    (4096, 128, "fp32"): (0.474, 2.721),
+    (16384, 128, "bf16"): (3.398, 2.185),
+    (16384, 128, "tf32"): (2.835, 6.004),
+    (16384, 128, "fp32"): (6.355, 19.85),
+    (65536, 128, "bf16"): (None, 32.60),
+    (65536, 128, "tf32"): (None, 101.0),
+    (65536, 128, "fp32"): (None, 354.9),
+    (16384, 512, "bf16"): (4.052, 22.78),
+    (16384, 512, "fp32"): (18.01, 231.2),
+    (16384, 768, "bf16"): (4.541, 56.76),
+    (16384, 768, "fp32"): (25.83, 506.3),
+}
+# Assumed: the share of a chip's products that fused kernels reach, and milliseconds of the host a launch.
+FUSED_SHARE = {"bf16": 0.45, "tf32": 0.2, "fp32": 0.12}
+HOST = {"fused": 0.04, "chunked": 0.04, "eager": 0.03}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one InfoNCE, forward and backward: matrix products, bytes a pair, milliseconds."""
+
+    products: int
+    pair_bytes: int
+    milliseconds: float
+
+
+def infonce_cost(rows: int, width: int, precision: str, algorithm: str, groups: int = 1, mean: bool = True) -> Cost:
+    """Products at the chip's rates plus bytes of scores at the rate of a copy, or what the host needs for its launches.
+
+    Args:
+        precision: "bf16", "tf32" or "fp32".
+        algorithm: "fused", "chunked" or "eager".
+        mean: the mean of the losses; otherwise a bound that takes statistics first and gradients afterwards.
+    """
+    size = 2 if precision == "bf16" else 4
+    rate, launches = RATES[precision], 14
+    if algorithm == "fused":
+        # on chip; fp32 is three products of tf32
+        products, pair_bytes, launches = (4 if mean else 5), 0, (8 if mean else 20)
+        rate = RATES["tf32"] / 3 if precision == "fp32" else rate
+        rate *= FUSED_SHARE[precision]
+    elif algorithm == "chunked":
+        # scores written and read (a row's second reading finds it in the cache), their gradient written, read twice
+        products, pair_bytes = (3, 8 + 3 * size) if mean else (4, 16 + 3 * size)
+        parts = plan.chunks(groups, rows, rows, size, True)
+        launches = 4 * parts + 7 if mean else 6 * parts + 20
+    else:
+        # scores written, log-softmax and its gradient (two read, one written each), two products of the gradient
+        products, pair_bytes = 3, 4 * 9
+    pairs = groups * rows * rows
+    device = products * 2 * pairs * width / rate / 1e9 + pair_bytes * pairs / COPY
+    return Cost(products, pair_bytes, max(device, launches * HOST[algorithm]))
+
+
+def infonce_table() -> str:
+    lines = [
+        "| rows | width | precision | products | bytes a pair | modelled, ms | eager, measured"
+        " | kernels of that day, measured |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (rows, width, precision), (eager, before) in MEASURED.items():
+        for algorithm in ("fused", "chunked") if width <= plan.MAX_WIDTH else ("chunked",):
+            cost = infonce_cost(rows, width, precision, algorithm)
+            lines.append(
+                f"| {rows:,} | {width} | {precision}, {algorithm} | {cost.products} | {cost.pair_bytes} "
+                f"| {cost.milliseconds:.2f} | {'-' if eager is None else f'{eager:.2f}'} | {before:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def dispatch_entries() -> list[dict[str, Any]]:
+    """Entries of the dispatch table from what was measured of eager torch and modelled of the rest."""
+    entries = []
+    for operation in ("infonce", "mi_bound"):
+        for precision in RATES:
+            for sizes in plan.CLASSES:
+                rows, width, groups = sizes["rows"], sizes["width"], sizes["groups"]
+                eager = MEASURED.get((rows, width, precision), (None,))[0] if operation == "infonce" else None
+                times = {
+                    name: infonce_cost(rows, width, precision, name, groups, operation == "infonce").milliseconds
+                    for name, takes in plan.CANDIDATES.items()
+                    if name != "eager" and takes(sizes)
+                }
+                if eager is not None:
+                    times["eager"] = eager
+                source = "modelled (bench/traffic.py)"
+                if eager is not None:
+                    source = f"eager measured {CHIP}; others {source}"
+                entries.append(
+                    {
+                        "operation": operation, "precision": precision, "architecture": "sm90", "sizes": dict(sizes),
+                        "algorithm": min(times, key=times.get),
+                        "milliseconds": {name: round(time, 3) for name, time in times.items()}, "source": source,
+                    }
+                )  # fmt: skip
+    return entries
+
+
 def kernel_table(budgets: dict[str, dict[str, int]]) -> str:
     """One row a kernel: the most that any of its configurations takes."""
     kernels: dict[str, dict[int, list[dict[str, int]]]] = {}
@@ -298,11 +416,12 @@ def kernel_table(budgets: dict[str, dict[str, int]]) -> str:
 
 
 def update(page: Path = PAGE) -> None:
-    """Put both tables between their markers."""
+    """Put the tables between their markers."""
     text = page.read_text(encoding="utf-8")
     for name, table in (
         ("kernels", kernel_table(json.loads(BUDGETS.read_text(encoding="utf-8")))),
         ("traffic", traffic_table(measure())),
+        ("infonce", infonce_table()),
     ):
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         before, rest = text.split(start)
@@ -313,10 +432,16 @@ def update(page: Path = PAGE) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.split("\n")[0])
     parser.add_argument("--update", action="store_true", help="write the tables of docs/kernels.md")
-    if parser.parse_args(arguments).update:
+    parser.add_argument(
+        "--dispatch", action="store_true", help="write modelled entries of engine/kernels/dispatch.json"
+    )
+    options = parser.parse_args(arguments)
+    if options.dispatch:
+        dispatch.write(dispatch.TABLE, dispatch_entries())
+    elif options.update:
         update()
     else:
-        print(traffic_table(measure()))
+        print(traffic_table(measure()), infonce_table(), sep="\n\n")
     return 0
 
 

@@ -53,6 +53,7 @@ class AotCase:
         constexprs: values of the constexpr arguments.
         dot: whether tensor-core instructions must appear (bf16 and tf32 products; not for exact fp32).
         quick: compiled in every test run; the others in the full matrix only.
+        archs: the architectures that launch it.
     """
 
     name: str
@@ -63,6 +64,7 @@ class AotCase:
     num_stages: int = 2
     dot: bool = False
     quick: bool = True
+    archs: tuple[int, ...] = ARCHS
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def _update(op: str | None) -> None:
     fresh = {}
     for case in all_cases():
         if op is None or case.name.startswith(f"{op}."):
-            for arch in ARCHS:
+            for arch in case.archs:
                 report = asdict(compile_case(case, arch))
                 del report["name"], report["arch"]
                 fresh[budget_key(case.name, arch)] = report
@@ -228,7 +230,7 @@ def _table(op: str | None) -> None:
     print(f"{'kernel':60} {'arch':>6} " + " ".join(f"{c:>12}" for c in columns))
     for case in all_cases():
         if op is None or case.name.startswith(f"{op}."):
-            for arch in ARCHS:
+            for arch in case.archs:
                 report = compile_case(case, arch)
                 values = " ".join(f"{getattr(report, c):>12}" for c in columns)
                 print(f"{case.name:60} {'sm_' + str(arch):>6} {values}", flush=True)

@@ -168,6 +168,13 @@ def _scores(times: int) -> Callable[..., int]:
     return lambda q, k, *_, **__: times * 2 * math.prod(q) * k[1]
 
 
+def _infonce(
+    q: Shape, k: Shape, scale: Shape, positives: Shape | None, exclude_self: bool, algorithm: str, gradients: str,
+    **_: Any,
+) -> int:  # fmt: skip
+    return _scores({"none": 1, "rows": 2, "both": 3}[gradients])(q, k)
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "critics_mlp_forward": _mlp_forward,
     "critics_mlp_backward": _mlp_backward,
@@ -185,6 +192,10 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "recurrent_forward": _recurrent_forward,
     "recurrent_backward": _recurrent_backward,
     "knn_nearest": _knn_nearest,
+    "mi_infonce": _infonce,
+    "mi_infonce_keys": _scores(2),
+    "mi_infonce_gradients": _scores(3),
+    "mi_symmetric_statistics": _scores(2),  # one where it is chunked
     "mi_statistics": _scores(1),
     "mi_gradients": _scores(3),
     "mi_fused": _scores(3),

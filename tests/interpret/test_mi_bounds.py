@@ -1,5 +1,8 @@
 """mi_bounds' Triton kernels against the reference: numbers, bounds of memory, determinism."""
 
+import math
+from unittest import mock
+
 import pytest
 import torch
 
@@ -7,8 +10,14 @@ from tests.interpret.guards import BAND, Guards, require_interpreter
 
 require_interpreter()
 
-from engine.kernels.mi_bounds import triton as kernels
-from engine.kernels.mi_bounds.triton import KINDS
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+from engine.errors import ConfigError
+from engine.kernels import dispatch, infonce, mi_lower_bound, registry, use_backend
+from engine.kernels.mi_bounds import chunked, cpu, plan, tiles
+from engine.kernels.mi_bounds import scores as score_kernels
+from engine.kernels.mi_bounds import triton as fused
 from tests.kernels.mi_cases import (
     BOUNDS,
     INFONCE,
@@ -24,15 +33,49 @@ from tests.kernels.mi_cases import (
 SIZES = (2, 17, 64, 130)
 
 
+@pytest.fixture(autouse=True)
+def small_tiles(request, monkeypatch):
+    """Several tiles a row even here, and fewer programs for the interpreter."""
+    if request.function is not test_tiles_as_they_are_launched:
+        for name in ("ROWS", "GRADIENT_ROWS", "CELLS", "MIXTURE", "MIXTURE_CELLS"):
+            monkeypatch.setattr(score_kernels, name, {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4})
+
+
+def test_tiles_as_they_are_launched():
+    for name in ("square", "positives and negatives"):
+        function, inputs = infonce_case(name, 9, 20, "mean")
+        inputs = cast(inputs, torch.float32)
+        exact = evaluate(function, cast(inputs, torch.float64), "reference")
+        with dispatch.use(infonce="chunked"):
+            found = guarded(function, inputs)
+        assert_as_good_as_torch(found, evaluate(function, inputs, "reference"), exact, 2e-5)
+
+
+@pytest.fixture(params=["fused", "chunked"])
+def algorithm(request, monkeypatch):
+    """Either of the GPU's algorithms; chunks of 128 rows, so that what goes from chunk to chunk is tested too."""
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
+    with dispatch.use(infonce=request.param, mi_bound=request.param):
+        yield request.param
+
+
 def guarded(function, inputs):
     """`evaluate` on the Triton backend, every input between bands of NaN, every allocation between canaries."""
     with Guards() as guards:
         return evaluate(function, {name: guards.input(x) for name, x in inputs.items()}, "triton")
 
 
-@pytest.mark.parametrize("embeddings", [True, False], ids=["embeddings", "scores"])
 @pytest.mark.parametrize("bound", BOUNDS)
-def test_bounds(bound, embeddings):
+def test_bounds(bound, algorithm):
+    check_bound(bound, True)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_bounds_of_scores(bound):
+    check_bound(bound, False)
+
+
+def check_bound(bound, embeddings):
     for count in SIZES:
         inputs, function = cast(bound_inputs(2, count, 20, embeddings), torch.float32), bound_function(bound, 2)
         exact = evaluate(function, cast(inputs, torch.float64), "reference")
@@ -44,6 +87,7 @@ def test_bounds(bound, embeddings):
 @pytest.mark.parametrize("width", [1, 16, 33, 128, 150, 256])
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_bounds_at_all_sizes(bound, width):
+    """Fused up to a width of 128, chunked beyond."""
     for count in (3, 63, 65, 100, 257):
         inputs, function = cast(bound_inputs(2, count, width, True), torch.float32), bound_function(bound, 2)
         exact = evaluate(function, cast(inputs, torch.float64), "reference")
@@ -53,7 +97,7 @@ def test_bounds_at_all_sizes(bound, width):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", INFONCE)
-def test_infonce(name, reduction):
+def test_infonce(name, reduction, algorithm):
     for rows in (7, 70, 130):
         function, inputs = infonce_case(name, rows, 20, reduction)
         inputs = cast(inputs, torch.float32)
@@ -62,11 +106,12 @@ def test_infonce(name, reduction):
         assert_as_good_as_torch(guarded(function, inputs), plain, exact, 2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("bound", ["infonce", "tuba", "js", "interpolate"])
-def test_embeddings_of_16_bits(bound):
+def test_embeddings_of_16_bits(bound, dtype, algorithm):
     for count in (17, 130):
         inputs, function = bound_inputs(2, count, 20, True), bound_function(bound, 2)
-        inputs = {name: x.to(torch.bfloat16 if name in "qk" else torch.float32) for name, x in inputs.items()}
+        inputs = {name: x.to(dtype if name in "qk" else torch.float32) for name, x in inputs.items()}
         exact = evaluate(function, cast(inputs, torch.float64), "reference")
         plain = evaluate(function, inputs, "reference")
         # the interpreter truncates to 16 bits where the GPU rounds: one unit in the last place
@@ -77,13 +122,11 @@ def test_embeddings_of_16_bits(bound):
 def test_ends_of_the_interpolation(alpha):
     q, k, a = bound_inputs(1, 40, 20, True)["q"], bound_inputs(1, 40, 20, True)["k"], torch.zeros(1, 40)
     scale, grad = torch.ones(()), torch.ones(1)
-    from engine.kernels.mi_bounds import cpu
-
-    mine, theirs = kernels.mixture(q.float(), k.float(), scale, a, alpha), cpu.mixture(q, k, scale, a.double(), alpha)
+    mine, theirs = chunked.mixture(q.float(), k.float(), scale, a, alpha), cpu.mixture(q, k, scale, a.double(), alpha)
     for found, expected in zip(mine, theirs, strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     rest, weight = theirs[1], torch.full((1, 40), -1.0, dtype=torch.float64)
-    mine = kernels.mixture_gradients(q.float(), k.float(), scale, a, alpha, rest.float(), weight.float(), grad)
+    mine = chunked.mixture_gradients(q.float(), k.float(), scale, a, alpha, rest.float(), weight.float(), grad)
     theirs = cpu.mixture_gradients(q, k, scale, a.double(), alpha, rest, weight, grad.double())
     for found, expected in zip(mine, theirs, strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
@@ -103,7 +146,7 @@ def test_large_scores(bound, size):
     torch.testing.assert_close(found.grads["scores"], exact.grads["scores"], rtol=1e-4, atol=max(size * 2**-23, 1e-30))
 
 
-def test_bitwise_deterministic():
+def test_bitwise_deterministic(algorithm):
     for name in ("square", "symmetric", "positives and negatives"):
         for rows in (40, 130):
             function, inputs = infonce_case(name, rows, 20, "mean")
@@ -116,7 +159,226 @@ def test_bitwise_deterministic():
 
 
 def test_kinds_are_the_kernels_constants():
-    assert set(KINDS.values()) == {0, 1, 2}
+    assert set(tiles.KINDS.values()) == {0, 1, 2}
+    assert {fused.DIAGONAL, fused.OWN, fused.OTHER} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("algorithm", ["fused", "chunked"])
+def test_gradients_of_a_large_batch_fit_into_fp16(algorithm):
+    """A batch's mean has gradients that fp16 cannot hold while they are those of scores."""
+    inputs = bound_inputs(1, 40, 20, True)
+    q, k = (inputs[name].half().requires_grad_() for name in "qk")
+    for bound in ("infonce", "nwj", "js", "interpolate"):
+        with dispatch.use(infonce=algorithm, mi_bound=algorithm):
+            # as if the batch had 2^22 rows
+            found = torch.autograd.grad(2.0**-22 * mi_lower_bound(q, k, bound=bound).sum(), (q, k))
+        exact = [x.detach().double().requires_grad_() for x in (q, k)]
+        with use_backend("reference"):
+            expected = torch.autograd.grad(mi_lower_bound(*exact, bound=bound).sum(), exact)
+        for f, e in zip(found, expected, strict=True):
+            # what is left is the rounding of the results, which are fp16's smallest numbers
+            assert (f.double() * 2**22 - e).abs().max() <= 2.0**-25 * 2**22 + 2e-3 * e.abs().max()
+
+
+class TestTF32:
+    """A tensor core ignores the bits that tf32 lacks. The interpreter computes fp32: rounding before is all it sees."""
+
+    @pytest.fixture(autouse=True)
+    def allowed(self):
+        before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+        yield
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+    def test_rounds_to_the_nearest_ties_away(self):
+        x = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-36, 37, 5000)
+        ulp = 2.0**-10
+        ties = torch.tensor([1 + ulp / 2, -1 - ulp / 2, 1 + 1.5 * ulp, 1 + ulp / 2 - 2.0**-23, 2 - ulp / 2])
+        special = torch.tensor([0.0, -0.0, math.inf, -math.inf, torch.finfo(torch.float32).max])
+        found = fused._rounded(torch.cat([x, ties, special]))
+        assert not (found[torch.isfinite(found)].view(torch.int32) & 0x1FFF).any()
+        # to the nearest multiple of the exponent's 2^-10, by fp64
+        exact = x.double()
+        unit = torch.exp2(exact.abs().log2().floor() - 10)
+        assert torch.equal(found[: len(x)].double(), (exact.abs() / unit + 0.5).floor() * unit * exact.sign())
+        assert found[len(x) :][:5].tolist() == [1 + ulp, -1 - ulp, 1 + 2 * ulp, 1.0, 2.0]
+        assert found[-5:].tolist() == [0.0, 0.0, math.inf, -math.inf, math.inf]
+
+    def test_nan_stays_nan(self):
+        bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1, 0x7F800001], dtype=torch.int32)
+        assert fused._rounded(bits.view(torch.float32)).isnan().all()
+
+    @pytest.mark.parametrize("width", [32, 128])
+    def test_loss_is_not_biased(self, width):
+        """Unit variance: rounding errs by less than 1e-5, ignoring bits by a hundred times as much."""
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randn(300, width, generator=generator)
+        k = (q + torch.randn(300, width, generator=generator)) / math.sqrt(2)
+        q, k = width**-0.25 * q, width**-0.25 * k
+        with use_backend("reference"):
+            exact = infonce(q.double(), k.double()).item()
+        with dispatch.use(infonce="fused"):
+            assert abs(infonce(q, k).item() - exact) < 1e-5
+        cut = [(x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (q, k)]
+        with dispatch.use(infonce="fused"):
+            assert abs(infonce(*cut).item() - exact) > 5e-4
+
+    def test_gradients(self):
+        """The scores' gradient is rounded too: what the products are given has no bits beyond tf32's."""
+        function, inputs = infonce_case("square", 70, 20, "mean")
+        inputs = cast(inputs, torch.float32)
+        exact = evaluate(function, cast(inputs, torch.float64), "reference")
+        with dispatch.use(infonce="fused"):
+            found = evaluate(function, inputs, "triton")
+        for name in "qk":
+            size = exact.grads[name].abs().max()
+            assert (found.grads[name] - exact.grads[name]).abs().max() < 2.0**-10 * size
+
+
+class TestProducts:
+    """InfoNCE multiplies as often at every width; a fused kernel's products are those that it declares."""
+
+    @pytest.mark.parametrize("width", [64, 128, 256, 512, 768])
+    @pytest.mark.parametrize("reduction, products", [("mean", 3), ("sum", 3), ("none", 4)])
+    def test_chunked(self, width, reduction, products, monkeypatch):
+        monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
+        assert self.counted(width, "chunked", reduction=reduction) == (products, 0)
+
+    @pytest.mark.parametrize("width", [64, 128])
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_fused(self, width, reduction):
+        assert self.counted(width, "fused", reduction=reduction) == (0, 4)
+
+    @pytest.mark.parametrize("width", [64, 128, 256, 512, 768])
+    def test_symmetric(self, width, monkeypatch):
+        monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
+        assert self.counted(width, "chunked", symmetric=True) == (4, 0)
+
+    @pytest.mark.parametrize("bound", ["dv", "js", "interpolate"])
+    def test_bounds(self, bound, monkeypatch):
+        monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
+        assert self.counted(256, "chunked", bound=bound) == (4, 0)
+
+    @pytest.mark.parametrize("width", [129, 768])
+    def test_wide_embeddings_are_refused_where_products_would_be_repeated(self, width):
+        with pytest.raises(ConfigError, match="dispatch of infonce: found fused for"):
+            self.counted(width, "fused")
+
+    @staticmethod
+    def counted(width: int, algorithm: str, bound: str | None = None, **options) -> tuple[float, float]:
+        """Products of q, k and the scores' gradient by the library, and in kernels, in units of rows * rows * width."""
+        rows = 192  # whole tiles
+        q, k = (torch.randn(rows, width, requires_grad=True) for _ in range(2))
+        found = {"library": 0, "kernels": 0}
+        bmm, baddbmm, dot = torch.bmm, torch.baddbmm, InterpreterBuilder.create_dot
+
+        def count(a, b, out):
+            found["library"] += out.shape[0] * out.shape[1] * out.shape[2] * a.shape[2]
+
+        def counting_bmm(a, b, *rest, out):
+            count(a, b, out)
+            return bmm(a, b, *rest, out=out)
+
+        def counting_baddbmm(c, a, b, *rest, out):
+            count(a, b, out)
+            return baddbmm(c, a, b, *rest, out=out)
+
+        def counting_dot(builder, a, b, *rest):
+            found["kernels"] += a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+            return dot(builder, a, b, *rest)
+
+        with (
+            mock.patch.object(torch, "bmm", counting_bmm), mock.patch.object(torch, "baddbmm", counting_baddbmm),
+            mock.patch.object(InterpreterBuilder, "create_dot", counting_dot),
+            dispatch.use(infonce=algorithm, mi_bound=algorithm),
+        ):  # fmt: skip
+            if bound is None:
+                infonce(q, k, **options).sum().backward()
+            else:
+                mi_lower_bound(q, k, bound=bound).backward()
+        return tuple(n / (rows * rows * width) for n in found.values())
+
+
+class Launches(TorchDispatchMode):
+    """Counts Triton launches, and aten operations that compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.run = 0, GridExecutor.__call__
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        # bmm of 16 bits is one launch on a GPU; here its operands are widened before
+        self.count += not (views or name.startswith(("empty", "new_empty", "_to_copy", "detach")))
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        def counted(executor, *args, **kwargs):
+            self.count += 1
+            # what the interpreter does with the arguments does not count
+            with torch.utils._python_dispatch._disable_current_modes():
+                return self.run(executor, *args, **kwargs)
+
+        self.patch = mock.patch.object(GridExecutor, "__call__", counted)
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        self.patch.stop()
+        return super().__exit__(*exception)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_launches_are_those_declared(precision, algorithm):
+    dtype = dispatch.DTYPES[precision]
+    q, k, rows = torch.randn(2, 130, 8).to(dtype), torch.randn(2, 130, 8).to(dtype), torch.randn(2, 130)
+    scale, state, grad = torch.ones(()), torch.randn(4, 2, 130), torch.ones(2)
+    pair, source = (q, k, scale), (q, k, scale, None, False)
+    calls = {
+        "mi_infonce": (*source, algorithm, "rows" if algorithm == "fused" else "both"),
+        "mi_infonce_gradients": (*source, rows, state),
+        "mi_infonce_keys": (*source, rows, state),
+        "mi_symmetric_statistics": pair,
+        "mi_statistics": (*source, "lse", 0.0),
+        "mi_gradients": (*source, rows, rows, rows, rows, rows),
+        "mi_mixture": (*pair, rows, 0.1),
+        "mi_mixture_gradients": (*pair, rows, 0.1, rows, rows, grad),
+    }
+    for name, arguments in calls.items():
+        with dispatch._tf32(precision == "tf32"):
+            with Launches() as found:
+                registry._operations[name].cuda(*arguments)
+            assert found.count == registry.launches(name, *arguments), name
+
+
+def test_memory_of_chunks_is_bounded(monkeypatch):
+    """No tensor is larger than a chunk, or than the embeddings."""
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 1 << 20)
+    sizes = []
+    empty = torch.empty
+
+    def watched(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        sizes.append(out.numel() * out.element_size())
+        return out
+
+    monkeypatch.setattr(torch, "empty", watched)
+    q, scale = torch.randn(1, 1500, 8), torch.ones(())
+    chunked.infonce(q, q, scale, None, False, "both")
+    chunked.gradients(q.bfloat16(), q.bfloat16(), scale, None, False, *[torch.zeros(1, 1500)] * 4, torch.zeros(1, 1500))
+    assert max(sizes) <= 1 << 20  # the scores would be 8.6 MiB
+
+
+@pytest.mark.parametrize("begin", [0, 3])
+def test_chunks_know_their_place(begin):
+    """A chunk of a matrix gives the rows of the whole one."""
+    scores = bound_inputs(1, 40, 4, False)["scores"].float()
+    joint, rest = cpu.score_statistics(scores, "lse", 0.0)
+    found = [torch.full((1, 40), math.nan) for _ in range(2)]
+    score_kernels.rows(scores[:, begin : begin + 9].contiguous(), None, None, False, "lse", 0.0, begin, *found)
+    for mine, theirs in zip(found, (joint, rest), strict=True):
+        torch.testing.assert_close(mine[:, begin : begin + 9], theirs[:, begin : begin + 9])
+        assert mine.isnan().sum() == 31
 
 
 class TestGuards:

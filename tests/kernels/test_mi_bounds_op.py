@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engine.errors import EstimatorError
 from engine.kernels import infonce, mi_lower_bound, use_backend
-from engine.kernels.mi_bounds import bound_value, cpu, update_log_ema
+from engine.kernels.mi_bounds import bound_value, cpu, op, reference, update_log_ema
 from tests.kernels.mi_cases import (
     BOUNDS,
     INFONCE,
@@ -274,6 +274,10 @@ def test_gradients_are_asked_for_where_they_are_needed():
 
 
 OPCHECK = {
+    "mi_infonce": lambda t: (t["q"], t["k"], t["s"], t["p"], True, "chunked", "both"),
+    "mi_infonce_keys": lambda t: (t["q"], t["k"], t["s"], None, False, t["a"], t["t"]),
+    "mi_infonce_gradients": lambda t: (t["q"], t["k"], t["s"], t["p"], False, t["a"], t["t"]),
+    "mi_symmetric_statistics": lambda t: (t["q"], t["k"], t["s"]),
     "mi_statistics": lambda t: (t["q"], t["k"], t["s"], None, False, "lse", 0.0),
     "mi_gradients": lambda t: (t["q"], t["k"], t["s"], None, False, t["a"], t["a"], None, None, t["a"]),
     "mi_fused": lambda t: (t["q"], t["k"], t["s"], t["p"], True, "lse", 0.0, "offset", t["a"]),
@@ -288,11 +292,53 @@ OPCHECK = {
 
 @pytest.mark.parametrize("name", OPCHECK)
 def test_opcheck(name):
-    shapes = {"q": (2, 5, 3), "k": (2, 5, 3), "s": (), "a": (2, 5), "S": (2, 5, 5), "g": (2,)}
+    shapes = {"q": (2, 5, 3), "k": (2, 5, 3), "s": (), "a": (2, 5), "S": (2, 5, 5), "g": (2,), "t": (4, 2, 5)}
     tensors = {key: torch.randn(shape) for key, shape in shapes.items()}
     tensors["p"] = (torch.arange(5) + 1) % 5
     tensors["k"] = tensors["k"].transpose(1, 2).contiguous().transpose(1, 2)
     torch.library.opcheck(getattr(torch.ops.engine, name).default, OPCHECK[name](tensors))
+
+
+@pytest.mark.parametrize("gradients", ["none", "rows", "both"])
+def test_fake_tensors_of_infonce_have_the_right_shapes(gradients):
+    """Whatever the forward pass is asked for."""
+    q, k = torch.randn(2, 5, 3), torch.randn(2, 7, 3)
+    torch.library.opcheck(
+        torch.ops.engine.mi_infonce.default, (q, k, torch.ones(()), None, False, "chunked", gradients)
+    )
+
+
+def infonce_arguments(name):
+    """(q, k, scale, positives, exclude_self, symmetric) of a case, fp64, by what the public function hands on."""
+    function, inputs = infonce_case(name, 7, 4, "none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "_infonce", lambda *arguments: arguments)
+        q, k, *rest, _ = function(**inputs)
+    return q[None].requires_grad_(), k[None].requires_grad_(), *rest
+
+
+@pytest.mark.parametrize("name", INFONCE)
+def test_cross_entropy_is_the_reference(name):
+    arguments = infonce_arguments(name)
+    torch.testing.assert_close(reference.cross_entropies(*arguments), reference.infonce_losses(*arguments))
+    found, expected = (
+        torch.autograd.grad(f(*arguments).sum(), arguments[:2])
+        for f in (reference.cross_entropies, reference.infonce_losses)
+    )
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize("name", [name for name in INFONCE if name != "symmetric"])
+def test_gradients_of_infonces_sum_come_with_its_losses(name):
+    *arguments, _ = infonce_arguments(name)
+    losses = reference.infonce_losses(*arguments, False)
+    expected = torch.autograd.grad(losses.sum(), arguments[:2])
+    plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    found, _, *gradients = cpu.infonce(*plain, "cpu", "both")
+    torch.testing.assert_close(found, losses.detach())
+    for f, e in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(f, e)
 
 
 @pytest.mark.parametrize("bound", BOUNDS)

@@ -24,7 +24,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from engine.errors import EstimatorError
 from engine.kernels import build
-from engine.kernels.mi_bounds.statistics import add_positives_, log_weights
+from engine.kernels.mi_bounds.statistics import LSE, SHARE, add_positives_, log_weights
 
 # (first row, scores of a block of rows), over all rows
 Blocks = Iterator[tuple[int, Tensor]]
@@ -175,6 +175,53 @@ def fused(
         sum_q[at] = block.sums(q[at] * weight[..., None], sum_k[group]).div_(block.total[..., None])
     sum_q.mul_(_exp_of_difference(log_row, maximum[:, None])[..., None])
     return joint, rest, maximum, sum_q, sum_k
+
+
+def infonce(
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, algorithm: str, gradients: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """InfoNCE's losses, its state, and the gradients of the sum of the losses that are asked for.
+
+    Args:
+        algorithm: one of the GPU's; here it means nothing.
+        gradients: "none", "rows" (dq) or "both".
+
+    Returns:
+        losses [G, B]; state [4, G, B], see `statistics.JOINT`; dq [G, B, d] and dk [G, C, d], or empty.
+    """
+    joint, rest = statistics(q, k, scale, positives, exclude_self, "lse", 0.0)
+    state = torch.stack([joint, rest, torch.logaddexp(rest, joint), torch.sigmoid(rest - joint)])
+    dq = dk = None
+    if gradients != "none":
+        dq, dk = infonce_gradients(q, k, scale, positives, exclude_self, torch.ones_like(joint), state)
+    return (
+        -logsigmoid(joint - rest),
+        state,
+        q.new_empty(0) if dq is None else dq,
+        dk if gradients == "both" else k.new_empty(0),
+    )
+
+
+def infonce_gradients(
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, weight: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dq and dk from the gradient of InfoNCE's losses, `weight` [G, B], and its state."""
+    weight = -weight
+    diagonal = weight * state[SHARE]
+    return gradients(q, k, scale, positives, exclude_self, weight, state[LSE], None, None, diagonal)
+
+
+def infonce_keys(
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, weight: Tensor, state: Tensor
+) -> Tensor:
+    """dk alone."""
+    return infonce_gradients(q, k, scale, positives, exclude_self, weight, state)[1]
+
+
+def symmetric_statistics(q: Tensor, k: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Score of each row's positive; LSE of the other scores of every row, and of every column, [G, B] each."""
+    joint, rest = statistics(q, k, scale, None, False, "lse", 0.0)
+    return joint, rest, statistics(k, q, scale, None, False, "lse", 0.0)[1]
 
 
 def mixture(

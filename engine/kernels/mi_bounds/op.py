@@ -1,12 +1,13 @@
 """InfoNCE and lower bounds on mutual information as differentiable operations, streaming where there are embeddings.
 
-    infonce(q, k)                       the contrastive loss of SimCLR, CLIP, MoCo, CPC; [B, M] scores are never stored
+    infonce(q, k)                       the contrastive loss of SimCLR, CLIP, MoCo, CPC; no [B, M] scores are kept
     mi_lower_bound(q, k, bound=...)     nine bounds, value and gradient, for many critics at once
     mi_lower_bound(scores, bound=...)   the same from scores that exist already
 
-Memory is O(B (d + block)). All statistics, sums and products accumulate in fp32 (fp64 for fp64 inputs), also under
-autocast: embeddings of 16 bits are taken as they are, and gradients come back in their dtype. Every backend is bitwise
-deterministic. Gradients of gradients are not defined.
+Memory is O(B d) and a bounded chunk of scores: 8 MiB on the CPU, at most 256 MiB on a GPU (`plan`). Where plain torch
+was measured to be faster, it may be all scores, up to 1 GiB. All statistics, sums and products accumulate in fp32 (fp64
+for fp64 inputs), also under autocast: embeddings of 16 bits are taken as they are, and gradients come back in their
+dtype. Every backend is bitwise deterministic. Gradients of gradients are not defined.
 
 The autograd.Functions are here; what they call is registered with torch (`engine.kernels.registry`) and knows nothing
 of autograd.
@@ -15,13 +16,15 @@ of autograd.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from engine.errors import EstimatorError
-from engine.kernels.mi_bounds import reference
+from engine.kernels import dispatch
+from engine.kernels.mi_bounds import plan, reference
 from engine.kernels.mi_bounds.reference import BOUNDS, full_precision
 from engine.kernels.mi_bounds.statistics import SIGMOID_GRADIENT, add_positives_, finish, interpolated
 from engine.kernels.registry import backend_for, call, interpreting, lazy, log_size, register
@@ -73,9 +76,8 @@ def infonce(
         if negatives.shape[:-2] != k.shape[:-2] or negatives.shape[-1] != k.shape[-1]:
             raise _shapes("infonce", negatives, k, "negatives with the width and groups of k")
         k = torch.cat([k, negatives], dim=-2)
-    grouped = q.dim() == 3
     q, k, scale = _prepare("infonce", q, k, temperature)
-    rows, columns = q.shape[1], k.shape[1]
+    rows, columns = q.shape[-2], k.shape[-2]
     plain = negatives is None and positives is None and not exclude_self
     if symmetric and not (plain and rows == columns):
         raise EstimatorError(
@@ -90,17 +92,37 @@ def infonce(
     if positives is not None and (positives.dtype != torch.int64 or positives.shape != (rows,)):
         found = f"positives {list(positives.shape)} of {positives.dtype}"
         raise EstimatorError("infonce", found, f"int64 [{rows}]", "Give one column of [k; negatives] a row.")
+    return _infonce(q, k, scale, positives, exclude_self, symmetric, reduction)
 
-    backend = _backend(q)
+
+def _infonce(
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, symmetric: bool, reduction: str
+) -> Tensor:
+    """`infonce` of what `_prepare` gives, by the backend and the algorithm that are to be taken."""
+    backend, wants_grad = _backend(q), _wants_grad(q, k, scale)
+    q3, k3 = _grouped(q), _grouped(k)
+    if backend == "cpu":
+        algorithm = "cpu"
+    elif backend == "triton":
+        algorithm = plan.choose("mi_bound" if symmetric else "infonce", q3, k3)
     if backend == "reference":
-        losses = reference.infonce_losses(q, k, scale, positives, exclude_self, symmetric)
-    elif reduction != "none" and not symmetric and _wants_grad(q, k, scale) and backend == "cpu":
-        mean = _FusedInfoNCE.apply(q, k, scale, positives, exclude_self)
-        result = mean * rows if reduction == "sum" else mean
-        return result if grouped else result[0]
+        losses = reference.infonce_losses(q3, k3, scale, positives, exclude_self, symmetric)
+    elif algorithm == "eager":
+        losses = reference.cross_entropies(q3, k3, scale, positives, exclude_self, symmetric)
+    elif symmetric:
+        losses = _SymmetricInfoNCE.apply(q3, k3, scale)
+    elif backend == "cpu" and reduction != "none" and wants_grad:
+        mean = _FusedInfoNCE.apply(q3, k3, scale, positives, exclude_self)
+        result = mean * q.shape[-2] if reduction == "sum" else mean
+        return result if q.dim() == 3 else result[0]
     else:
-        losses = _InfoNCE.apply(q, k, scale, positives, exclude_self, symmetric)
-    losses = losses if grouped else losses[0]
+        gradients = "none"
+        if wants_grad and algorithm == "fused":
+            gradients = "rows"
+        elif wants_grad and algorithm == "chunked" and reduction != "none":
+            gradients = "both"
+        return _InfoNCE.apply(q, k, scale, positives, exclude_self, algorithm, gradients, reduction)
+    losses = losses if q.dim() == 3 else losses[0]
     if reduction == "none":
         return losses
     return losses.mean(-1) if reduction == "mean" else losses.sum(-1)
@@ -151,6 +173,7 @@ def mi_lower_bound(
         groups, count, _ = scores.shape
     else:
         q, k, scale = _prepare(where, scores_or_q, k, temperature)
+        q, k = _grouped(q), _grouped(k)
         groups, count, _ = q.shape
         if k.shape != q.shape:
             expected = "as many rows in both"
@@ -171,18 +194,16 @@ def mi_lower_bound(
 
     backend = _backend(first)
     settings = (bound, float(alpha), float(smile_tau), 1.0 if log_ema is None else float(ema_rate))
-    if backend == "reference":
+    eager = backend == "triton" and k is not None and bound != "infonce" and plan.choose("mi_bound", q, k) == "eager"
+    if backend == "reference" or eager:
         if k is not None:
             scores = reference.embedding_scores(q, k, scale)
         value, ema = reference.grouped_bound(scores, a, ema, *settings)
     elif k is None:
         value, ema = _ScoreBound.apply(scores, a, ema, *settings)
     elif bound == "infonce":
-        fused = _wants_grad(q, k, scale) and backend == "cpu"
-        loss = (
-            _FusedInfoNCE.apply(q, k, scale, None, False) if fused else _InfoNCE.apply(q, k, scale, None, False, False)
-        )
-        value = log_size(count, loss) - (loss if fused else loss.mean(-1))
+        loss = _infonce(q, k, scale, None, False, False, "mean")
+        value = log_size(count, loss) - loss
     else:
         fused = bound != "interpolate" and _wants_grad(q, k, scale, a) and backend == "cpu"
         value, ema = _Bound.apply(q, k, scale, a, ema, *settings, fused)
@@ -192,33 +213,63 @@ def mi_lower_bound(
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Loss of every row; the backward recomputes the scores from O(B) state."""
+    """Losses of q [B, d] or [G, B, d], reduced; state is O(B).
+
+    `gradients` says what the forward pass finds beside the losses, in fp32: "both" dq and dk of their sum, where one
+    factor will turn these into the gradients; "rows" dq only, whose rows have factors of their own; or "none".
+    """
 
     @staticmethod
-    def forward(ctx, q, k, scale, positives, exclude_self, symmetric):
-        joint, rest = call("mi_statistics", q, k, scale, positives, exclude_self, "lse", 0.0)
-        losses = -logsigmoid(joint - rest)
-        rest_columns = None
-        if symmetric:
-            rest_columns = call("mi_statistics", k, q, scale, None, False, "lse", 0.0)[1]
-            losses = (losses - logsigmoid(joint - rest_columns)) / 2
-        ctx.save_for_backward(q, k, scale, positives, joint, rest, rest_columns)
-        ctx.exclude_self = exclude_self
-        return losses
+    def forward(ctx, q, k, scale, positives, exclude_self, algorithm, gradients, reduction):
+        ctx.settings = exclude_self, gradients, reduction
+        losses, state, dq, dk = call(
+            "mi_infonce", _grouped(q), _grouped(k), scale, positives, exclude_self, algorithm, gradients
+        )
+        ctx.save_for_backward(q, k, scale, positives, state, dq, dk)
+        if q.dim() == 2:
+            losses = losses.view(-1)
+        if reduction == "none":
+            return losses
+        return losses.mean(-1) if reduction == "mean" else losses.sum(-1)
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, scale, positives, joint, rest, rest_columns = ctx.saved_tensors
-        columns = (None, None)
-        if rest_columns is None:
-            diagonal = -grad * torch.sigmoid(rest - joint)
+        q, k, scale, positives, state, dq, dk = ctx.saved_tensors
+        exclude_self, gradients, reduction = ctx.settings
+        rows = q.shape[-2]
+        grad = grad.view(-1, rows if reduction == "none" else 1)
+        if reduction == "mean":
+            grad = grad / rows
+        if gradients == "both":
+            dq, dk = _times(dq, grad, q), _times(dk, grad, k)
         else:
-            grad = grad / 2
-            diagonal = -grad * (torch.sigmoid(rest - joint) + torch.sigmoid(rest_columns - joint))
-            columns = (-grad, torch.logaddexp(rest_columns, joint))
-        rows = (-grad, torch.logaddexp(rest, joint))
-        dq, dk = call("mi_gradients", q, k, scale, positives, ctx.exclude_self, *rows, *columns, diagonal)
-        return dq, dk, _scale_grad(ctx, q, dq, scale), None, None, None
+            weight = grad.expand(state.shape[1:]).contiguous()
+            arguments = (_grouped(q), _grouped(k), scale, positives, exclude_self, weight, state)
+            if gradients == "rows":
+                dq, dk = _times(dq, grad, q), call("mi_infonce_keys", *arguments)
+            else:
+                dq, dk = call("mi_infonce_gradients", *arguments)
+        scale_grad = _scale_grad(ctx, q, dq.view_as(q), scale)
+        return dq.view_as(q), dk.view_as(k), scale_grad, None, None, None, None, None
+
+
+class _SymmetricInfoNCE(torch.autograd.Function):
+    """Mean of the losses of every row and of every column, [G, B]; the backward recomputes the scores."""
+
+    @staticmethod
+    def forward(ctx, q, k, scale):
+        joint, rest, rest_columns = call("mi_symmetric_statistics", q, k, scale)
+        ctx.save_for_backward(q, k, scale, joint, rest, rest_columns)
+        return (-logsigmoid(joint - rest) - logsigmoid(joint - rest_columns)) / 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, scale, joint, rest, rest_columns = ctx.saved_tensors
+        weight = grad / -2
+        diagonal = weight * (torch.sigmoid(rest - joint) + torch.sigmoid(rest_columns - joint))
+        rows, columns = torch.logaddexp(rest, joint), torch.logaddexp(rest_columns, joint)
+        dq, dk = call("mi_gradients", q, k, scale, None, False, weight, rows, weight, columns, diagonal)
+        return dq, dk, _scale_grad(ctx, q, dq, scale)
 
 
 class _FusedInfoNCE(torch.autograd.Function):
@@ -264,7 +315,12 @@ class _Bound(torch.autograd.Function):
         else:
             joint, rest = call("mi_statistics", q, k, scale, None, False, kind, smile_tau)
             done = finish(bound, joint, rest, a, log_ema, ema_rate)
-            ctx.save_for_backward(q, k, scale, done.constant, done.shift, done.diagonal, done.baseline)
+            log_weight = shift = None
+            if done.shift is not None:
+                # relative to the row's own log-sum-exp, e^(S - shift) is at most 1 and fits into 16 bits
+                shift = rest.clamp(min=torch.finfo(rest.dtype).min)
+                log_weight = shift - done.shift
+            ctx.save_for_backward(q, k, scale, done.constant, log_weight, shift, done.diagonal, done.baseline)
         ctx.mark_non_differentiable(done.log_ema)
         return done.value, done.log_ema.clone()
 
@@ -278,8 +334,9 @@ class _Bound(torch.autograd.Function):
             sum_q, sum_k, factor, diagonal, grad_a = state
             dq, dk = _from_sums(q, k, scale, None, sum_q, sum_k, -factor * grad, grad[:, None] * diagonal)
         else:
-            constant, shift, diagonal, grad_a = state
-            weight = _row_weight(grad, constant, shift, diagonal)
+            constant, log_weight, shift, diagonal, grad_a = state
+            log_weight = -constant[:, None] if log_weight is None else log_weight
+            weight = (grad[:, None] * log_weight.exp()).expand_as(diagonal).contiguous()
             diagonal = grad[:, None] * diagonal
             dq, dk = call("mi_gradients", q, k, scale, None, False, weight, shift, None, None, diagonal)
         da = grad[:, None] * grad_a if ctx.has_baseline and grad_a is not None else None
@@ -311,7 +368,8 @@ class _ScoreBound(torch.autograd.Function):
             gradient = call("mi_score_mixture_gradients", scores, a, ctx.alpha, rest, weight, grad)
         else:
             constant, shift, diagonal, grad_a = state
-            weight = _row_weight(grad, constant, shift, diagonal)
+            weight = grad if shift is not None else grad * (-constant).exp()
+            weight = weight[:, None].expand_as(diagonal).contiguous()
             gradient = call("mi_score_gradients", scores, weight, shift, grad[:, None] * diagonal)
         da = grad[:, None] * grad_a if ctx.has_baseline and grad_a is not None else None
         return gradient, da, None, None, None, None, None
@@ -335,9 +393,11 @@ def _scale_grad(ctx, q: Tensor, dq: Tensor, scale: Tensor) -> Tensor | None:
     return (q.to(scale.dtype) * dq.to(scale.dtype)).sum() / scale
 
 
-def _row_weight(grad: Tensor, constant: Tensor, shift: Tensor | None, diagonal: Tensor) -> Tensor:
-    weight = grad if shift is not None else grad * (-constant).exp()
-    return weight[:, None].expand_as(diagonal).contiguous()
+def _times(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    """gradient [G, n, d] times factor [G, n] or [G, 1], in the dtype of `like`."""
+    if gradient.dtype == like.dtype or torch.compiler.is_compiling():
+        return (gradient * factor[..., None]).to(like.dtype)
+    return torch.mul(gradient, factor[..., None], out=torch.empty_like(gradient, dtype=like.dtype))
 
 
 def _kind(bound: str) -> str:
@@ -354,7 +414,7 @@ def _normalise(x: Tensor) -> Tensor:
 
 
 def _prepare(where: str, q: Tensor, k: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q [G, B, d], k [G, M, d] of one dtype, and the scale of their products."""
+    """q [B, d] or [G, B, d] and k of one dtype, and the scale of their products."""
     if q.dim() not in (2, 3) or k.dim() != q.dim() or q.shape[-1] != k.shape[-1] or q.shape[:-2] != k.shape[:-2]:
         raise _shapes(where, q, k, "[B, d] and [M, d], or [G, B, d] and [G, M, d]")
     dtype = torch.promote_types(q.dtype, k.dtype)
@@ -367,7 +427,12 @@ def _prepare(where: str, q: Tensor, k: Tensor, temperature: float | Tensor) -> t
         scale = 1 / temperature.reshape(()).to(device=q.device, dtype=exact)
     else:
         scale = torch.full((), 1 / temperature, dtype=exact, device=q.device)
-    return (q, k, scale) if q.dim() == 3 else (q[None], k[None], scale)
+    return q, k, scale
+
+
+def _grouped(x: Tensor) -> Tensor:
+    """[G, B, d], of one group if there are none."""
+    return x if x.dim() == 3 else x.unsqueeze(0)
 
 
 def check_temperature(where: str, temperature: float | Tensor) -> None:
@@ -408,6 +473,12 @@ def _fake_statistics(q, k, scale, positives, exclude_self, kind, tau):
     return _like(q, *q.shape[:2]), _like(q, *q.shape[:2])
 
 
+def _fake_infonce(q, k, scale, positives, exclude_self, algorithm, gradients):
+    dq = q.shape if gradients in ("rows", "both") else (0,)
+    dk = k.shape if gradients == "both" else (0,)
+    return _like(q, *q.shape[:2]), _like(q, 4, *q.shape[:2]), _like(q, *dq), _like(k, *dk)
+
+
 def _fake_gradients(q, k, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
@@ -421,62 +492,149 @@ def _fake_mixture(first, *rest):
     return tuple(_like(first, *first.shape[:2]) for _ in range(4))
 
 
-def _register(name: str, function: str, schema: str, fake) -> None:
-    folder = "engine.kernels.mi_bounds"
-    # a GPU program that owns all rows of a group would not fit in its registers: there the backward recomputes
-    cuda = None if name == "mi_fused" else lazy(f"{folder}.triton", function)
-    register(name, schema, cpu=lazy(f"{folder}.cpu", function), cuda=cuda, fake=fake)
+# Launches: kernels that a call of the GPU's host function launches; see plan.py.
+_FOLDER = "engine.kernels.mi_bounds"
 
 
-_SOURCE = "Tensor q, Tensor k, Tensor scale, Tensor? positives, bool exclude_self"
-_register("mi_statistics", "statistics", f"({_SOURCE}, str kind, float tau) -> (Tensor, Tensor)", _fake_statistics)
+def _register(name: str, function: str, schema: str, fake, cuda: str | None, launches) -> None:
+    register(
+        name,
+        schema,
+        cpu=lazy(f"{_FOLDER}.cpu", function),
+        cuda=None if cuda is None else lazy(f"{_FOLDER}.{cuda}", function),
+        fake=fake,
+        launches=launches,
+    )
+
+
+_PAIR = "Tensor q, Tensor k, Tensor scale"
+_SOURCE = f"{_PAIR}, Tensor? positives, bool exclude_self"
+_register(
+    "mi_infonce",
+    "infonce",
+    f"({_SOURCE}, str algorithm, str gradients) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_infonce,
+    "cuda",
+    plan.infonce_launches,
+)
+_register(
+    "mi_infonce_keys",
+    "infonce_keys",
+    f"({_SOURCE}, Tensor weight, Tensor state) -> Tensor",
+    lambda q, k, *rest: k.new_empty(k.shape),
+    "cuda",
+    plan.infonce_keys_launches,
+)
+_register(
+    "mi_infonce_gradients",
+    "infonce_gradients",
+    f"({_SOURCE}, Tensor weight, Tensor state) -> (Tensor, Tensor)",
+    _fake_gradients,
+    "cuda",
+    plan.infonce_gradients_launches,
+)
+_register(
+    "mi_symmetric_statistics",
+    "symmetric_statistics",
+    f"({_PAIR}) -> (Tensor, Tensor, Tensor)",
+    lambda q, k, scale: tuple(_like(q, *q.shape[:2]) for _ in range(3)),
+    "cuda",
+    plan.symmetric_launches,
+)
+_register(
+    "mi_statistics",
+    "statistics",
+    f"({_SOURCE}, str kind, float tau) -> (Tensor, Tensor)",
+    _fake_statistics,
+    "cuda",
+    plan.statistics_launches,
+)
 _register(
     "mi_gradients",
     "gradients",
     f"({_SOURCE}, Tensor row_weight, Tensor? row_shift, Tensor? col_weight, Tensor? col_shift, Tensor diagonal)"
     " -> (Tensor, Tensor)",
     _fake_gradients,
+    "cuda",
+    plan.gradients_launches,
 )
+# one GPU program that owns all rows of a group would not fit in its registers; mi_infonce does there what this does
 _register(
     "mi_fused",
     "fused",
     f"({_SOURCE}, str kind, float tau, str weighting, Tensor? offset) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_fused,
+    None,
+    1,
 )
 _register(
     "mi_mixture",
     "mixture",
-    "(Tensor q, Tensor k, Tensor scale, Tensor log_baseline, float alpha) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_PAIR}, Tensor log_baseline, float alpha) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_mixture,
+    "chunked",
+    plan.mixture_launches,
 )
 _register(
     "mi_mixture_gradients",
     "mixture_gradients",
-    "(Tensor q, Tensor k, Tensor scale, Tensor log_baseline, float alpha, Tensor rest, Tensor weight, Tensor grad)"
-    " -> (Tensor, Tensor)",
+    f"({_PAIR}, Tensor log_baseline, float alpha, Tensor rest, Tensor weight, Tensor grad) -> (Tensor, Tensor)",
     _fake_gradients,
+    "chunked",
+    plan.mixture_gradient_launches,
 )
 _register(
     "mi_score_statistics",
     "score_statistics",
     "(Tensor scores, str kind, float tau) -> (Tensor, Tensor)",
     lambda scores, kind, tau: (_like(scores, *scores.shape[:2]), _like(scores, *scores.shape[:2])),
+    "scores",
+    1,
 )
 _register(
     "mi_score_gradients",
     "score_gradients",
     "(Tensor scores, Tensor row_weight, Tensor? row_shift, Tensor diagonal) -> Tensor",
     lambda scores, *rest: scores.new_empty(scores.shape),
+    "scores",
+    1,
 )
 _register(
     "mi_score_mixture",
     "score_mixture",
     "(Tensor scores, Tensor log_baseline, float alpha) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_mixture,
+    "scores",
+    1,
 )
 _register(
     "mi_score_mixture_gradients",
     "score_mixture_gradients",
     "(Tensor scores, Tensor log_baseline, float alpha, Tensor rest, Tensor weight, Tensor grad) -> Tensor",
     lambda scores, *rest: scores.new_empty(scores.shape),
+    "scores",
+    3,
 )
+
+
+def _work(operation: str):
+    """What dispatch.measure times."""
+
+    def prepare(device: torch.device, dtype: torch.dtype, sizes) -> Callable[[], None]:
+        generator = torch.Generator(device).manual_seed(0)
+        shape = sizes["groups"], sizes["rows"], sizes["width"]
+        q = torch.randn(shape, generator=generator, device=device)
+        k = (q + torch.randn(shape, generator=generator, device=device)) / math.sqrt(2)
+        q, k = ((sizes["width"] ** -0.25 * x).to(dtype).requires_grad_() for x in (q, k))
+
+        def run() -> None:
+            result = infonce(q, k) if operation == "infonce" else mi_lower_bound(q, k, bound="dv")
+            torch.autograd.grad(result.sum(), (q, k))
+
+        return run
+
+    return prepare
+
+
+for _operation in ("infonce", "mi_bound"):
+    dispatch.register(_operation, plan.ORDER, plan.CANDIDATES, plan.rule, work=_work(_operation), classes=plan.CLASSES)

@@ -20,6 +20,10 @@ from torch.nn.functional import logsigmoid, softplus
 
 SIGMOID_GRADIENT = ("js", "js_fgan", "smile")
 
+# Rows of InfoNCE's state [4, G, B]: the positive's score, log-sum-exp of the other scores, of all, and 1 - the
+# probability of the positive.
+JOINT, REST, LSE, SHARE = range(4)
+
 
 @dataclass
 class Finish:

@@ -1,207 +1,266 @@
-"""Streaming statistics and gradients of score matrices on the GPU. Signatures: cpu.py.
+"""Fused statistics and gradients of score matrices on the GPU, for embeddings of up to `MAX_WIDTH`. Signatures: cpu.py.
 
-FlashAttention-shaped: a program owns a block of rows, streams the columns, keeps O(1) numbers a row and writes each
-output once. Backward passes recompute the scores, once owning rows (dq) and once owning columns (dk). No atomics, so
-that results are bitwise the same every time.
+FlashAttention-shaped: a program owns a block of rows, which stays on the chip, streams the other side and writes each
+output once; memory is that of the outputs. InfoNCE is attention with the keys as values: its forward pass finds dq
+beside the loss (two products), and its backward pass computes the scores again for dk (two). The other bounds take one
+product forward and four backward. No atomics: results are bitwise the same every time.
 
 fp32 embeddings are multiplied on tensor cores as tf32x3 (three products, close to fp32), or as tf32 where
-`torch.backends.cuda.matmul.allow_tf32` says so; embeddings of 16 bits in their own type. Sums accumulate in fp32.
+`torch.backends.cuda.matmul.allow_tf32` says so; embeddings of 16 bits in their own type. Sums accumulate in fp32. A
+tensor core ignores the bits that tf32 lacks, which would bias every product, so all that it is given is rounded before.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.aot import AotCase
-from engine.kernels.mi_bounds.statistics import log_weights
+from engine.kernels.aot import ARCHS, AotCase
+from engine.kernels.dispatch import architecture
+from engine.kernels.mi_bounds import scores
+from engine.kernels.mi_bounds.chunked import contiguous, in_range
+from engine.kernels.mi_bounds.plan import MAX_WIDTH
+from engine.kernels.mi_bounds.scores import rows_like
+from engine.kernels.mi_bounds.statistics import LSE, SHARE
+from engine.kernels.mi_bounds.tiles import KINDS, LN_2, LOG2_E, finite, infonce_row, round_tf32, sigmoid, softplus
 from engine.kernels.registry import interpreting
-
-LSE, CLIPPED, SOFTPLUS = 0, 1, 2
-KINDS = {"lse": LSE, "clipped": CLIPPED, "softplus": SOFTPLUS}
 
 # Whose `positives` there is: none (the diagonal), the owned side's, the streamed side's.
 DIAGONAL, OWN, OTHER = 0, 1, 2
 
-# Owned and streamed rows of a tile, columns of the embeddings a product takes at a time, warps, stages.
-STATISTICS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
-GRADIENTS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
-MIXTURE = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 1}
-MIXTURE_GRADIENTS = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 1}
-# The same for fp32 (gradients: for tf32x3). Larger tiles spill: tf32x3 holds each factor twice.
-STATISTICS_FP32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
-GRADIENTS_FP32 = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 32, "num_warps": 8, "num_stages": 1}
-MIXTURE_GRADIENTS_FP32 = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1}
-SCORES = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-SCORES_MIXTURE = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-# Columns of dq or dk that one program accumulates; wider embeddings take several programs.
-MAX_WIDTH = 128
+# Fewer owned rows than this leave most of a chip idle with large tiles.
+FEW_ROWS = 4096
+ROUND_BLOCK = 1024
 
 
 @triton.jit
-def _dot_tile(
-    a_ptr, b_ptr, a_index, b_index, a_count, b_count, width, scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """scale * a b^T for the given rows of a [a_count, width] and b [b_count, width]; 0 where there is no row."""
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, width, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        a_mask = (a_index < a_count)[:, None] & (d < width)[None, :]
-        b_mask = (b_index < b_count)[None, :] & (d < width)[:, None]
-        a = tl.load(a_ptr + a_index.to(tl.int64)[:, None] * width + d[None, :], mask=a_mask, other=0.0)
-        b = tl.load(b_ptr + b_index.to(tl.int64)[None, :] * width + d[:, None], mask=b_mask, other=0.0)
-        if UPCAST:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-    return total * scale
+def _load(ptr, index, count, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, UPCAST: tl.constexpr):
+    """Rows [n, BLOCK_W] of embeddings; 0 where there is no row or column."""
+    w = tl.arange(0, BLOCK_W)
+    mask = (index < count)[:, None] & (w < WIDTH)[None, :]
+    x = tl.load(ptr + index.to(tl.int64)[:, None] * WIDTH + w[None, :], mask=mask, other=0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit
-def _score_tile(
-    q_ptr, k_ptr, scale_ptr, own, other, own_count, other_count, width,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    GIVEN: tl.constexpr,
+def _store(ptr, index, count, x, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+    w = tl.arange(0, BLOCK_W)
+    mask = (index < count)[:, None] & (w < WIDTH)[None, :]
+    tl.store(ptr + index.to(tl.int64)[:, None] * WIDTH + w[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _operand(x, like, ROUND: tl.constexpr):
+    """A product's left factor, in the right one's dtype."""
+    if ROUND:
+        x = round_tf32(x)
+    return x.to(like.dtype)
+
+
+@triton.jit
+def _scores(
+    a, b, a_ptr, b_ptr, a_index, b_index, a_count, b_count, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the given rows and columns: computed, or loaded where q_ptr is a matrix of scores (GIVEN)."""
-    if GIVEN:
-        mask = (own < own_count)[:, None] & (other < other_count)[None, :]
-        place = own.to(tl.int64)[:, None] * other_count + other[None, :]
-        return tl.load(q_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    """a b^T of loaded rows; or, with BLOCK_D < BLOCK_W, of BLOCK_D columns at a time, loaded anew.
+
+    tf32x3 splits its operands in registers, which do not hold those of whole rows.
+    """
+    if BLOCK_D == BLOCK_W:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
     else:
-        scale = tl.load(scale_ptr)
-        return _dot_tile(
-            q_ptr, k_ptr, own, other, own_count, other_count, width, scale,
-            BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, UPCAST,
-        )  # fmt: skip
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, WIDTH, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            a_mask = (a_index < a_count)[:, None] & (d < WIDTH)[None, :]
+            b_mask = (b_index < b_count)[None, :] & (d < WIDTH)[:, None]
+            a_part = tl.load(a_ptr + a_index.to(tl.int64)[:, None] * WIDTH + d[None, :], mask=a_mask, other=0.0)
+            b_part = tl.load(b_ptr + b_index.to(tl.int64)[None, :] * WIDTH + d[:, None], mask=b_mask, other=0.0)
+            if UPCAST:
+                a_part, b_part = a_part.to(tl.float32), b_part.to(tl.float32)
+            total = tl.dot(a_part, b_part, total, input_precision=PRECISION)
+        return total
 
 
 @triton.jit
-def _softplus(x):
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def _sigmoid(x):
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
-
-
-@triton.jit
-def _finite(x):
-    """0 for -inf, so that differences with it are defined."""
-    return tl.where(x == float("-inf"), 0.0, x)
-
-
-@triton.jit
-def _logaddexp(a, b):
-    high = tl.maximum(a, b)
-    low = tl.minimum(a, b)
-    return high + tl.log(1.0 + tl.exp(low - _finite(high)))
-
-
-@triton.jit
-def _push(high, total, scores):
-    """Merge a tile of scores into a running (maximum, sum of e^(S - maximum)) a row; -inf counts for nothing."""
-    new = tl.maximum(high, tl.max(scores, 1))
-    base = _finite(new)
-    total = total * tl.exp(high - base) + tl.sum(tl.exp(scores - base[:, None]), 1)
-    return new, total
+def _round(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    """fp32 rounded to tf32. Grid: (blocks,)."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, round_tf32(tl.load(x_ptr + i, mask=i < count, other=0.0)), mask=i < count)
 
 
 @triton.jit
 def _statistics(
-    q_ptr, k_ptr, scale_ptr, positives_ptr, joint_ptr, rest_ptr, rows, columns, width,
-    KIND: tl.constexpr, TAU: tl.constexpr, HAS_POSITIVES: tl.constexpr, EXCLUDE_SELF: tl.constexpr, GIVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    q_ptr, k_ptr, scale_ptr, joint_ptr, rest_ptr, rows, columns,
+    KIND: tl.constexpr, TAU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """D and R of BLOCK_M rows of one group. Grid: (row blocks, groups)."""
+    """D and R of BLOCK_M rows of one group, with the positives on the diagonal. Grid: (row blocks, groups)."""
     group = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_ptr += group * rows * (columns if GIVEN else width)
-    k_ptr += group * columns * width
-    positive = row
-    if HAS_POSITIVES:
-        positive = tl.load(positives_ptr + row, mask=row < rows, other=-1).to(tl.int32)
+    q_ptr += group * rows * WIDTH
+    k_ptr += group * columns * WIDTH
+    # log-sum-exps are taken in base 2
+    base = 1.0 if KIND == 2 else LOG2_E
+    scale = tl.load(scale_ptr) * base
+    own = _load(q_ptr, row, rows, WIDTH, BLOCK_W, UPCAST)
     joint = tl.zeros((BLOCK_M,), tl.float32)
     high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, columns, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        scores = _score_tile(
-            q_ptr, k_ptr, scale_ptr, row, column, rows, columns, width,
-            BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, UPCAST, GIVEN,
-        )  # fmt: skip
+        other = _load(k_ptr, column, columns, WIDTH, BLOCK_W, UPCAST)
+        scores = _scores(
+            own, other, q_ptr, k_ptr, row, column, rows, columns, PRECISION, UPCAST, WIDTH, BLOCK_W, BLOCK_D, BLOCK_M,
+            BLOCK_N,
+        ) * scale  # fmt: skip
+        is_positive = column[None, :] == row[:, None]
+        joint += tl.sum(tl.where(is_positive, scores, 0.0), 1)
+        keep = (column < columns)[None, :] & (is_positive == 0)
+        if KIND == 2:
+            total += tl.sum(tl.where(keep, softplus(scores), 0.0), 1)
+        else:
+            if KIND == 1:
+                scores = tl.minimum(tl.maximum(scores, -TAU * base), TAU * base)
+            scores = tl.where(keep, scores, float("-inf"))
+            new = tl.maximum(high, tl.max(scores, 1))
+            total = total * tl.exp2(high - finite(new)) + tl.sum(tl.exp2(scores - finite(new)[:, None]), 1)
+            high = new
+    rest = total if KIND == 2 else (high + tl.log2(total)) * LN_2
+    place = group * rows + row
+    tl.store(joint_ptr + place, joint / base, mask=row < rows)
+    tl.store(rest_ptr + place, rest, mask=row < rows)
+
+
+@triton.jit
+def _infonce(
+    q_ptr, k_ptr, scale_ptr, positives_ptr, losses_ptr, state_ptr, pull_ptr, rows, columns, slots,
+    HAS_POSITIVES: tl.constexpr, EXCLUDE_SELF: tl.constexpr, PULL: tl.constexpr, ROUND: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """InfoNCE loss of BLOCK_M rows of one group and its state. Grid: (row blocks, groups).
+
+    state [4, G, N]: joint, rest, the log-sum-exp of all scores, share = 1 - probability of the positive. With PULL also
+    pull [G, N, d], the gradient with respect to q: scale * share * (mean of the other keys, weighted by their
+    probabilities, less the positive key).
+    """
+    group = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = row < rows
+    q_ptr += group * rows * WIDTH
+    k_ptr += group * columns * WIDTH
+    scale = tl.load(scale_ptr) * LOG2_E
+    positive = row
+    if HAS_POSITIVES:
+        positive = tl.load(positives_ptr + row, mask=row_ok, other=-1).to(tl.int32)
+    own = _load(q_ptr, row, rows, WIDTH, BLOCK_W, UPCAST)
+    joint = tl.zeros((BLOCK_M,), tl.float32)
+    high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    pull = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
+    for start in range(0, columns, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        other = _load(k_ptr, column, columns, WIDTH, BLOCK_W, UPCAST)
+        scores = _scores(
+            own, other, q_ptr, k_ptr, row, column, rows, columns, PRECISION, UPCAST, WIDTH, BLOCK_W, BLOCK_D, BLOCK_M,
+            BLOCK_N,
+        ) * scale  # fmt: skip
         is_positive = column[None, :] == positive[:, None]
         joint += tl.sum(tl.where(is_positive, scores, 0.0), 1)
         keep = (column < columns)[None, :] & (is_positive == 0)
         if EXCLUDE_SELF:
             keep = keep & (column[None, :] != row[:, None])
-        if KIND == 2:
-            total += tl.sum(tl.where(keep, _softplus(scores), 0.0), 1)
-        else:
-            if KIND == 1:
-                scores = tl.minimum(tl.maximum(scores, -TAU), TAU)
-            high, total = _push(high, total, tl.where(keep, scores, float("-inf")))
-    rest = total if KIND == 2 else high + tl.log(total)
+        scores = tl.where(keep, scores, float("-inf"))
+        new = tl.maximum(high, tl.max(scores, 1))
+        fade = tl.exp2(high - finite(new))
+        weight = tl.exp2(scores - finite(new)[:, None])
+        total = total * fade + tl.sum(weight, 1)
+        if PULL:
+            pull = tl.dot(_operand(weight, other, ROUND), other, pull * fade[:, None], input_precision=PRECISION)
+        high = new
+    # the difference in base 2 first: joint and rest may be large and close to each other
+    rest = high + tl.log2(total)
+    loss, lse, share = infonce_row(tl.zeros_like(joint), (rest - joint) * LN_2)
+    joint = joint * LN_2
     place = group * rows + row
-    tl.store(joint_ptr + place, joint, mask=row < rows)
-    tl.store(rest_ptr + place, rest, mask=row < rows)
+    tl.store(losses_ptr + place, loss, mask=row_ok)
+    tl.store(state_ptr + place, joint, mask=row_ok)
+    tl.store(state_ptr + slots + place, rest * LN_2, mask=row_ok)
+    tl.store(state_ptr + 2 * slots + place, joint + lse, mask=row_ok)
+    tl.store(state_ptr + 3 * slots + place, share, mask=row_ok)
+    if PULL:
+        key = _load(k_ptr, tl.where(row_ok, positive, columns), columns, WIDTH, BLOCK_W, UPCAST).to(tl.float32)
+        mean = pull / tl.where(total == 0.0, 1.0, total)[:, None]
+        pull_ptr += group * rows * WIDTH
+        _store(pull_ptr, row, rows, (share * tl.load(scale_ptr))[:, None] * (mean - key), WIDTH, BLOCK_W)
 
 
 @triton.jit
 def _gradients(
-    own_ptr, other_ptr, scale_ptr, positives_ptr, own_weight_ptr, own_shift_ptr, other_weight_ptr, other_shift_ptr,
-    diagonal_ptr, out_ptr, own_count, other_count, width,
+    own_ptr, other_ptr, scale_ptr, factor_ptr, positives_ptr, own_weight_ptr, own_shift_ptr, other_weight_ptr,
+    other_shift_ptr, diagonal_ptr, out_ptr, own_count, other_count,
     HAS_OWN: tl.constexpr, HAS_OTHER: tl.constexpr, IS_SIGMOID: tl.constexpr, OWNS_ROWS: tl.constexpr,
-    POSITIVES: tl.constexpr, EXCLUDE_SELF: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    IS_SHARE: tl.constexpr, HAS_FACTORS: tl.constexpr, POSITIVES: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
+    ROUND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """scale * dS other for BLOCK_M owned embeddings, BLOCK_W of their columns. Grid: (blocks, groups, width blocks).
+    """factor * dS other for BLOCK_M owned embeddings. Grid: (blocks, groups).
 
-    dS = -weight e^(S - shift) summed over the sides that have one (or -weight sigmoid(S)); the row's diagonal
-    coefficient at its positive.
+    dS = -weight e^(S - shift) summed over the sides that have one, or -weight sigmoid(S). At a row's positive it is the
+    row's diagonal coefficient. With IS_SHARE weights are InfoNCE losses' gradients: dS = weight e^(S - shift), and
+    -weight times the coefficient at the positive. The factor is one number, or one a group.
     """
     group = tl.program_id(1).to(tl.int64)
     own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    w = tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W)
     own_ok = own < own_count
     own_place, other_base = group * own_count + own, group * other_count
-    own_ptr += group * own_count * width
-    other_ptr += group * other_count * width
+    own_ptr += group * own_count * WIDTH
+    other_ptr += group * other_count * WIDTH
+    base = 1.0 if IS_SIGMOID else LOG2_E
+    scale = tl.load(scale_ptr) * base
     if HAS_OWN:
         own_weight = tl.load(own_weight_ptr + own_place, mask=own_ok, other=0.0)
         if IS_SIGMOID == 0:
-            own_shift = tl.load(own_shift_ptr + own_place, mask=own_ok, other=0.0)
+            own_shift = tl.load(own_shift_ptr + own_place, mask=own_ok, other=0.0) * LOG2_E
     own_mark = own
     if POSITIVES == 1:
         own_mark = tl.load(positives_ptr + own, mask=own_ok, other=-1).to(tl.int32)
     if OWNS_ROWS:
         own_diagonal = tl.load(diagonal_ptr + own_place, mask=own_ok, other=0.0)
+        if IS_SHARE:
+            own_weight = -own_weight
+            own_diagonal *= own_weight
+    rows = _load(own_ptr, own, own_count, WIDTH, BLOCK_W, UPCAST)
     total = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
     for start in range(0, other_count, BLOCK_N):
         other = start + tl.arange(0, BLOCK_N)
         other_ok = other < other_count
-        scores = _score_tile(
-            own_ptr, other_ptr, scale_ptr, own, other, own_count, other_count, width,
-            BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, UPCAST, False,
-        )  # fmt: skip
-        grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        value = _load(other_ptr, other, other_count, WIDTH, BLOCK_W, UPCAST)
+        scores = _scores(
+            rows, value, own_ptr, other_ptr, own, other, own_count, other_count, PRECISION, UPCAST, WIDTH, BLOCK_W,
+            BLOCK_D, BLOCK_M, BLOCK_N,
+        ) * scale  # fmt: skip
+        if HAS_OTHER:
+            weight = tl.load(other_weight_ptr + other_base + other, mask=other_ok, other=0.0)
+            if IS_SHARE:
+                weight = -weight
         if IS_SIGMOID:
-            grad = _sigmoid(scores)
-            if HAS_OWN:
-                grad = -own_weight[:, None] * grad
-            else:
-                grad = -tl.load(other_weight_ptr + other_base + other, mask=other_ok, other=0.0)[None, :] * grad
+            grad = sigmoid(scores)
+            grad *= -own_weight[:, None] if HAS_OWN else -weight[None, :]
         else:
+            grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             if HAS_OWN:
-                grad -= own_weight[:, None] * tl.exp(scores - own_shift[:, None])
+                grad -= own_weight[:, None] * tl.exp2(scores - own_shift[:, None])
             if HAS_OTHER:
-                weight = tl.load(other_weight_ptr + other_base + other, mask=other_ok, other=0.0)
-                shift = tl.load(other_shift_ptr + other_base + other, mask=other_ok, other=0.0)
-                grad -= weight[None, :] * tl.exp(scores - shift[None, :])
+                shift = tl.load(other_shift_ptr + other_base + other, mask=other_ok, other=0.0) * LOG2_E
+                grad -= weight[None, :] * tl.exp2(scores - shift[None, :])
         other_mark = other
         if POSITIVES == 2:
             other_mark = tl.load(positives_ptr + other, mask=other_ok, other=-1).to(tl.int32)
@@ -209,245 +268,123 @@ def _gradients(
         if OWNS_ROWS:
             diagonal = own_diagonal[:, None]
         else:
-            diagonal = tl.load(diagonal_ptr + other_base + other, mask=other_ok, other=0.0)[None, :]
+            coefficient = tl.load(diagonal_ptr + other_base + other, mask=other_ok, other=0.0)
+            if IS_SHARE:
+                coefficient *= weight
+            diagonal = coefficient[None, :]
         # chosen, not added: a positive's e^(S - shift) may be infinite
         grad = tl.where(is_positive, diagonal, grad)
+        # rows past the end have weights of 0 or are not stored; a weight of 0 times an infinite number is not 0
         keep = own_ok[:, None] & other_ok[None, :]
         if EXCLUDE_SELF:
             keep = keep & (own[:, None] != other[None, :])
         grad = tl.where(keep, grad, 0.0)
-        mask = other_ok[:, None] & (w < width)[None, :]
-        value = tl.load(other_ptr + other.to(tl.int64)[:, None] * width + w[None, :], mask=mask, other=0.0)
-        if UPCAST:
-            value = value.to(tl.float32)
-        total = tl.dot(grad.to(value.dtype), value, total, input_precision=PRECISION)
-    mask = own_ok[:, None] & (w < width)[None, :]
-    scale = tl.load(scale_ptr)
-    place = own_place[:, None] * width + w[None, :]
-    tl.store(out_ptr + place, (total * scale).to(out_ptr.dtype.element_ty), mask=mask)
+        total = tl.dot(_operand(grad, value, ROUND), value, total, input_precision=PRECISION)
+    factor = tl.load(factor_ptr + (group if HAS_FACTORS else 0))
+    out_ptr += group * own_count * WIDTH
+    _store(out_ptr, own, own_count, total * factor, WIDTH, BLOCK_W)
 
 
-@triton.jit
-def _push_largest(top, arg, high, total, scores, column):
-    """Merge a tile into the largest score of each row, its column, and the (maximum, sum) of all the others."""
-    tile_top = tl.max(scores, 1)
-    is_top = scores == tile_top[:, None]
-    # the first of equal ones, and only that one
-    tile_arg = tl.min(tl.where(is_top, column[None, :], 2147483647), 1)
-    others = tl.where(column[None, :] == tile_arg[:, None], float("-inf"), scores)
-    loser = tl.minimum(top, tile_top)
-    new = tl.maximum(tl.maximum(high, loser), tl.max(others, 1))
-    base = _finite(new)
-    total = total * tl.exp(high - base) + tl.exp(loser - base) + tl.sum(tl.exp(others - base[:, None]), 1)
-    arg = tl.where(tile_top > top, tile_arg, arg)
-    return tl.maximum(top, tile_top), arg, new, total
+@dataclass(frozen=True)
+class Precision:
+    """How products are taken: tl.dot's input_precision, and whether operands are rounded to tf32 before."""
+
+    name: str
+
+    @property
+    def dot(self) -> dict[str, object]:
+        # the interpreter multiplies the raw bits of 16-bit numbers, so there they are widened
+        return {"PRECISION": {"fp32": "tf32x3", "tf32": "tf32"}.get(self.name, "ieee"), "UPCAST": interpreting()}
+
+    @property
+    def rounds(self) -> bool:
+        return self.name == "tf32"
 
 
-@triton.jit
-def _leave_one_out(scores, column, total, arg, rest):
-    """LSE of each row without the column, from the row's LSE, its largest column and the LSE of all others."""
-    share = tl.exp(scores - _finite(total))
-    is_largest = column == arg
-    return tl.where(is_largest, rest, total + tl.log(1.0 - tl.where(is_largest, 0.0, share)))
+def precision_of(q: Tensor) -> Precision:
+    if q.dtype != torch.float32:
+        return Precision("half")
+    return Precision("tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32")
 
 
-@triton.jit
-def _mixture(
-    q_ptr, k_ptr, scale_ptr, baseline_ptr, joint_ptr, rest_ptr, excess_ptr, shares_ptr, state_ptr, count, width, slots,
-    LOG_ALPHA: tl.constexpr, LOG_BETA: tl.constexpr, GIVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Row statistics of the interpolated bound, in two passes over the columns. Grid: (row blocks, groups).
-
-    state [7, G, B] is what the gradient needs: D; LSE, largest column and LSE of the others, of S - D and of log p - L.
-    What is taken relative to D keeps the more digits the larger D is.
-    """
-    group = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_ok = row < count
-    place = group * count + row
-    q_ptr += group * count * (count if GIVEN else width)
-    k_ptr += group * count * width
-    a = tl.load(baseline_ptr + place, mask=row_ok, other=0.0)
-    log_others = tl.log(tl.cast(count - 1, tl.float32))
-
-    joint = tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    arg = tl.full((BLOCK_M,), -1, tl.int32)
-    high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, count, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        scores = _score_tile(
-            q_ptr, k_ptr, scale_ptr, row, column, count, count, width,
-            BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, UPCAST, GIVEN,
-        )  # fmt: skip
-        joint += tl.sum(tl.where(column[None, :] == row[:, None], scores, 0.0), 1)
-        scores = tl.where((column < count)[None, :], scores, float("-inf"))
-        top, arg, high, total = _push_largest(top, arg, high, total, scores, column)
-    without_top = high + tl.log(total)
-    rest = without_top - joint
-    lse = _logaddexp(top - joint, rest)
-
-    excess = tl.zeros((BLOCK_M,), tl.float32)
-    shares = tl.zeros((BLOCK_M,), tl.float32)
-    z_top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    z_arg = tl.full((BLOCK_M,), -1, tl.int32)
-    z_high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    z_total = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, count, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        scores = _score_tile(
-            q_ptr, k_ptr, scale_ptr, row, column, count, count, width,
-            BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, UPCAST, GIVEN,
-        )  # fmt: skip
-        keep = (column < count)[None, :] & (column[None, :] != row[:, None])
-        scores -= joint[:, None]
-        loo = _leave_one_out(scores, column[None, :], lse[:, None], arg[:, None], rest[:, None])
-        odds = loo - log_others + (joint - a)[:, None] + (LOG_ALPHA - LOG_BETA)
-        relative = _logaddexp(loo - log_others + LOG_ALPHA, (a - joint)[:, None] + LOG_BETA)
-        excess += tl.sum(tl.where(keep, relative, 0.0), 1)
-        shares += tl.sum(tl.where(keep, _sigmoid(-odds), 0.0), 1)
-        z = tl.where(keep, -_softplus(-odds) - loo, float("-inf"))
-        z_top, z_arg, z_high, z_total = _push_largest(z_top, z_arg, z_high, z_total, z, column)
-    z_rest = z_high + tl.log(z_total)
-
-    without_joint = joint + _leave_one_out(tl.zeros_like(joint), row, lse, arg, rest)
-    without_joint = tl.where(row == arg, without_top, without_joint)
-    tl.store(joint_ptr + place, joint, mask=row_ok)
-    tl.store(rest_ptr + place, without_joint, mask=row_ok)
-    tl.store(excess_ptr + place, excess, mask=row_ok)
-    tl.store(shares_ptr + place, shares, mask=row_ok)
-    tl.store(state_ptr + place, lse, mask=row_ok)
-    tl.store(state_ptr + slots + place, arg.to(tl.float32), mask=row_ok)
-    tl.store(state_ptr + 2 * slots + place, rest, mask=row_ok)
-    tl.store(state_ptr + 3 * slots + place, _logaddexp(z_top, z_rest), mask=row_ok)
-    tl.store(state_ptr + 4 * slots + place, z_arg.to(tl.float32), mask=row_ok)
-    tl.store(state_ptr + 5 * slots + place, z_rest, mask=row_ok)
-    tl.store(state_ptr + 6 * slots + place, joint, mask=row_ok)
+# Owned and streamed rows of a tile, columns of the embeddings at a time (0 for all), warps, stages: for few owned rows,
+# for many, and for many on one architecture. Each spills on no architecture that takes it.
+Config = tuple[int, int, int, int, int]
+STATISTICS: dict[str, dict[str | int, Config]] = {
+    "half": {"few": (64, 64, 0, 4, 3), "many": (128, 128, 0, 8, 3)},
+    "tf32": {"few": (64, 64, 0, 4, 2), "many": (128, 64, 0, 8, 2)},
+    "fp32": {"few": (64, 64, 16, 8, 2), "many": (64, 64, 16, 8, 2)},
+}
+INFONCE: dict[str, dict[str | int, Config]] = {
+    "half": {"few": (64, 64, 0, 4, 3), "many": (128, 64, 0, 8, 3), 90: (128, 128, 0, 8, 3)},
+    "tf32": {"few": (64, 32, 0, 8, 2), "many": (64, 32, 0, 8, 2), 90: (128, 64, 0, 8, 2), 100: (128, 64, 0, 8, 2)},
+    "fp32": {"few": (64, 32, 32, 8, 1), "many": (64, 32, 32, 8, 1)},
+}
+GRADIENTS: dict[str, dict[str | int, Config]] = {
+    "half": {"few": (64, 64, 0, 4, 2), "many": (128, 64, 0, 8, 2), 90: (128, 128, 0, 8, 2)},
+    "tf32": {"few": (64, 32, 0, 4, 2), "many": (64, 32, 0, 4, 2), 90: (128, 64, 0, 8, 2), 100: (128, 64, 0, 8, 2)},
+    "fp32": {"few": (64, 32, 32, 8, 1), "many": (64, 32, 32, 8, 1)},
+}
 
 
-@triton.jit
-def _mixture_tile(
-    scores, row, column, row_ok, place, baseline_ptr, state_ptr, marginal_ptr, count, slots,
-    LOG_ALPHA: tl.constexpr, LOG_BETA: tl.constexpr,
-):  # fmt: skip
-    """dV / dS of a tile. row, row_ok and place [n, 1] or [1, n], column the other way: the tile may lie either way."""
-    pairs = tl.cast(count, tl.float32) * tl.cast(count - 1, tl.float32)
-    log_others = tl.log(tl.cast(count - 1, tl.float32))
-    a = tl.load(baseline_ptr + place, mask=row_ok, other=0.0)
-    marginal = tl.load(marginal_ptr + place, mask=row_ok, other=0.0)
-    lse = tl.load(state_ptr + place, mask=row_ok, other=0.0)
-    arg = tl.load(state_ptr + slots + place, mask=row_ok, other=0.0).to(tl.int32)
-    rest = tl.load(state_ptr + 2 * slots + place, mask=row_ok, other=0.0)
-    z_lse = tl.load(state_ptr + 3 * slots + place, mask=row_ok, other=0.0)
-    z_arg = tl.load(state_ptr + 4 * slots + place, mask=row_ok, other=0.0).to(tl.int32)
-    z_rest = tl.load(state_ptr + 5 * slots + place, mask=row_ok, other=0.0)
-    joint = tl.load(state_ptr + 6 * slots + place, mask=row_ok, other=0.0)
-    is_joint = row == column
-    own = tl.where(is_joint, 1.0, -tl.exp(scores + marginal)) / tl.cast(count, tl.float32)
-    scores -= joint
-    loo = _leave_one_out(scores, column, lse, arg, rest)
-    odds = loo - log_others + (joint - a) + (LOG_ALPHA - LOG_BETA)
-    z = tl.where(is_joint, float("-inf"), -_softplus(-odds) - loo)
-    mixed = _leave_one_out(z, column, z_lse, z_arg, z_rest)
-    grad = own - tl.exp(scores + mixed) / pairs
-    return tl.where(row_ok & (column < count), grad, 0.0)
-
-
-@triton.jit
-def _mixture_gradients(
-    own_ptr, other_ptr, scale_ptr, baseline_ptr, state_ptr, marginal_ptr, grad_ptr, out_ptr, count, width, slots,
-    LOG_ALPHA: tl.constexpr, LOG_BETA: tl.constexpr, OWNS_ROWS: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """As `_gradients`, for the interpolated bound. Grid: (blocks, groups, width blocks)."""
-    group = tl.program_id(1).to(tl.int64)
-    own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    w = tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W)
-    own_ptr += group * count * width
-    other_ptr += group * count * width
-    base = group * count
-    total = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
-    for start in range(0, count, BLOCK_N):
-        other = start + tl.arange(0, BLOCK_N)
-        scores = _score_tile(
-            own_ptr, other_ptr, scale_ptr, own, other, count, count, width,
-            BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, UPCAST, False,
-        )  # fmt: skip
-        if OWNS_ROWS:
-            row, column = own[:, None], other[None, :]
-        else:
-            row, column = other[None, :], own[:, None]
-        grad = _mixture_tile(
-            scores, row, column, row < count, base + row, baseline_ptr, state_ptr, marginal_ptr, count, slots,
-            LOG_ALPHA, LOG_BETA,
-        )  # fmt: skip
-        mask = (other < count)[:, None] & (w < width)[None, :]
-        value = tl.load(other_ptr + other.to(tl.int64)[:, None] * width + w[None, :], mask=mask, other=0.0)
-        if UPCAST:
-            value = value.to(tl.float32)
-        total = tl.dot(grad.to(value.dtype), value, total, input_precision=PRECISION)
-    mask = (own < count)[:, None] & (w < width)[None, :]
-    factor = tl.load(scale_ptr) * tl.load(grad_ptr + group)
-    place = (base + own)[:, None] * width + w[None, :]
-    tl.store(out_ptr + place, (total * factor).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _score_gradients(
-    scores_ptr, weight_ptr, shift_ptr, diagonal_ptr, out_ptr, count,
-    IS_SIGMOID: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dV / dS elementwise. Grid: (row blocks, column blocks, groups)."""
-    group = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_ok, mask = row < count, (row < count)[:, None] & (column < count)[None, :]
-    place = group * count + row
-    cell = place[:, None] * count + column[None, :]
-    scores = tl.load(scores_ptr + cell, mask=mask, other=0.0)
-    weight = tl.load(weight_ptr + place, mask=row_ok, other=0.0)
-    diagonal = tl.load(diagonal_ptr + place, mask=row_ok, other=0.0)
-    if IS_SIGMOID:
-        grad = -weight[:, None] * _sigmoid(scores)
-    else:
-        shift = tl.load(shift_ptr + place, mask=row_ok, other=0.0)
-        grad = -weight[:, None] * tl.exp(scores - shift[:, None])
-    tl.store(out_ptr + cell, tl.where(row[:, None] == column[None, :], diagonal[:, None], grad), mask=mask)
-
-
-@triton.jit
-def _score_mixture_gradients(
-    scores_ptr, baseline_ptr, state_ptr, marginal_ptr, grad_ptr, out_ptr, count, slots,
-    LOG_ALPHA: tl.constexpr, LOG_BETA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dV / dS of the interpolated bound, elementwise. Grid: (row blocks, column blocks, groups)."""
-    group = tl.program_id(2).to(tl.int64)
-    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    row_ok, mask = row < count, (row < count) & (column < count)
-    place = group * count + row
-    cell = place * count + column
-    scores = tl.load(scores_ptr + cell, mask=mask, other=0.0)
-    grad = _mixture_tile(
-        scores, row, column, row_ok, place, baseline_ptr, state_ptr, marginal_ptr, count, slots, LOG_ALPHA, LOG_BETA
-    )
-    tl.store(out_ptr + cell, grad * tl.load(grad_ptr + group), mask=mask)
+def tile(configs: dict[str, dict[str | int, Config]], precision: str, rows: int, width: int, arch: int | None) -> dict:
+    """Keywords of a launch for so many owned rows, all groups together."""
+    found = configs[precision]
+    block_m, block_n, block_d, warps, stages = found["few"] if rows < FEW_ROWS else found.get(arch, found["many"])
+    block_w = max(16, triton.next_power_of_2(width))
+    return {
+        "WIDTH": width, "BLOCK_W": block_w, "BLOCK_D": min(block_d or block_w, block_w), "BLOCK_M": block_m,
+        "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
 
 
 def statistics(
     q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, kind: str, tau: float
 ) -> tuple[Tensor, Tensor]:
-    q, k = q.contiguous(), k.contiguous()
+    if positives is not None or exclude_self:
+        raise NotImplementedError("bounds have their positives on the diagonal; see infonce for the rest")
+    (q, k), precision = _operands(q, k)
     groups, rows, width = q.shape
-    joint, rest = _rows_like(q), _rows_like(q)
-    config = STATISTICS_FP32 if q.dtype == torch.float32 else STATISTICS
+    joint, rest = rows_like(q, 2)
+    config = tile(STATISTICS, precision.name, groups * rows, width, architecture(q.device))
     _statistics[triton.cdiv(rows, config["BLOCK_M"]), groups](
-        q, k, scale, positives, joint, rest, rows, k.shape[1], width,
-        KINDS[kind], tau, positives is not None, exclude_self, False, **config, **_dot(q),
-    )  # fmt: skip
+        q, k, scale, joint, rest, rows, k.shape[1], KINDS[kind], tau, **precision.dot, **config
+    )
     return joint, rest
+
+
+def symmetric_statistics(q: Tensor, k: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    joint, rest = statistics(q, k, scale, None, False, "lse", 0.0)
+    return joint, rest, statistics(k, q, scale, None, False, "lse", 0.0)[1]
+
+
+def infonce(
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, gradients: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `op._InfoNCE` wants it. One product; two for `gradients` "rows"."""
+    (q, k), precision = _operands(q, k)
+    groups, rows, width = q.shape
+    (losses,) = rows_like(q, 1)
+    state = torch.empty((4, groups, rows), dtype=torch.float32, device=q.device)
+    dq = torch.empty(q.shape if gradients == "rows" else (0,), dtype=torch.float32, device=q.device)
+    config = tile(INFONCE, precision.name, groups * rows, width, architecture(q.device))
+    _infonce[triton.cdiv(rows, config["BLOCK_M"]), groups](
+        q, k, scale, positives, losses, state, dq, rows, k.shape[1], groups * rows,
+        positives is not None, exclude_self, gradients == "rows", precision.rounds, **precision.dot, **config,
+    )  # fmt: skip
+    return losses, state, dq, torch.empty(0, dtype=torch.float32, device=q.device)
+
+
+def infonce_keys(
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, weight: Tensor, state: Tensor
+) -> Tensor:
+    """dk from the gradient of the losses, `weight` [G, B]. Two products."""
+    (q, k), precision = _operands(q, k)
+    factor, (weight,) = in_range(q, scale, weight)
+    return _run(
+        k, q, scale, factor, positives, (None, None), (weight, state[LSE]), state[SHARE], False, True, exclude_self,
+        precision,
+    )  # fmt: skip
 
 
 def gradients(
@@ -462,249 +399,124 @@ def gradients(
     col_shift: Tensor | None,
     diagonal: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    q, k, diagonal = q.contiguous(), k.contiguous(), diagonal.contiguous()
-    row = (_contiguous(row_weight), _contiguous(row_shift))
-    column = (_contiguous(col_weight), _contiguous(col_shift))
-    both = col_weight is not None
-    width = q.shape[2]
-    block_w = _width_block(width)
-    config = GRADIENTS_FP32 if _dot(q)["PRECISION"] == "tf32x3" else GRADIENTS
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
-    for own, other, own_side, other_side, out, owns_rows in (
-        (q, k, row, column, dq, True),
-        (k, q, column, row, dk, False),
-    ):
-        whose = DIAGONAL if positives is None else OWN if owns_rows else OTHER
-        grid = (triton.cdiv(own.shape[1], config["BLOCK_M"]), own.shape[0], triton.cdiv(width, block_w))
-        _gradients[grid](
-            own, other, scale, positives, *own_side, *other_side, diagonal, out, own.shape[1], other.shape[1], width,
-            owns_rows or both, both or not owns_rows, row_shift is None, owns_rows, whose, exclude_self, block_w,
-            **config, **_dot(q),
-        )  # fmt: skip
+    (q, k), precision = _operands(q, k)
+    factor, (row_weight, col_weight, diagonal) = in_range(q, scale, row_weight, col_weight, diagonal)
+    row, column = (row_weight, contiguous(row_shift)), (col_weight, contiguous(col_shift))
+    shared = (scale, factor, positives)
+    dq = _run(q, k, *shared, row, column, diagonal, True, False, exclude_self, precision)
+    dk = _run(k, q, *shared, column, row, diagonal, False, False, exclude_self, precision)
     return dq, dk
 
 
-def mixture(
-    q: Tensor, k: Tensor, scale: Tensor, log_baseline: Tensor, alpha: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _run_mixture(q.contiguous(), k.contiguous(), scale, log_baseline, alpha, False)[:4]
-
-
-def mixture_gradients(
-    q: Tensor, k: Tensor, scale: Tensor, log_baseline: Tensor, alpha: float, rest: Tensor, weight: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor]:
-    q, k, a = q.contiguous(), k.contiguous(), log_baseline.contiguous()
-    groups, count, width = q.shape
-    state = _run_mixture(q, k, scale, a, alpha, False)[4]
-    marginal = weight - rest
-    block_w = _width_block(width)
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
-    config = MIXTURE_GRADIENTS_FP32 if q.dtype == torch.float32 else MIXTURE_GRADIENTS
-    grid = (triton.cdiv(count, config["BLOCK_M"]), groups, triton.cdiv(width, block_w))
-    for own, other, out, owns_rows in ((q, k, dq, True), (k, q, dk, False)):
-        _mixture_gradients[grid](
-            own, other, scale, a, state, marginal, grad.contiguous(), out, count, width, groups * count,
-            *_log_weights(alpha), owns_rows, block_w, **config, **_dot(q),
-        )  # fmt: skip
-    return dq, dk
-
-
-def score_statistics(scores: Tensor, kind: str, tau: float) -> tuple[Tensor, Tensor]:
-    scores = scores.contiguous()
-    groups, count, _ = scores.shape
-    joint, rest = _rows_like(scores), _rows_like(scores)
-    _statistics[triton.cdiv(count, SCORES["BLOCK_M"]), groups](
-        scores, scores, scores, None, joint, rest, count, count, count,
-        KINDS[kind], tau, False, False, True, BLOCK_D=16, **SCORES, **_dot(scores),
-    )  # fmt: skip
-    return joint, rest
-
-
-def score_gradients(scores: Tensor, row_weight: Tensor, row_shift: Tensor | None, diagonal: Tensor) -> Tensor:
-    scores = scores.contiguous()
-    groups, count, _ = scores.shape
-    out = torch.empty_like(scores)
-    grid = (triton.cdiv(count, SCORES["BLOCK_M"]), triton.cdiv(count, SCORES["BLOCK_N"]), groups)
-    _score_gradients[grid](
-        scores, row_weight.contiguous(), _contiguous(row_shift), diagonal.contiguous(), out, count,
-        row_shift is None, **SCORES,
+def _run(
+    own: Tensor, other: Tensor, scale: Tensor, factor: Tensor, positives: Tensor | None,
+    own_side: tuple[Tensor | None, Tensor | None], other_side: tuple[Tensor | None, Tensor | None], diagonal: Tensor,
+    owns_rows: bool, is_share: bool, exclude_self: bool, precision: Precision,
+) -> Tensor:  # fmt: skip
+    groups, count, width = own.shape
+    out = torch.empty_like(own)
+    whose = DIAGONAL if positives is None else OWN if owns_rows else OTHER
+    is_sigmoid = own_side[1] is None and other_side[1] is None
+    config = tile(GRADIENTS, precision.name, groups * count, width, architecture(own.device))
+    _gradients[triton.cdiv(count, config["BLOCK_M"]), groups](
+        own, other, scale, factor, positives, *own_side, *other_side, diagonal, out, count, other.shape[1],
+        own_side[0] is not None, other_side[0] is not None, is_sigmoid, owns_rows, is_share, factor.dim() > 0, whose,
+        exclude_self, precision.rounds, **precision.dot, **config,
     )  # fmt: skip
     return out
 
 
-def score_mixture(scores: Tensor, log_baseline: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scores = scores.contiguous()
-    return _run_mixture(scores, scores, scores, log_baseline, alpha, True)[:4]
+def _operands(*tensors: Tensor) -> tuple[list[Tensor], Precision]:
+    """Embeddings as tl.dot may be given them: contiguous, and rounded where it would truncate."""
+    precision = precision_of(tensors[0])
+    tensors = [t.contiguous() for t in tensors]
+    return [_rounded(t) for t in tensors] if precision.rounds else tensors, precision
 
 
-def score_mixture_gradients(
-    scores: Tensor, log_baseline: Tensor, alpha: float, rest: Tensor, weight: Tensor, grad: Tensor
-) -> Tensor:
-    scores, a = scores.contiguous(), log_baseline.contiguous()
-    groups, count, _ = scores.shape
-    state = _run_mixture(scores, scores, scores, a, alpha, True)[4]
-    out = torch.empty_like(scores)
-    config = SCORES_MIXTURE
-    grid = (triton.cdiv(count, config["BLOCK_M"]), triton.cdiv(count, config["BLOCK_N"]), groups)
-    _score_mixture_gradients[grid](
-        scores, a, state, weight - rest, grad.contiguous(), out, count, groups * count, *_log_weights(alpha), **config
-    )
+def _rounded(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    _round[triton.cdiv(x.numel(), ROUND_BLOCK),](x, out, x.numel(), BLOCK=ROUND_BLOCK)
     return out
-
-
-def _run_mixture(
-    q: Tensor, k: Tensor, scale: Tensor, log_baseline: Tensor, alpha: float, given: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    groups, count, width = q.shape
-    rows = [_rows_like(q) for _ in range(4)]
-    state = torch.empty(7, groups, count, dtype=torch.float32, device=q.device)
-    _mixture[triton.cdiv(count, MIXTURE["BLOCK_M"]), groups](
-        q, k, scale, log_baseline.contiguous(), *rows, state, count, width, groups * count,
-        *_log_weights(alpha), given, **MIXTURE, **_dot(q),
-    )  # fmt: skip
-    return *rows, state
-
-
-def _rows_like(q: Tensor) -> Tensor:
-    return torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _width_block(width: int) -> int:
-    return min(MAX_WIDTH, max(16, triton.next_power_of_2(width)))
-
-
-def _log_weights(alpha: float) -> tuple[float, float]:
-    # far beyond any score instead of infinite, so that sums with it stay defined
-    log_alpha, log_beta = log_weights(alpha)
-    return max(log_alpha, -1e30), max(log_beta, -1e30)
-
-
-def _dot(q: Tensor) -> dict[str, object]:
-    """How products are taken; the interpreter multiplies the raw bits of 16-bit numbers, so there they are widened."""
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-    return {"PRECISION": precision if q.dtype == torch.float32 else "ieee", "UPCAST": interpreting()}
 
 
 def aot_cases() -> list[AotCase]:
     """Every kernel in fp32 (tf32x3), tf32 and bf16, in the configurations that the host functions launch."""
     cases = []
-    rows = {"joint_ptr": "*fp32", "rest_ptr": "*fp32"}
-    sizes = {"rows": "i32", "columns": "i32", "width": "i32"}
-    plain = {"HAS_POSITIVES": False, "EXCLUDE_SELF": False}
-    log_alpha, log_beta = _log_weights(0.01)
-    weights = {"LOG_ALPHA": log_alpha, "LOG_BETA": log_beta}
+    pointers = {"q_ptr": "*{}", "k_ptr": "*{}", "scale_ptr": "*fp32"}
+    sizes = {"rows": "i32", "columns": "i32"}
+    no_positives = {"positives_ptr": None, "EXCLUDE_SELF": False}
+    sides_of = {
+        "rows": (True, False, False, True, False),
+        "columns": (False, True, False, False, False),
+        "keys": (False, True, False, False, True),
+        "symmetric": (True, True, False, True, False),
+        "sigmoid": (True, False, True, True, False),
+    }
 
-    def add(name: str, kernel, signature: dict, constexprs: dict, config: dict, dot: bool = True, quick: bool = True):
-        blocks = {key: value for key, value in config.items() if key.startswith("BLOCK")}
-        launch = {key: value for key, value in config.items() if key.startswith("num")}
-        cases.append(
-            AotCase(f"mi_bounds.{name}", kernel, signature, {**constexprs, **blocks}, dot=dot, quick=quick, **launch)
-        )
+    def add(name: str, kernel, signature: dict, constexprs: dict, configs: dict, quick: bool):
+        typed = {key: kind.format(element) for key, kind in signature.items()}
+        found = configs["half" if dtype == "bf16" else dtype]
+        for size in found:
+            # those of one architecture are compiled for it alone, the others where they are launched
+            archs = (size,) if isinstance(size, int) else tuple(a for a in ARCHS if size == "few" or a not in found)
+            if size != "many" or found["few"] != found["many"]:
+                rows = 1 if size == "few" else FEW_ROWS
+                config = tile(configs, "half" if dtype == "bf16" else dtype, rows, MAX_WIDTH, archs[0])
+                launch = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+                label = f"sm{size}" if isinstance(size, int) else size
+                cases.append(
+                    AotCase(
+                        f"mi_bounds.{name}/{dtype}/{label}", kernel, typed, {**dot, **constexprs, **config}, dot=True,
+                        quick=quick, archs=archs, **launch,
+                    )
+                )  # fmt: skip
 
-    for dtype, element, precision in (("fp32", "fp32", "tf32x3"), ("tf32", "fp32", "tf32"), ("bf16", "bf16", "ieee")):
-        dot = {"PRECISION": precision, "UPCAST": False}
-        quick = dtype != "tf32"
-        pair = {"q_ptr": f"*{element}", "k_ptr": f"*{element}", "scale_ptr": "*fp32"}
-        sides = {"own_ptr": f"*{element}", "other_ptr": f"*{element}", "scale_ptr": "*fp32"}
-        out = {"out_ptr": f"*{element}"}
+    for dtype, input_precision in (("fp32", "tf32x3"), ("tf32", "tf32"), ("bf16", "ieee")):
+        element = "bf16" if dtype == "bf16" else "fp32"
+        dot = {"PRECISION": input_precision, "UPCAST": False}
+        rounds = {"ROUND": dtype == "tf32"}
         for kind in KINDS:
             add(
-                f"statistics/{kind}/{dtype}",
+                f"statistics/{kind}",
                 _statistics,
-                {**pair, **rows, **sizes},
-                {**plain, **dot, "KIND": KINDS[kind], "TAU": 5.0, "GIVEN": False, "positives_ptr": None},
-                STATISTICS if element == "bf16" else STATISTICS_FP32,
-                quick=quick and kind == "lse",
+                {**pointers, "joint_ptr": "*fp32", "rest_ptr": "*fp32", **sizes},
+                {"KIND": KINDS[kind], "TAU": 5.0},
+                STATISTICS,
+                dtype == "bf16" and kind == "lse",
             )
-        sides_of = {
-            "rows": (True, False, False, True),
-            "columns": (False, True, False, False),
-            "symmetric": (True, True, False, True),
-            "sigmoid": (True, False, True, True),
-        }
-        for variant, (has_own, has_other, is_sigmoid, owns_rows) in sides_of.items():
-            pointers, absent = {"diagonal_ptr": "*fp32"}, {"positives_ptr": None}
+        outputs = {"losses_ptr": "*fp32", "state_ptr": "*fp32", "pull_ptr": "*fp32"}
+        for pull in (False, True):
+            add(
+                f"infonce/{'rows' if pull else 'values'}",
+                _infonce,
+                {**pointers, **outputs, **sizes, "slots": "i32"},
+                {**no_positives, **rounds, "HAS_POSITIVES": False, "PULL": pull},
+                INFONCE,
+                dtype != "tf32" and pull,
+            )
+        for variant, (has_own, has_other, is_sigmoid, owns_rows, is_share) in sides_of.items():
+            found, absent = {"diagonal_ptr": "*fp32"}, {}
             for side, has in (("own", has_own), ("other", has_other)):
                 for what in ("weight", "shift"):
                     if has and not (is_sigmoid and what == "shift"):
-                        pointers[f"{side}_{what}_ptr"] = "*fp32"
+                        found[f"{side}_{what}_ptr"] = "*fp32"
                     else:
                         absent[f"{side}_{what}_ptr"] = None
             add(
-                f"gradients/{variant}/{dtype}",
+                f"gradients/{variant}",
                 _gradients,
-                {**sides, **out, **pointers, "own_count": "i32", "other_count": "i32", "width": "i32"},
                 {
-                    **dot, **absent, "HAS_OWN": has_own, "HAS_OTHER": has_other, "IS_SIGMOID": is_sigmoid,
-                    "OWNS_ROWS": owns_rows, "POSITIVES": DIAGONAL, "EXCLUDE_SELF": False, "BLOCK_W": MAX_WIDTH,
+                    "own_ptr": "*{}", "other_ptr": "*{}", "scale_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": "*{}",
+                    **found, "own_count": "i32", "other_count": "i32",
                 },
-                GRADIENTS_FP32 if dtype == "fp32" else GRADIENTS,
-                quick=quick and variant in ("rows", "columns"),
-            )  # fmt: skip
-        add(
-            f"mixture/{dtype}",
-            _mixture,
-            {
-                **pair, **rows, "baseline_ptr": "*fp32", "excess_ptr": "*fp32", "shares_ptr": "*fp32",
-                "state_ptr": "*fp32", "count": "i32", "width": "i32", "slots": "i32",
-            },
-            {**dot, **weights, "GIVEN": False},
-            MIXTURE,
-            quick=dtype == "fp32",
-        )  # fmt: skip
-        for owns_rows in (True, False):
-            add(
-                f"mixture_gradients/{'rows' if owns_rows else 'columns'}/{dtype}",
-                _mixture_gradients,
                 {
-                    **sides, **out, "baseline_ptr": "*fp32", "state_ptr": "*fp32", "marginal_ptr": "*fp32",
-                    "grad_ptr": "*fp32", "count": "i32", "width": "i32", "slots": "i32",
+                    **no_positives, **absent, **rounds, "HAS_OWN": has_own, "HAS_OTHER": has_other,
+                    "IS_SIGMOID": is_sigmoid, "OWNS_ROWS": owns_rows, "IS_SHARE": is_share, "HAS_FACTORS": False,
+                    "POSITIVES": DIAGONAL,
                 },
-                {**dot, **weights, "OWNS_ROWS": owns_rows, "BLOCK_W": MAX_WIDTH},
-                MIXTURE_GRADIENTS if element == "bf16" else MIXTURE_GRADIENTS_FP32,
-                quick=dtype == "fp32",
+                GRADIENTS,
+                dtype != "tf32" and variant in ("rows", "keys"),
             )  # fmt: skip
-
-    given = {"q_ptr": "*fp32", "k_ptr": "*fp32", "scale_ptr": "*fp32"}
-    no_dot = {"GIVEN": True, "PRECISION": "ieee", "UPCAST": False, "BLOCK_D": 16}
-    add(
-        "score_statistics",
-        _statistics,
-        {**given, **rows, **sizes},
-        {**plain, **no_dot, "KIND": LSE, "TAU": 5.0, "positives_ptr": None},
-        SCORES,
-        dot=False,
-    )
-    cells = {"scores_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32"}
-    for name, is_sigmoid in (("exponential", False), ("sigmoid", True)):
-        shift = {} if is_sigmoid else {"shift_ptr": "*fp32"}
-        add(
-            f"score_gradients/{name}",
-            _score_gradients,
-            {**cells, **shift, "weight_ptr": "*fp32", "diagonal_ptr": "*fp32"},
-            {"IS_SIGMOID": is_sigmoid, **({"shift_ptr": None} if is_sigmoid else {})},
-            SCORES,
-            dot=False,
-        )
-    state = {"baseline_ptr": "*fp32", "state_ptr": "*fp32", "slots": "i32"}
-    add(
-        "score_mixture",
-        _mixture,
-        {**given, **rows, **state, "excess_ptr": "*fp32", "shares_ptr": "*fp32", "count": "i32", "width": "i32"},
-        {**weights, **no_dot},
-        {**MIXTURE, "BLOCK_D": 16},
-        dot=False,
-    )
-    add(
-        "score_mixture_gradients",
-        _score_mixture_gradients,
-        {**cells, **state, "marginal_ptr": "*fp32", "grad_ptr": "*fp32"},
-        weights,
-        SCORES_MIXTURE,
-        dot=False,
-    )
-    return cases
+    signature = {"x_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32"}
+    cases.append(AotCase("mi_bounds.round", _round, signature, {"BLOCK": ROUND_BLOCK}))
+    return cases + scores.aot_cases()

@@ -1,0 +1,129 @@
+"""Which algorithm the bounds take on a GPU, how it cuts its work up, what it launches. Does not import triton.
+
+fused    triton.py: embeddings of up to MAX_WIDTH, no memory beside the outputs
+chunked  chunked.py: library products of CHUNK_BYTES of scores at a time, any width
+eager    plain torch, all scores at once
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from engine.kernels import dispatch
+
+# Bytes of a chunk of the chunked algorithm: its scores in fp32, and their gradient where that has 16 bits.
+CHUNK_BYTES = 256 << 20
+LEAST_ROWS = 128
+# Bytes of scores in fp32 that plain torch may be given; it makes several tensors of that size.
+EAGER_BYTES = 1 << 30
+# The widest embeddings that a fused program holds whole, so that it computes no product twice.
+MAX_WIDTH = 128
+
+
+def chunk_rows(groups: int, rows: int, columns: int, element_size: int, with_gradient: bool) -> int:
+    """Rows of a chunk: as many as CHUNK_BYTES hold, at least LEAST_ROWS; chunks are of one size."""
+    cell = 4 + (element_size if with_gradient and element_size < 4 else 0)
+    most = max(1, CHUNK_BYTES // (groups * columns * cell * LEAST_ROWS))
+    blocks = math.ceil(rows / LEAST_ROWS)
+    return max(1, min(rows, math.ceil(blocks / max(1, math.ceil(blocks / most))) * LEAST_ROWS))
+
+
+def chunks(groups: int, rows: int, columns: int, element_size: int, with_gradient: bool) -> int:
+    return math.ceil(rows / chunk_rows(groups, rows, columns, element_size, with_gradient))
+
+
+def choose(operation: str, q: Tensor, k: Tensor) -> str:
+    """The algorithm for q [G, B, d] and k [G, M, d]."""
+    groups, rows, width = q.shape
+    sizes = {"groups": groups, "rows": rows, "columns": k.shape[1], "width": width}
+    return dispatch.choose(operation, dtype=q.dtype, device=q.device, sizes=sizes)
+
+
+def rule(precision: str, sizes: Mapping[str, int]) -> str:
+    """Where nothing was measured: fused where one program's tiles hold the width.
+
+    But tf32x3, which fused kernels multiply fp32 with, takes three products for one and small tiles: it pays only where
+    few launches matter more than products.
+    """
+    if sizes["width"] > MAX_WIDTH or (precision == "fp32" and sizes["rows"] * sizes["columns"] > 1 << 20):
+        return "chunked"
+    return "fused"
+
+
+CANDIDATES = {
+    "fused": lambda sizes: sizes["width"] <= MAX_WIDTH,
+    "chunked": lambda sizes: True,
+    "eager": lambda sizes: 4 * sizes["groups"] * sizes["rows"] * sizes["columns"] <= EAGER_BYTES,
+}
+
+# The sizes that decide, and those that `dispatch.measure` takes.
+ORDER = ("width", "rows")
+CLASSES = tuple(
+    {"groups": groups, "rows": rows, "columns": rows, "width": width}
+    for width, all_rows in ((128, (128, 1024, 4096, 16384, 65536)), (512, (1024, 4096, 16384)), (768, (16384,)))
+    for rows in all_rows
+    for groups in [5 if rows == 128 else 1]
+)
+
+
+def roundings(q: Tensor) -> int:
+    """Launches that round operands to tf32."""
+    return 2 if dispatch.precision_of(q.dtype) == "tf32" else 0
+
+
+def scalings(q: Tensor, weights: int, more: int = 0) -> int:
+    """Launches that bring so many weights of a gradient into the range of fp16."""
+    return 3 * weights + 8 + more if dispatch.precision_of(q.dtype) == "fp16" else 0
+
+
+def gradient_launches(q: Tensor, k: Tensor) -> int:
+    """Of chunked gradients: three products and a kernel a chunk, then dq and dk are scaled."""
+    return 4 * _chunks(q, k, True) + 2
+
+
+def infonce_launches(q, k, scale, positives, exclude_self, algorithm, gradients) -> int:
+    if algorithm == "fused":
+        return 1 + roundings(q)
+    if gradients == "both":
+        return gradient_launches(q, k) + (dispatch.precision_of(q.dtype) == "fp16")
+    return 2 * _chunks(q, k, False)
+
+
+def infonce_keys_launches(q, *rest) -> int:
+    return 1 + roundings(q) + scalings(q, 1)
+
+
+def infonce_gradients_launches(q, k, *rest) -> int:
+    return 2 + gradient_launches(q, k) + scalings(q, 2)
+
+
+def statistics_launches(q, k, scale, positives, exclude_self, *rest) -> int:
+    if choose("mi_bound", q, k) == "fused" and positives is None and not exclude_self:
+        return 1 + roundings(q)
+    return 2 * _chunks(q, k, False)
+
+
+def symmetric_launches(q, k, scale) -> int:
+    if choose("mi_bound", q, k) == "fused":
+        return 2 * (1 + roundings(q))
+    return 3 * _chunks(q, k, False) + 1
+
+
+def gradients_launches(q, k, scale, positives, exclude_self, row_weight, row_shift, col_weight, *rest) -> int:
+    fused = choose("mi_bound", q, k) == "fused"
+    return (2 + roundings(q) if fused else gradient_launches(q, k)) + scalings(q, 2 + (col_weight is not None))
+
+
+def mixture_launches(q, k, *rest) -> int:
+    return 2 * _chunks(q, k, False)
+
+
+def mixture_gradient_launches(q, k, *rest) -> int:
+    return 5 * _chunks(q, k, True) + 3 + scalings(q, 1, 5)
+
+
+def _chunks(q: Tensor, k: Tensor, with_gradient: bool) -> int:
+    return chunks(q.shape[0], q.shape[1], k.shape[1], q.element_size(), with_gradient)

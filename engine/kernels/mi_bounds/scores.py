@@ -1,0 +1,560 @@
+"""GPU kernels over scores that are stored: a caller's matrix, or a chunk of rows of products (chunked.py).
+
+A chunk [G, n, M] holds the rows from `begin` on of G matrices [N, M]. `scale` is what its numbers still have to be
+multiplied by; None where they are scores already. Statistics are read and written by the rows' place in [G, N].
+No atomics: results are bitwise the same every time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.aot import AotCase
+from engine.kernels.mi_bounds.statistics import log_weights
+from engine.kernels.mi_bounds.tiles import (
+    KINDS,
+    LSE,
+    finite,
+    infonce_row,
+    leave_one_out,
+    logaddexp,
+    push,
+    push_largest,
+    sigmoid,
+    softplus,
+)
+
+# Rows and columns of a tile, warps. One row at a time where a row is read twice: it is still in the cache then.
+ROWS = {"BLOCK_M": 4, "BLOCK_N": 512, "num_warps": 4}
+GRADIENT_ROWS = {"BLOCK_M": 1, "BLOCK_N": 2048, "num_warps": 4}
+CELLS = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
+COLUMNS = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4}
+MIXTURE = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
+MIXTURE_CELLS = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
+
+# Parts that a chunk's rows are split into for statistics of the columns, so that there are programs enough.
+PARTS = 8
+
+
+@triton.jit
+def _load(scores_ptr, scale_ptr, cell, mask, SCALED: tl.constexpr):
+    scores = tl.load(scores_ptr + cell, mask=mask, other=0.0).to(tl.float32)
+    if SCALED:
+        scores *= tl.load(scale_ptr)
+    return scores
+
+
+@triton.jit
+def _positive(positives_ptr, row, row_ok, HAS_POSITIVES: tl.constexpr):
+    positive = row
+    if HAS_POSITIVES:
+        positive = tl.load(positives_ptr + row, mask=row_ok, other=-1).to(tl.int32)
+    return positive
+
+
+@triton.jit
+def _rows(
+    scores_ptr, scale_ptr, positives_ptr, joint_ptr, rest_ptr, begin, height, rows, columns,
+    KIND: tl.constexpr, TAU: tl.constexpr, SCALED: tl.constexpr, HAS_POSITIVES: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """D and R of BLOCK_M rows of a chunk. Grid: (row blocks, groups)."""
+    group = tl.program_id(1).to(tl.int64)
+    local = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, row_ok = begin + local, local < height
+    start_of_row = (group * height + local) * columns
+    positive = _positive(positives_ptr, row, row_ok, HAS_POSITIVES)
+    joint = tl.zeros((BLOCK_M,), tl.float32)
+    high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, columns, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        mask = row_ok[:, None] & (column < columns)[None, :]
+        scores = _load(scores_ptr, scale_ptr, start_of_row[:, None] + column[None, :], mask, SCALED)
+        is_positive = column[None, :] == positive[:, None]
+        joint += tl.sum(tl.where(is_positive, scores, 0.0), 1)
+        keep = (column < columns)[None, :] & (is_positive == 0)
+        if EXCLUDE_SELF:
+            keep = keep & (column[None, :] != row[:, None])
+        if KIND == 2:
+            total += tl.sum(tl.where(keep, softplus(scores), 0.0), 1)
+        else:
+            if KIND == 1:
+                scores = tl.minimum(tl.maximum(scores, -TAU), TAU)
+            high, total = push(high, total, tl.where(keep, scores, float("-inf")), 1)
+    rest = total if KIND == 2 else high + tl.log(total)
+    place = group * rows + row
+    tl.store(joint_ptr + place, joint, mask=row_ok)
+    tl.store(rest_ptr + place, rest, mask=row_ok)
+
+
+@triton.jit
+def _infonce_rows(
+    scores_ptr, scale_ptr, positives_ptr, losses_ptr, state_ptr, out_ptr, begin, height, rows, columns, slots,
+    HAS_POSITIVES: tl.constexpr, EXCLUDE_SELF: tl.constexpr, WITH_GRADIENT: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """InfoNCE loss of BLOCK_M rows, its state as in triton._infonce, FACTOR times its gradient. Grid: (row blocks,
+    groups). `out` may be `scores`. The second pass over a row finds it in the cache.
+    """
+    group = tl.program_id(1).to(tl.int64)
+    local = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, row_ok = begin + local, local < height
+    start_of_row = (group * height + local) * columns
+    positive = _positive(positives_ptr, row, row_ok, HAS_POSITIVES)
+    joint = tl.zeros((BLOCK_M,), tl.float32)
+    high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, columns, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        mask = row_ok[:, None] & (column < columns)[None, :]
+        scores = _load(scores_ptr, scale_ptr, start_of_row[:, None] + column[None, :], mask, True)
+        is_positive = column[None, :] == positive[:, None]
+        joint += tl.sum(tl.where(is_positive, scores, 0.0), 1)
+        keep = (column < columns)[None, :] & (is_positive == 0)
+        if EXCLUDE_SELF:
+            keep = keep & (column[None, :] != row[:, None])
+        high, total = push(high, total, tl.where(keep, scores, float("-inf")), 1)
+    rest = high + tl.log(total)
+    loss, lse, share = infonce_row(joint, rest)
+    place = group * rows + row
+    tl.store(losses_ptr + place, loss, mask=row_ok)
+    tl.store(state_ptr + place, joint, mask=row_ok)
+    tl.store(state_ptr + slots + place, rest, mask=row_ok)
+    tl.store(state_ptr + 2 * slots + place, lse, mask=row_ok)
+    tl.store(state_ptr + 3 * slots + place, share, mask=row_ok)
+    if WITH_GRADIENT:
+        for start in range(0, columns, BLOCK_N):
+            column = start + tl.arange(0, BLOCK_N)
+            mask = row_ok[:, None] & (column < columns)[None, :]
+            cell = start_of_row[:, None] + column[None, :]
+            scores = _load(scores_ptr, scale_ptr, cell, mask, True)
+            # chosen, not subtracted: 1 - p of a positive has digits that p lacks
+            grad = tl.where(column[None, :] == positive[:, None], -share[:, None], tl.exp(scores - lse[:, None]))
+            if EXCLUDE_SELF:
+                grad = tl.where(column[None, :] == row[:, None], 0.0, grad)
+            tl.store(out_ptr + cell, (FACTOR * grad).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _columns(
+    scores_ptr, scale_ptr, parts_ptr, begin, height, columns, part_height, slots,
+    IS_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Merge a chunk into (maximum, sum) of every column's scores but the diagonal one. Grid: (column blocks, parts,
+    groups); a part of the chunk's rows has numbers of its own, [2, G, parts, M]."""
+    group = tl.program_id(2).to(tl.int64)
+    part = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_ok = column < columns
+    place = (group * tl.num_programs(1) + part) * columns + column
+    high = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    if not IS_FIRST:
+        high = tl.load(parts_ptr + place, mask=column_ok, other=0.0)
+        total = tl.load(parts_ptr + slots + place, mask=column_ok, other=0.0)
+    end = tl.minimum((part + 1) * part_height, height)
+    for start in range(part * part_height, end, BLOCK_M):
+        local = start + tl.arange(0, BLOCK_M)
+        mask = (local < end)[:, None] & column_ok[None, :]
+        cell = (group * height + local)[:, None] * columns + column[None, :]
+        scores = _load(scores_ptr, scale_ptr, cell, mask, True)
+        keep = mask & ((begin + local)[:, None] != column[None, :])
+        high, total = push(high, total, tl.where(keep, scores, float("-inf")), 0)
+    tl.store(parts_ptr + place, high, mask=column_ok)
+    tl.store(parts_ptr + slots + place, total, mask=column_ok)
+
+
+@triton.jit
+def _merge_parts(parts_ptr, out_ptr, columns, slots, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Log-sum-exp of every column from its parts. Grid: (column blocks, groups)."""
+    group = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = (group * PARTS + tl.arange(0, PARTS))[:, None] * columns + column[None, :]
+    mask = (column < columns)[None, :]
+    part_high = tl.load(parts_ptr + place, mask=mask, other=0.0)
+    part_total = tl.load(parts_ptr + slots + place, mask=mask, other=0.0)
+    high = tl.max(part_high, 0)
+    total = tl.sum(part_total * tl.exp(part_high - finite(high)[None, :]), 0)
+    tl.store(out_ptr + group * columns + column, high + tl.log(total), mask=column < columns)
+
+
+@triton.jit
+def _gradients(
+    scores_ptr, scale_ptr, positives_ptr, row_weight_ptr, row_shift_ptr, col_weight_ptr, col_shift_ptr, diagonal_ptr,
+    out_ptr, begin, height, rows, columns,
+    IS_SIGMOID: tl.constexpr, HAS_COLUMNS: tl.constexpr, SCALED: tl.constexpr, HAS_POSITIVES: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dV / dS elementwise; see triton._gradients. Grid: (row blocks, column blocks, groups). `out` may be `scores`."""
+    group = tl.program_id(2).to(tl.int64)
+    local = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, row_ok, column_ok = begin + local, local < height, column < columns
+    mask = row_ok[:, None] & column_ok[None, :]
+    cell = (group * height + local)[:, None] * columns + column[None, :]
+    place = group * rows + row
+    positive = _positive(positives_ptr, row, row_ok, HAS_POSITIVES)
+    scores = _load(scores_ptr, scale_ptr, cell, mask, SCALED)
+    weight = tl.load(row_weight_ptr + place, mask=row_ok, other=0.0)
+    diagonal = tl.load(diagonal_ptr + place, mask=row_ok, other=0.0)
+    if IS_SIGMOID:
+        grad = -weight[:, None] * sigmoid(scores)
+    else:
+        shift = tl.load(row_shift_ptr + place, mask=row_ok, other=0.0)
+        grad = -weight[:, None] * tl.exp(scores - shift[:, None])
+    if HAS_COLUMNS:
+        weight = tl.load(col_weight_ptr + group * columns + column, mask=column_ok, other=0.0)
+        shift = tl.load(col_shift_ptr + group * columns + column, mask=column_ok, other=0.0)
+        grad -= weight[None, :] * tl.exp(scores - shift[None, :])
+    # chosen, not added: a positive's e^(S - shift) may be infinite
+    grad = tl.where(column[None, :] == positive[:, None], diagonal[:, None], grad)
+    if EXCLUDE_SELF:
+        grad = tl.where(column[None, :] == row[:, None], 0.0, grad)
+    tl.store(out_ptr + cell, grad.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _mixture(
+    scores_ptr, scale_ptr, baseline_ptr, joint_ptr, rest_ptr, excess_ptr, shares_ptr, state_ptr, begin, height, count,
+    slots, LOG_ALPHA: tl.constexpr, LOG_BETA: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Row statistics of the interpolated bound, in two passes over the columns. Grid: (row blocks, groups).
+
+    state [7, G, N] is what the gradient needs: D; LSE, largest column and LSE of the others, of S - D and of log p - L.
+    What is taken relative to D keeps the more digits the larger D is.
+    """
+    group = tl.program_id(1).to(tl.int64)
+    local = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, row_ok = begin + local, local < height
+    start_of_row = (group * height + local) * count
+    place = group * count + row
+    a = tl.load(baseline_ptr + place, mask=row_ok, other=0.0)
+    log_others = tl.log(tl.cast(count - 1, tl.float32))
+
+    joint = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    arg = tl.full((BLOCK_M,), -1, tl.int32)
+    high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, count, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        mask = row_ok[:, None] & (column < count)[None, :]
+        scores = _load(scores_ptr, scale_ptr, start_of_row[:, None] + column[None, :], mask, SCALED)
+        joint += tl.sum(tl.where(column[None, :] == row[:, None], scores, 0.0), 1)
+        scores = tl.where((column < count)[None, :], scores, float("-inf"))
+        top, arg, high, total = push_largest(top, arg, high, total, scores, column)
+    without_top = high + tl.log(total)
+    rest = without_top - joint
+    lse = logaddexp(top - joint, rest)
+
+    excess = tl.zeros((BLOCK_M,), tl.float32)
+    shares = tl.zeros((BLOCK_M,), tl.float32)
+    z_top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    z_arg = tl.full((BLOCK_M,), -1, tl.int32)
+    z_high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    z_total = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, count, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        mask = row_ok[:, None] & (column < count)[None, :]
+        scores = _load(scores_ptr, scale_ptr, start_of_row[:, None] + column[None, :], mask, SCALED)
+        keep = (column < count)[None, :] & (column[None, :] != row[:, None])
+        scores -= joint[:, None]
+        loo = leave_one_out(scores, column[None, :], lse[:, None], arg[:, None], rest[:, None])
+        odds = loo - log_others + (joint - a)[:, None] + (LOG_ALPHA - LOG_BETA)
+        relative = logaddexp(loo - log_others + LOG_ALPHA, (a - joint)[:, None] + LOG_BETA)
+        excess += tl.sum(tl.where(keep, relative, 0.0), 1)
+        shares += tl.sum(tl.where(keep, sigmoid(-odds), 0.0), 1)
+        z = tl.where(keep, -softplus(-odds) - loo, float("-inf"))
+        z_top, z_arg, z_high, z_total = push_largest(z_top, z_arg, z_high, z_total, z, column)
+    z_rest = z_high + tl.log(z_total)
+
+    without_joint = joint + leave_one_out(tl.zeros_like(joint), row, lse, arg, rest)
+    without_joint = tl.where(row == arg, without_top, without_joint)
+    tl.store(joint_ptr + place, joint, mask=row_ok)
+    tl.store(rest_ptr + place, without_joint, mask=row_ok)
+    tl.store(excess_ptr + place, excess, mask=row_ok)
+    tl.store(shares_ptr + place, shares, mask=row_ok)
+    tl.store(state_ptr + place, lse, mask=row_ok)
+    tl.store(state_ptr + slots + place, arg.to(tl.float32), mask=row_ok)
+    tl.store(state_ptr + 2 * slots + place, rest, mask=row_ok)
+    tl.store(state_ptr + 3 * slots + place, logaddexp(z_top, z_rest), mask=row_ok)
+    tl.store(state_ptr + 4 * slots + place, z_arg.to(tl.float32), mask=row_ok)
+    tl.store(state_ptr + 5 * slots + place, z_rest, mask=row_ok)
+    tl.store(state_ptr + 6 * slots + place, joint, mask=row_ok)
+
+
+@triton.jit
+def _mixture_gradients(
+    scores_ptr, scale_ptr, baseline_ptr, state_ptr, marginal_ptr, grad_ptr, out_ptr, begin, height, count, slots,
+    LOG_ALPHA: tl.constexpr, LOG_BETA: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dV / dS of the interpolated bound, elementwise. Grid: (row blocks, column blocks, groups)."""
+    group = tl.program_id(2).to(tl.int64)
+    local = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    row, row_ok = begin + local, local < height
+    mask = row_ok & (column < count)
+    cell = (group * height + local) * count + column
+    place = group * count + row
+    scores = _load(scores_ptr, scale_ptr, cell, mask, SCALED)
+
+    pairs = tl.cast(count, tl.float32) * tl.cast(count - 1, tl.float32)
+    log_others = tl.log(tl.cast(count - 1, tl.float32))
+    a = tl.load(baseline_ptr + place, mask=row_ok, other=0.0)
+    marginal = tl.load(marginal_ptr + place, mask=row_ok, other=0.0)
+    lse = tl.load(state_ptr + place, mask=row_ok, other=0.0)
+    arg = tl.load(state_ptr + slots + place, mask=row_ok, other=0.0).to(tl.int32)
+    rest = tl.load(state_ptr + 2 * slots + place, mask=row_ok, other=0.0)
+    z_lse = tl.load(state_ptr + 3 * slots + place, mask=row_ok, other=0.0)
+    z_arg = tl.load(state_ptr + 4 * slots + place, mask=row_ok, other=0.0).to(tl.int32)
+    z_rest = tl.load(state_ptr + 5 * slots + place, mask=row_ok, other=0.0)
+    joint = tl.load(state_ptr + 6 * slots + place, mask=row_ok, other=0.0)
+    is_joint = row == column
+    own = tl.where(is_joint, 1.0, -tl.exp(scores + marginal)) / tl.cast(count, tl.float32)
+    scores -= joint
+    loo = leave_one_out(scores, column, lse, arg, rest)
+    odds = loo - log_others + (joint - a) + (LOG_ALPHA - LOG_BETA)
+    z = tl.where(is_joint, float("-inf"), -softplus(-odds) - loo)
+    mixed = leave_one_out(z, column, z_lse, z_arg, z_rest)
+    grad = (own - tl.exp(scores + mixed) / pairs) * tl.load(grad_ptr + group)
+    tl.store(out_ptr + cell, grad.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def rows(
+    scores: Tensor, scale: Tensor | None, positives: Tensor | None, exclude_self: bool, kind: str, tau: float,
+    begin: int, joint: Tensor, rest: Tensor,
+) -> None:  # fmt: skip
+    """Write D and R of a chunk's rows into joint and rest [G, N]."""
+    groups, height, columns = scores.shape
+    _rows[triton.cdiv(height, ROWS["BLOCK_M"]), groups](
+        scores, scale, positives, joint, rest, begin, height, joint.shape[1], columns,
+        KINDS[kind], tau, scale is not None, positives is not None, exclude_self, **ROWS,
+    )  # fmt: skip
+
+
+def infonce_rows(
+    scores: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, begin: int, losses: Tensor,
+    state: Tensor, out: Tensor | None, factor: float,
+) -> None:  # fmt: skip
+    """Write a chunk's losses into [G, N], its state into [4, G, N], and `factor` times its gradient into `out`."""
+    groups, height, columns = scores.shape
+    config = ROWS if out is None else GRADIENT_ROWS
+    _infonce_rows[triton.cdiv(height, config["BLOCK_M"]), groups](
+        scores, scale, positives, losses, state, out, begin, height, losses.shape[1], columns, losses.numel(),
+        positives is not None, exclude_self, out is not None, factor, **config,
+    )  # fmt: skip
+
+
+def columns(scores: Tensor, scale: Tensor, begin: int, parts: Tensor) -> None:
+    """Merge a chunk into the columns' running (maximum, sum of exponentials) [2, G, PARTS, M], diagonal left out."""
+    groups, height, count = scores.shape
+    grid = (triton.cdiv(count, COLUMNS["BLOCK_N"]), PARTS, groups)
+    _columns[grid](
+        scores, scale, parts, begin, height, count, triton.cdiv(height, PARTS), parts[0].numel(), begin == 0, **COLUMNS
+    )
+
+
+def merge_parts(parts: Tensor, out: Tensor) -> None:
+    """Write the columns' log-sum-exp into out [G, M]."""
+    groups, count = out.shape
+    block = COLUMNS["BLOCK_N"]
+    _merge_parts[triton.cdiv(count, block), groups](
+        parts, out, count, parts[0].numel(), PARTS=PARTS, BLOCK_N=block, num_warps=COLUMNS["num_warps"]
+    )
+
+
+def gradients(
+    scores: Tensor, scale: Tensor | None, positives: Tensor | None, exclude_self: bool, row_weight: Tensor,
+    row_shift: Tensor | None, col_weight: Tensor | None, col_shift: Tensor | None, diagonal: Tensor, begin: int,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """Write a chunk's dV / dS into `out`; weights and shifts are those of all rows and columns, contiguous."""
+    groups, height, columns = scores.shape
+    grid = (triton.cdiv(height, CELLS["BLOCK_M"]), triton.cdiv(columns, CELLS["BLOCK_N"]), groups)
+    _gradients[grid](
+        scores, scale, positives, row_weight, row_shift, col_weight, col_shift, diagonal, out, begin, height,
+        row_weight.shape[1], columns, row_shift is None, col_weight is not None, scale is not None,
+        positives is not None, exclude_self, **CELLS,
+    )  # fmt: skip
+
+
+def mixture(
+    scores: Tensor, scale: Tensor | None, log_baseline: Tensor, alpha: float, begin: int, statistics: list[Tensor],
+    state: Tensor,
+) -> None:  # fmt: skip
+    """Write a chunk's row statistics of the interpolated bound into four [G, N], and its state into [7, G, N]."""
+    groups, height, count = scores.shape
+    _mixture[triton.cdiv(height, MIXTURE["BLOCK_M"]), groups](
+        scores, scale, log_baseline, *statistics, state, begin, height, count, groups * count,
+        *_log_weights(alpha), scale is not None, **MIXTURE,
+    )  # fmt: skip
+
+
+def mixture_gradients(
+    scores: Tensor, scale: Tensor | None, log_baseline: Tensor, alpha: float, state: Tensor, marginal: Tensor,
+    grad: Tensor, begin: int, out: Tensor,
+) -> None:  # fmt: skip
+    """Write a chunk's dV / dS of the interpolated bound into `out`. marginal [G, N]: log-weights less R."""
+    groups, height, count = scores.shape
+    config = MIXTURE_CELLS
+    grid = (triton.cdiv(height, config["BLOCK_M"]), triton.cdiv(count, config["BLOCK_N"]), groups)
+    _mixture_gradients[grid](
+        scores, scale, log_baseline, state, marginal, grad, out, begin, height, count, groups * count,
+        *_log_weights(alpha), scale is not None, **config,
+    )  # fmt: skip
+
+
+def score_statistics(scores: Tensor, kind: str, tau: float) -> tuple[Tensor, Tensor]:
+    """cpu.score_statistics."""
+    scores = scores.contiguous()
+    joint, rest = rows_like(scores, 2)
+    rows(scores, None, None, False, kind, tau, 0, joint, rest)
+    return joint, rest
+
+
+def score_gradients(scores: Tensor, row_weight: Tensor, row_shift: Tensor | None, diagonal: Tensor) -> Tensor:
+    """cpu.score_gradients."""
+    scores = scores.contiguous()
+    out = torch.empty_like(scores)
+    shift = None if row_shift is None else row_shift.contiguous()
+    gradients(scores, None, None, False, row_weight.contiguous(), shift, None, None, diagonal.contiguous(), 0, out)
+    return out
+
+
+def score_mixture(scores: Tensor, log_baseline: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """cpu.score_mixture."""
+    scores = scores.contiguous()
+    found = rows_like(scores, 4)
+    mixture(scores, None, log_baseline.contiguous(), alpha, 0, found, state_like(scores))
+    return tuple(found)
+
+
+def score_mixture_gradients(
+    scores: Tensor, log_baseline: Tensor, alpha: float, rest: Tensor, weight: Tensor, grad: Tensor
+) -> Tensor:
+    """cpu.score_mixture_gradients."""
+    scores, a, state = scores.contiguous(), log_baseline.contiguous(), state_like(scores)
+    mixture(scores, None, a, alpha, 0, rows_like(scores, 4), state)
+    out = torch.empty_like(scores)
+    mixture_gradients(scores, None, a, alpha, state, weight - rest, grad.contiguous(), 0, out)
+    return out
+
+
+def rows_like(first: Tensor, count: int) -> list[Tensor]:
+    """`count` contiguous fp32 tensors [G, N], for the rows of a tensor [G, N, anything]. One allocation each: they
+    are outputs, which may not share memory."""
+    return [torch.empty(first.shape[:2], dtype=torch.float32, device=first.device) for _ in range(count)]
+
+
+def state_like(first: Tensor) -> Tensor:
+    """Room for the interpolated bound's state, [7, G, N]."""
+    return torch.empty((7, *first.shape[:2]), dtype=torch.float32, device=first.device)
+
+
+def _log_weights(alpha: float) -> tuple[float, float]:
+    # far beyond any score instead of infinite, so that sums with it stay defined
+    log_alpha, log_beta = log_weights(alpha)
+    return max(log_alpha, -1e30), max(log_beta, -1e30)
+
+
+def aot_cases() -> list[AotCase]:
+    """The kernels over stored scores, as the host functions launch them."""
+    cases = []
+    chunk = {"scores_ptr": "*fp32", "scale_ptr": "*fp32", "begin": "i32", "height": "i32"}
+    given = {"scores_ptr": "*fp32", "begin": "i32", "height": "i32"}
+    plain = {"positives_ptr": None, "HAS_POSITIVES": False, "EXCLUDE_SELF": False}
+    log_alpha, log_beta = _log_weights(0.01)
+    weights = {"LOG_ALPHA": log_alpha, "LOG_BETA": log_beta}
+
+    def add(name: str, kernel, signature: dict, constexprs: dict, config: dict, quick: bool = True):
+        blocks = {key: value for key, value in config.items() if key.startswith("BLOCK")}
+        launch = {key: value for key, value in config.items() if key.startswith("num")}
+        cases.append(AotCase(f"mi_bounds.{name}", kernel, signature, {**constexprs, **blocks}, quick=quick, **launch))
+
+    rows_and_columns = {"rows": "i32", "columns": "i32"}
+    for kind in KINDS:
+        add(
+            f"chunk_rows/{kind}",
+            _rows,
+            {**chunk, "joint_ptr": "*fp32", "rest_ptr": "*fp32", **rows_and_columns},
+            {**plain, "KIND": KINDS[kind], "TAU": 5.0, "SCALED": True},
+            ROWS,
+            kind == "lse",
+        )
+    for name, out in (("values", None), ("fp32", "*fp32"), ("bf16", "*bf16")):
+        add(
+            f"chunk_infonce/{name}",
+            _infonce_rows,
+            {
+                **chunk, "losses_ptr": "*fp32", "state_ptr": "*fp32", **rows_and_columns, "slots": "i32",
+                **({"out_ptr": out} if out else {}),
+            },
+            {**plain, "WITH_GRADIENT": out is not None, "FACTOR": 1.0, **({} if out else {"out_ptr": None})},
+            GRADIENT_ROWS if out else ROWS,
+        )  # fmt: skip
+    for is_first in (True, False):
+        add(
+            f"chunk_columns/{'first' if is_first else 'next'}",
+            _columns,
+            {**chunk, "parts_ptr": "*fp32", "columns": "i32", "part_height": "i32", "slots": "i32"},
+            {"IS_FIRST": is_first},
+            COLUMNS,
+        )
+    add(
+        "merge_parts",
+        _merge_parts,
+        {"parts_ptr": "*fp32", "out_ptr": "*fp32", "columns": "i32", "slots": "i32"},
+        {"PARTS": PARTS},
+        {key: value for key, value in COLUMNS.items() if key != "BLOCK_M"},
+    )
+    both = {"row_weight_ptr": "*fp32", "diagonal_ptr": "*fp32"}
+    row_shift, column = {"row_shift_ptr": "*fp32"}, {"col_weight_ptr": "*fp32", "col_shift_ptr": "*fp32"}
+    for name, source, shifted, has_columns, out in (
+        ("chunk_gradients/exponential/fp32", chunk, True, False, "*fp32"),
+        ("chunk_gradients/exponential/bf16", chunk, True, False, "*bf16"),
+        ("chunk_gradients/symmetric/bf16", chunk, True, True, "*bf16"),
+        ("chunk_gradients/sigmoid/bf16", chunk, False, False, "*bf16"),
+        ("score_gradients/exponential", given, True, False, "*fp32"),
+        ("score_gradients/sigmoid", given, False, False, "*fp32"),
+    ):
+        present = {**both, **(row_shift if shifted else {}), **(column if has_columns else {})}
+        absent = {key: None for key in (*row_shift, *column) if key not in present}
+        if source is given:
+            absent["scale_ptr"] = None
+        add(
+            name,
+            _gradients,
+            {**source, **present, "out_ptr": out, **rows_and_columns},
+            {
+                **plain, **absent, "IS_SIGMOID": not shifted, "HAS_COLUMNS": has_columns, "SCALED": source is chunk,
+            },
+            CELLS,
+        )  # fmt: skip
+    state = {"baseline_ptr": "*fp32", "state_ptr": "*fp32", "count": "i32", "slots": "i32"}
+    for name, source in (("chunk", chunk), ("score", given)):
+        scaled = {"SCALED": True} if source is chunk else {"SCALED": False, "scale_ptr": None}
+        outputs = {f"{what}_ptr": "*fp32" for what in ("joint", "rest", "excess", "shares")}
+        add(f"{name}_mixture", _mixture, {**source, **state, **outputs}, {**weights, **scaled}, MIXTURE)
+        more = {"marginal_ptr": "*fp32", "grad_ptr": "*fp32"}
+        for out in ("fp32", "bf16") if source is chunk else ("fp32",):
+            add(
+                f"{name}_mixture_gradients/{out}",
+                _mixture_gradients,
+                {**source, **state, **more, "out_ptr": f"*{out}"},
+                {**weights, **scaled},
+                MIXTURE_CELLS,
+            )
+    add(
+        "score_rows/lse",
+        _rows,
+        {**given, "joint_ptr": "*fp32", "rest_ptr": "*fp32", **rows_and_columns},
+        {**plain, "scale_ptr": None, "KIND": LSE, "TAU": 5.0, "SCALED": False},
+        ROWS,
+    )
+    return cases
