@@ -52,7 +52,7 @@ def test_scripts_run(name):
 
 def test_code_of_the_page_runs():
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     space = {"x": torch.ones(3)}
     with kernels.use_backend("auto"):
         for block in blocks:
