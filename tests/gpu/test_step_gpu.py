@@ -73,7 +73,7 @@ def epochs(graphs, change=lambda step: None, **options):
         {"settings": {"critic": "concat"}},
         {"settings": {"compat": "mimrl"}},
     ],
-    ids=str,
+    ids=["plain", "sgd", "average and clipping", "bf16", "fp16", "mine", "concat", "mimrl"],
 )
 def test_graph_emulate_and_eager_give_the_same_trajectory(options):
     _, eager = epochs("off", **options)
