@@ -15,6 +15,7 @@ from engine.config import Config
 from engine.errors import CheckpointError, ConfigError, DataError, OutputError
 from engine.loaders.dataset import Dataset
 from engine.loaders.loader import has_dali
+from engine.model.text_encoder import TextEncoder, encode_padded
 from tests.loaders import writers
 
 SIZES = {"train": 21, "valid": 6, "test": 9}
@@ -85,12 +86,16 @@ STILL = {"dropout": 0.0, "modality_dropout": 0.0}
 
 @pytest.mark.parametrize("mode", ["fast", "faithful"])
 @pytest.mark.parametrize("kind", ["resident", "torch"])
-def test_a_static_run_equals_one_without(config, tmp_path, text_encoder, mode, kind):
+def test_a_static_run_equals_one_without(config, tmp_path, text_encoder, mode, kind, monkeypatch):
     """Five epochs, 20 steps of stage 2.
 
     Without dropout, whose masks depend on widths. By plain gradients, because Adam makes a whole step out of the
-    rounding of a gradient that should be 0, such as that of a key's bias.
+    rounding of a gradient that should be 0, such as that of a key's bias. And with one way through the text encoder in
+    faithful mode: a difference of 3e-7 in its output, a rounding, grows to six times the tolerance in 20 steps there.
+    tests/model/test_fused_bert.py compares the two ways.
     """
+    if mode == "faithful":
+        monkeypatch.setattr(TextEncoder, "forward", encode_padded)
     bert = still_bert(text_encoder, tmp_path / "bert")
     settings = changed(
         config,
@@ -99,7 +104,7 @@ def test_a_static_run_equals_one_without(config, tmp_path, text_encoder, mode, k
         epochs=5,
         model=STILL,
         data={"loader": kind},
-        train={"lr": 1e-2, "amp": "off", "optimizer": "sgd"},
+        train={"lr": 2e-3, "amp": "off", "optimizer": "sgd"},
     )
     for graphs in ("off", "emulate"):
         trainer.train(changed(settings, train={"graphs": graphs}), tmp_path / graphs)
