@@ -176,28 +176,39 @@ class Graphs:
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 function()
-        except torch.OutOfMemoryError as cause:
-            self._uncaptured.add(key)
-            log.warning(
-                "out of memory while a CUDA graph was captured for %s (%d are kept): this shape runs uncaptured. A "
-                "smaller batch_size, or train.graphs=off, needs less. %s",
-                key, len(self._graphs), str(cause).splitlines()[0],
-            )  # fmt: skip
-            torch.cuda.empty_cache()
-            return False
         except ConfigError:
             raise
-        except RuntimeError as cause:
-            self._give_up(NotCapturable("an operation", _raised_at(cause), str(cause).splitlines()[0]))
+        except RuntimeError as error:
+            cause = _first_error(error)
+            if isinstance(cause, torch.OutOfMemoryError):
+                self._no_room_for(key, cause)
+            else:
+                self._give_up(NotCapturable("an operation", _raised_at(cause), str(cause).splitlines()[0]))
             return False
         self._graphs[key] = graph
         return True
+
+    def _no_room_for(self, key: Hashable, cause: torch.OutOfMemoryError) -> None:
+        self._uncaptured.add(key)
+        log.warning(
+            "out of memory while a CUDA graph was captured for %s (%d are kept): this shape runs uncaptured. A smaller "
+            "batch_size, or train.graphs=off, needs less. %s",
+            key, len(self._graphs), str(cause).splitlines()[0],
+        )  # fmt: skip
+        torch.cuda.empty_cache()
 
     def _give_up(self, cause: NotCapturable) -> None:
         if self.strict:
             raise cause
         log.warning("steps run without CUDA graphs: %s", cause)
         self.capture = self._watching = False
+
+
+def _first_error(error: BaseException) -> BaseException:
+    """The error that led to this one: ending a broken capture raises another."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _raised_at(error: BaseException) -> str:
@@ -285,24 +296,39 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
 
 
 class Watched:
-    """Notices that something which graphs hold has been replaced: a parameter, its storage, a module."""
+    """Notices that something which graphs hold has been replaced.
 
-    def __init__(self, modules: Iterable[nn.Module]):
-        self._modules = list(modules)
-        self._parts: list[tuple[dict, str, int, int, bool]] = []
-        for root in self._modules:
-            for module in root.modules():
-                for held in (module._parameters, module._buffers, module._modules):
-                    self._parts += [(held, name, *_identity(value)) for name, value in held.items()]
+    Args:
+        modules: whose parameters, with their storages, buffers and parts are watched.
+        optimizers: whose state is watched. What a step adds to it is no replacement.
+    """
 
-    def changed(self) -> bool:
-        return any(_identity(held.get(name)) != (a, b, c) for held, name, a, b, c in self._parts)
+    def __init__(self, modules: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]):
+        every = [module for root in modules for module in root.modules()]
+        self._parameters = [
+            (module._parameters, name, p, 0 if p is None else p.data_ptr(), p is not None and p.requires_grad)
+            for module in every
+            for name, p in module._parameters.items()
+        ]
+        self._parts = [
+            (held, name, value) for m in every for held in (m._buffers, m._modules) for name, value in held.items()
+        ]
+        self._state = [
+            (o, p, name, value) for o in optimizers for p, state in o.state.items() for name, value in state.items()
+        ]
 
+    def moved(self) -> bool:
+        """Whether a parameter is another one, lies elsewhere, or is frozen or no longer so. Cheap: for every batch."""
+        return any(
+            held.get(name) is not p or (p is not None and (p.data_ptr() != place or p.requires_grad != moving))
+            for held, name, p, place, moving in self._parameters
+        )
 
-def _identity(value: Tensor | nn.Module | None) -> tuple[int, int, bool]:
-    if isinstance(value, Tensor):
-        return id(value), value.data_ptr(), value.requires_grad
-    return id(value), 0, False
+    def replaced(self) -> bool:
+        """Whether anything else is another one."""
+        parts = (held.get(name) is not value for held, name, value in self._parts)
+        state = (o.state.get(p, {}).get(name) is not value for o, p, name, value in self._state)
+        return any(parts) or any(state)
 
 
 def numbers(modules: Iterable[nn.Module]) -> list[tuple]:
@@ -489,9 +515,8 @@ class StaticStep:
         return self._feeds[id(loader)][1], id(loader)
 
     def _run(self, key: tuple, function: Callable[[], None]) -> None:
-        if self._watched is None or self._watched.changed():
-            self.graphs.clear()
-            self._watched = Watched(self._modules())
+        if self._watched.moved():
+            self._begin_watching()
         self.graphs.run((*key, self._place), function)
 
     def _modules(self) -> list[nn.Module]:
@@ -507,9 +532,14 @@ class StaticStep:
         step = self.step
         now = [*map(settings, self._optimizers()), step.clip_value, step.clip_norm, step.autocast, step.label]
         now.append(numbers(self._modules()))
-        if now != self._settings:
+        if now != self._settings or self._watched is None or self._watched.replaced():
             self.graphs.clear()
         self._settings = now
+        self._watched = Watched(self._modules(), self._optimizers())  # also what the passes before added
+
+    def _begin_watching(self) -> None:
+        self.graphs.clear()
+        self._watched = Watched(self._modules(), self._optimizers())
 
     def _bank(self, name: str, size: int) -> FeatureBank:
         from engine.step import FeatureBank

@@ -148,6 +148,7 @@ def test_graphs_are_forgotten_when_what_they_hold_changes():
         lambda: setattr(step.model.head, "weight", nn.Parameter(torch.zeros(1, 8))),
         lambda: step.model.x.weight.requires_grad_(False),
         lambda: setattr(step.model.x.weight, "data", torch.zeros(4, 6)),
+        lambda: step.main_optimizer.load_state_dict(copy.deepcopy(step.main_optimizer.state_dict())),
     ):
         cleared = []
         graphs.clear = lambda cleared=cleared: (cleared.append(1), Graphs.clear(graphs))
