@@ -532,7 +532,8 @@ class StaticStep:
         step = self.step
         now = [*map(settings, self._optimizers()), step.clip_value, step.clip_norm, step.autocast, step.label]
         now.append(numbers(self._modules()))
-        if now != self._settings or self._watched is None or self._watched.replaced():
+        watched = self._watched
+        if now != self._settings or watched is None or watched.moved() or watched.replaced():
             self.graphs.clear()
         self._settings = now
         self._watched = Watched(self._modules(), self._optimizers())  # also what the passes before added
