@@ -30,7 +30,9 @@ def nonzero_length(x: Tensor) -> Tensor:
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x [B, L, d] over the positions where mask (bool [B, L]) is true -> [B, d]; 0 where there are none."""
     weight = mask.to(x.dtype)
-    return torch.einsum("bld,bl->bd", x, weight) / weight.sum(1, keepdim=True).clamp(min=1)
+    # on a GPU a sum is fewer launches than a product, and autocast does not round it to 16 bits
+    total = (x * weight[..., None]).sum(1) if x.is_cuda else torch.einsum("bld,bl->bd", x, weight)
+    return total / weight.sum(1, keepdim=True).clamp(min=1)
 
 
 # Modules as torch.nn has them, but for their type: torch.compile refuses to look at an instance of nn.GRU or nn.LSTM.

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.pretend import PretendedGpu
 from engine.errors import ConfigError
 from engine.model.encoders import ENCODERS, SequenceEncoder, convolve, length_mask, masked_mean, nonzero_length
 
@@ -107,3 +108,11 @@ def test_a_convolution_as_one_product(length):
     weight = torch.randn_like(expected)
     wanted = [x, *conv.parameters()]
     torch.testing.assert_close(*(torch.autograd.grad(y, wanted, weight) for y in (found, expected)))
+
+
+def test_a_masked_mean_is_the_same_on_a_gpu():
+    x, mask = torch.randn(4, 9, 5), length_mask(torch.tensor([9, 1, 4, 7]), 9)
+    expected = masked_mean(x, mask)
+    with PretendedGpu():
+        found = masked_mean(x, mask)
+    torch.testing.assert_close(found, expected)
