@@ -1,15 +1,21 @@
 """The whole model over three recorded two-stage steps: features, estimates, losses and gradients, in faithful mode."""
 
+import contextlib
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import compat, losses
 from engine.config import Config
+from engine.kernels import registry
 from engine.loaders.batch import Batch
 from engine.model.mimrl import build_model
 from engine.model.text_encoder import text_encoder_from_config
 from engine.objective import MIMRL_ESTIMATORS, mimrl_objective
+from engine.static import Held
 from engine.step import TwoStageStep
 from tests.golden.common import assert_grad, assert_values, cases, load, part, recorded_parameters
 
@@ -42,14 +48,31 @@ def faithful_config(info: dict) -> Config:
     ).resolve()
 
 
-def batch_of(step: dict[str, Tensor]) -> Batch:
+def batch_of(step: dict[str, Tensor], static: bool = False) -> Batch:
+    """The recorded batch; with `static` as a static step has it: in a bucket that is wider than the batch."""
     rows = len(step["label"])
-    return Batch(
+    batch = Batch(
         index=torch.arange(rows), ids=[str(i) for i in range(rows)], label=step["label"],
         token_ids=step["input_ids"].long(), token_mask=step["attention_mask"].long(), text=None,
         audio=step["audio"], audio_length=torch.full((rows,), step["audio"].shape[1]),
         vision=step["vision"], vision_length=torch.full((rows,), step["vision"].shape[1]),
     )  # fmt: skip
+    if not static:
+        return batch
+    wider = {name: F.pad(step[name], (0, 0, 0, 6)) for name in ("audio", "vision")}
+    widths = {f"{name}_width": torch.tensor(step[name].shape[1]) for name in wider}
+    return replace(batch, static=True, **wider, **widths)
+
+
+@contextlib.contextmanager
+def static_step(step: TwoStageStep):
+    """What a static step's functions run in."""
+    step.held = Held(torch.device("cpu"))
+    for optimizer in (step.main_optimizer, step.estimator_optimizer):
+        step.held.refresh_rates(optimizer)
+    with registry.static():
+        yield
+    step.held = None
 
 
 def products_of(stage: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -73,9 +96,11 @@ class Replay:
         groups = self.model.parameter_groups()
         main = torch.optim.SGD(
             [{"params": groups["main"]}, {"params": groups["text"], "lr": sgd["lr_text"]}],
-            lr=sgd["lr_main"], momentum=sgd["momentum"],
+            lr=sgd["lr_main"], momentum=sgd["momentum"], fused=True,
         )  # fmt: skip
-        estimators = torch.optim.SGD(self.objective.parameters(), lr=sgd["lr_estimators"], momentum=sgd["momentum"])
+        estimators = torch.optim.SGD(
+            self.objective.parameters(), lr=sgd["lr_estimators"], momentum=sgd["momentum"], fused=True
+        )
         self.gradients: dict[str, Tensor] = {}
         self.step = TwoStageStep(
             self.model, self.objective, losses.task_loss("MAE", 1), main, estimators, clip_value=sgd["clip_grad_value"]
@@ -97,14 +122,28 @@ class Replay:
                 self.gradients[compat.engine_to_reference(name)] = gradient.clone()
 
 
+@pytest.mark.parametrize("graphs", ["off", "emulate"])
 @cases("model_")
-def test_three_two_stage_steps(name, info):
+def test_three_two_stage_steps(name, info, graphs):
+    """Static steps in float64: in the last step of model_5_lstm the recorded gradient of a bias is 8 % off the exact
+    one, which static and other steps agree on to 1e-9; in float32 rounding decides who stays within 10 % of it."""
     recorded, replay = load(name), Replay(info)
+    if graphs == "off":
+        replay_steps(name, recorded, replay, static=False)
+        return
+    recorded = {key: value.double() if value.is_floating_point() else value for key, value in recorded.items()}
+    replay.model.double()
+    replay.objective.double()
+    with static_step(replay.step):
+        replay_steps(name, recorded, replay, static=True)
+
+
+def replay_steps(name: str, recorded: dict[str, Tensor], replay: Replay, static: bool) -> None:
     count = len({key.split(".")[0] for key in recorded if key.startswith("step")})
     assert count >= 1
     for number in range(count):
         step = part(recorded, f"step{number}.")
-        batch = batch_of(step)
+        batch = batch_of(step, static)
         for stage in ("stage1", "stage2"):
             expected = part(step, f"{stage}.")
             replay.gradients.clear()
