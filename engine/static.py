@@ -446,6 +446,12 @@ class StaticStep:
                 informed += key[0] if use else 0
             return self._sums("losses", seen), self._sums("information", informed), found.copy()
 
+    def first_batch(self, loader: Iterable) -> Any:
+        """The inputs of a pass's first batch, as the stages' functions read them. The pass is begun for it."""
+        feed, _ = self._feed_of(loader)
+        key = next(iter(feed.steps()))
+        return feed.batch(key, torch.zeros_like(self.number))[0]
+
     # one batch: what a graph holds
 
     @torch.no_grad()

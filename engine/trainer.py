@@ -23,6 +23,7 @@ from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
 from engine.config import Config, ScheduleConfig, load_config
 from engine.errors import CheckpointError, ConfigError, OutputError
 from engine.files import output_error, write_json, write_text
+from engine.kernels import registry
 from engine.kernels.knn_product import Bank
 from engine.kernels.registry import has_triton, interpreting
 from engine.kernels.warm import warm_up
@@ -449,8 +450,10 @@ class _Trainer:
         random_state, generator_state = _rng_state(), self.step.generator.get_state()
         buffers = [(b, b.clone()) for module in (self.model, self.objective) for b in module.buffers()]
         try:
-            batch = next(iter(self.loaders["train"]))
-            warm_up(lambda: _try_out(self.step, batch, len(self.dataset.splits["train"])))
+            loader, static = self.loaders["train"], self.step.static
+            batch = next(iter(loader)) if static is None else static.first_batch(loader)
+            with contextlib.nullcontext() if static is None else registry.static():
+                warm_up(lambda: _try_out(self.step, batch, len(self.dataset.splits["train"])))
         except Exception as cause:  # whatever it was: a real step meets it again, if it matters
             warnings.warn(f"kernels are compiled when first used: {' '.join(str(cause).split())}", stacklevel=2)
         finally:

@@ -309,7 +309,9 @@ def test_evaluation_asks_for_its_device(config, data, tmp_path, monkeypatch):
     assert trainer._device("auto") == torch.device("cuda")
 
 
-def test_compiling_kernels_beforehand_changes_nothing(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("graphs", ["off", "emulate"])
+def test_compiling_kernels_beforehand_changes_nothing(config, tmp_path, monkeypatch, graphs):
+    config = changed(config, train={"graphs": graphs})
     trainer.train(config, tmp_path / "plain")
     tried, work = [], trainer._try_out
     monkeypatch.setattr(trainer, "_compiles_kernels", lambda device: True)
