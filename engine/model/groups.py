@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.kernels.cmi.op import classifier_logits, cmi
 from engine.kernels.cmi.reference import cmi_values, mimrl_classifier_loss, mimrl_cmi, mimrl_log_ratio
-from engine.kernels.critics.op import entries, grouped_infonce, grouped_mlp
+from engine.kernels.critics.op import entries, grouped_mlp, infonce_of_towers
 from engine.kernels.knn_product.op import ProductRows
 from engine.kernels.mi_bounds.op import mi_lower_bound
 from engine.model.cmi import CMIEstimator
@@ -200,11 +200,12 @@ class MIGroup(Group):
 
     def _together(self, inputs: Sequence[Tensor]) -> Tensor | None:
         """Values [estimators]; None where one of the estimators has something to say about the batch."""
-        first, rest = ([(layer.weight, layer.bias) for layer in layers] for layers in (self.first, self.rest))
         e = self.example
         if e.bound == "infonce":
-            value = grouped_infonce(inputs, first, rest, self.rows, self.columns)
+            stacks = [t for layers in (self.first, self.rest) for layer in layers for t in (layer.weight, layer.bias)]
+            value = infonce_of_towers(inputs, stacks, self.rows, self.columns)
             return value if finite(value) else None
+        first, rest = ([(layer.weight, layer.bias) for layer in layers] for layers in (self.first, self.rest))
         embedded = grouped_mlp(inputs, first, rest)
         q, k = entries(embedded, self.rows), entries(embedded, self.columns)
         settings = {"bound": e.bound, "alpha": e.alpha, "smile_tau": e.smile_tau}

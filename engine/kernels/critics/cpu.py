@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -190,14 +192,18 @@ def _mlp_backward(
 ) -> Tensor:
     """`scale`: one factor an MLP, where `grad` is in the kernel's blocks."""
     inputs = [t.contiguous() for t in inputs]
-    found, pieces = plain.flat(grad, plain.grad_shapes(inputs, (*first, *rest), input_grads, weight_grads))
-    of_inputs = pieces[: len(inputs)] if input_grads else []
+    sizes = [math.prod(shape) for shape in plain.grad_shapes(inputs, (*first, *rest), input_grads, weight_grads)]
+    found = grad.new_empty(sum(sizes))
+    # addresses, not views: making these would cost a small step more than the rest of this function
+    begin, width = found.data_ptr(), found.element_size()
+    places = [begin + width * at for at in itertools.accumulate(sizes[:-1], initial=0)] if sizes else []
+    split = len(inputs) if input_grads else 0
     pairs = [[t for w in part for t in (w, None)] for part in (first, rest)]
     real = ctypes.c_float if state.dtype == torch.float32 else ctypes.c_double
     factors = None if scale is None else (real * len(scale))(*scale)
     library(state.dtype).grouped_mlp(
         *_head(inputs, *pairs, state), None, torch.get_num_threads(), grad.data_ptr(), factors,
-        _pointers(of_inputs), _pointers(pieces[len(of_inputs) :]),
+        _addresses(places[:split]), _addresses(places[split:]),
     )  # fmt: skip
     return found
 
@@ -224,4 +230,8 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array | None:
-    return (ctypes.c_void_p * len(tensors))(*map(_pointer, tensors)) if tensors else None
+    return _addresses([_pointer(tensor) for tensor in tensors])
+
+
+def _addresses(places: Sequence[int | None]) -> ctypes.Array | None:
+    return (ctypes.c_void_p * len(places))(*places) if places else None

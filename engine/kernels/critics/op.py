@@ -101,13 +101,32 @@ def grouped_infonce(
         q, k = entries(embedded, rows), entries(embedded, columns)
         found = infonce(q, k)
         return log_size(q.shape[1], found) - found
-    stacks, log_rows = [*_flat(first), *_flat(rest)], log_size(len(inputs[0]), inputs[0])
-    rows, columns, split = list(rows), list(columns), 2 * len(inputs)
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *stacks)):
-            return log_rows - _GroupedInfoNCE.apply(len(inputs), rows, columns, *inputs, *stacks)
-        arguments = inputs[0], inputs[1:], stacks[:split], stacks[split:], rows, columns, False
-        return log_rows - call("critics_grouped_infonce", *arguments)[0]
+    return _infonce_of_towers(inputs, [*_flat(first), *_flat(rest)], list(rows), list(columns))
+
+
+def infonce_of_towers(
+    inputs: Sequence[Tensor], stacks: Sequence[Tensor], rows: list[int], columns: list[int]
+) -> Tensor:
+    """`grouped_infonce` with ReLU for callers who have checked shapes: a small step notices what checks cost.
+
+    Args:
+        stacks: weight, bias, weight, bias, ... of `first`, then of `rest`.
+        rows, columns: as for `grouped_infonce`.
+    """
+    if _backend(inputs[0], "critics_mlp_forward", "relu") == "cpu":
+        return _infonce_of_towers([_exact(x) for x in inputs], [_exact(t).contiguous() for t in stacks], rows, columns)
+    pairs = list(zip(stacks[::2], stacks[1::2], strict=True))
+    return grouped_infonce(inputs, pairs[: len(inputs)], pairs[len(inputs) :], rows, columns)
+
+
+def _infonce_of_towers(
+    inputs: Sequence[Tensor], stacks: Sequence[Tensor], rows: list[int], columns: list[int]
+) -> Tensor:
+    split = 2 * len(inputs)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *stacks)):
+        return _GroupedInfoNCE.apply(len(inputs), rows, columns, *inputs, *stacks)
+    arguments = inputs[0], inputs[1:], stacks[:split], stacks[split:], rows, columns, False
+    return log_size(len(inputs[0]), inputs[0]) - call("critics_grouped_infonce", *arguments)[0]
 
 
 def entries(stack: Tensor, numbers: Sequence[int]) -> Tensor:
@@ -204,7 +223,7 @@ class _GroupedMLP(torch.autograd.Function):
 
 
 class _GroupedInfoNCE(torch.autograd.Function):
-    """Mean losses; the gradients of the embeddings are computed forward."""
+    """Values; the gradients of the embeddings are computed forward."""
 
     @staticmethod
     def forward(ctx, count, q, k, *tensors):
@@ -212,7 +231,7 @@ class _GroupedInfoNCE(torch.autograd.Function):
         losses, state = call("critics_grouped_infonce", inputs[0], inputs[1:], first, rest, q, k, True)
         ctx.count, ctx.numbers = count, (q, k)
         ctx.save_for_backward(state, *inputs, *first[::2], *rest[::2])
-        return losses
+        return log_size(inputs[0].shape[0], losses) - losses
 
     @staticmethod
     @once_differentiable
@@ -221,9 +240,7 @@ class _GroupedInfoNCE(torch.autograd.Function):
         state, *saved = ctx.saved_tensors
         inputs, first, rest = saved[:count], saved[count : 2 * count], saved[2 * count :]
         wanted = any(needs[:count]), any(needs[count:])
-        arguments = (grad.contiguous(), inputs, first, rest, state, *ctx.numbers, *wanted)
-        with torch.autocast(grad.device.type, enabled=False):
-            found = call("critics_grouped_infonce_backward", *arguments)
+        found = call("critics_grouped_infonce_backward", -grad, inputs, first, rest, state, *ctx.numbers, *wanted)
         return None, None, None, *_grouped_pieces(found, inputs, (*first, *rest), wanted)
 
 
