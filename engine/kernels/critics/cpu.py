@@ -43,7 +43,8 @@ def mlp_forward(
     if library(x.dtype) is None:
         return plain.mlp_forward(x, more, first, rest)
     inputs = [t.contiguous() for t in (x, *more)]
-    rows, count, hidden, width = len(x), sum(len(w) for w in first[::2]), first[0].shape[1], rest[-2].shape[1]
+    rows, count = x.shape[0], sum(w.shape[0] for w in first[::2])  # len() of a tensor is slow
+    hidden, width = first[0].shape[1], rest[-2].shape[1]
     out = x.new_empty(count, rows, width)
     state = x.new_empty(plain.state_size(rows, count, hidden, len(rest) // 2))
     library(x.dtype).grouped_mlp(
@@ -81,7 +82,8 @@ def grouped_infonce(
     if library(x.dtype) is None:
         return plain.grouped_infonce(x, more, first, rest, q, k, grads)
     inputs = [t.contiguous() for t in (x, *more)]
-    rows, count, hidden, width = len(x), sum(len(w) for w in first[::2]), first[0].shape[1], rest[-2].shape[1]
+    rows, count = x.shape[0], sum(w.shape[0] for w in first[::2])  # len() of a tensor is slow
+    hidden, width = first[0].shape[1], rest[-2].shape[1]
     split = plain.state_size(rows, count, hidden, len(rest) // 2)
     state = x.new_empty(plain.infonce_state_size(rows, count, hidden, width, len(rest) // 2) if grads else split)
     outputs, losses = x.new_empty(plain.state_size(rows, count, width, 1)), x.new_empty(len(q))
@@ -107,7 +109,7 @@ def grouped_infonce_backward(
     """As `plain.grouped_infonce_backward`."""
     if library(grad.dtype) is None:
         return plain.grouped_infonce_backward(grad, inputs, first, rest, state, q, k, input_grads, weight_grads)
-    of_outputs = state[plain.state_size(len(inputs[0]), 2 * len(q), first[0].shape[1], len(rest)) :]
+    of_outputs = state[plain.state_size(inputs[0].shape[0], 2 * len(q), first[0].shape[1], len(rest)) :]
     of_critics = grad.tolist()
     factors = [of_critics[c] for c in plain.critic_of(q, k)]
     return _mlp_backward(of_outputs, factors, inputs, first, rest, state, input_grads, weight_grads)
@@ -174,7 +176,7 @@ def _head(
     sizes = ctypes.c_int64 * len(inputs)
     weights = first[::2]
     return (
-        len(inputs), sizes(*(len(w) for w in weights)), sizes(*(x.shape[1] for x in inputs)), len(inputs[0]),
+        len(inputs), sizes(*(w.shape[0] for w in weights)), sizes(*(x.shape[1] for x in inputs)), inputs[0].shape[0],
         weights[0].shape[1], rest[-2].shape[1], len(rest) // 2, _pointers(inputs), _pointers([*first, *rest]),
         state.data_ptr(),
     )  # fmt: skip
