@@ -33,6 +33,9 @@ from engine.kernels.mi_bounds.op import infonce
 from engine.kernels.registry import backend_for, call, lazy, log_size, register
 
 
+EXACT = (torch.float32, torch.float64)
+
+
 def grouped_mlp(inputs: Sequence[Tensor], first: Layers, rest: Layers, activation: str = "relu") -> Tensor:
     """N MLPs of one shape at once; those that read the same input are one product in their first layer.
 
@@ -114,7 +117,8 @@ def infonce_of_towers(
         rows, columns: as for `grouped_infonce`.
     """
     if _backend(inputs[0], "critics_mlp_forward", "relu") == "cpu":
-        return _infonce_of_towers([_exact(x) for x in inputs], [_exact(t).contiguous() for t in stacks], rows, columns)
+        ready = [t if t.dtype in EXACT and t.is_contiguous() else _exact(t).contiguous() for t in stacks]
+        return _infonce_of_towers([_exact(x) for x in inputs], ready, rows, columns)
     pairs = list(zip(stacks[::2], stacks[1::2], strict=True))
     return grouped_infonce(inputs, pairs[: len(inputs)], pairs[len(inputs) :], rows, columns)
 
