@@ -32,7 +32,6 @@ from engine.kernels.critics.reference import Layers
 from engine.kernels.mi_bounds.op import infonce
 from engine.kernels.registry import backend_for, call, lazy, log_size, register
 
-
 EXACT = (torch.float32, torch.float64)
 
 
