@@ -10,6 +10,8 @@ from tests.interpret.guards import Guards, require_interpreter
 
 require_interpreter()
 
+from engine.errors import ConfigError
+from engine.kernels import dispatch
 from engine.kernels.critics import plain, reference, slabs, towers, triton
 from engine.kernels.critics.op import concat_infonce, concat_scores, grouped_mlp
 from tests.kernels.critic_cases import (
@@ -33,11 +35,12 @@ SHAPES = [
 @pytest.fixture(autouse=True, params=["slabs", "fused"])
 def small_slabs(request, monkeypatch):
     """Several slabs, also where a row does not fit one; splits that end before and after a slab does."""
-    monkeypatch.setattr(triton, "PREFERRED", request.param)
     monkeypatch.setattr(triton, "SLAB", (128, 128))
     monkeypatch.setattr(triton, "SPLITS", 3)
     monkeypatch.setattr(slabs, "SLAB_NUMBERS", 600)
     monkeypatch.setattr(slabs, "BLOCKS", 3)
+    with dispatch.use(concat_critic=request.param):
+        yield
     return request.param
 
 
@@ -123,7 +126,10 @@ def test_memory_of_a_slab_is_bounded():
 
 @fused_only
 def test_deeper_and_wider_critics():
-    """What the fused kernels do not take runs in slabs."""
+    """What the fused kernels do not take runs in slabs, and is refused where they are asked for."""
+    with pytest.raises(ConfigError, match="fused for rows 5, hidden 300"):
+        compare(by_scores, reference.concat_scores, concat(5, 5, (4, 3), 300, 1, torch.float32))
+    dispatch.use(concat_critic=None)
     for hidden, layers in ((8, 3), (300, 1)):
         case = concat(5, 5, (4, 3), hidden, layers, torch.float32)
         compare(by_scores, reference.concat_scores, case)
@@ -201,18 +207,18 @@ def test_towers(rows, dims, counts, hidden, out, layers, of_critics):
 
 
 @slabs_only
-def test_many_rows_run_as_library_products(monkeypatch):
-    monkeypatch.setattr(towers, "FEW_ROWS", 8)
+def test_many_rows_run_as_library_products():
     case = grouped(9, (3, 4), (2, 2), 8, 4, dtype=torch.float32)
-    for f, e in zip(value_and_grads(grouped_mlp, case), value_and_grads(reference.grouped_mlp, case), strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
+    with dispatch.use(critic_towers="plain"):
+        for f, e in zip(value_and_grads(grouped_mlp, case), value_and_grads(reference.grouped_mlp, case), strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
     inputs, first, rest = (tensors(part) for part in case)
     found = []
-    for few in (8, 9):
-        monkeypatch.setattr(towers, "FEW_ROWS", few)
-        losses, state = towers.grouped_infonce(inputs[0], inputs[1:], first, rest, [0, 3], [1, 2], True)
-        arguments = torch.tensor([0.5, 2.0]), inputs, first[::2], rest[::2], state, [0, 3], [1, 2]
-        found.append((losses, towers.grouped_infonce_backward(*arguments, True, True)))
+    for algorithm in ("plain", "fused"):
+        with dispatch.use(critic_towers=algorithm):
+            losses, state = towers.grouped_infonce(inputs[0], inputs[1:], first, rest, [0, 3], [1, 2], True)
+            arguments = torch.tensor([0.5, 2.0]), inputs, first[::2], rest[::2], state, [0, 3], [1, 2]
+            found.append((losses, towers.grouped_infonce_backward(*arguments, True, True)))
     for library, fused in zip(*found, strict=True):
         torch.testing.assert_close(library, fused, rtol=1e-4, atol=1e-5)
 

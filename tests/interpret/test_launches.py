@@ -18,9 +18,9 @@ require_interpreter()
 
 from triton.runtime.interpreter import GridExecutor
 
-from engine.kernels import registry
+from engine.kernels import dispatch, registry
 from engine.kernels.cmi import classifiers
-from engine.kernels.critics import slabs, towers, triton
+from engine.kernels.critics import slabs, triton
 from tests.kernels.critic_cases import concat, grouped, tensors
 from tests.kernels.test_knn_cmi_op import problem
 
@@ -72,10 +72,10 @@ def check(monkeypatch: pytest.MonkeyPatch, name: str, *args: Any) -> Any:
 WANTED = [(True, True), (True, False), (False, True)]
 
 
-@pytest.mark.parametrize("few", [0, 100])
+@pytest.mark.parametrize("algorithm", ["plain", "fused"])
 @pytest.mark.parametrize("layers", [0, 2])
-def test_towers(monkeypatch, few, layers):
-    monkeypatch.setattr(towers, "FEW_ROWS", few)
+def test_towers(monkeypatch, algorithm, layers):
+    monkeypatch.setitem(dispatch._override, "critic_towers", algorithm)
     inputs, first, rest = (tensors(part) for part in grouped(5, (3, 4), (2, 2), 8, 4, layers, torch.float32))
     numbers, weights = ([0, 3], [1, 2]), (first[::2], rest[::2])
     out, state = check(monkeypatch, "critics_mlp_forward", inputs[0], inputs[1:], first, rest)
@@ -101,7 +101,7 @@ def test_flagship(monkeypatch):
 @pytest.mark.parametrize("preferred", ["slabs", "fused"])
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_concat_critic(monkeypatch, preferred, layers):
-    monkeypatch.setattr(triton, "PREFERRED", preferred)
+    monkeypatch.setitem(dispatch._override, "concat_critic", preferred)
     monkeypatch.setattr(triton, "SLAB", (128, 128))
     for numbers in (100, 4000):  # slabs of parts of a row, and of all pairs
         monkeypatch.setattr(slabs, "SLAB_NUMBERS", numbers)
@@ -116,7 +116,7 @@ def test_concat_critic(monkeypatch, preferred, layers):
 
 def test_no_pairs(monkeypatch):
     for preferred in ("slabs", "fused"):
-        monkeypatch.setattr(triton, "PREFERRED", preferred)
+        monkeypatch.setitem(dispatch._override, "concat_critic", preferred)
         x, y, weights = concat(0, 5, (3, 4), 8, 2, torch.float32)
         weights = tensors(weights)
         check(monkeypatch, "critics_concat_forward", x, y, weights)

@@ -11,7 +11,7 @@ threads. Gradients of gradients are not defined. Hidden layers end in ReLU; othe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from engine.kernels.critics.plain import (
     pieces_of,
     state_size,
 )
+from engine.kernels.critics.plan import concat_algorithm, tower_algorithm
 from engine.kernels.critics.reference import Layers
 from engine.kernels.mi_bounds.op import infonce
 from engine.kernels.registry import backend_for, call, lazy, log_size, register
@@ -57,7 +58,7 @@ def grouped_mlp(inputs: Sequence[Tensor], first: Layers, rest: Layers, activatio
     inputs = [_exact(x) for x in inputs]
     first, rest = [(_exact(w), _exact(b)) for w, b in first], [(_exact(w), _exact(b)) for w, b in rest]
     _check_grouped(inputs, first, rest)
-    backend = _backend(inputs[0], "critics_mlp_forward", activation)
+    backend = _towers_on(inputs[0], activation)
     with torch.autocast(inputs[0].device.type, enabled=False):
         if backend == "reference":
             return reference.grouped_mlp(inputs, first, rest, activation)
@@ -96,7 +97,7 @@ def grouped_infonce(
             "grouped_infonce", f"rows {list(rows)} and columns {list(columns)} of {count} MLPs", "every MLP once",
             "Name for every critic the MLP of y in `rows` and that of x in `columns`.",
         )  # fmt: skip
-    backend = _backend(inputs[0], "critics_mlp_forward", activation)
+    backend = _towers_on(inputs[0], activation)
     if backend == "reference" or (backend == "triton" and len(inputs[0]) > FEW_ROWS):
         # many rows: scores are streamed, where the operation would store them
         embedded = grouped_mlp(inputs, first, rest, activation)
@@ -115,7 +116,7 @@ def infonce_of_towers(
         stacks: weight, bias, weight, bias, ... of `first`, then of `rest`.
         rows, columns: as for `grouped_infonce`.
     """
-    if _backend(inputs[0], "critics_mlp_forward", "relu") == "cpu":
+    if _towers_on(inputs[0], "relu") == "cpu":
         ready = [t if t.dtype in EXACT and t.is_contiguous() else _exact(t).contiguous() for t in stacks]
         return _infonce_of_towers([_exact(x) for x in inputs], ready, rows, columns)
     pairs = list(zip(stacks[::2], stacks[1::2], strict=True))
@@ -162,7 +163,7 @@ def concat_scores(x: Tensor, y: Tensor, layers: Layers, activation: str = "relu"
     x, y = _exact(x), _exact(y)
     layers = [(_exact(w), _exact(b)) for w, b in layers]
     _check_concat(x, y, layers)
-    backend = _backend(x, "critics_concat_forward", activation)
+    backend = _pairs_on(x, layers, activation)
     with torch.autocast(x.device.type, enabled=False):
         if backend == "reference":
             return reference.concat_scores(x, y, layers, activation)
@@ -192,7 +193,7 @@ def concat_infonce(
     _check_concat(x, y, layers)
     if len(x) != len(y):
         raise EstimatorError("concat_infonce", f"{len(x)} and {len(y)} rows", "as many of x as of y", "Give pairs.")
-    if _backend(x, "critics_concat_infonce", activation) == "reference":
+    if _pairs_on(x, layers, activation) == "reference":
         scores = concat_scores(x, y, layers, activation)
         scores = scores.t() if transpose else scores
         losses = -scores.log_softmax(1).diagonal() + (scores - scores).detach().sum(1)
@@ -298,12 +299,25 @@ def _concat_pieces(
     return [*of_inputs, *(pieces[2 if wanted[0] else 0 :] if wanted[1] else [None] * len(layers))]
 
 
-def _backend(x: Tensor, operation: str, activation: str) -> str:
+def _towers_on(x: Tensor, activation: str) -> str:
+    return _backend(x, "critics_mlp_forward", activation, lambda: tower_algorithm(x))
+
+
+def _pairs_on(x: Tensor, layers: Layers, activation: str) -> str:
+    return _backend(
+        x, "critics_concat_forward", activation, lambda: concat_algorithm(x, [t for w in layers for t in w])
+    )
+
+
+def _backend(x: Tensor, operation: str, activation: str, algorithm: Callable[[], str]) -> str:
+    """The backend that runs; "reference" also where plain torch is the algorithm."""
     if activation != "relu":
         return "reference"
     backend = backend_for(x, operation)
+    if backend != "triton":
+        return backend
     # the Triton kernels accumulate in fp32
-    return "reference" if backend == "triton" and x.dtype == torch.float64 else backend
+    return "reference" if x.dtype == torch.float64 or algorithm() == "eager" else backend
 
 
 def _flat(layers: Layers) -> list[Tensor]:

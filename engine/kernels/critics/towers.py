@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.kernels.aot import AotCase
 from engine.kernels.critics import plain
-from engine.kernels.critics.plain import FEW_ROWS
+from engine.kernels.critics.plan import tower_algorithm
 from engine.kernels.mlp.triton import TILES, dot, layer_backward, layer_forward, precision_now
 
 SCORE_ROWS, SCORE_COLUMNS = 16, 64  # a program's tile of scores
@@ -126,16 +126,15 @@ def _embedding_gradients(
 # -- host functions --
 
 
-def algorithm(x: Tensor) -> str:
-    """How a batch of towers runs: "fused", a launch a layer, or "plain", library products."""
-    return "fused" if x.dtype.itemsize == 4 and x.shape[0] <= FEW_ROWS else "plain"
+def _algorithm(x: Tensor) -> str:
+    return tower_algorithm(x) if x.dtype.itemsize == 4 else "plain"
 
 
 def mlp_forward(
     x: Tensor, more: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """As `plain.mlp_forward`."""
-    if algorithm(x) == "plain":
+    if _algorithm(x) == "plain":
         return plain.mlp_forward(x, more, first, rest)
     out, state, _ = _embed(x, more, first, rest, 0)
     return out, state
@@ -151,7 +150,7 @@ def mlp_backward(
     weight_grads: bool,
 ) -> Tensor:
     """As `plain.mlp_backward`."""
-    if algorithm(inputs[0]) == "plain":
+    if _algorithm(inputs[0]) == "plain":
         return plain.mlp_backward(grad, inputs, first, rest, state, input_grads, weight_grads)
     return _backward(grad, None, (), inputs, first, rest, state, input_grads, weight_grads)
 
@@ -166,7 +165,7 @@ def grouped_infonce(
     grads: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `plain.grouped_infonce`."""
-    if algorithm(x) == "plain":
+    if _algorithm(x) == "plain":
         return plain.grouped_infonce(x, more, first, rest, q, k, grads)
     rows, width, critics = len(x), rest[-2].shape[1], len(q)
     size = plain.state_size(rows, 2 * critics, width, 1) if grads else 0
@@ -205,7 +204,7 @@ def grouped_infonce_backward(
     weight_grads: bool,
 ) -> Tensor:
     """As `plain.grouped_infonce_backward`."""
-    if algorithm(inputs[0]) == "plain":
+    if _algorithm(inputs[0]) == "plain":
         return plain.grouped_infonce_backward(grad, inputs, first, rest, state, q, k, input_grads, weight_grads)
     rows, count, width = len(inputs[0]), 2 * len(q), rest[-1].shape[1]
     split = plain.state_size(rows, count, first[0].shape[1], len(rest))
@@ -266,7 +265,7 @@ def _backward(
 
 
 def mlp_forward_launches(x: Tensor, more: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor]) -> int:
-    if algorithm(x) == "plain":
+    if _algorithm(x) == "plain":
         # a product that begins with a bias copies it first
         return 2 * (1 + len(more)) + 3 * (len(rest) // 2)
     return 1 + len(rest) // 2
@@ -276,7 +275,7 @@ def mlp_backward_launches(
     grad: Tensor, inputs: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], state: Tensor,
     input_grads: bool, weight_grads: bool,
 ) -> int:  # fmt: skip
-    if algorithm(inputs[0]) == "plain":
+    if _algorithm(inputs[0]) == "plain":
         weights = 2 * (len(rest) + len(inputs)) if weight_grads else 0
         return weights + 2 * len(rest) + (2 * len(inputs) if input_grads else 0)
     return len(rest) + bool(input_grads or weight_grads)
@@ -287,7 +286,7 @@ def grouped_infonce_launches(
     k: Sequence[int], grads: bool,
 ) -> int:  # fmt: skip
     towers = mlp_forward_launches(x, more, first, rest)
-    if algorithm(x) == "plain":
+    if _algorithm(x) == "plain":
         return towers + (14 if grads else 8)
     return towers + 2
 
@@ -297,7 +296,7 @@ def grouped_infonce_backward_launches(
     q: Sequence[int], k: Sequence[int], input_grads: bool, weight_grads: bool,
 ) -> int:  # fmt: skip
     towers = mlp_backward_launches(grad, inputs, first, rest, state, input_grads, weight_grads)
-    return towers + (2 if algorithm(inputs[0]) == "plain" else 0)
+    return towers + (2 if _algorithm(inputs[0]) == "plain" else 0)
 
 
 def aot_cases() -> list[AotCase]:

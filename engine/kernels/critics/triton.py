@@ -23,6 +23,7 @@ from torch import Tensor
 
 from engine.kernels.aot import AotCase
 from engine.kernels.critics import plain, slabs, towers
+from engine.kernels.critics.plan import concat_algorithm
 from engine.kernels.mlp.triton import PRECISIONS
 
 # Rows and columns of a tile of pairs, features of a slice of what is read and of the second layer, warps, stages.
@@ -36,12 +37,10 @@ WEIGHT = {
     "tf32": (64, 64, 32, 8, 2),
     "bf16": (64, 64, 32, 8, 2),
 }
-WIDEST, DEEPEST = 256, 2  # hidden layers: their width, and how many after the first
 TILE = 8  # rows, and columns, of the tiles of pairs that a slab consists of
 # Pairs of a slab: a 32nd of all of them, within these limits. Its buffers take 3 · hidden numbers a pair.
 SLAB = (1 << 13, 1 << 16)
 SIDES = 16  # features of one program that adds a slab's pairs up
-PREFERRED = "slabs"
 SPLITS = 8  # runs of a slab's pairs whose weight gradients are summed apart
 
 
@@ -326,7 +325,7 @@ def _weight_gradient(
 
 def concat_forward(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> Tensor:
     """As `plain.concat_forward`."""
-    pairs = _forward_pairs if algorithm(layers) == "fused" else slabs.forward_pairs
+    pairs = _forward_pairs if concat_algorithm(x, layers) == "fused" else slabs.forward_pairs
     return plain.concat_forward(x, y, layers, pairs)
 
 
@@ -334,7 +333,7 @@ def concat_backward(
     grad: Tensor, x: Tensor, y: Tensor, layers: Sequence[Tensor], input_grads: bool, weight_grads: bool
 ) -> Tensor:
     """As `plain.concat_backward`."""
-    pairs = _backward_pairs if algorithm(layers) == "fused" else slabs.backward_pairs
+    pairs = _backward_pairs if concat_algorithm(x, layers) == "fused" else slabs.backward_pairs
     return plain.concat_backward(grad, x, y, layers, input_grads, weight_grads, pairs)
 
 
@@ -342,7 +341,7 @@ def concat_infonce(
     x: Tensor, y: Tensor, layers: Sequence[Tensor], transpose: bool, input_grads: bool, weight_grads: bool
 ) -> tuple[Tensor, Tensor]:
     """As `plain.concat_infonce`."""
-    pairs = _infonce_pairs if algorithm(layers) == "fused" else slabs.infonce_pairs
+    pairs = _infonce_pairs if concat_algorithm(x, layers) == "fused" else slabs.infonce_pairs
     return plain.concat_infonce(x, y, layers, transpose, input_grads, weight_grads, pairs)
 
 
@@ -350,7 +349,7 @@ def concat_infonce(
 
 
 def concat_forward_launches(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> int:
-    if algorithm(layers) == "fused":
+    if concat_algorithm(x, layers) == "fused":
         return 3 if x.shape[0] * y.shape[0] else 2
     return 2 + slabs.launches(y.shape[0], x.shape[0], *_widths(layers), "forward", False)
 
@@ -360,7 +359,7 @@ def concat_backward_launches(
 ) -> int:
     pairs = y.shape[0], x.shape[0], *_widths(layers)
     outer = _outer_launches(input_grads, weight_grads)
-    if algorithm(layers) == "fused":
+    if concat_algorithm(x, layers) == "fused":
         return outer + _fused_gradients(*pairs, True, weight_grads)
     return outer + slabs.launches(*pairs, "backward", weight_grads)
 
@@ -370,7 +369,7 @@ def concat_infonce_launches(
 ) -> int:
     pairs, wanted = (x.shape[0], x.shape[0], *_widths(layers)), input_grads or weight_grads
     outer = _outer_launches(input_grads, weight_grads)
-    if algorithm(layers) == "fused":
+    if concat_algorithm(x, layers) == "fused":
         return outer + 1 + (_fused_gradients(*pairs, False, weight_grads) if wanted else 0)
     return outer + slabs.launches(*pairs, "infonce" if wanted else "losses", weight_grads)
 
@@ -394,18 +393,6 @@ def _fused_gradients(rows: int, columns: int, hidden: int, depth: int, given: bo
     slabs = triton.cdiv(rows, height) * triton.cdiv(columns, span)
     total = 3 + further + slabs * (4 + depth * (1 + weight_grads))
     return total + (4 * depth + (3 if given else 4) if weight_grads else 0)
-
-
-def algorithm(layers: Sequence[Tensor]) -> str:
-    """How a concat critic runs: in "slabs", or "fused", where a pair's layers stay on the chip.
-
-    Fused kernels save a slab's memory and lose time to library products: they run only where they are asked for.
-    """
-    return "fused" if PREFERRED == "fused" and _fits(layers) else "slabs"
-
-
-def _fits(layers: Sequence[Tensor]) -> bool:
-    return len(layers[0]) <= WIDEST and len(layers) // 2 - 2 <= DEEPEST
 
 
 def _forward_pairs(of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], scores: Tensor) -> None:
