@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOW = (torch.float16, torch.bfloat16)
@@ -44,22 +44,6 @@ def lower(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor
         sizes = [len(g) for g in moving]
         found |= zip(map(id, moving), _Lower.apply(dtype, sizes, *(t for g in moving for t in g)), strict=True)
     return [found.get(id(g), g[0]) for g in groups]
-
-
-def lowered_linears(module: nn.Module, dtype: torch.dtype, without: Sequence[nn.Module] = ()) -> dict[str, Tensor]:
-    """Weights and biases of the module's Linears in `dtype`, by their names: for torch.func.functional_call.
-
-    Args:
-        without: parts of the module that see to themselves, such as its text encoder.
-    """
-    left_out = {id(part) for m in without for part in m.modules()}
-    names = [
-        f"{name}.{own}" if name else own
-        for name, part in module.named_modules()
-        if type(part) is nn.Linear and id(part) not in left_out
-        for own, _ in part.named_parameters(recurse=False)
-    ]
-    return dict(zip(names, lower([(module.get_parameter(name),) for name in names], dtype), strict=True))
 
 
 def _copied(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
