@@ -505,6 +505,8 @@ class StaticStep:
         try:
             with self.graphs.stream():
                 self.number.zero_()
+                for _, total in self._totals.values():
+                    total.zero_()
                 yield self._feed
         finally:
             self.step.held = None
@@ -608,10 +610,8 @@ class StaticStep:
         self._totals[name][1].add_(values, alpha=weight)
 
     def _sums(self, name: str, count: int) -> Sums:
-        """Sums of a pass, read from the device, which begin anew. Empty where nothing was added."""
+        """Sums of a pass, read from the device. Empty where nothing was added."""
         if count == 0 or name not in self._totals:
             return {}
         names, total = self._totals[name]
-        found = {n: (value, count) for n, value in zip(names, total.tolist(), strict=True)}
-        total.zero_()
-        return found
+        return {n: (value, count) for n, value in zip(names, total.tolist(), strict=True)}

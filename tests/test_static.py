@@ -176,6 +176,19 @@ def test_a_learning_rate_is_read_at_every_batch():
     assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
 
 
+def test_a_pass_that_was_stopped_leaves_no_sums_behind():
+    def stop(stage, number):
+        if number == 2:
+            raise KeyboardInterrupt
+
+    stopped, other = (make("emulate", optimizer=sgd) for _ in range(2))
+    for step in (stopped, other):
+        step.main_optimizer.param_groups[0]["lr"] = 0.0
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train_epoch(batches(n=N), N, None, batch_size=BATCH, on_batch=stop)
+    assert run(stopped, 1)[0] == run(other, 1)[0]
+
+
 # -- what is refused ----------------------------------------------------------------------------------------------
 
 
