@@ -27,7 +27,7 @@ def sgd(parameters):
 
 def make(graphs, model=None, optimizer=adam, settings=None, device="cpu", **options) -> TwoStageStep:
     torch.manual_seed(0)
-    model = (model or TwoFeatures()).to(device)
+    model = (model or TwoFeatures)().to(device)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -215,13 +215,13 @@ class Searches(TwoFeatures):
 )
 def test_a_model_that_cannot_be_captured_is_named(model, operation, why):
     with pytest.raises(NotCapturable, match=rf"{operation} at test_static.py:\d+: .*{why}") as problem:
-        run(make(True, model=model()), 1)
+        run(make(True, model=model), 1)
     assert "train.graphs=off" in str(problem.value)
 
 
 def test_auto_goes_on_without_graphs_and_says_why(caplog):
-    eager = run(make("off", model=Reads()))
-    step = make("emulate", model=Reads())
+    eager = run(make("off", model=Reads))
+    step = make("emulate", model=Reads)
     step.static.graphs.strict = False
     with caplog.at_level("WARNING", logger="engine"):
         assert_equal(eager, run(step))

@@ -111,7 +111,7 @@ def test_replays_draw_new_dropout_masks():
 @pytest.mark.parametrize("model", [static.Reads, static.Selects, static.Searches])
 def test_a_model_that_cannot_be_captured_is_named(model):
     with pytest.raises(static.NotCapturable, match=r"test_static.py:\d+"):
-        epochs(True, model=model())
+        epochs(True, model=model)
 
 
 def test_auto_goes_on_where_a_capture_fails(monkeypatch):
