@@ -1,6 +1,6 @@
 """The static step: each stage as one function over buffers that stay where they are, so that a GPU can replay it.
 
-A step launches a thousand small kernels, and Python takes ten times as long to launch them as a GPU takes to run them.
+A step launches hundreds of small kernels, and Python takes longer to launch them than a GPU takes to run them.
 Here a stage reads its batch, its random rows and its rates from static buffers, and leaves its results in others.
 Nothing in it waits for the device or copies from the host. On a GPU it is captured as a CUDA graph for every shape it
 meets, and replayed. With `graphs="emulate"` the same functions run uncaptured on any device.
