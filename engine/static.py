@@ -61,7 +61,16 @@ _SIZES = dict.fromkeys(
 
 
 class Watch(TorchDispatchMode):
-    """Raises `NotCapturable` at the first operation that a CUDA graph could not hold, on any device."""
+    """Notices the first operation that a CUDA graph could not hold, on any device.
+
+    Args:
+        strict: raise it. Otherwise it is kept as `found`, and what is watched runs to its end.
+    """
+
+    def __init__(self, strict: bool = True):
+        super().__init__()
+        self.strict = strict
+        self.found: NotCapturable | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__
@@ -77,7 +86,9 @@ class Watch(TorchDispatchMode):
             where, ours = _caller()
             # a host function for CPU tensors may look at them: on a GPU another one runs
             if not (ours and all(t.device.type == "cpu" for t in tree_iter(args) if isinstance(t, Tensor))):
-                raise NotCapturable(name.strip("_"), where, why)
+                self.found = self.found or NotCapturable(name.strip("_"), where, why)
+                if self.strict:
+                    raise self.found
         return func(*args, **(kwargs or {}))
 
 
@@ -163,12 +174,11 @@ class Graphs:
                 function()
 
     def _watched(self, function: Callable[[], None]) -> None:
-        try:
-            with Watch():
-                function()
-        except NotCapturable as cause:
-            self._give_up(cause)
+        # run once, whatever is found: a step that is broken off and begun anew would train twice on its batch
+        with Watch(self.strict) as watch:
             function()
+        if watch.found is not None:
+            self._give_up(watch.found)
 
     def _captured(self, key: Hashable, function: Callable[[], None]) -> bool:
         """Whether the function could be captured under the key."""
@@ -554,7 +564,7 @@ class StaticStep:
         from engine.step import FeatureBank
 
         if name not in self._banks or self._banks[name].size != size:
-            self._banks[name] = FeatureBank(size)
+            self._banks[name] = FeatureBank(size, self.device)
             self.graphs.clear()
         self._banks[name].clear()
         return self._banks[name]

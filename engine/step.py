@@ -34,12 +34,13 @@ class FeatureBank:
 
     Args:
         size: number of samples in the set.
+        device: where the features will be, if it is known; else what is stored decides.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, device: torch.device | None = None):
         self.size = size
         self.rows: dict[str, Tensor] = {}
-        self.filled = torch.zeros(size, dtype=torch.bool)  # where the features are
+        self.filled = torch.zeros(size, dtype=torch.bool, device=device)  # where the features are
 
     def store(self, index: Tensor, features: Mapping[str, Tensor]) -> None:
         """Keep a copy of `features` [B, width] of the samples `index` int64 [B]."""

@@ -17,8 +17,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
 VARIABLE = "ENGINE_TEST_DEVICE"  # set by the option --device, before test modules are imported
@@ -65,17 +65,23 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= 1e-6 * b.abs().max()) if a.numel() else True
 
 
-class _OnDevice(TorchFunctionMode):
-    """Tensors are made on the device; random ones by a generator of the CPU are drawn there and moved."""
+# Whether tensors that name no device are made on the device of the cases; not in the CPU's host functions.
+_placing = True
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in _device_constructors() or kwargs.get("device") is not None:
-            return func(*args, **kwargs)
+
+def _made_there(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A constructor of torch's that makes tensors on the device; a generator of the CPU draws there, and they move."""
+
+    @functools.wraps(function)
+    def make(*args: Any, **kwargs: Any) -> Tensor:
+        if not _placing or kwargs.get("device") is not None:
+            return function(*args, **kwargs)
         generator = kwargs.get("generator")
         if isinstance(generator, torch.Generator) and generator.device.type == "cpu":
-            return func(*args, **kwargs | {"device": "cpu"}).to(device())
-        return func(*args, **kwargs | {"device": device()})
+            return function(*args, **kwargs | {"device": "cpu"}).to(device())
+        return function(*args, **kwargs | {"device": device()})
+
+    return make
 
 
 @contextlib.contextmanager
@@ -87,11 +93,17 @@ def tests_run_there() -> Iterator[None]:
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with contextlib.ExitStack() as stack:
-        for patch in list(_patches()):
+        for patch in [*_patches(), *_constructors()]:
             stack.enter_context(patch)
-        stack.enter_context(_OnDevice())
         yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+
+
+def _constructors() -> Iterator[Any]:
+    for function in _device_constructors():
+        name = function.__name__
+        if getattr(torch, name, None) is function:
+            yield mock.patch.object(torch, name, _made_there(function))
 
 
 def _patches() -> Iterator[Any]:
@@ -121,12 +133,36 @@ def on_the_host(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if sys._getframe(1).f_globals["__name__"].startswith("engine.kernels."):
+            return function(*args, **kwargs)  # a GPU's host function that makes do with this one
         places = [t.device for t in tree_iter((args, kwargs)) if isinstance(t, Tensor) and not t.is_cpu]
         if not places:
             return function(*args, **kwargs)
-        with torch.device("cpu"):
-            args, kwargs = tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, (args, kwargs))
+        args, kwargs = tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, (args, kwargs))
+        with mock.patch.object(sys.modules[__name__], "_placing", False):
             out = function(*args, **kwargs)
         return tree_map(lambda v: v.to(places[0]) if isinstance(v, Tensor) else v, out)
 
     return call
+
+
+@contextlib.contextmanager
+def launches_noticed(notice: Callable[[], None]) -> Iterator[None]:
+    """Within the context `notice` is called at every launch of a Triton kernel."""
+    if on_gpu():
+        from triton.runtime.jit import JITFunction as Launcher
+
+        method = "run"
+    else:
+        from triton.runtime.interpreter import GridExecutor as Launcher
+
+        method = "__call__"
+    original = getattr(Launcher, method)
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        notice()
+        with _disable_current_modes():  # the interpreter's own copies are no work of the GPU's
+            return original(self, *args, **kwargs)
+
+    with mock.patch.object(Launcher, method, launch):
+        yield

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from triton.runtime.interpreter import InterpretedFunction
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.kernels import registry
+from tests.interpret import device
 
 # Operations that compute nothing, beside views.
 NOTHING = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach", "aten::lift_fresh")
@@ -45,12 +44,9 @@ class _TorchLaunches(TorchDispatchMode):
 def launches() -> Iterator[Launches]:
     """Count the launches of the block."""
     found = Launches()
-    run = InterpretedFunction.run
 
-    def counted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+    def one() -> None:
         found.count += 1
-        with _disable_current_modes():  # the interpreter copies and converts by torch's operations
-            return run(kernel, *args, **kwargs)
 
-    with mock.patch.object(InterpretedFunction, "run", counted), _TorchLaunches(found):
+    with device.launches_noticed(one), _TorchLaunches(found):
         yield found

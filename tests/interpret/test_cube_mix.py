@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.interpret import device
 from tests.interpret.guards import Guards, require_interpreter
 
 require_interpreter()
@@ -129,7 +130,7 @@ def test_compiles_to_one_graph(autocast):
     for function in (model, compiled):
         model.zero_grad()
         leaf = x.clone().requires_grad_()
-        with use_backend("triton"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with use_backend("triton"), torch.autocast(device.device().type, torch.bfloat16, enabled=autocast):
             y = function(leaf)
         y.square().sum().backward()
         found.append([y.detach(), leaf.grad, *(p.grad.clone() for p in model.parameters())])
@@ -242,7 +243,7 @@ def test_a_model_follows_autocast(autocast):
     def gradients(backend, autocast, dtype=torch.float32):
         model.to(dtype).zero_grad()
         leaf = x.detach().clone().to(dtype).requires_grad_()
-        with use_backend(backend), torch.autocast("cpu", autocast, enabled=autocast is not None):
+        with use_backend(backend), torch.autocast(device.device().type, autocast, enabled=autocast is not None):
             y = model(leaf)
         assert backend == "reference" or y.dtype == torch.float32
         (y * torch.linspace(-1, 1, y.numel(), dtype=dtype).view(y.shape)).sum().backward()

@@ -34,8 +34,8 @@ def test_random_tensors_are_those_of_the_cpu(monkeypatch):
     """The generator of the CPU draws them, whatever the device."""
     expected = torch.randn(4, generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(device, "device", lambda: torch.device("cpu"))
-    with device._OnDevice():
-        assert torch.equal(torch.randn(4, generator=torch.Generator().manual_seed(3)), expected)
+    found = device._made_there(torch.randn)(4, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(found, expected)
 
 
 def test_host_functions_take_copies(monkeypatch):

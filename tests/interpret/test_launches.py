@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.interpret import device
 from tests.interpret.guards import require_interpreter
 
 require_interpreter()
-
-from triton.runtime.interpreter import GridExecutor
 
 from engine.kernels import dispatch, registry
 from engine.kernels.cmi import classifiers
@@ -30,16 +29,21 @@ NOTHING = ("aten::empty", "aten::new_empty", "aten::_unsafe_view")
 class Launches(TorchDispatchMode):
     """Counts while entered."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.count, execute = 0, GridExecutor.__call__
+        self.count = 0
 
-        def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
-            self.count += 1
-            with _disable_current_modes():  # the interpreter's own copies
-                execute(executor, *args, **kwargs)
+    def __enter__(self) -> Launches:
+        self.noticing = device.launches_noticed(self._one)
+        self.noticing.__enter__()
+        return super().__enter__()
 
-        monkeypatch.setattr(GridExecutor, "__call__", launch)
+    def __exit__(self, *exception: Any) -> None:
+        self.noticing.__exit__(*exception)
+        return super().__exit__(*exception)
+
+    def _one(self) -> None:
+        self.count += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name, returns = func._schema.name, [r.alias_info for r in func._schema.returns]
@@ -49,21 +53,21 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_counter_counts(monkeypatch):
+def test_the_counter_counts():
     x, w, b = torch.ones(2, 3, 4), torch.ones(2, 4, 5), torch.ones(2, 1, 5)
-    with Launches(monkeypatch) as counter:
+    with Launches() as counter:
         y = torch.empty(3).fill_(1).view(1, 3).expand(2, 3)
     assert counter.count == 1 and y.shape == (2, 3)
-    with Launches(monkeypatch) as counter:
+    with Launches() as counter:
         x.relu_().mT.unbind()
         torch.baddbmm(b, x, w)
         torch.stack([x, x])
     assert counter.count == 4
 
 
-def check(monkeypatch: pytest.MonkeyPatch, name: str, *args: Any) -> Any:
+def check(name: str, *args: Any) -> Any:
     declared = registry.launches(name, *args)
-    with Launches(monkeypatch) as counter:
+    with Launches() as counter:
         found = registry._operations[name].cuda(*args)
     assert counter.count == declared, f"{name} launches {counter.count}, {declared} declared"
     return found
@@ -78,18 +82,18 @@ def test_towers(monkeypatch, algorithm, layers):
     monkeypatch.setitem(dispatch._override, "critic_towers", algorithm)
     inputs, first, rest = (tensors(part) for part in grouped(5, (3, 4), (2, 2), 8, 4, layers, torch.float32))
     numbers, weights = ([0, 3], [1, 2]), (first[::2], rest[::2])
-    out, state = check(monkeypatch, "critics_mlp_forward", inputs[0], inputs[1:], first, rest)
+    out, state = check("critics_mlp_forward", inputs[0], inputs[1:], first, rest)
     for wanted in WANTED:
-        check(monkeypatch, "critics_mlp_backward", torch.ones_like(out), inputs, *weights, state, *wanted)
+        check("critics_mlp_backward", torch.ones_like(out), inputs, *weights, state, *wanted)
     arguments = inputs[0], inputs[1:], first, rest, *numbers
-    check(monkeypatch, "critics_grouped_infonce", *arguments, False)
-    losses, state = check(monkeypatch, "critics_grouped_infonce", *arguments, True)
+    check("critics_grouped_infonce", *arguments, False)
+    losses, state = check("critics_grouped_infonce", *arguments, True)
     arguments = torch.ones_like(losses), inputs, *weights, state, *numbers
     for wanted in WANTED:
-        check(monkeypatch, "critics_grouped_infonce_backward", *arguments, *wanted)
+        check("critics_grouped_infonce_backward", *arguments, *wanted)
 
 
-def test_flagship(monkeypatch):
+def test_flagship():
     """Five critics of four layers with InfoNCE, forward and backward: ten launches."""
     inputs, first, rest = (tensors(part) for part in grouped(3, (2,) * 4, (3, 3, 2, 2), 4, 4, 2, torch.float32))
     numbers = [1, 3, 4, 6, 9], [0, 2, 5, 7, 8]
@@ -107,11 +111,11 @@ def test_concat_critic(monkeypatch, preferred, layers):
         monkeypatch.setattr(slabs, "SLAB_NUMBERS", numbers)
         x, y, weights = concat(10, 17, (3, 4), 8, layers, torch.float32)
         weights = tensors(weights)
-        check(monkeypatch, "critics_concat_forward", x, y, weights)
+        check("critics_concat_forward", x, y, weights)
         for wanted in WANTED:
-            check(monkeypatch, "critics_concat_backward", torch.ones(10, 17), x, y, weights, *wanted)
+            check("critics_concat_backward", torch.ones(10, 17), x, y, weights, *wanted)
         for wanted in (*WANTED, (False, False)):
-            check(monkeypatch, "critics_concat_infonce", x[:10], y, weights, False, *wanted)
+            check("critics_concat_infonce", x[:10], y, weights, False, *wanted)
 
 
 def test_no_pairs(monkeypatch):
@@ -119,8 +123,8 @@ def test_no_pairs(monkeypatch):
         monkeypatch.setitem(dispatch._override, "concat_critic", preferred)
         x, y, weights = concat(0, 5, (3, 4), 8, 2, torch.float32)
         weights = tensors(weights)
-        check(monkeypatch, "critics_concat_forward", x, y, weights)
-        found = check(monkeypatch, "critics_concat_backward", torch.ones(0, 5), x, y, weights, True, True)
+        check("critics_concat_forward", x, y, weights)
+        found = check("critics_concat_backward", torch.ones(0, 5), x, y, weights, True, True)
         assert not found.any()
 
 
@@ -132,18 +136,18 @@ def test_classifiers(monkeypatch, few, widths):
     (first, bias), *rest = layers
     rest, places = [t for layer in rest for t in layer], [s for three in slots for s in three]
     rows = [t for three in product for t in three]
-    logits = check(monkeypatch, "cmi_forward", first, bias, rest, joint, places, rows, k)
+    logits = check("cmi_forward", first, bias, rest, joint, places, rows, k)
     of_joint, of_product = (torch.ones_like(t) for t in logits[:2])
     for other in (of_product, None):
         for wanted in WANTED:
             arguments = of_joint, other, first, rest[::2], joint, places, rows, k, logits[2:]
-            check(monkeypatch, "cmi_backward", *arguments, *wanted)
+            check("cmi_backward", *arguments, *wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_reading(monkeypatch, dtype):
+def test_reading(dtype):
     joint, product, grad = torch.ones(2, 5, dtype=dtype), torch.ones(2, 4, dtype=dtype), torch.ones(2, dtype=dtype)
-    check(monkeypatch, "cmi_read", joint, product, 9.0)
+    check("cmi_read", joint, product, 9.0)
     for which in range(3):
         for grads in ((grad, grad), (grad, None), (None, grad)):
-            check(monkeypatch, "cmi_read_backward", joint, product, *grads, which, 9.0)
+            check("cmi_read_backward", joint, product, *grads, which, 9.0)

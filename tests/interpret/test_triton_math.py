@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.interpret import device
 from tests.interpret.guards import Guards, require_interpreter
 
 require_interpreter()
@@ -28,7 +29,7 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 
 
 def bits(*patterns: int) -> torch.Tensor:
-    return torch.from_numpy(np.array(patterns, dtype=np.uint32).view(np.float32))
+    return torch.from_numpy(np.array(patterns, dtype=np.uint32).view(np.float32)).to(device.device())
 
 
 def test_nearest_of_all_exponents():

@@ -168,16 +168,18 @@ def _drop_out(v, first, offset, seed, number, THRESHOLD: tl.constexpr, SCALE: tl
     first is int64 and may be few numbers; offset is int32, less than a piece, so that two keys serve each of them.
     """
     if THRESHOLD == 0:
-        return v
-    drawn = tl.load(seed) + number
-    low, high = drawn.to(tl.uint32), (drawn >> 32).to(tl.uint32)
-    piece = (first >> PIECE_BITS).to(tl.uint32)
-    key = _mixed(low ^ _mixed(high ^ _mixed(piece)))
-    next_key = _mixed(low ^ _mixed(high ^ _mixed(piece + 1)))
-    place = (first & WITHIN).to(tl.int32) + offset
-    draw = (place & WITHIN).to(tl.uint32) + tl.where(place > WITHIN, next_key, key)
-    draw = _mixed(_mixed(draw) ^ high)
-    return tl.where(draw >= THRESHOLD, v * SCALE, 0.0)
+        kept = v
+    else:  # not after an early return: what follows one is compiled all the same, and there may be no seed
+        drawn = tl.load(seed) + number
+        low, high = drawn.to(tl.uint32), (drawn >> 32).to(tl.uint32)
+        piece = (first >> PIECE_BITS).to(tl.uint32)
+        key = _mixed(low ^ _mixed(high ^ _mixed(piece)))
+        next_key = _mixed(low ^ _mixed(high ^ _mixed(piece + 1)))
+        place = (first & WITHIN).to(tl.int32) + offset
+        draw = (place & WITHIN).to(tl.uint32) + tl.where(place > WITHIN, next_key, key)
+        draw = _mixed(_mixed(draw) ^ high)
+        kept = tl.where(draw >= THRESHOLD, v * SCALE, 0.0)
+    return kept
 
 
 @triton.jit
