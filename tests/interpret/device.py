@@ -23,10 +23,6 @@ from torch.utils._pytree import tree_iter, tree_map
 
 VARIABLE = "ENGINE_TEST_DEVICE"  # set by the option --device, before test modules are imported
 
-# Of the largest element, on a GPU: what the products' own rounding leaves after a few layers of them. The interpreter
-# multiplies in float32 whatever is asked.
-TOLERANCES = {"fp32": 2e-5, "tf32": 2**-8, "bf16": 2**-6}
-
 
 def device() -> torch.device:
     return torch.device(os.environ.get(VARIABLE, "cpu"))
@@ -52,9 +48,23 @@ def missing() -> str | None:
     return None
 
 
-def tolerance(precision: str) -> float:
-    """How far a kernel of a precision may be off, as a part of the largest element."""
-    return TOLERANCES[precision if on_gpu() else "fp32"]
+@contextlib.contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Within the context torch's float32 products have this precision on a GPU: fp32, tf32 or bf16 (autocast).
+
+    What a kernel of such products is judged by there. The interpreter multiplies in float32 whatever is asked, and so
+    torch does here.
+    """
+    if not on_gpu():
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        with torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def same(a: Tensor, b: Tensor) -> bool:

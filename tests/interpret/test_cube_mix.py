@@ -66,13 +66,16 @@ def compare(x, weights, axis, precision="fp32", **settings):
     exact = run("reference", x, weights, axis, cotangent.view(shape), torch.float64, **settings)
     torchs = run("reference", x, weights, axis, cotangent.view(shape), **settings)
     present = ["y", "x", *(n for n, w in zip(NAMES, weights, strict=True) if w is not None)]
-    assert_close(present, found, exact, torchs, TOLERANCE[precision])
+    # of one element the gradient is 0: a difference of equal numbers, whose rounding 1 / sqrt(eps) enlarges
+    alone = (x.shape[axis] if settings["ln_first"] else exact[0].shape[axis]) == 1
+    rounding = 1e3 * torch.finfo(torch.float32).eps * cotangent.abs().max() if alone and device.on_gpu() else 0.0
+    assert_close(present, found, exact, torchs, TOLERANCE[precision], max(1e-6, rounding))
 
 
-def assert_close(names, found, exact, torchs, tolerance):
-    """|kernel - fp64| <= 2 |torch in fp32 - fp64| + tolerance, relative to the largest element."""
+def assert_close(names, found, exact, torchs, tolerance, least=1e-6):
+    """|kernel - fp64| <= 2 |torch in fp32 - fp64| + tolerance, relative to the largest element, + least."""
     for name, e, t, f in zip(names, exact, torchs, found, strict=True):
-        slack = tolerance * e.abs().max() + 2 * (t - e).abs().max() + 1e-6
+        slack = tolerance * e.abs().max() + 2 * (t - e).abs().max() + least
         error = (f.reshape(e.shape) - e).abs()
         assert (error <= slack).all(), f"{name}: {error.max():.2e} of {e.abs().max():.2e}"
 
