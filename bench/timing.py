@@ -18,9 +18,12 @@ WARMUPS = 3  # the first calls compile kernels and fill torch's memory pool
 
 @contextmanager
 def precision(name: str, device: str) -> Iterator[None]:
-    """fp32, tf32 or bf16: how products of float32 tensors are computed; bf16 is autocast. Recurrences likewise."""
+    """fp32, tf32 or bf16: how products of float32 tensors are computed. Recurrences likewise.
+
+    bf16 is autocast, and float32 products of precision "medium": the critics are float32 under autocast too.
+    """
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
+    torch.set_float32_matmul_precision({"fp32": "highest", "tf32": "high", "bf16": "medium"}[name])
     torch.backends.cudnn.allow_tf32 = name != "fp32"
     try:
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=name == "bf16"):

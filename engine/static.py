@@ -128,7 +128,7 @@ class Graphs:
         self._watching = True
         if capture:
             self._stream = torch.cuda.Stream(device)
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool = torch.cuda.graph_pool_handle()  # memory that all graphs share
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -138,6 +138,9 @@ class Graphs:
         self._graphs.clear()
         self._seen.clear()
         self._uncaptured.clear()
+        if self.capture:
+            # a pool that no graph uses any more takes no new one while something in it is alive
+            self._pool = torch.cuda.graph_pool_handle()
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
@@ -189,6 +192,7 @@ class Graphs:
         except ConfigError:
             raise
         except RuntimeError as error:
+            _mend_generator(self.device)
             cause = _first_error(error)
             if isinstance(cause, torch.OutOfMemoryError):
                 self._no_room_for(key, cause)
@@ -212,6 +216,16 @@ class Graphs:
             raise cause
         log.warning("steps run without CUDA graphs: %s", cause)
         self.capture = self._watching = False
+        self._graphs.clear()
+
+
+def _mend_generator(device: torch.device) -> None:
+    """A capture that broke leaves torch's generator as if it went on, and every draw fails: give it a state of its own
+    with the same numbers to come."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    fresh = torch.Generator(device)
+    fresh.set_state(generator.get_state())
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def _first_error(error: BaseException) -> BaseException:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.interpret.device import same
 from tests.interpret.guards import Guards, require_interpreter
 
 require_interpreter()
@@ -25,7 +26,7 @@ def test_as_torch(groups, b, p, which):
     joint, product, limit = logits(groups, b, 1), logits(groups, p, 2), 5.0
     joint[0, 0] = limit  # at the limit the gradient is still there
     exact = cpu.read(joint.double(), product.double(), limit)
-    grads = torch.linspace(0.5, -1.0, groups), torch.linspace(1.0, 2.0, groups)
+    grads = [torch.linspace(*ends, groups).to(joint.device) for ends in ((0.5, -1.0), (1.0, 2.0))]
     with Guards() as guards:
         a, c = guards.input(joint), guards.input(product)
         found = triton.read(a, c, limit)
@@ -33,7 +34,7 @@ def test_as_torch(groups, b, p, which):
             (chosen, triton.read_backward(a, c, *map(guards.input, grads), which, limit))
             if None not in chosen
             else (chosen, triton.read_backward(a, c, *chosen, which, limit))
-            for chosen in (grads, (grads[0], None), (None, grads[1]))
+            for chosen in (tuple(grads), (grads[0], None), (None, grads[1]))
         ]
     for f, e in zip(found, exact, strict=True):
         torch.testing.assert_close(f.double(), e, rtol=1e-5, atol=1e-5)
@@ -71,7 +72,7 @@ def test_other_limits_and_dtypes_run_as_torch():
     joint, product = logits(2, 5, 1), logits(2, 4, 2)
     for wide, limit in ((joint.double(), 9.0), (joint, 1e3)):
         found = triton.read(wide, product.to(wide.dtype), limit)
-        assert all(torch.equal(a, b) for a, b in zip(found, cpu.read(wide, product.to(wide.dtype), limit), strict=True))
+        assert all(same(a, b) for a, b in zip(found, cpu.read(wide, product.to(wide.dtype), limit), strict=True))
 
 
 # -- classifiers ------------------------------------------------------------------------------------------------------

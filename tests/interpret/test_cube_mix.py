@@ -255,8 +255,10 @@ def test_a_model_follows_autocast(autocast):
     found, plain = gradients("triton", autocast), gradients("reference", autocast)
     exact = gradients("reference", None, torch.float64)
     assert autocast is None or not torch.equal(found[0], gradients("triton", None)[0])
+    # on a GPU both are of one precision, and round at other places
+    factor = 2 if device.on_gpu() else 1
     for f, p, e in zip(found, plain, exact, strict=True):
-        assert (f - e).norm() <= (p - e).norm() + 1e-5 * e.norm()
+        assert (f - e).norm() <= factor * (p - e).norm() + 1e-5 * e.norm()
 
 
 def test_declared_launches_are_those_that_happen():

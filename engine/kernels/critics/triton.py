@@ -24,7 +24,7 @@ from torch import Tensor
 from engine.kernels.aot import AotCase
 from engine.kernels.critics import plain, slabs, towers
 from engine.kernels.critics.plan import concat_algorithm
-from engine.kernels.mlp.triton import PRECISIONS
+from engine.kernels.mlp.triton import PRECISIONS, dot, positive
 
 # Rows and columns of a tile of pairs, features of a slice of what is read and of the second layer, warps, stages.
 SCORES = {"tf32x3": (1, 32, 16, 32, 8, 1), "tf32": (1, 64, 32, 64, 8, 2), "bf16": (1, 64, 32, 32, 8, 2)}
@@ -45,20 +45,6 @@ SPLITS = 8  # runs of a slab's pairs whose weight gradients are summed apart
 
 
 @triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
-    if PRECISION == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
-    else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
-
-
-@triton.jit
-def _positive(v):
-    """ReLU; NaN passes, as in torch."""
-    return tl.where(v < 0, 0.0, v)
-
-
-@triton.jit
 def _vector(p, k, HIDDEN: tl.constexpr):
     return tl.load(p + k, mask=k < HIDDEN, other=0.0)
 
@@ -76,7 +62,7 @@ def _first(row_ptr, column_ptr, i, j, live, k, HIDDEN: tl.constexpr):
     mask = live[:, None] & (k < HIDDEN)[None, :]
     of_row = tl.load(row_ptr + i.to(tl.int64)[:, None] * HIDDEN + k[None, :], mask=mask, other=0.0)
     of_column = tl.load(column_ptr + j.to(tl.int64)[:, None] * HIDDEN + k[None, :], mask=mask, other=0.0)
-    return _positive(of_row + of_column)
+    return positive(of_row + of_column)
 
 
 @triton.jit
@@ -94,8 +80,8 @@ def _top(
         for k0 in range(0, HIDDEN, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             below = _first(row_ptr, column_ptr, i, j, live, k, HIDDEN)
-            top = _dot(below, _matrix(weight1, k, 1, h, HIDDEN, HIDDEN), top, PRECISION)
-        top = _positive(top + _vector(bias1, h, HIDDEN)[None, :])
+            top = dot(below, _matrix(weight1, k, 1, h, HIDDEN, HIDDEN), top, PRECISION)
+        top = positive(top + _vector(bias1, h, HIDDEN)[None, :])
     else:
         top = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
         for m0 in range(0, HIDDEN, BLOCK_M):
@@ -104,13 +90,13 @@ def _top(
             for k0 in range(0, HIDDEN, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
                 below = _first(row_ptr, column_ptr, i, j, live, k, HIDDEN)
-                part = _dot(below, _matrix(weight1, k, 1, m, HIDDEN, HIDDEN), part, PRECISION)
-            part = _positive(part + _vector(bias1, m, HIDDEN)[None, :])
+                part = dot(below, _matrix(weight1, k, 1, m, HIDDEN, HIDDEN), part, PRECISION)
+            part = positive(part + _vector(bias1, m, HIDDEN)[None, :])
             if KEEP:
                 place = kept_ptr + m.to(tl.int64)[None, :] * slots + slot[:, None]
                 tl.store(place, part.to(kept_ptr.dtype.element_ty), mask=(m < HIDDEN)[None, :])
-            top = _dot(part, _matrix(weight2, m, 1, h, HIDDEN, HIDDEN), top, PRECISION)
-        top = _positive(top + _vector(bias2, h, HIDDEN)[None, :])
+            top = dot(part, _matrix(weight2, m, 1, h, HIDDEN, HIDDEN), top, PRECISION)
+        top = positive(top + _vector(bias2, h, HIDDEN)[None, :])
     return top
 
 
@@ -241,7 +227,7 @@ def _layer_backward(
         k = k0 + tl.arange(0, BLOCK_K)
         place = grad_ptr + k.to(tl.int64)[None, :] * slots + slot[:, None]
         grad = tl.load(place, mask=(k < HIDDEN)[None, :], other=0.0)
-        total = _dot(grad, _matrix(weight_ptr, k, HIDDEN, h, 1, HIDDEN), total, PRECISION)
+        total = dot(grad, _matrix(weight_ptr, k, HIDDEN, h, 1, HIDDEN), total, PRECISION)
     place = h.to(tl.int64)[None, :] * slots + slot[:, None]
     mask = (h < HIDDEN)[None, :]
     if FIRST:
@@ -310,7 +296,7 @@ def _weight_gradient(
         else:
             place = below_ptr + n.to(tl.int64)[None, :] * slots + slot[:, None]
             below = tl.load(place, mask=(n < HIDDEN)[None, :], other=0.0)
-        total = _dot(grad, below, total, PRECISION)
+        total = dot(grad, below, total, PRECISION)
         of_bias += tl.sum(grad.to(tl.float32), 1)
     place = own + o[:, None] * (HIDDEN + 1) + n[None, :]
     mask = (o < HIDDEN)[:, None] & (n < HIDDEN)[None, :]

@@ -38,14 +38,6 @@ def logaddexp(a, b):
 
 
 @triton.jit
-def round_tf32(x):
-    """fp32 to the nearest tf32, ties away from zero, as cvt.rna.tf32 does. NaN stays NaN."""
-    bits = x.to(tl.int32, bitcast=True)
-    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(x == x, rounded, x)
-
-
-@triton.jit
 def push(high, total, scores, AXIS: tl.constexpr):
     """Merge a tile of scores into running (maximum, sum of e^(S - maximum)) along an axis; -inf counts for nothing."""
     new = tl.maximum(high, tl.max(scores, AXIS))

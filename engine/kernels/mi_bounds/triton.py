@@ -26,8 +26,9 @@ from engine.kernels.mi_bounds.chunked import contiguous, in_range
 from engine.kernels.mi_bounds.plan import MAX_WIDTH
 from engine.kernels.mi_bounds.scores import rows_like
 from engine.kernels.mi_bounds.statistics import LSE, SHARE
-from engine.kernels.mi_bounds.tiles import KINDS, LN_2, LOG2_E, finite, infonce_row, round_tf32, sigmoid, softplus
+from engine.kernels.mi_bounds.tiles import KINDS, LN_2, LOG2_E, finite, infonce_row, sigmoid, softplus
 from engine.kernels.registry import interpreting
+from engine.kernels.triton_math import round_tf32
 
 # Whose `positives` there is: none (the diagonal), the owned side's, the streamed side's.
 DIAGONAL, OWN, OTHER = 0, 1, 2

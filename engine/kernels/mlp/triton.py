@@ -20,19 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.aot import AotCase
+from engine.kernels.triton_math import round_tf32
 
 PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
 
 # A tile of a product: rows, columns, terms of the sum taken at a time, warps, stages.
 TILES = {"tf32x3": (32, 64, 32, 4, 2), "tf32": (32, 64, 32, 4, 3), "bf16": (32, 64, 32, 4, 2)}
-
-
-@triton.jit
-def round_tf32(x):
-    """fp32 rounded to the nearest number of tf32, ties away from zero. tl.dot alone cuts the low bits off."""
-    bits = x.to(tl.int32, bitcast=True)
-    # the addition would carry a NaN over into -0
-    return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
