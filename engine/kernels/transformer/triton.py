@@ -80,7 +80,7 @@ def add_norm_backward(
 def _text_blocks(length: int, width: int, dtype: torch.dtype) -> dict[str, int | str]:
     """A program of attention holds one head of one text.
 
-    Products of fp32 have the precision that torch's own may have. The interpreter would multiply bits of 16-bit numbers.
+    Products of fp32 have the precision that torch's own may have. The interpreter would multiply 16-bit patterns.
     """
     fp32 = "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
     block = max(triton.next_power_of_2(length), 16)
