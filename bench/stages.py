@@ -55,22 +55,23 @@ def epoch(trainer: _Trainer, number: int, bank: FeatureBank | None) -> FeatureBa
 
 
 def passes(trainer: _Trainer) -> dict[str, tuple[Callable[[], Any], int]]:
-    """{stage: (what runs one pass of it, its batches)} of a run whose step is static; "draw": a pass's product rows.
+    """{stage: (what runs one pass of it, its batches)} of a run whose step is static; "draw": an epoch's product rows.
 
     Two epochs have been run: every shape has been met, and on a GPU captured.
     """
     static, loader, size = trainer.step.static, trainer.loaders["train"], len(trainer.dataset.splits["train"])
     bank = epoch(trainer, 1, epoch(trainer, 0, None))
-    batch, known, step = trainer.config.batch_size, bank.tensors(), trainer.step
-    sizes, fresh = step.batch_sizes(loader, batch, size), trainer.config.train.stage1_features == "fresh"
+    batch, known, step, t = trainer.config.batch_size, bank.tensors(), trainer.step, trainer.config.train
+    fresh = t.stage1_features == "fresh"
+    sizes = [n for part in step.passes_of_epoch(loader, size, bank, batch, t.stage1_n, fresh) for n in part]
 
     def nothing(stage: str, number: int) -> None:
         pass
 
     return {
-        "stage2": (lambda: static.stage2(loader, size, bank, batch, nothing), len(loader)),
-        "stage1": (lambda: static.stage1(loader, bank, batch, fresh, nothing), -(-size // batch)),
-        "draw": (lambda: step.objective.sample_epoch(known, sizes, step.generator), len(loader)),
+        "stage2": (lambda: static.stage2(loader, size, bank, 0, nothing), len(loader)),
+        "stage1": (lambda: static.stage1(loader, bank, batch, fresh, 0, nothing), -(-size // batch)),
+        "draw": (lambda: step.objective.sample_epoch(known, sizes, step.generator), len(sizes)),
         "collect": (lambda: static.collect(loader, size, nothing), len(loader)),
     }
 

@@ -12,6 +12,7 @@ restored. The second batch is captured and replayed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import sys
 from collections import Counter
@@ -383,7 +384,9 @@ class StaticStep:
         self.device = next((p.device for p in step.model.parameters()), torch.device("cpu"))
         self.graphs = Graphs(self.device, capture, strict, warm_ups=1 if step.compile == "off" else 2)
         self.held = Held(self.device)
-        self.number = torch.zeros(1, dtype=torch.int64, device=self.device)
+        # the batch's number in its pass, and that of its product rows in the epoch
+        self._counters = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.number, self._row = self._counters[:1], self._counters[1]
         self._loader: Iterable | None = None
         self._copies: CopyFeed | None = None
         self._feeds: dict[int, tuple[Any, Feed]] = {}  # with their loaders: their ids must not be given anew
@@ -406,22 +409,35 @@ class StaticStep:
                 on_batch("collect", number)
         return bank
 
+    def begin_epoch(self, bank: FeatureBank | None, passes: Sequence[list[int]]) -> list[int]:
+        """Take over the bank and draw the product rows of all of the epoch's passes; the number of each one's first."""
+        if bank is not None:
+            with self.graphs.stream():
+                self._draw("training", self._load(bank), [size for sizes in passes for size in sizes])
+        return list(itertools.accumulate((len(sizes or ()) for sizes in passes[:-1]), initial=0))
+
     def stage1(
-        self, loader: Iterable, bank: FeatureBank, batch_size: int, fresh: bool, on_batch: Callable[[str, int], None]
+        self,
+        loader: Iterable,
+        bank: FeatureBank,
+        batch_size: int,
+        fresh: bool,
+        first: int,
+        on_batch: Callable[[str, int], None],
     ) -> Sums:
-        """One pass of stage 1: sums of the estimators' values."""
+        """One pass of stage 1 on the bank that `begin_epoch` took over: sums of the estimators' values.
+
+        `first`: the number of its first batch's product rows, as `begin_epoch` gave it.
+        """
         step, seen = self.step, 0
-        with self._pass(loader) as feed:
-            known = self._load(bank)
+        with self._pass(loader, first) as feed:
             if fresh:
-                sizes, keys = step.batch_sizes(loader, batch_size, bank.size), feed.steps()
+                keys = feed.steps()
             else:
-                sizes = self._shuffle(len(next(iter(known.values()))), batch_size)
-                keys = ((size,) for size in sizes)
-            self._draw("stage1", known, sizes)
+                keys = ((size,) for size in self._shuffle(len(next(iter(self._known.values()))), batch_size))
             for number, key in enumerate(keys):
                 if key[0] < step.objective.min_batch:
-                    self.number.add_(1)
+                    self._counters.add_(1)
                     continue
                 self.held.refresh_rates(step.estimator_optimizer)
                 self._run(("stage1", fresh, key), partial(self._stage1_batch, key, fresh))
@@ -434,15 +450,13 @@ class StaticStep:
         loader: Iterable,
         size: int,
         bank: FeatureBank | None,
-        batch_size: int,
+        first: int,
         on_batch: Callable[[str, int], None],
     ) -> tuple[Sums, Sums, FeatureBank]:
         """The pass of stage 2: sums of the losses, sums of the information terms, and the next bank."""
         step, seen, informed = self.step, 0, 0
         next_bank = self._bank("stage2", size)
-        with self._pass(loader) as feed:
-            if bank is not None:
-                self._draw("stage2", self._load(bank), step.batch_sizes(loader, batch_size, size))
+        with self._pass(loader, first) as feed:
             for number, key in enumerate(feed.steps()):
                 use = bank is not None and key[0] >= step.objective.min_batch
                 self.held.refresh_rates(step.main_optimizer)
@@ -482,7 +496,7 @@ class StaticStep:
     def _collect_batch(self, key: Key) -> None:
         inputs, target, index = self._feed.batch(key, self.number)
         self._banks["collect"].store(index, self.step.features(inputs, target))
-        self.number.add_(1)
+        self._counters.add_(1)
 
     def _stage1_batch(self, key: Key, fresh: bool) -> None:
         if fresh:
@@ -492,17 +506,17 @@ class StaticStep:
         else:
             rows = self._order.index_select(0, self.number)[0, : key[0]]
             features = {name: value.index_select(0, rows) for name, value in self._known.items()}
-        output = self.step.stage1(features, self._take("stage1", key[0]))
+        output = self.step.stage1(features, self._take("training", key[0]))
         self._add("stage1", output.names, output.stacked_values, key[0])
-        self.number.add_(1)
+        self._counters.add_(1)
 
     def _stage2_batch(self, key: Key, information: bool) -> None:
         inputs, target, index = self._feed.batch(key, self.number)
-        products = self._take("stage2", key[0]) if information else None
+        products = self._take("training", key[0]) if information else None
         output = self.step.stage2(inputs, target, products, information=information)
         self._banks["stage2"].store(index, output.features)
         self._add_output(output, key[0])
-        self.number.add_(1)
+        self._counters.add_(1)
 
     @torch.no_grad()
     def _evaluate_batch(self, key: Key, information: bool) -> None:
@@ -512,7 +526,7 @@ class StaticStep:
         output = self.step.evaluated(inputs, target, products, information)
         self._banks[name].store(index, {"prediction": output.prediction, "target": target, **output.features})
         self._add_output(output, key[0])
-        self.number.add_(1)
+        self._counters.add_(1)
 
     def _add_output(self, output: StepOutput, size: int) -> None:
         self._add("losses", ("loss", "task"), torch.stack([output.loss, output.task]), size)
@@ -522,13 +536,14 @@ class StaticStep:
     # what they share
 
     @contextlib.contextmanager
-    def _pass(self, loader: Iterable) -> Iterator[Feed]:
+    def _pass(self, loader: Iterable, first: int = 0) -> Iterator[Feed]:
         self._check_settings()
         self._feed, self._place = self._feed_of(loader)
         self.step.held = self.held
         try:
             with self.graphs.stream():
                 self.number.zero_()
+                self._row.fill_(first)
                 for _, total in self._totals.values():
                     total.zero_()
                 yield self._feed
@@ -605,7 +620,7 @@ class StaticStep:
         return [min(batch_size, count - start) for start in range(0, count, batch_size)]
 
     def _draw(self, stage: str, known: Bank, sizes: list[int]) -> None:
-        """Draw all product rows of a pass, into the buffers of the pass before."""
+        """Draw the product rows of batches of these sizes, into the buffers of those drawn before."""
         if not self.step.objective.needs_products:
             return
         with part("products"):
@@ -626,7 +641,7 @@ class StaticStep:
                 "Give batches of batch_size samples, the last one smaller, or a loader with a method batch_sizes().",
             )  # fmt: skip
         with part("products"):
-            return self._draws[stage].take(self.number[0], size)
+            return self._draws[stage].take(self._row, size)
 
     def _add(self, name: str, names: Sequence[str], values: Tensor, weight: int) -> None:
         if name not in self._totals:

@@ -7,6 +7,7 @@ those estimators report. Batches are `Batch` objects or plain `(inputs, target, 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ StageOneFeatures = Literal["fresh", "cached", "bank"]
 Graphs = Literal["auto", "emulate", "off"] | bool
 Sums = Mapping[str, tuple[float, int]]
 """{name: (sum over samples, samples)}."""
+Take = Callable[[int, int], Mapping[str, Any] | None]
+"""A batch's number and its rows -> its product rows."""
 
 
 class FeatureBank:
@@ -392,28 +395,41 @@ class TwoStageStep:
         rest = size - (len(loader) - 1) * batch_size
         return [*[batch_size] * (len(loader) - 1), rest if 0 < rest < batch_size else batch_size]
 
-    def _pass_products(
-        self, bank: FeatureBank | None, sizes: list[int] | None
-    ) -> Callable[[int, int], dict[str, Rows] | None]:
-        """A function of a batch's number and its rows that gives its product rows, drawn for a whole pass at once.
+    def _products_of(self, bank: FeatureBank | None, passes: Sequence[list[int] | None]) -> list[Take]:
+        """For each pass a function of a batch's number and its rows that gives its product rows.
 
-        A batch whose size was not foreseen has its rows drawn on the spot.
+        All passes of an epoch draw from one bank: their rows are drawn at once, and neighbours are found once. Rows of
+        a batch whose size was not foreseen are drawn on the spot.
+
+        Args:
+            passes: the batch sizes of each pass; None where they are not known.
         """
         if bank is None or self.objective is None or not self.objective.needs_products:
-            return lambda number, rows: None
+            return [lambda number, rows: None for _ in passes]
         known = bank.tensors()
-        if sizes is None:
-            return lambda number, rows: self.draw_products(known, rows)
+        foreseen = [size for sizes in passes for size in sizes or ()]
         with part("products"):
-            drawn = self.objective.sample_epoch(known, sizes, self.generator)
+            drawn = self.objective.sample_epoch(known, foreseen, self.generator) if foreseen else None
 
-        def take(number: int, rows: int) -> dict[str, Rows]:
-            if number >= len(sizes) or rows != sizes[number]:
-                return self.draw_products(known, rows)
-            with part("products"):
-                return drawn.take(number)
+        def of_pass(sizes: list[int] | None, first: int) -> Take:
+            def take(number: int, rows: int) -> dict[str, Rows]:
+                with part("products"):
+                    if sizes is None or number >= len(sizes) or rows != sizes[number]:
+                        return self.draw_products(known, rows)
+                    return drawn.take(first + number)
 
-        return take
+            return take
+
+        firsts = itertools.accumulate((len(sizes or ()) for sizes in passes[:-1]), initial=0)
+        return [of_pass(sizes, first) for sizes, first in zip(passes, firsts, strict=True)]
+
+    def passes_of_epoch(
+        self, loader: Iterable, size: int, bank: FeatureBank, batch_size: int, stage1_n: int, fresh: bool
+    ) -> list[list[int] | None]:
+        """Batch sizes of the epoch's passes with product rows: those of stage 1, then that of stage 2."""
+        of_loader, known = self.batch_sizes(loader, batch_size, size), int(bank.filled.sum())
+        of_bank = [min(batch_size, known - start) for start in range(0, known, batch_size)]
+        return [of_loader if fresh else of_bank] * stage1_n + [of_loader]
 
     def train_epoch(
         self,
@@ -452,20 +468,24 @@ class TwoStageStep:
                 "graphs", f"a {type(loader).__name__} without a length", "a loader that has one",
                 "Give a list, a DataLoader or another object with __len__, or use graphs off.",
             )  # fmt: skip
-        passes = self if self.static is None else self.static
-        stage1, stage2 = (self._stage1_pass, self._stage2_pass) if passes is self else (passes.stage1, passes.stage2)
-        bank = bank if self.objective is not None else None
-        estimators = Average()
-        if bank is not None and stage1_n > 0:
-            if stage1_features == "cached":
-                with part("collect"):
-                    bank = passes.collect(loader, size, on_batch)
+        bank, fresh = bank if self.objective is not None else None, stage1_features == "fresh"
+        if bank is not None and stage1_n > 0 and stage1_features == "cached":
+            with part("collect"):
+                bank = (self.static or self).collect(loader, size, on_batch)
+        sizes = [None] if bank is None else self.passes_of_epoch(loader, size, bank, batch_size, stage1_n, fresh)
+        estimators, losses, information = Average(), Average(), Average()
+        if self.static is not None:
+            firsts = self.static.begin_epoch(bank, sizes)
+            stage1, stage2 = self.static.stage1, self.static.stage2
+        else:
+            firsts = self._products_of(bank, sizes)
+            stage1, stage2 = self._stage1_pass, self._stage2_pass
+        if bank is not None:
             with part("stage1"):
-                for _ in range(stage1_n):
-                    estimators.add_sums(stage1(loader, bank, batch_size, stage1_features == "fresh", on_batch))
-        losses, information = Average(), Average()
+                for rows in firsts[:-1]:
+                    estimators.add_sums(stage1(loader, bank, batch_size, fresh, rows, on_batch))
         with part("stage2"):
-            of_losses, of_information, next_bank = stage2(loader, size, bank, batch_size, on_batch)
+            of_losses, of_information, next_bank = stage2(loader, size, bank, firsts[-1], on_batch)
         losses.add_sums(of_losses)
         information.add_sums(of_information)
         result = EpochResult(**losses.result(), information=information.result(), estimators=estimators.result())
@@ -473,17 +493,21 @@ class TwoStageStep:
         return result, next_bank
 
     def _stage1_pass(
-        self, loader: Iterable, bank: FeatureBank, batch_size: int, fresh: bool, on_batch: Callable[[str, int], None]
+        self,
+        loader: Iterable,
+        bank: FeatureBank,
+        batch_size: int,
+        fresh: bool,
+        take: Take,
+        on_batch: Callable[[str, int], None],
     ) -> Sums:
         if fresh:
-            sizes = self.batch_sizes(loader, batch_size, bank.size)
             batches = (self.features(inputs, target) for inputs, target, _ in map(unpack, loader))
         else:
             known = bank.tensors()
             rows = self.shuffled(len(next(iter(known.values())))).split(batch_size)
-            sizes = [len(r) for r in rows]
             batches = ({name: value[r.to(value.device)] for name, value in known.items()} for r in rows)
-        take, estimators = self._pass_products(bank, sizes), Average()
+        estimators = Average()
         for number, features in enumerate(batches):
             rows = len(next(iter(features.values())))
             if rows < self.objective.min_batch:
@@ -498,10 +522,9 @@ class TwoStageStep:
         loader: Iterable,
         size: int,
         bank: FeatureBank | None,
-        batch_size: int,
+        take: Take,
         on_batch: Callable[[str, int], None],
     ) -> tuple[Sums, Sums, FeatureBank]:
-        take = self._pass_products(bank, self.batch_sizes(loader, batch_size, size))
         next_bank, losses, information = FeatureBank(size), Average(), Average()
         for number, (inputs, target, index) in enumerate(map(unpack, loader)):
             use = bank is not None and len(target) >= self.objective.min_batch
@@ -548,7 +571,7 @@ class TwoStageStep:
     def _evaluate_pass(
         self, loader: Iterable, bank: FeatureBank | None
     ) -> tuple[Sums, Sums, dict[str, Tensor], Tensor, Tensor]:
-        take = self._pass_products(bank, loader.batch_sizes() if hasattr(loader, "batch_sizes") else None)
+        (take,) = self._products_of(bank, [loader.batch_sizes() if hasattr(loader, "batch_sizes") else None])
         losses, information = Average(), Average()
         predictions, targets, features = [], [], []
         for number, (inputs, target, _) in enumerate(map(unpack, loader)):
