@@ -12,8 +12,9 @@ once and writes its outputs once; what the caches save between operations is not
 Counted: CubeMLP and all eleven estimators, forward and backward, B=128. Not counted: text encoder, recurrences, the
 drawing of product rows, optimisers.
 
-Another model gives InfoNCE's time from its products and bytes, at the rates that were measured on one chip:
-`infonce_cost`. It says where the algorithms stand until `engine.kernels.dispatch.measure` has timed them.
+Another model gives an operation's time from its products, bytes and launches, at the rates that were measured on one
+chip, and stands beside what was measured: `infonce_cost`, `operation_table`. The dispatch table takes it where nothing
+was measured.
 """
 
 from __future__ import annotations
@@ -291,28 +292,26 @@ def traffic_table(found: dict[str, tuple[Count, Count]]) -> str:
 CHIP = "2026-11-27 NVIDIA H200, torch 2.11.0+cu130, triton 3.6.0"
 RATES = {"bf16": 807, "tf32": 420, "fp32": 51}
 COPY = 4.2e9
-# Milliseconds of InfoNCE there, forward and backward, by rows, width, precision: eager torch, and the fused kernels of
-# that time, which computed products again for every 128 columns and had tiles of 64.
+# Milliseconds of InfoNCE there, forward and backward, as a replayed CUDA graph, by rows, width, precision.
 MEASURED = {
-    (1024, 128, "bf16"): (0.417, 0.932),
-    (1024, 128, "fp32"): (0.422, 1.201),
-    (4096, 128, "bf16"): (0.645, 1.444),
-    (4096, 128, "tf32"): (0.490, 1.326),
-    (4096, 128, "fp32"): (0.474, 2.721),
-    (16384, 128, "bf16"): (3.398, 2.185),
-    (16384, 128, "tf32"): (2.835, 6.004),
-    (16384, 128, "fp32"): (6.355, 19.85),
-    (65536, 128, "bf16"): (None, 32.60),
-    (65536, 128, "tf32"): (None, 101.0),
-    (65536, 128, "fp32"): (None, 354.9),
-    (16384, 512, "bf16"): (4.052, 22.78),
-    (16384, 512, "fp32"): (18.01, 231.2),
-    (16384, 768, "bf16"): (4.541, 56.76),
-    (16384, 768, "fp32"): (25.83, 506.3),
+    (1024, 128, "bf16"): {"fused": 0.046, "eager": 0.046},
+    (1024, 128, "fp32"): {"fused": 0.534, "eager": 0.066},
+    (4096, 128, "bf16"): {"fused": 0.204, "eager": 0.260},
+    (4096, 128, "tf32"): {"fused": 0.686, "eager": 0.245},
+    (4096, 128, "fp32"): {"chunked": 0.371, "eager": 0.463},
+    (16384, 128, "bf16"): {"fused": 0.740, "eager": 3.392},
+    (16384, 128, "tf32"): {"chunked": 2.031, "eager": 2.837},
+    (16384, 128, "fp32"): {"chunked": 5.602, "eager": 6.383},
+    (65536, 128, "bf16"): {"fused": 11.35},
+    (16384, 512, "bf16"): {"chunked": 2.360, "eager": 4.075},
+    (16384, 768, "bf16"): {"chunked": 3.050, "eager": 4.594},
+    (16384, 768, "fp32"): {"chunked": 25.21, "eager": 25.85},
 }
-# Assumed: the share of a chip's products that fused kernels reach, and milliseconds of the host a launch.
-FUSED_SHARE = {"bf16": 0.45, "tf32": 0.2, "fp32": 0.12}
-HOST = {"fused": 0.04, "chunked": 0.04, "eager": 0.03}
+# Fitted to these. Of a fused program: rows that it owns, and microseconds for each column that passes by it.
+FUSED_ROWS, FUSED_PASS = 128, {"bf16": 0.0235, "tf32": 0.084, "fp32": 0.26}
+PROCESSORS = 132  # that hold a program each
+LIBRARY_SHARE = {"bf16": 0.75, "tf32": 0.75, "fp32": 1.0}  # of the rate, that products of a chunk reach
+NODE = 0.002  # milliseconds of a small kernel within a graph
 
 
 @dataclass(frozen=True)
@@ -325,7 +324,9 @@ class Cost:
 
 
 def infonce_cost(rows: int, width: int, precision: str, algorithm: str, groups: int = 1, mean: bool = True) -> Cost:
-    """Products at the chip's rates plus bytes of scores at the rate of a copy, or what the host needs for its launches.
+    """Milliseconds of a replayed graph: products and bytes of scores at the chip's rates, and its small kernels.
+
+    A fused program goes past all columns once forward and once backward, and takes the same time for each of them.
 
     Args:
         precision: "bf16", "tf32" or "fp32".
@@ -333,59 +334,103 @@ def infonce_cost(rows: int, width: int, precision: str, algorithm: str, groups: 
         mean: the mean of the losses; otherwise a bound that takes statistics first and gradients afterwards.
     """
     size = 2 if precision == "bf16" else 4
-    rate, launches = RATES[precision], 14
+    pairs = groups * rows * rows
     if algorithm == "fused":
-        # on chip; fp32 is three products of tf32
-        products, pair_bytes, launches = (4 if mean else 5), 0, (8 if mean else 20)
-        rate = RATES["tf32"] / 3 if precision == "fp32" else rate
-        rate *= FUSED_SHARE[precision]
-    elif algorithm == "chunked":
+        products, pair_bytes, nodes = (4 if mean else 5), 0, (8 if mean else 20)
+        turns = math.ceil(groups * math.ceil(rows / FUSED_ROWS) / PROCESSORS)
+        device = turns * products / 2 * rows * FUSED_PASS[precision] * max(1, width / 128) / 1e3
+        return Cost(products, pair_bytes, device + nodes * NODE)
+    if algorithm == "chunked":
         # scores written and read (a row's second reading finds it in the cache), their gradient written, read twice
         products, pair_bytes = (3, 8 + 3 * size) if mean else (4, 16 + 3 * size)
         parts = plan.chunks(groups, rows, rows, size, True)
-        launches = 4 * parts + 7 if mean else 6 * parts + 20
+        nodes, share = (4 * parts + 7 if mean else 6 * parts + 20), LIBRARY_SHARE[precision]
     else:
         # scores written, log-softmax and its gradient (two read, one written each), two products of the gradient
-        products, pair_bytes = 3, 4 * 9
-    pairs = groups * rows * rows
-    device = products * 2 * pairs * width / rate / 1e9 + pair_bytes * pairs / COPY
-    return Cost(products, pair_bytes, max(device, launches * HOST[algorithm]))
+        products, pair_bytes, nodes, share = 3, 4 * 9, 12, 1.0
+    device = products * 2 * pairs * width / (share * RATES[precision]) / 1e9 + pair_bytes * pairs / COPY
+    return Cost(products, pair_bytes, device + nodes * NODE)
 
 
 def infonce_table() -> str:
     lines = [
-        "| rows | width | precision | products | bytes a pair | modelled, ms | eager, measured"
-        " | kernels of that day, measured |",
+        "| rows | width | precision | products | bytes a pair | modelled, ms | measured, ms | eager, measured |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (rows, width, precision), (eager, before) in MEASURED.items():
+    for (rows, width, precision), found in MEASURED.items():
         for algorithm in ("fused", "chunked") if width <= plan.MAX_WIDTH else ("chunked",):
             cost = infonce_cost(rows, width, precision, algorithm)
+            measured = [f"{found[name]:.3g}" if name in found else "-" for name in (algorithm, "eager")]
             lines.append(
                 f"| {rows:,} | {width} | {precision}, {algorithm} | {cost.products} | {cost.pair_bytes} "
-                f"| {cost.milliseconds:.2f} | {'-' if eager is None else f'{eager:.2f}'} | {before:.2f} |"
+                f"| {cost.milliseconds:.3g} | {measured[0]} | {measured[1]} |"
+            )
+    return "\n".join(lines)
+
+
+# Milliseconds on the same chip as a replayed graph, forward and backward: the engine, the engine's kernels before they
+# were made anew, eager torch. None: not measured.
+MEASURED_OPERATIONS = {
+    "concat critic + InfoNCE, B=256": {"tf32": (0.785, 1.95, 1.18), "fp32": (1.62, 5.8, 2.42)},
+    "five critics + InfoNCE, B=128": {"tf32": (0.093, None, 1.01), "fp32": (0.123, 0.275, 1.23)},
+    "CubeMLP, B=128": {"tf32": (None, 1.57, 8.1), "fp32": (None, 2.58, 8.6)},
+}
+
+
+def operations() -> dict[str, tuple[float, Count]]:
+    """{operation of MEASURED_OPERATIONS: (FLOPs of the eager module's products, what the engine is counted to do)}."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from bench.runner import Setting
+    from bench.suites import concat_critic, critics, cubemlp
+
+    found = {}
+    for name, suite in zip(MEASURED_OPERATIONS, (concat_critic, critics, cubemlp), strict=True):
+        engine, eager = (suite.build(side, Setting()).run for side in ("engine", "baseline"))
+        with FlopCounterMode(display=False) as flops:
+            eager()
+        with as_on_a_gpu(), Counter() as counter:
+            engine()
+        found[name] = flops.get_total_flops(), counter.count
+    return found
+
+
+def operation_table(found: dict[str, tuple[float, Count]]) -> str:
+    """Modelled: products and bytes at the chip's rates, one after the other, and its kernels' own time."""
+    lines = [
+        "| operation | products, GFLOP | MB | launches | precision | modelled, ms | measured | before | eager |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, (flops, count) in found.items():
+        for precision, times in MEASURED_OPERATIONS[name].items():
+            modelled = flops / RATES[precision] / 1e9 + count.bytes / COPY + count.launches * NODE
+            shown = " | ".join("not yet" if t is None else f"{t:.3g}" for t in times)
+            lines.append(
+                f"| {name} | {flops / 1e9:.3g} | {count.bytes / 1e6:,.0f} | {count.launches} | {precision} "
+                f"| {modelled:.3g} | {shown} |"
             )
     return "\n".join(lines)
 
 
 def dispatch_entries() -> list[dict[str, Any]]:
-    """Entries of the dispatch table from what was measured of eager torch and modelled of the rest."""
+    """Entries of the dispatch table: what was measured, and the rest modelled."""
     entries = []
     for operation in ("infonce", "mi_bound"):
         for precision in RATES:
             for sizes in plan.CLASSES:
                 rows, width, groups = sizes["rows"], sizes["width"], sizes["groups"]
-                eager = MEASURED.get((rows, width, precision), (None,))[0] if operation == "infonce" else None
+                found = MEASURED.get((rows, width, precision), {}) if operation == "infonce" and groups == 1 else {}
                 times = {
-                    name: infonce_cost(rows, width, precision, name, groups, operation == "infonce").milliseconds
+                    name: found[name]
+                    if name in found
+                    else infonce_cost(rows, width, precision, name, groups, operation == "infonce").milliseconds
                     for name, takes in plan.CANDIDATES.items()
-                    if name != "eager" and takes(sizes)
+                    # other bounds in plain torch make more passes over the scores than are counted here
+                    if takes(sizes) and (name != "eager" or operation == "infonce")
                 }
-                if eager is not None:
-                    times["eager"] = eager
                 source = "modelled (bench/traffic.py)"
-                if eager is not None:
-                    source = f"eager measured {CHIP}; others {source}"
+                if found:
+                    source = f"measured {CHIP}, as a graph: {', '.join(found)}; others {source}"
                 entries.append(
                     {
                         "operation": operation, "precision": precision, "architecture": "sm90", "sizes": dict(sizes),
@@ -422,6 +467,7 @@ def update(page: Path = PAGE) -> None:
         ("kernels", kernel_table(json.loads(BUDGETS.read_text(encoding="utf-8")))),
         ("traffic", traffic_table(measure())),
         ("infonce", infonce_table()),
+        ("operations", operation_table(operations())),
     ):
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         before, rest = text.split(start)

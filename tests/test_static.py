@@ -136,6 +136,18 @@ def test_a_change_between_epochs_takes_effect_and_is_noticed(change):
         assert_equal(ends[0][1], ends[1][1], rtol=1e-4)
 
 
+def test_what_cannot_be_captured_is_run_once():
+    """A step that was broken off and begun anew would train twice on its batch."""
+    graphs, calls = Graphs(torch.device("cpu"), capture=False, strict=False), []
+
+    def reads():
+        calls.append(torch.ones(1).item())
+
+    for _ in range(3):
+        graphs.run("key", reads)
+    assert len(calls) == 3
+
+
 def test_graphs_are_forgotten_when_what_they_hold_changes():
     step = make("emulate")
     run(step, 2)

@@ -125,6 +125,41 @@ def test_auto_goes_on_where_a_capture_fails(monkeypatch):
     static.assert_equal(found, expected, rtol=1e-4, atol=1e-5)
 
 
+class Waits(static.TwoFeatures):
+    """What the watch does not see, and a capture does not bear."""
+
+    def forward(self, inputs):
+        torch.cuda.synchronize()
+        return super().forward(inputs)
+
+
+def test_auto_goes_on_where_a_capture_breaks():
+    """A broken capture leaves neither the allocator nor the generator unusable."""
+    _, expected = epochs("off", model=Waits)
+    step, found = epochs("auto", model=Waits)
+    assert len(step.static.graphs) == 0
+    static.assert_equal(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.rand(3, device="cuda").isfinite().all()
+
+
+def test_graphs_are_made_anew_after_all_were_forgotten():
+    """Their memory pool is not used again: something in it may be alive."""
+    step = static.make(True, device="cuda")
+    loader = [tuple(t.cuda() for t in batch) for batch in static.batches(n=static.N)]
+    for _ in range(3):
+        static.run(step, 2, loader)
+        assert len(step.static.graphs) > 0
+        step.static.graphs.clear()
+
+
+def test_the_dispatch_table_can_be_measured():
+    from engine.kernels import dispatch
+
+    sizes = {"groups": 1, "rows": 256, "columns": 256, "width": 64}
+    (entry,) = dispatch.measure("infonce", "cuda", precisions=("bf16",), classes=[sizes], milliseconds=5)
+    assert set(entry["milliseconds"]) == {"fused", "chunked", "eager"} and min(entry["milliseconds"].values()) > 0
+
+
 @pytest.mark.parametrize("mode", ["fast", "faithful"])
 def test_a_captured_run_of_the_trainer_equals_an_emulated_one(tmp_path, mode):
     """The whole path: frames gathered in the graph, buckets, text, recurrences, fusion, evaluation."""

@@ -21,6 +21,8 @@ LEAST_ROWS = 128
 EAGER_BYTES = 1 << 30
 # The widest embeddings that a fused program holds whole, so that it computes no product twice.
 MAX_WIDTH = 128
+# Rows from which fused programs are as many as an H100 has processors, about.
+LEAST_FUSED_ROWS = 1 << 13
 
 
 def chunk_rows(groups: int, rows: int, columns: int, element_size: int, with_gradient: bool) -> int:
@@ -43,14 +45,13 @@ def choose(operation: str, q: Tensor, k: Tensor) -> str:
 
 
 def rule(precision: str, sizes: Mapping[str, int]) -> str:
-    """Where nothing was measured: fused where one program's tiles hold the width.
+    """Where nothing was measured: fused where its programs, one for MAX_WIDTH rows, occupy a GPU's processors.
 
-    But tf32x3, which fused kernels multiply fp32 with, takes three products for one and small tiles: it pays only where
-    few launches matter more than products.
+    With fewer of them library products are faster, and so they are for fp32: a fused kernel multiplies it as three
+    products of tf32.
     """
-    if sizes["width"] > MAX_WIDTH or (precision == "fp32" and sizes["rows"] * sizes["columns"] > 1 << 20):
-        return "chunked"
-    return "fused"
+    many = sizes["groups"] * sizes["rows"] >= LEAST_FUSED_ROWS
+    return "fused" if sizes["width"] <= MAX_WIDTH and precision in ("bf16", "fp16") and many else "chunked"
 
 
 CANDIDATES = {
