@@ -96,10 +96,9 @@ def test_infonce(rows, columns, dims, hidden, layers, transpose):
     compare(by_infonce(transpose), infonce(transpose), case, summands=math.log(count))
 
 
-def compare_in(precision, function, formula, case, interpreted=2e-5):
-    """On a GPU as close to fp64 as twice torch in the same precision; `interpreted`: the interpreter's tolerance.
-
-    By norms: rounding turns ReLUs near 0 over, here others than in torch.
+def compare_in(precision, function, formula, case, interpreted=2e-5, factor=2):
+    """On a GPU no further from fp64 than `factor` times torch in the same precision; `interpreted`: the interpreter's
+    tolerance. By norms: rounding turns ReLUs near 0 over, here others than in torch.
     """
     if not on_gpu():
         compare(function, formula, case, interpreted)
@@ -109,7 +108,7 @@ def compare_in(precision, function, formula, case, interpreted=2e-5):
         torchs = value_and_grads(formula, case)
     found = guarded(function, case, draw(*exact[0].shape, seed=7, dtype=torch.float32))
     for n, (f, t, e) in enumerate(zip(found, torchs, exact, strict=True)):
-        assert (f - e).norm() <= 2 * (t - e).norm() + 1e-5 * e.norm(), n
+        assert (f - e).norm() <= factor * (t - e).norm() + 1e-5 * e.norm(), n
 
 
 @fused_only
@@ -126,7 +125,8 @@ def test_layers_kept_in_16_bits(monkeypatch):
     monkeypatch.setattr(triton, "_buffer_dtype", lambda precision: torch.bfloat16)
     monkeypatch.setattr(slabs, "_dtype", lambda: torch.bfloat16)
     case = concat(9, 9, (4, 3), 40, 2, torch.float32)
-    compare_in("bf16", by_scores, reference.concat_scores, case, 2**-6)
+    # a layer is rounded twice, before its bias and after it, where torch rounds once
+    compare_in("bf16", by_scores, reference.concat_scores, case, 2**-6, factor=3)
     exact = value_and_grads(infonce(), cast(case, torch.float64))
     upstream = draw(seed=7, dtype=torch.float32)
     for f, e in zip(guarded(by_infonce(False), case, upstream), exact, strict=True):
