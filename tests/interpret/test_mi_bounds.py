@@ -265,6 +265,12 @@ class TestProducts:
         with pytest.raises(ConfigError, match="dispatch of infonce: found fused for"):
             self.counted(width, "fused")
 
+    @pytest.mark.parametrize("reduction, products", [("mean", 3), ("none", 4)])
+    def test_split(self, reduction, products, monkeypatch):
+        """Six products of bf16 for one of fp32."""
+        monkeypatch.setattr(plan, "LEAST_SPLIT", 0)
+        assert self.counted(96, "chunked", reduction=reduction) == (6 * products, 0)
+
     @staticmethod
     def counted(width: int, algorithm: str, bound: str | None = None, **options) -> tuple[float, float]:
         """Products of q, k and the scores' gradient by the library, and in kernels, in units of rows * rows * width."""
@@ -348,6 +354,63 @@ def test_launches_are_those_declared(precision, algorithm):
             with Launches() as found:
                 registry._operations[name].cuda(*arguments)
             assert found.count == registry.launches(name, *arguments), name
+
+
+class TestSplit:
+    """fp32 products as six of bf16: as close to fp64 as fp32 products are."""
+
+    @pytest.fixture(autouse=True)
+    def split(self, monkeypatch):
+        monkeypatch.setattr(plan, "LEAST_SPLIT", 0)
+        with dispatch.use(infonce="chunked", mi_bound="chunked"):
+            yield
+
+    def test_parts_add_up(self):
+        x = torch.randn(2, 5, 130, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 9, 130)
+        with Guards() as guards:
+            parts = score_kernels.split(guards.input(x))
+        high, middle, low = parts.double().split(130, 2)
+        assert parts.dtype == torch.bfloat16
+        assert ((high + middle + low - x.double()).abs() <= 2.0**-23 * x.abs()).all()
+        assert (middle.abs() <= 2.0**-7 * high.abs()).all() and (low.abs() <= 2.0**-7 * middle.abs()).all()
+
+    def test_fold_adds_all_pieces(self):
+        pieces = [torch.randn(2, 21, n * 9, generator=torch.Generator().manual_seed(n)) for n in (3, 2, 1)]
+        whole = torch.full((2, 50, 9), math.nan)
+        with Guards() as guards:
+            score_kernels.fold([guards.input(p) for p in pieces], whole[:, 20:41])
+        expected = sum(p.unflatten(2, (-1, 9)).sum(2) for p in pieces)
+        torch.testing.assert_close(whole[:, 20:41], expected)
+        assert whole[:, :20].isnan().all() and whole[:, 41:].isnan().all()
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize("name", INFONCE)
+    def test_infonce(self, name, reduction, monkeypatch):
+        monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
+        test_infonce(name, reduction, "chunked")
+
+    @pytest.mark.parametrize("bound", BOUNDS)
+    def test_bounds(self, bound, monkeypatch):
+        monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
+        check_bound(bound, True)
+
+    def test_launches_are_those_declared(self):
+        test_launches_are_those_declared("fp32", "chunked")
+
+    def test_memory_is_that_of_the_plan(self, monkeypatch):
+        monkeypatch.setattr(plan, "CHUNK_BYTES", 1 << 20)
+        q = torch.randn(1, 1500, 8)
+        assert plan.gradient_bytes(q, q) == 6
+        rows = plan.chunk_rows(1, 1500, 1500, 6)
+        assert rows < 1500 and rows * 1500 * 10 <= max(1 << 20, plan.LEAST_ROWS * 15000)
+
+    def test_small_ones_and_other_precisions_are_not_split(self, monkeypatch):
+        q = torch.randn(1, 64, 8)
+        assert plan.is_split(q, q) and not plan.is_split(q.bfloat16(), q.bfloat16())
+        with dispatch._tf32(True):
+            assert not plan.is_split(q, q)
+        monkeypatch.setattr(plan, "LEAST_SPLIT", 64 * 64 * 8 + 1)
+        assert not plan.is_split(q, q)
 
 
 def test_memory_of_chunks_is_bounded(monkeypatch):

@@ -10,6 +10,10 @@ dk.
 
 fp32 products follow `torch.backends.cuda.matmul.allow_tf32`; the library rounds to tf32 correctly. Embeddings of 16
 bits are multiplied as they are, with fp32 sums and fp32 results.
+
+Tensor cores have no product of fp32, and the library's takes eight times as long as one of tf32. Large ones are split:
+an fp32 number is the sum of three of bf16, and of the nine products of two numbers' parts, the six that fp32 would
+notice are taken, with fp32 sums (`plan.KEPT`). Memory then has six more copies of dk.
 """
 
 from __future__ import annotations
@@ -30,68 +34,119 @@ HALF_RANGE = 2.0**14
 HAS_MIXED = "dtype_out" in torch.ops.aten.bmm.overloads()
 
 
-class _Chunks:
-    """Iterates over (first row, scores [G, n, M] not yet scaled, memory for their gradient in the dtype of q)."""
+class _Pair:
+    """Embeddings as the products are given them.
 
-    def __init__(self, q: Tensor, k: Tensor, with_gradient: bool):
-        self.q, self.columns = q, k.transpose(1, 2)
-        groups, rows, _ = q.shape
-        count = k.shape[1]
-        narrow = with_gradient and q.dtype != torch.float32
-        self.height = plan.chunk_rows(groups, rows, count, q.element_size(), with_gradient)
+    Attributes:
+        q, k: as they were, contiguous.
+        rows, columns: what their scores are the product of, [G, B, d'] and [G, d', M].
+        q_parts, k_parts: where they are split, [G, B, 3 d] and [G, M, 3 d], the largest parts first.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor):
+        self.q, self.k = q.contiguous(), k.contiguous()
+        self.split = plan.is_split(q, k)
+        self.rows, columns = self.q, self.k
+        if self.split:
+            self.q_parts, self.k_parts = kernels.split(self.q), kernels.split(self.k)
+            width = q.shape[2]
+            pieces = [x.split(width, 2) for x in (self.q_parts, self.k_parts)]
+            self.rows, columns = (torch.cat([p[pair[i]] for pair in plan.KEPT], 2) for i, p in enumerate(pieces))
+        self.columns = columns.transpose(1, 2)
+
+
+class _Chunks:
+    """Iterates over (first row, scores [G, n, M] not yet scaled, memory for their gradient).
+
+    The gradient has the dtype of q, or where embeddings are split [3, G, n, M] its parts.
+    """
+
+    def __init__(self, pair: _Pair, with_gradient: bool):
+        self.pair = pair
+        groups, rows, _ = pair.q.shape
+        count, device = pair.k.shape[1], pair.q.device
+        beside = plan.gradient_bytes(pair.q, pair.k) if with_gradient else 0
+        self.height = plan.chunk_rows(groups, rows, count, beside)
         size = groups * self.height * count
-        self.scores = torch.empty(size, dtype=torch.float32, device=q.device)
-        self.narrow = torch.empty(size, dtype=q.dtype, device=q.device) if narrow else self.scores
+        self.planes = (plan.PARTS,) if beside and pair.split else ()
+        dtype = torch.bfloat16 if pair.split else pair.q.dtype
+        self.scores = torch.empty(size, dtype=torch.float32, device=device)
+        self.gradient = (
+            torch.empty(math.prod(self.planes) * size, dtype=dtype, device=device) if beside else self.scores
+        )
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        groups, rows, _ = self.q.shape
-        count = self.columns.shape[2]
+        groups, rows, _ = self.pair.q.shape
         for begin in range(0, rows, self.height):
-            part = self.q[:, begin : begin + self.height]
-            shape = (groups, part.shape[1], count)
+            part = self.pair.rows[:, begin : begin + self.height]
+            shape = (groups, part.shape[1], self.pair.k.shape[1])
             scores = self.scores[: math.prod(shape)].view(shape)
-            _product(part, self.columns, scores)
-            yield begin, scores, self.narrow[: math.prod(shape)].view(shape)
+            _product(part, self.pair.columns, scores)
+            shape = (*self.planes, *shape)
+            yield begin, scores, self.gradient[: math.prod(shape)].view(shape)
 
 
 class _Sums:
-    """dq and dk from chunks of the scores' gradient, in fp32; `total` gives them scaled, in the embeddings' dtype."""
+    """dq and dk from chunks of the scores' gradient, in fp32; `scaled` gives them in the embeddings' dtype."""
 
-    def __init__(self, q: Tensor, k: Tensor):
-        self.q, self.k = q, k
-        self.dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-        self.dk = torch.empty(k.shape, dtype=torch.float32, device=k.device)
+    def __init__(self, pair: _Pair):
+        self.pair = pair
+        self.dq, self.dk = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (pair.q, pair.k))
+        if pair.split:
+            # of each part of the gradient with the parts of q that it is multiplied with
+            self.dk_parts = [_like(pair.k, pair.k, count) for count in plan.COUNTS]
 
     def add(self, begin: int, gradient: Tensor) -> None:
+        if self.pair.split:
+            self._add_parts(begin, gradient)
+            return
         part = slice(begin, begin + gradient.shape[1])
-        _product(gradient, self.k, self.dq[:, part])
-        _product(gradient.transpose(1, 2), self.q[:, part], self.dk, add=begin > 0)
+        _product(gradient, self.pair.k, self.dq[:, part])
+        _product(gradient.transpose(1, 2), self.pair.q[:, part], self.dk, add=begin > 0)
+
+    def _add_parts(self, begin: int, gradient: Tensor) -> None:
+        width, part = self.pair.q.shape[2], slice(begin, begin + gradient.shape[2])
+        of_rows = [_like(gradient[0], self.pair.q, count) for count in plan.COUNTS]
+        for piece, count, rows, columns in zip(gradient, plan.COUNTS, of_rows, self.dk_parts, strict=True):
+            _product(piece, self.pair.k_parts[..., : count * width], rows)
+            _product(piece.transpose(1, 2), self.pair.q_parts[:, part, : count * width], columns, add=begin > 0)
+        kernels.fold(of_rows, self.dq[:, part])
+
+    def total(self) -> tuple[Tensor, Tensor]:
+        if self.pair.split:
+            kernels.fold(self.dk_parts, self.dk)
+        return self.dq, self.dk
 
     def scaled(self, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Times `factor`, 0-d or [G, 1, 1]."""
-        if self.q.dtype == torch.float32:
-            return self.dq.mul_(factor), self.dk.mul_(factor)
-        dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
-        return torch.mul(self.dq, factor, out=dq), torch.mul(self.dk, factor, out=dk)
+        q, k = self.pair.q, self.pair.k
+        of_q, of_k = self.total()
+        if q.dtype == torch.float32:
+            return of_q.mul_(factor), of_k.mul_(factor)
+        dq, dk = torch.empty_like(q), torch.empty_like(k)
+        return torch.mul(of_q, factor, out=dq), torch.mul(of_k, factor, out=dk)
+
+
+def _like(rows: Tensor, width: Tensor, count: int) -> Tensor:
+    """fp32 [G, n, count d] for the rows of one tensor and the width of another."""
+    return torch.empty(*rows.shape[:2], count * width.shape[2], dtype=torch.float32, device=rows.device)
 
 
 def statistics(
     q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, kind: str, tau: float
 ) -> tuple[Tensor, Tensor]:
     """One product."""
-    q, k = q.contiguous(), k.contiguous()
     joint, rest = kernels.rows_like(q, 2)
-    for begin, scores, _ in _Chunks(q, k, with_gradient=False):
+    for begin, scores, _ in _Chunks(_Pair(q, k), with_gradient=False):
         kernels.rows(scores, scale, positives, exclude_self, kind, tau, begin, joint, rest)
     return joint, rest
 
 
 def symmetric_statistics(q: Tensor, k: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One product: joint [G, B], LSE of the other scores of every row and of every column."""
-    q, k = q.contiguous(), k.contiguous()
     joint, rest, rest_columns = kernels.rows_like(q, 3)
     parts = torch.empty((2, q.shape[0], kernels.PARTS, k.shape[1]), dtype=torch.float32, device=q.device)
-    for begin, scores, _ in _Chunks(q, k, with_gradient=False):
+    for begin, scores, _ in _Chunks(_Pair(q, k), with_gradient=False):
         kernels.rows(scores, scale, None, False, "lse", 0.0, begin, joint, rest)
         kernels.columns(scores, scale, begin, parts)
     kernels.merge_parts(parts, rest_columns)
@@ -111,11 +166,11 @@ def gradients(
     diagonal: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Three products."""
-    q, k = q.contiguous(), k.contiguous()
+    pair = _Pair(q, k)
     factor, (row_weight, col_weight, diagonal) = in_range(q, scale, row_weight, col_weight, diagonal)
     row_shift, col_shift = contiguous(row_shift), contiguous(col_shift)
-    sums = _Sums(q, k)
-    for begin, scores, gradient in _Chunks(q, k, with_gradient=True):
+    sums = _Sums(pair)
+    for begin, scores, gradient in _Chunks(pair, with_gradient=True):
         kernels.gradients(
             scores, scale, positives, exclude_self, row_weight, row_shift, col_weight, col_shift, diagonal, begin,
             gradient,
@@ -128,20 +183,21 @@ def infonce(
     q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, gradients: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `op._InfoNCE` wants it. One product; three for `gradients` "both"."""
-    q, k = q.contiguous(), k.contiguous()
+    pair = _Pair(q, k)
     (losses,) = kernels.rows_like(q, 1)
     state = torch.empty((4, *losses.shape), dtype=torch.float32, device=q.device)
     if gradients != "both":
-        for begin, scores, _ in _Chunks(q, k, with_gradient=False):
+        for begin, scores, _ in _Chunks(pair, with_gradient=False):
             kernels.infonce_rows(scores, scale, positives, exclude_self, begin, losses, state, None, 1.0)
         return losses, state, *(torch.empty(0, dtype=torch.float32, device=q.device) for _ in range(2))
     range_ = HALF_RANGE if q.dtype == torch.float16 else 1.0
-    sums = _Sums(q, k)
-    for begin, scores, gradient in _Chunks(q, k, with_gradient=True):
+    sums = _Sums(pair)
+    for begin, scores, gradient in _Chunks(pair, with_gradient=True):
         kernels.infonce_rows(scores, scale, positives, exclude_self, begin, losses, state, gradient, range_)
         sums.add(begin, gradient)
     factor = scale / range_ if range_ != 1 else scale
-    return losses, state, sums.dq.mul_(factor), sums.dk.mul_(factor)
+    dq, dk = sums.total()
+    return losses, state, dq.mul_(factor), dk.mul_(factor)
 
 
 def infonce_gradients(
@@ -158,9 +214,9 @@ def mixture(
     q: Tensor, k: Tensor, scale: Tensor, log_baseline: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One product."""
-    q, k, a = q.contiguous(), k.contiguous(), log_baseline.contiguous()
+    a = log_baseline.contiguous()
     found, state = kernels.rows_like(q, 4), kernels.state_like(q)
-    for begin, scores, _ in _Chunks(q, k, with_gradient=False):
+    for begin, scores, _ in _Chunks(_Pair(q, k), with_gradient=False):
         kernels.mixture(scores, scale, a, alpha, begin, found, state)
     return tuple(found)
 
@@ -169,13 +225,13 @@ def mixture_gradients(
     q: Tensor, k: Tensor, scale: Tensor, log_baseline: Tensor, alpha: float, rest: Tensor, weight: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Three products."""
-    q, k, a = q.contiguous(), k.contiguous(), log_baseline.contiguous()
+    pair, a = _Pair(q, k), log_baseline.contiguous()
     marginal = weight - rest
     # the gradient of row i is at most |grad| (1 + e^weight_i) / B
     factor, (grad,) = in_range(q, scale, grad[:, None], share=lambda: (1 + weight.exp()) / q.shape[1])
     state, unused = kernels.state_like(q), kernels.rows_like(q, 4)
-    sums = _Sums(q, k)
-    for begin, scores, gradient in _Chunks(q, k, with_gradient=True):
+    sums = _Sums(pair)
+    for begin, scores, gradient in _Chunks(pair, with_gradient=True):
         kernels.mixture(scores, scale, a, alpha, begin, unused, state)
         kernels.mixture_gradients(scores, scale, a, alpha, state, marginal, grad, begin, gradient)
         sums.add(begin, gradient)

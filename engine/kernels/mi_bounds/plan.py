@@ -10,12 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from engine.kernels import dispatch
 
-# Bytes of a chunk of the chunked algorithm: its scores in fp32, and their gradient where that has 16 bits.
+# Bytes of a chunk of the chunked algorithm: its scores in fp32, and their gradient where it does not take their place.
 CHUNK_BYTES = 256 << 20
+# Numbers of bf16 that hold one of fp32, and the multiplications from which splitting fp32 into them pays.
+PARTS = 3
+LEAST_SPLIT = 1 << 31
+# Of the parts of two numbers, largest first, those whose products are not below the numbers' own rounding.
+KEPT = ((0, 0), (0, 1), (1, 0), (0, 2), (2, 0), (1, 1))
+# With how many of the other number's parts, the largest first, each part is multiplied.
+COUNTS = tuple(sum(i == part for i, _ in KEPT) for part in range(PARTS))
 LEAST_ROWS = 128
 # Bytes of scores in fp32 that plain torch may be given; it makes several tensors of that size.
 EAGER_BYTES = 1 << 30
@@ -25,16 +33,33 @@ MAX_WIDTH = 128
 LEAST_FUSED_ROWS = 1 << 13
 
 
-def chunk_rows(groups: int, rows: int, columns: int, element_size: int, with_gradient: bool) -> int:
-    """Rows of a chunk: as many as CHUNK_BYTES hold, at least LEAST_ROWS; chunks are of one size."""
-    cell = 4 + (element_size if with_gradient and element_size < 4 else 0)
-    most = max(1, CHUNK_BYTES // (groups * columns * cell * LEAST_ROWS))
+def is_split(q: Tensor, k: Tensor) -> bool:
+    """Whether chunked products of fp32 q [G, B, d] and k [G, M, d] are taken as products of parts in bf16."""
+    work = q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2]
+    has_bf16 = (dispatch.architecture(q.device) or 80) >= 80
+    return q.dtype == torch.float32 and dispatch.precision_of(q.dtype) == "fp32" and work >= LEAST_SPLIT and has_bf16
+
+
+def gradient_bytes(q: Tensor, k: Tensor) -> int:
+    """Bytes that the gradient of one score takes beside the score; 0 where it takes the score's place."""
+    if is_split(q, k):
+        return 2 * PARTS
+    return q.element_size() if q.element_size() < 4 else 0
+
+
+def chunk_rows(groups: int, rows: int, columns: int, gradient: int) -> int:
+    """Rows of a chunk: as many as CHUNK_BYTES hold, at least LEAST_ROWS; chunks are of one size.
+
+    Args:
+        gradient: bytes of a score's gradient, beside the 4 of the score.
+    """
+    most = max(1, CHUNK_BYTES // (groups * columns * (4 + gradient) * LEAST_ROWS))
     blocks = math.ceil(rows / LEAST_ROWS)
     return max(1, min(rows, math.ceil(blocks / max(1, math.ceil(blocks / most))) * LEAST_ROWS))
 
 
-def chunks(groups: int, rows: int, columns: int, element_size: int, with_gradient: bool) -> int:
-    return math.ceil(rows / chunk_rows(groups, rows, columns, element_size, with_gradient))
+def chunks(groups: int, rows: int, columns: int, gradient: int) -> int:
+    return math.ceil(rows / chunk_rows(groups, rows, columns, gradient))
 
 
 def choose(operation: str, q: Tensor, k: Tensor) -> str:
@@ -70,6 +95,9 @@ CLASSES = tuple(
 )
 
 
+SPLITTING = 4  # launches that split q and k, and put their parts in order
+
+
 def roundings(q: Tensor) -> int:
     """Launches that round operands to tf32."""
     return 2 if dispatch.precision_of(q.dtype) == "tf32" else 0
@@ -81,8 +109,18 @@ def scalings(q: Tensor, weights: int, more: int = 0) -> int:
 
 
 def gradient_launches(q: Tensor, k: Tensor) -> int:
-    """Of chunked gradients: three products and a kernel a chunk, then dq and dk are scaled."""
+    """Of chunked gradients: three products and a kernel a chunk, then dq and dk are scaled.
+
+    Split embeddings take a product for each of their parts, for dq and for dk, and the parts' sums.
+    """
+    if is_split(q, k):
+        return SPLITTING + (2 + 2 * PARTS + 1) * _chunks(q, k, True) + 1 + 2
     return 4 * _chunks(q, k, True) + 2
+
+
+def score_launches(q: Tensor, k: Tensor, kernels: int = 1) -> int:
+    """Of a pass over the scores alone: a product and so many kernels a chunk."""
+    return (SPLITTING if is_split(q, k) else 0) + (1 + kernels) * _chunks(q, k, False)
 
 
 def infonce_launches(q, k, scale, positives, exclude_self, algorithm, gradients) -> int:
@@ -90,7 +128,7 @@ def infonce_launches(q, k, scale, positives, exclude_self, algorithm, gradients)
         return 1 + roundings(q)
     if gradients == "both":
         return gradient_launches(q, k) + (dispatch.precision_of(q.dtype) == "fp16")
-    return 2 * _chunks(q, k, False)
+    return score_launches(q, k)
 
 
 def infonce_keys_launches(q, *rest) -> int:
@@ -104,13 +142,13 @@ def infonce_gradients_launches(q, k, *rest) -> int:
 def statistics_launches(q, k, scale, positives, exclude_self, *rest) -> int:
     if choose("mi_bound", q, k) == "fused" and positives is None and not exclude_self:
         return 1 + roundings(q)
-    return 2 * _chunks(q, k, False)
+    return score_launches(q, k)
 
 
 def symmetric_launches(q, k, scale) -> int:
     if choose("mi_bound", q, k) == "fused":
         return 2 * (1 + roundings(q))
-    return 3 * _chunks(q, k, False) + 1
+    return score_launches(q, k, 2) + 1
 
 
 def gradients_launches(q, k, scale, positives, exclude_self, row_weight, row_shift, col_weight, *rest) -> int:
@@ -119,12 +157,12 @@ def gradients_launches(q, k, scale, positives, exclude_self, row_weight, row_shi
 
 
 def mixture_launches(q, k, *rest) -> int:
-    return 2 * _chunks(q, k, False)
+    return score_launches(q, k)
 
 
 def mixture_gradient_launches(q, k, *rest) -> int:
-    return 5 * _chunks(q, k, True) + 3 + scalings(q, 1, 5)
+    return gradient_launches(q, k) + _chunks(q, k, True) + 1 + scalings(q, 1, 5)
 
 
 def _chunks(q: Tensor, k: Tensor, with_gradient: bool) -> int:
-    return chunks(q.shape[0], q.shape[1], k.shape[1], q.element_size(), with_gradient)
+    return chunks(q.shape[0], q.shape[1], k.shape[1], gradient_bytes(q, k) if with_gradient else 0)

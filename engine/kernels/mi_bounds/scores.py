@@ -34,6 +34,7 @@ CELLS = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
 COLUMNS = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4}
 MIXTURE = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
 MIXTURE_CELLS = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
+PIECES = {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4}
 
 # Parts that a chunk's rows are split into for statistics of the columns, so that there are programs enough.
 PARTS = 8
@@ -45,6 +46,63 @@ def _load(scores_ptr, scale_ptr, cell, mask, SCALED: tl.constexpr):
     if SCALED:
         scores *= tl.load(scale_ptr)
     return scores
+
+
+@triton.jit
+def _split(x):
+    """fp32 as the sum of three numbers of bf16, the largest first."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _store(out_ptr, cell, value, mask, plane, SPLIT: tl.constexpr):
+    """A gradient in the type of `out`, or its parts, `plane` cells apart."""
+    if SPLIT:
+        high, middle, low = _split(value)
+        tl.store(out_ptr + cell, high, mask=mask)
+        tl.store(out_ptr + plane + cell, middle, mask=mask)
+        tl.store(out_ptr + 2 * plane + cell, low, mask=mask)
+    else:
+        tl.store(out_ptr + cell, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _split_rows(x_ptr, out_ptr, rows, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The three parts of x [rows, width] next to each other, [rows, 3 width]. Grid: (row blocks, width blocks)."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    first = row.to(tl.int64)[:, None] * width + column[None, :]
+    place = first + 2 * row.to(tl.int64)[:, None] * width
+    high, middle, low = _split(tl.load(x_ptr + first, mask=mask, other=0.0))
+    tl.store(out_ptr + place, high, mask=mask)
+    tl.store(out_ptr + place + width, middle, mask=mask)
+    tl.store(out_ptr + place + 2 * width, low, mask=mask)
+
+
+@triton.jit
+def _fold(
+    a_ptr, b_ptr, c_ptr, out_ptr, rows, width, group_step,
+    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The sum of the pieces of a [G, rows, A width], b [.., B width] and c [.., C width], the smallest first, into out,
+    whose groups lie `group_step` apart. Grid: (row blocks, width blocks, groups)."""
+    group = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    place = (group * rows + row)[:, None] * width
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in tl.static_range(C):
+        total += tl.load(c_ptr + C * place + (C - 1 - i) * width + column[None, :], mask=mask, other=0.0)
+    for i in tl.static_range(B):
+        total += tl.load(b_ptr + B * place + (B - 1 - i) * width + column[None, :], mask=mask, other=0.0)
+    for i in tl.static_range(A):
+        total += tl.load(a_ptr + A * place + (A - 1 - i) * width + column[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + group * group_step + row.to(tl.int64)[:, None] * width + column[None, :], total, mask=mask)
 
 
 @triton.jit
@@ -93,9 +151,9 @@ def _rows(
 
 @triton.jit
 def _infonce_rows(
-    scores_ptr, scale_ptr, positives_ptr, losses_ptr, state_ptr, out_ptr, begin, height, rows, columns, slots,
-    HAS_POSITIVES: tl.constexpr, EXCLUDE_SELF: tl.constexpr, WITH_GRADIENT: tl.constexpr, FACTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    scores_ptr, scale_ptr, positives_ptr, losses_ptr, state_ptr, out_ptr, begin, height, rows, columns, slots, plane,
+    HAS_POSITIVES: tl.constexpr, EXCLUDE_SELF: tl.constexpr, WITH_GRADIENT: tl.constexpr, SPLIT: tl.constexpr,
+    FACTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """InfoNCE loss of BLOCK_M rows, its state as in triton._infonce, FACTOR times its gradient. Grid: (row blocks,
     groups). `out` may be `scores`. The second pass over a row finds it in the cache.
@@ -136,7 +194,7 @@ def _infonce_rows(
             grad = tl.where(column[None, :] == positive[:, None], -share[:, None], tl.exp(scores - lse[:, None]))
             if EXCLUDE_SELF:
                 grad = tl.where(column[None, :] == row[:, None], 0.0, grad)
-            tl.store(out_ptr + cell, (FACTOR * grad).to(out_ptr.dtype.element_ty), mask=mask)
+            _store(out_ptr, cell, FACTOR * grad, mask, plane, SPLIT)
 
 
 @triton.jit
@@ -185,9 +243,9 @@ def _merge_parts(parts_ptr, out_ptr, columns, slots, PARTS: tl.constexpr, BLOCK_
 @triton.jit
 def _gradients(
     scores_ptr, scale_ptr, positives_ptr, row_weight_ptr, row_shift_ptr, col_weight_ptr, col_shift_ptr, diagonal_ptr,
-    out_ptr, begin, height, rows, columns,
+    out_ptr, begin, height, rows, columns, plane,
     IS_SIGMOID: tl.constexpr, HAS_COLUMNS: tl.constexpr, SCALED: tl.constexpr, HAS_POSITIVES: tl.constexpr,
-    EXCLUDE_SELF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dV / dS elementwise; see triton._gradients. Grid: (row blocks, column blocks, groups). `out` may be `scores`."""
     group = tl.program_id(2).to(tl.int64)
@@ -214,7 +272,7 @@ def _gradients(
     grad = tl.where(column[None, :] == positive[:, None], diagonal[:, None], grad)
     if EXCLUDE_SELF:
         grad = tl.where(column[None, :] == row[:, None], 0.0, grad)
-    tl.store(out_ptr + cell, grad.to(out_ptr.dtype.element_ty), mask=mask)
+    _store(out_ptr, cell, grad, mask, plane, SPLIT)
 
 
 @triton.jit
@@ -290,8 +348,8 @@ def _mixture(
 
 @triton.jit
 def _mixture_gradients(
-    scores_ptr, scale_ptr, baseline_ptr, state_ptr, marginal_ptr, grad_ptr, out_ptr, begin, height, count, slots,
-    LOG_ALPHA: tl.constexpr, LOG_BETA: tl.constexpr, SCALED: tl.constexpr,
+    scores_ptr, scale_ptr, baseline_ptr, state_ptr, marginal_ptr, grad_ptr, out_ptr, begin, height, count, slots, plane,
+    LOG_ALPHA: tl.constexpr, LOG_BETA: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dV / dS of the interpolated bound, elementwise. Grid: (row blocks, column blocks, groups)."""
@@ -323,7 +381,7 @@ def _mixture_gradients(
     z = tl.where(is_joint, float("-inf"), -softplus(-odds) - loo)
     mixed = leave_one_out(z, column, z_lse, z_arg, z_rest)
     grad = (own - tl.exp(scores + mixed) / pairs) * tl.load(grad_ptr + group)
-    tl.store(out_ptr + cell, grad.to(out_ptr.dtype.element_ty), mask=mask)
+    _store(out_ptr, cell, grad, mask, plane, SPLIT)
 
 
 def rows(
@@ -347,7 +405,7 @@ def infonce_rows(
     config = ROWS if out is None else GRADIENT_ROWS
     _infonce_rows[triton.cdiv(height, config["BLOCK_M"]), groups](
         scores, scale, positives, losses, state, out, begin, height, losses.shape[1], columns, losses.numel(),
-        positives is not None, exclude_self, out is not None, factor, **config,
+        scores.numel(), positives is not None, exclude_self, out is not None, _is_split(out), factor, **config,
     )  # fmt: skip
 
 
@@ -379,8 +437,8 @@ def gradients(
     grid = (triton.cdiv(height, CELLS["BLOCK_M"]), triton.cdiv(columns, CELLS["BLOCK_N"]), groups)
     _gradients[grid](
         scores, scale, positives, row_weight, row_shift, col_weight, col_shift, diagonal, out, begin, height,
-        row_weight.shape[1], columns, row_shift is None, col_weight is not None, scale is not None,
-        positives is not None, exclude_self, **CELLS,
+        row_weight.shape[1], columns, scores.numel(), row_shift is None, col_weight is not None, scale is not None,
+        positives is not None, exclude_self, _is_split(out), **CELLS,
     )  # fmt: skip
 
 
@@ -405,9 +463,31 @@ def mixture_gradients(
     config = MIXTURE_CELLS
     grid = (triton.cdiv(height, config["BLOCK_M"]), triton.cdiv(count, config["BLOCK_N"]), groups)
     _mixture_gradients[grid](
-        scores, scale, log_baseline, state, marginal, grad, out, begin, height, count, groups * count,
-        *_log_weights(alpha), scale is not None, **config,
+        scores, scale, log_baseline, state, marginal, grad, out, begin, height, count, groups * count, scores.numel(),
+        *_log_weights(alpha), scale is not None, _is_split(out), **config,
     )  # fmt: skip
+
+
+def split(x: Tensor) -> Tensor:
+    """The parts of fp32 x [G, N, d] in bf16, [G, N, 3 d]: they add up to x, the largest first."""
+    groups, rows, width = x.shape
+    out = torch.empty(groups, rows, 3 * width, dtype=torch.bfloat16, device=x.device)
+    grid = (triton.cdiv(groups * rows, PIECES["BLOCK_M"]), triton.cdiv(width, PIECES["BLOCK_N"]))
+    _split_rows[grid](x, out, groups * rows, width, **PIECES)
+    return out
+
+
+def fold(pieces: list[Tensor], out: Tensor) -> None:
+    """Write into out [G, n, d] the sum of all blocks of width d of three tensors [G, n, count d]."""
+    groups, rows, width = out.shape
+    counts = [p.shape[2] // width for p in pieces]
+    grid = (triton.cdiv(rows, PIECES["BLOCK_M"]), triton.cdiv(width, PIECES["BLOCK_N"]), groups)
+    _fold[grid](*pieces, out, rows, width, out.stride(0), *counts, **PIECES)
+
+
+def _is_split(out: Tensor | None) -> bool:
+    """Whether a gradient is written as its parts, [3, G, n, M]."""
+    return out is not None and out.ndim == 4
 
 
 def score_statistics(scores: Tensor, kind: str, tau: float) -> tuple[Tensor, Tensor]:
@@ -487,15 +567,18 @@ def aot_cases() -> list[AotCase]:
             ROWS,
             kind == "lse",
         )
-    for name, out in (("values", None), ("fp32", "*fp32"), ("bf16", "*bf16")):
+    for name, out in (("values", None), ("fp32", "*fp32"), ("bf16", "*bf16"), ("split", "*bf16")):
         add(
             f"chunk_infonce/{name}",
             _infonce_rows,
             {
                 **chunk, "losses_ptr": "*fp32", "state_ptr": "*fp32", **rows_and_columns, "slots": "i32",
-                **({"out_ptr": out} if out else {}),
+                "plane": "i32", **({"out_ptr": out} if out else {}),
             },
-            {**plain, "WITH_GRADIENT": out is not None, "FACTOR": 1.0, **({} if out else {"out_ptr": None})},
+            {
+                **plain, "WITH_GRADIENT": out is not None, "SPLIT": name == "split", "FACTOR": 1.0,
+                **({} if out else {"out_ptr": None}),
+            },
             GRADIENT_ROWS if out else ROWS,
         )  # fmt: skip
     for is_first in (True, False):
@@ -518,6 +601,7 @@ def aot_cases() -> list[AotCase]:
     for name, source, shifted, has_columns, out in (
         ("chunk_gradients/exponential/fp32", chunk, True, False, "*fp32"),
         ("chunk_gradients/exponential/bf16", chunk, True, False, "*bf16"),
+        ("chunk_gradients/exponential/split", chunk, True, False, "*bf16"),
         ("chunk_gradients/symmetric/bf16", chunk, True, True, "*bf16"),
         ("chunk_gradients/sigmoid/bf16", chunk, False, False, "*bf16"),
         ("score_gradients/exponential", given, True, False, "*fp32"),
@@ -530,9 +614,10 @@ def aot_cases() -> list[AotCase]:
         add(
             name,
             _gradients,
-            {**source, **present, "out_ptr": out, **rows_and_columns},
+            {**source, **present, "out_ptr": out, **rows_and_columns, "plane": "i32"},
             {
                 **plain, **absent, "IS_SIGMOID": not shifted, "HAS_COLUMNS": has_columns, "SCALED": source is chunk,
+                "SPLIT": name.endswith("split"),
             },
             CELLS,
         )  # fmt: skip
@@ -542,14 +627,24 @@ def aot_cases() -> list[AotCase]:
         outputs = {f"{what}_ptr": "*fp32" for what in ("joint", "rest", "excess", "shares")}
         add(f"{name}_mixture", _mixture, {**source, **state, **outputs}, {**weights, **scaled}, MIXTURE)
         more = {"marginal_ptr": "*fp32", "grad_ptr": "*fp32"}
-        for out in ("fp32", "bf16") if source is chunk else ("fp32",):
+        for out in ("fp32", "bf16", "split") if source is chunk else ("fp32",):
             add(
                 f"{name}_mixture_gradients/{out}",
                 _mixture_gradients,
-                {**source, **state, **more, "out_ptr": f"*{out}"},
-                {**weights, **scaled},
+                {**source, **state, **more, "out_ptr": "*bf16" if out == "split" else f"*{out}", "plane": "i32"},
+                {**weights, **scaled, "SPLIT": out == "split"},
                 MIXTURE_CELLS,
             )
+    add(
+        "split_rows",
+        _split_rows,
+        {"x_ptr": "*fp32", "out_ptr": "*bf16", "rows": "i32", "width": "i32"},
+        {},
+        PIECES,
+    )
+    pieces = {f"{name}_ptr": "*fp32" for name in ("a", "b", "c", "out")}
+    sizes = {"rows": "i32", "width": "i32", "group_step": "i32"}
+    add("fold", _fold, {**pieces, **sizes}, {"A": 3, "B": 2, "C": 1}, PIECES)
     add(
         "score_rows/lse",
         _rows,
