@@ -48,11 +48,12 @@ def autocast_dtype(setting: str, device: torch.device) -> torch.dtype | None:
 
 
 @contextlib.contextmanager
-def cudnn_as_matmul() -> Iterator[None]:
+def cudnn_as_matmul(tf32: bool = False) -> Iterator[None]:
     """Within the context cuDNN rounds float32 to TF32 only where `torch.backends.cuda.matmul.allow_tf32` lets matrix
-    products do so: torch's own default lets cuDNN and not them. Both passes of what cuDNN computes must lie in it."""
+    products do so, or with `tf32`. torch's own default lets cuDNN round and not them. Both passes of what cuDNN
+    computes must lie in the context."""
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = tf32 or torch.backends.cuda.matmul.allow_tf32
     try:
         yield
     finally:

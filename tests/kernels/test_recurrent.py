@@ -402,6 +402,9 @@ def test_cudnn_rounds_to_tf32_where_products_do(kind, allowed, monkeypatch, sett
     cudnn.bidirectional(x, length, weights, kind).sum().backward()
     assert seen == both and torch.backends.cudnn.allow_tf32 is not allowed
     seen.clear()
+    cudnn.bidirectional(x, length, weights, kind, tf32=True).sum().backward()  # as under autocast
+    assert {setting for _, setting in seen} == {True} and torch.backends.cudnn.allow_tf32 is not allowed
+    seen.clear()
     with torch.no_grad():
         out = cudnn.bidirectional(x, length, weights, kind)
     assert seen == both[:2] and torch.backends.cudnn.allow_tf32 is not allowed

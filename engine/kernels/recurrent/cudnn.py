@@ -5,7 +5,8 @@ over the padded batch instead, the backward one over rows reversed within their 
 row's end in both, where it can change nothing that counts. cuDNN's persistent kernels want it so as well: they take
 padded input only, of hidden sizes up to 128 in the backward pass.
 
-cuDNN rounds to TF32 where torch's matrix products do, in the backward pass too. Works on any device.
+cuDNN rounds to TF32 where torch's matrix products do, in the backward pass too, and under autocast, which would have it
+round to 16 bits. Works on any device.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ FORWARD, BACKWARD = 5, 15
 PREPARATION = 6  # places, masks and first states
 
 
-def bidirectional(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str) -> Tensor:
-    """As `reference.bidirectional`; differentiable once."""
+def bidirectional(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str, tf32: bool = False) -> Tensor:
+    """As `reference.bidirectional`; differentiable once. `tf32`: round to it whatever torch's products do."""
     if torch.is_grad_enabled():
-        return _Governed.apply(x, length, cell, *weights)
-    with cudnn_as_matmul():
+        return _Governed.apply(x, length, cell, tf32, *weights)
+    with cudnn_as_matmul(tf32):
         return _layers(x, length, weights, cell)
 
 
@@ -41,27 +42,27 @@ class _Governed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, length: Tensor, cell: str, *weights: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, length: Tensor, cell: str, tf32: bool, *weights: Tensor) -> Tensor:
         tensors = [t.detach().requires_grad_(need) for t, need in zip((x, *weights), _needed(ctx), strict=True)]
-        with torch.enable_grad(), cudnn_as_matmul():
+        with torch.enable_grad(), cudnn_as_matmul(tf32):
             y = _layers(tensors[0], length, tensors[1:], cell)
-        ctx.inner = y, [t for t in tensors if t.requires_grad]
+        ctx.inner, ctx.tf32 = (y, [t for t in tensors if t.requires_grad]), tf32
         return y.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         y, wanted = ctx.inner
-        with cudnn_as_matmul():
+        with cudnn_as_matmul(ctx.tf32):
             retain = torch._C._autograd._get_current_graph_task_keep_graph()
             found = iter(torch.autograd.grad(y, wanted, gradient, retain_graph=retain))
         of_x, *of_weights = (next(found) if need else None for need in _needed(ctx))
-        return of_x, None, None, *of_weights
+        return of_x, None, None, None, *of_weights
 
 
 def _needed(ctx) -> tuple[bool, ...]:
     """Whether x and each of the weights need gradients."""
-    return ctx.needs_input_grad[:1] + ctx.needs_input_grad[3:]
+    return ctx.needs_input_grad[:1] + ctx.needs_input_grad[4:]
 
 
 def _layers(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str) -> Tensor:

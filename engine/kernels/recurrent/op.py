@@ -48,7 +48,7 @@ def bidirectional(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: st
     """Hidden states of the last layer, both directions side by side, as torch.nn.GRU and LSTM return them packed.
 
     A row's result depends on that row alone, bit for bit, and on no number of threads. Runs in float32 (float64 for
-    float64 x), under autocast too.
+    float64 x), under autocast too; there a GPU may round operands of products to TF32.
 
     Args:
         x: [B, L, d], right-padded; what lies past a row's length is not read.
@@ -70,8 +70,9 @@ def bidirectional(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: st
         return reference.bidirectional(x, length, weights, cell)
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return _Recurrent.apply(x, length, cell, *weights)
+    tf32 = torch.is_autocast_enabled("cuda")
     with torch.autocast("cuda", enabled=False):
-        return cudnn.bidirectional(x if x.dtype == torch.float64 else x.float(), length, weights, cell)
+        return cudnn.bidirectional(x if x.dtype == torch.float64 else x.float(), length, weights, cell, tf32)
 
 
 class _Recurrent(torch.autograd.Function):
