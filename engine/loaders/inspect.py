@@ -29,7 +29,8 @@ class InspectReport:
         path, format, files: where it is, what family it is of ("unknown" where none), file name -> bytes.
         layout: split -> key -> "dtype shape" as stored (foreign files).
         splits: split -> {samples, label, text, tokens, audio, vision}; a modality is {dim, dtype, length: {min, median,
-            max}, nonfinite, missing, zero_frames}, zero_frames being frames of zeros inside sequences.
+            max}, nonfinite, missing, dropped, zero_frames}: dropped are frames that are not zero outside the lengths
+            of their sequences, zero_frames are frames of zeros inside sequences.
         duplicates: ids that occur more than once.
         problems: what keeps the data from being used, one line each.
         notes: what is handled but worth knowing.
@@ -115,13 +116,13 @@ def inspect_path(
     except DataError as problem:
         report.problems.append(str(problem))
         return report
-    report.notes += raw.notes
+    report.notes += formats.remarks(source, raw)
     report.problems += [str(p) for p in problems(raw, str(path))]
     for name, split in raw.splits.items():
         described = report.splits[name] = _describe(split.label, split.text)
         for key in ("audio", "vision"):
             part = getattr(split, key)
-            counts = {"nonfinite": part.nonfinite, "missing": len(part.missing)}
+            counts = {"nonfinite": part.nonfinite, "missing": len(part.missing), "dropped": part.dropped}
             described[key] = {**_frames(part.ragged, raw.dtypes.get(key, "")), **counts}
             described[key]["zero_frames"] -= len(part.missing)
     report.duplicates = _duplicates([i for s in raw.splits.values() for i in s.ids])
@@ -145,7 +146,7 @@ def _inspect_store(file: Path, verify: bool) -> InspectReport:
                 if ragged is not None:
                     described[key] = _frames(ragged, str(ragged.values.dtype))
                 if key in counts["nonfinite"]:
-                    described[key] |= {"nonfinite": counts["nonfinite"][key], "missing": counts["missing"][key]}
+                    described[key] |= {kind: counts[kind][key] for kind in ("nonfinite", "missing", "dropped")}
                     described[key]["zero_frames"] -= counts["missing"][key]
             if split.tokens is not None:
                 described["tokens"] = {"length": _spread(split.tokens.lengths), "dtype": str(split.tokens.values.dtype)}
