@@ -20,6 +20,7 @@ LengthRule = Literal["recorded", "all_zero", "sum_zero"]
 Side = Literal["left", "right"]
 USUAL_CUT: Side = "right"  # where sequences that are longer than recorded are cut
 BLOCK = 128  # samples looked at together: bounds the temporary copies of a padded array
+PADDED = 8  # sequences of one length, from which on zeros at their ends can be taken for padding
 STEPS = 256  # values of a column that float32 must tell apart
 SHARED, ROOM = 64, 1 << 28  # frames of rows that share arrays: times the arrays' size, plus bytes
 
@@ -158,7 +159,8 @@ class Sequences:
         nonfinite: NaN and infinite values that were replaced by 0.
         missing: rows whose sequence is empty or all zero.
         dropped: frames that are not zero and were left out, because they lie outside the length of their sequence.
-        side: where padding was found, if that is not where the format has it; else None.
+        side: where padding was found, if that is not where the format has it; else None. usual: where that is; None
+            for a format that has no padding.
         coarse: columns whose values lie so far from 0 that float32 tells fewer than `STEPS` of them apart.
     """
 
@@ -167,6 +169,7 @@ class Sequences:
     missing: list[int] = field(default_factory=list)
     dropped: int = 0
     side: Side | None = None
+    usual: Side | None = None
     coarse: list[int] = field(default_factory=list)
 
 
@@ -257,6 +260,9 @@ def from_sequences(
 ) -> Sequences:
     """Clean and join sequences. Rows may share one array.
 
+    Sequences without recorded lengths are not padded, as a rule. Where all have one length and most of them have zeros
+    at one end (of `PADDED` rows or more), those are padding.
+
     Args:
         sequences: N arrays [length, d], any real dtype; length may be 0.
         ids, where: for messages.
@@ -268,7 +274,11 @@ def from_sequences(
             so often that their frames would take far more room than the arrays.
     """
     arrays, dim = _checked(sequences, ids, where)
-    side, dropped = _cut_side(arrays, lengths)
+    usual, dropped = USUAL_CUT, 0
+    if lengths is not None and any(lengths):
+        side, dropped = _cut_side(arrays, lengths)
+    else:
+        usual, (side, lengths) = None, _padding(arrays)
     distinct = {id(a): a for a in arrays if a is not None}
     size = sum(a.nbytes for a in distinct.values())
     room, most = ROOM + SHARED * size, 16 * sum(a.size for a in distinct.values()) + (1 << 24)
@@ -277,7 +287,7 @@ def from_sequences(
     zeros: dict[tuple, int] = {}  # parts of arrays that are all zero -> values replaced to make them so
     zero, kept = np.zeros((1, dim), np.float32), 0
     for row, array in enumerate(arrays):
-        part = slice(0) if array is None else _part(array, lengths[row] if lengths is not None else 0, side)
+        part = slice(0) if array is None else _part(array, lengths[row] if lengths else 0, side)
         key = (id(array), part.start, part.stop)
         if key in zeros:
             clean.nonfinite += zeros[key]
@@ -302,8 +312,28 @@ def from_sequences(
             "frames in most sequences",
             "Check the feature extraction.",
         )
-    turned = side if side != USUAL_CUT else None
-    return Sequences(joined.ragged(), clean.nonfinite, missing, dropped, turned, clean.coarse())
+    found = side if side != usual else None
+    return Sequences(joined.ragged(), clean.nonfinite, missing, dropped, found, usual, clean.coarse())
+
+
+def _padding(arrays: list[np.ndarray | None]) -> tuple[Side | None, list[int]]:
+    """The side of the padding of sequences that are all of one length, and how long they are without it.
+
+    None and no lengths where they are not padded.
+    """
+    present = [a for a in arrays if a is not None]
+    if len(present) < PADDED or len({len(a) for a in present}) > 1:
+        return None, []
+    ends: dict[int, tuple[int, int, bool]] = {}  # array -> zeros at its start and end, and whether there is more
+    for a in present:
+        if id(a) not in ends:
+            used = (a != 0).any(1)
+            ends[id(a)] = (int(used.argmax()), int(used[::-1].argmax()), bool(used.any()))
+    zeros = np.array([(0, 0, False) if a is None else ends[id(a)] for a in arrays])
+    most = int(np.count_nonzero(zeros[:, :2], 0).argmax())
+    if 2 * np.count_nonzero(zeros[:, most]) <= np.count_nonzero(zeros[:, 2]):
+        return None, []
+    return ("left", "right")[most], (len(present[0]) - zeros[:, most]).tolist()
 
 
 def _checked(sequences: Sequence[Any], ids: Sequence[str], where: str) -> tuple[list[np.ndarray | None], int]:
@@ -347,18 +377,18 @@ def _checked(sequences: Sequence[Any], ids: Sequence[str], where: str) -> tuple[
     return arrays, dim
 
 
-def _part(array: np.ndarray, length: int, side: Side) -> slice:
+def _part(array: np.ndarray, length: int, side: Side | None) -> slice:
     """The frames of an array that lie inside its recorded length; all of them where none is recorded."""
     if not 0 < length < len(array):
         return slice(0, len(array))
     return slice(0, length) if side == "right" else slice(len(array) - length, len(array))
 
 
-def _cut_side(arrays: list[np.ndarray | None], lengths: Sequence[int] | None) -> tuple[Side, int]:
+def _cut_side(arrays: list[np.ndarray | None], lengths: Sequence[int]) -> tuple[Side, int]:
     """Where sequences that are longer than recorded are cut, and how many frames that are not zero that loses."""
     lost: dict[Side, int] = {"left": 0, "right": 0}
     before: dict[int, np.ndarray] = {}  # array -> number of frames that are not zero before each place
-    for array, length in zip(arrays, lengths or (), strict=lengths is not None):
+    for array, length in zip(arrays, lengths, strict=True):
         if array is None or not 0 < length < len(array):
             continue
         if id(array) not in before:
@@ -447,8 +477,8 @@ def from_padded(
                 frames = np.zeros((1, dim), np.float32)
             joined.add(frames)
         release(block)
-    turned = side if side != usual else None
-    return Sequences(joined.ragged(), clean.nonfinite, missing, dropped, turned, clean.coarse())
+    found = side if side != usual else None
+    return Sequences(joined.ragged(), clean.nonfinite, missing, dropped, found, usual, clean.coarse())
 
 
 def _look(padded: np.ndarray, rule: LengthRule) -> tuple[np.ndarray, np.ndarray]:

@@ -256,6 +256,13 @@ def test_label_csv(tmp_path, data, tokenizer, case):
     assert text in inspect_path(path).problems
 
 
+def test_a_text_that_is_cut_by_its_commas(tmp_path, data, tokenizer):
+    path = writers.dump(writers.declarelab(data), tmp_path / "in" / "x.pkl")
+    rows = [f"{r['video_id']},{r['clip_id']},{r['label']},so, so" for r in writers.label_rows(data)]
+    (path.parent / "label.csv").write_text("\n".join(["video_id,clip_id,label,text", *rows]))
+    fails(path, tokenizer, "label.csv, line 2", "5 cells", "4, as in the header", "in quotes")
+
+
 def test_csv_that_is_not_utf8(tmp_path, data, tokenizer):
     data["train"][0].text = "caf\u00e9"
     path = writers.dump(writers.declarelab(data), tmp_path / "in" / "x.pkl")
@@ -521,12 +528,22 @@ def test_manifest(tmp_path, data, tokenizer, case):
         ("1,2,3,4,5\n1,2,x,4,5\n", ["v_ideo0_0.csv, line 2", "no number"]),
         ("1,2,3,4,5\n1,2,3,4\n", ["v_ideo0_0.csv, line 2", "4 cells", "5 as in the first row"]),
         ("1,2\n", ["row 1 (id v_ideo0_1)", "5 features a frame"]),
+        ("1,2,x,4,5\n1,2,3,4,5\n", ["v_ideo0_0.csv, line 1", "no number"]),
+        (",0,1,2,3,4\n0,1,2,3,4,5\n", ["v_ideo0_0.csv, line 1", "without a name", "without its index"]),
     ],
 )
 def test_manifest_of_csv_files(tmp_path, data, tokenizer, text, parts):
     folder = writers.write_manifest(tmp_path / "in", data, kind="csv")
     (folder / "audio" / "v_ideo0_0.csv").write_text(text)
     fails(folder, tokenizer, *parts)
+
+
+@pytest.mark.parametrize("header", ["", "a,b,c,d,e\n", "0,1,2,3,4\n"])
+def test_headers_of_csv_files(tmp_path, data, tokenizer, header):
+    folder = writers.write_manifest(tmp_path / "in", data, kind="csv")
+    (folder / "audio" / "v_ideo0_0.csv").write_text(f"{header}1,2,3,4,5\n6,7,8,9,10\n")
+    opened = open_dataset(folder, DataConfig(), tokenizer)
+    assert opened.splits["train"]._data.audio[0].tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
 
 
 def test_csd_without_what_it_needs(tmp_path, data, tokenizer):

@@ -199,6 +199,20 @@ def test_sequences_longer_than_recorded_are_cut_where_it_loses_less():
     assert (got.side, got.dropped) == (None, 2)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sequences_of_one_length_with_zeros_at_one_end_are_padded(side):
+    rng = np.random.default_rng(0)
+    sequences = [rng.normal(size=(n, 2)).astype(np.float32) for n in (2, 3, 5, 1, 4, 2, 5, 3)]
+    rows, ids = list(pad(sequences, 5, side)), [str(i) for i in range(10)]
+    got = from_sequences([*rows, np.zeros((5, 2)), np.zeros((0, 2))], ids, "x")
+    assert all(np.array_equal(got.ragged[i], s) for i, s in enumerate(sequences))
+    assert (got.side, got.usual, got.missing, got.dropped) == (side, None, [8, 9], 0)
+    for kept in ([*rows, np.zeros((6, 2))], [rows[0], *[sequences[2]] * 8]):  # of two lengths; too few with zeros
+        got = from_sequences(kept, ids[:9], "x")
+        assert got.side is None
+        assert got.ragged.lengths.tolist()[:8] == [5] * 8
+
+
 def test_rows_that_share_an_array():
     shared, zeros = np.arange(1, 9, dtype=np.float64).reshape(4, 2), np.zeros((5, 2))
     got = from_sequences([shared, zeros, shared, shared[:0]] * 50, [str(i) for i in range(200)], "x")

@@ -521,9 +521,10 @@ def remarks(source: Source, raw: RawDataset) -> list[str]:
         for side, end, other in (("left", "start", "end"), ("right", "end", "start")):
             turned = [s for s, p in parts.items() if p.side == side]
             if turned:
+                place = "none" if parts[turned[0]].usual is None else f"it at the {other}"
                 notes.append(
                     f"{what}: padding found at the {end} of sequences ({', '.join(turned)}), where {raw.format} files "
-                    f"have it at the {other}; read so"
+                    f"have {place}; read so"
                 )
         dropped = {s: p.dropped for s, p in parts.items() if p.dropped}
         if dropped:

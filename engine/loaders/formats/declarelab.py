@@ -190,6 +190,12 @@ def _read_csv(path: Path) -> list[_Row]:
             reader = csv.DictReader(file, columns, restval="")
             for row in reader:
                 where = f"{path}, line {reader.line_num + 1}"
+                more = row.get(None)
+                if more and any(cell.strip() for cell in more):
+                    raise DataError(
+                        where, f"{len(columns) + len(more)} cells", f"{len(columns)}, as in the header",
+                        "Put texts that hold commas in quotes.",
+                    )  # fmt: skip
                 try:
                     label = float(row["label"])
                 except ValueError:

@@ -91,7 +91,7 @@ def _rows(path: Path, text: str) -> list[dict]:
                 more = row.pop(None, None)
                 row = {k: v.strip() for k, v in row.items()}
                 row["at"] = f"{path}, line {reader.line_num + 1}"
-                if more:
+                if more and any(cell.strip() for cell in more):
                     raise DataError(
                         row["at"], f"{len(columns) + len(more)} cells", f"{len(columns)}, as in the header",
                         "Put texts that hold commas in quotes.",
@@ -164,15 +164,14 @@ def _csv(path: Path, at: str) -> np.ndarray:
     try:
         with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
             for number, cells in enumerate(csv.reader(file)):
-                if not cells:
+                if not cells or (number == 0 and _is_header(cells, f"{at}: {path.name}, line 1")):
                     continue
                 try:
                     rows.append([float(c) for c in cells])
                 except ValueError:
-                    if number:
-                        raise DataError(
-                            f"{at}: {path.name}, line {number + 1}", "a cell that is no number", SHAPE, "Mend the row."
-                        ) from None
+                    raise DataError(
+                        f"{at}: {path.name}, line {number + 1}", "a cell that is no number", SHAPE, "Mend the row."
+                    ) from None
                 if rows and len(rows[-1]) != len(rows[0]):
                     raise DataError(
                         f"{at}: {path.name}, line {number + 1}",
@@ -183,3 +182,22 @@ def _csv(path: Path, at: str) -> np.ndarray:
     except csv.Error as cause:
         raise DataError(f"{at}: {path.name}", f"no CSV ({cause})", SHAPE, "Save it anew.") from None
     return np.array(rows, np.float64) if rows else np.zeros((0, 0), np.float32)
+
+
+def _is_header(cells: list[str], at: str) -> bool:
+    """Whether the first row of a CSV names columns: not one number, or pandas' 0, 1, 2, ...
+
+    Raises:
+        DataError: the first column has no name, as that of pandas' row numbers, which are no feature.
+    """
+    if len(cells) > 1 and not cells[0].strip():
+        raise DataError(at, "a first column without a name, as of row numbers", SHAPE, "Save it without its index.")
+    return not any(map(_is_number, cells)) or (len(cells) > 1 and cells == [str(i) for i in range(len(cells))])
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
