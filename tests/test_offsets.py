@@ -72,9 +72,9 @@ def test_strata():
 def test_values_that_float32_holds_stay_as_they_are():
     for value in (torch.tensor([0.1, 2e9]), torch.tensor([0.5, -3.0]).double(), torch.tensor([1, 5]), torch.empty(0)):
         assert torch.equal(narrow(value), value.float())
-    assert narrow(torch.tensor([[1e9 + 0.25, 7.0], [1e9, 8.0], [1e9 - 1, 9.0]]).double()).tolist() == [
+    assert narrow(torch.tensor([[1e9 + 0.25, 7.0], [1e9, 8.0], [1e9 - 1, 9.0]], dtype=torch.float64)).tolist() == [
         [0.25, -1.0],
         [0.0, 0.0],
         [-1.0, 1.0],
     ]
-    assert narrow(torch.tensor([0.1, math.nan]).double()).isnan().any()
+    assert narrow(torch.tensor([0.1, math.nan], dtype=torch.float64)).isnan().any()

@@ -61,12 +61,12 @@ class InspectReport:
         if self.splits:
             rule = f" (rule {self.length_rule})" if self.length_rule else ""
             table = Table("split", "samples", "modality", "dim", "dtype", f"length min / median / max{rule}",
-                          "NaN, inf", "missing", "zero frames")  # fmt: skip
+                          "NaN, inf", "missing", "dropped", "zero frames")  # fmt: skip
             for name, split in self.splits.items():
                 for i, key in enumerate(k for k in ("audio", "vision", "features", "text", "tokens") if k in split):
                     part = split[key]
                     length = " / ".join(f"{part['length'][k]:g}" for k in ("min", "median", "max"))
-                    cells = (str(part.get(k, "")) for k in ("nonfinite", "missing", "zero_frames"))
+                    cells = (str(part.get(k, "")) for k in ("nonfinite", "missing", "dropped", "zero_frames"))
                     head = (name, str(split["samples"])) if i == 0 else ("", "")
                     unit = " words" if key == "text" else ""
                     table.add_row(*head, key, str(part.get("dim", "")), part.get("dtype", ""), length + unit, *cells)

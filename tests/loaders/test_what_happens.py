@@ -271,7 +271,7 @@ def page(folder: Path) -> str:
             cells.append(cell)
             if found:
                 said.setdefault(
-                    (cell, situation), f"- {situation}, {cell.removeprefix('read, ')} ({family}): {found[0]}"
+                    (cell, situation), f"- {situation}, {cell.removeprefix('read, ')} ({family}): {'; '.join(found)}"
                 )
         lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "What is told, for example:", "", *said.values()])
