@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
-from engine.files import atomic_path
+from engine.files import atomic_path, user_path
 
 FORMAT = "engine-checkpoint"
 VERSION = 1
@@ -69,7 +69,7 @@ def load(path: str | Path) -> tuple[dict[Any, Any], dict[str, Any]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise CheckpointError(
             str(path),

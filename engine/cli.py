@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from engine import __version__
 from engine.errors import CheckpointError, ConfigError, DataError, EngineError, OutputError
+from engine.files import user_path
 
 RUN_MARKS = ("config.yaml", "metrics.json", "history.jsonl", "last.safetensors")
 
@@ -104,7 +105,7 @@ def _train(a: argparse.Namespace, settings: list[str]) -> None:
         config.data.path = a.data
     if not config.data.path:
         raise ConfigError("--data", "no data", "the path of a feature file, a folder or a store", "Add --data PATH.")
-    if not Path(config.data.path).exists():
+    if not user_path(config.data.path).exists():
         raise ConfigError(f"--data {config.data.path}", "no such file or folder", "existing data", "Check the path.")
     for folder in [a.out] if seeds is None else [a.out / f"seed{seed}" for seed in seeds]:
         _check_out(folder, a.resume)
@@ -239,7 +240,7 @@ def _config(a: argparse.Namespace, settings: list[str], resumed: Path | None = N
     if a.preset is not None:
         return load_config(a.preset, settings)
     if a.config is not None:
-        return load_config(Path(a.config), settings)
+        return load_config(user_path(a.config), settings)
     if resumed is not None:
         return load_config(resumed, settings)
     raise ConfigError(
@@ -410,7 +411,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _config_arguments(p)
     p.add_argument("--data", metavar="PATH", help="feature file or folder, or a store made by engine convert")
-    p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the run folder to write")
+    p.add_argument("--out", metavar="DIR", type=user_path, required=True, help="the run folder to write")
     p.add_argument(
         "--resume", action="store_true", help="go on with the run in DIR, by its own settings if none are given"
     )
@@ -429,7 +430,9 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("predict", _predict, "write the predictions of a run's best model as CSV, in file order with ids")
     _run_arguments(p)
-    p.add_argument("--out", metavar="CSV", type=Path, required=True, help="the file to write: id, label, prediction")
+    p.add_argument(
+        "--out", metavar="CSV", type=user_path, required=True, help="the file to write: id, label, prediction"
+    )
 
     p = command(
         "convert",
@@ -439,8 +442,8 @@ def _parser() -> argparse.ArgumentParser:
         Read a feature file of any supported format and write a ragged, memory-mapped store with tokenised text.
         engine train does this by itself on first use; convert beforehand to look at the store or move it elsewhere.""",
     )
-    p.add_argument("src", metavar="SRC", type=Path, help="feature file or folder")
-    p.add_argument("dst", metavar="DST", type=Path, help="the store to write")
+    p.add_argument("src", metavar="SRC", type=user_path, help="feature file or folder")
+    p.add_argument("dst", metavar="DST", type=user_path, help="the store to write")
     p.add_argument("--text-encoder", metavar="NAME", default="minilm", help="whose tokeniser to use (minilm)")
     rules = ("auto", "recorded", "all_zero", "sum_zero")
     p.add_argument("--length-rule", choices=rules, default="auto", help="how padding is told from frames (auto)")
@@ -460,7 +463,7 @@ def _parser() -> argparse.ArgumentParser:
         Write generated samples with the lengths, widths and layout of a data set's files: for benchmarks, and to try
         the engine without access to the data. Their labels are random: there is nothing to learn from them.""",
     )
-    p.add_argument("out", metavar="DIR", type=Path, help="a new or empty folder")
+    p.add_argument("out", metavar="DIR", type=user_path, help="a new or empty folder")
     p.add_argument("--shape", choices=("mosi", "mosei", "avec2019"), required=True, help="whose lengths and widths")
     p.add_argument("--n", metavar="N", type=int, help="samples in all three splits (as many as the real data has)")
     p.add_argument("--format", metavar="NAME", help="layout of the files (declarelab, or avec2019 for that shape)")
@@ -472,7 +475,7 @@ def _parser() -> argparse.ArgumentParser:
         Say what a data file is and what is wrong with it: format, splits, dims, length statistics, counts of
         non-finite values, and problems. Nothing is executed from a pickle: only arrays and plain values are read.""",
     )  # fmt: skip
-    p.add_argument("path", metavar="PATH", type=Path, help="feature file or folder, or a store")
+    p.add_argument("path", metavar="PATH", type=user_path, help="feature file or folder, or a store")
     p.add_argument(
         "--verify", action="store_true", help="compare all checksums of a store, and end with an error on any problem"
     )
@@ -487,12 +490,12 @@ def _parser() -> argparse.ArgumentParser:
         a YAML file (engine import-command makes one). Without them, sizes come from the checkpoint and the rest from
         the published defaults. Notes on stderr say what was assumed.""",
     )
-    p.add_argument("checkpoint", metavar="REF.pth.tar", type=Path, help="the reference's checkpoint")
+    p.add_argument("checkpoint", metavar="REF.pth.tar", type=user_path, help="the reference's checkpoint")
     group = p.add_mutually_exclusive_group()
     group.add_argument("--command", metavar="TEXT", dest="reference_command", help="'python Main.py --task_name ...'")
     group.add_argument("--config", metavar="FILE", help="a YAML file instead of --command")
     p.add_argument("--text-encoder", metavar="NAME", help="the text encoder it was trained with: a path or a name")
-    p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the run folder to write")
+    p.add_argument("--out", metavar="DIR", type=user_path, required=True, help="the run folder to write")
 
     p = command(
         "import-command",
@@ -503,10 +506,10 @@ def _parser() -> argparse.ArgumentParser:
         print the YAML. Notes go to stderr. Then: engine train --config FILE --data PATH --out DIR""",
     )
     p.add_argument("text", metavar="'python Main.py ...'", help="the command line, in quotes")
-    p.add_argument("--out", metavar="FILE", type=Path, help="write the YAML to a file instead of printing it")
+    p.add_argument("--out", metavar="FILE", type=user_path, help="write the YAML to a file instead of printing it")
 
     p = command("report", _report, "write report.html of a run anew")
-    p.add_argument("--run", metavar="DIR", type=Path, required=True, dest="run_folder", help="a run folder")
+    p.add_argument("--run", metavar="DIR", type=user_path, required=True, dest="run_folder", help="a run folder")
 
     p = command(
         "demo",
@@ -517,7 +520,7 @@ def _parser() -> argparse.ArgumentParser:
         a report that shows the estimators against the truth and the model's information terms over time.
         Settings are given as key=value, as for engine train. Repeating it replaces an earlier demo in DIR.""",
     )
-    p.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="the run folder (runs/demo)")
+    p.add_argument("--out", metavar="DIR", type=user_path, default=Path("runs/demo"), help="the run folder (runs/demo)")
     p.set_defaults(takes_settings=True)
 
     p = command(
@@ -556,8 +559,8 @@ def _config_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _run_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--run", metavar="DIR", type=Path, required=True, dest="run_folder", help="a run folder")
-    p.add_argument("--data", metavar="PATH", type=Path, required=True, help="feature file or folder, or a store")
+    p.add_argument("--run", metavar="DIR", type=user_path, required=True, dest="run_folder", help="a run folder")
+    p.add_argument("--data", metavar="PATH", type=user_path, required=True, help="feature file or folder, or a store")
     p.add_argument("--split", choices=("train", "valid", "test"), default="test", help="which split (test)")
     p.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1 or mps (auto)")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from engine import checkpoint
 from engine.config import ACTIVATIONS, BOUNDS, Config, load_config, text_of
 from engine.errors import CheckpointError, ConfigError, OutputError
-from engine.files import write_json
+from engine.files import user_path, write_json
 
 if TYPE_CHECKING:
     from engine.loaders.normalize import Normalizer
@@ -575,7 +575,7 @@ def import_checkpoint(
     from engine.model.text_encoder import text_encoder_from_config
     from engine.objective import mimrl_objective
 
-    path, out = Path(path), Path(out)
+    path, out = user_path(path), user_path(out)
     if command is not None and config is not None:
         raise ConfigError("engine import", "both a command and a config", "one of them", "Leave one out.")
     if (out / "config.yaml").exists():

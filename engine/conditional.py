@@ -216,7 +216,8 @@ def _split(order: Tensor, held_out: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _as_samples(name: str, values: Any) -> Tensor:
-    values = torch.as_tensor(values).detach().to("cpu", torch.float32)
+    """float64 [N, d]: in float32, values that lie far from 0 would lose their differences before they are centred."""
+    values = torch.as_tensor(values).detach().to("cpu", torch.float64)
     values = values[:, None] if values.dim() == 1 else values
     if values.dim() != 2 or values.shape[1] == 0:
         raise EstimatorError(WHERE, f"{name} {list(values.shape)}", "[N, d] or [N]", "Flatten what is not the sample.")
@@ -227,8 +228,9 @@ def _as_samples(name: str, values: Any) -> Tensor:
 
 
 def _standardise(values: Tensor, rows: Tensor) -> Tensor:
+    """float32 columns of mean 0 and standard deviation 1 over `rows`."""
     mean, std = values[rows].mean(0), values[rows].std(0)
-    return (values - mean) / torch.where(std > 0, std, 1.0)
+    return ((values - mean) / torch.where(std > 0, std, 1.0)).float()
 
 
 def _one_hot_strata(label: Tensor, k: int) -> Tensor:

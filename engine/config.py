@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from engine.errors import ConfigError
-from engine.files import write_text
+from engine.files import user_path, write_text
 
 BOUNDS = ("infonce", "dv", "mine", "tuba", "nwj", "js", "js_fgan", "smile", "interpolate")
 ACTIVATIONS = ("elu", "gelu", "hardshrink", "hardtanh", "leakyrelu", "prelu", "relu", "rrelu", "tanh")
@@ -472,7 +472,7 @@ class Config(Section):
         Raises:
             ConfigError: no such file, not YAML, an unknown key, or a value out of range.
         """
-        path = Path(path)
+        path = user_path(path)
         values = _read(path, str(path))
         base = values.get("preset") or ""
         if base:
@@ -491,7 +491,7 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     if (
         isinstance(source, Path)
         or source.endswith((".yaml", ".yml"))
-        or (source not in presets() and Path(source).is_file())
+        or (source not in presets() and user_path(source).is_file())
     ):
         return Config.load_yaml(source, overrides)
     return _build(_preset(source), overrides)

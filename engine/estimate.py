@@ -54,7 +54,7 @@ def estimate_mi(
         ceiling: what the bound cannot exceed with this batch size, nats; None where there is no such limit.
         batches: number of held-out batches.
         trained_critic: the `MIEstimator`, in eval mode; it expects columns standardised as here (`scale`).
-        scale: {"x": (mean, std), "y": (mean, std)}.
+        scale: {"x": (mean, std), "y": (mean, std)}, float64 [d] each: standardise in float64, then cast to float32.
 
     Raises:
         EstimatorError: arrays that do not pair up, non-finite entries, fewer than 10 batches' worth of samples, a
@@ -74,7 +74,7 @@ def estimate_mi(
     generator = torch.Generator().manual_seed(seed)
     held_out, validation, training = _split(torch.randperm(len(x), generator=generator))
     scale = {"x": _scale(x[training]), "y": _scale(y[training])}
-    x, y = _standardise(x, scale["x"]), _standardise(y, scale["y"])
+    x, y = _standardise(x, scale["x"]).float(), _standardise(y, scale["y"]).float()
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -152,7 +152,8 @@ def _split(order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _as_samples(name: str, values: Any) -> Tensor:
-    values = torch.as_tensor(values).detach().to("cpu", torch.float32)
+    """float64 [N, d]: in float32, values that lie far from 0 would lose their differences before they are centred."""
+    values = torch.as_tensor(values).detach().to("cpu", torch.float64)
     values = values[:, None] if values.dim() == 1 else values
     if values.dim() != 2:
         raise EstimatorError(WHERE, f"{name} {list(values.shape)}", "[N, d] or [N]", "Flatten what is not the sample.")

@@ -1,4 +1,4 @@
-"""Writing files so that they are either complete or absent."""
+"""Paths as users write them, and writing files so that they are either complete or absent."""
 
 import contextlib
 import errno
@@ -11,6 +11,25 @@ from pathlib import Path
 from typing import IO, Any
 
 from engine.errors import OutputError
+
+
+def user_path(path: str | Path) -> Path:
+    """`path` with a leading ~ made the home directory; as it is where that home cannot be determined."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def cache_home() -> Path | None:
+    """The folder for caches, XDG_CACHE_HOME or ~/.cache; None where the user has no home directory.
+
+    A container that runs under a user id of its own often has none.
+    """
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return user_path(named)
+    home = user_path("~")
+    return home / ".cache" if home.is_absolute() and home.is_dir() else None
 
 
 def output_error(path: Path, cause: OSError) -> OutputError:
@@ -59,7 +78,7 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
 
     What processes that were killed while they wrote `path` left behind is removed first.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
@@ -100,7 +119,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder cannot be made or written to, or the disk is full.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")

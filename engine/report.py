@@ -22,7 +22,7 @@ import yaml
 from numpy.typing import NDArray
 
 from engine.errors import CheckpointError, DataError
-from engine.files import write_text
+from engine.files import user_path, write_text
 from engine.metrics import (
     PHQ_RANGE,
     Predictions,
@@ -157,7 +157,7 @@ def write_report(run: str | Path) -> Path:
 
 def read_run(run: str | Path) -> Run:
     """Read everything but the features of a run folder. Raises CheckpointError if it holds no run."""
-    folder = Path(run)
+    folder = user_path(run)
     if not folder.is_dir():
         raise CheckpointError(
             str(folder), "no such folder", "the output folder of `engine train`", "Give the folder passed to --out."

@@ -22,7 +22,7 @@ from engine.allocator import keep_memory
 from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
 from engine.config import Config, ScheduleConfig, load_config
 from engine.errors import CheckpointError, ConfigError, OutputError
-from engine.files import output_error, write_json, write_text
+from engine.files import output_error, user_path, write_json, write_text
 from engine.kernels import registry
 from engine.kernels.knn_product import Bank
 from engine.kernels.registry import has_triton, interpreting
@@ -90,14 +90,14 @@ def train(
     Raises:
         EngineError: a problem with settings, data or the output folder, in one line.
     """
-    return _Trainer(config, Path(out), callbacks, dataset, profile).fit(resume)
+    return _Trainer(config, user_path(out), callbacks, dataset, profile).fit(resume)
 
 
 def train_seeds(
     config: Config, out: str | Path, seeds: Sequence[int], resume: bool = False, callbacks: Sequence[Callback] = ()
 ) -> list[RunResult]:
     """One run a seed in `out`/seedN, and summary.csv and summary.json with mean and standard deviation over them."""
-    out = Path(out)
+    out = user_path(out)
     dataset = open_dataset(config.data.path, config.resolve().data, config.text_encoder)
     results = []
     for seed in seeds:
@@ -138,8 +138,9 @@ def predict(
     """Write the best model's predictions on one split of `data` as CSV, in file order with ids. As `evaluate`."""
     loaded = load_run(run, _device(device))
     dataset, result = _apply(loaded, data, split, batch_size)
-    _write_predictions(Path(out), loaded.config, dataset.splits[split].ids, result)
-    return Path(out)
+    out = user_path(out)
+    _write_predictions(out, loaded.config, dataset.splits[split].ids, result)
+    return out
 
 
 def load_run(run: str | Path, device: str | torch.device = "cpu") -> Run:
@@ -148,7 +149,7 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> Run:
     Raises:
         CheckpointError: the folder holds no run, or its checkpoint is damaged.
     """
-    folder = Path(run)
+    folder = user_path(run)
     if not (folder / "config.yaml").exists() or not (folder / BEST).exists():
         raise CheckpointError(
             str(folder),

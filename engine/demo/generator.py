@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.demo.latents import LatentModel, true_information
 from engine.demo.sentences import make_sentence
-from engine.files import atomic_path, write_json, write_text
+from engine.files import atomic_path, user_path, write_json, write_text
 
 SPLITS = ("train", "valid", "test")
 LABEL_SCALE = 1.5  # label = C x LABEL_SCALE, cut to [-3, 3] and rounded to 0.2; a sentence's level likewise of T0
@@ -142,7 +142,7 @@ def write_demo_files(
     """
     from safetensors.numpy import save
 
-    out = Path(out_dir)
+    out = user_path(out_dir)
     counts = dict(zip(SPLITS, (n_train, n_valid, n_test), strict=True))
     utterances, latents = make_utterances(sum(counts.values()), seed)
     mode = np.repeat(SPLITS, list(counts.values()))

@@ -15,7 +15,7 @@ from engine.config import load_config
 from engine.demo.generator import write_demo_files
 from engine.demo.information import compare_with_truth
 from engine.errors import ConfigError
-from engine.files import write_json
+from engine.files import user_path, write_json
 from engine.trainer import train
 
 
@@ -32,7 +32,7 @@ def run_demo(out: str | Path, overrides: Iterable[str] = ()) -> None:
     Raises:
         EngineError: a setting or an output folder that cannot be used.
     """
-    out, overrides, console = Path(out), list(overrides), Console()
+    out, overrides, console = user_path(out), list(overrides), Console()
     config = load_config("demo", overrides)
     if config.data.path:
         raise ConfigError("data.path", config.data.path, "no path: the demo makes its data", "Use engine train.")

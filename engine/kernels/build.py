@@ -17,7 +17,7 @@ import torch
 
 from engine.allocator import settle
 from engine.errors import OutputError
-from engine.files import atomic_path
+from engine.files import atomic_path, cache_home
 
 HEADERS = Path(__file__).parent
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
@@ -32,12 +32,17 @@ log = logging.getLogger("engine")
 
 
 def folder() -> Path:
-    """Where compiled libraries are kept: torch's folder of extensions (TORCH_EXTENSIONS_DIR), in the user's cache."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if root is None:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        root = Path(cache) / "torch_extensions"
-    return Path(root) / "engine"
+    """Where compiled libraries are kept: torch's folder of extensions (TORCH_EXTENSIONS_DIR), in the user's cache.
+
+    Raises:
+        RuntimeError: the user has no home directory, and neither variable names another place.
+    """
+    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(root) / "engine"
+    cache = cache_home()
+    if cache is None:
+        raise RuntimeError("no home directory to keep it in; set XDG_CACHE_HOME or TORCH_EXTENSIONS_DIR")
+    return cache / "torch_extensions" / "engine"
 
 
 def compiler() -> str | None:

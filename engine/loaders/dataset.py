@@ -230,6 +230,17 @@ class Split:
         return sum(self._raw(k).values.size for k in ("audio", "vision")) * size
 
 
+def _beyond(data: StoreData, most: int) -> list[str]:
+    """Notes on the frames that are cut off after `most`."""
+    notes = []
+    for key in ("audio", "vision"):
+        lost = {n: int(np.maximum(getattr(s, key).lengths - most, 0).sum()) for n, s in data.splits.items()}
+        lost = {name: count for name, count in lost.items() if count}
+        if lost:
+            notes.append(f"{key}: {sum(lost.values())} frames beyond data.time_len={most} left out ({_listed(lost)})")
+    return notes
+
+
 def _viewed(ragged: Ragged) -> tuple[Tensor, Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch warns of arrays that are read-only: nobody writes to these
@@ -302,7 +313,7 @@ class Dataset:
             meta["length_rule"],
             {name: c["nonfinite"] for name, c in counts.items()},
             {name: c["missing"] for name, c in counts.items()},
-            list(meta["notes"]),
+            list(meta["notes"]) + (_beyond(data, config.time_len) if meta.get("cut") else []),
         )
 
     def loader(
@@ -443,7 +454,7 @@ def read_source(
 
 def csv_beside(source: formats.Source) -> list[Path]:
     """The CSV files beside a source, which may hold its labels and texts."""
-    return sorted(next(iter(source.files.values())).parent.glob("*.csv"))
+    return formats.csv_files(next(iter(source.files.values())).parent)
 
 
 def require_text(data: StoreData, tokenizer: Tokenizer | None, where: str, text_encoder: str) -> None:

@@ -29,7 +29,8 @@ class InspectReport:
         path, format, files: where it is, what family it is of ("unknown" where none), file name -> bytes.
         layout: split -> key -> "dtype shape" as stored (foreign files).
         splits: split -> {samples, label, text, tokens, audio, vision}; a modality is {dim, dtype, length: {min, median,
-            max}, nonfinite, missing, zero_frames}, zero_frames being frames of zeros inside sequences.
+            max}, nonfinite, missing, dropped, zero_frames}: dropped are frames that are not zero outside the lengths
+            of their sequences, zero_frames are frames of zeros inside sequences.
         duplicates: ids that occur more than once.
         problems: what keeps the data from being used, one line each.
         notes: what is handled but worth knowing.
@@ -60,12 +61,12 @@ class InspectReport:
         if self.splits:
             rule = f" (rule {self.length_rule})" if self.length_rule else ""
             table = Table("split", "samples", "modality", "dim", "dtype", f"length min / median / max{rule}",
-                          "NaN, inf", "missing", "zero frames")  # fmt: skip
+                          "NaN, inf", "missing", "dropped", "zero frames")  # fmt: skip
             for name, split in self.splits.items():
                 for i, key in enumerate(k for k in ("audio", "vision", "features", "text", "tokens") if k in split):
                     part = split[key]
                     length = " / ".join(f"{part['length'][k]:g}" for k in ("min", "median", "max"))
-                    cells = (str(part.get(k, "")) for k in ("nonfinite", "missing", "zero_frames"))
+                    cells = (str(part.get(k, "")) for k in ("nonfinite", "missing", "dropped", "zero_frames"))
                     head = (name, str(split["samples"])) if i == 0 else ("", "")
                     unit = " words" if key == "text" else ""
                     table.add_row(*head, key, str(part.get("dim", "")), part.get("dtype", ""), length + unit, *cells)
@@ -115,13 +116,13 @@ def inspect_path(
     except DataError as problem:
         report.problems.append(str(problem))
         return report
-    report.notes += raw.notes
+    report.notes += formats.remarks(source, raw)
     report.problems += [str(p) for p in problems(raw, str(path))]
     for name, split in raw.splits.items():
         described = report.splits[name] = _describe(split.label, split.text)
         for key in ("audio", "vision"):
             part = getattr(split, key)
-            counts = {"nonfinite": part.nonfinite, "missing": len(part.missing)}
+            counts = {"nonfinite": part.nonfinite, "missing": len(part.missing), "dropped": part.dropped}
             described[key] = {**_frames(part.ragged, raw.dtypes.get(key, "")), **counts}
             described[key]["zero_frames"] -= len(part.missing)
     report.duplicates = _duplicates([i for s in raw.splits.values() for i in s.ids])
@@ -145,7 +146,7 @@ def _inspect_store(file: Path, verify: bool) -> InspectReport:
                 if ragged is not None:
                     described[key] = _frames(ragged, str(ragged.values.dtype))
                 if key in counts["nonfinite"]:
-                    described[key] |= {"nonfinite": counts["nonfinite"][key], "missing": counts["missing"][key]}
+                    described[key] |= {kind: counts[kind][key] for kind in ("nonfinite", "missing", "dropped")}
                     described[key]["zero_frames"] -= counts["missing"][key]
             if split.tokens is not None:
                 described["tokens"] = {"length": _spread(split.tokens.lengths), "dtype": str(split.tokens.values.dtype)}

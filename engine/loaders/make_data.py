@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import ConfigError, OutputError
+from engine.files import user_path
 from engine.loaders import synthetic
 from engine.loaders.writers import WRITERS, Data, Sample
 
@@ -45,7 +46,7 @@ def make_data(out: str | Path, shape: str, n: int | None = None, format: str | N
     sizes[0] = n - sizes[1] - sizes[2]
     if sizes[0] < 1:
         raise ConfigError("--n", str(n), "at least 3, one a split", "Ask for more samples.")
-    folder = Path(out)
+    folder = user_path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(str(folder), "files", "a new or empty folder", "Choose another one.")
     return WRITERS[format](folder, samples(shape, sizes, seed), shape)

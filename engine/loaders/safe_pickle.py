@@ -2,8 +2,11 @@
 
 A pickle is a program. The machine here executes only what builds numpy arrays, numbers, text and plain containers:
 every name a pickle asks for must be on `ALLOWED`, and what it gets under that name is a function of ours, never the
-real callable. Instructions cannot cost more than the file's own size accounts for: shared objects are counted each time
-they are referred to, nothing may hold itself, integers have at most 64 bits, and keys are text or numbers.
+real callable. Instructions cannot cost more than the file's own size accounts for: shared lists and texts are counted
+each time they are referred to, nothing may hold itself, integers have at most 64 bits, and keys are text or numbers.
+An array of numbers may be shared by any number of rows and splits, since it is not copied.
+
+Byte strings that Python 2 wrote become text: UTF-8, or Latin-1 where they are not that.
 
 Large array payloads are not copied into memory: they become read-only views of the memory-mapped file, so that opening
 a 12 GB file costs what is later touched, not 12 GB.
@@ -29,6 +32,7 @@ MAX_DEPTH = 64
 MAX_STEPS = 1 << 26  # a pickle of millions of instructions is no data set
 MAX_CONTAINERS = 1 << 23
 SHARING = 16  # how often, on average, a byte of the file may be referred to
+WIDEST_KEY = 8  # items of a tuple that is a key
 
 _HEADS = (
     (
@@ -55,8 +59,35 @@ class _Refused(pickle.UnpicklingError):
         self.name = name
 
 
+class _Limit(pickle.UnpicklingError):
+    """The pickle is beyond a limit of this reader.
+
+    Args:
+        found: what is there. rule: what is allowed. do: what to do about it.
+    """
+
+    def __init__(self, found: str, rule: str, do: str = "Save plain numpy arrays, text, numbers, lists and dicts."):
+        super().__init__(found)
+        self.found, self.rule, self.do = found, rule, do
+
+
 class _Truncated(Exception):
     pass
+
+
+class _ByteString(bytes):
+    """A str of Python 2: the bytes of an array, or text."""
+
+    def text(self) -> str:
+        return decoded(bytes(self))
+
+
+def decoded(raw: bytes) -> str:
+    """Text of bytes: UTF-8, or Latin-1 where they are not that."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
 
 
 # What a pickle may build: stand-ins while loading, and the functions behind the allowed names.
@@ -75,8 +106,10 @@ class _Dtype:
         self.code = code.lstrip("<>=|")
 
     def build(self, state: Any) -> None:
-        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "=", "|"):
-            self.order = state[1]
+        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+        order = order.text() if isinstance(order, _ByteString) else order
+        if order in ("<", ">", "=", "|"):
+            self.order = order
 
     def numpy(self) -> np.dtype:
         return np.dtype("O") if self.code[0] == "O" else np.dtype(self.order + self.code)
@@ -110,8 +143,6 @@ def _array(raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
         for i, item in enumerate(raw):
             flat[i] = item
         return flat.reshape(shape, order=order)
-    if isinstance(raw, str):  # bytes written by Python 2
-        raw = raw.encode("latin1")
     if not isinstance(raw, (bytes, bytearray, memoryview)) or len(raw) != count * kind.itemsize:
         size = len(raw) if hasattr(raw, "__len__") else 0
         raise pickle.UnpicklingError(f"an array of shape {shape} and dtype {kind} with {size} bytes of data")
@@ -166,10 +197,18 @@ def _set(kind: type) -> Callable:
 
 
 def _key(value: Any) -> Any:
-    """`value` if it may be a key. Tuples may not: hashing one that is nested deeply overflows the stack."""
+    """`value` if it may be a key. Nested tuples may not: hashing one that is nested deeply overflows the stack."""
+    if isinstance(value, _ByteString):
+        return value.text()
     if value is None or isinstance(value, (str, bytes, int, float, np.generic)):
         return value
-    raise pickle.UnpicklingError(f"a {type(value).__name__} as a key")
+    if type(value) is tuple and len(value) <= WIDEST_KEY and not any(type(item) is tuple for item in value):
+        return tuple(map(_key, value))
+    raise _Limit(
+        f"a {type(value).__name__} as a key",
+        f"text, numbers, or tuples of up to {WIDEST_KEY} of them as keys and in sets",
+        "Save it under a name, or as a list.",
+    )
 
 
 def _ndarray(*_: Any) -> None:
@@ -237,7 +276,11 @@ class _Machine:
             if execute is None:
                 raise pickle.UnpicklingError(f"invalid load key {bytes(data[at : at + 1])!r} at byte {at}")
             execute(self)
-        raise pickle.UnpicklingError(f"more than {MAX_STEPS} instructions")
+        raise _Limit(
+            f"more than {MAX_STEPS} instructions",
+            f"at most {MAX_STEPS}",
+            "Save numpy arrays: lists of numbers take an instruction a number.",
+        )
 
     # -- reading arguments --
 
@@ -272,7 +315,7 @@ class _Machine:
         if end < 0:
             raise _Truncated
         if end - self.at > most:
-            raise pickle.UnpicklingError("a number of too many digits")
+            raise _Limit("a number of too many digits", f"a number written in at most {most} characters")
         line = self.data[self.at : end]
         self.at = end + 1
         return line
@@ -289,7 +332,11 @@ class _Machine:
     def new(self, container: Any) -> None:
         self.containers += 1
         if self.containers > MAX_CONTAINERS:
-            raise pickle.UnpicklingError(f"more than {MAX_CONTAINERS} containers")
+            raise _Limit(
+                f"more than {MAX_CONTAINERS} containers",
+                f"at most {MAX_CONTAINERS} lists, tuples, dicts and sets",
+                "Save numpy arrays instead of lists of lists.",
+            )
         self.stack.append(container)
 
     # -- instructions --
@@ -333,7 +380,7 @@ class _Machine:
     @staticmethod
     def small(value: int) -> int:
         if not -(1 << 63) <= value < 1 << 64:  # larger ones can be chosen such that all their hashes are equal
-            raise pickle.UnpicklingError("an integer of more than 64 bits")
+            raise _Limit("an integer of more than 64 bits", "integers of at most 64 bits")
         return value
 
     def float_line(self) -> None:
@@ -343,7 +390,11 @@ class _Machine:
         line = self.line().strip()
         if len(line) < 2 or line[0] != line[-1] or line[:1] not in (b"'", b'"'):
             raise pickle.UnpicklingError("a string without quotes")
-        self.stack.append(codecs.escape_decode(line[1:-1])[0].decode("latin1"))
+        self.stack.append(_ByteString(codecs.escape_decode(line[1:-1])[0]))
+
+    def byte_string(self, length: int) -> None:
+        raw = self.payload(length)
+        self.stack.append(raw if isinstance(raw, memoryview) else _ByteString(raw))
 
     def append(self) -> None:
         value = self.stack.pop()
@@ -449,7 +500,10 @@ class _Machine:
             elif isinstance(a, (list, tuple, set, frozenset)):
                 self.spent += SHARING * len(a)  # an item takes far longer than a byte
         if self.spent > SHARING * self.size + (1 << 20):
-            raise pickle.UnpicklingError("calls that copy more than the file holds")
+            raise _Limit(
+                "calls that copy more than the file holds",
+                f"calls that copy at most {SHARING} times its {self.size} bytes",
+            )
 
     def build(self) -> None:
         state = self.stack.pop()
@@ -483,8 +537,7 @@ def _table() -> list[Callable[[_Machine], None] | None]:
         b"I": m.int_line, b"L": m.long_line, b"J": push(lambda s: s.take(_I4)), b"K": push(lambda s: s.take(_U1)),
         b"M": push(lambda s: s.take(_U2)), b"\x8a": m.long1, b"\x8b": m.long4,
         b"F": m.float_line, b"G": push(lambda s: s.take(_F8)),
-        b"S": m.string, b"T": push(lambda s: s.raw(s.take(_I4)).decode("latin1")),
-        b"U": push(lambda s: s.raw(s.take(_U1)).decode("latin1")),
+        b"S": m.string, b"T": lambda s: s.byte_string(s.take(_I4)), b"U": lambda s: s.byte_string(s.take(_U1)),
         b"V": push(lambda s: _text(s.line().decode("raw-unicode-escape"))),
         b"X": lambda s: s.push_text(s.raw(s.take(_U4))), b"\x8c": lambda s: s.push_text(s.raw(s.take(_U1))),
         b"\x8d": lambda s: s.push_text(s.raw(s.take(_U8))),
@@ -510,7 +563,10 @@ _TABLE = _table()
 
 
 class _Settle:
-    """Replaces stand-ins for arrays by the arrays, and counts what the result holds, once a reference to it."""
+    """Replaces stand-ins by what they stand for, and counts what the result holds, once a reference to it.
+
+    An array of numbers counts as a reference only: nobody copies it, however many rows share it.
+    """
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -522,7 +578,9 @@ class _Settle:
             value = value.value
         kind = type(value)
         if kind is np.ndarray and value.dtype != object:
-            return value, value.nbytes
+            return value, 8 + (value.nbytes if value.dtype.kind in "SU" else 0)
+        if kind is _ByteString:
+            return value.text(), len(value)
         if kind in (str, bytes, bytearray, memoryview):
             return value, len(value)
         if kind in (set, frozenset):
@@ -534,10 +592,10 @@ class _Settle:
         if id(value) in self.done:
             known = self.done[id(value)]
             if known is None:
-                raise pickle.UnpicklingError("a container that holds itself")
+                raise _Limit("a container that holds itself", "containers that do not hold themselves")
             return known
         if depth > MAX_DEPTH:
-            raise pickle.UnpicklingError(f"containers nested more than {MAX_DEPTH} deep")
+            raise _Limit(f"containers nested more than {MAX_DEPTH} deep", f"a depth of at most {MAX_DEPTH}")
         self.done[id(value)] = None
         self.keep.append(value)
         result, total = value, 8
@@ -555,7 +613,12 @@ class _Settle:
                 flat[i], size = self(item, depth + 1)
                 total += size
         if total > self.limit:
-            raise pickle.UnpicklingError("objects that are shared more often than any data set shares them")
+            raise _Limit(
+                f"lists and texts that are shared more often than {SHARING} times on average",
+                f"lists and texts that count at most {SHARING} times the file's size, each counted at every reference "
+                "(an array of numbers may be shared freely)",
+                "Save what many rows share as one numpy array, or write it out for every row.",
+            )
         self.done[id(value)] = (result, total)
         return result, total
 
@@ -575,8 +638,8 @@ def load(path: str | Path) -> Any:
     Large arrays of the result are read-only views of the mapped file.
 
     Raises:
-        DataError: not a pickle, damaged or truncated, it asks for a name that is not in `ALLOWED`, or it would grow
-            far beyond its file.
+        DataError: not a pickle, damaged or truncated, it asks for a name that is not in `ALLOWED`, or it is beyond a
+            limit, which the message tells.
     """
     path = Path(path)
     expected = "a pickle of numpy arrays, text and plain containers"
@@ -610,6 +673,8 @@ def load(path: str | Path) -> Any:
             else "Nothing was run. If you trust the file's author, ask for plain numpy arrays."
         )
         raise DataError(str(path), f"a pickle that asks for {refused.name}", expected, advice) from None
+    except _Limit as limit:
+        raise DataError(str(path), f"a pickle with {limit.found}", limit.rule, limit.do) from None
     except MemoryError:
         raise DataError(
             str(path), "a pickle larger than the free memory", expected, "Use a machine with more memory."

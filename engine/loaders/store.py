@@ -31,12 +31,12 @@ from safetensors import SafetensorError, safe_open
 
 from engine import __version__
 from engine.errors import DataError, OutputError
-from engine.files import atomic_file
-from engine.loaders.formats import SPLITS, RawDataset, Source
+from engine.files import atomic_file, cache_home, user_path
+from engine.loaders.formats import SPLITS, RawDataset, Source, remarks
 from engine.loaders.ragged import LengthRule, Ragged, release
 from engine.loaders.text import Tokenizer
 
-VERSION = 1
+VERSION = 2  # 1: padding was taken to be where the format has it, whatever the zeros said
 KEY = "engine_store"
 FILE = "store.safetensors"
 HEAD_BYTES = 1 << 20
@@ -100,7 +100,7 @@ class StoreData:
 
 def store_path(path: str | Path) -> Path:
     """The store's file where `path` names a store or its folder, or would after writing."""
-    path = Path(path)
+    path = user_path(path)
     return path if path.suffix == ".safetensors" else path / FILE
 
 
@@ -162,6 +162,7 @@ def prepare(source: Source, raw: RawDataset, rule: LengthRule, tokenizer: Tokeni
         counts[name] = {
             "samples": len(split.ids),
             "nonfinite": {"audio": split.audio.nonfinite, "vision": split.vision.nonfinite},
+            "dropped": {"audio": split.audio.dropped, "vision": split.vision.dropped},
             "missing": {
                 "audio": len(split.audio.missing),
                 "vision": len(split.vision.missing),
@@ -181,7 +182,7 @@ def prepare(source: Source, raw: RawDataset, rule: LengthRule, tokenizer: Tokeni
         "draws_words": raw.draws_words,
         "cut": raw.cut,
         "counts": counts,
-        "notes": raw.notes,
+        "notes": remarks(source, raw),
     }
     return StoreData(meta, splits)
 
@@ -528,7 +529,7 @@ def _described(meta: dict[str, Any]) -> bool:
         and all(
             isinstance(split.get(kind), dict) and all(isinstance(n, int) for n in split[kind].values())
             for split in counts.values()
-            for kind in ("nonfinite", "missing")
+            for kind in ("nonfinite", "missing", "dropped")
         )
     )
 
@@ -558,16 +559,15 @@ def verify_store(path: str | Path) -> list[str]:
 
 
 def cache_places(source: Source, settings: dict[str, Any]) -> list[Path]:
-    """Where a store made on first use may lie: beside the source, else in the user's cache folder."""
+    """Where a store made on first use may lie: beside the source, else in the user's cache folder, if there is one."""
     key = hashlib.sha256(json.dumps({**settings, "version": VERSION}, sort_keys=True).encode()).hexdigest()[:8]
     first = next(iter(source.files.values())).absolute()
     stem = first.stem if "" in source.files else source.path.absolute().stem
     whole = hashlib.sha256(str(source.path.resolve()).encode()).hexdigest()[:8]
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [
-        first.parent / f"{stem}.engine-{key}.safetensors",
-        base / "engine" / f"{stem}.{whole}.engine-{key}.safetensors",
-    ]
+    places, cache = [first.parent / f"{stem}.engine-{key}.safetensors"], cache_home()
+    if cache is not None:
+        places.append(cache / "engine" / f"{stem}.{whole}.engine-{key}.safetensors")
+    return places
 
 
 def is_writable(folder: Path) -> bool:

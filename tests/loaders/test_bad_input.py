@@ -70,16 +70,16 @@ MMSA_CASES = {
         lambda c: rename(c, "test", "audio_lengths", "audio_length"),
         ["'audio_length'", "Did you mean 'audio_lengths'?"],
     ),
-    "extra_key": (
-        lambda c: {**c, "train": {**c["train"], "zzz": 1}},
-        ["x.pkl, train", "unknown key 'zzz'", "Remove it"],
-    ),
     "missing_split": (lambda c: {k: v for k, v in c.items() if k != "test"}, ["no test", "Write all three"]),
     "misnamed_split": (
         lambda c: {"train": c["train"], "valid": c["valid"], "tests": c["test"]},
         ["no test", "Rename 'tests'"],
     ),
-    "extra_split": (lambda c: {**c, "more": c["test"]}, ["an extra split 'more'"]),
+    "split_under_two_names": (lambda c: {**c, "dev": c["valid"]}, ["the split valid under two names", "'dev'"]),
+    "lengths_that_hold_little": (
+        lambda c: change(c, "train", "audio_lengths", lambda x: [1] * 7),
+        ["train/audio", "outside the lengths of rule recorded", "data.length_rule=all_zero"],
+    ),
     "split_is_no_dict": (lambda c: {**c, "valid": [1]}, ["x.pkl, valid", "a list", "a dict"]),
     "wrong_dims": (
         lambda c: change(c, "train", "audio", lambda x: x[:, :, 0]),
@@ -169,7 +169,6 @@ DECLARELAB_CASES = {
         ["no 'labels'", "Rename 'label' to 'labels'"],
     ),
     "missing_key": (lambda c: without(c, "valid", "audio"), ["x.pkl, valid", "no 'audio'"]),
-    "extra_key": (lambda c: {**c, "train": {**c["train"], "zzz": 1}}, ["unknown key 'zzz'"]),
     "wrong_dims": (lambda c: change(c, "train", "audio", lambda x: x[0]), ["train/audio", "(9, 5)"]),
     "empty_id": (lambda c: change(c, "train", "id", lambda x: at(x, (2, 0), b"")), ["train/id, row 2", "an empty id"]),
     "empty_split": (lambda c: {**c, "test": {k: v[:0] for k, v in c["test"].items()}}, ["x.pkl, test/id", "no rows"]),
@@ -255,6 +254,13 @@ def test_label_csv(tmp_path, data, tokenizer, case):
         writers.write_csv(path.parent / "label.csv", rows)
     text = fails(path, tokenizer, *parts)
     assert text in inspect_path(path).problems
+
+
+def test_a_text_that_is_cut_by_its_commas(tmp_path, data, tokenizer):
+    path = writers.dump(writers.declarelab(data), tmp_path / "in" / "x.pkl")
+    rows = [f"{r['video_id']},{r['clip_id']},{r['label']},so, so" for r in writers.label_rows(data)]
+    (path.parent / "label.csv").write_text("\n".join(["video_id,clip_id,label,text", *rows]))
+    fails(path, tokenizer, "label.csv, line 2", "5 cells", "4, as in the header", "in quotes")
 
 
 def test_csv_that_is_not_utf8(tmp_path, data, tokenizer):
@@ -488,6 +494,7 @@ MANIFEST_CASES = {
     "label_word": (rewrite(lambda t: t.replace("train,", "train,x", 1)), ["manifest.csv, line 2", "a finite number"]),
     "other_split": (rewrite(lambda t: t.replace("train,", "trian,", 1)), ["line 2", "split 'trian'"]),
     "a_split_missing": (rewrite(lambda t: t.replace("valid,", "train,")), ["splits train, test, no valid"]),
+    "a_cell_too_many": (rewrite(lambda t: t.replace("vision/v_ideo0_0.npy", "a,b", 1)), ["line 2", "7 cells"]),
     "empty_id": (rewrite(lambda t: t.replace("v_ideo0_0,", ",", 1)), ["line 2", "an empty id"]),
     "duplicate": (rewrite(lambda t: t.replace("v_ideo0_1,", "v_ideo0_0,", 1)), ["id v_ideo0_0 a second time"]),
     "absolute": (rewrite(lambda t: t.replace(FIRST, "/etc/passwd")), ["line 2 (id v_ideo0_0), audio", "outside"]),
@@ -521,6 +528,8 @@ def test_manifest(tmp_path, data, tokenizer, case):
         ("1,2,3,4,5\n1,2,x,4,5\n", ["v_ideo0_0.csv, line 2", "no number"]),
         ("1,2,3,4,5\n1,2,3,4\n", ["v_ideo0_0.csv, line 2", "4 cells", "5 as in the first row"]),
         ("1,2\n", ["row 1 (id v_ideo0_1)", "5 features a frame"]),
+        ("1,2,x,4,5\n1,2,3,4,5\n", ["v_ideo0_0.csv, line 1", "no number"]),
+        (",0,1,2,3,4\n0,1,2,3,4,5\n", ["v_ideo0_0.csv, line 1", "without a name", "without its index"]),
     ],
 )
 def test_manifest_of_csv_files(tmp_path, data, tokenizer, text, parts):
@@ -529,11 +538,25 @@ def test_manifest_of_csv_files(tmp_path, data, tokenizer, text, parts):
     fails(folder, tokenizer, *parts)
 
 
+@pytest.mark.parametrize("header", ["", "a,b,c,d,e\n", "0,1,2,3,4\n"])
+def test_headers_of_csv_files(tmp_path, data, tokenizer, header):
+    folder = writers.write_manifest(tmp_path / "in", data, kind="csv")
+    (folder / "audio" / "v_ideo0_0.csv").write_text(f"{header}1,2,3,4,5\n6,7,8,9,10\n")
+    opened = open_dataset(folder, DataConfig(), tokenizer)
+    assert opened.splits["train"]._data.audio[0].tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
+
+
 def test_csd_without_what_it_needs(tmp_path, data, tokenizer):
     pytest.importorskip("h5py", reason="needs the extra csd")
     folder = writers.write_csd(tmp_path / "in", data)
     splits = (folder / "splits.json").read_text()
-    for text, part in (("{", "splits.json"), ("[1]", "splits.json"), ('{"train": []}', "no valid")):
+    twice = '{"train": ["a"], "valid": ["a"], "test": []}'
+    for text, part in (
+        ("{", "splits.json"),
+        ("[1]", "splits.json"),
+        ('{"train": []}', "no valid"),
+        (twice, "video a in train and in valid"),
+    ):
         (folder / "splits.json").write_text(text)
         fails(folder, tokenizer, part)
     (folder / "splits.json").write_text(splits.replace("valid_", "other_"))

@@ -148,3 +148,96 @@ def test_ragged_join():
     r = Ragged.join([np.arange(2), np.arange(0), np.arange(3)], np.int32)
     assert r.values.dtype == np.int32
     assert [r[i].tolist() for i in range(len(r))] == [[0, 1], [], [0, 1, 2]]
+
+
+# -- the side of the padding, and what is left out --
+
+
+@pytest.mark.parametrize("rule", ["all_zero", "sum_zero", "recorded"])
+@pytest.mark.parametrize("usual", ["left", "right"])
+def test_padding_at_the_other_side_is_found(usual, rule):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 8, 30)
+    sequences = [rng.uniform(0.5, 1, (n, 3)).astype(np.float32) for n in lengths]
+    other = "left" if usual == "right" else "right"
+    for side, told in ((usual, None), (other, other)):
+        got = from_padded(pad(sequences, 8, side), usual, rule, lengths, [str(i) for i in range(30)], "x")
+        assert np.array_equal(got.ragged.values, np.concatenate(sequences))
+        assert (got.side, got.dropped, got.missing) == (told, 0, [])
+
+
+def test_a_few_zeros_at_the_other_end_decide_nothing():
+    """Frames of zeros at an end may be real, in sequences that fill the array: they stay."""
+    full, padded = np.ones((6, 2)), np.array([[0, 0]] * 3 + [[1, 1]] * 3)
+    edge = full.copy()
+    edge[-2:] = 0
+    got = take([full, edge, padded])
+    assert got.side is None
+    assert got.ragged.lengths.tolist() == [6, 6, 3]
+    assert got.ragged[1].tolist() == edge.tolist()
+
+
+def test_frames_outside_their_lengths_are_counted():
+    frames = [[1, 1], [2, 2], [3, 3], [0, 0]]
+    got = take([frames, frames, frames], "right", "recorded", np.array([2, 4, 1]))
+    assert (got.dropped, got.side) == (1 + 2, None)
+    assert take([[[0, 0], [1, 2], [0, 0], [3, 4], [5, 6]]], rule="sum_zero").dropped == 1
+    with pytest.raises(DataError, match=r"7 of 9 frames that are not zero outside the lengths of rule recorded"):
+        take([frames, frames, frames], "right", "recorded", np.array([1, 1, 0]))
+
+
+def test_sequences_longer_than_recorded_are_cut_where_it_loses_less():
+    rng = np.random.default_rng(0)
+    sequences = [rng.normal(size=(n, 2)).astype(np.float32) for n in (2, 3, 5)]
+    for side, told in (("right", None), ("left", "left")):
+        rows = list(pad(sequences, 5, side))
+        got = from_sequences(rows, IDS, "x", [2, 3, 5])
+        assert all(np.array_equal(got.ragged[i], s) for i, s in enumerate(sequences))
+        assert (got.side, got.dropped) == (told, 0)
+    got = from_sequences(sequences, IDS, "x", [2, 1, 0])  # 0: not recorded
+    assert got.ragged.lengths.tolist() == [2, 1, 5]
+    assert (got.side, got.dropped) == (None, 2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sequences_of_one_length_with_zeros_at_one_end_are_padded(side):
+    rng = np.random.default_rng(0)
+    sequences = [rng.normal(size=(n, 2)).astype(np.float32) for n in (2, 3, 5, 1, 4, 2, 5, 3)]
+    rows, ids = list(pad(sequences, 5, side)), [str(i) for i in range(10)]
+    got = from_sequences([*rows, np.zeros((5, 2)), np.zeros((0, 2))], ids, "x")
+    assert all(np.array_equal(got.ragged[i], s) for i, s in enumerate(sequences))
+    assert (got.side, got.usual, got.missing, got.dropped) == (side, None, [8, 9], 0)
+    for kept in ([*rows, np.zeros((6, 2))], [rows[0], *[sequences[2]] * 8]):  # of two lengths; too few with zeros
+        got = from_sequences(kept, ids[:9], "x")
+        assert got.side is None
+        assert got.ragged.lengths.tolist()[:8] == [5] * 8
+
+
+def test_rows_that_share_an_array():
+    shared, zeros = np.arange(1, 9, dtype=np.float64).reshape(4, 2), np.zeros((5, 2))
+    got = from_sequences([shared, zeros, shared, shared[:0]] * 50, [str(i) for i in range(200)], "x")
+    assert np.array_equal(got.ragged[2], shared) and np.array_equal(got.ragged[198], shared)
+    assert got.missing == [i for i in range(200) if i % 2]
+    silence = np.array([[0, -np.inf], [0, 0]])
+    got = from_sequences([shared, *[silence] * 9], [str(i) for i in range(10)], "x")
+    assert (got.nonfinite, got.missing) == (9, list(range(1, 10)))
+
+
+def test_rows_that_share_an_array_too_often():
+    """Each row's frames are written out: a small file must not fill the disk."""
+    shared = np.ones((1000, 1000), np.float32)
+    with pytest.raises(DataError, match=r"1 arrays of 4000000 bytes that 1000 rows share; expected .*64 times"):
+        from_sequences([shared] * 1000, [str(i) for i in range(1000)], "x")
+
+
+def test_columns_that_float32_cannot_tell_apart():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 6, 4))
+    values[..., 1] += 1.7e9  # seconds since 1970
+    values[..., 2] = 0.1 + 1e-17 * values[..., 2]  # a constant and what rounding added
+    values[..., 3] = 1e6 + 1e5 * values[..., 3]
+    assert take([[[1.0, 2.0]]]).coarse == []
+    for dtype, expected in ((np.float64, [1]), (np.float32, [])):
+        got = from_padded(values.astype(dtype), "left", "all_zero", None, IDS, "x")
+        assert got.coarse == expected
+        assert from_sequences(list(values.astype(dtype)), IDS, "x").coarse == expected

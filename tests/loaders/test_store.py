@@ -227,7 +227,7 @@ def test_inconsistent_offsets_are_damage(tmp_path, source, tokenizer):
 def test_later_version(tmp_path, source, tokenizer):
     data = open_store(convert(source, tmp_path / "x", tokenizer))
     data.meta["version"] = 99
-    with pytest.raises(DataError, match=r"store version 99 \(engine .*\); expected version 1\. Update engine"):
+    with pytest.raises(DataError, match=r"store version 99 \(engine .*\); expected version 2\. Update engine"):
         open_store(write_store(tmp_path / "y", data))
     data.meta["version"] = 0
     with pytest.raises(DataError, match=r"store version 0.*Convert the data again"):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.errors import EstimatorError
 from engine.kernels.knn_product import reference
-from engine.kernels.knn_product.reference import Strata, label_strata
+from engine.kernels.knn_product.reference import Strata, label_strata, narrow
 from engine.kernels.registry import backend_for, call, lazy, register
 
 Ties = Literal["random", "first"]
@@ -87,7 +87,7 @@ class Space:
     """
 
     def __init__(self, z: Tensor):
-        self.z = z.detach().reshape(len(z), -1).float().contiguous()
+        self.z = narrow(z.reshape(len(z), -1)).contiguous()
         if not torch.isfinite(self.z).all():
             raise EstimatorError(
                 "condition", "a feature that is NaN or infinite in the bank", "finite features",
@@ -123,7 +123,7 @@ class Line:
     """
 
     def __init__(self, z: Tensor):
-        z = z.detach().reshape(-1).float()
+        z = narrow(z.reshape(-1))
         if not torch.isfinite(z).all():
             raise EstimatorError(
                 "condition", "a label that is NaN or infinite", "finite labels", "Drop or mend these samples."

@@ -186,6 +186,19 @@ def wide(values: Tensor) -> Tensor:
     return values if values.device.type == "mps" else values.double()
 
 
+def narrow(values: Tensor) -> Tensor:
+    """`values` [N, ...] in float32 without losing their differences, which are all that a condition is used for.
+
+    Where float32 cannot hold the values themselves (float64 or integers far from 0), each column is first centred at
+    its median, in the precision that it came in.
+    """
+    values = values.detach()
+    near = values.float()
+    if values.dtype in (torch.float32, torch.float16, torch.bfloat16) or torch.equal(near.to(values.dtype), values):
+        return near
+    return (values - values.median(0).values).float()
+
+
 # -- strata -----------------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +229,7 @@ def label_strata(label: Tensor, k: int) -> Strata:
         label: float [N] or [N, 1].
         k: a stratum needs more members than this.
     """
-    label = label.detach().reshape(-1).float()
+    label = narrow(label.reshape(-1))
     if not torch.isfinite(label).all():
         raise EstimatorError(
             "condition", "a label that is NaN or infinite", "finite labels", "Drop or mend these samples."

@@ -17,14 +17,17 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from engine.errors import DataError
+from engine.files import user_path
 from engine.loaders import safe_pickle
-from engine.loaders.ragged import LengthRule, Sequences
+from engine.loaders.ragged import STEPS, LengthRule, Sequences
 
 SPLITS = ("train", "valid", "test")
 SPLIT_ALIASES = {"train": "train", "valid": "valid", "val": "valid", "dev": "valid", "test": "test"}
 MANIFEST = "manifest.csv"
 SPLITS_FILE = "splits.json"
 CSD = (".csd", ".hdf5", ".h5")
+COMPANIONS = ("thumbs.db", "desktop.ini")  # what file managers leave in folders, beside names that begin with a dot
+NAMED = 8  # names that a note lists
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,14 @@ class Source:
         files: the file under "", the files by split name, or .csd files by their stems.
         choice: what to take where there is more than one of a kind.
         parts: further files the data lies in, which are looked at only for whether they have changed.
+        notes: remarks for the user on what is skipped.
     """
 
     path: Path
     files: dict[str, Path]
     choice: Choice = Choice()
     parts: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @cached_property
     def head(self) -> bytes:
@@ -142,14 +147,30 @@ class Source:
         return {name: safe_pickle.load(file) for name, file in self.files.items()}
 
     def split_dict(self) -> dict[str, Any] | None:
-        """The content by canonical split name, or None where it is not a dict of splits."""
-        if self.kind != "pickle":
+        """The content by canonical split name, or None where it is not a dict of splits.
+
+        The dicts are copies (not what they hold), with text for keys that are byte strings.
+
+        Raises:
+            DataError: a split is there under two names.
+        """
+        if self.kind != "pickle" or not isinstance(self.content, dict):
             return None
-        content = self.content
-        if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
-            return None
-        found = {SPLIT_ALIASES.get(k, k): v for k, v in content.items()}
+        found: dict[str, Any] = {}
+        for key, split in _text_keys(self.content).items():
+            name = SPLIT_ALIASES.get(key, key)
+            if name in found:
+                raise DataError(
+                    str(self.path), f"the split {name} under two names, one of them {key!r}", f"one {name} split",
+                    "Remove one of them.",
+                )  # fmt: skip
+            found[name] = _text_keys(split) if isinstance(split, dict) else split
         return found if set(found) & set(SPLITS) else None
+
+
+def _text_keys(content: dict) -> dict[str, Any]:
+    """A copy of a dict with its keys as text."""
+    return {safe_pickle.decoded(k) if isinstance(k, bytes) else str(k): v for k, v in content.items()}
 
 
 class Format(Protocol):
@@ -189,12 +210,34 @@ def find_source(path: str | Path, choice: Choice | None = None) -> Source:
     """The file or files that `path` names.
 
     A folder may hold one pickle, one file a split (train, dev or valid, test, with a common prefix), .csd files, or a
-    manifest.csv. A path to one such split file or .csd file stands for all of them.
+    manifest.csv. A path to one such split file or .csd file stands for all of them. Hidden files and what file managers
+    leave in folders are skipped, which `notes` of the source says.
 
     Raises:
         DataError: nothing there, or more than one candidate.
     """
-    path, choice = Path(path), choice or Choice()
+    path = user_path(path)
+    source = _find(path, choice or Choice())
+    if path.is_dir() or "" not in source.files:
+        folder = path if path.is_dir() else path.parent
+        hidden = sorted(p.name for p in folder.iterdir() if is_hidden(p) and p.is_file() and p.suffix != ".part")
+        source.notes += [f"skipped files: {listed(hidden)}"] if hidden else []
+    return source
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file is a companion that no user means: `.DS_Store`, `._x.pkl`, `Thumbs.db`."""
+    return path.name.startswith(".") or path.name.lower() in COMPANIONS
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a note, the first few of many."""
+    names = [name if len(name) <= 80 else f"{name[:80]}..." for name in names]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _find(path: Path, choice: Choice) -> Source:
     if not path.exists():
         near = (
             []
@@ -241,11 +284,18 @@ def find_source(path: str | Path, choice: Choice | None = None) -> Source:
 
 
 def _pickles(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix in (".pkl", ".pickle", ".p") and p.is_file())
+    kinds = (".pkl", ".pickle", ".p")
+    return sorted(p for p in folder.iterdir() if p.suffix in kinds and p.is_file() and not is_hidden(p))
 
 
 def _csd(folder: Path) -> dict[str, Path]:
-    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in CSD and p.is_file()}
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in CSD and p.is_file() and not is_hidden(p))
+    return {p.stem: p for p in found}
+
+
+def csv_files(folder: Path) -> list[Path]:
+    """The CSV files of a folder, hidden ones left out."""
+    return sorted(p for p in folder.glob("*.csv") if not is_hidden(p))
 
 
 def _splits_file(folder: Path) -> list[Path]:
@@ -253,7 +303,8 @@ def _splits_file(folder: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".npy", ".csv") and p.is_file())
+    kinds = (".npy", ".csv")
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds and p.is_file() and not is_hidden(p))
 
 
 def _split_groups(folder: Path) -> dict[str, dict[str, Path]]:
@@ -387,8 +438,8 @@ def read(
 # What readers share.
 
 
-def check_splits(where: str, found: Iterable[str]) -> None:
-    """Raise unless train, valid and test are all there and nothing else is."""
+def check_splits(where: str, found: Iterable[str]) -> list[str]:
+    """Raise unless train, valid and test are all there; a note that names other splits, which are not read."""
     found = sorted(found, key=lambda s: SPLITS.index(s) if s in SPLITS else len(SPLITS))
     missing = [s for s in SPLITS if s not in found]
     extra = [s for s in found if s not in SPLITS]
@@ -396,14 +447,13 @@ def check_splits(where: str, found: Iterable[str]) -> None:
         near = nearest(missing[0], extra, 0.5)
         do = f"Rename {near[0]!r}." if near else "Write all three splits."
         raise DataError(where, f"splits {', '.join(found)}, no {missing[0]}", "train, valid (or dev) and test", do)
-    if extra:
-        raise DataError(where, f"an extra split {extra[0]!r}", "train, valid (or dev) and test", "Remove it.")
+    return [f"splits that are not read: {listed(extra)}"] if extra else []
 
 
 def splits_with_words(source: Source, title: str, features: bool) -> dict[str, Any]:
     """The rows of every split of a format that holds words but no text features; raises where `features` are asked."""
     splits = source.split_dict() or {}
-    check_splits(str(source.path), splits)
+    source.notes += check_splits(str(source.path), splits)
     if features:
         raise DataError(
             str(source.path), f"a {title}", "a file with precomputed text features",
@@ -417,12 +467,21 @@ def nearest(word: str, options: Iterable[str], cutoff: float = 0.6) -> list[str]
     return difflib.get_close_matches(str(word)[:80], [str(o)[:80] for o in list(options)[:200]], 1, cutoff)
 
 
-def check_keys(where: str, split: Any, required: Iterable[str], optional: Iterable[str], title: str) -> None:
-    """Raise for missing, misnamed and unknown keys of a split, suggesting the nearest names."""
+def check_keys(
+    where: str, split: Any, required: Iterable[str], optional: Iterable[str], title: str, unread: Iterable[str] = ()
+) -> list[str]:
+    """Raise for missing and misnamed keys of a split, suggesting the nearest names.
+
+    Args:
+        required, optional: keys that are read. unread: keys of the format that nothing here reads.
+
+    Returns:
+        the unknown keys, which are not read.
+    """
     if not isinstance(split, dict):
         raise DataError(where, f"a {type(split).__name__}", f"a dict, as {title} files have", "Write one dict a split.")
     required, optional = list(required), list(optional)
-    extra = [str(k) for k in split if k not in required and k not in optional]
+    extra = [k for k in split if k not in required and k not in optional and k not in unread]
     for key in required:
         if key not in split:
             near = nearest(key, extra, 0.5)
@@ -433,11 +492,53 @@ def check_keys(where: str, split: Any, required: Iterable[str], optional: Iterab
                 f"the keys of a {title} file: {', '.join(required)}",
                 do,
             )
-    if extra:
-        free = [k for k in required + optional if k not in split]
-        near = nearest(extra[0], free)
-        do = f"Did you mean {near[0]!r}? Rename it." if near else "Remove it."
-        raise DataError(where, f"an unknown key {extra[0]!r}", f"only keys of a {title} file", do)
+    free = [k for k in required + optional if k not in split]
+    for key in extra:
+        near = nearest(key, free, 0.8)
+        if near:
+            raise DataError(
+                where, f"an unknown key {key!r}", f"the keys of a {title} file", f"Did you mean {near[0]!r}? Rename it."
+            )
+    return extra
+
+
+def note_keys(extra: Mapping[str, list[str]]) -> list[str]:
+    """A note on keys that are not read. `extra`: split -> its unknown keys."""
+    found: dict[str, list[str]] = {}
+    for split, keys in extra.items():
+        for key in keys:
+            found.setdefault(key, []).append(split)
+    names = [key if len(splits) == len(SPLITS) else f"{key} ({', '.join(splits)})" for key, splits in found.items()]
+    return [f"keys that are not read: {listed(names)}"] if names else []
+
+
+def remarks(source: Source, raw: RawDataset) -> list[str]:
+    """All that the user should know of how a data set was read: what was skipped, where padding was, what was lost."""
+    notes = [*source.notes, *raw.notes]
+    for name in ("audio", "vision", "features"):
+        parts = {s: p for s, split in raw.splits.items() if (p := getattr(split, name)) is not None}
+        what = "text features" if name == "features" else name
+        for side, end, other in (("left", "start", "end"), ("right", "end", "start")):
+            turned = [s for s, p in parts.items() if p.side == side]
+            if turned:
+                place = "none" if parts[turned[0]].usual is None else f"it at the {other}"
+                notes.append(
+                    f"{what}: padding found at the {end} of sequences ({', '.join(turned)}), where {raw.format} files "
+                    f"have {place}; read so"
+                )
+        dropped = {s: p.dropped for s, p in parts.items() if p.dropped}
+        if dropped:
+            notes.append(
+                f"{what}: {sum(dropped.values())} frames that are not zero left out, since they lie outside the "
+                f"lengths of their sequences ({', '.join(f'{s} {n}' for s, n in dropped.items())})"
+            )
+        coarse = sorted({column for p in parts.values() for column in p.coarse})
+        if coarse:
+            notes.append(
+                f"{what}: columns {listed(map(str, coarse))} lie so far from 0 that float32 tells fewer than {STEPS} "
+                "values of them apart; subtract a constant from them before they are saved"
+            )
+    return notes
 
 
 def read_labels(
@@ -504,7 +605,7 @@ def to_text(value: Any, where: str = "text") -> str:
         DataError: something that is neither text nor a number.
     """
     if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
+        return safe_pickle.decoded(value)
     if not isinstance(value, (str, int, float, np.number)):
         raise DataError(where, f"a {type(value).__name__}", "text", "Write texts and ids as str.")
     text = str(value)

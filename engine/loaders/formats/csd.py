@@ -29,7 +29,9 @@ from engine.loaders.formats import (
     RawSplit,
     Source,
     check_splits,
+    csv_files,
     csv_header,
+    listed,
     read_labels,
 )
 from engine.loaders.hdf5 import CsdReader
@@ -72,6 +74,8 @@ class CSD:
         data = RawDataset(self.name, {})
         with CsdReader() as reader:
             files = _sort(source, reader)
+            if files["other"]:
+                data.notes.append(f"files that are not read: {listed(p.name for p in files['other'].values())}")
             segments = _segments(source, reader, files["label"]["labels"], data.notes)
             words, spans = _words(reader.open(files["words"]["words"]), segments)
             spoken = [s for s in segments if words[s.id]]
@@ -109,7 +113,13 @@ def _sort(source: Source, reader: CsdReader) -> dict[str, dict[str, Path]]:
             kind = kind or next((k for k, marks in KINDS.items() if any(m in name for m in marks)), None)
         asked = {getattr(source.choice, f"{k}_features").lower(): k for k in ("audio", "vision", "text")}
         kind = asked.get(stem.lower(), kind)
-        found[kind or "other"]["words" if kind == "words" else "labels" if kind == "label" else stem] = file
+        name = "words" if kind == "words" else "labels" if kind == "label" else stem
+        if name in found[kind or "other"]:
+            raise DataError(
+                str(source.path), f"several files of {name} ({found[kind][name].name}, {file.name})", "one",
+                "Move one of them away.",
+            )  # fmt: skip
+        found[kind or "other"][name] = file
     for kind, do in (
         ("words", "Add the file of time-stamped words."),
         ("label", "Add the labels."),
@@ -130,7 +140,7 @@ def _sort(source: Source, reader: CsdReader) -> dict[str, dict[str, Path]]:
 
 
 def _segments(source: Source, reader: CsdReader, file: Path, notes: list[str]) -> list[_Segment]:
-    split_of = _splits(source)
+    split_of = _splits(source, notes)
     reader.open(file)
     if reader.kind != "numbers":
         raise DataError(str(file), "labels that are text", "numbers", "Use the SDK's labels.")
@@ -155,21 +165,29 @@ def _segments(source: Source, reader: CsdReader, file: Path, notes: list[str]) -
     return out
 
 
-def _splits(source: Source) -> dict[str, str]:
+def _splits(source: Source, notes: list[str]) -> dict[str, str]:
     """video -> train, valid or test."""
     folder = next(iter(source.files.values())).parent
     file = folder / SPLITS_FILE
     if file.is_file():
         try:
-            listed = json.loads(file.read_text(encoding="utf-8"))
-            listed = {SPLIT_ALIASES.get(k, k): [str(v) for v in videos] for k, videos in listed.items()}
+            folds = json.loads(file.read_text(encoding="utf-8"))
+            folds = {SPLIT_ALIASES.get(k, k): [str(v) for v in videos] for k, videos in folds.items()}
         except (OSError, ValueError, AttributeError, TypeError, RecursionError) as cause:
             raise DataError(
                 str(file), f"{cause}", '{"train": [video, ...], "valid": [...], "test": [...]}', "Mend the file."
             ) from None
-        check_splits(str(file), listed)
-        return {video: split for split, videos in listed.items() for video in videos}
-    for table in sorted(folder.glob("*.csv")):
+        notes += check_splits(str(file), folds)
+        split_of: dict[str, str] = {}
+        for split in SPLITS:
+            for video in folds[split]:
+                if split_of.setdefault(video, split) != split:
+                    raise DataError(
+                        str(file), f"video {video} in {split_of[video]} and in {split}", "every video in one split",
+                        "Remove it from one of them.",
+                    )  # fmt: skip
+        return split_of
+    for table in csv_files(folder):
         columns = csv_header(table)
         if {"video_id", "mode"} <= set(columns):
             try:
@@ -223,34 +241,43 @@ def _frames(
     if reader.kind != "numbers":
         raise DataError(str(file), "text", "numbers", "Choose another feature set.")
     out: dict[str, np.ndarray] = {}
-    known, absent, bad = set(reader.videos), 0, 0
+    known, absent, bad, outside = set(reader.videos), 0, 0, 0
     for video, own in _by_video(segments).items():
         if video not in known:
             absent += 1
             out.update({x.id: np.zeros((0, 0), np.float32) for x in own})
             continue
         intervals, features = reader.video(video)
+        used = np.zeros(len(features), bool)
         if align == "segments":
-            out.update({x.id: features[_inside(intervals, x.start, x.end)] for x in own})
+            for x in own:
+                rows = _inside(intervals, x.start, x.end)
+                out[x.id], used[rows] = features[rows], True
+            outside += int(np.count_nonzero((features != 0).any(1) & ~used))
             continue
         finite = np.isfinite(features)
         bad += features.size - int(np.count_nonzero(finite))
         features = np.where(finite, features, 0)
         for segment in own:
-            out[segment.id] = _mean_by_word(intervals, features, spans[segment.id])
+            out[segment.id] = _mean_by_word(intervals, features, spans[segment.id], used)
+        outside += int(np.count_nonzero(features.any(1) & ~used))
     if absent:
         notes.append(f"{file.name} lacks {absent} videos: that modality is missing for their segments")
     if bad:
         notes.append(f"{bad} NaN or infinite values of {file.name} replaced by 0 before averaging")
+    if outside:
+        where = "segment" if align == "segments" else "word"
+        notes.append(f"{outside} frames of {file.name} that are not zero lie in no {where} and are left out")
     return out
 
 
-def _mean_by_word(intervals: np.ndarray, features: np.ndarray, words: np.ndarray) -> np.ndarray:
+def _mean_by_word(intervals: np.ndarray, features: np.ndarray, words: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """The mean of the frames that overlap each word, which are marked in `used`."""
     rows = np.zeros((len(words), features.shape[1]), np.float32)
     for i, (start, end) in enumerate(words):
         over = (intervals[:, 0] < end - ROUNDING) & (intervals[:, 1] > start + ROUNDING)
         if over.any():
-            rows[i] = features[over].mean(0, dtype=np.float64)
+            rows[i], used[over] = features[over].mean(0, dtype=np.float64), True
     return rows
 
 

@@ -1,8 +1,8 @@
 """MulT's pickles as DeclareLab's projects and the reference use them, with their label CSV.
 
 Layout: `d[split] = {vision [N, Lv, dv], audio [N, La, da], text [N, 50, 300], labels [N, 1, 1 or 7], id [N, 1 to 3]}`,
-padded with zeros on the LEFT; in aligned files all three have a row a word and L = 50. Transcripts are in a CSV beside
-it (video_id, clip_id, text, label, in any order).
+padded with zeros on the LEFT as a rule (another side is found in the zeros); in aligned files all three have a row a
+word and L = 50. Transcripts are in a CSV beside it (video_id, clip_id, text, label, in any order).
 MOSI ids are `<video>_<clip>`; MOSEI ids are rows (video, start, end), which the CSV need not have.
 """
 
@@ -26,8 +26,10 @@ from engine.loaders.formats import (
     check_keys,
     check_rows,
     check_splits,
+    csv_files,
     csv_header,
     nearest,
+    note_keys,
     read_labels,
     to_text,
 )
@@ -97,17 +99,17 @@ class DeclareLab:
     def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
         splits = source.split_dict() or {}
         where = str(source.path)
-        check_splits(where, splits)
+        notes = check_splits(where, splits)
         required = KEYS if features else [k for k in KEYS if k != "text"]
         samples: dict[str, list[_Sample]] = {}
+        notes += note_keys({s: check_keys(f"{where}, {s}", splits[s], required, KEYS, TITLE) for s in SPLITS})
         for s in SPLITS:
-            check_keys(f"{where}, {s}", splits[s], required, KEYS, TITLE)
             samples[s] = _samples(splits[s], f"{where}, {s}")
         column = source.choice.label_column
         every = [x for s in SPLITS for x in samples[s]]
         # MOSI's first column is a whole id, MOSEI's names only the video
         whole = len({x.cells[0] for x in every}) == len(every) or all(len(x.cells) == 1 for x in every)
-        data = RawDataset(self.name, {})
+        data = RawDataset(self.name, {}, notes=notes)
         text = None if features else _join(source, samples, data.notes)
         for s in SPLITS:
             split = splits.pop(s)
@@ -163,7 +165,7 @@ def find_csv(source: Source) -> Path:
         DataError: there is none.
     """
     file = next(iter(source.files.values()))
-    tables = [p for p in sorted(file.parent.glob("*.csv")) if {"video_id", "text"} <= set(csv_header(p))]
+    tables = [p for p in csv_files(file.parent) if {"video_id", "text"} <= set(csv_header(p))]
     if not tables:
         raise DataError(
             str(source.path),
@@ -188,6 +190,12 @@ def _read_csv(path: Path) -> list[_Row]:
             reader = csv.DictReader(file, columns, restval="")
             for row in reader:
                 where = f"{path}, line {reader.line_num + 1}"
+                more = row.get(None)
+                if more and any(cell.strip() for cell in more):
+                    raise DataError(
+                        where, f"{len(columns) + len(more)} cells", f"{len(columns)}, as in the header",
+                        "Put texts that hold commas in quotes.",
+                    )  # fmt: skip
                 try:
                     label = float(row["label"])
                 except ValueError:

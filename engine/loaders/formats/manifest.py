@@ -21,12 +21,14 @@ from engine.loaders.formats import (
     Source,
     check_splits,
     csv_header,
+    listed,
     nearest,
 )
 from engine.loaders.ragged import LengthRule, absent, from_sequences
 
 TITLE = "folder of arrays with a manifest.csv"
 COLUMNS = ("id", "split", "label", "audio", "vision")
+TEXTS = ("text", "text_features")
 SHAPE = "numbers of shape (frames, features)"
 
 
@@ -43,8 +45,10 @@ class Manifest:
     def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
         path = source.files[""]
         rows = _rows(path, "text_features" if features else "text")
-        check_splits(str(path), {r["split"] for r in rows})
-        data = RawDataset(self.name, {})
+        data = RawDataset(self.name, {}, notes=check_splits(str(path), dict.fromkeys(r["split"] for r in rows)))
+        extra = [c for c in csv_header(path) if c not in (*COLUMNS, *TEXTS)]
+        data.notes += [f"columns that are not read: {listed(extra)}"] if extra else []
+        rows = [r for r in rows if r["split"] in SPLITS]
         gone = [m for m in ("audio", "vision") if not any(r[m] for r in rows)]
         if len(gone) == 2:
             raise DataError(str(path), "no audio and no vision file in any row", "files of one at least", "Name them.")
@@ -84,19 +88,25 @@ def _rows(path: Path, text: str) -> list[dict]:
             next(file)
             reader = csv.DictReader(file, columns, restval="")
             for row in reader:
-                row = {k: v.strip() for k, v in row.items() if isinstance(k, str)}
+                more = row.pop(None, None)
+                row = {k: v.strip() for k, v in row.items()}
                 row["at"] = f"{path}, line {reader.line_num + 1}"
+                if more and any(cell.strip() for cell in more):
+                    raise DataError(
+                        row["at"], f"{len(columns) + len(more)} cells", f"{len(columns)}, as in the header",
+                        "Put texts that hold commas in quotes.",
+                    )  # fmt: skip
                 if not row["id"]:
                     raise DataError(row["at"], "an empty id", "a name for the sample", "Give every sample an id.")
+                if row["split"] not in SPLIT_ALIASES and (not row["split"] or nearest(row["split"], SPLIT_ALIASES)):
+                    raise DataError(row["at"], f"split {row['split']!r}", "train, valid or test", "Mend the row.")
+                row["split"] = SPLIT_ALIASES.get(row["split"], row["split"])
                 try:
                     row["number"] = np.float32(row["label"])
                 except ValueError:
                     row["number"] = np.float32("nan")
-                if not np.isfinite(row["number"]):
+                if row["split"] in SPLITS and not np.isfinite(row["number"]):
                     raise DataError(row["at"], f"label {row['label']!r}", "a finite number", "Mend the row.")
-                if row["split"] not in SPLIT_ALIASES:
-                    raise DataError(row["at"], f"split {row['split']!r}", "train, valid or test", "Mend the row.")
-                row["split"] = SPLIT_ALIASES[row["split"]]
                 rows.append(row)
     except UnicodeDecodeError as cause:
         raise DataError(str(path), f"no UTF-8 at byte {cause.start}", "UTF-8 text", "Save it as UTF-8.") from None
@@ -154,15 +164,14 @@ def _csv(path: Path, at: str) -> np.ndarray:
     try:
         with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
             for number, cells in enumerate(csv.reader(file)):
-                if not cells:
+                if not cells or (number == 0 and _is_header(cells, f"{at}: {path.name}, line 1")):
                     continue
                 try:
                     rows.append([float(c) for c in cells])
                 except ValueError:
-                    if number:
-                        raise DataError(
-                            f"{at}: {path.name}, line {number + 1}", "a cell that is no number", SHAPE, "Mend the row."
-                        ) from None
+                    raise DataError(
+                        f"{at}: {path.name}, line {number + 1}", "a cell that is no number", SHAPE, "Mend the row."
+                    ) from None
                 if rows and len(rows[-1]) != len(rows[0]):
                     raise DataError(
                         f"{at}: {path.name}, line {number + 1}",
@@ -173,3 +182,22 @@ def _csv(path: Path, at: str) -> np.ndarray:
     except csv.Error as cause:
         raise DataError(f"{at}: {path.name}", f"no CSV ({cause})", SHAPE, "Save it anew.") from None
     return np.array(rows, np.float64) if rows else np.zeros((0, 0), np.float32)
+
+
+def _is_header(cells: list[str], at: str) -> bool:
+    """Whether the first row of a CSV names columns: not one number, or pandas' 0, 1, 2, ...
+
+    Raises:
+        DataError: the first column has no name, as that of pandas' row numbers, which are no feature.
+    """
+    if len(cells) > 1 and not cells[0].strip():
+        raise DataError(at, "a first column without a name, as of row numbers", SHAPE, "Save it without its index.")
+    return not any(map(_is_number, cells)) or (len(cells) > 1 and cells == [str(i) for i in range(len(cells))])
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True

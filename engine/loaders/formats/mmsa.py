@@ -1,9 +1,9 @@
 """MMSA and MMSA-FET pickles: aligned_50, unaligned_50, SIMS unaligned_39.
 
 Layout: `d[split] = {raw_text (N,), id (N,), audio [N, La, da], vision [N, Lv, dv], regression_labels (N,)}` and
-optional keys; ids are `video$_$clip`; padded with zeros on the RIGHT. Unaligned files record lengths, which are not
-exact: frames after the recorded length are dropped. `text` holds precomputed features [N, Lt, d_t], `text_bert`
-[N, 3, Lt] token ids, mask and types.
+optional keys; ids are `video$_$clip`; padded with zeros on the RIGHT, as a rule: MMSA-FET can pad on the left, which is
+found in the zeros. Unaligned files record lengths, which are not exact: frames after the recorded length are dropped
+and counted. `text` holds precomputed features [N, Lt, d_t], `text_bert` [N, 3, Lt] token ids, mask and types.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from engine.loaders.formats import (
     check_rows,
     check_splits,
     nearest,
+    note_keys,
     read_labels,
     to_texts,
 )
 from engine.loaders.formats.declarelab import looks_like_mmsa
-from engine.loaders.ragged import LengthRule, absent, from_padded
+from engine.loaders.ragged import LengthRule, Side, absent, from_padded
 
 TITLE = "MMSA"
 REQUIRED = ("id", "audio", "vision", "regression_labels")
-OPTIONAL = (
-    "raw_text", "text", "text_bert", "classification_labels", "annotations",
-    "audio_lengths", "vision_lengths", "text_lengths",
+OPTIONAL = ("raw_text", "text", "text_bert", "audio_lengths", "vision_lengths")
+UNREAD = (
+    "classification_labels", "annotations", "text_lengths",
     "regression_labels_T", "regression_labels_A", "regression_labels_V",
     "classification_labels_T", "classification_labels_A", "classification_labels_V",
 )  # fmt: skip
@@ -51,12 +52,13 @@ class MMSA:
     def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
         splits = source.split_dict() or {}
         where = str(source.path)
-        check_splits(where, splits)
+        notes = check_splits(where, splits)
         gone = _absent(splits)
         need = tuple(k for k in (*REQUIRED, "text" if features else "raw_text") if k not in gone)
-        for s in SPLITS:
-            check_keys(f"{where}, {s}", splits[s], need, (*REQUIRED, *OPTIONAL), TITLE)
-        data = RawDataset(self.name, {}, notes=[f"the file has no {m}: it is missing in every sample" for m in gone])
+        known = (*REQUIRED, *OPTIONAL)
+        notes += note_keys({s: check_keys(f"{where}, {s}", splits[s], need, known, TITLE, UNREAD) for s in SPLITS})
+        notes += [f"the file has no {m}: it is missing in every sample" for m in gone]
+        data = RawDataset(self.name, {}, notes=notes)
         for s in SPLITS:
             split = splits.pop(s)
             count = check_rows(f"{where}, {s}/id", split["id"], TITLE)
@@ -67,7 +69,9 @@ class MMSA:
                 raise DataError(
                     f"{where}, {s}/raw_text", f"{len(text)} texts", f"{count}, one a sample", "Write one text a sample."
                 )
-            mask = _attended(split, count, f"{where}, {s}/text_bert") if features and "text_bert" in split else None
+            mask, text_side = None, "right"
+            if features and "text_bert" in split:
+                mask, text_side = _attended(split, count, f"{where}, {s}/text_bert")
             embedded = split.pop("text", None)
             sequences = {
                 m: from_padded(
@@ -87,7 +91,7 @@ class MMSA:
                     source.choice.label_column,
                 ),
                 **sequences,
-                features=from_padded(embedded, "right", "recorded", mask, ids, f"{where}, {s}/text")
+                features=from_padded(embedded, text_side, "recorded", mask, ids, f"{where}, {s}/text", least=0)
                 if features
                 else None,
             )
@@ -97,7 +101,7 @@ class MMSA:
 def _absent(splits: dict[str, Any]) -> list[str]:
     """Modalities of which no split has a key, spelt right or wrong: MMSA-FET leaves out what was not extracted."""
     keys = {str(k) for s in SPLITS if isinstance(splits[s], dict) for k in splits[s]}
-    free = [k for k in keys if k not in (*REQUIRED, *OPTIONAL)]
+    free = [k for k in keys if k not in (*REQUIRED, *OPTIONAL, *UNREAD)]
     gone = [m for m in ("audio", "vision") if m not in keys and not nearest(m, free, 0.5)]
     return gone if len(gone) == 1 else []
 
@@ -124,11 +128,13 @@ def _lengths(split: dict[str, Any], modality: str, count: int, where: str) -> np
     return None
 
 
-def _attended(split: dict[str, Any], count: int, where: str) -> np.ndarray:
-    """Number of attended tokens, int64 [N]: what the precomputed text features are valid for."""
+def _attended(split: dict[str, Any], count: int, where: str) -> tuple[np.ndarray, Side]:
+    """Number of attended tokens, int64 [N], and the side of the padding: what the text features are valid for."""
     bert = as_numbers(split["text_bert"], where, f"({count}, 3, tokens)")
     if bert.ndim != 3 or bert.shape[:2] != (count, 3):
         raise DataError(
             where, f"shape {bert.shape}", f"({count}, 3, tokens)", "Write ids, mask and types of every sample."
         )
-    return np.count_nonzero(bert[:, 1], axis=1)
+    mask = bert[:, 1] != 0
+    starts, ends = np.count_nonzero(mask[:, :1]), np.count_nonzero(mask[:, -1:])
+    return np.count_nonzero(mask, axis=1), "left" if ends > starts else "right"

@@ -50,7 +50,7 @@ class SDKRows:
 
     def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
         splits = source.split_dict() or {}
-        check_splits(str(source.path), splits)
+        source.notes += check_splits(str(source.path), splits)
         data = RawDataset(self.name, {}, cut=True)
         for s in SPLITS:
             data.splits[s] = self._split(splits.pop(s), f"{source.files.get(s, source.path)}, {s}", source, features)

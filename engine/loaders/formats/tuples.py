@@ -5,6 +5,7 @@
 - MAG-BERT: rows `((words, visual, acoustic), label, segment)`, word-aligned, `words` the words themselves.
 
 Labels are (1, 1) or (1, 7). Sequences are not padded, so of the length rules only `recorded` (vlen, alen) can matter.
+Rows may share one array: zeros for a modality that is missing, or the features of a whole video.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from engine.loaders.formats import (
 )
 from engine.loaders.ragged import LengthRule, from_sequences
 
+WIDEST_LABEL = 1000  # values of a row's label, of which one is chosen
+
 
 class Tuples:
     name = "tuples"
@@ -53,6 +56,7 @@ class Tuples:
     def _split(self, rows: Any, rule: LengthRule, where: str, column: int | None) -> RawSplit:
         check_rows(where, rows, self.title)
         ids, text, label, visual, acoustic = [], [], [], [], []
+        vlen, alen = [], []
         for i, row in enumerate(rows):
             if row_family(row) != self.name:
                 raise DataError(
@@ -66,14 +70,18 @@ class Tuples:
             text.append(" ".join(_words(inner[self.words], self.inner, at)))
             label.append(as_numbers(value, f"{at}, label", "a number").reshape(-1))
             lengths = inner[4:6] if rule == "recorded" and len(inner) == 6 else (0, 0)
-            visual.append(_cut(inner[1], lengths[0], at))
-            acoustic.append(_cut(inner[2], lengths[1], at))
+            for frames, length, arrays, recorded in (
+                (inner[1], lengths[0], visual, vlen),
+                (inner[2], lengths[1], acoustic, alen),
+            ):
+                arrays.append(_frames(frames, at))
+                recorded.append(_length(length, at))
         return RawSplit(
             ids,
             text,
             stacked_labels(label, where, ids, column),
-            from_sequences(acoustic, ids, f"{where}, acoustic"),
-            from_sequences(visual, ids, f"{where}, visual"),
+            from_sequences(acoustic, ids, f"{where}, acoustic", alen),
+            from_sequences(visual, ids, f"{where}, visual", vlen),
         )
 
 
@@ -86,6 +94,11 @@ class MAGBert(Tuples):
 
 def stacked_labels(label: list[np.ndarray], where: str, ids: list[str], column: int | None) -> np.ndarray:
     """Labels of rows, each 1-D, as float32 [N, 1]; see `read_labels`."""
+    widest = max(map(len, label))
+    if widest > WIDEST_LABEL:
+        raise DataError(
+            f"{where}, labels", f"{widest} values a row", f"at most {WIDEST_LABEL}", "Write one label a row."
+        )
     if len({len(v) for v in label}) != 1:
         raise DataError(
             f"{where}, labels", "labels of different lengths", "one label a row", "Write every label alike."
@@ -103,10 +116,14 @@ def _words(words: Any, inner: str, where: str) -> list[str]:
     return to_texts(words, where)
 
 
-def _cut(frames: Any, length: Any, where: str) -> Any:
-    """The first `length` frames where a length is recorded; 0 stands for an empty or all-zero sequence."""
+def _length(length: Any, where: str) -> int:
+    """A recorded length; 0 stands for an empty or all-zero sequence."""
     if not isinstance(length, (int, float, np.number)) or not 0 <= length < 1 << 62:
         raise DataError(where, f"a recorded length {str(length)[:40]}", "a number of frames", "Write vlen and alen.")
-    if not isinstance(frames, np.ndarray):
-        frames = as_numbers(frames, where, "numbers of shape (frames, features)")
-    return frames[: int(length)] if frames.ndim and 0 < int(length) < len(frames) else frames
+    return int(length)
+
+
+def _frames(frames: Any, where: str) -> np.ndarray:
+    if isinstance(frames, np.ndarray):
+        return frames
+    return as_numbers(frames, where, "numbers of shape (frames, features)")
