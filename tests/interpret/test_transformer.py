@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.interpret.device import on_gpu
 from tests.interpret.guards import Guards, require_interpreter
 
 require_interpreter()
@@ -79,7 +80,8 @@ def test_bias_gelu(n, c, low):
         assert_close(found, (cpu.bias_gelu(x, bias), *cpu.bias_gelu_backward(grad, x, bias, parameters)))
 
 
-@pytest.mark.parametrize("low", LOW)
+# float32 is for the interpreter alone: `attention_fits` gives the kernel 16 bits only
+@pytest.mark.parametrize("low", LOW[1:] if on_gpu() else LOW)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(
     "batch, length, heads, d, rows",

@@ -14,7 +14,6 @@ from torch import Tensor
 from engine.kernels.aot import AotCase
 from engine.kernels.dropout import reference as dropout
 from engine.kernels.registry import interpreting
-from engine.kernels.triton_math import round_tf32
 
 PROGRAMS = 256
 GELU = {"ROWS": 16, "BLOCK_C": 128}  # a tile of bias_gelu
@@ -77,18 +76,14 @@ def add_norm_backward(
     return dx, dresidual, sums.sum(0) if parameters else sums
 
 
-def _text_blocks(length: int, width: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """A program of attention holds one head of one text.
-
-    Products of fp32 have the precision that torch's own may have. The interpreter would multiply 16-bit patterns.
-    """
-    fp32 = "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
+def _text_blocks(length: int, width: int) -> dict[str, int | bool]:
+    """A program of attention holds one head of one text. The interpreter would multiply the bits of 16-bit numbers."""
     block = max(triton.next_power_of_2(length), 16)
     return {
         "BLOCK_L": block,
         "BLOCK_D": max(triton.next_power_of_2(width), 16),
         "num_warps": 8 if block > 32 else 4,
-        "PRECISION": "ieee" if interpreting() else fp32 if dtype == torch.float32 else "own",
+        "UPCAST": interpreting(),
     }
 
 
@@ -109,7 +104,7 @@ def attention(
     if len(qkv):
         attention_kernel[(heads, len(mask))](
             qkv, q_bias, k_bias, v_bias, mask, seed, out, *strides, length, c, c // heads, (c // heads) ** -0.5, number,
-            THRESHOLD=dropout.threshold(p), SCALE=1 / (1 - p), **_text_blocks(length, c // heads, qkv.dtype),
+            THRESHOLD=dropout.threshold(p), SCALE=1 / (1 - p), **_text_blocks(length, c // heads),
         )  # fmt: skip
     return out
 
@@ -127,7 +122,7 @@ def attention_backward(
         attention_backward_kernel[(heads, len(mask))](
             grad, qkv, q_bias, k_bias, v_bias, mask, seed, dqkv, sums if parameters else None, *strides,
             length, c, c // heads, (c // heads) ** -0.5, number,
-            THRESHOLD=dropout.threshold(p), SCALE=1 / (1 - p), **_text_blocks(length, c // heads, qkv.dtype),
+            THRESHOLD=dropout.threshold(p), SCALE=1 / (1 - p), **_text_blocks(length, c // heads),
         )  # fmt: skip
     return dqkv, sums.sum(0) if parameters else sums
 
@@ -267,13 +262,11 @@ def add_norm_backward_kernel(
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
-    if PRECISION == "own":
-        return tl.dot(a, b)
-    elif PRECISION == "tf32":
-        return tl.dot(round_tf32(a), round_tf32(b), input_precision="tf32")
+def _dot(a, b, UPCAST: tl.constexpr):
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+        return tl.dot(a, b)
 
 
 @triton.jit
@@ -286,10 +279,10 @@ def _rows(x, bias, first, stride, i, e, length, d):
 
 
 @triton.jit
-def _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, PRECISION: tl.constexpr):
+def _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, UPCAST: tl.constexpr):
     """softmax(q k' scale + mask) [BLOCK_L, BLOCK_L]; keys past `length` weigh 0."""
     j = i[None, :]
-    scores = _dot(q, tl.trans(k), PRECISION) * scale
+    scores = _dot(q, tl.trans(k), UPCAST) * scale
     live = (i < length)[:, None] & (j < length)
     scores += tl.load(mask + text * mask_text + i[:, None] * mask_row + j, mask=live, other=0.0).to(tl.float32)
     scores = tl.where(j < length, scores, float("-inf"))
@@ -301,7 +294,7 @@ def _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, 
 def attention_kernel(
     qkv, q_bias, k_bias, v_bias, mask, seed, out, mask_text, mask_row, length, c, d, scale, number,
     THRESHOLD: tl.constexpr, SCALE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One head of one text. Grid: (heads, texts)."""
     head, text = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -310,10 +303,10 @@ def attention_kernel(
     q = _rows(qkv, q_bias + head * d, first, 3 * c, i, e, length, d)
     k = _rows(qkv, k_bias + head * d, first + c, 3 * c, i, e, length, d)
     v = _rows(qkv, v_bias + head * d, first + 2 * c, 3 * c, i, e, length, d)
-    weights = _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, PRECISION)
+    weights = _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, UPCAST)
     start, offset = (text * tl.num_programs(0) + head) * length * length, i[:, None] * length + i[None, :]
     weights = _drop_out(weights, start, offset, seed, number, THRESHOLD, SCALE)
-    result = _dot(weights.to(v.dtype), v, PRECISION)
+    result = _dot(weights.to(v.dtype), v, UPCAST)
     to = out + (text * length + i[:, None]) * c + head * d + e[None, :]
     tl.store(to, result.to(out.dtype.element_ty), mask=(i < length)[:, None] & (e < d)[None, :])
 
@@ -331,7 +324,7 @@ def _store_rows(dx, sums, value, first, stride, place, i, e, length, d):
 def attention_backward_kernel(
     grad, qkv, q_bias, k_bias, v_bias, mask, seed, dqkv, sums, mask_text, mask_row, length, c, d, scale, number,
     THRESHOLD: tl.constexpr, SCALE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one head of one text, and their sums over its tokens. Grid: (heads, texts)."""
     head, text = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -341,19 +334,19 @@ def attention_backward_kernel(
     q = _rows(qkv, q_bias + head * d, first, 3 * c, i, e, length, d)
     k = _rows(qkv, k_bias + head * d, first + c, 3 * c, i, e, length, d)
     g = tl.load(grad + (text * length + i[:, None]) * c + head * d + e[None, :], mask=live, other=0.0)
-    weights = _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, PRECISION)
+    weights = _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, UPCAST)
     start, offset = (text * tl.num_programs(0) + head) * length * length, i[:, None] * length + i[None, :]
     kept = _drop_out(weights, start, offset, seed, number, THRESHOLD, SCALE)
     sum_place = text * 3 * c + head * d
-    dv = _dot(tl.trans(kept.to(g.dtype)), g, PRECISION)
+    dv = _dot(tl.trans(kept.to(g.dtype)), g, UPCAST)
     _store_rows(dqkv, sums, dv, first + 2 * c, 3 * c, sum_place + 2 * c, i, e, length, d)
     v = _rows(qkv, v_bias + head * d, first + 2 * c, 3 * c, i, e, length, d)
-    slopes = _drop_out(_dot(g, tl.trans(v), PRECISION), start, offset, seed, number, THRESHOLD, SCALE)
+    slopes = _drop_out(_dot(g, tl.trans(v), UPCAST), start, offset, seed, number, THRESHOLD, SCALE)
     slopes = weights * (slopes - tl.sum(weights * slopes, 1)[:, None]) * scale
     slopes = tl.where((i < length)[:, None], slopes, 0.0).to(g.dtype)
-    dq = _dot(slopes, k, PRECISION)
+    dq = _dot(slopes, k, UPCAST)
     _store_rows(dqkv, sums, dq, first, 3 * c, sum_place, i, e, length, d)
-    dk = _dot(tl.trans(slopes), q, PRECISION)
+    dk = _dot(tl.trans(slopes), q, UPCAST)
     _store_rows(dqkv, sums, dk, first + c, 3 * c, sum_place + c, i, e, length, d)
 
 
@@ -417,6 +410,10 @@ def aot_cases() -> list[AotCase]:
                 absent = {k: None for k in kernel.arg_names if k not in signature and k not in fixed}
                 title = f"transformer.{kernel.__name__.removesuffix('_kernel')}/{place}/c{c}/{name}"
                 cases.append(AotCase(title, kernel, signature, {**fixed, **absent}, num_warps=warps))
+                if c == 384:  # in evaluation nothing is dropped, and there is no seed
+                    given_here = {k: v for k, v in signature.items() if k != "seed"}
+                    without = {**fixed, **_drop(0.0, after), **absent, "seed": None}
+                    cases.append(AotCase(f"{title}/undropped", kernel, given_here, without, num_warps=warps))
         width = {"x": f"*{low}", "bias": "*fp32", **common}
         for kernel, signature in (
             (bias_gelu_kernel, {**width, "y": f"*{low}"}),
@@ -441,10 +438,15 @@ def _attention_cases() -> list[AotCase]:
         attention_backward_kernel: {"grad": "*bf16", "dqkv": "*bf16", "sums": "*fp32"},
     }
     for length, width in ((32, 32), (64, 32), (64, 64)):
-        blocks = _text_blocks(length, width, torch.bfloat16)
+        blocks = _text_blocks(length, width)
         warps = blocks.pop("num_warps")
         fixed = {"THRESHOLD": dropout.threshold(0.1), "SCALE": 1 / 0.9, **blocks}
         for kernel, more in own.items():
-            title = f"transformer.{kernel.__name__.removesuffix('_kernel')}/L{length}/d{width}/bf16"
-            cases.append(AotCase(title, kernel, {**common, **more}, fixed, num_warps=warps, dot=True))
+            title = f"transformer.{kernel.__name__.removesuffix('_kernel')}/L{length}/d{width}"
+            signature = {**common, **more}
+            cases.append(AotCase(f"{title}/bf16", kernel, signature, fixed, num_warps=warps, dot=True))
+            if length == 32:
+                undropped = {k: v for k, v in signature.items() if k != "seed"}
+                without = {**fixed, "THRESHOLD": 0, "SCALE": 1.0, "seed": None}
+                cases.append(AotCase(f"{title}/bf16/undropped", kernel, undropped, without, num_warps=warps, dot=True))
     return cases
