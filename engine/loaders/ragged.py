@@ -160,11 +160,14 @@ class Sequences:
     missing: list[int] = field(default_factory=list)
 
 
-def absent(count: int) -> Sequences:
-    """A modality that a data set does not have: one zero frame of one column for each of `count` samples."""
-    return Sequences(
-        Ragged(np.zeros((count, 1), np.float32), np.arange(count + 1, dtype=np.int64)), 0, list(range(count))
-    )
+def absent(count: int, dim: int = 1) -> Sequences:
+    """A modality that no sample has: one zero frame of `dim` columns for each of `count` samples."""
+    return Sequences(zero_frames(count, dim), 0, list(range(count)))
+
+
+def zero_frames(count: int, dim: int) -> Ragged:
+    """One zero frame of `dim` columns for each of `count` samples."""
+    return Ragged(np.zeros((count, dim), np.float32), np.arange(count + 1, dtype=np.int64))
 
 
 def _clean(frames: np.ndarray, where: str, row: int, sample: str) -> tuple[np.ndarray, int]:
@@ -190,7 +193,7 @@ def from_sequences(sequences: Sequence[np.ndarray], ids: Sequence[str], where: s
     """Clean and join sequences that are not padded.
 
     Args:
-        sequences: N arrays [length, d], any real dtype; length may be 0.
+        sequences: N arrays [length, d], any real dtype; length may be 0. Where all are empty, d is taken to be 1.
         ids, where: for messages.
 
     Raises:
@@ -231,12 +234,7 @@ def from_sequences(sequences: Sequence[np.ndarray], ids: Sequence[str], where: s
             frames = frames[:0]
         pieces.append(frames)
     if dim is None:
-        raise DataError(
-            where,
-            "not one frame in the whole split",
-            "at least one sequence with frames",
-            "Check the feature extraction.",
-        )
+        return absent(len(pieces))
     if len(missing) * dim > 16 * sum(p.size for p in pieces if p is not None) + (1 << 24):
         raise DataError(
             where,
