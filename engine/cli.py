@@ -145,11 +145,12 @@ def _convert(a: argparse.Namespace) -> None:
     from engine.loaders.convert import convert
 
     more: dict[str, Any] = {} if a.format is None else {"expected": a.format}
-    if any(v is not None for v in (a.audio_features, a.vision_features, a.text_features, a.label_column, a.align)):
+    chosen = (a.audio_features, a.vision_features, a.text_features, a.label_column, a.align, a.label_key)
+    if any(v is not None for v in chosen):
         from engine.loaders.formats import Choice
 
         names = (a.audio_features or "auto", a.vision_features or "auto", a.text_features or "auto")
-        more["choice"] = Choice(*names, a.label_column, a.align or "words")
+        more["choice"] = Choice(*names, a.label_column, a.align or "words", a.label_key or "auto")
     if a.precision is not None:
         more["dtype"] = {"fp32": "float32", "fp16": "float16"}[a.precision]
     convert(a.src, a.dst, text_encoder=a.text_encoder, length_rule=a.length_rule, **more)
@@ -453,6 +454,7 @@ def _parser() -> argparse.ArgumentParser:
     for kind in ("audio", "vision", "text"):
         p.add_argument(f"--{kind}-features", metavar="NAME", help="feature set to use where the data has several")
     p.add_argument("--label-column", metavar="N", type=int, help="column of labels with several")
+    p.add_argument("--label-key", metavar="KEY", help="set of labels where an MMSA file has several")
     p.add_argument("--align", choices=("words", "segments"), help=".csd files: a row a word, or frames as they are")
 
     p = command(

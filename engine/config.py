@@ -145,10 +145,24 @@ class DataConfig(Section):
     label_column: Annotated[int | None, _none] = Field(
         None, ge=0, description="column of labels with several; none: the only one, or of 7 the first (sentiment)"
     )
+    label_key: str = Field(
+        "auto",
+        description="set of labels to use where an MMSA file has several (regression_labels, classification_labels, "
+        "regression_labels_T, ...); classes: classification_labels where the file has them (auto for "
+        "model.task=classification); else regression_labels (auto)",
+    )
     align: Literal["words", "segments"] = Field(
         "words", description=".csd files: a row a word (the mean of its frames), or the frames of a segment as they are"
     )
-    dataset: Literal["mosi", "mosei", "avec2019", "custom"] = Field("mosi", description="names the metrics to report")
+    dataset: Literal["mosi", "mosei", "sims", "avec2019", "custom"] = Field(
+        "mosi", description="names the metrics to report"
+    )
+    label_scale: Literal["auto", "mosi", "sims", "phq8", "none"] = Field(
+        "auto",
+        description="whose classes the accuracies use: mosi cuts [-3, 3] (MOSI, MOSEI), sims cuts [-1, 1], phq8 is "
+        "PHQ-8 / 25 in [0, 1]; none: MAE, Corr, CCC and RMSE only; auto: by data.dataset, where the labels fit it "
+        "(custom: none)",
+    )
     time_len: int = Field(40, ge=1, description="length of the time axis of the fusion encoder and cap on text tokens")
     length_rule: Literal["auto", "recorded", "all_zero", "sum_zero"] = Field(
         "auto",
@@ -409,6 +423,11 @@ class Config(Section):
             raise ConfigError(
                 "model.task", "classification with data.dataset=avec2019", "regression", "Use data.dataset=custom."
             )
+        if self.data.dataset == "avec2019" and self.data.label_scale not in ("auto", "phq8", "none"):
+            raise ConfigError(
+                "data.label_scale", f"{self.data.label_scale} with data.dataset=avec2019", "auto, phq8 or none",
+                "Use data.dataset=custom.",
+            )  # fmt: skip
         milestones = train.schedule.milestones
         if sorted(set(milestones)) != milestones:
             raise ConfigError(
@@ -454,6 +473,8 @@ class Config(Section):
             c.train.average = None if faithful else 0.98
         if c.data.length_rule == "auto":
             c.data.length_rule = "sum_zero" if faithful else "recorded"
+        if c.data.label_key == "auto" and c.model.task == "classification":
+            c.data.label_key = "classes"
         c.check()
         return c
 

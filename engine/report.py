@@ -6,6 +6,7 @@ forbids everything else. Pieces a run does not have are named on the page and le
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -26,11 +27,12 @@ from engine.files import user_path, write_text
 from engine.metrics import (
     PHQ_RANGE,
     Predictions,
-    avec2019_metrics,
+    metrics_for,
     read_predictions,
-    regression_metrics,
+    scale_of,
     selection,
     sentiment_classes,
+    sims_classes,
 )
 from engine.report_charts import escape, lines, number, scatter, shape, truth
 
@@ -67,12 +69,27 @@ METRICS: dict[str, Metric] = {
     "acc2_has0": Metric("Acc-2, negative / non-negative", "all samples (has0)", True, "Acc-2 has0"),
     "f1_non0": Metric("F1, negative / positive", "weighted, labels of 0 dropped (non0)", True, "F1 non0", False),
     "f1_has0": Metric("F1, negative / non-negative", "weighted, all samples (has0)", True, "F1 has0", False),
+    "acc2_sims": Metric("Acc-2", "two classes of [−1, 1], cut at 0 (SIMS)", True),
+    "acc3_sims": Metric("Acc-3", "three classes of [−1, 1], cut at ±0.1 (SIMS)", True),
+    "acc5_sims": Metric("Acc-5", "five classes of [−1, 1], cut at ±0.1 and ±0.7 (SIMS)", True),
+    "f1_sims": Metric("F1", "weighted, of the two classes (SIMS)", True, "", False),
+    "mae_sims": Metric("MAE, clipped", "both clipped to ±1, as MMSA does (SIMS)", False, "", False),
+    "corr_sims": Metric("Corr, clipped", "both clipped to ±1, as MMSA does (SIMS)", False, "", False),
     "ccc": Metric("CCC", "concordance correlation, higher is better"),
+    "rmse": Metric("RMSE", "root mean squared error, lower is better"),
     "rmse_phq": Metric("RMSE", "points of PHQ-8, lower is better"),
     "mae_phq": Metric("MAE", "points of PHQ-8, lower is better"),
     "acc": Metric("Accuracy", "", True),
     "f1": Metric("F1", "weighted", True),
 }
+
+SCALE_MARKS = {"acc7": "mosi", "acc5_sims": "sims", "rmse_phq": "phq8", "rmse": "none"}
+"""A metric that only runs of one scale have -> the scale."""
+
+KINDS = {"mosi": "sentiment", "sims": "sims", "phq8": "avec2019"}
+
+SIMS_NAMES = ("to −0.7", "to −0.1", "to 0.1", "to 0.7", "to 1")
+"""The five classes of SIMS, by their upper edges."""
 
 TERMS: dict[str, str] = {
     "I(F;T)": "what the fused feature keeps of text",
@@ -112,19 +129,22 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """sentiment, avec2019 or classification."""
+        """classification; or by the scale of the labels: sentiment, sims, avec2019 or regression."""
         if self.setting("model", "task") == "classification" or "acc" in self.split_metrics("test"):
             return "classification"
-        if self.setting("data", "dataset") == "avec2019" or "ccc" in self.split_metrics("test"):
-            return "avec2019"
-        return "sentiment"
+        return KINDS.get(self.scale, "regression")
+
+    @property
+    def scale(self) -> str:
+        """The scale of the labels: what the metrics tell, else the settings."""
+        told = next((scale for key, scale in SCALE_MARKS.items() if key in self.split_metrics("test")), None)
+        dataset, declared = (str(self.setting("data", k, default="auto")) for k in ("dataset", "label_scale"))
+        return told or scale_of(dataset, declared)
 
     @property
     def selected_by(self) -> tuple[str, bool]:
-        return selection(
-            "avec2019" if self.kind == "avec2019" else "custom",
-            "classification" if self.kind == "classification" else "regression",
-        )
+        task = "classification" if self.kind == "classification" else "regression"
+        return selection(str(self.setting("data", "dataset")), task, self.scale)
 
     @property
     def best_epoch(self) -> int | None:
@@ -385,7 +405,7 @@ def _constant(run: Run) -> dict[str, float]:
     if not (np.isfinite(valid.label).all() and np.isfinite(test.label).all()):
         return {}
     constant = np.full(len(test.label), valid.label.astype(np.float64).mean())
-    return (avec2019_metrics if run.kind == "avec2019" else regression_metrics)(constant, test.label)
+    return metrics_for("custom", "regression", run.scale)(constant, test.label)
 
 
 def _per_class(test: Mapping[str, Any]) -> str:
@@ -589,7 +609,11 @@ def _predictions(run: Run) -> str:
         cards.append(
             _card(f"PHQ-8 of {DEPRESSED} and more", matrix, "rows: true, columns: predicted; shade: share of the row")
         )
-    else:
+    elif run.kind == "sims":
+        matrix = _confusion(sims_classes(label, 5), sims_classes(prediction, 5), SIMS_NAMES)
+        about = "five classes as in Acc-5; rows: true, columns: predicted; shade: share of the row"
+        cards.append(_card("Confusion by class", matrix, about))
+    elif run.kind == "sentiment":
         names = [f"{c:+d}".replace("-", "−") if c else "0" for c in range(-3, 4)]
         matrix = _confusion(sentiment_classes(label), sentiment_classes(prediction), names)
         cards.append(
@@ -607,7 +631,8 @@ def _predictions(run: Run) -> str:
         for i in far
     )
     head = "<tr><th>Sample</th><th>True</th><th>Predicted</th><th>Error</th></tr>"
-    cards[1] = f'<div class="column">{cards[1]}{_card("The largest errors", _table(head, rows))}</div>'
+    beside = "".join(cards[1:]) + _card("The largest errors", _table(head, rows))
+    cards[1:] = [f'<div class="column">{beside}</div>']
     count = f'<p class="muted">{split.capitalize()} split, {len(ids)} samples{some}.</p>'
     return f'{count}<div class="grid2">{"".join(cards)}</div>'
 
@@ -700,18 +725,26 @@ def _load_features(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
 
 def _groups(run: Run, label: NDArray[np.float64]) -> tuple[NDArray[np.integer], str, str]:
     """Colour group of each label, the palette's class, and the legend."""
+    first = 0
     if run.kind == "classification":
         groups, palette, letter = label.astype(int) % 8, "pal-q", "q"
         names = [str(c) for c in range(min(8, int(label.max()) + 1))]
     elif run.kind == "avec2019":
         groups = np.clip(PHQ_RANGE * label // 5, 0, 4).astype(int)
         palette, letter, names = "pal-s", "s", ["PHQ-8 below 5", "5–9", "10–14", "15–19", "20 and more"]
-    else:
+    elif run.kind == "sims":
+        first, letter, names = 1, "d", list(SIMS_NAMES)  # the middle five of seven colours
+        groups, palette = sims_classes(label, 5) + first, "pal-d"
+    elif run.kind == "sentiment":
         groups, palette, letter = sentiment_classes(label), "pal-d", "d"
         names = [f"{c:+d}".replace("-", "−") if c else "0" for c in range(-3, 4)]
+    else:
+        edges = np.linspace(label.min(), label.max(), 6)
+        groups, palette, letter = np.digitize(label, edges[1:-1]), "pal-s", "s"
+        names = [f"{number(a, 2)} to {number(b, 2)}" for a, b in itertools.pairwise(edges)]
     items = "".join(
         f'<li><span class="swatch" style="background:var(--{letter}{k})"></span>{name}</li>'
-        for k, name in enumerate(names)
+        for k, name in enumerate(names, first)
     )
     return groups, palette, f'<ul class="legend">{items}</ul>'
 

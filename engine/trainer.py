@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoint, losses, metrics
+from engine import checkpoint, checks, losses, metrics
 from engine.allocator import keep_memory
 from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
 from engine.config import Config, ScheduleConfig, load_config
@@ -323,7 +323,6 @@ class _Trainer:
         self.device = _device(self.config.device)
         if self.device.type == "cpu":
             keep_memory()
-        self.metric, self.higher_is_better = metrics.selection(self.config.data.dataset, self.config.model.task)
         self.dataset = dataset
 
     def fit(self, resume: bool) -> RunResult:
@@ -337,8 +336,8 @@ class _Trainer:
         bank: FeatureBank | None = None
         if resume and (self.out / LAST).exists():
             history, bank = self._restore()
+            self._write_settings()
         c = self.config
-        self._write_settings()
         for callback in (callbacks := self._callbacks()):
             callback.on_start(len(history), c.epochs, self._batches())
 
@@ -388,10 +387,15 @@ class _Trainer:
         c = self.config
         if self.dataset is None:
             self.dataset = open_dataset(c.data.path, c.data, c.text_encoder)
+        c.data.label_scale = checks.label_scale(c, self.dataset)
+        self.metric, self.higher_is_better = metrics.selection(c.data.dataset, c.model.task, c.data.label_scale)
+        checks.class_numbers(c, self.dataset)
         self._check_bank()
         _seed(c.seed)
         encoder = load_text_encoder(c.text_encoder, c.text.freeze, dim=self.dataset.text_dim)
+        checks.text_fits(c, self.dataset, encoder)
         model, objective = _build(c, self.dataset.audio_dim, self.dataset.vision_dim, encoder)
+        checks.disk_space(self.out, model, objective, c.train, [self.out / BEST, self.out / LAST])
         if c.mode == "fast" and c.model.task == "regression":
             model.start_at(float(self.dataset.splits["train"].label[:, 0].mean()))
         model, objective = model.to(self.device), objective.to(self.device)
@@ -572,6 +576,8 @@ class _Trainer:
             for split, result in self.results.items():
                 ids = self.dataset.splits[split].ids
                 _write_predictions(self.out / f"predictions_{split}.csv", self.config, ids, result)
+        if len(history) == 1:  # not before: a run that fails in its first epoch leaves the folder free
+            self._write_settings()
         write_text(self.out / HISTORY, "".join(json.dumps(r) + "\n" for r in history))
         self._summary(history, wall_s)
         state = self._weights() | {
@@ -691,13 +697,14 @@ def _differences(a: Config, b: Config) -> list[str]:
     x, y = a.model_dump(), b.model_dump()
     for data in (x["data"], y["data"]):
         del data["path"], data["loader"], data["workers"]  # which loader makes the batches does not change them
+        del data["label_scale"]  # what is reported does not change the training
     for train in (x["train"], y["train"]):
         del train["graphs"]  # how the steps are launched changes no more than rounding
     return [key for key in x if key not in free and x[key] != y[key]]
 
 
 def _metrics(config: Config, result: EpochResult) -> dict[str, float]:
-    compute = metrics.metrics_for(config.data.dataset, config.model.task)
+    compute = metrics.metrics_for(config.data.dataset, config.model.task, config.data.label_scale)
     return compute(result.prediction.float().cpu().numpy(), result.target.cpu().numpy())
 
 
@@ -737,6 +744,8 @@ def _apply(run: Run, data: str | Path, split: str, batch_size: int | None) -> tu
         kind=c.data.loader,
         workers=c.data.workers,
     )
+    checks.class_numbers(c, dataset, [split])
+    checks.text_fits(c, dataset, run.model.text_encoder, [split])
     task = losses.task_loss(c.train.loss, c.model.num_class, c.model.task)
     step = TwoStageStep(run.model, None, task, torch.optim.SGD(run.model.parameters(), lr=0.0))
     return dataset, step.evaluate(_Passes(loader, device, run.model.prepare))

@@ -38,6 +38,7 @@ from engine.loaders.store import (
 from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
 
 Modality = Literal["audio", "vision"]
+UNKNOWN_SHARE = 0.1  # of tokens: above it the text encoder is hardly the right one
 
 log = logging.getLogger("engine")
 
@@ -55,6 +56,7 @@ class DataReport:
         nonfinite: split -> modality -> values replaced by 0.
         missing: split -> modality -> samples without it.
         notes: remarks of the reader.
+        unknown: split -> (unknown, all) tokens of its texts.
     """
 
     format: str
@@ -63,18 +65,27 @@ class DataReport:
     nonfinite: dict[str, dict[str, int]]
     missing: dict[str, dict[str, int]]
     notes: list[str] = field(default_factory=list)
+    unknown: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Sentences for the user; none where nothing was met."""
         out = []
-        for modality in ("audio", "vision", "text"):
+        for modality in ("audio", "vision", "text", "features"):
             gone = {s: m[modality] for s, m in self.missing.items() if m.get(modality)}
             bad = {s: m[modality] for s, m in self.nonfinite.items() if m.get(modality)}
             if gone:
                 kept = "an empty text" if modality == "text" else "one zero frame"
-                out.append(f"{sum(gone.values())} samples without {modality}, kept as {kept} ({_listed(gone)})")
+                name = "text features" if modality == "features" else modality
+                out.append(f"{sum(gone.values())} samples without {name}, kept as {kept} ({_listed(gone)})")
             if bad:
                 out.append(f"{sum(bad.values())} NaN or infinite {modality} values replaced by 0 ({_listed(bad)})")
+        unknown, tokens = (sum(counts) for counts in zip((0, 0), *self.unknown.values(), strict=True))
+        if unknown > UNKNOWN_SHARE * tokens:
+            shares = ", ".join(f"{name} {100 * u / max(n, 1):.0f} %" for name, (u, n) in self.unknown.items())
+            out.append(
+                f"{100 * unknown / tokens:.0f} % of the tokens are unknown to the text encoder, which reads nothing in "
+                f"them ({shares}): name one of the texts' language with text_encoder"
+            )
         return out + self.notes
 
 
@@ -265,7 +276,7 @@ def _classes(split: Split) -> Tensor:
             f"label, row {row} (id {split.ids[row]})",
             f"{float(label[row]):g}",
             "a class number 0, 1, 2, ...",
-            "Use task regression.",
+            "Use model.task=regression, or name the labels that hold classes (data.label_key, data.label_column).",
         )
     return label.long()
 
@@ -291,6 +302,9 @@ class Dataset:
         self.closing_id = tokenizer.closing_id if tokenizer else -1
         self._empty = tokenizer.encode([""]).values.tolist() if tokenizer else []
         self._unknown = tokenizer.unknown if tokenizer else 0
+        if normalizer is not None:
+            data = _as_trained(data, normalizer)
+            train = data.splits["train"]
         if tokenizer is not None:
             data = tokenised(data, tokenizer)
         self.splits = {
@@ -314,6 +328,7 @@ class Dataset:
             {name: c["nonfinite"] for name, c in counts.items()},
             {name: c["missing"] for name, c in counts.items()},
             list(meta["notes"]) + (_beyond(data, config.time_len) if meta.get("cut") else []),
+            {n: tokenizer.unknown_share(s.tokens) for n, s in data.splits.items()} if tokenizer else {},
         )
 
     def loader(
@@ -378,9 +393,21 @@ class Dataset:
         )  # fmt: skip
 
 
+def _as_trained(data: StoreData, normalizer: Normalizer) -> StoreData:
+    """The same data, a modality that a split lacks in every sample as wide as in the run's training data."""
+    splits = {}
+    for name, split in data.splits.items():
+        missing = data.meta["counts"][name]["missing"]
+        gone = [m for m in ("audio", "vision") if missing.get(m) == len(split)]
+        splits[name] = split.widened({m: getattr(normalizer, m).dim for m in gone})
+    return StoreData(data.meta, splits)
+
+
 def choice_of(data: DataConfig) -> Choice:
     """What the settings say to take where the data has several of a kind."""
-    return Choice(data.audio_features, data.vision_features, data.text_features, data.label_column, data.align)
+    return Choice(
+        data.audio_features, data.vision_features, data.text_features, data.label_column, data.align, data.label_key
+    )
 
 
 def load_prepared(
@@ -447,6 +474,12 @@ def read_source(
         OutputError: no space in `spool`.
     """
     reader = formats.choose_format(source, expected)
+    asked = source.choice.label_key
+    if asked not in ("auto", "classes") and not getattr(reader, "label_keys", False):
+        raise DataError(
+            str(source.path), f"a {reader.title} file, with data.label_key={asked}",
+            "an MMSA file, which has several sets of labels", "Leave data.label_key at auto.",
+        )  # fmt: skip
     with spooled(spool):
         raw = reader.read(source, rule, tokenizer is None)
     return prepare(source, raw, rule, tokenizer, mark)
@@ -541,7 +574,9 @@ def open_dataset(
         )
     made = content.meta.get("choice", asdict(Choice()))
     for name, value in asdict(choice).items():
-        if value != getattr(Choice(), name) and made[name] != value:
+        if name == "label_key" and value == "classes" and content.meta["format"] != "mmsa":
+            continue  # there is one set of labels, whatever they are
+        if value != getattr(Choice(), name) and made.get(name, getattr(Choice(), name)) != value:
             dataset.report.notes.append(
                 f"the store was made with {name} {made[name]}, not {value}: convert the original files again"
             )

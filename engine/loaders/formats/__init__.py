@@ -5,7 +5,6 @@ A new format is an object with the attributes of `Format`, given to `register_fo
 
 from __future__ import annotations
 
-import csv
 import difflib
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from engine.errors import DataError
 from engine.files import user_path
 from engine.loaders import safe_pickle
+from engine.loaders.formats.tables import csv_header
 from engine.loaders.ragged import STEPS, LengthRule, Sequences
 
 SPLITS = ("train", "valid", "test")
@@ -38,6 +38,8 @@ class Choice:
         audio_features, vision_features, text_features: name of a feature set; "auto" is the reader's first.
         label_column: of labels with several columns; None is sentiment, the first of the SDK's seven.
         align: .csd files: one row a word, or the frames of a segment as they are.
+        label_key: set of labels of an MMSA file; auto: regression_labels; classes: classification_labels, where it has
+            them.
     """
 
     audio_features: str = "auto"
@@ -45,6 +47,7 @@ class Choice:
     text_features: str = "auto"
     label_column: int | None = None
     align: Literal["words", "segments"] = "words"
+    label_key: str = "auto"
 
     def of(self, modality: Literal["audio", "vision", "text"], names: Iterable[str], where: str) -> str:
         """The name chosen for `modality` among `names`.
@@ -601,38 +604,66 @@ def as_numbers(values: Any, where: str, expected: str) -> np.ndarray:
 def to_text(value: Any, where: str = "text") -> str:
     """A str of what may be bytes (as written by Python 2 or in numpy S arrays), without lone surrogates.
 
+    An empty cell (None, or NaN as pandas leaves it) is an empty text. A number is its digits, without `.0`.
+
     Raises:
-        DataError: something that is neither text nor a number.
+        DataError: something that is neither text nor a finite number.
     """
+    if value is None or (isinstance(value, (float, np.floating)) and np.isnan(value)):
+        return ""
     if isinstance(value, bytes):
         return safe_pickle.decoded(value)
-    if not isinstance(value, (str, int, float, np.number)):
+    if isinstance(value, (float, np.floating)) and np.isfinite(value):
+        return str(int(value)) if value == int(value) and abs(value) < 2**53 else str(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, np.integer)):
         raise DataError(where, f"a {type(value).__name__}", "text", "Write texts and ids as str.")
     text = str(value)
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def to_id(value: Any, where: str) -> str:
+    """`to_text` of the name of a sample.
+
+    Raises:
+        DataError: it is empty, or the word that an empty cell becomes in a numpy array of text.
+    """
+    text = to_text(value, where)
+    if not text.strip() or text in ("nan", "None"):
+        found = f"id {text!r}" if text.strip() else "an empty id"
+        raise DataError(where, found, "a name for the sample", "Give every sample an id.")
+    return text
 
 
 def to_texts(values: Any, where: str) -> list[str]:
     """`to_text` of every item of a list or array.
 
     Raises:
-        DataError: not a list or 1-D array of text.
+        DataError: not a list or 1-D array of text, or numbers in every row.
     """
+    values = _listed(values, where)
+    texts = [to_text(value, f"{where}, row {row}") for row, value in enumerate(values)]
+    numbers = [v for v in values if not isinstance(v, (str, bytes))] if any(texts) else []
+    if numbers and len(numbers) == len(texts):
+        raise DataError(where, "a number in every row", "text", "Name the key that holds the transcripts.")
+    return texts
+
+
+def to_ids(values: Any, where: str) -> list[str]:
+    """`to_id` of every item of a list or array; numbers are names too.
+
+    Raises:
+        DataError: not a list or 1-D array, or an empty id.
+    """
+    return [to_id(value, f"{where}, row {row}") for row, value in enumerate(_listed(values, where))]
+
+
+def _listed(values: Any, where: str) -> Any:
     if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if not isinstance(values, (list, tuple)) and not (isinstance(values, np.ndarray) and values.ndim == 1):
         shape = f" of shape {values.shape}" if isinstance(values, np.ndarray) else ""
         raise DataError(where, f"a {type(values).__name__}{shape}", "a list of text", "Write one str a row.")
-    return [to_text(value, f"{where}, row {row}") for row, value in enumerate(values)]
-
-
-def csv_header(path: Path) -> list[str]:
-    """Column names of a CSV; none where the file is not one."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-            return [c.strip() for c in next(csv.reader(file), [])]
-    except (OSError, csv.Error):  # some other file beside the data
-        return []
+    return values
 
 
 def check_rows(where: str, rows: Any, title: str) -> int:

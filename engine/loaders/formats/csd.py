@@ -13,7 +13,6 @@ middle lies in the segment, as they are.
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from engine.loaders.formats import (
     listed,
     read_labels,
 )
+from engine.loaders.formats.tables import read_table
 from engine.loaders.hdf5 import CsdReader
 from engine.loaders.ragged import LengthRule, from_sequences
 
@@ -190,14 +190,8 @@ def _splits(source: Source, notes: list[str]) -> dict[str, str]:
     for table in csv_files(folder):
         columns = csv_header(table)
         if {"video_id", "mode"} <= set(columns):
-            try:
-                with table.open(newline="", encoding="utf-8-sig", errors="replace") as opened:
-                    next(opened)
-                    rows = [(r["video_id"], r["mode"]) for r in csv.DictReader(opened, columns, restval="")]
-            except csv.Error as cause:
-                raise DataError(
-                    str(table), f"no CSV ({cause})", "columns video_id and mode", "Mend the file."
-                ) from None
+            read = read_table(table, "columns video_id and mode", ("video_id", "mode"), "replace")
+            rows = [(row["video_id"].strip(), row["mode"].strip()) for _, row in read.rows]
             return {video: SPLIT_ALIASES[mode] for video, mode in rows if mode in SPLIT_ALIASES}
     raise DataError(
         str(source.path),

@@ -23,8 +23,10 @@ from engine.loaders.formats import (
     csv_header,
     listed,
     nearest,
+    to_id,
 )
-from engine.loaders.ragged import LengthRule, absent, from_sequences
+from engine.loaders.formats.tables import number, read_table
+from engine.loaders.ragged import LengthRule, from_sequences
 
 TITLE = "folder of arrays with a manifest.csv"
 COLUMNS = ("id", "split", "label", "audio", "vision")
@@ -46,21 +48,19 @@ class Manifest:
         path = source.files[""]
         rows = _rows(path, "text_features" if features else "text")
         data = RawDataset(self.name, {}, notes=check_splits(str(path), dict.fromkeys(r["split"] for r in rows)))
-        extra = [c for c in csv_header(path) if c not in (*COLUMNS, *TEXTS)]
+        extra = dict.fromkeys(c or "one without a name" for c in csv_header(path) if c not in (*COLUMNS, *TEXTS))
         data.notes += [f"columns that are not read: {listed(extra)}"] if extra else []
         rows = [r for r in rows if r["split"] in SPLITS]
         gone = [m for m in ("audio", "vision") if not any(r[m] for r in rows)]
         if len(gone) == 2:
             raise DataError(str(path), "no audio and no vision file in any row", "files of one at least", "Name them.")
         data.notes += [f"no row has {m}: it is missing in every sample" for m in gone]
+        kinds = ("audio", "vision", "text_features") if features else ("audio", "vision")
         for s in SPLITS:
             own = [r for r in rows if r["split"] == s]
             ids = [r["id"] for r in own]
             parts = {}
-            for kind in ("audio", "vision", "text_features") if features else ("audio", "vision"):
-                if kind in gone:
-                    parts[kind] = absent(len(own))
-                    continue
+            for kind in kinds:
                 arrays = [_array(path, r, kind) for r in own]
                 data.dtypes.setdefault(kind, str(arrays[0].dtype))
                 parts[kind] = from_sequences(arrays, ids, f"{path}, {s}, {kind}")
@@ -76,42 +76,17 @@ class Manifest:
 
 
 def _rows(path: Path, text: str) -> list[dict]:
-    columns = csv_header(path)
-    for need in (*COLUMNS, text):
-        if need not in columns:
-            near = nearest(need, columns)
-            do = f"Rename {near[0]!r} to {need!r}." if near else "Add it."
-            raise DataError(str(path), f"columns {', '.join(columns)}", f"a column {need}", do)
     rows = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            next(file)
-            reader = csv.DictReader(file, columns, restval="")
-            for row in reader:
-                more = row.pop(None, None)
-                row = {k: v.strip() for k, v in row.items()}
-                row["at"] = f"{path}, line {reader.line_num + 1}"
-                if more and any(cell.strip() for cell in more):
-                    raise DataError(
-                        row["at"], f"{len(columns) + len(more)} cells", f"{len(columns)}, as in the header",
-                        "Put texts that hold commas in quotes.",
-                    )  # fmt: skip
-                if not row["id"]:
-                    raise DataError(row["at"], "an empty id", "a name for the sample", "Give every sample an id.")
-                if row["split"] not in SPLIT_ALIASES and (not row["split"] or nearest(row["split"], SPLIT_ALIASES)):
-                    raise DataError(row["at"], f"split {row['split']!r}", "train, valid or test", "Mend the row.")
-                row["split"] = SPLIT_ALIASES.get(row["split"], row["split"])
-                try:
-                    row["number"] = np.float32(row["label"])
-                except ValueError:
-                    row["number"] = np.float32("nan")
-                if row["split"] in SPLITS and not np.isfinite(row["number"]):
-                    raise DataError(row["at"], f"label {row['label']!r}", "a finite number", "Mend the row.")
-                rows.append(row)
-    except UnicodeDecodeError as cause:
-        raise DataError(str(path), f"no UTF-8 at byte {cause.start}", "UTF-8 text", "Save it as UTF-8.") from None
-    except csv.Error as cause:
-        raise DataError(str(path), f"no CSV ({cause})", "a manifest", "Save it as CSV.") from None
+    for line, cells in read_table(path, "a manifest", (*COLUMNS, text)).rows:
+        row: dict = {k: v.strip() for k, v in cells.items()}
+        row["at"] = at = f"{path}, line {line}"
+        row["id"] = to_id(row["id"], at)
+        if row["split"] not in SPLIT_ALIASES and (not row["split"] or nearest(row["split"], SPLIT_ALIASES)):
+            raise DataError(at, f"split {row['split']!r}", "train, valid or test", "Mend the row.")
+        row["split"] = SPLIT_ALIASES.get(row["split"], row["split"])
+        if row["split"] in SPLITS:  # the labels of other splits are not read
+            row["number"] = np.float32(number(row["label"], at))
+        rows.append(row)
     if not rows:
         raise DataError(str(path), "no rows", "a row a sample", "Fill the manifest.")
     return rows

@@ -25,6 +25,7 @@ from engine.loaders.formats import (
     nearest,
     note_keys,
     read_labels,
+    to_ids,
     to_texts,
 )
 from engine.loaders.formats.declarelab import looks_like_mmsa
@@ -43,6 +44,7 @@ UNREAD = (
 class MMSA:
     name = "mmsa"
     title = TITLE
+    label_keys = True  # see `Choice.label_key`
 
     def recognises(self, source: Source) -> bool:
         splits = source.split_dict()
@@ -53,17 +55,20 @@ class MMSA:
         splits = source.split_dict() or {}
         where = str(source.path)
         notes = check_splits(where, splits)
-        gone = _absent(splits)
-        need = tuple(k for k in (*REQUIRED, "text" if features else "raw_text") if k not in gone)
-        known = (*REQUIRED, *OPTIONAL)
-        notes += note_keys({s: check_keys(f"{where}, {s}", splits[s], need, known, TITLE, UNREAD) for s in SPLITS})
-        notes += [f"the file has no {m}: it is missing in every sample" for m in gone]
+        gone, labels = _absent(splits), _label_key(splits, source.choice.label_key, where)
+        need = ("id", "audio", "vision", labels, "text" if features else "raw_text")
+        unknown = {}
+        for s in SPLITS:
+            own = [k for k in need if k not in gone[s]]
+            unknown[s] = check_keys(f"{where}, {s}", splits[s], own, (*REQUIRED, *OPTIONAL), TITLE, UNREAD)
+        notes += note_keys(unknown) + _absence_notes(gone)
         data = RawDataset(self.name, {}, notes=notes)
         for s in SPLITS:
             split = splits.pop(s)
             count = check_rows(f"{where}, {s}/id", split["id"], TITLE)
-            ids = [i.replace("$_$", "_") for i in to_texts(split["id"], f"{where}, {s}/id")]
-            data.dtypes.update({m: str(getattr(split.get(m), "dtype", "")) for m in ("audio", "vision")})
+            ids = [i.replace("$_$", "_") for i in to_ids(split["id"], f"{where}, {s}/id")]
+            there = [m for m in ("audio", "vision") if m not in gone[s]]
+            data.dtypes.update({m: str(getattr(split[m], "dtype", "")) for m in there})
             text = None if "raw_text" not in split else to_texts(split["raw_text"], f"{where}, {s}/raw_text")
             if text is not None and len(text) != count:
                 raise DataError(
@@ -77,19 +82,12 @@ class MMSA:
                 m: from_padded(
                     split.pop(m), "right", rule, _lengths(split, m, count, f"{where}, {s}"), ids, f"{where}, {s}/{m}"
                 )
-                for m in ("audio", "vision")
-                if m not in gone
-            } | {m: absent(count) for m in gone}
+                for m in there
+            } | {m: absent(count) for m in gone[s]}
             data.splits[s] = RawSplit(
                 ids,
                 text,
-                read_labels(
-                    split["regression_labels"],
-                    count,
-                    f"{where}, {s}/regression_labels",
-                    ids,
-                    source.choice.label_column,
-                ),
+                read_labels(split[labels], count, f"{where}, {s}/{labels}", ids, source.choice.label_column),
                 **sequences,
                 features=from_padded(embedded, text_side, "recorded", mask, ids, f"{where}, {s}/text", least=0)
                 if features
@@ -98,12 +96,40 @@ class MMSA:
         return data
 
 
-def _absent(splits: dict[str, Any]) -> list[str]:
-    """Modalities of which no split has a key, spelt right or wrong: MMSA-FET leaves out what was not extracted."""
-    keys = {str(k) for s in SPLITS if isinstance(splits[s], dict) for k in splits[s]}
-    free = [k for k in keys if k not in (*REQUIRED, *OPTIONAL, *UNREAD)]
-    gone = [m for m in ("audio", "vision") if m not in keys and not nearest(m, free, 0.5)]
-    return gone if len(gone) == 1 else []
+def _absent(splits: dict[str, Any]) -> dict[str, list[str]]:
+    """Split -> the modality it has no key of, spelt right or wrong: MMSA-FET leaves out what was not extracted."""
+    out = {}
+    for s in SPLITS:
+        keys = [str(k) for k in splits[s]] if isinstance(splits[s], dict) else []
+        free = [k for k in keys if k not in (*REQUIRED, *OPTIONAL, *UNREAD)]
+        gone = [m for m in ("audio", "vision") if m not in keys and not nearest(m, free, 0.5)]
+        out[s] = gone if len(gone) == 1 else []
+    return out
+
+
+def _absence_notes(gone: dict[str, list[str]]) -> list[str]:
+    notes = []
+    for m in ("audio", "vision"):
+        lacking = [s for s in SPLITS if m in gone[s]]
+        if lacking:
+            where = "the file has" if len(lacking) == len(SPLITS) else f"{', '.join(lacking)} has"
+            notes.append(f"{where} no {m}: it is missing in every sample")
+    return notes
+
+
+def _label_key(splits: dict[str, Any], asked: str, where: str) -> str:
+    """The key of the labels that are meant."""
+    known = [k for k in (*REQUIRED, *OPTIONAL, *UNREAD) if "_labels" in k]
+    if asked == "auto":
+        return "regression_labels"
+    if asked == "classes":
+        every = all(isinstance(splits[s], dict) and "classification_labels" in splits[s] for s in SPLITS)
+        return "classification_labels" if every else "regression_labels"
+    if asked not in known:
+        near = nearest(asked, known, 0.5)
+        do = f"Did you mean {near[0]}?" if near else "Name one of them."
+        raise DataError(f"{where}, data.label_key", repr(asked), f"one of {', '.join(known)}", do)
+    return asked
 
 
 def _lengths(split: dict[str, Any], modality: str, count: int, where: str) -> np.ndarray | None:

@@ -27,7 +27,7 @@ from engine.loaders.formats import (
     first_rows,
     row_family,
     splits_with_words,
-    to_text,
+    to_id,
     to_texts,
 )
 from engine.loaders.formats.tuples import stacked_labels
@@ -67,7 +67,7 @@ class SDKRows:
             if row_family(row) != self.name:
                 raise DataError(at, "another kind of row", self.row, "Write every row alike.")
             (l_parts, a_parts, v_parts), value, name = row[0], row[1], row[-1]
-            ids.append(to_text(name, f"{at}, segment"))
+            ids.append(to_id(name, f"{at}, segment"))
             if i == 0:
                 embeddings = _names("text", l_parts, at)[1:]
                 if features and not embeddings:

@@ -26,7 +26,7 @@ from engine.loaders.formats import (
     read_labels,
     row_family,
     splits_with_words,
-    to_text,
+    to_id,
     to_texts,
 )
 from engine.loaders.ragged import LengthRule, from_sequences
@@ -65,7 +65,7 @@ class Tuples:
             inner, value, name = row
             listed = isinstance(name, (list, tuple)) or (isinstance(name, np.ndarray) and name.ndim > 0)
             name = name[0] if listed and len(name) else name
-            ids.append(to_text(name, f"{where}, row {i}, id"))
+            ids.append(to_id(name, f"{where}, row {i}, id"))
             at = f"{where}, row {i} (id {ids[-1]})"
             text.append(" ".join(_words(inner[self.words], self.inner, at)))
             label.append(as_numbers(value, f"{at}, label", "a number").reshape(-1))
