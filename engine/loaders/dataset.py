@@ -295,6 +295,7 @@ class Dataset:
         }
         self.audio_dim, self.vision_dim = train.audio.dim, train.vision.dim
         self.text_dim = train.features.dim if tokenizer is None and train.features is not None else 0
+        self._content = data
         counts = meta["counts"]
         self.report = DataReport(
             meta["format"],
@@ -304,6 +305,11 @@ class Dataset:
             {name: c["missing"] for name, c in counts.items()},
             list(meta["notes"]),
         )
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """sha256 of each split's content, see `StoreData.fingerprints`."""
+        return self._content.fingerprints()
 
     def loader(
         self,
