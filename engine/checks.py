@@ -144,7 +144,7 @@ def _positions(config: Config, split: Split, where: str, encoder: TextEncoder) -
 def disk_space(out: Path, model: nn.Module, objective: nn.Module, train: TrainConfig, present: Iterable[Path]) -> None:
     """Raise OutputError where `out` has no room for the checkpoints of a run.
 
-    The two checkpoints stay, and the larger one is written anew beside itself before it is replaced.
+    The best model, the last checkpoint and the one before it stay, and a new one is written before the oldest goes.
 
     Args:
         present: checkpoints that a run which goes on has already.
@@ -153,7 +153,7 @@ def disk_space(out: Path, model: nn.Module, objective: nn.Module, train: TrainCo
     best = sum(t.numel() * t.element_size() for t in tensors)
     trained = sum(p.numel() * 4 for part in (model, objective) for p in part.parameters() if p.requires_grad)
     last = best + trained * (2 if train.optimizer == "adam" else 1) + (best if train.average is not None else 0)
-    need = best + 2 * last - sum(path.stat().st_size for path in present if path.exists())
+    need = best + 3 * last - sum(path.stat().st_size for path in present if path.exists())
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     if free < need:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
 import re
+import shlex
+import signal
 import sys
 import textwrap
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from engine import __version__
 from engine.errors import CheckpointError, ConfigError, DataError, EngineError, OutputError
 from engine.files import user_path
-
-RUN_MARKS = ("config.yaml", "metrics.json", "history.jsonl", "last.safetensors")
+from engine.run_folder import CONFIG, FILES, LAST, MARKS, PREVIOUS, owned
 
 DESCRIPTION = "Train multimodal models with mutual information objectives, and see what the information terms do."
 
@@ -43,18 +46,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a problem the user can mend, 130 when interrupted."""
+    """Run the command line and return its exit code: 0, 2 for a problem the user can mend, 130 when interrupted.
+
+    SIGTERM and SIGHUP end a command as Ctrl-C does, with exit code 143 and 129.
+    """
     arguments, rest = _parser().parse_known_args(argv)
     formatwarning = warnings.formatwarning
     try:
         if not arguments.debug:
             warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
         settings = _settings(arguments, rest)
-        arguments.run(arguments, settings) if settings is not None else arguments.run(arguments)
+        with _signals():
+            arguments.run(arguments, settings) if settings is not None else arguments.run(arguments)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, _Stop) else signal.SIGINT
+        by = f" by {signal.Signals(number).name}" if isinstance(stop, _Stop) else ""
+        with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+            print(f"interrupted{by}{_kept(arguments, rest)}", file=sys.stderr)
+        return 128 + number
     except BrokenPipeError:
         # Whoever read our output has gone (`engine config | head`); Python would complain once more at exit.
         sys.stdout = None
@@ -78,6 +88,59 @@ def _environment_error(cause: OSError) -> EngineError:
     if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
         raise cause
     return output_error(Path(cause.filename or "output"), cause)
+
+
+class _Stop(KeyboardInterrupt):
+    """A signal that asks the process to end."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Raise `_Stop` for SIGTERM and SIGHUP, except where they are ignored (nohup) or handled by someone else."""
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise _Stop(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _kept(a: argparse.Namespace, rest: Sequence[str]) -> str:
+    """What training that was stopped has left, and how to go on."""
+    if a.command not in ("train", "demo"):
+        return ""
+    runs = [a.out, *sorted(a.out.glob("seed*"))]
+    if not any((folder / CONFIG).is_file() for folder in runs):
+        return ": nothing was kept, for training had not begun"
+    kept = {folder: epochs for folder in runs if (epochs := _saved_epochs(folder))}
+    seeds = [word for word in rest if word.startswith("seeds=")]
+    go_on = shlex.join(["engine", "train", "--resume", "--out", str(a.out), *seeds])
+    if not kept:
+        return f": nothing was kept, for no epoch was finished. Begin again with: {go_on}"
+    found = ", ".join(f"{epochs} epoch{'s' * (epochs > 1)} in {folder}" for folder, epochs in kept.items())
+    return f": kept {found}. Go on with: {go_on}"
+
+
+def _saved_epochs(run: Path) -> int:
+    from engine import checkpoint
+
+    for name in (LAST, PREVIOUS):
+        with contextlib.suppress(CheckpointError):
+            return checkpoint.load_meta(run / name)["epoch"] + 1
+    return 0
 
 
 def _settings(arguments: argparse.Namespace, rest: list[str]) -> list[str] | None:
@@ -284,7 +347,7 @@ def _check_out(out: Path, resume: bool) -> None:
     """Refuse an output folder that is a file or holds a run, before anything slow begins."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out}", "a file", "a folder", "Choose another --out.")
-    if not resume and any((out / mark).exists() for mark in RUN_MARKS):
+    if not resume and any((out / mark).exists() for mark in MARKS):
         raise OutputError(
             f"--out {out}", "another run", "an empty or new folder", "Choose another --out, or go on with --resume."
         )
@@ -298,7 +361,10 @@ def _run_folder(run: Path) -> Path:
 
 
 def _clear_demo(out: Path) -> None:
-    """Remove an earlier demo run from `out`, so that `engine demo` can be repeated; nobody else's run."""
+    """Remove an earlier demo run from `out`, so that `engine demo` can be repeated; nothing else.
+
+    Nobody else's run, and no file that a run does not write.
+    """
     _check_out(out, resume=True)
     saved = out / "config.yaml"
     if not saved.exists():
@@ -307,11 +373,14 @@ def _clear_demo(out: Path) -> None:
 
     if load_config(saved).preset != "demo":
         _check_out(out, resume=False)
-    import shutil
-
-    for pattern in ("*.yaml", "*.json", "*.jsonl", "*.csv", "*.safetensors", "report.html", "tensorboard"):
-        for path in out.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with owned(out):
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
+        for events in (out / "tensorboard").glob("events.out.tfevents.*"):
+            events.unlink()
+        for folder in ("tensorboard", "profile"):
+            with contextlib.suppress(OSError):  # not there, or with files of the user's
+                (out / folder).rmdir()
     return None
 
 

@@ -25,6 +25,7 @@ from engine import checkpoint
 from engine.config import ACTIVATIONS, BOUNDS, Config, load_config, text_of
 from engine.errors import CheckpointError, ConfigError, OutputError
 from engine.files import user_path, write_json
+from engine.run_folder import NORMALIZER, Checksums
 
 if TYPE_CHECKING:
     from engine.loaders.normalize import Normalizer
@@ -626,7 +627,8 @@ def import_checkpoint(
             "imported_from": path.name,
         },
     )
-    _no_normalizer(shapes).save(out / "normalizer.safetensors")
+    with Checksums(out).writing(NORMALIZER):
+        _no_normalizer(shapes).save(out / NORMALIZER)
     settings.save(out / "config.yaml")
     return notes
 

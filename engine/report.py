@@ -35,6 +35,7 @@ from engine.metrics import (
     sims_classes,
 )
 from engine.report_charts import escape, lines, number, scatter, shape, truth
+from engine.run_folder import CONFIG, FEATURES, HISTORY, PREDICTIONS, TRUTH, verify
 
 SPLITS = ("train", "valid", "test")
 MOST_DOTS = 1500
@@ -166,7 +167,7 @@ def write_report(run: str | Path) -> Path:
         The path of the page.
 
     Raises:
-        CheckpointError: the folder is missing or holds no run.
+        CheckpointError: the folder is missing or holds no run, or a file of it is not what the run wrote.
         OutputError: the page cannot be written.
     """
     found = read_run(run)
@@ -176,7 +177,11 @@ def write_report(run: str | Path) -> Path:
 
 
 def read_run(run: str | Path) -> Run:
-    """Read everything but the features of a run folder. Raises CheckpointError if it holds no run."""
+    """Read everything but the features of a run folder.
+
+    Raises:
+        CheckpointError: it holds no run, or a file of it is not what the run wrote.
+    """
     folder = user_path(run)
     if not folder.is_dir():
         raise CheckpointError(
@@ -189,6 +194,7 @@ def read_run(run: str | Path) -> Run:
             "the output folder of `engine train`",
             "Give the folder passed to --out.",
         )
+    verify(folder, CONFIG, "metrics.json", HISTORY, TRUTH, *PREDICTIONS, *FEATURES)
     found = Run(folder)
     _read(found, "config.yaml", "the settings", lambda text: _read_config(found, text))
     _read(

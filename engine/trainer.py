@@ -8,6 +8,7 @@ import os
 import random
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from engine import checkpoint, checks, losses, metrics
 from engine.allocator import keep_memory
 from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
-from engine.config import Config, ScheduleConfig, load_config
-from engine.errors import CheckpointError, ConfigError, OutputError
-from engine.files import output_error, user_path, write_json, write_text
+from engine.config import Config, ScheduleConfig, load_config, text_of
+from engine.errors import CheckpointError, ConfigError, DataError, EngineError, OutputError
+from engine.files import append_text, user_path, write_json, write_text
 from engine.kernels import registry
 from engine.kernels.knn_product import Bank
 from engine.kernels.registry import has_triton, interpreting
@@ -39,9 +40,25 @@ from engine.objective import Objective, mimrl_objective
 from engine.precision import autocast_dtype
 from engine.profile import Profiler, part
 from engine.report import environment, write_report
+from engine.run_folder import (
+    BEST,
+    CHECKSUMS,
+    CONFIG,
+    FEATURES,
+    HISTORY,
+    LAST,
+    MARKS,
+    METRICS,
+    METRICS_CSV,
+    NORMALIZER,
+    PREVIOUS,
+    REPORT,
+    Checksums,
+    file_sum,
+    owned,
+    verify,
+)
 from engine.step import EpochResult, FeatureBank, TwoStageStep
-
-HISTORY, BEST, LAST, NORMALIZER = "history.jsonl", "best.safetensors", "last.safetensors", "normalizer.safetensors"
 
 
 @dataclass
@@ -80,8 +97,9 @@ def train(
     Args:
         config: the run's settings; `config.data.path` names the data.
         out: folder to write; it may not hold another run unless `resume`.
-        resume: go on after the last finished epoch of the run in `out`. A resumed CPU run ends bit-equal to one that
-            was not interrupted.
+        resume: go on after the last finished epoch of the run in `out`, by the same settings and on the same data. A
+            resumed CPU run ends bit-equal to one that was not interrupted. Where last.safetensors is damaged, the run
+            goes on from the epoch before, with a warning.
         callbacks: called beside the built-in progress and TensorBoard ones (`config.output`).
         dataset: an open dataset, to share one among several runs; default: `config.data.path` is opened.
         profile: measure where the time of a few batches of each stage goes, in the second epoch:
@@ -90,22 +108,28 @@ def train(
     Raises:
         EngineError: a problem with settings, data or the output folder, in one line.
     """
+    _refuse_other_ranks()
     return _Trainer(config, user_path(out), callbacks, dataset, profile).fit(resume)
 
 
 def train_seeds(
     config: Config, out: str | Path, seeds: Sequence[int], resume: bool = False, callbacks: Sequence[Callback] = ()
 ) -> list[RunResult]:
-    """One run a seed in `out`/seedN, and summary.csv and summary.json with mean and standard deviation over them."""
+    """One run a seed in `out`/seedN, and summary.csv and summary.json with mean and standard deviation over them.
+
+    Args:
+        resume: runs that have done all epochs of `config` stay as they are, the others go on or begin.
+    """
+    _refuse_other_ranks()
     out = user_path(out)
     dataset = open_dataset(config.data.path, config.resolve().data, config.text_encoder)
     results = []
     for seed in seeds:
         folder = out / f"seed{seed}"
-        result = _finished(folder) if resume else None
+        one = config.model_copy(deep=True, update={"seed": seed})
+        result = _finished(one.resolve(), folder, dataset) if resume else None
         if result is None:
-            one = config.model_copy(deep=True, update={"seed": seed})
-            result = train(one, folder, resume and (folder / LAST).exists(), callbacks, dataset)
+            result = train(one, folder, resume, callbacks, dataset)
         results.append(result)
     tests = [r.metrics["test"] for r in results]
     metrics.write_summary_csv(out / "summary.csv", {config.preset or config.mode: tests})
@@ -147,18 +171,19 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> Run:
     """The best model of a run folder.
 
     Raises:
-        CheckpointError: the folder holds no run, or its checkpoint is damaged.
+        CheckpointError: the folder holds no run, or one of its files is damaged or was changed.
     """
     folder = user_path(run)
-    if not (folder / "config.yaml").exists() or not (folder / BEST).exists():
+    if not (folder / CONFIG).exists() or not (folder / BEST).exists():
         raise CheckpointError(
             str(folder),
             "no config.yaml and best.safetensors",
             "a run folder",
             "Name the --out folder of `engine train`.",
         )
-    config = load_config(folder / "config.yaml").resolve()
+    config = load_config(folder / CONFIG).resolve()
     state, meta = checkpoint.load(folder / BEST)
+    _check_unchanged(folder, config, meta)
     model, objective = _build(
         config, meta["audio_dim"], meta["vision_dim"], text_encoder_from_config(meta["text_encoder"])
     )
@@ -166,6 +191,22 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> Run:
     checkpoint.load_into(objective, state["objective"], f"{folder / BEST}: objective")
     normalizer = Normalizer.load(folder / NORMALIZER)
     return Run(folder, config, model.to(device).eval(), objective.to(device).eval(), normalizer, meta)
+
+
+def _check_unchanged(folder: Path, config: Config, meta: dict[str, Any]) -> None:
+    """Compare config.yaml with the settings of the best model, and the normaliser with its checksum."""
+    if "settings" not in meta:  # a run of an older version
+        return verify(folder, CONFIG, NORMALIZER)
+    # A text encoder may lie elsewhere now.
+    differing = _differences(_settings_of(folder, meta), config, {*FREE, "text_encoder"})
+    if differing:
+        raise CheckpointError(
+            str(folder / CONFIG),
+            f"settings that its model was not trained with ({', '.join(differing)})",
+            "those of the training",
+            "The file is damaged or was edited: put the original back.",
+        )
+    return verify(folder, NORMALIZER)
 
 
 # -- building --------------------------------------------------------------------------------------
@@ -324,20 +365,45 @@ class _Trainer:
         if self.device.type == "cpu":
             keep_memory()
         self.dataset = dataset
+        self.lines = (0, 0)  # bytes and CRC-32 of history.jsonl
 
     def fit(self, resume: bool) -> RunResult:
         if self.profile and self.config.objective.enabled and self.config.epochs < 2:
             raise ConfigError(
                 "profile", "one epoch", "two or more: the first has no information terms", "Set epochs=2."
             )
-        self._claim_folder(resume)
+        with owned(self.out):
+            if not resume and any((self.out / mark).exists() for mark in MARKS):
+                raise OutputError(
+                    str(self.out), "another run", "an empty or new folder",
+                    "Choose another --out, or go on with --resume.",
+                )  # fmt: skip
+            try:
+                return self._fit(resume)
+            except Exception:
+                if not resume and not (self.out / LAST).exists():  # there is no epoch to go on from: leave it free
+                    for name in (CONFIG, NORMALIZER, HISTORY, CHECKSUMS):
+                        (self.out / name).unlink(missing_ok=True)
+                raise
+
+    def _fit(self, resume: bool) -> RunResult:
+        c = self.config
+        self.sums = Checksums(self.out)
+        saved = self._saved() if resume else None
+        self._open()
+        if saved is not None and (differing := _other_data(self.dataset, saved[1])):
+            raise DataError(
+                c.data.path, f"other data than the run in {self.out} was trained on ({', '.join(differing)})",
+                "the same samples, texts, labels and features", "Name the run's own data, or begin a new run.",
+            )  # fmt: skip
         self._prepare()
         history: list[dict[str, Any]] = []
         bank: FeatureBank | None = None
-        if resume and (self.out / LAST).exists():
-            history, bank = self._restore()
-            self._write_settings()
-        c = self.config
+        if saved is not None:
+            history, bank = self._restore(*saved)
+        self._write_settings()
+        if history:
+            self._complete(history)
         for callback in (callbacks := self._callbacks()):
             callback.on_start(len(history), c.epochs, self._batches())
 
@@ -361,32 +427,25 @@ class _Trainer:
         finally:
             for callback in callbacks:
                 callback.on_end()
-        summary = self._summary(history, time.perf_counter() - started)
+        with self.sums.writing(METRICS, METRICS_CSV):
+            summary = self._summary(history, time.perf_counter() - started)
+        self._complete(history, ended=True)
         if c.output.features:
-            self._write_features()
+            with self.sums.writing(*FEATURES):
+                self._write_features()
         if c.output.report:
             write_report(self.out)
         return RunResult(self.out, summary)
 
     # -- setting up --
 
-    def _claim_folder(self, resume: bool) -> None:
-        if (self.out / "config.yaml").exists() and not resume:
-            raise OutputError(
-                str(self.out), "another run", "an empty or new folder", "Choose another --out, or go on with --resume."
-            )
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            probe = self.out / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as cause:
-            raise output_error(self.out, cause) from cause
+    def _open(self) -> None:
+        if self.dataset is None:
+            self.dataset = open_dataset(self.config.data.path, self.config.data, self.config.text_encoder)
 
     def _prepare(self) -> None:
         c = self.config
-        if self.dataset is None:
-            self.dataset = open_dataset(c.data.path, c.data, c.text_encoder)
+        self._open()
         c.data.label_scale = checks.label_scale(c, self.dataset)
         self.metric, self.higher_is_better = metrics.selection(c.data.dataset, c.model.task, c.data.label_scale)
         checks.class_numbers(c, self.dataset)
@@ -395,7 +454,7 @@ class _Trainer:
         encoder = load_text_encoder(c.text_encoder, c.text.freeze, dim=self.dataset.text_dim)
         checks.text_fits(c, self.dataset, encoder)
         model, objective = _build(c, self.dataset.audio_dim, self.dataset.vision_dim, encoder)
-        checks.disk_space(self.out, model, objective, c.train, [self.out / BEST, self.out / LAST])
+        checks.disk_space(self.out, model, objective, c.train, [self.out / n for n in (BEST, LAST, PREVIOUS)])
         if c.mode == "fast" and c.model.task == "regression":
             model.start_at(float(self.dataset.splits["train"].label[:, 0].mean()))
         model, objective = model.to(self.device), objective.to(self.device)
@@ -554,8 +613,9 @@ class _Trainer:
     # -- on disk --
 
     def _write_settings(self) -> None:
-        self.config.save(self.out / "config.yaml")
-        self.dataset.normalizer.save(self.out / NORMALIZER)
+        with self.sums.writing(CONFIG, NORMALIZER):
+            self.config.save(self.out / CONFIG)
+            self.dataset.normalizer.save(self.out / NORMALIZER)
 
     def _meta(self, epoch: int) -> dict[str, Any]:
         return {
@@ -563,6 +623,8 @@ class _Trainer:
             "audio_dim": self.dataset.audio_dim,
             "vision_dim": self.dataset.vision_dim,
             "text_encoder": self.text_config,
+            "settings": self.config.model_dump(mode="json"),
+            "data": self.dataset.fingerprints,
         }
 
     def _weights(self) -> dict[str, Any]:
@@ -570,36 +632,90 @@ class _Trainer:
 
     def _save(self, history: list[dict[str, Any]], bank: FeatureBank, improved: bool, wall_s: float) -> None:
         epoch = history[-1]["epoch"]
-        if improved:
-            with self.step.averaged():
-                checkpoint.save(self.out / BEST, self._weights(), self._meta(epoch))
-            for split, result in self.results.items():
-                ids = self.dataset.splits[split].ids
-                _write_predictions(self.out / f"predictions_{split}.csv", self.config, ids, result)
-        if len(history) == 1:  # not before: a run that fails in its first epoch leaves the folder free
-            self._write_settings()
-        write_text(self.out / HISTORY, "".join(json.dumps(r) + "\n" for r in history))
-        self._summary(history, wall_s)
-        state = self._weights() | {
-            "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
-            "schedulers": {k: s.state_dict() for k, s in self.schedulers.items()},
-            "average": self.step.average.state_dict() if self.step.average is not None else None,
-            "bank": bank.state_dict(),
-            "generator": self.step.generator.get_state(),
-            "rng": _rng_state(),
-            # What history.jsonl held at this moment: the two files cannot be replaced in one stroke.
-            "history": json.dumps(history),
-        }
-        checkpoint.save(self.out / LAST, state, self._meta(epoch))
+        predictions = self._prediction_files() if improved else []
+        with self.sums.writing(HISTORY, METRICS, METRICS_CSV, *predictions):
+            line = json.dumps(history[-1]) + "\n"
+            append_text(self.out / HISTORY, line, at=self.lines[0])
+            self.lines = self.lines[0] + len(line.encode()), zlib.crc32(line.encode(), self.lines[1])
+            self.sums.sums[HISTORY] = self.lines
+            state = self._weights() | {
+                "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
+                "schedulers": {k: s.state_dict() for k, s in self.schedulers.items()},
+                "average": self.step.average.state_dict() if self.step.average is not None else None,
+                "bank": bank.state_dict(),
+                "generator": self.step.generator.get_state(),
+                "rng": _rng_state(),
+            }
+            # With this file the epoch counts. `_complete` can make the others from it; it could not be made from them.
+            meta = self._meta(epoch) | {"history": self.lines}
+            checkpoint.save(self.out / LAST, state, meta, previous=self.out / PREVIOUS)
+            if improved:
+                self._save_best(epoch)
+            self._summary(history, wall_s)
 
-    def _restore(self) -> tuple[list[dict[str, Any]], FeatureBank]:
-        saved = load_config(self.out / "config.yaml").resolve()
-        if differing := _differences(saved, self.config):
-            raise ConfigError(
-                f"{self.out / 'config.yaml'}", f"other settings for {', '.join(differing)}", "the settings of the run",
-                "Resume with the same settings (only epochs, threads, device and output may differ).",
+    def _prediction_files(self) -> list[str]:
+        return [f"predictions_{split}.csv" for split in self.loaders if split != "train"]
+
+    def _save_best(self, epoch: int) -> None:
+        with self.step.averaged():
+            checkpoint.save(self.out / BEST, self._weights(), self._meta(epoch))
+        for split, result in self.results.items():
+            ids = self.dataset.splits[split].ids
+            _write_predictions(self.out / f"predictions_{split}.csv", self.config, ids, result)
+
+    def _complete(self, history: list[dict[str, Any]], ended: bool = False) -> None:
+        """Write the best model and its predictions where a run was stopped between its last epoch and these files.
+
+        Those of an earlier epoch cannot be made anew; a run that has ended warns of them.
+        """
+        try:
+            found = checkpoint.load(self.out / BEST)[1]["epoch"]
+        except CheckpointError:
+            found = None
+        best, last = self._best(history, "valid")["epoch"], history[-1]["epoch"]
+        wrong = [name for name in self._prediction_files() if not self.sums.hold(name)]
+        if found != best:
+            wrong.insert(0, BEST)
+        if wrong and best != last and ended:
+            warnings.warn(
+                f"{self.out}: {', '.join(wrong)} not of epoch {best}, the best by validation, whose weights are gone",
+                stacklevel=2,
+            )
+        elif wrong and best == last:
+            random_state, generator_state = _rng_state(), self.step.generator.get_state()
+            with self.step.averaged():
+                self.results = {s: self.step.evaluate(p) for s, p in self.loaders.items() if s != "train"}
+            with self.sums.writing(*self._prediction_files()):
+                self._save_best(best)
+            self.step.generator.set_state(generator_state)
+            _set_rng_state(random_state)
+
+    def _saved(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """State and meta of the newest undamaged checkpoint to go on from; None where no epoch was saved."""
+        newest, before = self.out / LAST, self.out / PREVIOUS
+        if not newest.exists() and not before.exists():
+            if not (self.out / BEST).exists():
+                return None
+            raise CheckpointError(
+                str(self.out), f"{BEST} without {LAST}", "both, to go on with a run",
+                "Choose another --out; the best model can still be evaluated.",
             )  # fmt: skip
-        state, _ = checkpoint.load(self.out / LAST)
+        try:
+            state, meta = checkpoint.load(newest)
+        except CheckpointError as problem:
+            if not before.exists():
+                raise
+            state, meta = checkpoint.load(before)
+            warnings.warn(f"{problem} The run goes on from {PREVIOUS}, after epoch {meta['epoch']}.", stacklevel=2)
+        if differing := _differences(_settings_of(self.out, meta), self.config, FREE):
+            raise ConfigError(
+                str(self.out), f"other settings than the run's ({', '.join(differing)})", "the settings of the run",
+                "Resume with the same settings (only epochs, threads, device, output and the loader may differ).",
+            )  # fmt: skip
+        return state, meta
+
+    def _restore(self, state: dict[str, Any], meta: dict[str, Any]) -> tuple[list[dict[str, Any]], FeatureBank]:
+        history = self._restore_history(state, meta)
         where = str(self.out / LAST)
         checkpoint.load_into(self.model, state["model"], f"{where}: model")
         checkpoint.load_into(self.objective, state["objective"], f"{where}: objective")
@@ -613,7 +729,28 @@ class _Trainer:
         bank.rows = {k: v.to(self.device) for k, v in bank.rows.items()}
         self.step.generator.set_state(state["generator"])
         _set_rng_state(state["rng"])
-        return json.loads(state["history"]), bank
+        return history, bank
+
+    def _restore_history(self, state: dict[str, Any], meta: dict[str, Any]) -> list[dict[str, Any]]:
+        """The records up to the checkpoint's epoch; what a stopped run wrote beyond is cut off."""
+        path = self.out / HISTORY
+        if "history" in state:  # older versions kept the records in the checkpoint
+            history = json.loads(state["history"])
+            with self.sums.writing(HISTORY):
+                write_text(path, "".join(json.dumps(record) + "\n" for record in history))
+            self.lines = file_sum(path)
+            return history
+        size, crc = meta["history"]
+        content = path.read_bytes()[:size] if path.is_file() else b""
+        if len(content) < size or zlib.crc32(content) != crc:
+            raise CheckpointError(
+                str(path), "contents that do not match their checksum", f"the epochs up to {meta['epoch']}",
+                "The file is damaged or was edited: put the original back. The best model can still be evaluated.",
+            )  # fmt: skip
+        with self.sums.writing(HISTORY):
+            append_text(path, "", at=size)
+        self.lines = size, crc
+        return [json.loads(line) for line in content.splitlines()]
 
     def _summary(self, history: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
         best, oracle = self._best(history, "valid"), self._best(history, "test")
@@ -633,8 +770,8 @@ class _Trainer:
             "wall_s": wall_s,
             "environment": environment(str(self.device)),
         }
-        write_json(self.out / "metrics.json", summary)
-        metrics.write_metrics_csv(self.out / "metrics.csv", summary)
+        write_json(self.out / METRICS, summary)
+        metrics.write_metrics_csv(self.out / METRICS_CSV, summary)
         return summary
 
     def _write_features(self) -> None:
@@ -682,25 +819,75 @@ def _set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _finished(folder: Path) -> RunResult | None:
-    """The result of a run in `folder` if it has done all its epochs."""
-    if not (folder / "metrics.json").exists() or not (folder / HISTORY).exists():
-        return None
-    done = (folder / HISTORY).read_text(encoding="utf-8").count("\n")
-    if done < load_config(folder / "config.yaml").epochs:
-        return None
-    return RunResult(folder, json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+def _refuse_other_ranks() -> None:
+    """A run has one process: started once a device, as torchrun does, all but the first would repeat its work."""
+    rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if rank.isdigit() and world.isdigit() and 0 < int(rank) < int(world) and not together:
+        raise ConfigError(
+            "environment",
+            f"RANK={rank} of WORLD_SIZE={world}, and no process group",
+            "one process a run",
+            "Start engine without torchrun: a run trains in one process.",
+        )
 
 
-def _differences(a: Config, b: Config) -> list[str]:
-    free = {"epochs", "threads", "device", "output", "preset"}
-    x, y = a.model_dump(), b.model_dump()
-    for data in (x["data"], y["data"]):
-        del data["path"], data["loader"], data["workers"]  # which loader makes the batches does not change them
-        del data["label_scale"]  # what is reported does not change the training
-    for train in (x["train"], y["train"]):
-        del train["graphs"]  # how the steps are launched changes no more than rounding
-    return [key for key in x if key not in free and x[key] != y[key]]
+def _finished(config: Config, folder: Path, dataset: Dataset) -> RunResult | None:
+    """The result of a run in `folder` that has done all epochs of `config` on this data and lacks no file.
+
+    None: it has to go on, which also tells what is wrong with it.
+    """
+    needed = [CONFIG, METRICS, METRICS_CSV, HISTORY, NORMALIZER]
+    needed += [f"predictions_{split}.csv" for split in dataset.splits if split != "train"]
+    needed += [REPORT] * config.output.report + list(FEATURES) * config.output.features
+    if not all((folder / name).is_file() for name in (*needed, BEST, LAST)):
+        return None
+    try:
+        _, meta = checkpoint.load(folder / LAST)
+        checkpoint.load(folder / BEST)
+        verify(folder, *needed)
+        differing = _differences(_settings_of(folder, meta), config, FREE)
+    except EngineError:
+        return None
+    if meta["epoch"] + 1 < config.epochs or differing or _other_data(dataset, meta):
+        return None
+    return RunResult(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
+
+
+FREE = {
+    "preset", "epochs", "threads", "device", "output",
+    "data.path", "data.loader", "data.workers",  # which loader makes the batches does not change them
+    "data.label_scale",  # what is reported does not change the training
+    "train.graphs",  # how the steps are launched changes no more than rounding
+}  # fmt: skip
+"""Settings, or sections of them, that may change when a run goes on."""
+
+
+def _settings_of(folder: Path, meta: dict[str, Any]) -> Config:
+    """The settings that a checkpoint was trained with; older versions kept them in config.yaml only."""
+    return Config(**meta["settings"]) if "settings" in meta else load_config(folder / CONFIG).resolve()
+
+
+def _differences(saved: Config, given: Config, free: set[str]) -> list[str]:
+    """`key=value, not value` of every setting that differs and is not free."""
+    x, y = _flat(saved.model_dump(mode="json"), free), _flat(given.model_dump(mode="json"), free)
+    return [f"{key}={text_of(y.get(key))}, not {text_of(x.get(key))}" for key in {**x, **y} if x.get(key) != y.get(key)]
+
+
+def _flat(values: dict[str, Any], free: set[str], prefix: str = "") -> dict[str, Any]:
+    """`{section.key: value}`, the free ones left out."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if (name := prefix + key) in free:
+            continue
+        found |= _flat(value, free, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _other_data(dataset: Dataset, meta: dict[str, Any]) -> list[str]:
+    """The splits whose content is not that of the run's data; older checkpoints do not tell."""
+    known = meta.get("data", dataset.fingerprints)
+    return sorted(name for name in {*known, *dataset.fingerprints} if known.get(name) != dataset.fingerprints.get(name))
 
 
 def _metrics(config: Config, result: EpochResult) -> dict[str, float]:

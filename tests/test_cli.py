@@ -19,6 +19,7 @@ from engine import __version__
 from engine.cli import EXAMPLES, _parser, _settings, _split_seeds, _train_epilog, main
 from engine.config import COMMON_KEYS, Config, load_config, presets
 from engine.errors import DataError
+from engine.run_folder import FILES
 
 PROJECT = Path(__file__).resolve().parents[1]
 METRICS = {"best_epoch": 3, "test": {"mae": 0.75, "corr": 0.7, "acc7": None}}
@@ -271,9 +272,13 @@ def test_demo_replaces_an_earlier_demo_and_nothing_else(calls: list, tmp_path: P
 
     load_config("demo").save(tmp_path / "demo/config.yaml")
     (tmp_path / "demo/tensorboard").mkdir()
-    (tmp_path / "demo/notes.txt").write_text("mine")
+    (tmp_path / "demo/tensorboard/events.out.tfevents.1").touch()
+    for name in (*FILES, *(mine := ["labels.csv", "more.yaml", "notes.txt", "results.json", "w.safetensors"])):
+        (tmp_path / "demo" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "demo" / name).touch()
+    load_config("demo").save(tmp_path / "demo/config.yaml")
     assert run("demo", "--out", tmp_path / "demo") == 0
-    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == mine
 
     load_config("mosi").save(tmp_path / "other/config.yaml")
     capsys.readouterr()

@@ -481,7 +481,7 @@ class TestBadInput:
         trainer.train(changed(config, epochs=1), tmp_path / "run")
         real = checkpoint.save
 
-        def full(path, state, meta=None):
+        def full(path, state, meta=None, previous=None):
             raise OutputError(str(path), "no space left on the device", "room for the file", "Free some space.") from (
                 OSError(errno.ENOSPC, "No space left on device")
             )

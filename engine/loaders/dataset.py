@@ -320,6 +320,7 @@ class Dataset:
         }
         self.audio_dim, self.vision_dim = train.audio.dim, train.vision.dim
         self.text_dim = train.features.dim if tokenizer is None and train.features is not None else 0
+        self._content = data
         counts = meta["counts"]
         self.report = DataReport(
             meta["format"],
@@ -330,6 +331,11 @@ class Dataset:
             list(meta["notes"]) + (_beyond(data, config.time_len) if meta.get("cut") else []),
             {n: tokenizer.unknown_share(s.tokens) for n, s in data.splits.items()} if tokenizer else {},
         )
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """sha256 of each split's content, see `StoreData.fingerprints`."""
+        return self._content.fingerprints()
 
     def loader(
         self,

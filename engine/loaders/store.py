@@ -103,6 +103,22 @@ class StoreData:
     meta: dict[str, Any]
     splits: Mapping[str, SplitData]
 
+    def fingerprints(self) -> dict[str, str]:
+        """sha256 of each split's ids, texts, labels and features, whatever file or folder they came from.
+
+        Tokens count only where there are no texts that they follow from.
+        """
+        sums = self.meta.get("checksums")
+        if not sums:  # not read from a store
+            sums = {key: hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for key, array in _tensors(self)}
+        found = {}
+        for name, split in self.splits.items():
+            own = {key: value for key, value in sums.items() if key.startswith(f"{name}/")}
+            if split.text is not None:
+                own = {key: value for key, value in own.items() if not key.startswith(f"{name}/tokens/")}
+            found[name] = hashlib.sha256(json.dumps(sorted(own.items())).encode()).hexdigest()
+        return found
+
 
 def store_path(path: str | Path) -> Path:
     """The store's file where `path` names a store or its folder, or would after writing."""

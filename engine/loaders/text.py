@@ -149,7 +149,7 @@ def _from_transformers(name: str) -> tuple[Any, str | None]:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(name)
+        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         backend = found.backend_tokenizer
     except AttributeError:
         raise DataError(
@@ -159,6 +159,13 @@ def _from_transformers(name: str) -> tuple[Any, str | None]:
             "Use another encoder.",
         ) from None
     except Exception as cause:  # missing name, no network, damaged files: the library raises many kinds
+        if "trust_remote_code" in str(cause):
+            raise DataError(
+                f"text_encoder={name}",
+                "a tokeniser that needs Python code of its own (auto_map)",
+                "one with tokenizer.json, or one that transformers has itself",
+                "Choose another text encoder: engine never runs code that comes with a model.",
+            ) from None
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise DataError(
             f"text_encoder={name}",
