@@ -234,6 +234,16 @@ def test_csd_words(tmp_path):
     assert any("14 NaN or infinite values of COVAREP.csd" in note for note in got.notes)
 
 
+@pytest.mark.parametrize("align", ["words", "segments"])
+def test_csd_columns_far_from_zero_are_told(tmp_path, data, align):
+    for rows in data.values():
+        for s in rows:
+            s.audio = s.audio + np.array([0, 0, 1.7e9, 0, 0])
+    raw = read(writers.write_csd(tmp_path, data), "recorded", choice=Choice(align=align))[1]
+    assert raw.splits["train"].audio.coarse == [2]
+    assert raw.splits["train"].vision.coarse == []
+
+
 def test_csd_choices_and_splits(tmp_path, data):
     folder = writers.write_csd(tmp_path, data)
     (folder / "COVAREP.csd").rename(folder / "openSMILE_IS09.csd")  # the root's name tells as well

@@ -231,7 +231,7 @@ def _frames(
     notes: list[str],
     file: Path,
 ) -> dict[str, np.ndarray]:
-    """Rows of every segment, float32 [n, d]."""
+    """Rows of every segment, float32 or float64 [n, d]."""
     if reader.kind != "numbers":
         raise DataError(str(file), "text", "numbers", "Choose another feature set.")
     out: dict[str, np.ndarray] = {}
@@ -267,7 +267,7 @@ def _frames(
 
 def _mean_by_word(intervals: np.ndarray, features: np.ndarray, words: np.ndarray, used: np.ndarray) -> np.ndarray:
     """The mean of the frames that overlap each word, which are marked in `used`."""
-    rows = np.zeros((len(words), features.shape[1]), np.float32)
+    rows = np.zeros((len(words), features.shape[1]), features.dtype)
     for i, (start, end) in enumerate(words):
         over = (intervals[:, 0] < end - ROUNDING) & (intervals[:, 1] > start + ROUNDING)
         if over.any():
