@@ -386,8 +386,6 @@ class _Trainer:
         c = self.config
         if self.dataset is None:
             self.dataset = open_dataset(c.data.path, c.data, c.text_encoder)
-        c.data.label_scale = checks.label_scale(c, self.dataset)
-        self.metric, self.higher_is_better = metrics.selection(c.data.dataset, c.model.task, c.data.label_scale)
         checks.class_numbers(c, self.dataset)
         self._check_bank()
         _seed(c.seed)
@@ -395,6 +393,8 @@ class _Trainer:
         checks.text_fits(c, self.dataset, encoder)
         model, objective = _build(c, self.dataset.audio_dim, self.dataset.vision_dim, encoder)
         checks.disk_space(self.out, model, objective, c.train, [self.out / BEST, self.out / LAST])
+        c.data.label_scale = checks.label_scale(c, self.dataset)
+        self.metric, self.higher_is_better = metrics.selection(c.data.dataset, c.model.task, c.data.label_scale)
         if c.mode == "fast" and c.model.task == "regression":
             model.start_at(float(self.dataset.splits["train"].label[:, 0].mean()))
         model, objective = model.to(self.device), objective.to(self.device)
