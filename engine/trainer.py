@@ -446,8 +446,6 @@ class _Trainer:
     def _prepare(self) -> None:
         c = self.config
         self._open()
-        c.data.label_scale = checks.label_scale(c, self.dataset)
-        self.metric, self.higher_is_better = metrics.selection(c.data.dataset, c.model.task, c.data.label_scale)
         checks.class_numbers(c, self.dataset)
         self._check_bank()
         _seed(c.seed)
@@ -455,6 +453,8 @@ class _Trainer:
         checks.text_fits(c, self.dataset, encoder)
         model, objective = _build(c, self.dataset.audio_dim, self.dataset.vision_dim, encoder)
         checks.disk_space(self.out, model, objective, c.train, [self.out / n for n in (BEST, LAST, PREVIOUS)])
+        c.data.label_scale = checks.label_scale(c, self.dataset)
+        self.metric, self.higher_is_better = metrics.selection(c.data.dataset, c.model.task, c.data.label_scale)
         if c.mode == "fast" and c.model.task == "regression":
             model.start_at(float(self.dataset.splits["train"].label[:, 0].mean()))
         model, objective = model.to(self.device), objective.to(self.device)
