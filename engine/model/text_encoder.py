@@ -209,8 +209,11 @@ class PrecomputedText(nn.Module):
         return {"model_type": "features", "dim": self.dim}
 
 
-def text_encoder_from_config(description: dict[str, Any]) -> nn.Module:
+def text_encoder_from_config(description: dict[str, Any], freeze: str = "no") -> nn.Module:
     """A text encoder with fresh weights from what `describe` gave: its state dict can then be loaded, offline.
+
+    Args:
+        freeze: no, part or all.
 
     Raises:
         ConfigError: a model_type that the installed transformers does not know.
@@ -230,7 +233,7 @@ def text_encoder_from_config(description: dict[str, Any]) -> nn.Module:
             "a type that the installed transformers knows",
             "Install the version of transformers that the model needs.",
         ) from error
-    return TextEncoder(AutoModel.from_config(config).float())
+    return TextEncoder(AutoModel.from_config(config).float(), freeze)
 
 
 def load_text_encoder(name: str, freeze: str = "no", dim: int | None = None) -> nn.Module:

@@ -175,7 +175,7 @@ DECLARELAB_CASES = {
     "empty_split": (lambda c: {**c, "test": {k: v[:0] for k, v in c["test"].items()}}, ["x.pkl, test/id", "no rows"]),
     "label_nan": (
         lambda c: change(c, "test", "labels", lambda x: at(x, (1, 0, 0), np.nan)),
-        ["test/labels, row 1", "nan"],
+        ["test, labels, row 1", "nan"],
     ),
     "nan_only": (
         lambda c: change(
@@ -533,7 +533,7 @@ def test_csd_without_what_it_needs(tmp_path, data, tokenizer):
     pytest.importorskip("h5py", reason="needs the extra csd")
     folder = writers.write_csd(tmp_path / "in", data)
     splits = (folder / "splits.json").read_text()
-    for text, part in (("{", "splits.json"), ("[1]", "splits.json"), ('{"train": []}', "no valid")):
+    for text, part in (("{", "splits.json"), ("[1]", "splits.json"), ('{"train": []}', "no labelled segment")):
         (folder / "splits.json").write_text(text)
         fails(folder, tokenizer, part)
     (folder / "splits.json").write_text(splits.replace("valid_", "other_"))

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from engine.config import MODALITIES
 from engine.errors import DataError
 from engine.loaders import safe_pickle
 from engine.loaders.ragged import LengthRule, Sequences
@@ -35,6 +36,7 @@ class Choice:
         audio_features, vision_features, text_features: name of a feature set; "auto" is the reader's first.
         label_column: of labels with several columns; None is sentiment, the first of the SDK's seven.
         align: .csd files: one row a word, or the frames of a segment as they are.
+        modalities: of text, audio and vision those that the data has to hold.
     """
 
     audio_features: str = "auto"
@@ -42,6 +44,7 @@ class Choice:
     text_features: str = "auto"
     label_column: int | None = None
     align: Literal["words", "segments"] = "words"
+    modalities: tuple[str, ...] = MODALITIES
 
     def of(self, modality: Literal["audio", "vision", "text"], names: Iterable[str], where: str) -> str:
         """The name chosen for `modality` among `names`.
@@ -71,8 +74,8 @@ class RawSplit:
     Attributes:
         ids: N unique names, `<video>_<clip>` where the format has both.
         text: N transcripts, or None where the format holds none.
-        label: float32 [N, n].
-        audio, vision: cleaned sequences.
+        label: float32 [N, n]; NaN where the data has none.
+        audio, vision: cleaned sequences; `absent` where the data need not hold them and does not.
         features: precomputed text features, where they were asked for and the file has them.
     """
 
@@ -86,7 +89,7 @@ class RawSplit:
 
 @dataclass
 class RawDataset:
-    """What a reader returns: `splits` by name, and remarks for the user in `notes`.
+    """What a reader returns: `splits` by name, those that there are, and remarks for the user in `notes`.
 
     `draws_words` says that each line of a text is a sentence of which one word, drawn at random, goes to the text
     encoder, as AVEC2019's interviews are used. `cut` says that frames beyond `data.time_len` are left out before the
@@ -146,10 +149,12 @@ class Source:
         if self.kind != "pickle":
             return None
         content = self.content
-        if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
-            return None
-        found = {SPLIT_ALIASES.get(k, k): v for k, v in content.items()}
-        return found if set(found) & set(SPLITS) else None
+        if isinstance(content, dict) and all(isinstance(k, str) for k in content):
+            found = {SPLIT_ALIASES.get(k, k): v for k, v in content.items()}
+            if set(found) & set(SPLITS):
+                return found
+        alone = _split_named(self.files[""]) if "" in self.files else None
+        return {alone: content} if alone is not None else None
 
 
 class Format(Protocol):
@@ -256,11 +261,20 @@ def _below(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".npy", ".csv") and p.is_file())
 
 
+_NAMED = re.compile(r"(|.*[^a-zA-Z])(train|valid|val|dev|test)")
+
+
+def _split_named(file: Path) -> str | None:
+    """The split that a file is named after."""
+    named = _NAMED.fullmatch(file.stem)
+    return SPLIT_ALIASES[named[2]] if named else None
+
+
 def _split_groups(folder: Path) -> dict[str, dict[str, Path]]:
     """Files that are named after splits, by their common prefix; a group of one is no group."""
     groups: dict[str, dict[str, Path]] = {}
     for file in _pickles(folder):
-        named = re.fullmatch(r"(|.*[^a-zA-Z])(train|valid|val|dev|test)", file.stem)
+        named = _NAMED.fullmatch(file.stem)
         if named:
             groups.setdefault(named[1], {})[named[2]] = file
     return {prefix: files for prefix, files in groups.items() if len(files) > 1}
@@ -276,7 +290,7 @@ def _one_per_split(path: Path, files: Mapping[str, Path], choice: Choice) -> Sou
             )
         by_split[split] = file
     check_splits(str(path), by_split)
-    return Source(path, {s: by_split[s] for s in SPLITS}, choice)
+    return Source(path, {s: by_split[s] for s in present(by_split)}, choice)
 
 
 def choose_format(source: Source, expected: str | None = None) -> Format:
@@ -387,17 +401,34 @@ def read(
 # What readers share.
 
 
+def present(splits: Iterable[str]) -> list[str]:
+    """Those of train, valid and test that are among `splits`, in this order."""
+    splits = set(splits)
+    return [s for s in SPLITS if s in splits]
+
+
 def check_splits(where: str, found: Iterable[str]) -> None:
-    """Raise unless train, valid and test are all there and nothing else is."""
+    """Raise unless some of train, valid and test are there and nothing else is. Training asks for all three later."""
     found = sorted(found, key=lambda s: SPLITS.index(s) if s in SPLITS else len(SPLITS))
     missing = [s for s in SPLITS if s not in found]
     extra = [s for s in found if s not in SPLITS]
-    if missing:
-        near = nearest(missing[0], extra, 0.5)
-        do = f"Rename {near[0]!r}." if near else "Write all three splits."
-        raise DataError(where, f"splits {', '.join(found)}, no {missing[0]}", "train, valid (or dev) and test", do)
+    if missing and (extra or len(missing) == len(SPLITS)):
+        raise missing_split(where, found)
     if extra:
         raise DataError(where, f"an extra split {extra[0]!r}", "train, valid (or dev) and test", "Remove it.")
+
+
+def missing_split(where: str, found: list[str]) -> DataError:
+    """One of train, valid and test is not among `found`."""
+    missing = next(s for s in SPLITS if s not in found)
+    near = nearest(missing, [s for s in found if s not in SPLITS], 0.5)
+    do = f"Rename {near[0]!r}." if near else "Write all three splits."
+    return DataError(where, f"splits {', '.join(found)}, no {missing}", "train, valid (or dev) and test", do)
+
+
+def unlabelled(count: int) -> np.ndarray:
+    """Labels of samples that have none: NaN, float32 [count, 1]."""
+    return np.full((count, 1), np.nan, np.float32)
 
 
 def splits_with_words(source: Source, title: str, features: bool) -> dict[str, Any]:
@@ -417,6 +448,9 @@ def nearest(word: str, options: Iterable[str], cutoff: float = 0.6) -> list[str]
     return difflib.get_close_matches(str(word)[:80], [str(o)[:80] for o in list(options)[:200]], 1, cutoff)
 
 
+_MODALITY_KEYS = ("audio", "vision", "text", "raw_text")
+
+
 def check_keys(where: str, split: Any, required: Iterable[str], optional: Iterable[str], title: str) -> None:
     """Raise for missing, misnamed and unknown keys of a split, suggesting the nearest names."""
     if not isinstance(split, dict):
@@ -426,7 +460,8 @@ def check_keys(where: str, split: Any, required: Iterable[str], optional: Iterab
     for key in required:
         if key not in split:
             near = nearest(key, extra, 0.5)
-            do = f"Rename {near[0]!r} to {key!r}." if near else f"Add {key!r}."
+            do = f"Add {key!r}, or leave it out of data.modalities." if key in _MODALITY_KEYS else f"Add {key!r}."
+            do = f"Rename {near[0]!r} to {key!r}." if near else do
             raise DataError(
                 where,
                 f"keys {', '.join(map(str, split))}; no {key!r}",
@@ -440,16 +475,22 @@ def check_keys(where: str, split: Any, required: Iterable[str], optional: Iterab
         raise DataError(where, f"an unknown key {extra[0]!r}", f"only keys of a {title} file", do)
 
 
+def may_be_labelled(split: Any, key: str, known: Iterable[str]) -> bool:
+    """Whether a split has labels under `key`, or under an unknown name so like it that it is a mistake."""
+    known = set(known) - {key}
+    return isinstance(split, dict) and bool(nearest(key, [k for k in split if k not in known], 0.5))
+
+
 def read_labels(
     values: Any, count: int, where: str, ids: list[str] | None = None, column: int | None = None
 ) -> np.ndarray:
-    """Labels as float32 [N, 1].
+    """Labels as float32 [N, 1]; NaN stays: a sample without a label.
 
     Args:
         column: of labels with several; None takes the only one, or of 7 (the SDK's "All Labels") the first, sentiment.
 
     Raises:
-        DataError: wrong shape or dtype, or a label that is not finite.
+        DataError: wrong shape or dtype, or an infinite label.
     """
     label = as_numbers(values, where, "one number a row")
     with np.errstate(over="ignore"):  # told below, with the row
@@ -466,7 +507,7 @@ def read_labels(
             "Name the column with data.label_column." if more else "Write one label a row.",
         )
     label = label.reshape(count, -1)[:, [column or 0]]
-    wrong = np.flatnonzero(~np.isfinite(label[:, 0]))
+    wrong = np.flatnonzero(np.isinf(label[:, 0]))
     if len(wrong):
         row = int(wrong[0])
         name = f" (id {ids[row]})" if ids else ""

@@ -27,11 +27,14 @@ from engine.loaders.formats import (
     check_rows,
     check_splits,
     csv_header,
+    may_be_labelled,
     nearest,
+    present,
     read_labels,
     to_text,
+    unlabelled,
 )
-from engine.loaders.ragged import LengthRule, from_padded
+from engine.loaders.ragged import LengthRule, absent, from_padded
 
 TITLE = "DeclareLab/MulT"
 KEYS = ("vision", "audio", "text", "labels", "id")
@@ -98,28 +101,38 @@ class DeclareLab:
         splits = source.split_dict() or {}
         where = str(source.path)
         check_splits(where, splits)
-        required = KEYS if features else [k for k in KEYS if k != "text"]
+        names = present(splits)
+        modalities = source.choice.modalities
+        frames = [m for m in ("audio", "vision") if m in modalities]
         samples: dict[str, list[_Sample]] = {}
-        for s in SPLITS:
+        for s in names:
+            labels = ["labels"] if may_be_labelled(splits[s], "labels", KEYS) else []
+            required = [*frames, *(["text"] if features else []), *labels, "id"]
             check_keys(f"{where}, {s}", splits[s], required, KEYS, TITLE)
             samples[s] = _samples(splits[s], f"{where}, {s}")
         column = source.choice.label_column
-        every = [x for s in SPLITS for x in samples[s]]
+        every = [x for s in names for x in samples[s]]
         # MOSI's first column is a whole id, MOSEI's names only the video
         whole = len({x.cells[0] for x in every}) == len(every) or all(len(x.cells) == 1 for x in every)
         data = RawDataset(self.name, {})
-        text = None if features else _join(source, samples, data.notes)
-        for s in SPLITS:
+        text = None if features or "text" not in modalities else _join(source, samples, data.notes)
+        for s in names:
             split = splits.pop(s)
-            data.dtypes.update({m: str(getattr(split[m], "dtype", "")) for m in ("audio", "vision")})
+            data.dtypes.update({m: str(getattr(split[m], "dtype", "")) for m in frames})
             ids = [x.cells[0] if whole else x.name for x in samples[s]]
             embedded = split.pop("text", None)
             data.splits[s] = RawSplit(
                 ids,
                 text[s] if text else None,
-                read_labels(split["labels"], len(ids), f"{where}, {s}/labels", ids, column),
-                from_padded(split.pop("audio"), "left", rule, None, ids, f"{where}, {s}/audio"),
-                from_padded(split.pop("vision"), "left", rule, None, ids, f"{where}, {s}/vision"),
+                read_labels(split["labels"], len(ids), f"{where}, {s}/labels", ids, column)
+                if "labels" in split
+                else unlabelled(len(ids)),
+                *(
+                    from_padded(split.pop(m), "left", rule, None, ids, f"{where}, {s}/{m}")
+                    if m in frames
+                    else absent(len(ids))
+                    for m in ("audio", "vision")
+                ),
                 from_padded(embedded, "left", "all_zero", None, ids, f"{where}, {s}/text") if features else None,
             )
         return data
@@ -152,7 +165,8 @@ def _samples(split: dict[str, Any], where: str) -> list[_Sample]:
                 f"{where}/id, row {row}", "an empty id", "video_clip or (video, start, end)", "Give every sample an id."
             )
     # sentiment, which the CSV has too, whatever column is trained on
-    label = read_labels(split["labels"], count, f"{where}/labels", [c[0] for c in cells])
+    names = [c[0] for c in cells]
+    label = read_labels(split["labels"], count, f"{where}/labels", names) if "labels" in split else unlabelled(count)
     return [_Sample(f"{where}, row {i}", c, float(label[i, 0])) for i, c in enumerate(cells)]
 
 
@@ -169,7 +183,7 @@ def find_csv(source: Source) -> Path:
             str(source.path),
             f"no label CSV in {file.parent}",
             "a CSV with columns video_id, clip_id, text, label beside the pickle, which has no transcripts",
-            "Put it there, or use text_encoder=features.",
+            "Put it there, use text_encoder=features, or leave text out of data.modalities.",
         )
     return max(tables, key=lambda p: difflib.SequenceMatcher(None, p.stem.lower(), file.stem.lower()).ratio())
 
@@ -177,8 +191,8 @@ def find_csv(source: Source) -> Path:
 def _read_csv(path: Path) -> list[_Row]:
     columns = csv_header(path)
     for need in ("video_id", "clip_id", "text", "label"):
-        if need not in columns:
-            near = difflib.get_close_matches(need, columns, 1)
+        near = difflib.get_close_matches(need, columns, 1)
+        if need not in columns and (near or need != "label"):
             do = f"Rename {near[0]!r} to {need!r}." if near else "Use the data set's label CSV."
             raise DataError(str(path), f"columns {', '.join(columns)}", f"a column {need}", do)
     rows = []
@@ -189,7 +203,7 @@ def _read_csv(path: Path) -> list[_Row]:
             for row in reader:
                 where = f"{path}, line {reader.line_num + 1}"
                 try:
-                    label = float(row["label"])
+                    label = float(row.get("label") or "nan")
                 except ValueError:
                     raise DataError(where, f"label {row['label']!r}", "a number", "Mend the row.") from None
                 video, clip = row["video_id"].strip(), row["clip_id"].strip()
@@ -205,7 +219,7 @@ def _join(source: Source, samples: dict[str, list[_Sample]], notes: list[str]) -
     """The transcript of every sample, by id where the CSV allows it, else by position; labels must agree."""
     path = find_csv(source)
     rows = _read_csv(path)
-    every = [(s, x) for s in SPLITS for x in samples[s]]
+    every = [(s, x) for s in samples for x in samples[s]]
     clips = {(r.video, r.clip) for r in rows}
     starts = {(r.video, _number(r.clip)) for r in rows}
     # MOSI's ids hold a clip; MOSEI's a start, which some CSVs have as clip_id
@@ -216,9 +230,9 @@ def _join(source: Source, samples: dict[str, list[_Sample]], notes: list[str]) -
     else:
         joined = _by_position(every, rows, path)
     moved = 0
-    text: dict[str, list[str]] = {s: [] for s in SPLITS}
+    text: dict[str, list[str]] = {s: [] for s in samples}
     for (s, sample), row in zip(every, joined, strict=True):
-        if not abs(row.label - sample.label) <= LABEL_TOLERANCE:
+        if sample.label == sample.label and not abs(row.label - sample.label) <= LABEL_TOLERANCE:
             raise DataError(
                 f"{path}, line {row.line} ({row.video}, {row.clip})",
                 f"label {row.label:g}",

@@ -2,7 +2,9 @@
 
 Layout: `manifest.csv` with columns `id, split, label, audio, vision`, and `text` or, for precomputed text features,
 `text_features`. `audio`, `vision` and `text_features` are paths relative to the folder, each a 2-D array (frames,
-features): .npy, or .csv with a row a frame and, optionally, a header. An empty cell is a missing modality.
+features): .npy, or .csv with a row a frame and, optionally, a header. An empty cell is a missing modality, or no label.
+Columns of modalities that are not in `data.modalities` may be left out. Data that is only predicted needs no `label`
+and no `split`: without `split` every row is of the test split.
 """
 
 from __future__ import annotations
@@ -15,18 +17,17 @@ import numpy as np
 from engine.errors import DataError
 from engine.loaders.formats import (
     SPLIT_ALIASES,
-    SPLITS,
     RawDataset,
     RawSplit,
     Source,
-    check_splits,
     csv_header,
     nearest,
+    present,
 )
 from engine.loaders.ragged import LengthRule, absent, from_sequences
 
 TITLE = "folder of arrays with a manifest.csv"
-COLUMNS = ("id", "split", "label", "audio", "vision")
+COLUMNS = ("id", "split", "label", "audio", "vision", "text", "text_features")
 SHAPE = "numbers of shape (frames, features)"
 
 
@@ -42,18 +43,23 @@ class Manifest:
 
     def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
         path = source.files[""]
-        rows = _rows(path, "text_features" if features else "text")
-        check_splits(str(path), {r["split"] for r in rows})
+        modalities = source.choice.modalities
+        frames = [m for m in ("audio", "vision") if m in modalities]
+        text = ["text_features" if features else "text"] if "text" in modalities else []
+        rows = _rows(path, [*frames, *text])
         data = RawDataset(self.name, {})
-        gone = [m for m in ("audio", "vision") if not any(r[m] for r in rows)]
-        if len(gone) == 2:
-            raise DataError(str(path), "no audio and no vision file in any row", "files of one at least", "Name them.")
+        if "split" not in csv_header(path):
+            data.notes.append("there is no column split: every row is taken for the test split")
+        gone = [m for m in frames if not any(r[m] for r in rows)]
+        if gone == frames and not any(r[c] for r in rows for c in text):
+            listed = " and ".join(f"no {m}" for m in (*gone, *text))
+            raise DataError(str(path), f"{listed} in any row", "one of them at least", "Fill the cells.")
         data.notes += [f"no row has {m}: it is missing in every sample" for m in gone]
-        for s in SPLITS:
+        for s in present(r["split"] for r in rows):
             own = [r for r in rows if r["split"] == s]
             ids = [r["id"] for r in own]
-            parts = {}
-            for kind in ("audio", "vision", "text_features") if features else ("audio", "vision"):
+            parts = {m: absent(len(own)) for m in ("audio", "vision") if m not in frames}
+            for kind in [*frames, "text_features"] if features else frames:
                 if kind in gone:
                     parts[kind] = absent(len(own))
                     continue
@@ -62,7 +68,7 @@ class Manifest:
                 parts[kind] = from_sequences(arrays, ids, f"{path}, {s}, {kind}")
             data.splits[s] = RawSplit(
                 ids,
-                [r.get("text", "") for r in own] if "text" in own[0] else None,
+                [r["text"] for r in own] if "text" in modalities and "text" in own[0] else None,
                 np.array([[r["number"]] for r in own], np.float32),
                 parts["audio"],
                 parts["vision"],
@@ -71,12 +77,16 @@ class Manifest:
         return data
 
 
-def _rows(path: Path, text: str) -> list[dict]:
+def _rows(path: Path, modalities: list[str]) -> list[dict]:
+    """The rows, whose split and number (the label, NaN where there is none) are always there."""
     columns = csv_header(path)
-    for need in (*COLUMNS, text):
-        if need not in columns:
-            near = nearest(need, columns)
+    free = [c for c in columns if c not in COLUMNS]
+    for need in ("id", "split", "label", *modalities):
+        near = nearest(need, free)
+        if need not in columns and (near or need not in ("split", "label")):
             do = f"Rename {near[0]!r} to {need!r}." if near else "Add it."
+            if not near and need in modalities:
+                do = "Add it, or leave it out of data.modalities."
             raise DataError(str(path), f"columns {', '.join(columns)}", f"a column {need}", do)
     rows = []
     try:
@@ -89,11 +99,12 @@ def _rows(path: Path, text: str) -> list[dict]:
                 if not row["id"]:
                     raise DataError(row["at"], "an empty id", "a name for the sample", "Give every sample an id.")
                 try:
-                    row["number"] = np.float32(row["label"])
+                    row["number"] = np.float32(row.get("label") or "nan")
                 except ValueError:
-                    row["number"] = np.float32("nan")
-                if not np.isfinite(row["number"]):
+                    row["number"] = np.float32("inf")
+                if np.isinf(row["number"]):
                     raise DataError(row["at"], f"label {row['label']!r}", "a finite number", "Mend the row.")
+                row.setdefault("split", "test")
                 if row["split"] not in SPLIT_ALIASES:
                     raise DataError(row["at"], f"split {row['split']!r}", "train, valid or test", "Mend the row.")
                 row["split"] = SPLIT_ALIASES[row["split"]]

@@ -22,9 +22,12 @@ from engine.loaders.formats import (
     check_keys,
     check_rows,
     check_splits,
+    may_be_labelled,
     nearest,
+    present,
     read_labels,
     to_texts,
+    unlabelled,
 )
 from engine.loaders.formats.declarelab import looks_like_mmsa
 from engine.loaders.ragged import LengthRule, absent, from_padded
@@ -37,6 +40,10 @@ OPTIONAL = (
     "regression_labels_T", "regression_labels_A", "regression_labels_V",
     "classification_labels_T", "classification_labels_A", "classification_labels_V",
 )  # fmt: skip
+
+
+LABELS = "regression_labels"
+KEYS = (*REQUIRED, *OPTIONAL)
 
 
 class MMSA:
@@ -52,17 +59,23 @@ class MMSA:
         splits = source.split_dict() or {}
         where = str(source.path)
         check_splits(where, splits)
-        gone = _absent(splits)
-        need = tuple(k for k in (*REQUIRED, "text" if features else "raw_text") if k not in gone)
-        for s in SPLITS:
-            check_keys(f"{where}, {s}", splits[s], need, (*REQUIRED, *OPTIONAL), TITLE)
+        names = present(splits)
+        modalities = source.choice.modalities
+        gone = [m for m in _absent(splits, names) if m in modalities]
+        frames = [m for m in ("audio", "vision") if m in modalities and m not in gone]
+        text_key = ["text" if features else "raw_text"] if "text" in modalities else []
+        for s in names:
+            labels = [LABELS] if may_be_labelled(splits[s], LABELS, KEYS) else []
+            need = ["id", *frames, *labels, *text_key]
+            check_keys(f"{where}, {s}", splits[s], need, KEYS, TITLE)
         data = RawDataset(self.name, {}, notes=[f"the file has no {m}: it is missing in every sample" for m in gone])
-        for s in SPLITS:
+        for s in names:
             split = splits.pop(s)
             count = check_rows(f"{where}, {s}/id", split["id"], TITLE)
             ids = [i.replace("$_$", "_") for i in to_texts(split["id"], f"{where}, {s}/id")]
             data.dtypes.update({m: str(getattr(split.get(m), "dtype", "")) for m in ("audio", "vision")})
-            text = None if "raw_text" not in split else to_texts(split["raw_text"], f"{where}, {s}/raw_text")
+            kept = "raw_text" in split and "text" in modalities
+            text = None if not kept else to_texts(split["raw_text"], f"{where}, {s}/raw_text")
             if text is not None and len(text) != count:
                 raise DataError(
                     f"{where}, {s}/raw_text", f"{len(text)} texts", f"{count}, one a sample", "Write one text a sample."
@@ -73,9 +86,8 @@ class MMSA:
                 m: from_padded(
                     split.pop(m), "right", rule, _lengths(split, m, count, f"{where}, {s}"), ids, f"{where}, {s}/{m}"
                 )
-                for m in ("audio", "vision")
-                if m not in gone
-            } | {m: absent(count) for m in gone}
+                for m in frames
+            } | {m: absent(count) for m in ("audio", "vision") if m not in frames}
             data.splits[s] = RawSplit(
                 ids,
                 text,
@@ -85,7 +97,9 @@ class MMSA:
                     f"{where}, {s}/regression_labels",
                     ids,
                     source.choice.label_column,
-                ),
+                )
+                if LABELS in split
+                else unlabelled(count),
                 **sequences,
                 features=from_padded(embedded, "right", "recorded", mask, ids, f"{where}, {s}/text")
                 if features
@@ -94,10 +108,10 @@ class MMSA:
         return data
 
 
-def _absent(splits: dict[str, Any]) -> list[str]:
+def _absent(splits: dict[str, Any], names: list[str]) -> list[str]:
     """Modalities of which no split has a key, spelt right or wrong: MMSA-FET leaves out what was not extracted."""
-    keys = {str(k) for s in SPLITS if isinstance(splits[s], dict) for k in splits[s]}
-    free = [k for k in keys if k not in (*REQUIRED, *OPTIONAL)]
+    keys = {str(k) for s in names if isinstance(splits[s], dict) for k in splits[s]}
+    free = [k for k in keys if k not in KEYS]
     gone = [m for m in ("audio", "vision") if m not in keys and not nearest(m, free, 0.5)]
     return gone if len(gone) == 1 else []
 

@@ -15,20 +15,21 @@ import numpy as np
 
 from engine.errors import DataError
 from engine.loaders.formats import (
-    SPLITS,
+    Choice,
     RawDataset,
     RawSplit,
     Source,
     as_numbers,
     check_rows,
     first_rows,
+    present,
     read_labels,
     row_family,
     splits_with_words,
     to_text,
     to_texts,
 )
-from engine.loaders.ragged import LengthRule, from_sequences
+from engine.loaders.ragged import LengthRule, absent, from_sequences
 
 
 class Tuples:
@@ -43,14 +44,14 @@ class Tuples:
     def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
         splits = splits_with_words(source, self.title, features)
         data = RawDataset(self.name, {})
-        for s in SPLITS:
+        for s in present(splits):
             where = f"{source.files.get(s, source.path)}, {s}"
-            data.splits[s] = self._split(splits.pop(s), rule, where, source.choice.label_column)
-        first = data.splits["train"].audio.ragged.values
+            data.splits[s] = self._split(splits.pop(s), rule, where, source.choice)
+        first = next(iter(data.splits.values())).audio.ragged.values
         data.dtypes = {"audio": str(first.dtype), "vision": str(first.dtype)}
         return data
 
-    def _split(self, rows: Any, rule: LengthRule, where: str, column: int | None) -> RawSplit:
+    def _split(self, rows: Any, rule: LengthRule, where: str, choice: Choice) -> RawSplit:
         check_rows(where, rows, self.title)
         ids, text, label, visual, acoustic = [], [], [], [], []
         for i, row in enumerate(rows):
@@ -63,17 +64,18 @@ class Tuples:
             name = name[0] if listed and len(name) else name
             ids.append(to_text(name, f"{where}, row {i}, id"))
             at = f"{where}, row {i} (id {ids[-1]})"
-            text.append(" ".join(_words(inner[self.words], self.inner, at)))
+            if "text" in choice.modalities:
+                text.append(" ".join(_words(inner[self.words], self.inner, at)))
             label.append(as_numbers(value, f"{at}, label", "a number").reshape(-1))
             lengths = inner[4:6] if rule == "recorded" and len(inner) == 6 else (0, 0)
             visual.append(_cut(inner[1], lengths[0], at))
             acoustic.append(_cut(inner[2], lengths[1], at))
         return RawSplit(
             ids,
-            text,
-            stacked_labels(label, where, ids, column),
-            from_sequences(acoustic, ids, f"{where}, acoustic"),
-            from_sequences(visual, ids, f"{where}, visual"),
+            text if "text" in choice.modalities else None,
+            stacked_labels(label, where, ids, choice.label_column),
+            from_sequences(acoustic, ids, f"{where}, acoustic") if "audio" in choice.modalities else absent(len(ids)),
+            from_sequences(visual, ids, f"{where}, visual") if "vision" in choice.modalities else absent(len(ids)),
         )
 
 
