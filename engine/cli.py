@@ -180,10 +180,12 @@ def _train(a: argparse.Namespace, settings: list[str]) -> None:
         result = trainer.train(config, a.out, resume=a.resume, profile=a.profile)
         if a.profile:
             print((a.out / "profile" / "shares.txt").read_text(encoding="utf-8"))
-        _print_metrics(result.metrics["test"], f"test metrics at the best epoch ({result.metrics['best_epoch']})")
+        split = "test" if result.metrics["test"] else "valid"  # a test split without labels has no metrics
+        _print_metrics(result.metrics[split], f"{split} metrics at the best epoch ({result.metrics['best_epoch']})")
     else:
         results = trainer.train_seeds(config, a.out, seeds, resume=a.resume)
-        _print_seeds([result.metrics["test"] for result in results], seeds)
+        split = "test" if all(result.metrics["test"] for result in results) else "valid"
+        _print_seeds([result.metrics[split] for result in results], seeds, split)
     _print_results(a.out)
 
 
@@ -194,7 +196,7 @@ def _evaluate(a: argparse.Namespace) -> None:
     if a.json:
         print(json.dumps({k: v if v == v else None for k, v in metrics.items()}, indent=2))
     else:
-        _print_metrics(metrics, f"{a.split} metrics of {a.run_folder}")
+        _print_metrics(metrics, f"{a.split + ' ' if a.split else ''}metrics of {a.run_folder}")
 
 
 def _predict(a: argparse.Namespace) -> None:
@@ -208,12 +210,17 @@ def _convert(a: argparse.Namespace) -> None:
     from engine.loaders.convert import convert
 
     more: dict[str, Any] = {} if a.format is None else {"expected": a.format}
-    chosen = (a.audio_features, a.vision_features, a.text_features, a.label_column, a.align, a.label_key)
-    if any(v is not None for v in chosen):
-        from engine.loaders.formats import Choice
+    chosen = {
+        "audio_features": a.audio_features, "vision_features": a.vision_features, "text_features": a.text_features,
+        "label_column": a.label_column, "align": a.align, "modalities": a.modalities,
+        "label_key": a.label_key,
+    }  # fmt: skip
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if chosen:
+        from engine.config import DataConfig
+        from engine.loaders.dataset import choice_of
 
-        names = (a.audio_features or "auto", a.vision_features or "auto", a.text_features or "auto")
-        more["choice"] = Choice(*names, a.label_column, a.align or "words", a.label_key or "auto")
+        more["choice"] = choice_of(DataConfig(**chosen))
     if a.precision is not None:
         more["dtype"] = {"fp32": "float32", "fp16": "float16"}[a.precision]
     convert(a.src, a.dst, text_encoder=a.text_encoder, length_rule=a.length_rule, **more)
@@ -425,7 +432,7 @@ def _print_metrics(metrics: dict[str, Any], title: str) -> None:
     _console().print(table)
 
 
-def _print_seeds(metrics: list[dict[str, Any]], seeds: list[int]) -> None:
+def _print_seeds(metrics: list[dict[str, Any]], seeds: list[int], split: str) -> None:
     """One column a seed, then mean ± sample standard deviation."""
     from rich.table import Table
 
@@ -437,7 +444,7 @@ def _print_seeds(metrics: list[dict[str, Any]], seeds: list[int]) -> None:
     for name, both in summary(metrics).items():
         spread = f" ± {both['std']:.4f}" if len(seeds) > 1 else ""
         table.add_row(name, *(_number(one.get(name)) for one in metrics), f"{both['mean']:.4f}{spread}")
-    print(f"test metrics at each run's best epoch, {len(seeds)} seeds")
+    print(f"{split} metrics at each run's best epoch, {len(seeds)} seeds")
     _console().print(table)
 
 
@@ -493,12 +500,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(takes_settings=True)
 
-    p = command("evaluate", _evaluate, "print the metrics of a run's best model on a split of a data set")
+    p = command(
+        "evaluate",
+        _evaluate,
+        "print the metrics of a run's best model on a split of a data set",
+        """\
+        Print the metrics of a run's best model on a split of a data set. The data needs to hold that split alone, with
+        labels. The run folder holds all else, so that it may be copied to another machine.""",
+    )
     _run_arguments(p)
     p.add_argument("--batch-size", metavar="N", type=int, help="default: the run's; in fast mode it changes nothing")
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-    p = command("predict", _predict, "write the predictions of a run's best model as CSV, in file order with ids")
+    p = command(
+        "predict",
+        _predict,
+        "write the predictions of a run's best model as CSV, in file order with ids",
+        """\
+        Write the predictions of a run's best model as CSV, in file order with ids. The data needs to hold the samples
+        to predict alone, one clip or many, without labels or with them. The run folder holds all else, so that it may
+        be copied to another machine.""",
+    )
     _run_arguments(p)
     p.add_argument(
         "--out", metavar="CSV", type=user_path, required=True, help="the file to write: id, label, prediction"
@@ -524,6 +546,7 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument(f"--{kind}-features", metavar="NAME", help="feature set to use where the data has several")
     p.add_argument("--label-column", metavar="N", type=int, help="column of labels with several")
     p.add_argument("--label-key", metavar="KEY", help="set of labels where an MMSA file has several")
+    p.add_argument("--modalities", metavar="LIST", help="what the data has to hold (text,audio,vision)")
     p.add_argument("--align", choices=("words", "segments"), help=".csd files: a row a word, or frames as they are")
 
     p = command(
@@ -632,7 +655,9 @@ def _config_arguments(p: argparse.ArgumentParser) -> None:
 def _run_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--run", metavar="DIR", type=user_path, required=True, dest="run_folder", help="a run folder")
     p.add_argument("--data", metavar="PATH", type=user_path, required=True, help="feature file or folder, or a store")
-    p.add_argument("--split", choices=("train", "valid", "test"), default="test", help="which split (test)")
+    p.add_argument(
+        "--split", choices=("train", "valid", "test"), help="which split (test, or the only one that the data has)"
+    )
     p.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1 or mps (auto)")
 
 

@@ -28,6 +28,7 @@ ESTIMATORS = ("F_T", "F_A", "F_V", "T_A", "T_V", "AC_T", "TA_C", "VC_T", "TV_C",
 TERMS = ("I(F;T)", "I(F;A)", "I(F;V)", "inv", "spec_t", "spec_a", "spec_v", "comp")
 REGRESSION_LOSSES = ("MAE", "MSE", "RMSE", "SIMSE", "CCC")
 CLASSIFICATION_LOSSES = ("CE", "BCE", "Focal")
+MODALITIES = ("text", "audio", "vision")
 
 # The keys most people touch, shown by `engine train --help`; `engine config --keys` shows all.
 COMMON_KEYS = (
@@ -71,6 +72,15 @@ def _dashed(value: Any) -> Any:
     if isinstance(value, str):
         return value.split("-")
     return [value] if isinstance(value, (int, float)) else value
+
+
+def _modalities(value: Any) -> Any:
+    """Each name once, in the order text, audio, vision; "audio-vision" and "audio,vision" are lists too."""
+    if isinstance(value, str):
+        value = [name.strip() for name in re.split("[-,]", value)]
+    if isinstance(value, (list, tuple)) and set(map(str, value)) <= set(MODALITIES):
+        return [name for name in MODALITIES if name in value]
+    return value
 
 
 def _spread(n: int) -> BeforeValidator:
@@ -129,6 +139,11 @@ class DataConfig(Section):
     path: str = Field("", description="file or folder of features, or a store made by `engine convert`")
     format: str = Field(
         "auto", description="family of the files: auto recognises it by content; a name refuses every other family"
+    )
+    modalities: Annotated[list[Literal["text", "audio", "vision"]], BeforeValidator(_modalities)] = Field(
+        list(MODALITIES),
+        min_length=1,
+        description="what a sample is made of; data needs to hold no others, and terms that name one are left out",
     )
     audio_features: str = Field(
         "auto",
@@ -249,7 +264,7 @@ class ModelConfig(Section):
     modality_dropout: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
         "auto",
         description="share of a training batch whose audio, and likewise whose vision, the fusion encoder does not see "
-        "(auto: 0.5 in fast mode, 0 in faithful mode)",
+        "(auto: 0.5 in fast mode with text, else 0)",
     )
     task: Literal["regression", "classification"] = Field("regression", description="what the head predicts")
     num_class: int = Field(1, ge=1, description="1 for regression")
@@ -428,6 +443,7 @@ class Config(Section):
                 "data.label_scale", f"{self.data.label_scale} with data.dataset=avec2019", "auto, phq8 or none",
                 "Use data.dataset=custom.",
             )  # fmt: skip
+        self._check_modalities()
         milestones = train.schedule.milestones
         if sorted(set(milestones)) != milestones:
             raise ConfigError(
@@ -435,6 +451,35 @@ class Config(Section):
             )
         if model.fusion == "cubemlp":
             self._check_cubemlp()
+
+    def _check_modalities(self) -> None:
+        names = self.data.modalities
+        if len(names) == len(MODALITIES):
+            return
+        listed = f"[{', '.join(names)}]"
+        if self.mode == "faithful":
+            raise ConfigError(
+                "data.modalities",
+                f"{listed} with mode=faithful",
+                "all three: the published model has no other form",
+                "Use mode=fast.",
+            )
+        if "text" not in names and self.model.modality_dropout not in ("auto", 0):
+            raise ConfigError(
+                "model.modality_dropout",
+                f"{self.model.modality_dropout:g} with data.modalities={listed}",
+                "0 or auto: it hides audio and vision behind the text",
+                "Set model.modality_dropout=auto.",
+            )
+        if used := [name for name, rate in self.data.augment.model_dump().items() if rate]:
+            key = next((n for n in used if n.startswith("drop") or n.partition("_")[2] not in names), None)
+            if key is not None:
+                raise ConfigError(
+                    f"data.augment.{key}",
+                    f"{getattr(self.data.augment, key):g} with data.modalities={listed}",
+                    "0: samples are dropped from among three modalities, and frames of what is there are masked",
+                    f"Set data.augment.{key}=0.",
+                )
 
     def _check_cubemlp(self) -> None:
         cube = self.model.cubemlp
@@ -445,14 +490,14 @@ class Config(Section):
                 "one entry of each a block",
                 "Give the three the same number of entries.",
             )
-        size = (self.data.time_len, 3, self.model.d_common)
+        size = (self.data.time_len, len(self.data.modalities), self.model.d_common)
         for i, (out, project) in enumerate(zip(cube.d_outs, cube.res_project, strict=True)):
             if not project and out != size:
                 raise ConfigError(
                     f"model.cubemlp.d_outs, block {i}",
                     _dash(out),
-                    f"{_dash(size)}, the block's input (time-modality-channel; the first is data.time_len, 3, "
-                    "model.d_common), because its residual is the identity",
+                    f"{_dash(size)}, the block's input (time-modality-channel; the first is data.time_len, how many "
+                    "data.modalities, model.d_common), because its residual is the identity",
                     f"Set d_outs of the block to {_dash(size)}, or its res_project to true.",
                 )
             size = out
@@ -468,7 +513,7 @@ class Config(Section):
         if faithful and c.train.amp == "auto":
             c.train.amp = "off"
         if c.model.modality_dropout == "auto":
-            c.model.modality_dropout = 0.0 if faithful else 0.5
+            c.model.modality_dropout = 0.0 if faithful or "text" not in c.data.modalities else 0.5
         if c.train.average == "auto":
             c.train.average = None if faithful else 0.98
         if c.data.length_rule == "auto":

@@ -388,7 +388,8 @@ def write_summary_csv(path: str | Path, runs: Mapping[str, Sequence[Mapping[str,
 class Predictions:
     """What a predictions CSV holds, in file order.
 
-    label, prediction: float32 [N] (classification: class numbers); scores: float32 [N, C] or None.
+    label, prediction: float32 [N] (classification: class numbers), the label NaN where there is none.
+    scores: float32 [N, C] or None.
     """
 
     ids: list[str]
@@ -404,7 +405,7 @@ def write_predictions(
 
     Args:
         label, prediction: [N] or [N, 1]; scores: [N, C] for classification. Numbers are written with as many digits as
-            bring the same float32 back.
+            bring the same float32 back. A label of NaN, of a sample without one, becomes an empty cell.
 
     Raises:
         DataError: the columns are not equally long.
@@ -424,7 +425,12 @@ def write_predictions(
             "as many of each",
             "Pass the ids, labels and predictions of one split.",
         )
-    rows = ([name, *(_number(column[i]) for column in columns)] for i, name in enumerate(ids))
+    label = columns.pop(0)
+    known = ("" if np.isnan(value) else _number(value) for value in label)
+    rows = (
+        [name, cell, *(_number(column[i]) for column in columns)]
+        for i, (name, cell) in enumerate(zip(ids, known, strict=True))
+    )
     _write_rows(path, names, rows)
 
 
@@ -454,7 +460,7 @@ def read_predictions(path: str | Path) -> Predictions:
         try:
             if len(row) != len(header):
                 raise ValueError(f"{len(row)} cells")
-            values[i] = [np.float32(cell) for cell in row[1:]]
+            values[i] = [np.float32(row[1] or "nan"), *(np.float32(cell) for cell in row[2:])]
         except ValueError as cause:
             where = f"{path} row {i + 1}"
             raise DataError(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.config import ObjectiveConfig
+from engine.config import MODALITIES, ObjectiveConfig
 from engine.constant import Constant
 from engine.errors import ConfigError, EstimatorError
 from engine.kernels.knn_product import Bank, EpochProducts, ProductRows, ProductSampler, draw_epoch
@@ -479,16 +479,34 @@ def mimrl_expressions(c2: Sequence[float]) -> list[Expression]:
     return [c * term for c, term in zip(c2, terms, strict=True)]
 
 
-def mimrl_objective(settings: ObjectiveConfig, fused_dim: int, d_common: int) -> Objective:
-    """The objective of MIMRL on features F [B, fused_dim], T, A, V [B, d_common] and label C [B, 1]."""
+def without_features(expressions: Iterable[Expression], absent: Iterable[str]) -> list[Expression]:
+    """The expressions without the terms that name a feature of `absent`; one that loses all its terms is left out."""
+    absent = set(absent)
+    kept = [
+        replace(e, coefficients=tuple((t, c) for t, c in e.coefficients if not absent & {t.x, t.y, t.given}))
+        for e in expressions
+    ]
+    return [e for e in kept if e.coefficients]
+
+
+def mimrl_objective(
+    settings: ObjectiveConfig, fused_dim: int, d_common: int, modalities: Sequence[str] = MODALITIES
+) -> Objective:
+    """The objective of MIMRL on features F [B, fused_dim], T, A, V [B, d_common] and label C [B, 1].
+
+    Args:
+        modalities: of text, audio and vision those that there are. Terms that name another are left out.
+    """
     if len(settings.c1) != len(MIMRL_ESTIMATORS):
         raise ConfigError("objective.c1", f"{len(settings.c1)} weights", f"{len(MIMRL_ESTIMATORS)}", "Give one a term.")
     if len(settings.c2) != 8:
         raise ConfigError("objective.c2", f"{len(settings.c2)} weights", "8", "Give one an expression.")
+    absent = {m[0].upper() for m in MODALITIES if m not in modalities}
+    weights = dict(zip(MIMRL_ESTIMATORS, settings.c1, strict=True))
     return Objective(
-        mimrl_expressions(settings.c2),
+        without_features(mimrl_expressions(settings.c2), absent),
         dims={"F": fused_dim, "T": d_common, "A": d_common, "V": d_common, "C": 1},
         discrete=("C",),
-        estimators=dict(zip(MIMRL_ESTIMATORS, settings.c1, strict=True)),
+        estimators={term: w for term, w in weights.items() if not absent & {term.x, term.y, term.given}},
         settings=settings,
     )

@@ -22,6 +22,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from engine.config import MODALITIES as CONFIGURED
 from engine.errors import CheckpointError, DataError
 from engine.files import user_path, write_text
 from engine.metrics import (
@@ -367,8 +368,9 @@ def _results(run: Run) -> str:
     if not test and not run.split_metrics("valid"):
         return ""
     keys = [key for key in METRICS if key in test or key in run.split_metrics("valid")]
+    shown = test or run.split_metrics("valid")
     tiles = "".join(
-        f'<div class="tile"><span>{metric.short or metric.name}</span><b>{metric.show(test.get(key))}</b>'
+        f'<div class="tile"><span>{metric.short or metric.name}</span><b>{metric.show(shown.get(key))}</b>'
         f"<em>{_explained(metric)}</em></div>"
         for key, metric in METRICS.items()
         if metric.headline and key in keys
@@ -378,8 +380,8 @@ def _results(run: Run) -> str:
     oracle_epoch = oracle.get("epoch")
     best = "best-valid epoch" if run.best_epoch is None else f"epoch {run.best_epoch}, best on valid"
     columns: list[tuple[str, str, str, Mapping[str, Any]]] = [
-        ("Test", best, "main", test),
-        ("Valid", best, "", run.split_metrics("valid")),
+        *([("Test", best, "main", test)] if test else []),
+        ("Valid", best, "" if test else "main", run.split_metrics("valid")),
     ]
     if baseline:
         columns.append(("Constant", "the valid labels’ mean, on test", "", baseline))
@@ -399,7 +401,8 @@ def _results(run: Run) -> str:
         if oracle
         else ""
     )
-    tiles_title = f'<p class="muted">Test split, {escape(best)}.</p>'
+    which = "Test split" if test else "Valid split (there are no metrics of the test split)"
+    tiles_title = f'<p class="muted">{which}, {escape(best)}.</p>'
     return f'{tiles_title}<div class="tiles">{tiles}</div>{table}{oracle_note}{per_class}{_spent(run)}'
 
 
@@ -506,7 +509,8 @@ def _information(run: Run) -> str:
             else "No information terms are recorded: the first epoch has no bank of features, and none followed it."
         )
         return f"<p>{reason}</p>"
-    cards = [_information_card(run, "information", name, TERMS.get(name, "")) for name in terms]
+    about = _terms_of(run)
+    cards = [_information_card(run, "information", name, about.get(name, "")) for name in terms]
     notes = [
         "Estimates in nats, averaged over an epoch's batches. The first epoch has no bank of features, hence no terms."
     ]
@@ -526,6 +530,21 @@ def _information(run: Run) -> str:
         else ""
     )
     return f'<p>{" ".join(notes)}</p>{_legend(run)}<div class="grid4">{"".join(cards)}</div>{details}'
+
+
+def _terms_of(run: Run) -> dict[str, str]:
+    """What the terms are, their formulas without the modalities that the run does not have."""
+    modalities = run.setting("data", "modalities", default=list(CONFIGURED))
+    if set(modalities) == set(CONFIGURED):
+        return TERMS
+    from engine.objective import mimrl_expressions, without_features
+
+    about = {}
+    for e in without_features(mimrl_expressions([1.0] * 8), {m[0].upper() for m in CONFIGURED if m not in modalities}):
+        words, colon, _ = TERMS[e.name].partition(": ")
+        formula = "".join(f" {'−' if c < 0 else '+'} {term}" for term, c in e.coefficients).removeprefix(" + ")
+        about[e.name] = f"{words}: {formula}" if colon else words
+    return about
 
 
 def _information_card(run: Run, group: str, name: str, about: str) -> str:
@@ -574,9 +593,10 @@ def _truth(run: Run) -> str:
 
 
 def _predictions(run: Run) -> str:
-    split = next((split for split in ("test", "valid") if split in run.predictions), None)
-    if split is None:
+    there = [split for split in ("test", "valid") if split in run.predictions]
+    if not there:
         return ""
+    split = next((s for s in there if np.isfinite(run.predictions[s].label).any()), there[0])
     table = run.predictions[split]
     kept = np.isfinite(table.label) & np.isfinite(table.prediction)
     label, prediction = table.label[kept].astype(np.float64), table.prediction[kept].astype(np.float64)
@@ -659,7 +679,9 @@ def _confusion(true: NDArray[np.integer], predicted: NDArray[np.integer], names:
 
 
 def _features(run: Run) -> str:
-    split = next((s for s in ("test", "valid", "train") if (run.folder / f"features_{s}.safetensors").is_file()), None)
+    test = run.predictions.get("test")
+    splits = ("test", "valid", "train") if test is None or np.isfinite(test.label).any() else ("valid", "train", "test")
+    split = next((s for s in splits if (run.folder / f"features_{s}.safetensors").is_file()), None)
     if split is None:
         return ""
     path = run.folder / f"features_{split}.safetensors"

@@ -20,6 +20,7 @@ from engine.files import lock, output_error, sweep_folder, write_json
 CONFIG, METRICS, METRICS_CSV, HISTORY = "config.yaml", "metrics.json", "metrics.csv", "history.jsonl"
 BEST, LAST, PREVIOUS = "best.safetensors", "last.safetensors", "previous.safetensors"
 NORMALIZER, TRUTH, REPORT = "normalizer.safetensors", "truth.json", "report.html"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 CHECKSUMS, LOCK = "checksums.json", ".lock"
 
 SPLITS = ("train", "valid", "test")
@@ -27,8 +28,8 @@ PREDICTIONS = tuple(f"predictions_{split}.csv" for split in SPLITS)
 FEATURES = tuple(f"features_{split}.safetensors" for split in SPLITS)
 PROFILE = ("profile/shares.txt", "profile/shares.json", "profile/trace.json")
 FILES = (
-    CONFIG, METRICS, METRICS_CSV, HISTORY, BEST, LAST, PREVIOUS, NORMALIZER, TRUTH, REPORT, CHECKSUMS, *PREDICTIONS,
-    *FEATURES, *PROFILE,
+    CONFIG, METRICS, METRICS_CSV, HISTORY, BEST, LAST, PREVIOUS, NORMALIZER, TRUTH, REPORT, CHECKSUMS, *TOKENIZER,
+    *PREDICTIONS, *FEATURES, *PROFILE,
 )  # fmt: skip
 """Every file that a run writes, TensorBoard's excepted."""
 MARKS = (CONFIG, METRICS, HISTORY, LAST, BEST)

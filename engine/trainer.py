@@ -10,7 +10,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ from engine.kernels.registry import has_triton, interpreting
 from engine.kernels.warm import warm_up
 from engine.loaders import open_dataset
 from engine.loaders.batch import Batch
-from engine.loaders.dataset import Dataset
+from engine.loaders.dataset import Dataset, Split
 from engine.loaders.feed import CopyFeed, Feed, ResidentFeed, buckets_of
 from engine.loaders.loader import Loader
 from engine.loaders.normalize import Normalizer
+from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
 from engine.model.mimrl import MIMRL, build_model
 from engine.model.text_encoder import load_text_encoder, text_encoder_from_config
-from engine.objective import Objective, mimrl_objective
+from engine.objective import MIMRL_ESTIMATORS, Objective, mimrl_objective
 from engine.precision import autocast_dtype
 from engine.profile import Profiler, part
 from engine.report import environment, write_report
@@ -53,6 +54,7 @@ from engine.run_folder import (
     NORMALIZER,
     PREVIOUS,
     REPORT,
+    TOKENIZER,
     Checksums,
     file_sum,
     owned,
@@ -71,7 +73,10 @@ class RunResult:
 
 @dataclass
 class Run:
-    """A run folder's best model, ready to predict. `meta`: epoch, input widths, the text encoder's configuration."""
+    """A run folder's best model, ready to predict. `meta`: epoch, input widths, the text encoder's configuration.
+
+    `tokenizer` is the folder's own; None where it has none.
+    """
 
     folder: Path
     config: Config
@@ -79,6 +84,7 @@ class Run:
     objective: Objective
     normalizer: Normalizer
     meta: dict[str, Any]
+    tokenizer: Tokenizer | None = None
 
 
 # -- public functions ------------------------------------------------------------------------------
@@ -117,12 +123,16 @@ def train_seeds(
 ) -> list[RunResult]:
     """One run a seed in `out`/seedN, and summary.csv and summary.json with mean and standard deviation over them.
 
+    They are of the test split, or of valid where the test split has no labels.
+
     Args:
         resume: runs that have done all epochs of `config` stay as they are, the others go on or begin.
     """
     _refuse_other_ranks()
     out = user_path(out)
-    dataset = open_dataset(config.data.path, config.resolve().data, config.text_encoder)
+    own = (_own_tokenizer(out / f"seed{seed}", config) for seed in seeds) if resume else iter(())
+    tokenizer = next((t for t in own if t is not None), None)
+    dataset = open_dataset(config.data.path, config.resolve().data, config.text_encoder, tokenizer=tokenizer)
     results = []
     for seed in seeds:
         folder = out / f"seed{seed}"
@@ -131,39 +141,51 @@ def train_seeds(
         if result is None:
             result = train(one, folder, resume, callbacks, dataset)
         results.append(result)
-    tests = [r.metrics["test"] for r in results]
-    metrics.write_summary_csv(out / "summary.csv", {config.preset or config.mode: tests})
+    split = "test" if all(r.metrics["test"] for r in results) else "valid"
+    found = [r.metrics[split] for r in results]
+    metrics.write_summary_csv(out / "summary.csv", {config.preset or config.mode: found})
     runs = {f"seed{seed}": r.metrics for seed, r in zip(seeds, results, strict=True)}
-    write_json(out / "summary.json", {"test": metrics.summary(tests), "runs": runs})
+    write_json(out / "summary.json", {split: metrics.summary(found), "runs": runs})
     return results
 
 
 def evaluate(
-    run: str | Path, data: str | Path, split: str = "test", batch_size: int | None = None, device: str = "auto"
+    run: str | Path, data: str | Path, split: str | None = None, batch_size: int | None = None, device: str = "auto"
 ) -> dict[str, float]:
     """Metrics of a run's best model on one split of `data`, normalised by the run's own statistics, in float32.
 
+    Nothing is needed but the run folder and that split, with a label for every sample.
+
     Args:
+        split: None is test, or the only one that the data has.
         device: as in a run's settings: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" or "mps".
+
+    Raises:
+        CheckpointError, ConfigError, DataError: there is no such run or split, a label is missing, or features of other
+            widths than the run was trained with.
     """
     loaded = load_run(run, _device(device))
-    _, result = _apply(loaded, data, split, batch_size)
-    return _metrics(loaded.config, result)
+    split, dataset = _open_split(loaded, data, split)
+    _require_labels(dataset.splits[split], f"{data}, {split}")
+    return _metrics(loaded.config, _apply(loaded, dataset, split, batch_size))
 
 
 def predict(
     run: str | Path,
     data: str | Path,
     out: str | Path,
-    split: str = "test",
+    split: str | None = None,
     batch_size: int | None = None,
     device: str = "auto",
 ) -> Path:
-    """Write the best model's predictions on one split of `data` as CSV, in file order with ids. As `evaluate`."""
+    """Write the best model's predictions on one split of `data` as CSV, in file order with ids. As `evaluate`.
+
+    Samples need no labels: the column label is empty where there is none.
+    """
     loaded = load_run(run, _device(device))
-    dataset, result = _apply(loaded, data, split, batch_size)
+    split, dataset = _open_split(loaded, data, split)
     out = user_path(out)
-    _write_predictions(out, loaded.config, dataset.splits[split].ids, result)
+    _write_predictions(out, loaded.config, dataset.splits[split], _apply(loaded, dataset, split, batch_size))
     return out
 
 
@@ -184,13 +206,28 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> Run:
     config = load_config(folder / CONFIG).resolve()
     state, meta = checkpoint.load(folder / BEST)
     _check_unchanged(folder, config, meta)
-    model, objective = _build(
-        config, meta["audio_dim"], meta["vision_dim"], text_encoder_from_config(meta["text_encoder"])
-    )
+    model, objective = _build(config, meta["audio_dim"], meta["vision_dim"], _saved_encoder(meta))
     checkpoint.load_into(model, state["model"], f"{folder / BEST}: model")
     checkpoint.load_into(objective, state["objective"], f"{folder / BEST}: objective")
     normalizer = Normalizer.load(folder / NORMALIZER)
-    return Run(folder, config, model.to(device).eval(), objective.to(device).eval(), normalizer, meta)
+    tokenizer = _own_tokenizer(folder, config)
+    return Run(folder, config, model.to(device).eval(), objective.to(device).eval(), normalizer, meta, tokenizer)
+
+
+def _saved_encoder(meta: dict[str, Any], freeze: str = "no") -> nn.Module | None:
+    """The text encoder that a checkpoint describes, its weights not loaded; None without text."""
+    return text_encoder_from_config(meta["text_encoder"], freeze) if meta["text_encoder"] is not None else None
+
+
+def _own_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
+    """The tokeniser that lies in a run folder, so that the text encoder's own folder need not be there."""
+    beside = folder / "text_encoder"  # where an imported run asks for the files of its tokeniser
+    place = next((p for p in (folder, beside) if (p / "tokenizer.json").is_file()), None)
+    if place is None or "text" not in config.data.modalities or config.text_encoder == PRECOMPUTED:
+        return None
+    if place == folder:
+        verify(folder, *TOKENIZER)
+    return replace(load_tokenizer(str(place)), name=config.text_encoder)
 
 
 def _check_unchanged(folder: Path, config: Config, meta: dict[str, Any]) -> None:
@@ -212,9 +249,28 @@ def _check_unchanged(folder: Path, config: Config, meta: dict[str, Any]) -> None
 # -- building --------------------------------------------------------------------------------------
 
 
-def _build(config: Config, audio_dim: int, vision_dim: int, text_encoder: nn.Module) -> tuple[MIMRL, Objective]:
+def _build(config: Config, audio_dim: int, vision_dim: int, text_encoder: nn.Module | None) -> tuple[MIMRL, Objective]:
     model = build_model(config, audio_dim, vision_dim, text_encoder)
-    return model, mimrl_objective(config.objective, model.fused_dim, config.model.d_common)
+    objective = mimrl_objective(config.objective, model.fused_dim, config.model.d_common, config.data.modalities)
+    return model, objective
+
+
+def _predictor(model: nn.Module) -> TwoStageStep:
+    """A step that evaluates a model without a loss: samples need no labels."""
+    return TwoStageStep(
+        model, None, lambda prediction, target: prediction.new_zeros(()), torch.optim.SGD(model.parameters(), lr=0.0)
+    )
+
+
+def _say_what_is_left_out(config: Config, objective: Objective) -> None:
+    """Name the information terms that a run without all modalities does not have, once, in one line."""
+    out = [str(term) for term in MIMRL_ESTIMATORS if term not in objective.terms]
+    if config.objective.enabled and out:
+        warnings.warn(
+            f"data.modalities=[{', '.join(config.data.modalities)}]: the objective keeps "
+            f"{', '.join(map(str, objective.terms))} and leaves out {', '.join(out)}, which name another modality",
+            stacklevel=2,
+        )
 
 
 def _optimizer(config: Config, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
@@ -382,7 +438,7 @@ class _Trainer:
                 return self._fit(resume)
             except Exception:
                 if not resume and not (self.out / LAST).exists():  # there is no epoch to go on from: leave it free
-                    for name in (CONFIG, NORMALIZER, HISTORY, CHECKSUMS):
+                    for name in (CONFIG, NORMALIZER, *TOKENIZER, HISTORY, CHECKSUMS):
                         (self.out / name).unlink(missing_ok=True)
                 raise
 
@@ -390,17 +446,18 @@ class _Trainer:
         c = self.config
         self.sums = Checksums(self.out)
         saved = self._saved() if resume else None
-        self._open()
+        self._open(saved is not None)
         if saved is not None and (differing := _other_data(self.dataset, saved[1])):
             raise DataError(
                 c.data.path, f"other data than the run in {self.out} was trained on ({', '.join(differing)})",
                 "the same samples, texts, labels and features", "Name the run's own data, or begin a new run.",
             )  # fmt: skip
-        self._prepare()
+        self._prepare(None if saved is None else saved[1])
         history: list[dict[str, Any]] = []
         bank: FeatureBank | None = None
         if saved is not None:
             history, bank = self._restore(*saved)
+            del saved
         self._write_settings()
         if history:
             self._complete(history)
@@ -439,22 +496,30 @@ class _Trainer:
 
     # -- setting up --
 
-    def _open(self) -> None:
-        if self.dataset is None:
-            self.dataset = open_dataset(self.config.data.path, self.config.data, self.config.text_encoder)
-
-    def _prepare(self) -> None:
+    def _open(self, resumed: bool) -> None:
         c = self.config
-        self._open()
+        if self.dataset is None:
+            tokenizer = _own_tokenizer(self.out, c) if resumed else None
+            self.dataset = open_dataset(c.data.path, c.data, c.text_encoder, tokenizer=tokenizer)
+
+    def _prepare(self, resumed: dict[str, Any] | None = None) -> None:
+        """`resumed`: what the checkpoint to go on from says of itself."""
+        c = self.config
         checks.class_numbers(c, self.dataset)
         self._check_bank()
         _seed(c.seed)
-        encoder = load_text_encoder(c.text_encoder, c.text.freeze, dim=self.dataset.text_dim)
+        if resumed is not None:  # the run has all of its encoder, whose folder may be gone
+            encoder = _saved_encoder(resumed, c.text.freeze)
+        elif "text" in c.data.modalities:
+            encoder = load_text_encoder(c.text_encoder, c.text.freeze, dim=self.dataset.text_dim)
+        else:
+            encoder = None
         checks.text_fits(c, self.dataset, encoder)
         model, objective = _build(c, self.dataset.audio_dim, self.dataset.vision_dim, encoder)
         checks.disk_space(self.out, model, objective, c.train, [self.out / n for n in (BEST, LAST, PREVIOUS)])
         c.data.label_scale = checks.label_scale(c, self.dataset)
         self.metric, self.higher_is_better = metrics.selection(c.data.dataset, c.model.task, c.data.label_scale)
+        _say_what_is_left_out(c, objective)
         if c.mode == "fast" and c.model.task == "regression":
             model.start_at(float(self.dataset.splits["train"].label[:, 0].mean()))
         model, objective = model.to(self.device), objective.to(self.device)
@@ -462,7 +527,8 @@ class _Trainer:
         text_lr = lr * c.text.lr_rate if c.text.lr_rate > 0 else lr
         main = _optimizer(c, [{"params": groups["main"]}, {"params": groups["text"], "lr": text_lr}], lr)
         estimators = _optimizer(c, [{"params": list(objective.parameters())}], lr * c.train.mi_lr_rate)
-        self.model, self.objective, self.text_config = model, objective, encoder.describe()
+        self.model, self.objective = model, objective
+        self.text_config = None if encoder is None else encoder.describe()
         self.step = TwoStageStep(
             model,
             objective if c.objective.enabled else None,
@@ -483,6 +549,12 @@ class _Trainer:
         }
         self.loaders = {split: self._loader(split, split == "train") for split in ("train", "valid", "test")}
         self.unshuffled_train = self._loader("train", False)
+        self.scored = [s for s in ("train", "valid", "test") if not self.dataset.splits[s].label.isnan().any()]
+        self.predictor = _predictor(model)
+
+    def _evaluate(self, split: str, loader: _Passes, bank: FeatureBank | None = None) -> EpochResult:
+        """One pass over a split; without a loss where it has no labels."""
+        return self.step.evaluate(loader, bank) if split in self.scored else self.predictor.evaluate(loader)
 
     def _check_bank(self) -> None:
         c, size = self.config, len(self.dataset.splits["train"])
@@ -577,11 +649,11 @@ class _Trainer:
         # Epoch 0 trains without information terms, so its evaluation has none either: the losses stay comparable.
         with self.step.averaged():
             self.results = {
-                split: self.step.evaluate(self.loaders[split], bank if had_bank and c.objective.enabled else None)
+                split: self._evaluate(split, self.loaders[split], bank if had_bank and c.objective.enabled else None)
                 for split in ("valid", "test")
             }
         for split, result in self.results.items():
-            record[split] = _record(c, result)
+            record[split] = _record(c, result) if split in self.scored else {}
         for scheduler in self.schedulers.values():
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 scheduler.step(record["valid"][self.metric])
@@ -613,9 +685,11 @@ class _Trainer:
     # -- on disk --
 
     def _write_settings(self) -> None:
-        with self.sums.writing(CONFIG, NORMALIZER):
+        with self.sums.writing(CONFIG, NORMALIZER, *TOKENIZER):
             self.config.save(self.out / CONFIG)
             self.dataset.normalizer.save(self.out / NORMALIZER)
+            if self.dataset.tokenizer is not None:
+                self.dataset.tokenizer.save(self.out)
 
     def _meta(self, epoch: int) -> dict[str, Any]:
         return {
@@ -660,8 +734,8 @@ class _Trainer:
         with self.step.averaged():
             checkpoint.save(self.out / BEST, self._weights(), self._meta(epoch))
         for split, result in self.results.items():
-            ids = self.dataset.splits[split].ids
-            _write_predictions(self.out / f"predictions_{split}.csv", self.config, ids, result)
+            path = self.out / f"predictions_{split}.csv"
+            _write_predictions(path, self.config, self.dataset.splits[split], result)
 
     def _complete(self, history: list[dict[str, Any]], ended: bool = False) -> None:
         """Write the best model and its predictions where a run was stopped between its last epoch and these files.
@@ -684,7 +758,7 @@ class _Trainer:
         elif wrong and best == last:
             random_state, generator_state = _rng_state(), self.step.generator.get_state()
             with self.step.averaged():
-                self.results = {s: self.step.evaluate(p) for s, p in self.loaders.items() if s != "train"}
+                self.results = {s: self._evaluate(s, p) for s, p in self.loaders.items() if s != "train"}
             with self.sums.writing(*self._prediction_files()):
                 self._save_best(best)
             self.step.generator.set_state(generator_state)
@@ -753,7 +827,8 @@ class _Trainer:
         return [json.loads(line) for line in content.splitlines()]
 
     def _summary(self, history: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
-        best, oracle = self._best(history, "valid"), self._best(history, "test")
+        best = self._best(history, "valid")
+        oracle = self._best(history, "test") if "test" in self.scored else None
         steady = [r["seconds"] for r in history[1:]] or [history[0]["seconds"]]
 
         def numbers(record: dict[str, Any], split: str) -> dict[str, Any]:
@@ -763,7 +838,7 @@ class _Trainer:
             "best_epoch": best["epoch"],
             "valid": numbers(best, "valid"),
             "test": numbers(best, "test"),
-            "oracle_test": numbers(oracle, "test") | {"epoch": oracle["epoch"]},
+            "oracle_test": numbers(oracle, "test") | {"epoch": oracle["epoch"]} if oracle else {},
             "data_wait_share": sum(r.get("waiting_seconds", 0.0) for r in history) / sum(r["seconds"] for r in history),
             "samples_per_second": len(self.dataset.splits["train"]) * len(steady) / sum(steady),
             "peak_memory_mb": _peak_memory_mb(self.device),
@@ -771,15 +846,15 @@ class _Trainer:
             "environment": environment(str(self.device)),
         }
         write_json(self.out / METRICS, summary)
-        metrics.write_metrics_csv(self.out / METRICS_CSV, summary)
+        metrics.write_metrics_csv(self.out / METRICS_CSV, {k: v for k, v in summary.items() if v != {}})
         return summary
 
     def _write_features(self) -> None:
         state, _ = checkpoint.load(self.out / BEST)
         checkpoint.load_into(self.model, state["model"], str(self.out / BEST))
         for split, loader in (self.loaders | {"train": self.unshuffled_train}).items():
-            result = self.step.evaluate(loader)
-            _write_features(self.out / f"features_{split}.safetensors", self.dataset.splits[split].ids, result)
+            result = self._evaluate(split, loader)
+            _write_features(self.out / f"features_{split}.safetensors", self.dataset.splits[split], result)
 
 
 # -- helpers ---------------------------------------------------------------------------------------
@@ -906,12 +981,21 @@ def _record(config: Config, result: EpochResult) -> dict[str, Any]:
     return record
 
 
-def _apply(run: Run, data: str | Path, split: str, batch_size: int | None) -> tuple[Dataset, EpochResult]:
-    c, device = run.config, next(run.model.parameters()).device
-    dataset = open_dataset(str(data), c.data, c.text_encoder, normalizer=run.normalizer)
-    if split not in dataset.splits:
-        raise ConfigError("split", repr(split), f"one of {sorted(dataset.splits)}", "Name a split of the data.")
-    for kind in ("audio", "vision"):
+def _open_split(run: Run, data: str | Path, split: str | None) -> tuple[str, Dataset]:
+    """Data to apply a run to, and the split that is meant."""
+    # `format` and `loader` are what the training data and machine allowed: this may be another format and machine
+    settings = run.config.data.model_copy(update={"format": "auto", "loader": "auto", "workers": None})
+    dataset = open_dataset(
+        str(data), settings, run.config.text_encoder, run.normalizer, tokenizer=run.tokenizer, training=False
+    )
+    there = list(dataset.splits)
+    if split is None:
+        split = there[0] if len(there) == 1 else "test"
+    if split not in there:
+        raise ConfigError(
+            "split", f"{split!r}, which {data} does not have", f"one of {', '.join(there)}", "Name a split of the data."
+        )
+    for kind in [m for m in run.config.data.modalities if m != "text"]:
         found, expected = getattr(dataset, f"{kind}_dim"), run.meta[f"{kind}_dim"]
         if found != expected:
             raise ConfigError(
@@ -920,6 +1004,24 @@ def _apply(run: Run, data: str | Path, split: str, batch_size: int | None) -> tu
                 f"{expected}, as the run was trained with",
                 "Use its features.",
             )
+    return split, dataset
+
+
+def _require_labels(split: Split, where: str) -> None:
+    """Raise DataError unless every sample has a label."""
+    gone = torch.nonzero(split.label[:, 0].isnan())
+    if len(gone):
+        row = int(gone[0])
+        raise DataError(
+            where,
+            f"no label for {len(gone)} of {len(split)} samples, row {row} (id {split.ids[row]}) the first",
+            "a label for every sample",
+            "Add the labels, or use engine predict, which needs none.",
+        )
+
+
+def _apply(run: Run, dataset: Dataset, split: str, batch_size: int | None) -> EpochResult:
+    c, device = run.config, next(run.model.parameters()).device
     loader = dataset.loader(
         split,
         batch_size or c.batch_size,
@@ -928,33 +1030,29 @@ def _apply(run: Run, data: str | Path, split: str, batch_size: int | None) -> tu
         pad_tokens_to=_pad_tokens(c),
         task=c.model.task,
         device=device,
-        kind=c.data.loader,
-        workers=c.data.workers,
     )
     checks.class_numbers(c, dataset, [split])
     checks.text_fits(c, dataset, run.model.text_encoder, [split])
-    task = losses.task_loss(c.train.loss, c.model.num_class, c.model.task)
-    step = TwoStageStep(run.model, None, task, torch.optim.SGD(run.model.parameters(), lr=0.0))
-    return dataset, step.evaluate(_Passes(loader, device, run.model.prepare))
+    return _predictor(run.model).evaluate(_Passes(loader, device, run.model.prepare))
 
 
-def _write_predictions(path: Path, config: Config, ids: list[str], result: EpochResult) -> None:
-    prediction, label = result.prediction.float().cpu().numpy(), result.target.cpu().numpy()
+def _write_predictions(path: Path, config: Config, split: Split, result: EpochResult) -> None:
+    prediction, label = result.prediction.float().cpu().numpy(), split.label[:, 0].numpy()
     if config.model.task == "classification":
-        metrics.write_predictions(path, ids, label, prediction.argmax(1), scores=prediction)
+        metrics.write_predictions(path, split.ids, label, prediction.argmax(1), scores=prediction)
     else:
-        metrics.write_predictions(path, ids, label.reshape(len(ids), -1)[:, 0], prediction[:, 0])
+        metrics.write_predictions(path, split.ids, label, prediction[:, 0])
 
 
-def _write_features(path: Path, ids: list[str], result: EpochResult) -> None:
+def _write_features(path: Path, split: Split, result: EpochResult) -> None:
     from safetensors.torch import save_file
 
     from engine.files import atomic_path
 
     tensors: dict[str, Tensor] = {k: v.float().cpu().contiguous() for k, v in result.features.items() if k != "C"}
-    tensors["label"] = result.target.reshape(len(ids), -1).float().cpu().contiguous()
+    tensors["label"] = split.label
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"ids": json.dumps(ids)})
+        save_file(tensors, temporary, metadata={"ids": json.dumps(split.ids)})
 
 
 def _peak_memory_mb(device: torch.device) -> float:

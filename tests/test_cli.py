@@ -207,7 +207,7 @@ def test_evaluate(calls: list, data: Path, tmp_path: Path, capsys):
                "--device", "cuda:1") == 0  # fmt: skip
     assert json.loads(capsys.readouterr().out) == METRICS["test"]
     assert calls == [
-        ("evaluate", (tmp_path, data), {"split": "test", "batch_size": None, "device": "auto"}),
+        ("evaluate", (tmp_path, data), {"split": None, "batch_size": None, "device": "auto"}),
         ("evaluate", (tmp_path, data), {"split": "valid", "batch_size": 7, "device": "cuda:1"}),
     ]
     assert "no such folder" in fails(capsys, "evaluate", "--run", tmp_path / "no", "--data", data)
@@ -217,7 +217,7 @@ def test_evaluate(calls: list, data: Path, tmp_path: Path, capsys):
 
 def test_predict(calls: list, data: Path, tmp_path: Path):
     assert run("predict", "--run", tmp_path, "--data", data, "--out", tmp_path / "p.csv") == 0
-    assert calls == [("predict", (tmp_path, data, tmp_path / "p.csv"), {"split": "test", "device": "auto"})]
+    assert calls == [("predict", (tmp_path, data, tmp_path / "p.csv"), {"split": None, "device": "auto"})]
 
 
 def test_convert(calls: list, data: Path, tmp_path: Path):

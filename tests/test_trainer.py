@@ -48,6 +48,10 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def config(data, text_encoder) -> Config:
+    return small_config(data, text_encoder)
+
+
+def small_config(data: Path, text_encoder: Path) -> Config:
     return Config(
         epochs=3,
         batch_size=6,

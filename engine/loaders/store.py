@@ -2,7 +2,7 @@
 
 Tensors, for each split S:
 
-- `S/label` float32 [N, 1];
+- `S/label` float32 [N, 1], NaN where a sample has none;
 - `S/audio/values` float32 (or float16) [total, d] and `S/audio/offsets` int64 [N + 1]; the same for vision;
 - `S/tokens/values` int32 [total] and offsets: special tokens included, not cut;
 - `S/ids/values` and `S/text/values` uint8 (UTF-8) and offsets;
@@ -21,7 +21,7 @@ import mmap
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,9 +30,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from engine import __version__
+from engine.config import MODALITIES
 from engine.errors import DataError, OutputError
 from engine.files import atomic_file, cache_home, user_path
-from engine.loaders.formats import SPLITS, RawDataset, RawSplit, Source, remarks
+from engine.loaders.formats import SPLITS, RawDataset, RawSplit, Source, missing_split, remarks
 from engine.loaders.ragged import LengthRule, Ragged, absent, release, zero_frames
 from engine.loaders.text import Tokenizer
 
@@ -58,12 +59,13 @@ class SplitData:
 
     Attributes:
         ids, text: N names; N transcripts or None.
-        label: float32 [N, 1].
+        label: float32 [N, 1]; NaN where a sample has none.
         audio, vision: float32 ragged [total, d]; a missing modality is one zero frame.
         tokens: int32 ragged or None. features: float32 ragged [total, d_t] or None.
         check: raises DataError where the arrays are views of a file that has changed since it was opened; asked
             before they are read.
         origin: the store's path and the split's name, where they are.
+        modalities: what is left after `only`.
     """
 
     ids: list[str]
@@ -75,6 +77,7 @@ class SplitData:
     features: Ragged | None = None
     check: Callable[[], None] = _unchanged
     origin: tuple[str, str] | None = None
+    modalities: tuple[str, ...] = MODALITIES
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -83,7 +86,8 @@ class SplitData:
         """Another process opens the store itself; tokens are sent, since they may be another tokeniser's."""
         if self.origin is not None:
             tokens = self.tokens and Ragged(np.array(self.tokens.values), np.array(self.tokens.offsets))
-            return _reopen, (*self.origin, tokens, {m: getattr(self, m).dim for m in ("audio", "vision")})
+            dims = {m: getattr(self, m).dim for m in ("audio", "vision")}
+            return _reopen, (*self.origin, tokens, self.modalities, dims)
         return SplitData, tuple(getattr(self, f.name) for f in fields(self))
 
     def widened(self, dims: Mapping[str, int]) -> SplitData:
@@ -91,9 +95,19 @@ class SplitData:
         wide = {m: zero_frames(len(self), dim) for m, dim in dims.items() if getattr(self, m).dim != dim}
         return replace(self, **wide) if wide else self
 
+    def only(self, modalities: Sequence[str]) -> SplitData:
+        """The same samples without the other modalities: one frame, of one zero, in their place."""
+        gone = [m for m in MODALITIES if m not in modalities]
+        changes: dict[str, Any] = {m: absent(len(self)).ragged for m in gone if m != "text"}
+        if "text" in gone:
+            changes |= {"text": None, "tokens": None, "features": absent(len(self)).ragged}
+        return replace(self, **changes, modalities=tuple(modalities)) if gone else self
 
-def _reopen(path: str, name: str, tokens: Ragged | None, dims: dict[str, int]) -> SplitData:
-    return replace(open_store(path).splits[name], tokens=tokens).widened(dims)
+
+def _reopen(
+    path: str, name: str, tokens: Ragged | None, modalities: tuple[str, ...], dims: dict[str, int]
+) -> SplitData:
+    return replace(open_store(path).splits[name], tokens=tokens).only(modalities).widened(dims)
 
 
 @dataclass
@@ -160,14 +174,24 @@ def source_sums(source: Source, beside: list[Path]) -> dict[str, str]:
     return sums
 
 
-def prepare(source: Source, raw: RawDataset, rule: LengthRule, tokenizer: Tokenizer | None, mark: str) -> StoreData:
+def prepare(
+    source: Source,
+    raw: RawDataset,
+    rule: LengthRule,
+    tokenizer: Tokenizer | None,
+    mark: str,
+    training: bool = True,
+) -> StoreData:
     """Check what a reader returned and make it store content. `mark` is the source's fingerprint.
+
+    Args:
+        training: whether the data has to be fit for training, or only for prediction.
 
     Raises:
         DataError: see `problems`.
     """
     level_widths(raw)
-    found = problems(raw, str(source.path))
+    found = problems(raw, str(source.path), source.choice.modalities, training)
     if found:
         raise found[0]
     splits, counts = {}, {}
@@ -244,9 +268,40 @@ def describe_tokenizer(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
     }
 
 
-def problems(raw: RawDataset, where: str) -> list[DataError]:
-    """What keeps a data set from being used: duplicate ids, widths that differ between splits, nothing in a split."""
+def training_problems(splits: Mapping[str, SplitData | RawSplit], where: str) -> list[DataError]:
+    """What keeps samples that can be predicted from being trained on: splits or labels that are missing.
+
+    The test split may have no label at all: it is held back.
+    """
+    if len(splits) < len(SPLITS):
+        return [missing_split(where, list(splits))]
     found = []
+    for name, split in splits.items():
+        gone = np.flatnonzero(np.isnan(split.label[:, 0]))
+        if len(gone) and not (name == "test" and held_back(split)):
+            row = int(gone[0])
+            found.append(
+                DataError(
+                    f"{where}, {name}, labels, row {row} (id {split.ids[row]})",
+                    f"label nan ({len(gone)} of {len(split.ids)} samples have none)",
+                    "a finite number" + (", or no label in the whole split" if name == "test" else ""),
+                    "Mend or remove the row.",
+                )
+            )
+    return found
+
+
+def held_back(split: SplitData | RawSplit) -> bool:
+    """Whether no sample of a split has a label."""
+    return bool(np.isnan(split.label).all())
+
+
+def problems(
+    raw: RawDataset, where: str, modalities: Sequence[str] = MODALITIES, training: bool = True
+) -> list[DataError]:
+    """What keeps a data set from being used: duplicate ids, widths that differ between splits, and in training no texts
+    in a split, splits or labels that are missing."""
+    found = training_problems(raw.splits, where) if training else []
     seen: dict[str, tuple[str, int]] = {}
     for name, split in raw.splits.items():
         for row, sample in enumerate(split.ids):
@@ -269,8 +324,8 @@ def problems(raw: RawDataset, where: str) -> list[DataError]:
                     "Check the feature extraction.",
                 )
             )  # fmt: skip
-    found += _no_text(raw, where)
-    for modality in ("audio", "vision", "features"):
+    found += _no_text(raw, where) if training else []
+    for modality in [m for m in ("audio", "vision") if m in modalities] + ["features"]:
         parts = {n: getattr(s, modality) for n, s in raw.splits.items()}
         dims = {n: p.ragged.dim for n, p in parts.items() if p is not None}
         if len(set(dims.values())) > 1:
@@ -569,7 +624,7 @@ def _open(path: Path) -> tuple[_File, StoreData]:
         )
     if not _described(meta):
         raise _damaged(path, "a description of another form")
-    return file, StoreData(meta, _Splits(file, list(SPLITS)))
+    return file, StoreData(meta, _Splits(file, [name for name in SPLITS if name in meta["counts"]]))
 
 
 def _described(meta: dict[str, Any]) -> bool:
@@ -581,7 +636,8 @@ def _described(meta: dict[str, Any]) -> bool:
         and isinstance(meta.get("checksums"), dict)
         and isinstance(meta.get("tokenizer", 0), (dict, type(None)))
         and isinstance(counts, dict)
-        and set(counts) == set(SPLITS)
+        and bool(counts)
+        and set(counts) <= set(SPLITS)
         and all(
             isinstance(split.get(kind), dict) and all(isinstance(n, int) for n in split[kind].values())
             for split in counts.values()

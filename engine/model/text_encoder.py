@@ -296,8 +296,11 @@ class PrecomputedText(nn.Module):
         return {"model_type": "features", "dim": self.dim}
 
 
-def text_encoder_from_config(description: dict[str, Any]) -> nn.Module:
+def text_encoder_from_config(description: dict[str, Any], freeze: str = "no") -> nn.Module:
     """A text encoder with fresh weights from what `describe` gave: its state dict can then be loaded, offline.
+
+    Args:
+        freeze: no, part or all.
 
     Raises:
         ConfigError: a model_type that the installed transformers does not know, or one that needs code of its own,
@@ -330,7 +333,7 @@ def text_encoder_from_config(description: dict[str, Any]) -> nn.Module:
             "a type that is an encoder in the installed transformers",
             "Use the run folder as it was written.",
         ) from error
-    return TextEncoder(model.float())
+    return TextEncoder(model.float(), freeze)
 
 
 def load_text_encoder(name: str, freeze: str = "no", dim: int | None = None) -> nn.Module:

@@ -187,7 +187,7 @@ DECLARELAB_CASES = {
     "empty_split": (lambda c: {**c, "test": {k: v[:0] for k, v in c["test"].items()}}, ["x.pkl, test/id", "no rows"]),
     "label_nan": (
         lambda c: change(c, "test", "labels", lambda x: at(x, (1, 0, 0), np.nan)),
-        ["test/labels, row 1", "nan"],
+        ["test, labels, row 1", "nan"],
     ),
     "nan_only": (
         lambda c: change(
@@ -584,7 +584,7 @@ def test_csd_without_what_it_needs(tmp_path, data, tokenizer):
     for text, part in (
         ("{", "splits.json"),
         ("[1]", "splits.json"),
-        ('{"train": []}', "no valid"),
+        ('{"train": []}', "no labelled segment"),
         (twice, "video a in train and in valid"),
     ):
         (folder / "splits.json").write_text(text)

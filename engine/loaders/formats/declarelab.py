@@ -9,6 +9,7 @@ MOSI ids are `<video>_<clip>`; MOSEI ids are rows (video, start, end), which the
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,16 @@ from engine.loaders.formats import (
     check_splits,
     csv_files,
     csv_header,
+    may_be_labelled,
     nearest,
     note_keys,
+    present,
     read_labels,
     to_text,
+    unlabelled,
 )
-from engine.loaders.formats.tables import number, plain_number, read_table
-from engine.loaders.ragged import LengthRule, from_padded
+from engine.loaders.formats.tables import label_of, plain_number, read_table
+from engine.loaders.ragged import LengthRule, absent, from_padded
 
 TITLE = "DeclareLab/MulT"
 KEYS = ("vision", "audio", "text", "labels", "id")
@@ -107,28 +111,39 @@ class DeclareLab:
         splits = source.split_dict() or {}
         where = str(source.path)
         notes = check_splits(where, splits)
-        required = KEYS if features else [k for k in KEYS if k != "text"]
+        names = present(splits)
+        modalities = source.choice.modalities
+        frames = [m for m in ("audio", "vision") if m in modalities]
         samples: dict[str, list[_Sample]] = {}
-        notes += note_keys({s: check_keys(f"{where}, {s}", splits[s], required, KEYS, TITLE) for s in SPLITS})
-        for s in SPLITS:
+        unknown = {}
+        for s in names:
+            labels = ["labels"] if may_be_labelled(splits[s], "labels", KEYS) else []
+            required = [*frames, *(["text"] if features else []), *labels, "id"]
+            unknown[s] = check_keys(f"{where}, {s}", splits[s], required, KEYS, TITLE)
             samples[s] = _samples(splits[s], f"{where}, {s}")
         column = source.choice.label_column
-        every = [x for s in SPLITS for x in samples[s]]
+        every = [x for s in names for x in samples[s]]
         # MOSI's first column is a whole id, MOSEI's names only the video
         whole = len({x.cells[0] for x in every}) == len(every) or all(len(x.cells) == 1 for x in every)
-        data = RawDataset(self.name, {}, notes=notes)
-        text = None if features else _join(source, samples, data.notes)
-        for s in SPLITS:
+        data = RawDataset(self.name, {}, notes=notes + note_keys(unknown))
+        text = None if features or "text" not in modalities else _join(source, samples, data.notes)
+        for s in names:
             split = splits.pop(s)
-            data.dtypes.update({m: str(getattr(split[m], "dtype", "")) for m in ("audio", "vision")})
+            data.dtypes.update({m: str(getattr(split[m], "dtype", "")) for m in frames})
             ids = [x.cells[0] if whole else x.name for x in samples[s]]
             embedded = split.pop("text", None)
             data.splits[s] = RawSplit(
                 ids,
                 text[s] if text else None,
-                read_labels(split["labels"], len(ids), f"{where}, {s}/labels", ids, column),
-                from_padded(split.pop("audio"), "left", rule, None, ids, f"{where}, {s}/audio"),
-                from_padded(split.pop("vision"), "left", rule, None, ids, f"{where}, {s}/vision"),
+                read_labels(split["labels"], len(ids), f"{where}, {s}/labels", ids, column)
+                if "labels" in split
+                else unlabelled(len(ids)),
+                *(
+                    from_padded(split.pop(m), "left", rule, None, ids, f"{where}, {s}/{m}")
+                    if m in frames
+                    else absent(len(ids))
+                    for m in ("audio", "vision")
+                ),
                 from_padded(embedded, "left", "all_zero", None, ids, f"{where}, {s}/text") if features else None,
             )
         return data
@@ -161,7 +176,8 @@ def _samples(split: dict[str, Any], where: str) -> list[_Sample]:
                 f"{where}/id, row {row}", "an empty id", "video_clip or (video, start, end)", "Give every sample an id."
             )
         cells.append([text for text in texts if text])
-    label = _sentiment(split["labels"], count, f"{where}/labels", [c[0] for c in cells])
+    names = [c[0] for c in cells]
+    label = _sentiment(split["labels"], count, f"{where}/labels", names) if "labels" in split else [math.nan] * count
     return [_Sample(f"{where}, row {i}", c, label[i]) for i, c in enumerate(cells)]
 
 
@@ -187,15 +203,17 @@ def find_csv(source: Source) -> Path:
             str(source.path),
             f"no label CSV in {file.parent}",
             "a CSV with columns video_id, clip_id, text, label beside the pickle, which has no transcripts",
-            "Put it there, or use text_encoder=features.",
+            "Put it there, use text_encoder=features, or leave text out of data.modalities.",
         )
     return max(tables, key=lambda p: difflib.SequenceMatcher(None, p.stem.lower(), file.stem.lower()).ratio())
 
 
 def _read_csv(path: Path) -> list[_Row]:
+    columns = csv_header(path)
+    labelled = "label" in columns or nearest("label", columns)  # a label CSV of samples without labels may lack it
     rows = []
-    for line, row in read_table(path, "the data set's label CSV", COLUMNS).rows:
-        label = number(row["label"], f"{path}, line {line}")
+    for line, row in read_table(path, "the data set's label CSV", COLUMNS if labelled else COLUMNS[:-1]).rows:
+        label = label_of(row.get("label", ""), f"{path}, line {line}")
         video, clip = row["video_id"].strip(), row["clip_id"].strip()
         rows.append(_Row(line, video, clip, row["text"], label, row.get("mode", "").strip()))
     return rows
@@ -205,15 +223,16 @@ def _join(source: Source, samples: dict[str, list[_Sample]], notes: list[str]) -
     """The transcript of every sample, by id where the CSV allows it, else by position; labels must agree."""
     path = find_csv(source)
     rows = _read_csv(path)
-    every = [(s, x) for s in SPLITS for x in samples[s]]
+    every = [(s, x) for s in samples for x in samples[s]]
     joined = _matched(every, rows, path, notes)
     compared = [x.label is not None for _, x in every]
     if not all(compared):
         notes.append(f"the labels of {path.name} are not compared: the pickle's have no sentiment")
     moved = 0
-    text: dict[str, list[str]] = {s: [] for s in SPLITS}
+    text: dict[str, list[str]] = {s: [] for s in samples}
     for (s, sample), row in zip(every, joined, strict=True):
-        if sample.label is not None and not abs(row.label - sample.label) <= LABEL_TOLERANCE:
+        known = sample.label is not None and not math.isnan(sample.label)
+        if known and not abs(row.label - sample.label) <= LABEL_TOLERANCE:
             raise DataError(
                 f"{path}, line {row.line} ({row.video}, {row.clip})",
                 f"label {row.label:g}",
@@ -245,7 +264,7 @@ def _matched(every: list[tuple[str, _Sample]], rows: list[_Row], path: Path, not
         return _by_id(every, rows, path, lambda x: x.clip, lambda r: (r.video, r.clip))
     if all(x.start in starts for _, x in every):
         return _by_id(every, rows, path, lambda x: x.start, lambda r: (r.video, _number(r.clip)))
-    unchecked = next((x for _, x in every if x.label is None), None)
+    unchecked = next((x for _, x in every if x.label is None or math.isnan(x.label)), None)
     if unchecked is not None:
         raise DataError(
             unchecked.where,

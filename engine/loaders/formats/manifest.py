@@ -2,7 +2,9 @@
 
 Layout: `manifest.csv` with columns `id, split, label, audio, vision`, and `text` or, for precomputed text features,
 `text_features`. `audio`, `vision` and `text_features` are paths relative to the folder, each a 2-D array (frames,
-features): .npy, or .csv with a row a frame and, optionally, a header. An empty cell is a missing modality.
+features): .npy, or .csv with a row a frame and, optionally, a header. An empty cell is a missing modality, or no label.
+Columns of modalities that are not in `data.modalities` may be left out. Data that is only predicted needs no `label`
+and no `split`: without `split` every row is of the test split.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ from engine.loaders.formats import (
     csv_header,
     listed,
     nearest,
+    present,
     to_id,
 )
-from engine.loaders.formats.tables import number, read_table
-from engine.loaders.ragged import LengthRule, from_sequences
+from engine.loaders.formats.tables import label_of, read_table
+from engine.loaders.ragged import LengthRule, absent, from_sequences
 
 TITLE = "folder of arrays with a manifest.csv"
-COLUMNS = ("id", "split", "label", "audio", "vision")
-TEXTS = ("text", "text_features")
+COLUMNS = ("id", "split", "label", "audio", "vision", "text", "text_features")
 SHAPE = "numbers of shape (frames, features)"
 
 
@@ -46,27 +48,33 @@ class Manifest:
 
     def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
         path = source.files[""]
-        rows = _rows(path, "text_features" if features else "text")
+        modalities = source.choice.modalities
+        frames = [m for m in ("audio", "vision") if m in modalities]
+        text = ["text_features" if features else "text"] if "text" in modalities else []
+        rows = _rows(path, [*frames, *text])
+        columns = csv_header(path)
         data = RawDataset(self.name, {}, notes=check_splits(str(path), dict.fromkeys(r["split"] for r in rows)))
-        extra = dict.fromkeys(c or "one without a name" for c in csv_header(path) if c not in (*COLUMNS, *TEXTS))
+        extra = dict.fromkeys(c or "one without a name" for c in columns if c not in COLUMNS)
         data.notes += [f"columns that are not read: {listed(extra)}"] if extra else []
+        if "split" not in columns:
+            data.notes.append("there is no column split: every row is taken for the test split")
         rows = [r for r in rows if r["split"] in SPLITS]
-        gone = [m for m in ("audio", "vision") if not any(r[m] for r in rows)]
-        if len(gone) == 2:
-            raise DataError(str(path), "no audio and no vision file in any row", "files of one at least", "Name them.")
+        gone = [m for m in frames if not any(r[m] for r in rows)]
+        if gone == frames and not any(r[c] for r in rows for c in text):
+            lacking = " and ".join(f"no {m}" for m in (*gone, *text))
+            raise DataError(str(path), f"{lacking} in any row", "one of them at least", "Fill the cells.")
         data.notes += [f"no row has {m}: it is missing in every sample" for m in gone]
-        kinds = ("audio", "vision", "text_features") if features else ("audio", "vision")
-        for s in SPLITS:
+        for s in present(r["split"] for r in rows):
             own = [r for r in rows if r["split"] == s]
             ids = [r["id"] for r in own]
-            parts = {}
-            for kind in kinds:
+            parts = {m: absent(len(own)) for m in ("audio", "vision") if m not in frames}
+            for kind in [*frames, "text_features"] if features else frames:
                 arrays = [_array(path, r, kind) for r in own]
                 data.dtypes.setdefault(kind, str(arrays[0].dtype))
                 parts[kind] = from_sequences(arrays, ids, f"{path}, {s}, {kind}")
             data.splits[s] = RawSplit(
                 ids,
-                [r.get("text", "") for r in own] if "text" in own[0] else None,
+                [r["text"] for r in own] if "text" in modalities and "text" in own[0] else None,
                 np.array([[r["number"]] for r in own], np.float32),
                 parts["audio"],
                 parts["vision"],
@@ -75,17 +83,28 @@ class Manifest:
         return data
 
 
-def _rows(path: Path, text: str) -> list[dict]:
+def _rows(path: Path, modalities: list[str]) -> list[dict]:
+    """The rows, whose split and number (the label, NaN where there is none) are always there."""
+    columns = csv_header(path)
+    free = [c for c in columns if c not in COLUMNS]
+    for need in ("id", "split", "label", *modalities):
+        near = nearest(need, free)
+        if need not in columns and (near or need not in ("split", "label")):
+            do = f"Rename {near[0]!r} to {need!r}." if near else "Add it."
+            if not near and need in modalities:
+                do = "Add it, or leave it out of data.modalities."
+            raise DataError(str(path), f"columns {', '.join(columns)}", f"a column {need}", do)
     rows = []
-    for line, cells in read_table(path, "a manifest", (*COLUMNS, text)).rows:
+    for line, cells in read_table(path, "a manifest", [c for c in COLUMNS if c in columns]).rows:
         row: dict = {k: v.strip() for k, v in cells.items()}
         row["at"] = at = f"{path}, line {line}"
         row["id"] = to_id(row["id"], at)
+        row.setdefault("split", "test")
         if row["split"] not in SPLIT_ALIASES and (not row["split"] or nearest(row["split"], SPLIT_ALIASES)):
             raise DataError(at, f"split {row['split']!r}", "train, valid or test", "Mend the row.")
         row["split"] = SPLIT_ALIASES.get(row["split"], row["split"])
         if row["split"] in SPLITS:  # the labels of other splits are not read
-            row["number"] = np.float32(number(row["label"], at))
+            row["number"] = np.float32(label_of(row.get("label", ""), at))
         rows.append(row)
     if not rows:
         raise DataError(str(path), "no rows", "a row a sample", "Fill the manifest.")

@@ -22,11 +22,14 @@ from engine.loaders.formats import (
     check_keys,
     check_rows,
     check_splits,
+    may_be_labelled,
     nearest,
     note_keys,
+    present,
     read_labels,
     to_ids,
     to_texts,
+    unlabelled,
 )
 from engine.loaders.formats.declarelab import looks_like_mmsa
 from engine.loaders.ragged import LengthRule, Side, absent, from_padded
@@ -39,6 +42,10 @@ UNREAD = (
     "regression_labels_T", "regression_labels_A", "regression_labels_V",
     "classification_labels_T", "classification_labels_A", "classification_labels_V",
 )  # fmt: skip
+
+
+KEYS = (*REQUIRED, *OPTIONAL, *UNREAD)
+LABELS = tuple(key for key in KEYS if "_labels" in key)
 
 
 class MMSA:
@@ -55,21 +62,25 @@ class MMSA:
         splits = source.split_dict() or {}
         where = str(source.path)
         notes = check_splits(where, splits)
-        gone, labels = _absent(splits), _label_key(splits, source.choice.label_key, where)
-        need = ("id", "audio", "vision", labels, "text" if features else "raw_text")
+        names, modalities = present(splits), source.choice.modalities
+        key = _label_key(splits, names, source.choice.label_key, where)
+        gone = {s: [m for m in lacking if m in modalities] for s, lacking in _absent(splits, names).items()}
+        text_key = ["text" if features else "raw_text"] if "text" in modalities else []
+        there = {s: [m for m in ("audio", "vision") if m in modalities and m not in gone[s]] for s in names}
+        named = source.choice.label_key not in ("auto", "classes")
         unknown = {}
-        for s in SPLITS:
-            own = [k for k in need if k not in gone[s]]
-            unknown[s] = check_keys(f"{where}, {s}", splits[s], own, (*REQUIRED, *OPTIONAL), TITLE, UNREAD)
-        notes += note_keys(unknown) + _absence_notes(gone)
-        data = RawDataset(self.name, {}, notes=notes)
-        for s in SPLITS:
+        for s in names:
+            labels = [key] if (named and _labelled(splits[s])) or may_be_labelled(splits[s], key, KEYS) else []
+            need = ["id", *there[s], *labels, *text_key]
+            unknown[s] = check_keys(f"{where}, {s}", splits[s], need, (*REQUIRED, *OPTIONAL), TITLE, UNREAD)
+        data = RawDataset(self.name, {}, notes=notes + note_keys(unknown) + _absence_notes(gone))
+        for s in names:
             split = splits.pop(s)
             count = check_rows(f"{where}, {s}/id", split["id"], TITLE)
             ids = [i.replace("$_$", "_") for i in to_ids(split["id"], f"{where}, {s}/id")]
-            there = [m for m in ("audio", "vision") if m not in gone[s]]
-            data.dtypes.update({m: str(getattr(split[m], "dtype", "")) for m in there})
-            text = None if "raw_text" not in split else to_texts(split["raw_text"], f"{where}, {s}/raw_text")
+            data.dtypes.update({m: str(getattr(split[m], "dtype", "")) for m in there[s]})
+            kept = "raw_text" in split and "text" in modalities
+            text = None if not kept else to_texts(split["raw_text"], f"{where}, {s}/raw_text")
             if text is not None and len(text) != count:
                 raise DataError(
                     f"{where}, {s}/raw_text", f"{len(text)} texts", f"{count}, one a sample", "Write one text a sample."
@@ -82,12 +93,14 @@ class MMSA:
                 m: from_padded(
                     split.pop(m), "right", rule, _lengths(split, m, count, f"{where}, {s}"), ids, f"{where}, {s}/{m}"
                 )
-                for m in there
-            } | {m: absent(count) for m in gone[s]}
+                for m in there[s]
+            } | {m: absent(count) for m in ("audio", "vision") if m not in there[s]}
             data.splits[s] = RawSplit(
                 ids,
                 text,
-                read_labels(split[labels], count, f"{where}, {s}/{labels}", ids, source.choice.label_column),
+                read_labels(split[key], count, f"{where}, {s}/{key}", ids, source.choice.label_column)
+                if key in split
+                else unlabelled(count),
                 **sequences,
                 features=from_padded(embedded, text_side, "recorded", mask, ids, f"{where}, {s}/text", least=0)
                 if features
@@ -96,12 +109,17 @@ class MMSA:
         return data
 
 
-def _absent(splits: dict[str, Any]) -> dict[str, list[str]]:
+def _labelled(split: Any) -> bool:
+    """Whether a split has labels of any set."""
+    return isinstance(split, dict) and any(key in split for key in LABELS)
+
+
+def _absent(splits: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
     """Split -> the modality it has no key of, spelt right or wrong: MMSA-FET leaves out what was not extracted."""
     out = {}
-    for s in SPLITS:
-        keys = [str(k) for k in splits[s]] if isinstance(splits[s], dict) else []
-        free = [k for k in keys if k not in (*REQUIRED, *OPTIONAL, *UNREAD)]
+    for s in names:
+        keys = list(splits[s]) if isinstance(splits[s], dict) else []
+        free = [k for k in keys if k not in KEYS]
         gone = [m for m in ("audio", "vision") if m not in keys and not nearest(m, free, 0.5)]
         out[s] = gone if len(gone) == 1 else []
     return out
@@ -110,25 +128,25 @@ def _absent(splits: dict[str, Any]) -> dict[str, list[str]]:
 def _absence_notes(gone: dict[str, list[str]]) -> list[str]:
     notes = []
     for m in ("audio", "vision"):
-        lacking = [s for s in SPLITS if m in gone[s]]
+        lacking = [s for s in gone if m in gone[s]]
         if lacking:
-            where = "the file has" if len(lacking) == len(SPLITS) else f"{', '.join(lacking)} has"
+            where = "the file has" if len(lacking) == len(gone) else f"{', '.join(lacking)} has"
             notes.append(f"{where} no {m}: it is missing in every sample")
     return notes
 
 
-def _label_key(splits: dict[str, Any], asked: str, where: str) -> str:
+def _label_key(splits: dict[str, Any], names: list[str], asked: str, where: str) -> str:
     """The key of the labels that are meant."""
-    known = [k for k in (*REQUIRED, *OPTIONAL, *UNREAD) if "_labels" in k]
     if asked == "auto":
         return "regression_labels"
     if asked == "classes":
-        every = all(isinstance(splits[s], dict) and "classification_labels" in splits[s] for s in SPLITS)
+        labelled = [s for s in names if _labelled(splits[s])]
+        every = labelled and all("classification_labels" in splits[s] for s in labelled)
         return "classification_labels" if every else "regression_labels"
-    if asked not in known:
-        near = nearest(asked, known, 0.5)
+    if asked not in LABELS:
+        near = nearest(asked, LABELS, 0.5)
         do = f"Did you mean {near[0]}?" if near else "Name one of them."
-        raise DataError(f"{where}, data.label_key", repr(asked), f"one of {', '.join(known)}", do)
+        raise DataError(f"{where}, data.label_key", repr(asked), f"one of {', '.join(LABELS)}", do)
     return asked
 
 

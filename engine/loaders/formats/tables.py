@@ -104,6 +104,11 @@ def number(cell: str, where: str) -> float:
     return value
 
 
+def label_of(cell: str, where: str) -> float:
+    """`number` of a cell, or NaN, that the sample has no label, where it is empty or nan."""
+    return float("nan") if cell.strip().lower() in ("", "nan") else number(cell, where)
+
+
 def plain_number(text: str) -> str:
     """One spelling for a whole number, however a spreadsheet wrote it: 1 for 01, 1.0 and 1E+00; other text as it is."""
     try:
