@@ -143,7 +143,7 @@ def evaluate(
     loaded = load_run(run, _device(device))
     split, dataset = _open_split(loaded, data, split)
     _require_labels(dataset.splits[split], f"{data}, {split}")
-    return _metrics(loaded.config, _apply(loaded, dataset, split, batch_size))
+    return _metrics(loaded.config, _apply(loaded, dataset, split, batch_size, loaded.config.model.task))
 
 
 def predict(
@@ -156,11 +156,12 @@ def predict(
 ) -> Path:
     """Write the best model's predictions on one split of `data` as CSV, in file order with ids. As `evaluate`.
 
-    Samples need no labels: the column label is empty where there is none.
+    Samples need no labels: the column label is empty where there is none, and else whatever number the data has.
     """
     loaded = load_run(run, _device(device))
     split, dataset = _open_split(loaded, data, split)
-    _write_predictions(Path(out), loaded.config, dataset.splits[split], _apply(loaded, dataset, split, batch_size))
+    result = _apply(loaded, dataset, split, batch_size, "regression")  # which asks nothing of the labels
+    _write_predictions(Path(out), loaded.config, dataset.splits[split], result)
     return Path(out)
 
 
@@ -823,7 +824,8 @@ def _require_labels(split: Split, where: str) -> None:
         )
 
 
-def _apply(run: Run, dataset: Dataset, split: str, batch_size: int | None) -> EpochResult:
+def _apply(run: Run, dataset: Dataset, split: str, batch_size: int | None, task: str) -> EpochResult:
+    """Predictions, with the labels as `task` has them."""
     c, device = run.config, next(run.model.parameters()).device
     loader = dataset.loader(
         split,
@@ -831,7 +833,7 @@ def _apply(run: Run, dataset: Dataset, split: str, batch_size: int | None) -> Ep
         shuffle=False,
         seed=c.seed,
         pad_tokens_to=_pad_tokens(c),
-        task=c.model.task,
+        task=task,
         device=device,
     )
     return _predictor(run.model).evaluate(_Passes(loader, device, run.model.prepare))

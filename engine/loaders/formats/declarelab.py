@@ -125,7 +125,7 @@ class DeclareLab:
                 ids,
                 text[s] if text else None,
                 read_labels(split["labels"], len(ids), f"{where}, {s}/labels", ids, column)
-                if "labels" in split
+                if split.get("labels") is not None
                 else unlabelled(len(ids)),
                 *(
                     from_padded(split.pop(m), "left", rule, None, ids, f"{where}, {s}/{m}")
@@ -166,7 +166,8 @@ def _samples(split: dict[str, Any], where: str) -> list[_Sample]:
             )
     # sentiment, which the CSV has too, whatever column is trained on
     names = [c[0] for c in cells]
-    label = read_labels(split["labels"], count, f"{where}/labels", names) if "labels" in split else unlabelled(count)
+    known = split.get("labels") is not None
+    label = read_labels(split["labels"], count, f"{where}/labels", names) if known else unlabelled(count)
     return [_Sample(f"{where}, row {i}", c, float(label[i, 0])) for i, c in enumerate(cells)]
 
 

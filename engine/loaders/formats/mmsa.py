@@ -98,7 +98,7 @@ class MMSA:
                     ids,
                     source.choice.label_column,
                 )
-                if LABELS in split
+                if split.get(LABELS) is not None
                 else unlabelled(count),
                 **sequences,
                 features=from_padded(embedded, "right", "recorded", mask, ids, f"{where}, {s}/text")
