@@ -167,7 +167,8 @@ def evaluate(
     loaded = load_run(run, _device(device))
     split, dataset = _open_split(loaded, data, split)
     _require_labels(dataset.splits[split], f"{data}, {split}")
-    return _metrics(loaded.config, _apply(loaded, dataset, split, batch_size))
+    checks.class_numbers(loaded.config, dataset, [split])
+    return _metrics(loaded.config, _apply(loaded, dataset, split, batch_size, loaded.config.model.task))
 
 
 def predict(
@@ -180,12 +181,13 @@ def predict(
 ) -> Path:
     """Write the best model's predictions on one split of `data` as CSV, in file order with ids. As `evaluate`.
 
-    Samples need no labels: the column label is empty where there is none.
+    Samples need no labels: the column label is empty where there is none, and else whatever number the data has.
     """
     loaded = load_run(run, _device(device))
     split, dataset = _open_split(loaded, data, split)
+    result = _apply(loaded, dataset, split, batch_size, "regression")  # which asks nothing of the labels
     out = user_path(out)
-    _write_predictions(out, loaded.config, dataset.splits[split], _apply(loaded, dataset, split, batch_size))
+    _write_predictions(out, loaded.config, dataset.splits[split], result)
     return out
 
 
@@ -1020,7 +1022,8 @@ def _require_labels(split: Split, where: str) -> None:
         )
 
 
-def _apply(run: Run, dataset: Dataset, split: str, batch_size: int | None) -> EpochResult:
+def _apply(run: Run, dataset: Dataset, split: str, batch_size: int | None, task: str) -> EpochResult:
+    """Predictions, with the labels as `task` has them."""
     c, device = run.config, next(run.model.parameters()).device
     loader = dataset.loader(
         split,
@@ -1028,10 +1031,9 @@ def _apply(run: Run, dataset: Dataset, split: str, batch_size: int | None) -> Ep
         shuffle=False,
         seed=c.seed,
         pad_tokens_to=_pad_tokens(c),
-        task=c.model.task,
+        task=task,
         device=device,
     )
-    checks.class_numbers(c, dataset, [split])
     checks.text_fits(c, dataset, run.model.text_encoder, [split])
     return _predictor(run.model).evaluate(_Passes(loader, device, run.model.prepare))
 

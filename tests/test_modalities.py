@@ -179,7 +179,7 @@ def test_resuming_is_bit_equal(config, data, tmp_path):
     trainer.train(settings, tmp_path / "run")
     trainer.train(changed(settings, epochs=3), tmp_path / "run", resume=True)
     assert [timeless(r) for r in history(tmp_path / "run")] == [timeless(r) for r in history(tmp_path / "whole")]
-    with pytest.raises(ConfigError, match="data.modalities=\\[audio\\], not \\[audio, vision\\]"):
+    with pytest.raises(ConfigError, match=r"data.modalities=\[audio\], not \[audio, vision\]"):
         trainer.train(on(config, data, "audio", epochs=4), tmp_path / "run", resume=True)
 
 

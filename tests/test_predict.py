@@ -1,6 +1,7 @@
 """Prediction is not training: it needs a run folder and the samples, and nothing of where the run was trained."""
 
 import csv
+import io
 import json
 import shutil
 import warnings
@@ -9,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from engine import checkpoint, trainer
 from engine.cli import main
 from engine.config import DataConfig
 from engine.errors import ConfigError, DataError
 from engine.loaders import open_dataset
+from engine.loaders.inspect import inspect_path
 from engine.loaders.text import load_tokenizer
 from tests import test_trainer as runs
 from tests.loaders import writers
@@ -162,12 +165,14 @@ def held_back(samples, folder: Path, how: str) -> Path:
     content = writers.mmsa(samples)
     if how == "nan":
         content["test"]["regression_labels"][:] = np.nan
+    elif how == "none":
+        content["test"]["regression_labels"] = None
     else:
         del content["test"]["regression_labels"]
     return writers.dump(content, folder / "held.pkl")
 
 
-@pytest.mark.parametrize("how", ["nan", "no key"])
+@pytest.mark.parametrize("how", ["nan", "no key", "none"])
 def test_a_test_split_without_labels_trains(config, samples, tmp_path, how):
     """On the same numbers of train and valid as with the labels, and with the same predictions of test."""
     path = writers.dump(writers.mmsa(samples), tmp_path / "whole.pkl")
@@ -203,14 +208,21 @@ def test_classes_may_be_held_back_too(config, samples, tmp_path):
     for split in content.values():
         split["regression_labels"] = np.arange(len(split["id"]), dtype=np.float32) % 3
     content["test"]["regression_labels"][:] = np.nan
+    path = writers.dump(content, tmp_path / "x.pkl")
     settings = changed(
-        config, epochs=2, data={"path": str(writers.dump(content, tmp_path / "x.pkl")), "dataset": "custom", "label_key": "regression_labels"},
+        config, epochs=2, data={"path": str(path), "dataset": "custom", "label_key": "regression_labels"},
         model={"task": "classification", "num_class": 3}, train={"loss": "CE"},
     )  # fmt: skip
     result = trainer.train(settings, tmp_path / "run")
     assert result.metrics["test"] == {} and 0 <= result.metrics["valid"]["acc"] <= 1
-    rows = table(tmp_path / "run" / "predictions_test.csv").values()
-    assert {r["label"] for r in rows} == {""} and {r["prediction"] for r in rows} <= {"0", "1", "2"}
+    rows = table(tmp_path / "run" / "predictions_test.csv")
+    assert {r["label"] for r in rows.values()} == {""} and {r["prediction"] for r in rows.values()} <= {"0", "1", "2"}
+    one = samples["test"][3]  # a label that is no class does not matter, as none does
+    found = table(
+        trainer.predict(tmp_path / "run", manifest_clip(tmp_path / "a", one, label="-0.7"), tmp_path / "p.csv")
+    )
+    assert found[one.id]["label"] == "-0.7" and found[one.id]["prediction"] == rows[one.id]["prediction"]
+    assert trainer.evaluate(tmp_path / "run", settings.data.path, "valid")["acc"] == result.metrics["valid"]["acc"]
 
 
 # -- a run folder elsewhere --
@@ -277,3 +289,18 @@ def test_opening_for_prediction_keeps_labels_that_there_are(samples, text_encode
     opened = open_dataset(path, DataConfig(), str(text_encoder), normalizer, training=False)
     assert list(opened.splits) == ["valid"]
     assert opened.splits["valid"].label[:, 0].tolist() == pytest.approx([s.label for s in samples["valid"]], abs=1e-6)
+
+
+def test_inspect_tells_labels_that_are_missing(samples, tmp_path):
+    content = writers.mmsa(samples)
+    content["valid"]["regression_labels"][1] = np.nan
+    content["test"]["regression_labels"][:] = np.nan
+    report = inspect_path(writers.dump(content, tmp_path / "x.pkl"))
+    (problem,) = report.problems
+    assert "valid, labels, row 1" in problem and "label nan (1 of 6 samples have none)" in problem
+    assert report.splits["test"]["label"]["min"] is None and sum(report.splits["valid"]["label"]["counts"]) == 5
+    console = Console(file=io.StringIO(), width=120)
+    console.print(report.render())
+    assert "no labels" in console.file.getvalue()
+    clip = inspect_path(mmsa_clip(tmp_path / "clip", samples["test"][0]))
+    assert [p.partition("found ")[2][:21] for p in clip.problems] == ["splits test, no train"]

@@ -508,7 +508,7 @@ def read_source(
     """
     reader = formats.choose_format(source, expected)
     asked = source.choice.label_key
-    if asked not in ("auto", "classes") and not getattr(reader, "label_keys", False):
+    if training and asked not in ("auto", "classes") and not getattr(reader, "label_keys", False):
         raise DataError(
             str(source.path), f"a {reader.title} file, with data.label_key={asked}",
             "an MMSA file, which has several sets of labels", "Leave data.label_key at auto.",

@@ -183,4 +183,12 @@ def _from_transformers(name: str) -> tuple[Any, str | None]:
             "minilm, a local folder, or a Hugging Face name",
             "Check the name or the path.",
         ) from None
+    # transformers makes an empty tokeniser where a folder has a config.json and no vocabulary
+    if set(backend.get_vocab(with_added_tokens=True)) <= set(found.all_special_tokens):
+        raise DataError(
+            f"text_encoder={name}",
+            "a tokeniser that knows no word",
+            "its vocabulary (tokenizer.json or vocab.txt)",
+            "Copy the tokeniser's files into the folder.",
+        )
     return backend, found.pad_token

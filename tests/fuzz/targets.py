@@ -211,7 +211,7 @@ def check(raw: RawDataset, where: str) -> None:
             raise Finding("ids")
         if split.text is not None and (len(split.text) != count or not all(isinstance(t, str) for t in split.text)):
             raise Finding("texts")
-        if split.label.shape != (count, 1) or split.label.dtype != np.float32 or not np.isfinite(split.label).all():
+        if split.label.shape != (count, 1) or split.label.dtype != np.float32 or np.isinf(split.label).any():
             raise Finding("labels")
         for part in (split.audio, split.vision, split.features):
             if part is None:

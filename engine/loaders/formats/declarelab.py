@@ -136,7 +136,7 @@ class DeclareLab:
                 ids,
                 text[s] if text else None,
                 read_labels(split["labels"], len(ids), f"{where}, {s}/labels", ids, column)
-                if "labels" in split
+                if split.get("labels") is not None
                 else unlabelled(len(ids)),
                 *(
                     from_padded(split.pop(m), "left", rule, None, ids, f"{where}, {s}/{m}")
@@ -177,7 +177,8 @@ def _samples(split: dict[str, Any], where: str) -> list[_Sample]:
             )
         cells.append([text for text in texts if text])
     names = [c[0] for c in cells]
-    label = _sentiment(split["labels"], count, f"{where}/labels", names) if "labels" in split else [math.nan] * count
+    known = split.get("labels") is not None
+    label = _sentiment(split["labels"], count, f"{where}/labels", names) if known else [math.nan] * count
     return [_Sample(f"{where}, row {i}", c, label[i]) for i, c in enumerate(cells)]
 
 

@@ -99,7 +99,7 @@ class MMSA:
                 ids,
                 text,
                 read_labels(split[key], count, f"{where}, {s}/{key}", ids, source.choice.label_column)
-                if key in split
+                if split.get(key) is not None
                 else unlabelled(count),
                 **sequences,
                 features=from_padded(embedded, text_side, "recorded", mask, ids, f"{where}, {s}/text", least=0)
