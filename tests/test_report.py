@@ -24,6 +24,9 @@ ESTIMATORS = (
     *("I(A;C|T)", "I(T;A|C)", "I(V;C|T)", "I(T;V|C)", "I(T;C|A)", "I(T;C|V)"),
 )
 
+# These runs are made by hand.
+pytestmark = pytest.mark.filterwarnings("ignore:.*no checksums.json")
+
 
 def fake_run(folder, kind="sentiment", epochs=8, features=True, truth=True, n=400, seed=0):
     """A run folder as training leaves it, with plausible numbers. kind: as `engine.report.Run.kind`."""

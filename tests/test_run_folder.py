@@ -253,6 +253,19 @@ def test_a_run_that_is_killed_at_any_write_goes_on(config, tmp_path, monkeypatch
             read_run(run)
 
 
+@pytest.mark.parametrize("graphs", ["off", "emulate"])
+def test_what_the_last_epoch_lacks_is_written(config, tmp_path, graphs):
+    settings = changed(config, epochs=1, train={"graphs": graphs})
+    run = tmp_path / "run"
+    trainer.train(settings, run)
+    expected = contents(run)
+    for name in ("best.safetensors", "predictions_test.csv", "metrics.json"):
+        (run / name).unlink()
+    flip(run / "predictions_valid.csv", 40)
+    trainer.train(settings, run, resume=True)
+    assert contents(run) == expected
+
+
 def test_the_checkpoint_before_is_used_where_the_newest_is_damaged(config, tmp_path):
     trainer.train(config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
