@@ -15,6 +15,7 @@ declaration at the end, `mimrl_objective`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -199,7 +200,8 @@ class Objective(nn.Module):
     `freeze` and `split` take one out of them.
 
     Raises:
-        ConfigError: a feature without a width, two expressions of one name, a weight for an unused term.
+        ConfigError: a feature without a width, two expressions of one name, a weight for an unused term or one that is
+            not finite.
     """
 
     def __init__(
@@ -231,6 +233,9 @@ class Objective(nn.Module):
             raise ConfigError("objective.estimators", f"no weight for {missing}", "one for every term", "Add them.")
         self.stage1_weights = dict(estimators)
         self.terms = tuple(self.stage1_weights)
+        numbers = [c for e in self.expressions for c in e._folded().values()]
+        if wrong := [x for x in (*numbers, *self.stage1_weights.values()) if not math.isfinite(x)]:
+            raise ConfigError("objective", f"a weight of {wrong[0]}", "finite weights", "Mend it.")
         for term in self.terms:
             for feature in (term.x, term.y, term.given):
                 if feature is not None and feature not in dims:
@@ -240,10 +245,13 @@ class Objective(nn.Module):
                         f"one of {sorted(dims)}",
                         "Add it to dims.",
                     )
+        read = {t: (t.x, t.y) if t.given is None else (t.x, t.y, t.given) for t in self.terms}
+        self._readers = {name: term for term, names in read.items() for name in names}
+        self._conditional = tuple(str(t) for t in self.terms if t.given is not None)
         self.estimators = TermEstimators(
             {t.key: _estimator(t, dims, s) for t in self.terms},
             {t.key: str(t) for t in self.terms},
-            {t.key: (t.x, t.y) if t.given is None else (t.x, t.y, t.given) for t in self.terms},
+            {t.key: names for t, names in read.items()},
         )
         self._stage1: dict[tuple[int, ...], Constant] = {}
         self._sums = Sums(self.expressions, self.terms)
@@ -399,11 +407,17 @@ class Objective(nn.Module):
         return self._estimate(features, products).by_term
 
     def _estimate(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> TermEstimates:
-        if self.needs_products and products is None:
-            term = next(t for t in self.terms if t.given is not None)
-            raise EstimatorError(
-                f"objective term {term}", "no product rows", "rows from Objective.sample_products", "Pass products=."
-            )
+        for name, term in self._readers.items():
+            if name not in features:
+                raise EstimatorError(
+                    f"objective term {term}", f"no feature {name!r}", f"one among {sorted(features)}", "Pass it, too."
+                )
+        for term in self._conditional:
+            if products is None or term not in products:
+                raise EstimatorError(
+                    f"objective term {term}", "no product rows", "rows from Objective.sample_products",
+                    "Pass products=.",
+                )  # fmt: skip
         return self.estimators(features, products)
 
     def estimator_loss(
