@@ -123,7 +123,8 @@ def evaluate(
         device: as in a run's settings: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" or "mps".
     """
     loaded = load_run(run, _device(device))
-    _, result = _apply(loaded, data, split, batch_size)
+    dataset, result = _apply(loaded, data, split, batch_size)
+    loaded.config.data.label_scale = checks.evaluated_scale(loaded.config, dataset.splits[split])
     return _metrics(loaded.config, result)
 
 
