@@ -63,6 +63,23 @@ def label_scale(config: Config, dataset: Dataset) -> str:
     return "none"
 
 
+def evaluated_scale(config: Config, split: Split) -> str:
+    """The scale whose metrics `split` gets from a run: the run's, or "none", said once, where its labels leave it."""
+    from engine.loaders.dataset import DataWarning
+
+    declared, labels = config.data.label_scale, split.label[:, 0].numpy()
+    scale, labels = metrics.scale_of(config.data.dataset, declared), labels[np.isfinite(labels)]
+    if config.model.task == "classification" or scale not in metrics.SCALES or not len(labels):
+        return declared
+    low, high = float(labels.min()), float(labels.max())
+    if _within(scale, low, high):
+        return declared
+    first, last = metrics.SCALES[scale]
+    why = f"labels from {low:g} to {high:g} leave the scale of the run's training data, [{first:g}, {last:g}]"
+    warnings.warn(f"{why}: only {PLAIN} are reported.", DataWarning, stacklevel=2)
+    return "none"
+
+
 def _within(scale: str, low: float, high: float) -> bool:
     first, last = metrics.SCALES[scale]
     return first <= low and high <= last

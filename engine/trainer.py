@@ -168,6 +168,7 @@ def evaluate(
     split, dataset = _open_split(loaded, data, split)
     _require_labels(dataset.splits[split], f"{data}, {split}")
     checks.class_numbers(loaded.config, dataset, [split])
+    loaded.config.data.label_scale = checks.evaluated_scale(loaded.config, dataset.splits[split])
     return _metrics(loaded.config, _apply(loaded, dataset, split, batch_size, loaded.config.model.task))
 
 

@@ -79,6 +79,18 @@ class TestLabelScale:
         assert scale([-2.0, 2.0, float("nan")], dataset="mosi") == ("mosi", [])
 
 
+def test_labels_that_leave_the_scale_of_a_run_have_regression_metrics_only():
+    run = Config(data={"dataset": "mosi", "label_scale": "mosi"})
+    splits = labelled(mosi=[-0.2, 3.0], other=[1.0, 7.0], none=[float("nan")]).splits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        assert checks.evaluated_scale(run, splits["mosi"]) == checks.evaluated_scale(run, splits["none"]) == "mosi"
+    with pytest.warns(
+        DataWarning, match=r"labels from 1 to 7 leave the scale .*\[-3, 3\]: only MAE, Corr, CCC and RMSE"
+    ):
+        assert checks.evaluated_scale(run, splits["other"]) == "none"
+
+
 def test_class_numbers_of_every_split():
     settings = Config(model={"task": "classification", "num_class": 3}, train={"loss": "CE"})
     checks.class_numbers(settings, labelled(train=[0.0, 2.0], valid=[1.0]))
