@@ -72,7 +72,7 @@ def estimate_cmi(
         EstimatorError: arrays that do not pair up or hold no numbers (text, objects), non-finite entries, an option out
             of range, too few samples for k.
     """
-    x, y, z = (as_samples(WHERE, name, values).float() for name, values in (("x", x), ("y", y), ("z", z)))
+    x, y, z = as_samples(WHERE, "x", x), as_samples(WHERE, "y", y), as_samples(WHERE, "z", z)
     if not len(x) == len(y) == len(z):
         raise EstimatorError(
             WHERE,
@@ -219,8 +219,9 @@ def _split(order: Tensor, held_out: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _standardise(values: Tensor, rows: Tensor) -> Tensor:
+    """float32 columns of mean 0 and standard deviation 1 over `rows`."""
     mean, std = values[rows].mean(0), values[rows].std(0)
-    return (values - mean) / torch.where(std > 0, std, 1.0)
+    return ((values - mean) / torch.where(std > 0, std, 1.0)).float()
 
 
 def _one_hot_strata(label: Tensor, k: int) -> Tensor:

@@ -57,13 +57,13 @@ def estimate_mi(
         ceiling: what the bound cannot exceed with this batch size, nats; None where there is no such limit.
         batches: number of held-out batches.
         trained_critic: the `MIEstimator`, in eval mode; it expects columns standardised as here (`scale`).
-        scale: {"x": (mean, std), "y": (mean, std)}.
+        scale: {"x": (mean, std), "y": (mean, std)}, float64 [d] each: standardise in float64, then cast to float32.
 
     Raises:
         EstimatorError: arrays that do not pair up or hold no numbers (text, objects), non-finite entries, an option out
             of range, fewer than 10 batches' worth of samples, a training that diverges to non-finite scores.
     """
-    x, y = (as_samples(WHERE, name, values).float() for name, values in (("x", x), ("y", y)))
+    x, y = as_samples(WHERE, "x", x), as_samples(WHERE, "y", y)
     if len(x) != len(y):
         raise EstimatorError(WHERE, f"{len(x)} rows of x and {len(y)} of y", "as many of both", "Pair the samples up.")
     for name, value in {"steps": steps, "batch_size": batch_size, "hidden": hidden, "embed": embed}.items():
@@ -81,7 +81,7 @@ def estimate_mi(
     generator = torch.Generator().manual_seed(seed)
     held_out, validation, training = _split(torch.randperm(len(x), generator=generator))
     scale = {"x": _scale(x[training]), "y": _scale(y[training])}
-    x, y = _standardise(x, scale["x"]), _standardise(y, scale["y"])
+    x, y = _standardise(x, scale["x"]).float(), _standardise(y, scale["y"]).float()
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

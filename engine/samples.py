@@ -14,6 +14,8 @@ from engine.errors import EstimatorError
 def as_samples(where: str, name: str, values: Any) -> Tensor:
     """Rows of samples as float64 [N, d] on the CPU, d >= 1; the data are not changed, and never shared.
 
+    In float32, values that lie far from 0 would lose their differences before they are centred.
+
     Args:
         where: the caller, for errors.
         name: of the argument, for errors.
