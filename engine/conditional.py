@@ -72,7 +72,7 @@ def estimate_cmi(
         EstimatorError: arrays that do not pair up or hold no numbers (text, objects), non-finite entries, an option out
             of range, too few samples for k.
     """
-    x, y, z = (as_samples(WHERE, name, values) for name, values in (("x", x), ("y", y), ("z", z)))
+    x, y, z = as_samples(WHERE, "x", x), as_samples(WHERE, "y", y), as_samples(WHERE, "z", z)
     if not len(x) == len(y) == len(z):
         raise EstimatorError(
             WHERE,

@@ -63,7 +63,7 @@ def estimate_mi(
         EstimatorError: arrays that do not pair up or hold no numbers (text, objects), non-finite entries, an option out
             of range, fewer than 10 batches' worth of samples, a training that diverges to non-finite scores.
     """
-    x, y = (as_samples(WHERE, name, values) for name, values in (("x", x), ("y", y)))
+    x, y = as_samples(WHERE, "x", x), as_samples(WHERE, "y", y)
     if len(x) != len(y):
         raise EstimatorError(WHERE, f"{len(x)} rows of x and {len(y)} of y", "as many of both", "Pair the samples up.")
     for name, value in {"steps": steps, "batch_size": batch_size, "hidden": hidden, "embed": embed}.items():

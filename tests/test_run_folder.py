@@ -48,7 +48,7 @@ def test_every_damage_is_noticed(run):
     read = {
         "config.yaml", "metrics.json", "history.jsonl", "best.safetensors", "last.safetensors", "previous.safetensors",
         "normalizer.safetensors", "checksums.json", "predictions_valid.csv", "predictions_test.csv",
-        *(f"features_{split}.safetensors" for split in SIZES),
+        "tokenizer.json", "tokenizer_config.json", *(f"features_{split}.safetensors" for split in SIZES),
     }  # fmt: skip
     names = sorted(path.name for path in run.iterdir())
     assert set(names) == read | {"metrics.csv", "report.html"}
@@ -104,9 +104,9 @@ def test_settings_edited_in_a_run_folder_are_named(run, data, config):
 
 
 def as_older_version(run: Path) -> None:
-    """Records in the checkpoint, no checksums, and neither settings nor data told."""
-    (run / "checksums.json").unlink()
-    (run / "previous.safetensors").unlink()
+    """Records in the checkpoint, no checksums, no tokeniser, and neither settings nor data told."""
+    for name in ("checksums.json", "previous.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (run / name).unlink()
     for name in ("best", "last"):
         state, meta = checkpoint.load(run / f"{name}.safetensors")
         if name == "last":
