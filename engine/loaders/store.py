@@ -21,6 +21,7 @@ import mmap
 import os
 import struct
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -469,6 +470,7 @@ class _File:
         with safe_open(str(path), framework="numpy") as checked:  # offsets and sizes fit together
             metadata = checked.metadata() or {}
         self.path, self._file = path, path.open("rb")
+        weakref.finalize(self, self._file.close)  # else Python warns of an open file
         self._state = self._stat()
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         (length,) = struct.unpack("<Q", self._map[:8])
