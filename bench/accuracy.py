@@ -58,7 +58,7 @@ def train_baseline(config: Config, seed: int, out: Path) -> dict[str, Any]:
         d_hiddens=[list(block) for block in c.model.cubemlp.d_hiddens],
         d_outs=[list(block) for block in c.model.cubemlp.d_outs],
     )
-    model = mimrl.MIMRL(settings, AutoModel.from_pretrained(loader.minilm_folder()))
+    model = mimrl.MIMRL(settings, AutoModel.from_pretrained(loader.minilm_folder(), trust_remote_code=False))
     trainer = mimrl.Trainer(model, c.train.lr, c.text.lr_rate, c.train.clip_value, 0.01, c.train.stage1_n)
     schedules = [
         torch.optim.lr_scheduler.MultiStepLR(o, c.train.schedule.milestones, c.train.schedule.rate)

@@ -134,7 +134,7 @@ def build_baseline(samples: shapes.Utterances, setting: Setting, text_encoder: s
     torch.manual_seed(0)
     np.random.seed(0)
     place = reference_loader.minilm_folder() if text_encoder == "minilm" else text_encoder
-    encoder = AutoModel.from_pretrained(place)
+    encoder = AutoModel.from_pretrained(place, trust_remote_code=False)
     d_in = [encoder.config.hidden_size, samples.audio_dim, samples.vision_dim]
     settings = mimrl.settings(d_in=d_in, **changes)
     model = mimrl.MIMRL(settings, encoder).to(setting.device)

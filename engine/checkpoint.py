@@ -29,7 +29,9 @@ FORMAT = "engine-checkpoint"
 VERSION = 1
 
 
-def save(path: str | Path, state: dict[Any, Any], meta: dict[str, Any] | None = None) -> None:
+def save(
+    path: str | Path, state: dict[Any, Any], meta: dict[str, Any] | None = None, previous: Path | None = None
+) -> None:
     """Write a checkpoint atomically: after any failure the file that was there before is still whole.
 
     Args:
@@ -37,6 +39,7 @@ def save(path: str | Path, state: dict[Any, Any], meta: dict[str, Any] | None = 
         state: tree of dicts, lists and tuples with tensors and plain values as leaves. Tensors are saved from whatever
             device they are on, in their own dtype; tensors that share memory are each written in full.
         meta: what describes the checkpoint (epoch, widths, …): plain values that JSON holds.
+        previous: where the checkpoint that was at `path` goes; None: it is removed.
 
     Raises:
         OutputError: the folder cannot be written to, or the disk is full.
@@ -54,7 +57,7 @@ def save(path: str | Path, state: dict[Any, Any], meta: dict[str, Any] | None = 
         "meta": about,
         "checksum": _checksum(tree, about, tensors),
     }
-    with atomic_path(path) as temporary:
+    with atomic_path(path, previous) as temporary:
         try:
             save_file(tensors, temporary, metadata=header)
         except SafetensorError as cause:
@@ -67,28 +70,8 @@ def load(path: str | Path) -> tuple[dict[Any, Any], dict[str, Any]]:
     Raises:
         CheckpointError: the file is missing, truncated, damaged, of another format, or of another format version.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = user_path(path)
-    if not path.is_file():
-        raise CheckpointError(
-            str(path),
-            "a folder" if path.is_dir() else "no such file",
-            "a checkpoint file",
-            "Name a checkpoint such as RUN/best.safetensors.",
-        )
-    try:
-        with safe_open(path, framework="pt", device="cpu") as opened:
-            header = opened.metadata() or {}
-            _check_format(path, header)
-            # A clone leaves the file's memory map: later writes to the file cannot reach the tensors.
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
-    except SafetensorError as cause:
-        raise _unreadable(path, cause) from cause
-    except OSError as cause:
-        raise CheckpointError(
-            str(path), cause.strerror or str(cause), "a readable file", "Check the file and its permissions."
-        ) from cause
+    header, tensors = _read(path)
     try:
         intact = header["checksum"] == _checksum(header["state"], header["meta"], tensors)
         state, meta = _decode(json.loads(header["state"]), tensors), json.loads(header["meta"])
@@ -102,6 +85,46 @@ def load(path: str | Path) -> tuple[dict[Any, Any], dict[str, Any]]:
             "The file is damaged; use another copy, or the other of best/last.safetensors.",
         )
     return state, meta
+
+
+def load_meta(path: str | Path) -> dict[str, Any]:
+    """Only the `meta` of a checkpoint, without its tensors, and so without comparing its checksum.
+
+    Raises:
+        CheckpointError: as `load`, as far as the file's header tells.
+    """
+    header, _ = _read(user_path(path), tensors=False)
+    try:
+        return json.loads(header["meta"])
+    except (KeyError, ValueError) as cause:
+        raise CheckpointError(
+            str(path), "a damaged header", "the bytes that were written", "Use another copy of the file."
+        ) from cause
+
+
+def _read(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """A file's metadata and, if asked for, its tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError(
+            str(path),
+            "a folder" if path.is_dir() else "no such file",
+            "a checkpoint file",
+            "Name a checkpoint such as RUN/best.safetensors.",
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            header = opened.metadata() or {}
+            _check_format(path, header)
+            # A clone leaves the file's memory map: later writes to the file cannot reach the tensors.
+            return header, {name: opened.get_tensor(name).clone() for name in opened.keys() if tensors}
+    except SafetensorError as cause:
+        raise _unreadable(path, cause) from cause
+    except OSError as cause:
+        raise CheckpointError(
+            str(path), cause.strerror or str(cause), "a readable file", "Check the file and its permissions."
+        ) from cause
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], where: str) -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
 import re
+import shlex
+import signal
 import sys
 import textwrap
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from engine import __version__
 from engine.errors import CheckpointError, ConfigError, DataError, EngineError, OutputError
 from engine.files import user_path
-
-RUN_MARKS = ("config.yaml", "metrics.json", "history.jsonl", "last.safetensors")
+from engine.run_folder import CONFIG, FILES, LAST, MARKS, PREVIOUS, owned
 
 DESCRIPTION = "Train multimodal models with mutual information objectives, and see what the information terms do."
 
@@ -43,18 +46,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a problem the user can mend, 130 when interrupted."""
+    """Run the command line and return its exit code: 0, 2 for a problem the user can mend, 130 when interrupted.
+
+    SIGTERM and SIGHUP end a command as Ctrl-C does, with exit code 143 and 129.
+    """
     arguments, rest = _parser().parse_known_args(argv)
     formatwarning = warnings.formatwarning
     try:
         if not arguments.debug:
             warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
         settings = _settings(arguments, rest)
-        arguments.run(arguments, settings) if settings is not None else arguments.run(arguments)
+        with _signals():
+            arguments.run(arguments, settings) if settings is not None else arguments.run(arguments)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, _Stop) else signal.SIGINT
+        by = f" by {signal.Signals(number).name}" if isinstance(stop, _Stop) else ""
+        with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+            print(f"interrupted{by}{_kept(arguments, rest)}", file=sys.stderr)
+        return 128 + number
     except BrokenPipeError:
         # Whoever read our output has gone (`engine config | head`); Python would complain once more at exit.
         sys.stdout = None
@@ -78,6 +88,59 @@ def _environment_error(cause: OSError) -> EngineError:
     if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
         raise cause
     return output_error(Path(cause.filename or "output"), cause)
+
+
+class _Stop(KeyboardInterrupt):
+    """A signal that asks the process to end."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Raise `_Stop` for SIGTERM and SIGHUP, except where they are ignored (nohup) or handled by someone else."""
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise _Stop(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _kept(a: argparse.Namespace, rest: Sequence[str]) -> str:
+    """What training that was stopped has left, and how to go on."""
+    if a.command not in ("train", "demo"):
+        return ""
+    runs = [a.out, *sorted(a.out.glob("seed*"))]
+    if not any((folder / CONFIG).is_file() for folder in runs):
+        return ": nothing was kept, for training had not begun"
+    kept = {folder: epochs for folder in runs if (epochs := _saved_epochs(folder))}
+    seeds = [word for word in rest if word.startswith("seeds=")]
+    go_on = shlex.join(["engine", "train", "--resume", "--out", str(a.out), *seeds])
+    if not kept:
+        return f": nothing was kept, for no epoch was finished. Begin again with: {go_on}"
+    found = ", ".join(f"{epochs} epoch{'s' * (epochs > 1)} in {folder}" for folder, epochs in kept.items())
+    return f": kept {found}. Go on with: {go_on}"
+
+
+def _saved_epochs(run: Path) -> int:
+    from engine import checkpoint
+
+    for name in (LAST, PREVIOUS):
+        with contextlib.suppress(CheckpointError):
+            return checkpoint.load_meta(run / name)["epoch"] + 1
+    return 0
 
 
 def _settings(arguments: argparse.Namespace, rest: list[str]) -> list[str] | None:
@@ -117,10 +180,12 @@ def _train(a: argparse.Namespace, settings: list[str]) -> None:
         result = trainer.train(config, a.out, resume=a.resume, profile=a.profile)
         if a.profile:
             print((a.out / "profile" / "shares.txt").read_text(encoding="utf-8"))
-        _print_metrics(result.metrics["test"], f"test metrics at the best epoch ({result.metrics['best_epoch']})")
+        split = "test" if result.metrics["test"] else "valid"  # a test split without labels has no metrics
+        _print_metrics(result.metrics[split], f"{split} metrics at the best epoch ({result.metrics['best_epoch']})")
     else:
         results = trainer.train_seeds(config, a.out, seeds, resume=a.resume)
-        _print_seeds([result.metrics["test"] for result in results], seeds)
+        split = "test" if all(result.metrics["test"] for result in results) else "valid"
+        _print_seeds([result.metrics[split] for result in results], seeds, split)
     _print_results(a.out)
 
 
@@ -131,7 +196,7 @@ def _evaluate(a: argparse.Namespace) -> None:
     if a.json:
         print(json.dumps({k: v if v == v else None for k, v in metrics.items()}, indent=2))
     else:
-        _print_metrics(metrics, f"{a.split} metrics of {a.run_folder}")
+        _print_metrics(metrics, f"{a.split + ' ' if a.split else ''}metrics of {a.run_folder}")
 
 
 def _predict(a: argparse.Namespace) -> None:
@@ -145,11 +210,17 @@ def _convert(a: argparse.Namespace) -> None:
     from engine.loaders.convert import convert
 
     more: dict[str, Any] = {} if a.format is None else {"expected": a.format}
-    if any(v is not None for v in (a.audio_features, a.vision_features, a.text_features, a.label_column, a.align)):
-        from engine.loaders.formats import Choice
+    chosen = {
+        "audio_features": a.audio_features, "vision_features": a.vision_features, "text_features": a.text_features,
+        "label_column": a.label_column, "align": a.align, "modalities": a.modalities,
+        "label_key": a.label_key,
+    }  # fmt: skip
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if chosen:
+        from engine.config import DataConfig
+        from engine.loaders.dataset import choice_of
 
-        names = (a.audio_features or "auto", a.vision_features or "auto", a.text_features or "auto")
-        more["choice"] = Choice(*names, a.label_column, a.align or "words")
+        more["choice"] = choice_of(DataConfig(**chosen))
     if a.precision is not None:
         more["dtype"] = {"fp32": "float32", "fp16": "float16"}[a.precision]
     convert(a.src, a.dst, text_encoder=a.text_encoder, length_rule=a.length_rule, **more)
@@ -283,7 +354,7 @@ def _check_out(out: Path, resume: bool) -> None:
     """Refuse an output folder that is a file or holds a run, before anything slow begins."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out}", "a file", "a folder", "Choose another --out.")
-    if not resume and any((out / mark).exists() for mark in RUN_MARKS):
+    if not resume and any((out / mark).exists() for mark in MARKS):
         raise OutputError(
             f"--out {out}", "another run", "an empty or new folder", "Choose another --out, or go on with --resume."
         )
@@ -297,7 +368,10 @@ def _run_folder(run: Path) -> Path:
 
 
 def _clear_demo(out: Path) -> None:
-    """Remove an earlier demo run from `out`, so that `engine demo` can be repeated; nobody else's run."""
+    """Remove an earlier demo run from `out`, so that `engine demo` can be repeated; nothing else.
+
+    Nobody else's run, and no file that a run does not write.
+    """
     _check_out(out, resume=True)
     saved = out / "config.yaml"
     if not saved.exists():
@@ -306,11 +380,14 @@ def _clear_demo(out: Path) -> None:
 
     if load_config(saved).preset != "demo":
         _check_out(out, resume=False)
-    import shutil
-
-    for pattern in ("*.yaml", "*.json", "*.jsonl", "*.csv", "*.safetensors", "report.html", "tensorboard"):
-        for path in out.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with owned(out):
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
+        for events in (out / "tensorboard").glob("events.out.tfevents.*"):
+            events.unlink()
+        for folder in ("tensorboard", "profile"):
+            with contextlib.suppress(OSError):  # not there, or with files of the user's
+                (out / folder).rmdir()
     return None
 
 
@@ -355,7 +432,7 @@ def _print_metrics(metrics: dict[str, Any], title: str) -> None:
     _console().print(table)
 
 
-def _print_seeds(metrics: list[dict[str, Any]], seeds: list[int]) -> None:
+def _print_seeds(metrics: list[dict[str, Any]], seeds: list[int], split: str) -> None:
     """One column a seed, then mean ± sample standard deviation."""
     from rich.table import Table
 
@@ -367,7 +444,7 @@ def _print_seeds(metrics: list[dict[str, Any]], seeds: list[int]) -> None:
     for name, both in summary(metrics).items():
         spread = f" ± {both['std']:.4f}" if len(seeds) > 1 else ""
         table.add_row(name, *(_number(one.get(name)) for one in metrics), f"{both['mean']:.4f}{spread}")
-    print(f"test metrics at each run's best epoch, {len(seeds)} seeds")
+    print(f"{split} metrics at each run's best epoch, {len(seeds)} seeds")
     _console().print(table)
 
 
@@ -423,12 +500,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(takes_settings=True)
 
-    p = command("evaluate", _evaluate, "print the metrics of a run's best model on a split of a data set")
+    p = command(
+        "evaluate",
+        _evaluate,
+        "print the metrics of a run's best model on a split of a data set",
+        """\
+        Print the metrics of a run's best model on a split of a data set. The data needs to hold that split alone, with
+        labels. The run folder holds all else, so that it may be copied to another machine.""",
+    )
     _run_arguments(p)
     p.add_argument("--batch-size", metavar="N", type=int, help="default: the run's; in fast mode it changes nothing")
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-    p = command("predict", _predict, "write the predictions of a run's best model as CSV, in file order with ids")
+    p = command(
+        "predict",
+        _predict,
+        "write the predictions of a run's best model as CSV, in file order with ids",
+        """\
+        Write the predictions of a run's best model as CSV, in file order with ids. The data needs to hold the samples
+        to predict alone, one clip or many, without labels or with them. The run folder holds all else, so that it may
+        be copied to another machine.""",
+    )
     _run_arguments(p)
     p.add_argument(
         "--out", metavar="CSV", type=user_path, required=True, help="the file to write: id, label, prediction"
@@ -453,6 +545,8 @@ def _parser() -> argparse.ArgumentParser:
     for kind in ("audio", "vision", "text"):
         p.add_argument(f"--{kind}-features", metavar="NAME", help="feature set to use where the data has several")
     p.add_argument("--label-column", metavar="N", type=int, help="column of labels with several")
+    p.add_argument("--label-key", metavar="KEY", help="set of labels where an MMSA file has several")
+    p.add_argument("--modalities", metavar="LIST", help="what the data has to hold (text,audio,vision)")
     p.add_argument("--align", choices=("words", "segments"), help=".csd files: a row a word, or frames as they are")
 
     p = command(
@@ -561,7 +655,9 @@ def _config_arguments(p: argparse.ArgumentParser) -> None:
 def _run_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--run", metavar="DIR", type=user_path, required=True, dest="run_folder", help="a run folder")
     p.add_argument("--data", metavar="PATH", type=user_path, required=True, help="feature file or folder, or a store")
-    p.add_argument("--split", choices=("train", "valid", "test"), default="test", help="which split (test)")
+    p.add_argument(
+        "--split", choices=("train", "valid", "test"), help="which split (test, or the only one that the data has)"
+    )
     p.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1 or mps (auto)")
 
 

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from engine import checkpoint
 from engine.config import ACTIVATIONS, BOUNDS, Config, load_config, text_of
-from engine.errors import CheckpointError, ConfigError, OutputError
+from engine.errors import CheckpointError, ConfigError, DataError, OutputError
 from engine.files import user_path, write_json
+from engine.run_folder import NORMALIZER, TOKENIZER, Checksums
 
 if TYPE_CHECKING:
     from engine.loaders.normalize import Normalizer
@@ -571,6 +572,7 @@ def import_checkpoint(
         ConfigError: both `command` and `config`, or a problem in one of them.
         OutputError: `out` holds another run or cannot be written.
     """
+    from engine.loaders.text import load_tokenizer
     from engine.model.mimrl import build_model
     from engine.model.text_encoder import text_encoder_from_config
     from engine.objective import mimrl_objective
@@ -615,6 +617,11 @@ def import_checkpoint(
     notes += _import_notes(settings, inferred, source, unused, path, epoch)
 
     write_json(out / "text_encoder" / "config.json", description)
+    if text_encoder is not None:
+        try:
+            load_tokenizer(text_encoder).save(out)
+        except DataError as problem:
+            notes.append(f"tokenizer: {problem.found}; put its tokenizer.json into {out}")
     checkpoint.save(
         out / "best.safetensors",
         {"model": model.state_dict(), "objective": objective.state_dict()},
@@ -626,7 +633,8 @@ def import_checkpoint(
             "imported_from": path.name,
         },
     )
-    _no_normalizer(shapes).save(out / "normalizer.safetensors")
+    with Checksums(out).writing(NORMALIZER, *TOKENIZER):
+        _no_normalizer(shapes).save(out / NORMALIZER)
     settings.save(out / "config.yaml")
     return notes
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import EstimatorError
+from engine.kernels.arguments import check_count, check_number
 from engine.kernels.cmi import LOGIT_LIMIT, classifier_loss, cmi_values
 from engine.kernels.critics import mlp
 from engine.kernels.knn_product import label_strata, product_indices, stratified_product_indices
 from engine.model.estimators import build_mlp, mlp_layers
+from engine.samples import as_samples
 
 WHERE = "estimate_cmi"
 CHECKS = 20
@@ -49,7 +51,8 @@ def estimate_cmi(
     estimated drifts from I(X;Y|Z) towards I(X;Y,Z); `method="difference"` suits such z.
 
     Args:
-        x, y, z: [N, d] or [N]: arrays, tensors or sequences; row i of all three is one sample.
+        x, y, z: [N, d] or [N]: arrays, data frames, tensors or sequences of numbers; row i of all three is one sample,
+            whatever an index says.
         discrete: z is one column of categories or few-valued labels: product rows are drawn within strata of equal
             label, and the classifier is told the stratum (one-hot). Strata of <= k rows are merged with the nearest
             label, which conditions on less.
@@ -66,9 +69,10 @@ def estimate_cmi(
         never clipped, so they may be negative.
 
     Raises:
-        EstimatorError: arrays that do not pair up, non-finite entries, an option out of range, too few samples for k.
+        EstimatorError: arrays that do not pair up or hold no numbers (text, objects), non-finite entries, an option out
+            of range, too few samples for k.
     """
-    x, y, z = _as_samples("x", x), _as_samples("y", y), _as_samples("z", z)
+    x, y, z = as_samples(WHERE, "x", x), as_samples(WHERE, "y", y), as_samples(WHERE, "z", z)
     if not len(x) == len(y) == len(z):
         raise EstimatorError(
             WHERE,
@@ -80,10 +84,9 @@ def estimate_cmi(
         raise EstimatorError(WHERE, f"method {method!r}", '"product" or "difference"', "Choose one of these.")
     if not 0 < held_out < 1:
         raise EstimatorError(WHERE, f"held_out {held_out}", "a share between 0 and 1", "Choose e.g. 1/3.")
-    if min(steps, batch_size, hidden, k) < 1:
-        raise EstimatorError(
-            WHERE, f"steps {steps}, batch_size {batch_size}, hidden {hidden}, k {k}", "1 or more of each", "Raise it."
-        )
+    for name, value in {"steps": steps, "batch_size": batch_size, "hidden": hidden, "k": k}.items():
+        check_count(WHERE, name, value)
+    check_number(WHERE, "lr", lr, 0, above=True)
 
     generator = torch.Generator().manual_seed(seed)
     parts = _split(torch.randperm(len(x), generator=generator), held_out)
@@ -213,18 +216,6 @@ def _split(order: Tensor, held_out: float) -> tuple[Tensor, Tensor, Tensor]:
     test = round(len(order) * held_out)
     validation = (len(order) - test) // 5
     return order[test + validation :], order[test : test + validation], order[:test]
-
-
-def _as_samples(name: str, values: Any) -> Tensor:
-    """float64 [N, d]: in float32, values that lie far from 0 would lose their differences before they are centred."""
-    values = torch.as_tensor(values).detach().to("cpu", torch.float64)
-    values = values[:, None] if values.dim() == 1 else values
-    if values.dim() != 2 or values.shape[1] == 0:
-        raise EstimatorError(WHERE, f"{name} {list(values.shape)}", "[N, d] or [N]", "Flatten what is not the sample.")
-    if not values.isfinite().all():
-        count = int((~values.isfinite()).sum())
-        raise EstimatorError(WHERE, f"{count} non-finite entries in {name}", "finite samples", "Remove or mend them.")
-    return values
 
 
 def _standardise(values: Tensor, rows: Tensor) -> Tensor:

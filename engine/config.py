@@ -28,6 +28,7 @@ ESTIMATORS = ("F_T", "F_A", "F_V", "T_A", "T_V", "AC_T", "TA_C", "VC_T", "TV_C",
 TERMS = ("I(F;T)", "I(F;A)", "I(F;V)", "inv", "spec_t", "spec_a", "spec_v", "comp")
 REGRESSION_LOSSES = ("MAE", "MSE", "RMSE", "SIMSE", "CCC")
 CLASSIFICATION_LOSSES = ("CE", "BCE", "Focal")
+MODALITIES = ("text", "audio", "vision")
 
 # The keys most people touch, shown by `engine train --help`; `engine config --keys` shows all.
 COMMON_KEYS = (
@@ -71,6 +72,15 @@ def _dashed(value: Any) -> Any:
     if isinstance(value, str):
         return value.split("-")
     return [value] if isinstance(value, (int, float)) else value
+
+
+def _modalities(value: Any) -> Any:
+    """Each name once, in the order text, audio, vision; "audio-vision" and "audio,vision" are lists too."""
+    if isinstance(value, str):
+        value = [name.strip() for name in re.split("[-,]", value)]
+    if isinstance(value, (list, tuple)) and set(map(str, value)) <= set(MODALITIES):
+        return [name for name in MODALITIES if name in value]
+    return value
 
 
 def _spread(n: int) -> BeforeValidator:
@@ -130,6 +140,11 @@ class DataConfig(Section):
     format: str = Field(
         "auto", description="family of the files: auto recognises it by content; a name refuses every other family"
     )
+    modalities: Annotated[list[Literal["text", "audio", "vision"]], BeforeValidator(_modalities)] = Field(
+        list(MODALITIES),
+        min_length=1,
+        description="what a sample is made of; data needs to hold no others, and terms that name one are left out",
+    )
     audio_features: str = Field(
         "auto",
         description="feature set to use where the data has several (AVEC2019 lists: mfcc, ege, ds; CMU-SDK lists: "
@@ -145,10 +160,24 @@ class DataConfig(Section):
     label_column: Annotated[int | None, _none] = Field(
         None, ge=0, description="column of labels with several; none: the only one, or of 7 the first (sentiment)"
     )
+    label_key: str = Field(
+        "auto",
+        description="set of labels to use where an MMSA file has several (regression_labels, classification_labels, "
+        "regression_labels_T, ...); classes: classification_labels where the file has them (auto for "
+        "model.task=classification); else regression_labels (auto)",
+    )
     align: Literal["words", "segments"] = Field(
         "words", description=".csd files: a row a word (the mean of its frames), or the frames of a segment as they are"
     )
-    dataset: Literal["mosi", "mosei", "avec2019", "custom"] = Field("mosi", description="names the metrics to report")
+    dataset: Literal["mosi", "mosei", "sims", "avec2019", "custom"] = Field(
+        "mosi", description="names the metrics to report"
+    )
+    label_scale: Literal["auto", "mosi", "sims", "phq8", "none"] = Field(
+        "auto",
+        description="whose classes the accuracies use: mosi cuts [-3, 3] (MOSI, MOSEI), sims cuts [-1, 1], phq8 is "
+        "PHQ-8 / 25 in [0, 1]; none: MAE, Corr, CCC and RMSE only; auto: by data.dataset, where the labels fit it "
+        "(custom: none)",
+    )
     time_len: int = Field(40, ge=1, description="length of the time axis of the fusion encoder and cap on text tokens")
     length_rule: Literal["auto", "recorded", "all_zero", "sum_zero"] = Field(
         "auto",
@@ -235,7 +264,7 @@ class ModelConfig(Section):
     modality_dropout: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
         "auto",
         description="share of a training batch whose audio, and likewise whose vision, the fusion encoder does not see "
-        "(auto: 0.5 in fast mode, 0 in faithful mode)",
+        "(auto: 0.5 in fast mode with text, else 0)",
     )
     task: Literal["regression", "classification"] = Field("regression", description="what the head predicts")
     num_class: int = Field(1, ge=1, description="1 for regression")
@@ -409,6 +438,12 @@ class Config(Section):
             raise ConfigError(
                 "model.task", "classification with data.dataset=avec2019", "regression", "Use data.dataset=custom."
             )
+        if self.data.dataset == "avec2019" and self.data.label_scale not in ("auto", "phq8", "none"):
+            raise ConfigError(
+                "data.label_scale", f"{self.data.label_scale} with data.dataset=avec2019", "auto, phq8 or none",
+                "Use data.dataset=custom.",
+            )  # fmt: skip
+        self._check_modalities()
         milestones = train.schedule.milestones
         if sorted(set(milestones)) != milestones:
             raise ConfigError(
@@ -416,6 +451,35 @@ class Config(Section):
             )
         if model.fusion == "cubemlp":
             self._check_cubemlp()
+
+    def _check_modalities(self) -> None:
+        names = self.data.modalities
+        if len(names) == len(MODALITIES):
+            return
+        listed = f"[{', '.join(names)}]"
+        if self.mode == "faithful":
+            raise ConfigError(
+                "data.modalities",
+                f"{listed} with mode=faithful",
+                "all three: the published model has no other form",
+                "Use mode=fast.",
+            )
+        if "text" not in names and self.model.modality_dropout not in ("auto", 0):
+            raise ConfigError(
+                "model.modality_dropout",
+                f"{self.model.modality_dropout:g} with data.modalities={listed}",
+                "0 or auto: it hides audio and vision behind the text",
+                "Set model.modality_dropout=auto.",
+            )
+        if used := [name for name, rate in self.data.augment.model_dump().items() if rate]:
+            key = next((n for n in used if n.startswith("drop") or n.partition("_")[2] not in names), None)
+            if key is not None:
+                raise ConfigError(
+                    f"data.augment.{key}",
+                    f"{getattr(self.data.augment, key):g} with data.modalities={listed}",
+                    "0: samples are dropped from among three modalities, and frames of what is there are masked",
+                    f"Set data.augment.{key}=0.",
+                )
 
     def _check_cubemlp(self) -> None:
         cube = self.model.cubemlp
@@ -426,14 +490,14 @@ class Config(Section):
                 "one entry of each a block",
                 "Give the three the same number of entries.",
             )
-        size = (self.data.time_len, 3, self.model.d_common)
+        size = (self.data.time_len, len(self.data.modalities), self.model.d_common)
         for i, (out, project) in enumerate(zip(cube.d_outs, cube.res_project, strict=True)):
             if not project and out != size:
                 raise ConfigError(
                     f"model.cubemlp.d_outs, block {i}",
                     _dash(out),
-                    f"{_dash(size)}, the block's input (time-modality-channel; the first is data.time_len, 3, "
-                    "model.d_common), because its residual is the identity",
+                    f"{_dash(size)}, the block's input (time-modality-channel; the first is data.time_len, how many "
+                    "data.modalities, model.d_common), because its residual is the identity",
                     f"Set d_outs of the block to {_dash(size)}, or its res_project to true.",
                 )
             size = out
@@ -449,11 +513,13 @@ class Config(Section):
         if faithful and c.train.amp == "auto":
             c.train.amp = "off"
         if c.model.modality_dropout == "auto":
-            c.model.modality_dropout = 0.0 if faithful else 0.5
+            c.model.modality_dropout = 0.0 if faithful or "text" not in c.data.modalities else 0.5
         if c.train.average == "auto":
             c.train.average = None if faithful else 0.98
         if c.data.length_rule == "auto":
             c.data.length_rule = "sum_zero" if faithful else "recorded"
+        if c.data.label_key == "auto" and c.model.task == "classification":
+            c.data.label_key = "classes"
         c.check()
         return c
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
+from engine.kernels.arguments import check_count, check_number
 from engine.kernels.mi_bounds import bound_value
 from engine.model.estimators import MIEstimator
+from engine.samples import as_samples
 
 WHERE = "estimate_mi"
 CHECKS = 20
@@ -42,8 +44,9 @@ def estimate_mi(
     are standardised by the training part, which changes no mutual information.
 
     Args:
-        x, y: [N, dx] and [N, dy], or [N]: arrays, tensors or sequences; row i of both is one sample. Both continuous:
-            I(X;X) is infinite then, and an estimate of it only shows the bound's ceiling.
+        x, y: [N, dx] and [N, dy], or [N]: arrays, data frames, tensors or sequences of numbers; row i of both is one
+            sample, whatever an index says. Both continuous: I(X;X) is infinite then, and an estimate of it only shows
+            the bound's ceiling.
         bound, critic, baseline, hidden, embed, layers, alpha, smile_tau, ema_rate: see `MIEstimator`.
         steps, batch_size, lr: of the training. InfoNCE and the interpolated bound are capped by the batch size.
         seed: makes the split, the critic's start and the batches; equal seeds give equal results on one CPU.
@@ -57,12 +60,16 @@ def estimate_mi(
         scale: {"x": (mean, std), "y": (mean, std)}, float64 [d] each: standardise in float64, then cast to float32.
 
     Raises:
-        EstimatorError: arrays that do not pair up, non-finite entries, fewer than 10 batches' worth of samples, a
-            training that diverges to non-finite scores.
+        EstimatorError: arrays that do not pair up or hold no numbers (text, objects), non-finite entries, an option out
+            of range, fewer than 10 batches' worth of samples, a training that diverges to non-finite scores.
     """
-    x, y = _as_samples("x", x), _as_samples("y", y)
+    x, y = as_samples(WHERE, "x", x), as_samples(WHERE, "y", y)
     if len(x) != len(y):
         raise EstimatorError(WHERE, f"{len(x)} rows of x and {len(y)} of y", "as many of both", "Pair the samples up.")
+    for name, value in {"steps": steps, "batch_size": batch_size, "hidden": hidden, "embed": embed}.items():
+        check_count(WHERE, name, value)
+    check_count(WHERE, "layers", layers, 0)
+    check_number(WHERE, "lr", lr, 0, above=True)
     if batch_size < 2 or len(x) < 10 * batch_size:
         raise EstimatorError(
             WHERE,
@@ -149,20 +156,6 @@ def _split(order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     half = len(order) // 2
     fifth = -(-(len(order) - half) // 5)
     return order[:half], order[half : half + fifth], order[half + fifth :]
-
-
-def _as_samples(name: str, values: Any) -> Tensor:
-    """float64 [N, d]: in float32, values that lie far from 0 would lose their differences before they are centred."""
-    values = torch.as_tensor(values).detach().to("cpu", torch.float64)
-    values = values[:, None] if values.dim() == 1 else values
-    if values.dim() != 2:
-        raise EstimatorError(WHERE, f"{name} {list(values.shape)}", "[N, d] or [N]", "Flatten what is not the sample.")
-    if not values.isfinite().all():
-        count = int((~values.isfinite()).sum())
-        raise EstimatorError(
-            WHERE, f"{count} non-finite entries in {name}", "finite samples", "Remove or replace them."
-        )
-    return values
 
 
 def _scale(values: Tensor) -> tuple[Tensor, Tensor]:

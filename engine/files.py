@@ -6,6 +6,8 @@ import glob
 import json
 import os
 import tempfile
+import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -64,21 +66,59 @@ def _lock(file: IO[bytes], wait: bool) -> None:
     fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
+def lock(path: Path) -> IO[bytes]:
+    """Open a file that stands for something only one process may do, and lock it for as long as it stays open.
+
+    Where there are no file locks, a warning says so. Remove the file before closing it.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: the file cannot be made.
+    """
+    while True:
+        file = path.open("ab")
+        try:
+            _lock(file, wait=False)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:
+            warnings.warn(f"{path.parent}: no file locks here: start no second run in this folder", stacklevel=2)
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                _release_in_children(file)
+                return file
+        file.close()  # its owner removed it between our opening and locking it
+
+
+def _release_in_children(file: IO[bytes]) -> None:
+    """A forked worker that outlives a killed parent must not keep its parent's lock."""
+    if hasattr(os, "register_at_fork"):
+        held = weakref.ref(file)
+        os.register_at_fork(after_in_child=lambda: (own := held()) is not None and own.close())
+
+
 def sweep(path: Path) -> None:
     """Remove what killed processes left of earlier attempts at `path`: temporary files that no process has locked."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    _sweep(path.parent, f".{glob.escape(path.name)}.*.part")
+
+
+def sweep_folder(folder: Path) -> None:
+    """The same for every file of a folder."""
+    _sweep(folder, ".*.part")
+
+
+def _sweep(folder: Path, pattern: str) -> None:
+    for left in folder.glob(pattern):
         with contextlib.suppress(OSError), left.open("rb") as file:
             _lock(file, wait=False)
             left.unlink()
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """As `atomic_path`, with the temporary file open for writing; for large files.
-
-    What processes that were killed while they wrote `path` left behind is removed first.
-    """
-    path = user_path(path)
+def _temporary(path: Path, previous: Path | None = None) -> Iterator[tuple[IO[bytes], Path]]:
+    """A locked temporary file beside `path`, open for writing, and its path; on success it replaces `path`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
@@ -94,46 +134,64 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
         raise output_error(path, cause) from cause
     try:
         with file:
-            yield file
+            yield file, temporary
             file.flush()
-            _publish(temporary, path)
+            _publish(temporary, path, previous)
     except OSError as cause:
         raise output_error(path, cause) from cause
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _publish(temporary: Path, path: Path) -> None:
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """As `atomic_path`, with the temporary file open for writing; for large files."""
+    with _temporary(user_path(path)) as (file, _):
+        yield file
+
+
+def _publish(temporary: Path, path: Path, previous: Path | None = None) -> None:
     mask = os.umask(0)
     os.umask(mask)
     temporary.chmod(0o666 & ~mask)
     with temporary.open("rb") as written:
         os.fsync(written.fileno())
+    if previous is not None:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, previous)
     os.replace(temporary, path)
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, previous: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on any failure it is removed.
+
+    What processes that were killed while they wrote `path` left behind is removed first.
+
+    Args:
+        previous: where the file that was at `path` goes; None: it is removed.
 
     Raises:
         OutputError: the folder cannot be made or written to, or the disk is full.
     """
-    path = user_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-    except OSError as cause:
-        raise output_error(path, cause) from cause
-    temporary = Path(name)
-    try:
+    with _temporary(user_path(path), previous) as (_, temporary):
         yield temporary
-        _publish(temporary, path)
+
+
+def append_text(path: Path, text: str, at: int) -> None:
+    """Write UTF-8 text at byte `at` of a file, its new end: what lies beyond is cut off first.
+
+    Raises:
+        OutputError: the file cannot be written to, or the disk is full.
+    """
+    try:
+        with path.open("ab") as file:
+            file.truncate(at)
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as cause:
         raise output_error(path, cause) from cause
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

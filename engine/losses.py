@@ -34,7 +34,8 @@ def task_loss(name: str, num_class: int = 1, task: str | None = None) -> nn.Modu
 
     Raises:
         ConfigError: the loss is unknown or does not fit the task or the number of outputs.
-        DataError: (when called) sizes that do not fit, or a label that is no class.
+        DataError: (when called) sizes, types or devices that do not fit, or a label that is no class (for BCE with
+            [B, num_class]: outside 0 to 1).
     """
     if name not in LOSSES:
         raise ConfigError("train.loss", repr(name), " ".join(LOSSES), "Choose one of these.")
@@ -116,6 +117,7 @@ class _Loss(nn.Module):
 
 class _Regression(_Loss):
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        _check(self.name, output, target)
         # Flattened first: [B, 1] against [B] would silently broadcast to [B, B].
         output, target = output.reshape(-1), target.reshape(-1).to(output.dtype)
         if output.numel() != target.numel() or not output.numel():
@@ -134,6 +136,7 @@ class _OneOfMany(_Loss):
         self.num_class = num_class
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        _check(self.name, output, target)
         output = _scores(self.name, output, self.num_class)
         return _FUNCTIONS[self.name](output, _classes(self.name, target, len(output), self.num_class))
 
@@ -146,14 +149,39 @@ class BCE(_Loss):
         self.num_class = num_class
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        _check(self.name, output, target)
         output = _scores(self.name, output, self.num_class)
         if self.num_class == 1:
             wanted = _classes(self.name, target, len(output), 2)[:, None]
         elif target.numel() == output.numel():
-            wanted = target.reshape(output.shape)
+            wanted = _shares(self.name, target.reshape(output.shape))
         else:
             wanted = F.one_hot(_classes(self.name, target, len(output), self.num_class), self.num_class)
         return F.binary_cross_entropy_with_logits(output, wanted.to(output.dtype))
+
+
+def _check(name: str, output: Tensor, target: Tensor) -> None:
+    for what, tensor in (("output", output), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise DataError(f"{name} loss", f"a {type(tensor).__name__} as {what}", "a torch.Tensor", "Convert it.")
+    if not output.is_floating_point() or target.is_complex():
+        found = f"output of {output.dtype} and labels of {target.dtype}"
+        raise DataError(
+            f"{name} loss", found, "floating-point output and real labels", "Give predictions, then labels."
+        )
+    if output.device != target.device:
+        found = f"output on {output.device} and labels on {target.device}"
+        raise DataError(f"{name} loss", found, "both on one device", "Move the labels with .to(device).")
+
+
+def _shares(name: str, target: Tensor) -> Tensor:
+    outside = ~((target >= 0) & (target <= 1))
+    if outside.any():
+        found = f"label {target[outside][0].item():g}"
+        raise DataError(
+            f"{name} loss", found, "0 or 1 for each class", "Give one-hot labels, or one class number a sample."
+        )
+    return target
 
 
 def _scores(name: str, output: Tensor, num_class: int) -> Tensor:

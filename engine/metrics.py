@@ -1,8 +1,10 @@
 """Metrics of sentiment regression, depression severity (AVEC2019) and classification, and the tables they are saved in.
 
-The definitions are the ones MulT, MISA, MMIM, MMSA and MIMRL share. Both two-class conventions are always computed,
-since published tables mix them: `non0` drops labels of exactly 0 and asks positive or negative; `has0` keeps every
-sample and asks non-negative or negative. docs/metrics.md says where the field's toolkits disagree.
+The definitions are the ones MulT, MISA, MMIM, MMSA and MIMRL share. Which of them apply depends on the scale of the
+labels (`SCALES`): accuracies cut that scale into classes, and mean nothing on another one. Both two-class conventions
+of MOSI and MOSEI are always computed, since published tables mix them: `non0` drops labels of exactly 0 and asks
+positive or negative; `has0` keeps every sample and asks non-negative or negative. docs/metrics.md says where the
+field's toolkits disagree.
 """
 
 from __future__ import annotations
@@ -25,8 +27,19 @@ Metrics = dict[str, float]
 PHQ_RANGE = 25.0
 """AVEC2019 labels are PHQ-8 scores divided by 25."""
 
+SCALES: dict[str, tuple[float, float]] = {"mosi": (-3.0, 3.0), "sims": (-1.0, 1.0), "phq8": (0.0, 1.0)}
+"""Scales of labels with metrics of their own -> their ends. "none" stands for any other scale."""
+
+DATASET_SCALES = {"mosi": "mosi", "mosei": "mosi", "sims": "sims", "avec2019": "phq8"}
+"""`data.dataset` -> the scale of its labels; a custom data set has none that is known."""
+
+SIMS_EDGES: dict[int, tuple[float, ...]] = {2: (0.0,), 3: (-0.1, 0.1), 5: (-0.7, -0.1, 0.1, 0.7)}
+"""Number of classes -> where MMSA cuts [-1, 1]; each class holds its upper edge."""
+
 REGRESSION_KEYS = ("mae", "corr", "acc7", "acc5", "acc2_non0", "acc2_has0", "f1_non0", "f1_has0")
+SIMS_KEYS = ("mae", "corr", "mae_sims", "corr_sims", "acc2_sims", "acc3_sims", "acc5_sims", "f1_sims")
 AVEC2019_KEYS = ("ccc", "rmse_phq", "mae_phq")
+PLAIN_KEYS = ("mae", "corr", "ccc", "rmse")
 
 reference_names: dict[str, str] = {
     "mae": "mae",
@@ -52,7 +65,17 @@ mmsa_names: dict[str, str] = {
     "f1_non0": "Non0_F1_score",
     "f1_has0": "Has0_F1_score",
 }
-"""Our names -> the columns of MMSA's result tables."""
+"""Our names -> the columns of MMSA's result tables of MOSI and MOSEI."""
+
+mmsa_sims_names: dict[str, str] = {
+    "mae_sims": "MAE",
+    "corr_sims": "Corr",
+    "acc2_sims": "Mult_acc_2",
+    "acc3_sims": "Mult_acc_3",
+    "acc5_sims": "Mult_acc_5",
+    "f1_sims": "F1_score",
+}
+"""Our names -> the columns of MMSA's result tables of SIMS. MMSA clips to +-1 before it takes MAE and Corr."""
 
 
 def regression_metrics(prediction: ArrayLike, target: ArrayLike, swapped_f1: bool = False) -> Metrics:
@@ -87,6 +110,50 @@ def regression_metrics(prediction: ArrayLike, target: ArrayLike, swapped_f1: boo
     }
 
 
+def sims_metrics(prediction: ArrayLike, target: ArrayLike) -> Metrics:
+    """Metrics of sentiment intensity in [-1, 1] (SIMS), as MMSA computes them, in float64.
+
+    Args:
+        prediction: [N] or [N, 1], not clipped beforehand.
+        target: the same number of values.
+
+    Returns:
+        `mae`, `corr` as `regression_metrics`. The others are of values clipped to +-1: `mae_sims`, `corr_sims`;
+        `acc2_sims`, `acc3_sims`, `acc5_sims` (classes cut at `SIMS_EDGES`); `f1_sims` (weighted, of the two classes).
+        Accuracies and F1 are fractions, not percent.
+
+    Raises:
+        DataError: as `regression_metrics`.
+    """
+    p, y = _pair(prediction, target)
+    low, high = SCALES["sims"]
+    clipped_p, clipped_y = np.clip(p, low, high), np.clip(y, low, high)
+    classes = {n: (sims_classes(p, n), sims_classes(y, n)) for n in SIMS_EDGES}
+    return {
+        "mae": float(np.mean(np.abs(p - y))),
+        "corr": _correlation(p, y),
+        "mae_sims": float(np.mean(np.abs(clipped_p - clipped_y))),
+        "corr_sims": _correlation(clipped_p, clipped_y),
+        **{f"acc{n}_sims": _accuracy(*pair) for n, pair in classes.items()},
+        "f1_sims": weighted_f1(*classes[2]),
+    }
+
+
+def plain_metrics(prediction: ArrayLike, target: ArrayLike) -> Metrics:
+    """Metrics that hold on any scale: `mae`, `corr`, `ccc`, `rmse`, in the labels' own unit, computed in float64.
+
+    Raises:
+        DataError: as `regression_metrics`.
+    """
+    p, y = _pair(prediction, target)
+    return {
+        "mae": float(np.mean(np.abs(p - y))),
+        "corr": _correlation(p, y),
+        "ccc": _concordance(p, y),
+        "rmse": float(np.sqrt(np.mean((p - y) ** 2))),
+    }
+
+
 def avec2019_metrics(prediction: ArrayLike, target: ArrayLike) -> Metrics:
     """Metrics of depression severity, from values in [0, 1] (PHQ-8 / 25), computed in float64.
 
@@ -98,13 +165,9 @@ def avec2019_metrics(prediction: ArrayLike, target: ArrayLike) -> Metrics:
         DataError: as `regression_metrics`.
     """
     p, y = _pair(prediction, target)
-    # A constant's variance must be exactly 0: its mean is rounded, and 0/0 would otherwise come out as any number.
-    mean_p, mean_y = _mean(p), _mean(y)
-    spread = np.mean((p - mean_p) ** 2) + np.mean((y - mean_y) ** 2) + (mean_p - mean_y) ** 2
-    covariance = np.mean((p - mean_p) * (y - mean_y))
     error = PHQ_RANGE * (p - y)
     return {
-        "ccc": float(2 * covariance / spread) if spread > 0 else math.nan,
+        "ccc": _concordance(p, y),
         "rmse_phq": float(np.sqrt(np.mean(error**2))),
         "mae_phq": float(np.mean(np.abs(error))),
     }
@@ -153,18 +216,25 @@ def classification_metrics(scores: ArrayLike, target: ArrayLike) -> Metrics:
     return result
 
 
-def metrics_for(dataset: str, task: str) -> Callable[[ArrayLike, ArrayLike], Metrics]:
-    """The metrics a dataset is judged by: `f(prediction or scores, target) -> metrics`."""
+def scale_of(dataset: str, label_scale: str = "auto") -> str:
+    """The scale of the labels, "none" where it is not known: `data.label_scale`, or what `data.dataset` stands for."""
+    return DATASET_SCALES.get(dataset, "none") if label_scale == "auto" else label_scale
+
+
+def metrics_for(dataset: str, task: str, label_scale: str = "auto") -> Callable[[ArrayLike, ArrayLike], Metrics]:
+    """The metrics a run is judged by: `f(prediction or scores, target) -> metrics`."""
     if task == "classification":
         return classification_metrics
-    return avec2019_metrics if dataset == "avec2019" else regression_metrics
+    by_scale = {"mosi": regression_metrics, "sims": sims_metrics, "phq8": avec2019_metrics}
+    return by_scale.get(scale_of(dataset, label_scale), plain_metrics)
 
 
-def selection(dataset: str, task: str) -> tuple[str, bool]:
+def selection(dataset: str, task: str, label_scale: str = "auto") -> tuple[str, bool]:
     """(key, higher is better) of the metric by which the best epoch is chosen, on the valid split only."""
     if task == "classification":
         return "acc", True
-    return ("ccc", True) if dataset == "avec2019" else ("mae", False)
+    phq = dataset == "avec2019" or scale_of(dataset, label_scale) == "phq8"
+    return ("ccc", True) if phq else ("mae", False)
 
 
 def weighted_f1(prediction: ArrayLike, target: ArrayLike, swapped: bool = False) -> float:
@@ -185,6 +255,15 @@ def weighted_f1(prediction: ArrayLike, target: ArrayLike, swapped: bool = False)
 def sentiment_classes(values: ArrayLike, limit: int = 3) -> NDArray[np.int64]:
     """Intensities [N] -> classes 0 .. 2 limit (0 is -limit): clipped to +-limit, rounded half to even."""
     return (np.round(np.clip(np.asarray(values, dtype=np.float64), -limit, limit)) + limit).astype(np.int64)
+
+
+def sims_classes(values: ArrayLike, classes: int) -> NDArray[np.int64]:
+    """Intensities [N] of SIMS -> classes 0 .. classes - 1 (2, 3 or 5), cut as MMSA does after clipping to +-1.
+
+    Compared in float32, the type of labels and predictions: in float64 a label of 0.1 would lie above the edge 0.1.
+    """
+    clipped = np.clip(np.asarray(values, dtype=np.float32), *SCALES["sims"])
+    return np.digitize(clipped, np.asarray(SIMS_EDGES[classes], dtype=np.float32), right=True)
 
 
 def _pair(prediction: ArrayLike, target: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -226,6 +305,14 @@ def _correlation(p: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     # Scaled first, so that squares of tiny or huge values neither vanish nor overflow.
     p, y = p / np.max(np.abs(p)), y / np.max(np.abs(y))
     return float(np.clip(np.sum(p * y) / np.sqrt(np.sum(p * p) * np.sum(y * y)), -1.0, 1.0))
+
+
+def _concordance(p: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    # A constant's variance must be exactly 0: its mean is rounded, and 0/0 would otherwise come out as any number.
+    mean_p, mean_y = _mean(p), _mean(y)
+    spread = np.mean((p - mean_p) ** 2) + np.mean((y - mean_y) ** 2) + (mean_p - mean_y) ** 2
+    covariance = np.mean((p - mean_p) * (y - mean_y))
+    return float(2 * covariance / spread) if spread > 0 else math.nan
 
 
 def _rounded_accuracy(p: NDArray[np.float64], y: NDArray[np.float64], limit: float) -> float:
@@ -293,14 +380,16 @@ def write_summary_csv(path: str | Path, runs: Mapping[str, Sequence[Mapping[str,
         return "" if value is None else f"({100 * value['mean']:.2f}, {100 * value['std']:.2f})"
 
     rows = [[name, *(cell(table.get(key)) for key in keys)] for name, table in tables.items()]
-    _write_rows(path, ["Model", *(mmsa_names.get(key, key) for key in keys)], rows)
+    columns = mmsa_sims_names if "acc5_sims" in keys else mmsa_names
+    _write_rows(path, ["Model", *(columns.get(key, key) for key in keys)], rows)
 
 
 @dataclass
 class Predictions:
     """What a predictions CSV holds, in file order.
 
-    label, prediction: float32 [N] (classification: class numbers); scores: float32 [N, C] or None.
+    label, prediction: float32 [N] (classification: class numbers), the label NaN where there is none.
+    scores: float32 [N, C] or None.
     """
 
     ids: list[str]
@@ -316,7 +405,7 @@ def write_predictions(
 
     Args:
         label, prediction: [N] or [N, 1]; scores: [N, C] for classification. Numbers are written with as many digits as
-            bring the same float32 back.
+            bring the same float32 back. A label of NaN, of a sample without one, becomes an empty cell.
 
     Raises:
         DataError: the columns are not equally long.
@@ -336,7 +425,12 @@ def write_predictions(
             "as many of each",
             "Pass the ids, labels and predictions of one split.",
         )
-    rows = ([name, *(_number(column[i]) for column in columns)] for i, name in enumerate(ids))
+    label = columns.pop(0)
+    known = ("" if np.isnan(value) else _number(value) for value in label)
+    rows = (
+        [name, cell, *(_number(column[i]) for column in columns)]
+        for i, (name, cell) in enumerate(zip(ids, known, strict=True))
+    )
     _write_rows(path, names, rows)
 
 
@@ -366,7 +460,7 @@ def read_predictions(path: str | Path) -> Predictions:
         try:
             if len(row) != len(header):
                 raise ValueError(f"{len(row)} cells")
-            values[i] = [np.float32(cell) for cell in row[1:]]
+            values[i] = [np.float32(row[1] or "nan"), *(np.float32(cell) for cell in row[2:])]
         except ValueError as cause:
             where = f"{path} row {i + 1}"
             raise DataError(

@@ -15,6 +15,7 @@ declaration at the end, `mimrl_objective`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.config import ObjectiveConfig
+from engine.config import MODALITIES, ObjectiveConfig
 from engine.constant import Constant
 from engine.errors import ConfigError, EstimatorError
 from engine.kernels.knn_product import Bank, EpochProducts, ProductRows, ProductSampler, draw_epoch
@@ -199,7 +200,8 @@ class Objective(nn.Module):
     `freeze` and `split` take one out of them.
 
     Raises:
-        ConfigError: a feature without a width, two expressions of one name, a weight for an unused term.
+        ConfigError: a feature without a width, two expressions of one name, a weight for an unused term or one that is
+            not finite.
     """
 
     def __init__(
@@ -231,6 +233,9 @@ class Objective(nn.Module):
             raise ConfigError("objective.estimators", f"no weight for {missing}", "one for every term", "Add them.")
         self.stage1_weights = dict(estimators)
         self.terms = tuple(self.stage1_weights)
+        numbers = [c for e in self.expressions for c in e._folded().values()]
+        if wrong := [x for x in (*numbers, *self.stage1_weights.values()) if not math.isfinite(x)]:
+            raise ConfigError("objective", f"a weight of {wrong[0]}", "finite weights", "Mend it.")
         for term in self.terms:
             for feature in (term.x, term.y, term.given):
                 if feature is not None and feature not in dims:
@@ -240,10 +245,13 @@ class Objective(nn.Module):
                         f"one of {sorted(dims)}",
                         "Add it to dims.",
                     )
+        read = {t: (t.x, t.y) if t.given is None else (t.x, t.y, t.given) for t in self.terms}
+        self._readers = {name: term for term, names in read.items() for name in names}
+        self._conditional = tuple(str(t) for t in self.terms if t.given is not None)
         self.estimators = TermEstimators(
             {t.key: _estimator(t, dims, s) for t in self.terms},
             {t.key: str(t) for t in self.terms},
-            {t.key: (t.x, t.y) if t.given is None else (t.x, t.y, t.given) for t in self.terms},
+            {t.key: names for t, names in read.items()},
         )
         self._stage1: dict[tuple[int, ...], Constant] = {}
         self._sums = Sums(self.expressions, self.terms)
@@ -399,11 +407,17 @@ class Objective(nn.Module):
         return self._estimate(features, products).by_term
 
     def _estimate(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> TermEstimates:
-        if self.needs_products and products is None:
-            term = next(t for t in self.terms if t.given is not None)
-            raise EstimatorError(
-                f"objective term {term}", "no product rows", "rows from Objective.sample_products", "Pass products=."
-            )
+        for name, term in self._readers.items():
+            if name not in features:
+                raise EstimatorError(
+                    f"objective term {term}", f"no feature {name!r}", f"one among {sorted(features)}", "Pass it, too."
+                )
+        for term in self._conditional:
+            if products is None or term not in products:
+                raise EstimatorError(
+                    f"objective term {term}", "no product rows", "rows from Objective.sample_products",
+                    "Pass products=.",
+                )  # fmt: skip
         return self.estimators(features, products)
 
     def estimator_loss(
@@ -479,16 +493,34 @@ def mimrl_expressions(c2: Sequence[float]) -> list[Expression]:
     return [c * term for c, term in zip(c2, terms, strict=True)]
 
 
-def mimrl_objective(settings: ObjectiveConfig, fused_dim: int, d_common: int) -> Objective:
-    """The objective of MIMRL on features F [B, fused_dim], T, A, V [B, d_common] and label C [B, 1]."""
+def without_features(expressions: Iterable[Expression], absent: Iterable[str]) -> list[Expression]:
+    """The expressions without the terms that name a feature of `absent`; one that loses all its terms is left out."""
+    absent = set(absent)
+    kept = [
+        replace(e, coefficients=tuple((t, c) for t, c in e.coefficients if not absent & {t.x, t.y, t.given}))
+        for e in expressions
+    ]
+    return [e for e in kept if e.coefficients]
+
+
+def mimrl_objective(
+    settings: ObjectiveConfig, fused_dim: int, d_common: int, modalities: Sequence[str] = MODALITIES
+) -> Objective:
+    """The objective of MIMRL on features F [B, fused_dim], T, A, V [B, d_common] and label C [B, 1].
+
+    Args:
+        modalities: of text, audio and vision those that there are. Terms that name another are left out.
+    """
     if len(settings.c1) != len(MIMRL_ESTIMATORS):
         raise ConfigError("objective.c1", f"{len(settings.c1)} weights", f"{len(MIMRL_ESTIMATORS)}", "Give one a term.")
     if len(settings.c2) != 8:
         raise ConfigError("objective.c2", f"{len(settings.c2)} weights", "8", "Give one an expression.")
+    absent = {m[0].upper() for m in MODALITIES if m not in modalities}
+    weights = dict(zip(MIMRL_ESTIMATORS, settings.c1, strict=True))
     return Objective(
-        mimrl_expressions(settings.c2),
+        without_features(mimrl_expressions(settings.c2), absent),
         dims={"F": fused_dim, "T": d_common, "A": d_common, "V": d_common, "C": 1},
         discrete=("C",),
-        estimators=dict(zip(MIMRL_ESTIMATORS, settings.c1, strict=True)),
+        estimators={term: w for term, w in weights.items() if not absent & {term.x, term.y, term.given}},
         settings=settings,
     )

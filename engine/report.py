@@ -6,6 +6,7 @@ forbids everything else. Pieces a run does not have are named on the page and le
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -21,18 +22,21 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from engine.config import MODALITIES as CONFIGURED
 from engine.errors import CheckpointError, DataError
 from engine.files import user_path, write_text
 from engine.metrics import (
     PHQ_RANGE,
     Predictions,
-    avec2019_metrics,
+    metrics_for,
     read_predictions,
-    regression_metrics,
+    scale_of,
     selection,
     sentiment_classes,
+    sims_classes,
 )
 from engine.report_charts import escape, lines, number, scatter, shape, truth
+from engine.run_folder import CONFIG, FEATURES, HISTORY, PREDICTIONS, TRUTH, verify
 
 SPLITS = ("train", "valid", "test")
 MOST_DOTS = 1500
@@ -67,12 +71,27 @@ METRICS: dict[str, Metric] = {
     "acc2_has0": Metric("Acc-2, negative / non-negative", "all samples (has0)", True, "Acc-2 has0"),
     "f1_non0": Metric("F1, negative / positive", "weighted, labels of 0 dropped (non0)", True, "F1 non0", False),
     "f1_has0": Metric("F1, negative / non-negative", "weighted, all samples (has0)", True, "F1 has0", False),
+    "acc2_sims": Metric("Acc-2", "two classes of [−1, 1], cut at 0 (SIMS)", True),
+    "acc3_sims": Metric("Acc-3", "three classes of [−1, 1], cut at ±0.1 (SIMS)", True),
+    "acc5_sims": Metric("Acc-5", "five classes of [−1, 1], cut at ±0.1 and ±0.7 (SIMS)", True),
+    "f1_sims": Metric("F1", "weighted, of the two classes (SIMS)", True, "", False),
+    "mae_sims": Metric("MAE, clipped", "both clipped to ±1, as MMSA does (SIMS)", False, "", False),
+    "corr_sims": Metric("Corr, clipped", "both clipped to ±1, as MMSA does (SIMS)", False, "", False),
     "ccc": Metric("CCC", "concordance correlation, higher is better"),
+    "rmse": Metric("RMSE", "root mean squared error, lower is better"),
     "rmse_phq": Metric("RMSE", "points of PHQ-8, lower is better"),
     "mae_phq": Metric("MAE", "points of PHQ-8, lower is better"),
     "acc": Metric("Accuracy", "", True),
     "f1": Metric("F1", "weighted", True),
 }
+
+SCALE_MARKS = {"acc7": "mosi", "acc5_sims": "sims", "rmse_phq": "phq8", "rmse": "none"}
+"""A metric that only runs of one scale have -> the scale."""
+
+KINDS = {"mosi": "sentiment", "sims": "sims", "phq8": "avec2019"}
+
+SIMS_NAMES = ("to −0.7", "to −0.1", "to 0.1", "to 0.7", "to 1")
+"""The five classes of SIMS, by their upper edges."""
 
 TERMS: dict[str, str] = {
     "I(F;T)": "what the fused feature keeps of text",
@@ -112,19 +131,22 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """sentiment, avec2019 or classification."""
+        """classification; or by the scale of the labels: sentiment, sims, avec2019 or regression."""
         if self.setting("model", "task") == "classification" or "acc" in self.split_metrics("test"):
             return "classification"
-        if self.setting("data", "dataset") == "avec2019" or "ccc" in self.split_metrics("test"):
-            return "avec2019"
-        return "sentiment"
+        return KINDS.get(self.scale, "regression")
+
+    @property
+    def scale(self) -> str:
+        """The scale of the labels: what the metrics tell, else the settings."""
+        told = next((scale for key, scale in SCALE_MARKS.items() if key in self.split_metrics("test")), None)
+        dataset, declared = (str(self.setting("data", k, default="auto")) for k in ("dataset", "label_scale"))
+        return told or scale_of(dataset, declared)
 
     @property
     def selected_by(self) -> tuple[str, bool]:
-        return selection(
-            "avec2019" if self.kind == "avec2019" else "custom",
-            "classification" if self.kind == "classification" else "regression",
-        )
+        task = "classification" if self.kind == "classification" else "regression"
+        return selection(str(self.setting("data", "dataset")), task, self.scale)
 
     @property
     def best_epoch(self) -> int | None:
@@ -146,7 +168,7 @@ def write_report(run: str | Path) -> Path:
         The path of the page.
 
     Raises:
-        CheckpointError: the folder is missing or holds no run.
+        CheckpointError: the folder is missing or holds no run, or a file of it is not what the run wrote.
         OutputError: the page cannot be written.
     """
     found = read_run(run)
@@ -156,7 +178,11 @@ def write_report(run: str | Path) -> Path:
 
 
 def read_run(run: str | Path) -> Run:
-    """Read everything but the features of a run folder. Raises CheckpointError if it holds no run."""
+    """Read everything but the features of a run folder.
+
+    Raises:
+        CheckpointError: it holds no run, or a file of it is not what the run wrote.
+    """
     folder = user_path(run)
     if not folder.is_dir():
         raise CheckpointError(
@@ -169,6 +195,7 @@ def read_run(run: str | Path) -> Run:
             "the output folder of `engine train`",
             "Give the folder passed to --out.",
         )
+    verify(folder, CONFIG, "metrics.json", HISTORY, TRUTH, *PREDICTIONS, *FEATURES)
     found = Run(folder)
     _read(found, "config.yaml", "the settings", lambda text: _read_config(found, text))
     _read(
@@ -341,8 +368,9 @@ def _results(run: Run) -> str:
     if not test and not run.split_metrics("valid"):
         return ""
     keys = [key for key in METRICS if key in test or key in run.split_metrics("valid")]
+    shown = test or run.split_metrics("valid")
     tiles = "".join(
-        f'<div class="tile"><span>{metric.short or metric.name}</span><b>{metric.show(test.get(key))}</b>'
+        f'<div class="tile"><span>{metric.short or metric.name}</span><b>{metric.show(shown.get(key))}</b>'
         f"<em>{_explained(metric)}</em></div>"
         for key, metric in METRICS.items()
         if metric.headline and key in keys
@@ -352,8 +380,8 @@ def _results(run: Run) -> str:
     oracle_epoch = oracle.get("epoch")
     best = "best-valid epoch" if run.best_epoch is None else f"epoch {run.best_epoch}, best on valid"
     columns: list[tuple[str, str, str, Mapping[str, Any]]] = [
-        ("Test", best, "main", test),
-        ("Valid", best, "", run.split_metrics("valid")),
+        *([("Test", best, "main", test)] if test else []),
+        ("Valid", best, "" if test else "main", run.split_metrics("valid")),
     ]
     if baseline:
         columns.append(("Constant", "the valid labels’ mean, on test", "", baseline))
@@ -373,7 +401,8 @@ def _results(run: Run) -> str:
         if oracle
         else ""
     )
-    tiles_title = f'<p class="muted">Test split, {escape(best)}.</p>'
+    which = "Test split" if test else "Valid split (there are no metrics of the test split)"
+    tiles_title = f'<p class="muted">{which}, {escape(best)}.</p>'
     return f'{tiles_title}<div class="tiles">{tiles}</div>{table}{oracle_note}{per_class}{_spent(run)}'
 
 
@@ -385,7 +414,7 @@ def _constant(run: Run) -> dict[str, float]:
     if not (np.isfinite(valid.label).all() and np.isfinite(test.label).all()):
         return {}
     constant = np.full(len(test.label), valid.label.astype(np.float64).mean())
-    return (avec2019_metrics if run.kind == "avec2019" else regression_metrics)(constant, test.label)
+    return metrics_for("custom", "regression", run.scale)(constant, test.label)
 
 
 def _per_class(test: Mapping[str, Any]) -> str:
@@ -480,7 +509,8 @@ def _information(run: Run) -> str:
             else "No information terms are recorded: the first epoch has no bank of features, and none followed it."
         )
         return f"<p>{reason}</p>"
-    cards = [_information_card(run, "information", name, TERMS.get(name, "")) for name in terms]
+    about = _terms_of(run)
+    cards = [_information_card(run, "information", name, about.get(name, "")) for name in terms]
     notes = [
         "Estimates in nats, averaged over an epoch's batches. The first epoch has no bank of features, hence no terms."
     ]
@@ -500,6 +530,21 @@ def _information(run: Run) -> str:
         else ""
     )
     return f'<p>{" ".join(notes)}</p>{_legend(run)}<div class="grid4">{"".join(cards)}</div>{details}'
+
+
+def _terms_of(run: Run) -> dict[str, str]:
+    """What the terms are, their formulas without the modalities that the run does not have."""
+    modalities = run.setting("data", "modalities", default=list(CONFIGURED))
+    if set(modalities) == set(CONFIGURED):
+        return TERMS
+    from engine.objective import mimrl_expressions, without_features
+
+    about = {}
+    for e in without_features(mimrl_expressions([1.0] * 8), {m[0].upper() for m in CONFIGURED if m not in modalities}):
+        words, colon, _ = TERMS[e.name].partition(": ")
+        formula = "".join(f" {'−' if c < 0 else '+'} {term}" for term, c in e.coefficients).removeprefix(" + ")
+        about[e.name] = f"{words}: {formula}" if colon else words
+    return about
 
 
 def _information_card(run: Run, group: str, name: str, about: str) -> str:
@@ -548,9 +593,10 @@ def _truth(run: Run) -> str:
 
 
 def _predictions(run: Run) -> str:
-    split = next((split for split in ("test", "valid") if split in run.predictions), None)
-    if split is None:
+    there = [split for split in ("test", "valid") if split in run.predictions]
+    if not there:
         return ""
+    split = next((s for s in there if np.isfinite(run.predictions[s].label).any()), there[0])
     table = run.predictions[split]
     kept = np.isfinite(table.label) & np.isfinite(table.prediction)
     label, prediction = table.label[kept].astype(np.float64), table.prediction[kept].astype(np.float64)
@@ -589,7 +635,11 @@ def _predictions(run: Run) -> str:
         cards.append(
             _card(f"PHQ-8 of {DEPRESSED} and more", matrix, "rows: true, columns: predicted; shade: share of the row")
         )
-    else:
+    elif run.kind == "sims":
+        matrix = _confusion(sims_classes(label, 5), sims_classes(prediction, 5), SIMS_NAMES)
+        about = "five classes as in Acc-5; rows: true, columns: predicted; shade: share of the row"
+        cards.append(_card("Confusion by class", matrix, about))
+    elif run.kind == "sentiment":
         names = [f"{c:+d}".replace("-", "−") if c else "0" for c in range(-3, 4)]
         matrix = _confusion(sentiment_classes(label), sentiment_classes(prediction), names)
         cards.append(
@@ -607,7 +657,8 @@ def _predictions(run: Run) -> str:
         for i in far
     )
     head = "<tr><th>Sample</th><th>True</th><th>Predicted</th><th>Error</th></tr>"
-    cards[1] = f'<div class="column">{cards[1]}{_card("The largest errors", _table(head, rows))}</div>'
+    beside = "".join(cards[1:]) + _card("The largest errors", _table(head, rows))
+    cards[1:] = [f'<div class="column">{beside}</div>']
     count = f'<p class="muted">{split.capitalize()} split, {len(ids)} samples{some}.</p>'
     return f'{count}<div class="grid2">{"".join(cards)}</div>'
 
@@ -628,7 +679,9 @@ def _confusion(true: NDArray[np.integer], predicted: NDArray[np.integer], names:
 
 
 def _features(run: Run) -> str:
-    split = next((s for s in ("test", "valid", "train") if (run.folder / f"features_{s}.safetensors").is_file()), None)
+    test = run.predictions.get("test")
+    splits = ("test", "valid", "train") if test is None or np.isfinite(test.label).any() else ("valid", "train", "test")
+    split = next((s for s in splits if (run.folder / f"features_{s}.safetensors").is_file()), None)
     if split is None:
         return ""
     path = run.folder / f"features_{split}.safetensors"
@@ -700,18 +753,26 @@ def _load_features(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
 
 def _groups(run: Run, label: NDArray[np.float64]) -> tuple[NDArray[np.integer], str, str]:
     """Colour group of each label, the palette's class, and the legend."""
+    first = 0
     if run.kind == "classification":
         groups, palette, letter = label.astype(int) % 8, "pal-q", "q"
         names = [str(c) for c in range(min(8, int(label.max()) + 1))]
     elif run.kind == "avec2019":
         groups = np.clip(PHQ_RANGE * label // 5, 0, 4).astype(int)
         palette, letter, names = "pal-s", "s", ["PHQ-8 below 5", "5–9", "10–14", "15–19", "20 and more"]
-    else:
+    elif run.kind == "sims":
+        first, letter, names = 1, "d", list(SIMS_NAMES)  # the middle five of seven colours
+        groups, palette = sims_classes(label, 5) + first, "pal-d"
+    elif run.kind == "sentiment":
         groups, palette, letter = sentiment_classes(label), "pal-d", "d"
         names = [f"{c:+d}".replace("-", "−") if c else "0" for c in range(-3, 4)]
+    else:
+        edges = np.linspace(label.min(), label.max(), 6)
+        groups, palette, letter = np.digitize(label, edges[1:-1]), "pal-s", "s"
+        names = [f"{number(a, 2)} to {number(b, 2)}" for a, b in itertools.pairwise(edges)]
     items = "".join(
         f'<li><span class="swatch" style="background:var(--{letter}{k})"></span>{name}</li>'
-        for k, name in enumerate(names)
+        for k, name in enumerate(names, first)
     )
     return groups, palette, f'<ul class="legend">{items}</ul>'
 

@@ -8,8 +8,9 @@ import os
 import random
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,49 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoint, losses, metrics
+from engine import checkpoint, checks, losses, metrics
 from engine.allocator import keep_memory
 from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
-from engine.config import Config, ScheduleConfig, load_config
-from engine.errors import CheckpointError, ConfigError, OutputError
-from engine.files import output_error, user_path, write_json, write_text
+from engine.config import Config, ScheduleConfig, load_config, text_of
+from engine.errors import CheckpointError, ConfigError, DataError, EngineError, OutputError
+from engine.files import append_text, user_path, write_json, write_text
 from engine.kernels import registry
 from engine.kernels.knn_product import Bank
 from engine.kernels.registry import has_triton, interpreting
 from engine.kernels.warm import warm_up
 from engine.loaders import open_dataset
 from engine.loaders.batch import Batch
-from engine.loaders.dataset import Dataset
+from engine.loaders.dataset import Dataset, Split
 from engine.loaders.feed import CopyFeed, Feed, ResidentFeed, buckets_of
 from engine.loaders.loader import Loader
 from engine.loaders.normalize import Normalizer
+from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
 from engine.model.mimrl import MIMRL, build_model
 from engine.model.text_encoder import load_text_encoder, text_encoder_from_config
-from engine.objective import Objective, mimrl_objective
+from engine.objective import MIMRL_ESTIMATORS, Objective, mimrl_objective
 from engine.precision import autocast_dtype
 from engine.profile import Profiler, part
 from engine.report import environment, write_report
+from engine.run_folder import (
+    BEST,
+    CHECKSUMS,
+    CONFIG,
+    FEATURES,
+    HISTORY,
+    LAST,
+    MARKS,
+    METRICS,
+    METRICS_CSV,
+    NORMALIZER,
+    PREVIOUS,
+    REPORT,
+    TOKENIZER,
+    Checksums,
+    file_sum,
+    owned,
+    verify,
+)
 from engine.step import EpochResult, FeatureBank, TwoStageStep
-
-HISTORY, BEST, LAST, NORMALIZER = "history.jsonl", "best.safetensors", "last.safetensors", "normalizer.safetensors"
 
 
 @dataclass
@@ -54,7 +73,10 @@ class RunResult:
 
 @dataclass
 class Run:
-    """A run folder's best model, ready to predict. `meta`: epoch, input widths, the text encoder's configuration."""
+    """A run folder's best model, ready to predict. `meta`: epoch, input widths, the text encoder's configuration.
+
+    `tokenizer` is the folder's own; None where it has none.
+    """
 
     folder: Path
     config: Config
@@ -62,6 +84,7 @@ class Run:
     objective: Objective
     normalizer: Normalizer
     meta: dict[str, Any]
+    tokenizer: Tokenizer | None = None
 
 
 # -- public functions ------------------------------------------------------------------------------
@@ -80,8 +103,9 @@ def train(
     Args:
         config: the run's settings; `config.data.path` names the data.
         out: folder to write; it may not hold another run unless `resume`.
-        resume: go on after the last finished epoch of the run in `out`. A resumed CPU run ends bit-equal to one that
-            was not interrupted.
+        resume: go on after the last finished epoch of the run in `out`, by the same settings and on the same data. A
+            resumed CPU run ends bit-equal to one that was not interrupted. Where last.safetensors is damaged, the run
+            goes on from the epoch before, with a warning.
         callbacks: called beside the built-in progress and TensorBoard ones (`config.output`).
         dataset: an open dataset, to share one among several runs; default: `config.data.path` is opened.
         profile: measure where the time of a few batches of each stage goes, in the second epoch:
@@ -90,56 +114,81 @@ def train(
     Raises:
         EngineError: a problem with settings, data or the output folder, in one line.
     """
+    _refuse_other_ranks()
     return _Trainer(config, user_path(out), callbacks, dataset, profile).fit(resume)
 
 
 def train_seeds(
     config: Config, out: str | Path, seeds: Sequence[int], resume: bool = False, callbacks: Sequence[Callback] = ()
 ) -> list[RunResult]:
-    """One run a seed in `out`/seedN, and summary.csv and summary.json with mean and standard deviation over them."""
+    """One run a seed in `out`/seedN, and summary.csv and summary.json with mean and standard deviation over them.
+
+    They are of the test split, or of valid where the test split has no labels.
+
+    Args:
+        resume: runs that have done all epochs of `config` stay as they are, the others go on or begin.
+    """
+    _refuse_other_ranks()
     out = user_path(out)
-    dataset = open_dataset(config.data.path, config.resolve().data, config.text_encoder)
+    own = (_own_tokenizer(out / f"seed{seed}", config) for seed in seeds) if resume else iter(())
+    tokenizer = next((t for t in own if t is not None), None)
+    dataset = open_dataset(config.data.path, config.resolve().data, config.text_encoder, tokenizer=tokenizer)
     results = []
     for seed in seeds:
         folder = out / f"seed{seed}"
-        result = _finished(folder) if resume else None
+        one = config.model_copy(deep=True, update={"seed": seed})
+        result = _finished(one.resolve(), folder, dataset) if resume else None
         if result is None:
-            one = config.model_copy(deep=True, update={"seed": seed})
-            result = train(one, folder, resume and (folder / LAST).exists(), callbacks, dataset)
+            result = train(one, folder, resume, callbacks, dataset)
         results.append(result)
-    tests = [r.metrics["test"] for r in results]
-    metrics.write_summary_csv(out / "summary.csv", {config.preset or config.mode: tests})
+    split = "test" if all(r.metrics["test"] for r in results) else "valid"
+    found = [r.metrics[split] for r in results]
+    metrics.write_summary_csv(out / "summary.csv", {config.preset or config.mode: found})
     runs = {f"seed{seed}": r.metrics for seed, r in zip(seeds, results, strict=True)}
-    write_json(out / "summary.json", {"test": metrics.summary(tests), "runs": runs})
+    write_json(out / "summary.json", {split: metrics.summary(found), "runs": runs})
     return results
 
 
 def evaluate(
-    run: str | Path, data: str | Path, split: str = "test", batch_size: int | None = None, device: str = "auto"
+    run: str | Path, data: str | Path, split: str | None = None, batch_size: int | None = None, device: str = "auto"
 ) -> dict[str, float]:
     """Metrics of a run's best model on one split of `data`, normalised by the run's own statistics, in float32.
 
+    Nothing is needed but the run folder and that split, with a label for every sample.
+
     Args:
+        split: None is test, or the only one that the data has.
         device: as in a run's settings: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" or "mps".
+
+    Raises:
+        CheckpointError, ConfigError, DataError: there is no such run or split, a label is missing, or features of other
+            widths than the run was trained with.
     """
     loaded = load_run(run, _device(device))
-    _, result = _apply(loaded, data, split, batch_size)
-    return _metrics(loaded.config, result)
+    split, dataset = _open_split(loaded, data, split)
+    _require_labels(dataset.splits[split], f"{data}, {split}")
+    checks.class_numbers(loaded.config, dataset, [split])
+    loaded.config.data.label_scale = checks.evaluated_scale(loaded.config, dataset.splits[split])
+    return _metrics(loaded.config, _apply(loaded, dataset, split, batch_size, loaded.config.model.task))
 
 
 def predict(
     run: str | Path,
     data: str | Path,
     out: str | Path,
-    split: str = "test",
+    split: str | None = None,
     batch_size: int | None = None,
     device: str = "auto",
 ) -> Path:
-    """Write the best model's predictions on one split of `data` as CSV, in file order with ids. As `evaluate`."""
+    """Write the best model's predictions on one split of `data` as CSV, in file order with ids. As `evaluate`.
+
+    Samples need no labels: the column label is empty where there is none, and else whatever number the data has.
+    """
     loaded = load_run(run, _device(device))
-    dataset, result = _apply(loaded, data, split, batch_size)
+    split, dataset = _open_split(loaded, data, split)
+    result = _apply(loaded, dataset, split, batch_size, "regression")  # which asks nothing of the labels
     out = user_path(out)
-    _write_predictions(out, loaded.config, dataset.splits[split].ids, result)
+    _write_predictions(out, loaded.config, dataset.splits[split], result)
     return out
 
 
@@ -147,33 +196,84 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> Run:
     """The best model of a run folder.
 
     Raises:
-        CheckpointError: the folder holds no run, or its checkpoint is damaged.
+        CheckpointError: the folder holds no run, or one of its files is damaged or was changed.
     """
     folder = user_path(run)
-    if not (folder / "config.yaml").exists() or not (folder / BEST).exists():
+    if not (folder / CONFIG).exists() or not (folder / BEST).exists():
         raise CheckpointError(
             str(folder),
             "no config.yaml and best.safetensors",
             "a run folder",
             "Name the --out folder of `engine train`.",
         )
-    config = load_config(folder / "config.yaml").resolve()
+    config = load_config(folder / CONFIG).resolve()
     state, meta = checkpoint.load(folder / BEST)
-    model, objective = _build(
-        config, meta["audio_dim"], meta["vision_dim"], text_encoder_from_config(meta["text_encoder"])
-    )
+    _check_unchanged(folder, config, meta)
+    model, objective = _build(config, meta["audio_dim"], meta["vision_dim"], _saved_encoder(meta))
     checkpoint.load_into(model, state["model"], f"{folder / BEST}: model")
     checkpoint.load_into(objective, state["objective"], f"{folder / BEST}: objective")
     normalizer = Normalizer.load(folder / NORMALIZER)
-    return Run(folder, config, model.to(device).eval(), objective.to(device).eval(), normalizer, meta)
+    tokenizer = _own_tokenizer(folder, config)
+    return Run(folder, config, model.to(device).eval(), objective.to(device).eval(), normalizer, meta, tokenizer)
+
+
+def _saved_encoder(meta: dict[str, Any], freeze: str = "no") -> nn.Module | None:
+    """The text encoder that a checkpoint describes, its weights not loaded; None without text."""
+    return text_encoder_from_config(meta["text_encoder"], freeze) if meta["text_encoder"] is not None else None
+
+
+def _own_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
+    """The tokeniser that lies in a run folder, so that the text encoder's own folder need not be there."""
+    beside = folder / "text_encoder"  # where an imported run asks for the files of its tokeniser
+    place = next((p for p in (folder, beside) if (p / "tokenizer.json").is_file()), None)
+    if place is None or "text" not in config.data.modalities or config.text_encoder == PRECOMPUTED:
+        return None
+    if place == folder:
+        verify(folder, *TOKENIZER)
+    return replace(load_tokenizer(str(place)), name=config.text_encoder)
+
+
+def _check_unchanged(folder: Path, config: Config, meta: dict[str, Any]) -> None:
+    """Compare config.yaml with the settings of the best model, and the normaliser with its checksum."""
+    if "settings" not in meta:  # a run of an older version
+        return verify(folder, CONFIG, NORMALIZER)
+    # A text encoder may lie elsewhere now.
+    differing = _differences(_settings_of(folder, meta), config, {*FREE, "text_encoder"})
+    if differing:
+        raise CheckpointError(
+            str(folder / CONFIG),
+            f"settings that its model was not trained with ({', '.join(differing)})",
+            "those of the training",
+            "The file is damaged or was edited: put the original back.",
+        )
+    return verify(folder, NORMALIZER)
 
 
 # -- building --------------------------------------------------------------------------------------
 
 
-def _build(config: Config, audio_dim: int, vision_dim: int, text_encoder: nn.Module) -> tuple[MIMRL, Objective]:
+def _build(config: Config, audio_dim: int, vision_dim: int, text_encoder: nn.Module | None) -> tuple[MIMRL, Objective]:
     model = build_model(config, audio_dim, vision_dim, text_encoder)
-    return model, mimrl_objective(config.objective, model.fused_dim, config.model.d_common)
+    objective = mimrl_objective(config.objective, model.fused_dim, config.model.d_common, config.data.modalities)
+    return model, objective
+
+
+def _predictor(model: nn.Module) -> TwoStageStep:
+    """A step that evaluates a model without a loss: samples need no labels."""
+    return TwoStageStep(
+        model, None, lambda prediction, target: prediction.new_zeros(()), torch.optim.SGD(model.parameters(), lr=0.0)
+    )
+
+
+def _say_what_is_left_out(config: Config, objective: Objective) -> None:
+    """Name the information terms that a run without all modalities does not have, once, in one line."""
+    out = [str(term) for term in MIMRL_ESTIMATORS if term not in objective.terms]
+    if config.objective.enabled and out:
+        warnings.warn(
+            f"data.modalities=[{', '.join(config.data.modalities)}]: the objective keeps "
+            f"{', '.join(map(str, objective.terms))} and leaves out {', '.join(out)}, which name another modality",
+            stacklevel=2,
+        )
 
 
 def _optimizer(config: Config, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
@@ -323,22 +423,47 @@ class _Trainer:
         self.device = _device(self.config.device)
         if self.device.type == "cpu":
             keep_memory()
-        self.metric, self.higher_is_better = metrics.selection(self.config.data.dataset, self.config.model.task)
         self.dataset = dataset
+        self.lines = (0, 0)  # bytes and CRC-32 of history.jsonl
 
     def fit(self, resume: bool) -> RunResult:
         if self.profile and self.config.objective.enabled and self.config.epochs < 2:
             raise ConfigError(
                 "profile", "one epoch", "two or more: the first has no information terms", "Set epochs=2."
             )
-        self._claim_folder(resume)
-        self._prepare()
+        with owned(self.out):
+            if not resume and any((self.out / mark).exists() for mark in MARKS):
+                raise OutputError(
+                    str(self.out), "another run", "an empty or new folder",
+                    "Choose another --out, or go on with --resume.",
+                )  # fmt: skip
+            try:
+                return self._fit(resume)
+            except Exception:
+                if not resume and not (self.out / LAST).exists():  # there is no epoch to go on from: leave it free
+                    for name in (CONFIG, NORMALIZER, *TOKENIZER, HISTORY, CHECKSUMS):
+                        (self.out / name).unlink(missing_ok=True)
+                raise
+
+    def _fit(self, resume: bool) -> RunResult:
+        c = self.config
+        self.sums = Checksums(self.out)
+        saved = self._saved() if resume else None
+        self._open(saved is not None)
+        if saved is not None and (differing := _other_data(self.dataset, saved[1])):
+            raise DataError(
+                c.data.path, f"other data than the run in {self.out} was trained on ({', '.join(differing)})",
+                "the same samples, texts, labels and features", "Name the run's own data, or begin a new run.",
+            )  # fmt: skip
+        self._prepare(None if saved is None else saved[1])
         history: list[dict[str, Any]] = []
         bank: FeatureBank | None = None
-        if resume and (self.out / LAST).exists():
-            history, bank = self._restore()
-        c = self.config
+        if saved is not None:
+            history, bank = self._restore(*saved)
+            del saved
         self._write_settings()
+        if history:
+            self._complete(history)
         for callback in (callbacks := self._callbacks()):
             callback.on_start(len(history), c.epochs, self._batches())
 
@@ -362,36 +487,42 @@ class _Trainer:
         finally:
             for callback in callbacks:
                 callback.on_end()
-        summary = self._summary(history, time.perf_counter() - started)
+        with self.sums.writing(METRICS, METRICS_CSV):
+            summary = self._summary(history, time.perf_counter() - started)
+        self._complete(history, ended=True)
         if c.output.features:
-            self._write_features()
+            with self.sums.writing(*FEATURES):
+                self._write_features()
         if c.output.report:
             write_report(self.out)
         return RunResult(self.out, summary)
 
     # -- setting up --
 
-    def _claim_folder(self, resume: bool) -> None:
-        if (self.out / "config.yaml").exists() and not resume:
-            raise OutputError(
-                str(self.out), "another run", "an empty or new folder", "Choose another --out, or go on with --resume."
-            )
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            probe = self.out / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as cause:
-            raise output_error(self.out, cause) from cause
-
-    def _prepare(self) -> None:
+    def _open(self, resumed: bool) -> None:
         c = self.config
         if self.dataset is None:
-            self.dataset = open_dataset(c.data.path, c.data, c.text_encoder)
+            tokenizer = _own_tokenizer(self.out, c) if resumed else None
+            self.dataset = open_dataset(c.data.path, c.data, c.text_encoder, tokenizer=tokenizer)
+
+    def _prepare(self, resumed: dict[str, Any] | None = None) -> None:
+        """`resumed`: what the checkpoint to go on from says of itself."""
+        c = self.config
+        checks.class_numbers(c, self.dataset)
         self._check_bank()
         _seed(c.seed)
-        encoder = load_text_encoder(c.text_encoder, c.text.freeze, dim=self.dataset.text_dim)
+        if resumed is not None:  # the run has all of its encoder, whose folder may be gone
+            encoder = _saved_encoder(resumed, c.text.freeze)
+        elif "text" in c.data.modalities:
+            encoder = load_text_encoder(c.text_encoder, c.text.freeze, dim=self.dataset.text_dim)
+        else:
+            encoder = None
+        checks.text_fits(c, self.dataset, encoder)
         model, objective = _build(c, self.dataset.audio_dim, self.dataset.vision_dim, encoder)
+        checks.disk_space(self.out, model, objective, c.train, [self.out / n for n in (BEST, LAST, PREVIOUS)])
+        c.data.label_scale = checks.label_scale(c, self.dataset)
+        self.metric, self.higher_is_better = metrics.selection(c.data.dataset, c.model.task, c.data.label_scale)
+        _say_what_is_left_out(c, objective)
         if c.mode == "fast" and c.model.task == "regression":
             model.start_at(float(self.dataset.splits["train"].label[:, 0].mean()))
         model, objective = model.to(self.device), objective.to(self.device)
@@ -399,7 +530,8 @@ class _Trainer:
         text_lr = lr * c.text.lr_rate if c.text.lr_rate > 0 else lr
         main = _optimizer(c, [{"params": groups["main"]}, {"params": groups["text"], "lr": text_lr}], lr)
         estimators = _optimizer(c, [{"params": list(objective.parameters())}], lr * c.train.mi_lr_rate)
-        self.model, self.objective, self.text_config = model, objective, encoder.describe()
+        self.model, self.objective = model, objective
+        self.text_config = None if encoder is None else encoder.describe()
         self.step = TwoStageStep(
             model,
             objective if c.objective.enabled else None,
@@ -420,6 +552,12 @@ class _Trainer:
         }
         self.loaders = {split: self._loader(split, split == "train") for split in ("train", "valid", "test")}
         self.unshuffled_train = self._loader("train", False)
+        self.scored = [s for s in ("train", "valid", "test") if not self.dataset.splits[s].label.isnan().any()]
+        self.predictor = _predictor(model)
+
+    def _evaluate(self, split: str, loader: _Passes, bank: FeatureBank | None = None) -> EpochResult:
+        """One pass over a split; without a loss where it has no labels."""
+        return self.step.evaluate(loader, bank) if split in self.scored else self.predictor.evaluate(loader)
 
     def _check_bank(self) -> None:
         c, size = self.config, len(self.dataset.splits["train"])
@@ -514,11 +652,11 @@ class _Trainer:
         # Epoch 0 trains without information terms, so its evaluation has none either: the losses stay comparable.
         with self.step.averaged():
             self.results = {
-                split: self.step.evaluate(self.loaders[split], bank if had_bank and c.objective.enabled else None)
+                split: self._evaluate(split, self.loaders[split], bank if had_bank and c.objective.enabled else None)
                 for split in ("valid", "test")
             }
         for split, result in self.results.items():
-            record[split] = _record(c, result)
+            record[split] = _record(c, result) if split in self.scored else {}
         for scheduler in self.schedulers.values():
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 scheduler.step(record["valid"][self.metric])
@@ -550,8 +688,11 @@ class _Trainer:
     # -- on disk --
 
     def _write_settings(self) -> None:
-        self.config.save(self.out / "config.yaml")
-        self.dataset.normalizer.save(self.out / NORMALIZER)
+        with self.sums.writing(CONFIG, NORMALIZER, *TOKENIZER):
+            self.config.save(self.out / CONFIG)
+            self.dataset.normalizer.save(self.out / NORMALIZER)
+            if self.dataset.tokenizer is not None:
+                self.dataset.tokenizer.save(self.out)
 
     def _meta(self, epoch: int) -> dict[str, Any]:
         return {
@@ -559,6 +700,8 @@ class _Trainer:
             "audio_dim": self.dataset.audio_dim,
             "vision_dim": self.dataset.vision_dim,
             "text_encoder": self.text_config,
+            "settings": self.config.model_dump(mode="json"),
+            "data": self.dataset.fingerprints,
         }
 
     def _weights(self) -> dict[str, Any]:
@@ -566,34 +709,90 @@ class _Trainer:
 
     def _save(self, history: list[dict[str, Any]], bank: FeatureBank, improved: bool, wall_s: float) -> None:
         epoch = history[-1]["epoch"]
-        if improved:
-            with self.step.averaged():
-                checkpoint.save(self.out / BEST, self._weights(), self._meta(epoch))
-            for split, result in self.results.items():
-                ids = self.dataset.splits[split].ids
-                _write_predictions(self.out / f"predictions_{split}.csv", self.config, ids, result)
-        write_text(self.out / HISTORY, "".join(json.dumps(r) + "\n" for r in history))
-        self._summary(history, wall_s)
-        state = self._weights() | {
-            "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
-            "schedulers": {k: s.state_dict() for k, s in self.schedulers.items()},
-            "average": self.step.average.state_dict() if self.step.average is not None else None,
-            "bank": bank.state_dict(),
-            "generator": self.step.generator.get_state(),
-            "rng": _rng_state(),
-            # What history.jsonl held at this moment: the two files cannot be replaced in one stroke.
-            "history": json.dumps(history),
-        }
-        checkpoint.save(self.out / LAST, state, self._meta(epoch))
+        predictions = self._prediction_files() if improved else []
+        with self.sums.writing(HISTORY, METRICS, METRICS_CSV, *predictions):
+            line = json.dumps(history[-1]) + "\n"
+            append_text(self.out / HISTORY, line, at=self.lines[0])
+            self.lines = self.lines[0] + len(line.encode()), zlib.crc32(line.encode(), self.lines[1])
+            self.sums.sums[HISTORY] = self.lines
+            state = self._weights() | {
+                "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
+                "schedulers": {k: s.state_dict() for k, s in self.schedulers.items()},
+                "average": self.step.average.state_dict() if self.step.average is not None else None,
+                "bank": bank.state_dict(),
+                "generator": self.step.generator.get_state(),
+                "rng": _rng_state(),
+            }
+            # With this file the epoch counts. `_complete` can make the others from it; it could not be made from them.
+            meta = self._meta(epoch) | {"history": self.lines}
+            checkpoint.save(self.out / LAST, state, meta, previous=self.out / PREVIOUS)
+            if improved:
+                self._save_best(epoch)
+            self._summary(history, wall_s)
 
-    def _restore(self) -> tuple[list[dict[str, Any]], FeatureBank]:
-        saved = load_config(self.out / "config.yaml").resolve()
-        if differing := _differences(saved, self.config):
-            raise ConfigError(
-                f"{self.out / 'config.yaml'}", f"other settings for {', '.join(differing)}", "the settings of the run",
-                "Resume with the same settings (only epochs, threads, device and output may differ).",
+    def _prediction_files(self) -> list[str]:
+        return [f"predictions_{split}.csv" for split in self.loaders if split != "train"]
+
+    def _save_best(self, epoch: int) -> None:
+        with self.step.averaged():
+            checkpoint.save(self.out / BEST, self._weights(), self._meta(epoch))
+        for split, result in self.results.items():
+            path = self.out / f"predictions_{split}.csv"
+            _write_predictions(path, self.config, self.dataset.splits[split], result)
+
+    def _complete(self, history: list[dict[str, Any]], ended: bool = False) -> None:
+        """Write the best model and its predictions where a run was stopped between its last epoch and these files.
+
+        Those of an earlier epoch cannot be made anew; a run that has ended warns of them.
+        """
+        try:
+            found = checkpoint.load(self.out / BEST)[1]["epoch"]
+        except CheckpointError:
+            found = None
+        best, last = self._best(history, "valid")["epoch"], history[-1]["epoch"]
+        wrong = [name for name in self._prediction_files() if not self.sums.hold(name)]
+        if found != best:
+            wrong.insert(0, BEST)
+        if wrong and best != last and ended:
+            warnings.warn(
+                f"{self.out}: {', '.join(wrong)} not of epoch {best}, the best by validation, whose weights are gone",
+                stacklevel=2,
+            )
+        elif wrong and best == last:
+            random_state, generator_state = _rng_state(), self.step.generator.get_state()
+            with self.step.averaged():
+                self.results = {s: self._evaluate(s, p) for s, p in self.loaders.items() if s != "train"}
+            with self.sums.writing(*self._prediction_files()):
+                self._save_best(best)
+            self.step.generator.set_state(generator_state)
+            _set_rng_state(random_state)
+
+    def _saved(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """State and meta of the newest undamaged checkpoint to go on from; None where no epoch was saved."""
+        newest, before = self.out / LAST, self.out / PREVIOUS
+        if not newest.exists() and not before.exists():
+            if not (self.out / BEST).exists():
+                return None
+            raise CheckpointError(
+                str(self.out), f"{BEST} without {LAST}", "both, to go on with a run",
+                "Choose another --out; the best model can still be evaluated.",
             )  # fmt: skip
-        state, _ = checkpoint.load(self.out / LAST)
+        try:
+            state, meta = checkpoint.load(newest)
+        except CheckpointError as problem:
+            if not before.exists():
+                raise
+            state, meta = checkpoint.load(before)
+            warnings.warn(f"{problem} The run goes on from {PREVIOUS}, after epoch {meta['epoch']}.", stacklevel=2)
+        if differing := _differences(_settings_of(self.out, meta), self.config, FREE):
+            raise ConfigError(
+                str(self.out), f"other settings than the run's ({', '.join(differing)})", "the settings of the run",
+                "Resume with the same settings (only epochs, threads, device, output and the loader may differ).",
+            )  # fmt: skip
+        return state, meta
+
+    def _restore(self, state: dict[str, Any], meta: dict[str, Any]) -> tuple[list[dict[str, Any]], FeatureBank]:
+        history = self._restore_history(state, meta)
         where = str(self.out / LAST)
         checkpoint.load_into(self.model, state["model"], f"{where}: model")
         checkpoint.load_into(self.objective, state["objective"], f"{where}: objective")
@@ -607,10 +806,32 @@ class _Trainer:
         bank.rows = {k: v.to(self.device) for k, v in bank.rows.items()}
         self.step.generator.set_state(state["generator"])
         _set_rng_state(state["rng"])
-        return json.loads(state["history"]), bank
+        return history, bank
+
+    def _restore_history(self, state: dict[str, Any], meta: dict[str, Any]) -> list[dict[str, Any]]:
+        """The records up to the checkpoint's epoch; what a stopped run wrote beyond is cut off."""
+        path = self.out / HISTORY
+        if "history" in state:  # older versions kept the records in the checkpoint
+            history = json.loads(state["history"])
+            with self.sums.writing(HISTORY):
+                write_text(path, "".join(json.dumps(record) + "\n" for record in history))
+            self.lines = file_sum(path)
+            return history
+        size, crc = meta["history"]
+        content = path.read_bytes()[:size] if path.is_file() else b""
+        if len(content) < size or zlib.crc32(content) != crc:
+            raise CheckpointError(
+                str(path), "contents that do not match their checksum", f"the epochs up to {meta['epoch']}",
+                "The file is damaged or was edited: put the original back. The best model can still be evaluated.",
+            )  # fmt: skip
+        with self.sums.writing(HISTORY):
+            append_text(path, "", at=size)
+        self.lines = size, crc
+        return [json.loads(line) for line in content.splitlines()]
 
     def _summary(self, history: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
-        best, oracle = self._best(history, "valid"), self._best(history, "test")
+        best = self._best(history, "valid")
+        oracle = self._best(history, "test") if "test" in self.scored else None
         steady = [r["seconds"] for r in history[1:]] or [history[0]["seconds"]]
 
         def numbers(record: dict[str, Any], split: str) -> dict[str, Any]:
@@ -620,23 +841,23 @@ class _Trainer:
             "best_epoch": best["epoch"],
             "valid": numbers(best, "valid"),
             "test": numbers(best, "test"),
-            "oracle_test": numbers(oracle, "test") | {"epoch": oracle["epoch"]},
+            "oracle_test": numbers(oracle, "test") | {"epoch": oracle["epoch"]} if oracle else {},
             "data_wait_share": sum(r.get("waiting_seconds", 0.0) for r in history) / sum(r["seconds"] for r in history),
             "samples_per_second": len(self.dataset.splits["train"]) * len(steady) / sum(steady),
             "peak_memory_mb": _peak_memory_mb(self.device),
             "wall_s": wall_s,
             "environment": environment(str(self.device)),
         }
-        write_json(self.out / "metrics.json", summary)
-        metrics.write_metrics_csv(self.out / "metrics.csv", summary)
+        write_json(self.out / METRICS, summary)
+        metrics.write_metrics_csv(self.out / METRICS_CSV, {k: v for k, v in summary.items() if v != {}})
         return summary
 
     def _write_features(self) -> None:
         state, _ = checkpoint.load(self.out / BEST)
         checkpoint.load_into(self.model, state["model"], str(self.out / BEST))
         for split, loader in (self.loaders | {"train": self.unshuffled_train}).items():
-            result = self.step.evaluate(loader)
-            _write_features(self.out / f"features_{split}.safetensors", self.dataset.splits[split].ids, result)
+            result = self._evaluate(split, loader)
+            _write_features(self.out / f"features_{split}.safetensors", self.dataset.splits[split], result)
 
 
 # -- helpers ---------------------------------------------------------------------------------------
@@ -676,28 +897,79 @@ def _set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _finished(folder: Path) -> RunResult | None:
-    """The result of a run in `folder` if it has done all its epochs."""
-    if not (folder / "metrics.json").exists() or not (folder / HISTORY).exists():
-        return None
-    done = (folder / HISTORY).read_text(encoding="utf-8").count("\n")
-    if done < load_config(folder / "config.yaml").epochs:
-        return None
-    return RunResult(folder, json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+def _refuse_other_ranks() -> None:
+    """A run has one process: started once a device, as torchrun does, all but the first would repeat its work."""
+    rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if rank.isdigit() and world.isdigit() and 0 < int(rank) < int(world) and not together:
+        raise ConfigError(
+            "environment",
+            f"RANK={rank} of WORLD_SIZE={world}, and no process group",
+            "one process a run",
+            "Start engine without torchrun: a run trains in one process.",
+        )
 
 
-def _differences(a: Config, b: Config) -> list[str]:
-    free = {"epochs", "threads", "device", "output", "preset"}
-    x, y = a.model_dump(), b.model_dump()
-    for data in (x["data"], y["data"]):
-        del data["path"], data["loader"], data["workers"]  # which loader makes the batches does not change them
-    for train in (x["train"], y["train"]):
-        del train["graphs"]  # how the steps are launched changes no more than rounding
-    return [key for key in x if key not in free and x[key] != y[key]]
+def _finished(config: Config, folder: Path, dataset: Dataset) -> RunResult | None:
+    """The result of a run in `folder` that has done all epochs of `config` on this data and lacks no file.
+
+    None: it has to go on, which also tells what is wrong with it.
+    """
+    needed = [CONFIG, METRICS, METRICS_CSV, HISTORY, NORMALIZER]
+    needed += [f"predictions_{split}.csv" for split in dataset.splits if split != "train"]
+    needed += [REPORT] * config.output.report + list(FEATURES) * config.output.features
+    if not all((folder / name).is_file() for name in (*needed, BEST, LAST)):
+        return None
+    try:
+        _, meta = checkpoint.load(folder / LAST)
+        checkpoint.load(folder / BEST)
+        verify(folder, *needed)
+        differing = _differences(_settings_of(folder, meta), config, FREE)
+    except EngineError:
+        return None
+    if meta["epoch"] + 1 < config.epochs or differing or _other_data(dataset, meta):
+        return None
+    return RunResult(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
+
+
+FREE = {
+    "preset", "epochs", "threads", "device", "output",
+    "data.path", "data.loader", "data.workers",  # which loader makes the batches does not change them
+    "data.label_scale",  # what is reported does not change the training
+    "train.graphs",  # how the steps are launched changes no more than rounding
+}  # fmt: skip
+"""Settings, or sections of them, that may change when a run goes on."""
+
+
+def _settings_of(folder: Path, meta: dict[str, Any]) -> Config:
+    """The settings that a checkpoint was trained with; older versions kept them in config.yaml only."""
+    return Config(**meta["settings"]) if "settings" in meta else load_config(folder / CONFIG).resolve()
+
+
+def _differences(saved: Config, given: Config, free: set[str]) -> list[str]:
+    """`key=value, not value` of every setting that differs and is not free."""
+    x, y = _flat(saved.model_dump(mode="json"), free), _flat(given.model_dump(mode="json"), free)
+    return [f"{key}={text_of(y.get(key))}, not {text_of(x.get(key))}" for key in {**x, **y} if x.get(key) != y.get(key)]
+
+
+def _flat(values: dict[str, Any], free: set[str], prefix: str = "") -> dict[str, Any]:
+    """`{section.key: value}`, the free ones left out."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if (name := prefix + key) in free:
+            continue
+        found |= _flat(value, free, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _other_data(dataset: Dataset, meta: dict[str, Any]) -> list[str]:
+    """The splits whose content is not that of the run's data; older checkpoints do not tell."""
+    known = meta.get("data", dataset.fingerprints)
+    return sorted(name for name in {*known, *dataset.fingerprints} if known.get(name) != dataset.fingerprints.get(name))
 
 
 def _metrics(config: Config, result: EpochResult) -> dict[str, float]:
-    compute = metrics.metrics_for(config.data.dataset, config.model.task)
+    compute = metrics.metrics_for(config.data.dataset, config.model.task, config.data.label_scale)
     return compute(result.prediction.float().cpu().numpy(), result.target.cpu().numpy())
 
 
@@ -712,12 +984,21 @@ def _record(config: Config, result: EpochResult) -> dict[str, Any]:
     return record
 
 
-def _apply(run: Run, data: str | Path, split: str, batch_size: int | None) -> tuple[Dataset, EpochResult]:
-    c, device = run.config, next(run.model.parameters()).device
-    dataset = open_dataset(str(data), c.data, c.text_encoder, normalizer=run.normalizer)
-    if split not in dataset.splits:
-        raise ConfigError("split", repr(split), f"one of {sorted(dataset.splits)}", "Name a split of the data.")
-    for kind in ("audio", "vision"):
+def _open_split(run: Run, data: str | Path, split: str | None) -> tuple[str, Dataset]:
+    """Data to apply a run to, and the split that is meant."""
+    # `format` and `loader` are what the training data and machine allowed: this may be another format and machine
+    settings = run.config.data.model_copy(update={"format": "auto", "loader": "auto", "workers": None})
+    dataset = open_dataset(
+        str(data), settings, run.config.text_encoder, run.normalizer, tokenizer=run.tokenizer, training=False
+    )
+    there = list(dataset.splits)
+    if split is None:
+        split = there[0] if len(there) == 1 else "test"
+    if split not in there:
+        raise ConfigError(
+            "split", f"{split!r}, which {data} does not have", f"one of {', '.join(there)}", "Name a split of the data."
+        )
+    for kind in [m for m in run.config.data.modalities if m != "text"]:
         found, expected = getattr(dataset, f"{kind}_dim"), run.meta[f"{kind}_dim"]
         if found != expected:
             raise ConfigError(
@@ -726,39 +1007,55 @@ def _apply(run: Run, data: str | Path, split: str, batch_size: int | None) -> tu
                 f"{expected}, as the run was trained with",
                 "Use its features.",
             )
+    return split, dataset
+
+
+def _require_labels(split: Split, where: str) -> None:
+    """Raise DataError unless every sample has a label."""
+    gone = torch.nonzero(split.label[:, 0].isnan())
+    if len(gone):
+        row = int(gone[0])
+        raise DataError(
+            where,
+            f"no label for {len(gone)} of {len(split)} samples, row {row} (id {split.ids[row]}) the first",
+            "a label for every sample",
+            "Add the labels, or use engine predict, which needs none.",
+        )
+
+
+def _apply(run: Run, dataset: Dataset, split: str, batch_size: int | None, task: str) -> EpochResult:
+    """Predictions, with the labels as `task` has them."""
+    c, device = run.config, next(run.model.parameters()).device
     loader = dataset.loader(
         split,
         batch_size or c.batch_size,
         shuffle=False,
         seed=c.seed,
         pad_tokens_to=_pad_tokens(c),
-        task=c.model.task,
+        task=task,
         device=device,
-        kind=c.data.loader,
-        workers=c.data.workers,
     )
-    task = losses.task_loss(c.train.loss, c.model.num_class, c.model.task)
-    step = TwoStageStep(run.model, None, task, torch.optim.SGD(run.model.parameters(), lr=0.0))
-    return dataset, step.evaluate(_Passes(loader, device, run.model.prepare))
+    checks.text_fits(c, dataset, run.model.text_encoder, [split])
+    return _predictor(run.model).evaluate(_Passes(loader, device, run.model.prepare))
 
 
-def _write_predictions(path: Path, config: Config, ids: list[str], result: EpochResult) -> None:
-    prediction, label = result.prediction.float().cpu().numpy(), result.target.cpu().numpy()
+def _write_predictions(path: Path, config: Config, split: Split, result: EpochResult) -> None:
+    prediction, label = result.prediction.float().cpu().numpy(), split.label[:, 0].numpy()
     if config.model.task == "classification":
-        metrics.write_predictions(path, ids, label, prediction.argmax(1), scores=prediction)
+        metrics.write_predictions(path, split.ids, label, prediction.argmax(1), scores=prediction)
     else:
-        metrics.write_predictions(path, ids, label.reshape(len(ids), -1)[:, 0], prediction[:, 0])
+        metrics.write_predictions(path, split.ids, label, prediction[:, 0])
 
 
-def _write_features(path: Path, ids: list[str], result: EpochResult) -> None:
+def _write_features(path: Path, split: Split, result: EpochResult) -> None:
     from safetensors.torch import save_file
 
     from engine.files import atomic_path
 
     tensors: dict[str, Tensor] = {k: v.float().cpu().contiguous() for k, v in result.features.items() if k != "C"}
-    tensors["label"] = result.target.reshape(len(ids), -1).float().cpu().contiguous()
+    tensors["label"] = split.label
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"ids": json.dumps(ids)})
+        save_file(tensors, temporary, metadata={"ids": json.dumps(split.ids)})
 
 
 def _peak_memory_mb(device: torch.device) -> float:

@@ -19,6 +19,7 @@ from engine import __version__
 from engine.cli import EXAMPLES, _parser, _settings, _split_seeds, _train_epilog, main
 from engine.config import COMMON_KEYS, Config, load_config, presets
 from engine.errors import DataError
+from engine.run_folder import FILES
 
 PROJECT = Path(__file__).resolve().parents[1]
 METRICS = {"best_epoch": 3, "test": {"mae": 0.75, "corr": 0.7, "acc7": None}}
@@ -206,7 +207,7 @@ def test_evaluate(calls: list, data: Path, tmp_path: Path, capsys):
                "--device", "cuda:1") == 0  # fmt: skip
     assert json.loads(capsys.readouterr().out) == METRICS["test"]
     assert calls == [
-        ("evaluate", (tmp_path, data), {"split": "test", "batch_size": None, "device": "auto"}),
+        ("evaluate", (tmp_path, data), {"split": None, "batch_size": None, "device": "auto"}),
         ("evaluate", (tmp_path, data), {"split": "valid", "batch_size": 7, "device": "cuda:1"}),
     ]
     assert "no such folder" in fails(capsys, "evaluate", "--run", tmp_path / "no", "--data", data)
@@ -216,7 +217,7 @@ def test_evaluate(calls: list, data: Path, tmp_path: Path, capsys):
 
 def test_predict(calls: list, data: Path, tmp_path: Path):
     assert run("predict", "--run", tmp_path, "--data", data, "--out", tmp_path / "p.csv") == 0
-    assert calls == [("predict", (tmp_path, data, tmp_path / "p.csv"), {"split": "test", "device": "auto"})]
+    assert calls == [("predict", (tmp_path, data, tmp_path / "p.csv"), {"split": None, "device": "auto"})]
 
 
 def test_convert(calls: list, data: Path, tmp_path: Path):
@@ -271,9 +272,13 @@ def test_demo_replaces_an_earlier_demo_and_nothing_else(calls: list, tmp_path: P
 
     load_config("demo").save(tmp_path / "demo/config.yaml")
     (tmp_path / "demo/tensorboard").mkdir()
-    (tmp_path / "demo/notes.txt").write_text("mine")
+    (tmp_path / "demo/tensorboard/events.out.tfevents.1").touch()
+    for name in (*FILES, *(mine := ["labels.csv", "more.yaml", "notes.txt", "results.json", "w.safetensors"])):
+        (tmp_path / "demo" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "demo" / name).touch()
+    load_config("demo").save(tmp_path / "demo/config.yaml")
     assert run("demo", "--out", tmp_path / "demo") == 0
-    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == mine
 
     load_config("mosi").save(tmp_path / "other/config.yaml")
     capsys.readouterr()

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from engine.compat import (
 from engine.config import Config, keys, load_config
 from engine.errors import CheckpointError, ConfigError, EngineError, OutputError
 from engine.loaders.batch import Batch
+from tests.loaders.test_text import small_tokenizer
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "moving_from_mimrl.md"
 
@@ -412,6 +414,22 @@ class TestImport:
         saved, meta = checkpoint.load(tmp_path / "run" / "best.safetensors")
         assert torch.equal(saved["model"]["text_projection.weight"], state["module.W_t.weight"])
         assert (meta["audio_dim"], meta["vision_dim"], meta["epoch"]) == (5, 7, None)
+
+    def test_the_run_holds_its_tokenizer(self, tmp_path, bert_folder):
+        """So that it predicts where the text encoder's folder is not."""
+        from engine.loaders.text import load_tokenizer
+        from engine.trainer import load_run
+
+        encoder = small_tokenizer(tmp_path / "encoder")
+        shutil.copy(Path(bert_folder) / "config.json", encoder)
+        wanted = load_tokenizer(str(encoder)).fingerprint
+        state, _ = reference_state(ARCHITECTURES["gru"])
+        torch.save(state, tmp_path / "x.pth.tar")
+        import_checkpoint(tmp_path / "x.pth.tar", tmp_path / "run", text_encoder=str(encoder))
+        shutil.rmtree(encoder)
+        assert load_run(tmp_path / "run").tokenizer.fingerprint == wanted
+        notes = import_checkpoint(tmp_path / "x.pth.tar", tmp_path / "other", text_encoder=bert_folder)
+        assert any(note.startswith("tokenizer: ") and "tokenizer.json" in note for note in notes)
 
     def test_notes_tell_what_is_certain(self, tmp_path, bert_folder):
         state, _ = reference_state(ARCHITECTURES["cat over time, conv"])

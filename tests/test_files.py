@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import OutputError
-from engine.files import atomic_file, atomic_path, output_error, write_json, write_text
+from engine.files import append_text, atomic_file, atomic_path, output_error, sweep_folder, write_json, write_text
 
 
 def names(folder):
@@ -157,3 +157,40 @@ def test_atomic_file_leaves_nothing_on_failure(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="expected a folder"), atomic_file(tmp_path / "file" / "a.bin"):
         pass
+
+
+def test_atomic_path_clears_away_what_killed_processes_left(tmp_path):
+    for name in (".x.json.a.part", ".y.json.a.part"):
+        (tmp_path / name).touch()
+    with atomic_path(tmp_path / "x.json") as temporary:
+        with atomic_path(tmp_path / "x.json") as second:
+            second.write_text("second")
+        assert temporary.exists()  # it is locked, so nobody takes it for a left-over
+        temporary.write_text("first")
+    assert names(tmp_path) == [".y.json.a.part", "x.json"]
+    with atomic_path(tmp_path / "x.json"):
+        sweep_folder(tmp_path)
+        assert len(names(tmp_path)) == 2
+    assert names(tmp_path) == ["x.json"]
+
+
+def test_the_previous_file_is_kept(tmp_path):
+    path, previous = tmp_path / "new", tmp_path / "old"
+    for text in ("1", "2", "3"):
+        with atomic_path(path, previous) as temporary:
+            temporary.write_text(text)
+    assert (path.read_text(), previous.read_text()) == ("3", "2")
+    with pytest.raises(ZeroDivisionError), atomic_path(path, previous):
+        _ = 1 / 0
+    assert (path.read_text(), previous.read_text()) == ("3", "2")
+
+
+def test_appending_cuts_off_what_lies_beyond(tmp_path):
+    path = tmp_path / "lines"
+    append_text(path, "σ1\n", at=0)
+    append_text(path, "half a li", at=4)
+    append_text(path, "2\n", at=4)
+    assert path.read_text(encoding="utf-8") == "σ1\n2\n"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError):
+        append_text(tmp_path / "folder", "x", at=0)

@@ -125,3 +125,30 @@ def test_bad_labels(name):
         loss(torch.randn(3, 3), torch.tensor([0, 1]))
     with pytest.raises(DataError, match=r"expected \[batch, 3\]"):
         loss(torch.randn(3, 2), torch.tensor([0, 1, 0]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_types_and_devices_that_do_not_fit(name):
+    classes = 1 if name in REGRESSION else 3
+    loss, output = task_loss(name, classes), torch.randn(6, classes)
+    labels = torch.arange(6) % 2
+    for wrong_output, wrong_labels, match in (
+        (output.long(), labels, "output of torch.int64"),
+        (output, labels.to(torch.complex64), "labels of torch.complex64"),
+        (output, labels.to("meta"), "labels on meta"),
+        (output, labels.tolist(), "a list as target"),
+        (output.numpy(), labels, "a ndarray as output"),
+    ):
+        with pytest.raises(DataError, match=match) as caught:
+            loss(wrong_output, wrong_labels)
+        assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, 1.5, 2.0, float("nan"), float("inf")])
+def test_shares_of_classes_out_of_range(wrong):
+    output, target = torch.randn(4, 3), F.one_hot(torch.tensor([0, 1, 2, 0]), 3).float()
+    expected = F.binary_cross_entropy_with_logits(output, target)
+    torch.testing.assert_close(task_loss("BCE", 3)(output, target), expected)
+    target[1, 2] = wrong
+    with pytest.raises(DataError, match=f"BCE loss: found label {wrong:g}; expected 0 or 1"):
+        task_loss("BCE", 3)(output, target)

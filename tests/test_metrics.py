@@ -12,16 +12,22 @@ from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_su
 from engine.errors import DataError, OutputError
 from engine.metrics import (
     AVEC2019_KEYS,
+    PLAIN_KEYS,
     REGRESSION_KEYS,
+    SIMS_KEYS,
     avec2019_metrics,
     classification_metrics,
     metrics_for,
     mmsa_names,
+    mmsa_sims_names,
+    plain_metrics,
     read_predictions,
     reference_names,
     regression_metrics,
     selection,
     sentiment_classes,
+    sims_classes,
+    sims_metrics,
     summary,
     weighted_f1,
     write_metrics_csv,
@@ -154,7 +160,57 @@ def test_single_class():
     assert ours["acc"] == 1.0 and math.isnan(ours["recall_1"]) and math.isnan(ours["precision_1"])
 
 
-@pytest.mark.parametrize("call", [regression_metrics, avec2019_metrics])
+SIMS_GRID = [-1.5, -1, -0.8, -0.7, -0.4, -0.1, -0.0, 0.0, 0.1, 0.2, 0.7, 0.8, 1.0, 3.0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(*[st.one_of(st.sampled_from(SIMS_GRID), st.floats(-2, 2, width=32))] * 2), min_size=1))
+def test_sims_against_intervals_and_sklearn(pairs):
+    """MMSA's classes are the intervals (edge, next edge] of values clipped to +-1, in float32."""
+    p, y = np.array(pairs, np.float32).T
+    ours = sims_metrics(p, y)
+    assert tuple(ours) == SIMS_KEYS
+    clipped = [np.clip(v, np.float32(-1), np.float32(1)) for v in (p, y)]
+
+    def classes(v, *edges):
+        bounds = np.array([-1.01, *edges, 1.01], np.float32)
+        return [next(k for k in range(len(edges) + 1) if bounds[k] < x <= bounds[k + 1]) for x in v]
+
+    for n, edges in ((2, [0]), (3, [-0.1, 0.1]), (5, [-0.7, -0.1, 0.1, 0.7])):
+        a, b = (classes(v, *edges) for v in clipped)
+        assert ours[f"acc{n}_sims"] == pytest.approx(accuracy_score(b, a))
+        assert sims_classes(y, n).tolist() == b
+    a, b = (classes(v, 0) for v in clipped)
+    assert ours["f1_sims"] == pytest.approx(f1_score(b, a, average="weighted"))
+    assert ours["mae"] == pytest.approx(np.abs(p.astype(float) - y).mean())
+    assert ours["mae_sims"] == pytest.approx(np.abs(clipped[0].astype(float) - clipped[1]).mean())
+
+
+def test_a_constant_on_the_sims_scale(tmp_path):
+    y = np.round(np.linspace(-1, 1, 11), 1)
+    ours = metrics_for("sims", "regression")(np.zeros(11), y)
+    # of -1, -.8 .. 1: six are in [-1, 0], one in (-.1, .1]
+    assert ours["acc2_sims"] == pytest.approx(6 / 11)
+    assert ours["acc3_sims"] == ours["acc5_sims"] == pytest.approx(1 / 11)
+    write_summary_csv(tmp_path / "s.csv", {"m": [ours, ours]})
+    header, row = csv.reader((tmp_path / "s.csv").read_text().splitlines())
+    found = dict(zip(header, row, strict=True))
+    assert found["Mult_acc_5"] == "(9.09, 0.00)" and found["Mult_acc_2"] == "(54.55, 0.00)"
+    assert set(mmsa_sims_names.values()) < set(found) and "Mult_acc_7" not in found
+
+
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (0.0, 3.0), (1.0, 7.0)])
+def test_a_custom_scale_has_no_classes(values, tmp_path):
+    y = np.linspace(*values, 9)
+    ours = metrics_for("custom", "regression")(y + 0.5, y)
+    assert tuple(ours) == PLAIN_KEYS
+    assert ours["mae"] == pytest.approx(0.5) and ours["rmse"] == pytest.approx(0.5)
+    assert ours["corr"] == pytest.approx(1) and ours["ccc"] == pytest.approx(2 * y.var() / (2 * y.var() + 0.25))
+    write_summary_csv(tmp_path / "s.csv", {"m": [ours]})
+    assert (tmp_path / "s.csv").read_text().splitlines()[0] == "Model,MAE,Corr,ccc,rmse"
+
+
+@pytest.mark.parametrize("call", [regression_metrics, avec2019_metrics, sims_metrics, plain_metrics])
 def test_bad_values(call):
     with pytest.raises(DataError, match="2 predictions and 3 labels"):
         call([1.0, 2.0], [1.0, 2.0, 3.0])
@@ -175,18 +231,25 @@ def test_bad_classes():
 
 
 def test_choice_by_dataset_and_task():
-    assert metrics_for("mosi", "regression") is metrics_for("custom", "regression") is regression_metrics
+    assert metrics_for("mosi", "regression") is metrics_for("custom", "regression", "mosi") is regression_metrics
+    assert metrics_for("custom", "regression") is metrics_for("mosei", "regression", "none") is plain_metrics
+    assert metrics_for("sims", "regression") is metrics_for("custom", "regression", "sims") is sims_metrics
+    assert selection("custom", "regression", "phq8") == ("ccc", True)
+    assert selection("avec2019", "regression", "none") == ("ccc", True)
     assert metrics_for("avec2019", "regression") is avec2019_metrics
     assert metrics_for("mosei", "classification") is classification_metrics
     assert selection("mosi", "regression") == ("mae", False)
     assert selection("avec2019", "regression") == ("ccc", True)
     assert selection("avec2019", "classification") == ("acc", True)
-    for dataset in ("mosi", "mosei", "avec2019", "custom"):
+    for dataset in ("mosi", "mosei", "sims", "avec2019", "custom"):
         assert selection(dataset, "regression")[0] in metrics_for(dataset, "regression")([0.1, 0.2], [0.0, 1.0])
 
 
 def test_names_of_others_cover_ours():
     assert set(REGRESSION_KEYS) == set(mmsa_names) and set(REGRESSION_KEYS) <= set(reference_names)
+    assert set(mmsa_sims_names) | {"mae", "corr"} == set(SIMS_KEYS)
+    classes = {key for key in (*REGRESSION_KEYS, *SIMS_KEYS) if key.startswith(("acc", "f1"))}
+    assert len(classes) == 10, "an accuracy of one scale has the name of another's"
     assert len(set(reference_names.values())) == len(reference_names)
 
 

@@ -12,6 +12,7 @@ from engine.files import write_json
 from engine.metrics import (
     avec2019_metrics,
     classification_metrics,
+    metrics_for,
     regression_metrics,
     write_predictions,
 )
@@ -23,13 +24,16 @@ ESTIMATORS = (
     *("I(A;C|T)", "I(T;A|C)", "I(V;C|T)", "I(T;V|C)", "I(T;C|A)", "I(T;C|V)"),
 )
 
+# These runs are made by hand.
+pytestmark = pytest.mark.filterwarnings("ignore:.*no checksums.json")
+
 
 def fake_run(folder, kind="sentiment", epochs=8, features=True, truth=True, n=400, seed=0):
-    """A run folder as training leaves it, with plausible numbers. kind: sentiment, avec2019 or classification."""
+    """A run folder as training leaves it, with plausible numbers. kind: as `engine.report.Run.kind`."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     config = Config(preset="demo", epochs=max(epochs, 1))
-    config.data.dataset = "avec2019" if kind == "avec2019" else "mosi"
+    config.data.dataset = {"avec2019": "avec2019", "sims": "sims", "regression": "custom"}.get(kind, "mosi")
     if kind == "classification":
         config.model.task, config.model.num_class, config.train.loss = "classification", 3, "CE"
     config.save(folder / "config.yaml")
@@ -43,6 +47,11 @@ def fake_run(folder, kind="sentiment", epochs=8, features=True, truth=True, n=40
             label = np.round(rng.uniform(-3, 3, n), 1).astype(np.float32)
             prediction = (0.8 * label + rng.normal(0, 0.7 + offset, n)).astype(np.float32)
             measured = regression_metrics(prediction, label)
+        elif kind in ("sims", "regression"):
+            low, high = (-1, 1) if kind == "sims" else (1, 7)
+            label = np.round(rng.uniform(low, high, n), 1).astype(np.float32)
+            prediction = (0.8 * label + rng.normal(0, 0.2 + offset, n)).astype(np.float32)
+            measured = metrics_for("sims" if kind == "sims" else "custom", "regression")(prediction, label)
         elif kind == "avec2019":
             label = (rng.integers(0, 25, n) / 25).astype(np.float32)
             prediction = (0.5 * label + 0.2 + rng.normal(0, 0.12, n)).astype(np.float32)
@@ -228,6 +237,16 @@ def test_hostile_text_stays_text(tmp_path):
     assert evil in page.charts()[-1]["text"][0]
     assert "<b>run" in page.text
     assert "Content-Security-Policy" in text
+
+
+def test_a_scale_has_its_own_metrics_and_no_other(tmp_path):
+    page = report(fake_run(tmp_path / "sims", "sims")).text
+    test = json.loads((tmp_path / "sims" / "metrics.json").read_text())["test"]
+    assert f"{100 * test['acc5_sims']:.2f} %" in page and "Confusion by class" in page and "to −0.7" in page
+    assert "Acc-7" not in page and "non-negative" not in page
+    page = report(fake_run(tmp_path / "custom", "regression")).text
+    assert "Acc-" not in page and "Confusion" not in page and "RMSE" in page and "The largest errors" in page
+    assert "1.00 to 2.20" in page  # the legend divides the labels' own range
 
 
 def test_avec2019(tmp_path):

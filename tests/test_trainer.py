@@ -48,6 +48,10 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def config(data, text_encoder) -> Config:
+    return small_config(data, text_encoder)
+
+
+def small_config(data: Path, text_encoder: Path) -> Config:
     return Config(
         epochs=3,
         batch_size=6,
@@ -481,7 +485,7 @@ class TestBadInput:
         trainer.train(changed(config, epochs=1), tmp_path / "run")
         real = checkpoint.save
 
-        def full(path, state, meta=None):
+        def full(path, state, meta=None, previous=None):
             raise OutputError(str(path), "no space left on the device", "room for the file", "Free some space.") from (
                 OSError(errno.ENOSPC, "No space left on device")
             )

@@ -65,7 +65,7 @@ def collate(rows, tokenizer, time_len):
 def load_tokenizer(name):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(minilm_folder() if name == "minilm" else name)
+    return AutoTokenizer.from_pretrained(minilm_folder() if name == "minilm" else name, trust_remote_code=False)
 
 
 def make_loader(data, batch_size, time_len, tokenizer, shuffle=True):

@@ -29,7 +29,7 @@ def bert_base() -> str:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     torch.manual_seed(0)
     BertModel(BertConfig()).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(minilm_folder(), trust_remote_code=False).save_pretrained(folder)
     return folder
 
 

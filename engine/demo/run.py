@@ -16,6 +16,7 @@ from engine.demo.generator import write_demo_files
 from engine.demo.information import compare_with_truth
 from engine.errors import ConfigError
 from engine.files import user_path, write_json
+from engine.run_folder import TRUTH, Checksums
 from engine.trainer import train
 
 
@@ -45,7 +46,8 @@ def run_demo(out: str | Path, overrides: Iterable[str] = ()) -> None:
         truth["latents"] = compare_with_truth(
             config.seed, on_term=lambda name: status.update(f"estimators on the raw latents: {name}")
         )
-    write_json(out / "truth.json", truth)
+    with Checksums(out).writing(TRUTH):
+        write_json(out / TRUTH, truth)
     console.print(information_table(truth["latents"]))
 
     result = train(config, out)

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from engine.kernels.gradients import update_buffer
 from engine.kernels.mi_bounds.op import check_temperature, infonce, mi_lower_bound
+from engine.kernels.mi_bounds.reference import check_settings
 
 
 class InfoNCE(nn.Module):
@@ -34,8 +36,9 @@ class InfoNCE(nn.Module):
         reduction: str = "mean",
     ):
         super().__init__()
+        if isinstance(temperature, Tensor) and temperature.numel() == 1:
+            temperature = temperature.item()
         check_temperature("InfoNCE", temperature)
-        temperature = float(temperature)
         self.cosine, self.symmetric, self.reduction = cosine, symmetric, reduction
         self.fixed_temperature = temperature
         if learnable:
@@ -87,6 +90,7 @@ class MILowerBound(nn.Module):
         groups: int | None = None,
     ):
         super().__init__()
+        check_settings("MILowerBound", alpha, smile_tau, ema_rate)
         self.bound, self.alpha, self.smile_tau, self.ema_rate = bound, alpha, smile_tau, ema_rate
         if bound == "mine":
             # -inf is the logarithm of an average that has not begun
@@ -109,7 +113,7 @@ class MILowerBound(nn.Module):
             return mi_lower_bound(scores_or_q, k, **settings)
         value, log_ema = mi_lower_bound(scores_or_q, k, log_ema=self.log_ema, ema_rate=self.ema_rate, **settings)
         if self.training:
-            self.log_ema.copy_(log_ema)
+            update_buffer("MINE's moving average", self.log_ema, log_ema)
         return value
 
     def extra_repr(self) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from engine.errors import ConfigError
+from engine.kernels.gradients import no_gradient, transformed
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
@@ -60,7 +61,8 @@ class use_backend:
     for all threads, because torch runs backward passes in threads of its own. The environment variable ENGINE_BACKEND
     sets it at the start.
 
-    "auto" takes triton for CUDA tensors where triton is installed, cpu for CPU tensors, else reference.
+    "auto" takes triton for CUDA tensors where triton is installed, cpu for CPU tensors, else reference. Within the
+    transforms of torch.func and under forward-mode AD it takes reference.
 
     Raises:
         ConfigError: an unknown name, or "triton" where triton is not installed.
@@ -128,6 +130,7 @@ def register(
     if cuda is not None:
         LIB.impl(name, run, "CUDA")
     torch.library.register_fake(f"engine::{name}", fake, lib=LIB)
+    torch.library.register_autograd(f"engine::{name}", no_gradient(name), lib=LIB)
 
 
 def call(name: str, *args: Any) -> Any:
@@ -171,6 +174,13 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
         _check(setting, "ENGINE_BACKEND")
     if setting == "reference":
         return "reference"
+    if not torch.compiler.is_compiling() and transformed():
+        if setting == "auto":
+            return "reference"
+        raise ConfigError(
+            f"backend {setting}", "a transform of torch.func, or forward-mode AD", "plain tensors",
+            'use_backend("auto") or use_backend("reference"): the formulas, which torch transforms.',
+        )  # fmt: skip
     has_kernels = op is None or _operations[op].cuda is not None
     if setting == "auto":
         chosen = "cpu" if device == "cpu" else "reference"

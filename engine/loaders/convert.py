@@ -53,7 +53,8 @@ def convert(
     Raises:
         DataError: anything that keeps the data from being used or the store from being written.
     """
-    tokenizer = None if text_encoder == PRECOMPUTED else load_tokenizer(text_encoder)
+    needs_text = "text" in (choice or Choice()).modalities
+    tokenizer = load_tokenizer(text_encoder) if needs_text and text_encoder != PRECOMPUTED else None
     target = store_path(dst)
     if is_store(src):
         data = _opened(src, target, length_rule)
@@ -68,7 +69,8 @@ def convert(
         except OutputError as problem:
             raise no_room(problem) from problem
         data.meta["sha256"] = source_sums(source, beside)
-    require_text(data, tokenizer, str(src), text_encoder)
+    if needs_text:
+        require_text(data, tokenizer, str(src), text_encoder)
     return write_store(target, tokenised(data, tokenizer) if tokenizer else data, dtype)
 
 

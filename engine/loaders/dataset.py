@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import AugmentConfig, DataConfig
+from engine.config import MODALITIES, AugmentConfig, DataConfig
 from engine.errors import DataError, OutputError
 from engine.kernels.ragged import Source
 from engine.loaders import formats
@@ -29,15 +30,18 @@ from engine.loaders.store import (
     cache_places,
     describe_tokenizer,
     fingerprint,
+    held_back,
     is_store,
     is_writable,
     open_store,
     prepare,
+    training_problems,
     write_store,
 )
 from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
 
 Modality = Literal["audio", "vision"]
+UNKNOWN_SHARE = 0.1  # of tokens: above it the text encoder is hardly the right one
 
 log = logging.getLogger("engine")
 
@@ -55,6 +59,7 @@ class DataReport:
         nonfinite: split -> modality -> values replaced by 0.
         missing: split -> modality -> samples without it.
         notes: remarks of the reader.
+        unknown: split -> (unknown, all) tokens of its texts.
     """
 
     format: str
@@ -63,18 +68,27 @@ class DataReport:
     nonfinite: dict[str, dict[str, int]]
     missing: dict[str, dict[str, int]]
     notes: list[str] = field(default_factory=list)
+    unknown: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Sentences for the user; none where nothing was met."""
         out = []
-        for modality in ("audio", "vision", "text"):
+        for modality in ("audio", "vision", "text", "features"):
             gone = {s: m[modality] for s, m in self.missing.items() if m.get(modality)}
             bad = {s: m[modality] for s, m in self.nonfinite.items() if m.get(modality)}
             if gone:
                 kept = "an empty text" if modality == "text" else "one zero frame"
-                out.append(f"{sum(gone.values())} samples without {modality}, kept as {kept} ({_listed(gone)})")
+                name = "text features" if modality == "features" else modality
+                out.append(f"{sum(gone.values())} samples without {name}, kept as {kept} ({_listed(gone)})")
             if bad:
                 out.append(f"{sum(bad.values())} NaN or infinite {modality} values replaced by 0 ({_listed(bad)})")
+        unknown, tokens = (sum(counts) for counts in zip((0, 0), *self.unknown.values(), strict=True))
+        if unknown > UNKNOWN_SHARE * tokens:
+            shares = ", ".join(f"{name} {100 * u / max(n, 1):.0f} %" for name, (u, n) in self.unknown.items())
+            out.append(
+                f"{100 * unknown / tokens:.0f} % of the tokens are unknown to the text encoder, which reads nothing in "
+                f"them ({shares}): name one of the texts' language with text_encoder"
+            )
         return out + self.notes
 
 
@@ -87,7 +101,7 @@ class Split:
 
     Attributes:
         ids: N names. text: N transcripts ("" where the data has none).
-        label: float32 [N, 1].
+        label: float32 [N, 1]; NaN where a sample has none.
         tokens: ragged int32 or None; features: ragged float32 or None.
         precision: dtype of normalised frames, "float32" or "float16".
     """
@@ -257,15 +271,16 @@ def _label(split: Split, task: Literal["regression", "classification"]) -> Tenso
 
 
 def _classes(split: Split) -> Tensor:
-    label = split.label[:, 0]
-    wrong = torch.nonzero((label != label.round()) | (label < 0))
+    """Class numbers, int64 [N]; -1 where a sample has none."""
+    label = split.label[:, 0].nan_to_num(-1.0)
+    wrong = torch.nonzero(~split.label[:, 0].isnan() & ((label != label.round()) | (label < 0)))
     if len(wrong):
         row = int(wrong[0])
         raise DataError(
             f"label, row {row} (id {split.ids[row]})",
             f"{float(label[row]):g}",
             "a class number 0, 1, 2, ...",
-            "Use task regression.",
+            "Use model.task=regression, or name the labels that hold classes (data.label_key, data.label_column).",
         )
     return label.long()
 
@@ -274,16 +289,22 @@ class Dataset:
     """An open data set.
 
     Attributes:
-        splits: "train", "valid", "test" -> Split.
-        audio_dim, vision_dim, text_dim: feature columns; text_dim is 0 unless text features are precomputed.
+        splits: "train", "valid", "test" -> Split, those that there are.
+        audio_dim, vision_dim, text_dim: feature columns; text_dim is 0 unless text features are precomputed. Those of a
+            modality that is not in data.modalities are 0.
+        tokenizer: whose tokens the texts have; None without tokens.
         normalizer: the statistics in use.
         report: what was replaced or missing.
         pad_id, closing_id, time_len: of the tokens in batches.
     """
 
     def __init__(self, data: StoreData, config: DataConfig, tokenizer: Tokenizer | None, normalizer: Normalizer | None):
-        meta, train = data.meta, data.splits["train"]
-        self.time_len = config.time_len
+        meta, modalities = data.meta, config.modalities
+        tokenizer = tokenizer if "text" in modalities else None
+        data = StoreData(meta, {name: split.only(modalities) for name, split in data.splits.items()})
+        self.time_len, self.tokenizer = config.time_len, tokenizer
+        # without a training split (in prediction) there are statistics, and any split has the widths
+        train = data.splits.get("train") or next(iter(data.splits.values()))
         train.check()
         self.normalizer = normalizer or Normalizer.fit(train, config)
         train.check()
@@ -291,6 +312,9 @@ class Dataset:
         self.closing_id = tokenizer.closing_id if tokenizer else -1
         self._empty = tokenizer.encode([""]).values.tolist() if tokenizer else []
         self._unknown = tokenizer.unknown if tokenizer else 0
+        if normalizer is not None:
+            data = _as_trained(data, normalizer)
+            train = data.splits.get("train") or next(iter(data.splits.values()))
         if tokenizer is not None:
             data = tokenised(data, tokenizer)
         self.splits = {
@@ -304,17 +328,28 @@ class Dataset:
             )
             for name, split in data.splits.items()
         }
-        self.audio_dim, self.vision_dim = train.audio.dim, train.vision.dim
-        self.text_dim = train.features.dim if tokenizer is None and train.features is not None else 0
-        counts = meta["counts"]
+        self.audio_dim = train.audio.dim if "audio" in modalities else 0
+        self.vision_dim = train.vision.dim if "vision" in modalities else 0
+        precomputed = "text" in modalities and tokenizer is None and train.features is not None
+        self.text_dim = train.features.dim if precomputed else 0
+        self._content = data
+        counts, counted = meta["counts"], (*modalities, *(["features"] if "text" in modalities else []))
         self.report = DataReport(
             meta["format"],
             meta["source"],
             meta["length_rule"],
-            {name: c["nonfinite"] for name, c in counts.items()},
-            {name: c["missing"] for name, c in counts.items()},
+            *(
+                {name: {m: n for m, n in c[kind].items() if m in counted} for name, c in counts.items()}
+                for kind in ("nonfinite", "missing")
+            ),
             list(meta["notes"]) + (_beyond(data, config.time_len) if meta.get("cut") else []),
+            {n: tokenizer.unknown_share(s.tokens) for n, s in data.splits.items()} if tokenizer else {},
         )
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """sha256 of each split's content, see `StoreData.fingerprints`."""
+        return self._content.fingerprints()
 
     def loader(
         self,
@@ -360,7 +395,7 @@ class Dataset:
         lengths = None
         if max_padding is not None:
             columns = np.stack([data.lengths("audio"), data.lengths("vision")], 1)
-            lengths = Lengths(columns, np.array([self.audio_dim, self.vision_dim]))
+            lengths = Lengths(columns, np.array([max(self.audio_dim, 1), max(self.vision_dim, 1)]))
         sampler = Sampler(
             len(data), batch_size, shuffle, seed, drop_last, drop_singleton, max_padding,
             torchrun_shard() if shard == "torchrun" else shard, lengths,
@@ -378,9 +413,27 @@ class Dataset:
         )  # fmt: skip
 
 
+def _as_trained(data: StoreData, normalizer: Normalizer) -> StoreData:
+    """The same data, a modality that a split lacks in every sample as wide as in the run's training data."""
+    splits = {}
+    for name, split in data.splits.items():
+        missing = data.meta["counts"][name]["missing"]
+        gone = [m for m in ("audio", "vision") if missing.get(m) == len(split)]
+        splits[name] = split.widened({m: getattr(normalizer, m).dim for m in gone})
+    return StoreData(data.meta, splits)
+
+
 def choice_of(data: DataConfig) -> Choice:
     """What the settings say to take where the data has several of a kind."""
-    return Choice(data.audio_features, data.vision_features, data.text_features, data.label_column, data.align)
+    return Choice(
+        data.audio_features,
+        data.vision_features,
+        data.text_features,
+        data.label_column,
+        data.align,
+        data.label_key,
+        tuple(data.modalities),
+    )
 
 
 def load_prepared(
@@ -389,6 +442,7 @@ def load_prepared(
     tokenizer: Tokenizer | None,
     expected: str | None = None,
     choice: Choice | None = None,
+    training: bool = True,
 ) -> StoreData:
     """The content of `path`: of the store it names, or of the store made from it on first use.
 
@@ -397,6 +451,7 @@ def load_prepared(
         tokenizer: None asks for precomputed text features.
         expected: name of the format that the user says it is.
         choice: what to take where the data has several of a kind. A store keeps the choice it was made with.
+        training: whether the data has to be fit for training, or only for prediction.
 
     Raises:
         DataError: anything that keeps the data from being used.
@@ -406,9 +461,13 @@ def load_prepared(
     rule = "recorded" if rule == "auto" else rule
     source = formats.find_source(path, choice)
     mark = fingerprint(source, csv_beside(source))
-    settings = {"length_rule": rule, "features": tokenizer is None, "expected": expected, **asdict(source.choice)}
-    places = cache_places(source, settings)
-    for place in places:
+    features = tokenizer is None and "text" in source.choice.modalities
+    settings = {"length_rule": rule, "features": features, "expected": expected, **asdict(source.choice)}
+    known = places = cache_places(source, settings)
+    if not training:  # what can be predicted need not be fit for training, so that it has places of its own
+        places = cache_places(source, settings | {"training": False})
+        known = known + places
+    for place in known:
         if place.is_file():
             try:
                 data = open_store(place)
@@ -418,7 +477,7 @@ def load_prepared(
                 return data
     place = next((p for p in places if is_writable(p.parent)), None)
     try:
-        data = read_source(source, rule, tokenizer, expected, mark, place and place.parent)
+        data = read_source(source, rule, tokenizer, expected, mark, place and place.parent, training)
         return data if place is None else open_store(write_store(place, data))
     except OutputError as problem:
         found = problem.found
@@ -427,7 +486,7 @@ def load_prepared(
             raise
         found = problem.found
     # the disk is full, say: training can go on from memory
-    data = read_source(formats.find_source(path, choice), rule, tokenizer, expected, mark, None)
+    data = read_source(formats.find_source(path, choice), rule, tokenizer, expected, mark, None, training)
     data.meta["notes"].append(f"the converted data could not be kept for the next run ({found})")
     return data
 
@@ -439,6 +498,7 @@ def read_source(
     expected: str | None,
     mark: str,
     spool: Path | None,
+    training: bool = True,
 ) -> StoreData:
     """Read foreign files. `spool`: folder for what is read, which is then mapped; None holds it in memory.
 
@@ -447,9 +507,15 @@ def read_source(
         OutputError: no space in `spool`.
     """
     reader = formats.choose_format(source, expected)
+    asked = source.choice.label_key
+    if training and asked not in ("auto", "classes") and not getattr(reader, "label_keys", False):
+        raise DataError(
+            str(source.path), f"a {reader.title} file, with data.label_key={asked}",
+            "an MMSA file, which has several sets of labels", "Leave data.label_key at auto.",
+        )  # fmt: skip
     with spooled(spool):
-        raw = reader.read(source, rule, tokenizer is None)
-    return prepare(source, raw, rule, tokenizer, mark)
+        raw = reader.read(source, rule, tokenizer is None and "text" in source.choice.modalities)
+    return prepare(source, raw, rule, tokenizer, mark, training)
 
 
 def csv_beside(source: formats.Source) -> list[Path]:
@@ -472,8 +538,21 @@ def require_text(data: StoreData, tokenizer: Tokenizer | None, where: str, text_
                 f"{where}, {name}",
                 "no texts",
                 f"transcripts for the text encoder {text_encoder}",
-                "Use text_encoder=features.",
+                "Use text_encoder=features, or leave text out of data.modalities.",
             )
+
+
+def _require_modalities(data: StoreData, modalities: Sequence[str], where: str) -> None:
+    """Raise DataError unless a store was made with all of `modalities`."""
+    kept = data.meta.get("choice", {}).get("modalities", MODALITIES)
+    lacking = [m for m in modalities if m not in kept]
+    if lacking:
+        raise DataError(
+            where,
+            f"a store of {' and '.join(kept)}",
+            f"{' and '.join(lacking)} too, as data.modalities says",
+            f"Set data.modalities=[{', '.join(kept)}], or convert the original files with all of them.",
+        )
 
 
 def tokenised(data: StoreData, tokenizer: Tokenizer) -> StoreData:
@@ -512,6 +591,9 @@ def open_dataset(
     text_encoder: str = "minilm",
     normalizer: Normalizer | None = None,
     expected: str | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    training: bool = True,
 ) -> Dataset:
     """Open a data set for training or evaluation.
 
@@ -520,31 +602,48 @@ def open_dataset(
 
     Args:
         path: a file or folder of any format, or a store.
-        data: length rule, normalisation and time_len are used.
+        data: modalities, length rule, normalisation and time_len are used.
         text_encoder: whose tokeniser to apply; `features` uses precomputed text features.
         normalizer: statistics to use instead of fitting on this data's training split.
         expected: name of the format that the user says it is.
+        tokenizer: to use instead of looking for that of `text_encoder`.
+        training: False opens data that is only to be predicted: one split will do, labels may be missing (NaN), and
+            `normalizer` has to be given.
 
     Raises:
         DataError: anything that keeps the data from being used.
     """
-    tokenizer = None if text_encoder == PRECOMPUTED else load_tokenizer(text_encoder)
+    if text_encoder == PRECOMPUTED or "text" not in data.modalities:
+        tokenizer = None
+    elif tokenizer is None:
+        tokenizer = load_tokenizer(text_encoder)
     expected = expected or (None if data.format == "auto" else data.format)
     choice = choice_of(data)
-    content = load_prepared(path, data.length_rule, tokenizer, expected, choice=choice)
-    require_text(content, tokenizer, str(path), text_encoder)
+    content = load_prepared(path, data.length_rule, tokenizer, expected, choice, training)
+    _require_modalities(content, data.modalities, str(path))
+    if "text" in data.modalities:
+        require_text(content, tokenizer, str(path), text_encoder)
+    found = training_problems(content.splits, str(path)) if training else []
+    if found:
+        raise found[0]
     dataset = Dataset(content, data, tokenizer, normalizer)
     made = content.meta["length_rule"]
     if made != data.length_rule and data.length_rule != "auto":
         dataset.report.notes.append(
             f"the store was made by length rule {made}, not {data.length_rule}: convert the original files again"
         )
-    made = content.meta.get("choice", asdict(Choice()))
+    made = asdict(Choice()) | content.meta.get("choice", {})
     for name, value in asdict(choice).items():
-        if value != getattr(Choice(), name) and made[name] != value:
+        if name == "label_key" and value == "classes" and content.meta["format"] != "mmsa":
+            continue  # there is one set of labels, whatever they are
+        if name != "modalities" and value != getattr(Choice(), name) and made[name] != value:
             dataset.report.notes.append(
                 f"the store was made with {name} {made[name]}, not {value}: convert the original files again"
             )
+    if training and held_back(content.splits["test"]):
+        dataset.report.notes.append(
+            "the test split has no labels: it is predicted, and the run is evaluated on the valid split only"
+        )
     for line in dataset.report.lines():
         warnings.warn(f"{path}: {line}", DataWarning, stacklevel=2)
     return dataset

@@ -71,7 +71,7 @@ class CsdReader:
         return self
 
     def video(self, name: str) -> tuple[np.ndarray, np.ndarray | list[str]]:
-        """Intervals float64 [n, 2] in seconds, and features float32 [n, d] or n words, of one video.
+        """Intervals float64 [n, 2] in seconds, and features float32 or float64 [n, d] or n words, of one video.
 
         Raises:
             DataError: as `open`.
@@ -82,7 +82,8 @@ class CsdReader:
             intervals = np.frombuffer(body, "<f8", 2 * count).reshape(count, 2)
             if self.kind == "words":
                 return intervals, [str(w) for w in header["words"]]
-            return intervals, np.frombuffer(body, "<f4", count * dim, 16 * count).reshape(count, dim)
+            dtype = {"<f4": np.float32, "<f8": np.float64}[header["dtype"]]
+            return intervals, np.frombuffer(body, dtype, count * dim, 16 * count).reshape(count, dim)
         except (KeyError, TypeError, ValueError) as cause:
             raise self._damaged(f"an answer that does not fit ({cause})") from None
 

@@ -4,8 +4,8 @@ Run as a script by `engine.loaders.hdf5`, with a limit of memory in bytes as its
 one JSON array a line, and answers on stdout with a JSON object in one line, then the bytes it announces:
 
 - `["open", path]` -> `{"root", "videos": [name, ...], "kind": "numbers"|"words"}`, for a CMU-SDK .csd file;
-- `["video", name]` -> `{"shape": [n, d], "size"}`, then intervals float64 [n, 2] and features float32 [n, d], or for
-  words `{"words": [...], "size"}` and the intervals.
+- `["video", name]` -> `{"shape": [n, d], "dtype", "size"}`, then intervals float64 [n, 2] and features [n, d] (float64
+  where the file has 8 bytes a value, else float32), or for words `{"words": [...], "size"}` and the intervals.
 
 An answer `{"error": [found, expected]}` says why a file is refused. Links that leave their place, data kept in other
 files, and filters that need a plugin are refused: reading a file must not open others.
@@ -105,9 +105,9 @@ class Csd:
             raise Refused(f"dtype {features.dtype} of {name}"[:300], "the same kind of features in every video")
         intervals = np.ascontiguousarray(intervals, "<f8")
         if self.kind == "numbers":
-            with np.errstate(over="ignore"):
-                body = np.ascontiguousarray(features, "<f4").tobytes()
-            return {"shape": list(features.shape)}, intervals.tobytes() + body
+            dtype = "<f8" if features.dtype.itemsize > 4 else "<f4"
+            body = np.ascontiguousarray(features, dtype).tobytes()
+            return {"shape": list(features.shape), "dtype": dtype}, intervals.tobytes() + body
         if features.shape[1] != 1:
             raise Refused(f"{features.shape[1]} words a row in {name}"[:300], "one")
         text = [w.decode("utf-8", "replace") if isinstance(w, bytes) else str(w) for w in features[:, 0].tolist()]

@@ -13,7 +13,16 @@ from engine.errors import DataError
 from engine.loaders import formats
 from engine.loaders.formats import SPLIT_ALIASES, Source, csv_header
 from engine.loaders.ragged import Ragged
-from engine.loaders.store import is_store, open_store, problems, store_path, verify_store
+from engine.loaders.store import (
+    is_store,
+    level_widths,
+    nan_words,
+    open_store,
+    problems,
+    store_path,
+    training_problems,
+    verify_store,
+)
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -73,6 +82,9 @@ class InspectReport:
             labels = Table("split", "label min / mean / max", "histogram", "counts")
             for name, split in self.splits.items():
                 label = split["label"]
+                if label["min"] is None:
+                    labels.add_row(name, "no labels", "", "")
+                    continue
                 bars = "".join(BARS[round(7 * n / max(label["counts"]))] for n in label["counts"])
                 spread = " / ".join(f"{label[k]:.3g}" for k in ("min", "mean", "max"))
                 labels.add_row(name, spread, bars, " ".join(map(str, label["counts"])))
@@ -116,7 +128,8 @@ def inspect_path(
     except DataError as problem:
         report.problems.append(str(problem))
         return report
-    report.notes += formats.remarks(source, raw)
+    level_widths(raw)
+    report.notes += formats.remarks(source, raw) + nan_words(raw)
     report.problems += [str(p) for p in problems(raw, str(path))]
     for name, split in raw.splits.items():
         described = report.splits[name] = _describe(split.label, split.text)
@@ -151,6 +164,7 @@ def _inspect_store(file: Path, verify: bool) -> InspectReport:
             if split.tokens is not None:
                 described["tokens"] = {"length": _spread(split.tokens.lengths), "dtype": str(split.tokens.values.dtype)}
         report.duplicates = _duplicates(ids)
+        report.problems += [str(p) for p in training_problems(data.splits, str(file))]
         if verify:
             report.problems += [
                 f"{file}: the checksum of {key} differs; convert the data again" for key in verify_store(file)
@@ -190,15 +204,15 @@ def _frames(ragged: Ragged, dtype: str) -> dict[str, Any]:
 
 
 def _describe(label: np.ndarray, text: list[str] | None) -> dict[str, Any]:
-    flat = label[:, 0].astype(np.float64)
-    low, high = float(flat.min()), float(flat.max())
-    # sentiment scales are centred on 0: one bin for each of Acc-7's classes
-    edges = np.arange(-3.5, 4) if low >= -3 and high <= 3 else np.linspace(low, high, 11)
-    counts = [int(n) for n in np.histogram(flat, edges)[0]]
-    out: dict[str, Any] = {
-        "samples": len(flat),
-        "label": {"min": low, "mean": float(flat.mean()), "max": high, "edges": edges.tolist(), "counts": counts},
-    }
+    flat = label[~np.isnan(label[:, 0]), 0].astype(np.float64)
+    about: dict[str, Any] = {"min": None, "mean": None, "max": None, "edges": [], "counts": []}
+    if len(flat):
+        low, high = float(flat.min()), float(flat.max())
+        # sentiment scales are centred on 0: one bin for each of Acc-7's classes
+        edges = np.arange(-3.5, 4) if low >= -3 and high <= 3 else np.linspace(low, high, 11)
+        counts = [int(n) for n in np.histogram(flat, edges)[0]]
+        about = {"min": low, "mean": float(flat.mean()), "max": high, "edges": edges.tolist(), "counts": counts}
+    out: dict[str, Any] = {"samples": len(label), "label": about}
     if text is not None:
         words = np.array([len(t.split()) for t in text])
         out["text"] = {"length": _spread(words), "missing": int((words == 0).sum())}

@@ -80,6 +80,11 @@ class ColumnNormalizer:
             result.scale = np.divide(1, deviation, out=np.zeros(dim), where=varies & (deviation > 0))
         return result
 
+    @property
+    def dim(self) -> int:
+        """Feature columns."""
+        return len(self.shift)
+
     def _logarithm(self, values: np.ndarray) -> np.ndarray:
         return np.log(np.maximum(values - self.low, 0) + 1) if self.log else values
 

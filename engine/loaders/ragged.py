@@ -173,11 +173,14 @@ class Sequences:
     coarse: list[int] = field(default_factory=list)
 
 
-def absent(count: int) -> Sequences:
-    """A modality that a data set does not have: one zero frame of one column for each of `count` samples."""
-    return Sequences(
-        Ragged(np.zeros((count, 1), np.float32), np.arange(count + 1, dtype=np.int64)), 0, list(range(count))
-    )
+def absent(count: int, dim: int = 1) -> Sequences:
+    """A modality that no sample has: one zero frame of `dim` columns for each of `count` samples."""
+    return Sequences(zero_frames(count, dim), 0, list(range(count)))
+
+
+def zero_frames(count: int, dim: int) -> Ragged:
+    """One zero frame of `dim` columns for each of `count` samples."""
+    return Ragged(np.zeros((count, dim), np.float32), np.arange(count + 1, dtype=np.int64))
 
 
 class _Cleaner:
@@ -264,7 +267,7 @@ def from_sequences(
     at one end (of `PADDED` rows or more), those are padding.
 
     Args:
-        sequences: N arrays [length, d], any real dtype; length may be 0.
+        sequences: N arrays [length, d], any real dtype; length may be 0. Where all are empty, d is taken to be 1.
         ids, where: for messages.
         lengths: recorded number of frames of each row, 0 where none is; the frames beyond it are left out, at the end,
             or at the start where that loses fewer frames that are not zero.
@@ -337,7 +340,7 @@ def _padding(arrays: list[np.ndarray | None]) -> tuple[Side | None, list[int]]:
 
 
 def _checked(sequences: Sequence[Any], ids: Sequence[str], where: str) -> tuple[list[np.ndarray | None], int]:
-    """Each sequence as an array [length, d], None where it is empty; and d."""
+    """Each sequence as an array [length, d], None where it is empty; and d, 1 where all are."""
     arrays: list[np.ndarray | None] = []
     dim = None
     for row, (frames, sample) in enumerate(zip(sequences, ids, strict=True)):
@@ -367,14 +370,7 @@ def _checked(sequences: Sequence[Any], ids: Sequence[str], where: str) -> tuple[
                 "Use one feature set for all rows.",
             )
         arrays.append(frames)
-    if dim is None:
-        raise DataError(
-            where,
-            "not one frame in the whole split",
-            "at least one sequence with frames",
-            "Check the feature extraction.",
-        )
-    return arrays, dim
+    return arrays, dim or 1
 
 
 def _part(array: np.ndarray, length: int, side: Side | None) -> slice:

@@ -32,6 +32,7 @@ MAX_DEPTH = 64
 MAX_STEPS = 1 << 26  # a pickle of millions of instructions is no data set
 MAX_CONTAINERS = 1 << 23
 SHARING = 16  # how often, on average, a byte of the file may be referred to
+SPARE = 1 << 26  # bytes that may be referred to besides, for small files
 WIDEST_KEY = 8  # items of a tuple that is a key
 
 _HEADS = (
@@ -499,10 +500,10 @@ class _Machine:
                 self.spent += len(a)
             elif isinstance(a, (list, tuple, set, frozenset)):
                 self.spent += SHARING * len(a)  # an item takes far longer than a byte
-        if self.spent > SHARING * self.size + (1 << 20):
+        if self.spent > SHARING * self.size + SPARE:
             raise _Limit(
                 "calls that copy more than the file holds",
-                f"calls that copy at most {SHARING} times its {self.size} bytes",
+                f"calls that copy at most {SHARING} times its {self.size} bytes (and {SPARE >> 20} MiB)",
             )
 
     def build(self) -> None:
@@ -615,8 +616,8 @@ class _Settle:
         if total > self.limit:
             raise _Limit(
                 f"lists and texts that are shared more often than {SHARING} times on average",
-                f"lists and texts that count at most {SHARING} times the file's size, each counted at every reference "
-                "(an array of numbers may be shared freely)",
+                f"lists and texts that count at most {SHARING} times the file's size (and {SPARE >> 20} MiB), each "
+                "counted at every reference; an array of numbers may be shared freely",
                 "Save what many rows share as one numpy array, or write it out for every row.",
             )
         self.done[id(value)] = (result, total)
@@ -629,7 +630,7 @@ def loads(data: mmap.mmap | bytes) -> Any:
     Raises:
         Exception: of any kind for a damaged pickle; `load` makes them one `DataError`.
     """
-    return _Settle(SHARING * len(data) + (1 << 20))(_Machine(data).run())[0]
+    return _Settle(SHARING * len(data) + SPARE)(_Machine(data).run())[0]
 
 
 def load(path: str | Path) -> Any:

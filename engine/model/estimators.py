@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import EstimatorError
+from engine.kernels.arguments import exact_type
 from engine.kernels.critics import ACTIVATIONS, concat_infonce, concat_scores, mlp
+from engine.kernels.gradients import transformed, update_buffer
 from engine.kernels.mi_bounds import BOUNDS, bound_value, mimrl_mine_loss, update_log_ema
-from engine.kernels.mi_bounds.reference import full_precision
+from engine.kernels.mi_bounds.reference import check_settings, full_precision
 from engine.kernels.registry import is_static
 
 CRITICS = ("separate", "concat")
@@ -134,6 +136,7 @@ class MIEstimator(nn.Module):
         _one_of("bound", bound, BOUNDS)
         _one_of("compat", compat, ("none", "mimrl"))
         _one_of("on_degenerate", on_degenerate, ("raise", "skip"))
+        check_settings("MIEstimator", alpha, smile_tau, ema_rate)
         self.dim_x, self.dim_y = dim_x, dim_y
         self.bound, self.compat, self.on_degenerate = bound, compat, on_degenerate
         self.alpha = MIMRL_ALPHA if compat == "mimrl" else alpha
@@ -148,9 +151,10 @@ class MIEstimator(nn.Module):
         """x [B, dim_x], y [B, dim_y], row i of both from the same sample.
 
         Raises:
-            EstimatorError: shapes that do not fit; a degenerate batch under on_degenerate="raise".
+            EstimatorError: shapes, types or devices that do not fit; a degenerate batch under on_degenerate="raise".
         """
         self._check_shapes(x, y)
+        x, y = own_type(self._where(), self, x, y)
         if len(x) < 2:
             return self._degenerate(
                 f"a batch of {len(x)}",
@@ -185,7 +189,7 @@ class MIEstimator(nn.Module):
                 f"the estimate {value.item()} from scores of up to {size:.3g}", "a finite estimate", x, y
             )
         if log_ema is not None and self.training:
-            self.log_ema.copy_(log_ema)
+            update_buffer("MINE's moving average", self.log_ema, log_ema)
         loss = mimrl_mine_loss(scores) if self.bound == "mine" and self.compat == "mimrl" else -surrogate
         value, surrogate, loss = (or_zero(t, self.on_degenerate) for t in (value, surrogate, loss))
         return Estimate(value, surrogate, loss)
@@ -345,6 +349,26 @@ def run_mlp(tower: nn.Module, x: Tensor, activation: str = "relu") -> Tensor:
     return full_precision(tower(x)) if layers is None else mlp(x, layers, activation)
 
 
+def own_type(where: str, estimator: nn.Module, *features: Tensor) -> list[Tensor]:
+    """Features as torch's layers multiply them with the estimator's parameters: whole numbers become that type.
+
+    Raises:
+        EstimatorError: another floating type (but for autocast), complex numbers, or another device.
+    """
+    own = next(estimator.parameters(), None)
+    exact_type(where, *features, own, integers=True)
+    if own is None:
+        return list(features)
+    mixed = torch.is_autocast_enabled(own.device.type)
+    for feature in features:
+        if feature.is_floating_point() and feature.dtype != own.dtype and not mixed:
+            raise EstimatorError(
+                where, f"features of {feature.dtype} for parameters of {own.dtype}", "one type",
+                "Convert the features with .to(dtype), or the estimator.",
+            )  # fmt: skip
+    return [f if f.is_floating_point() else f.to(own.dtype) for f in features]
+
+
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -358,8 +382,8 @@ def _has_defaults(activation: nn.Module) -> bool:
 
 
 def waits_for(tensor: Tensor) -> bool:
-    """Whether Python may look at values of `tensor`: a GPU would have to be waited for, and a graph has none."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_static()
+    """Whether Python may look at values of `tensor`: a GPU would have to be waited for; a graph and vmap have none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not (is_static() or transformed())
 
 
 def finite(*tensors: Tensor) -> bool:

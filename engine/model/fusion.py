@@ -1,4 +1,4 @@
-"""Fusion encoders: three aligned sequences to one feature. CubeMLP is one of them; register_fusion adds yours."""
+"""Fusion encoders: aligned sequences, one a modality, to one feature. CubeMLP is one; register_fusion adds yours."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from engine.errors import ConfigError
 from engine.model.cubemlp import CubeMLP, compose
 from engine.model.encoders import masked_mean
 
-MODALITIES = 3  # text, audio, vision, in this order
-
 
 class FusionEncoder(Protocol):
     """What a fusion encoder is: an nn.Module with a `dim` and this forward.
@@ -25,10 +23,10 @@ class FusionEncoder(Protocol):
     dim: int
 
     def __call__(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x float32 [B, L, 3, D] (text, audio, vision), mask bool [B, L, 3], true at valid positions -> [B, dim].
+        """x float32 [B, L, K, D], mask bool [B, L, K], true at valid positions -> [B, dim].
 
-        L is data.time_len. In fast mode x is zero where mask is false; text holds the sentence's mean there, unless
-        model.text_padding is zero.
+        K counts data.modalities: text, audio and vision, or fewer of them, in this order. L is data.time_len. In fast
+        mode x is zero where mask is false; text holds the sentence's mean there, unless model.text_padding is zero.
         """
         ...
 
@@ -51,19 +49,21 @@ class TensorFusion(nn.Module):
     """Tensor fusion (Zadeh et al., EMNLP 2017) on masked means: all products of up to one factor a modality.
 
     Each modality's mean is projected to `factors` values; the outer product of [1; t], [1; a], [1; v] holds every
-    unimodal, bimodal and trimodal product, and one Linear maps it to `dim`.
+    unimodal, bimodal and trimodal product, and one Linear maps it to `dim`. With fewer modalities it is of those.
     """
 
-    def __init__(self, dim: int, factors: int = 16):
+    def __init__(self, dim: int, modalities: int = 3, factors: int = 16):
         super().__init__()
         self.dim = dim
-        self.factor = nn.ModuleList(nn.Sequential(nn.Linear(dim, factors), nn.ReLU()) for _ in range(MODALITIES))
-        self.out = nn.Linear((factors + 1) ** MODALITIES, dim)
+        self.factor = nn.ModuleList(nn.Sequential(nn.Linear(dim, factors), nn.ReLU()) for _ in range(modalities))
+        self.out = nn.Linear((factors + 1) ** modalities, dim)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         z = [f(masked_mean(x[:, :, k], mask[:, :, k])) for k, f in enumerate(self.factor)]
-        t, a, v = (torch.cat([torch.ones_like(u[:, :1]), u], dim=1) for u in z)
-        return self.out(torch.einsum("bi,bj,bk->bijk", t, a, v).flatten(1))
+        product, *others = (torch.cat([torch.ones_like(u[:, :1]), u], dim=1) for u in z)
+        for u in others:
+            product = torch.einsum("bi,bj->bij", product, u).flatten(1)
+        return self.out(product)
 
 
 class TransformerFusion(nn.Module):
@@ -72,12 +72,12 @@ class TransformerFusion(nn.Module):
     Padded positions are masked out as keys and left out of the mean.
     """
 
-    def __init__(self, dim: int, time_len: int, layers: int = 2, dropout: float = 0.0):
+    def __init__(self, dim: int, time_len: int, modalities: int = 3, layers: int = 2, dropout: float = 0.0):
         super().__init__()
         self.dim = dim
         heads = next(n for n in (4, 2, 1) if dim % n == 0)
         self.time_embedding = nn.Parameter(torch.randn(time_len, 1, dim) * 0.02)
-        self.modality_embedding = nn.Parameter(torch.randn(1, MODALITIES, dim) * 0.02)
+        self.modality_embedding = nn.Parameter(torch.randn(1, modalities, dim) * 0.02)
         layer = nn.TransformerEncoderLayer(dim, heads, 2 * dim, dropout, "gelu", batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(dim), enable_nested_tensor=False)
 
@@ -90,7 +90,7 @@ class TransformerFusion(nn.Module):
 def _cubemlp(config: Config) -> CubeMLPFusion:
     model, cube = config.model, config.model.cubemlp
     return CubeMLPFusion(
-        (config.data.time_len, MODALITIES, model.d_common),
+        (config.data.time_len, len(config.data.modalities), model.d_common),
         cube.d_hiddens,
         cube.d_outs,
         cube.activate,
@@ -105,8 +105,10 @@ def _cubemlp(config: Config) -> CubeMLPFusion:
 
 BUILT_IN: dict[str, Callable[[Config], nn.Module]] = {
     "cubemlp": _cubemlp,
-    "tfn": lambda config: TensorFusion(config.model.d_common),
-    "transformer": lambda config: TransformerFusion(config.model.d_common, config.data.time_len),
+    "tfn": lambda config: TensorFusion(config.model.d_common, len(config.data.modalities)),
+    "transformer": lambda config: TransformerFusion(
+        config.model.d_common, config.data.time_len, len(config.data.modalities)
+    ),
 }
 _REGISTERED: dict[str, Callable[[Config], nn.Module]] = {}
 

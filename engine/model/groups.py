@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from engine.kernels.cmi.op import classifier_logits, cmi
 from engine.kernels.cmi.reference import cmi_values, mimrl_classifier_loss, mimrl_cmi, mimrl_log_ratio
 from engine.kernels.critics.op import entries, grouped_mlp, infonce_of_towers
+from engine.kernels.gradients import update_buffer
 from engine.kernels.knn_product.op import ProductRows
 from engine.kernels.mi_bounds.op import mi_lower_bound
 from engine.model.cmi import CMIEstimator
@@ -218,7 +219,7 @@ class MIGroup(Group):
         if not finite(value, embedded):
             return None
         if log_ema is not None and self.training:
-            self.log_ema.copy_(log_ema)
+            update_buffer("MINE's moving average", self.log_ema, log_ema)
         return value
 
 

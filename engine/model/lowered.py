@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from engine.kernels.gradients import differentiable_once
+from engine.kernels.registry import backend_for
 
 LOW = (torch.float16, torch.bfloat16)
 
@@ -40,7 +42,9 @@ def lower(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor
     found: dict[int, Tensor] = {}
     if frozen:
         found |= zip(map(id, frozen), _copied(frozen, dtype), strict=True)
-    if moving:
+    if moving and backend_for(moving[0][0]) == "reference":
+        found |= {id(g): torch.cat(g).to(dtype) for g in moving}
+    elif moving:
         sizes = [len(g) for g in moving]
         found |= zip(map(id, moving), _Lower.apply(dtype, sizes, *(t for g in moving for t in g)), strict=True)
     return [found.get(id(g), g[0]) for g in groups]
@@ -63,7 +67,7 @@ class _Lower(torch.autograd.Function):
         return tuple(_copied([[next(left) for _ in range(size)] for size in sizes], dtype))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("the cast of parameters for autocast")
     def backward(ctx, *grads):
         lengths, parts = iter(ctx.lengths), []
         for size, grad in zip(ctx.sizes, grads, strict=True):

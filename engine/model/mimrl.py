@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import Config
+from engine.config import MODALITIES, Config
 from engine.errors import ConfigError
 from engine.kernels.dropout import dropout
 from engine.loaders.batch import Batch
@@ -27,7 +27,8 @@ class ModelOutput(NamedTuple):
 
     Attributes:
         prediction: float32 [B, n]: values, or a classification's logits.
-        features: float32 "F" [B, c] (the fused feature, input of the head), and "T", "A", "V" [B, d_common].
+        features: float32 "F" [B, c] (the fused feature, input of the head), and "T", "A", "V" [B, d_common], those of
+            them that are in data.modalities.
     """
 
     prediction: Tensor
@@ -85,16 +86,18 @@ class MIMRL(nn.Module):
     batch.
 
     Args:
-        config: sections model and data, and mode. audio_dim, vision_dim: widths of a frame.
-        text_encoder: (token_ids, token_mask) -> [B, Lt, .dim].
+        config: sections model and data, and mode. Of a modality that is not in data.modalities nothing is built, and
+            what a batch holds of it is not looked at.
+        audio_dim, vision_dim: widths of a frame.
+        text_encoder: (token_ids, token_mask) -> [B, Lt, .dim]; None without text.
     """
 
-    def __init__(self, config: Config, audio_dim: int, vision_dim: int, text_encoder: nn.Module):
+    def __init__(self, config: Config, audio_dim: int, vision_dim: int, text_encoder: nn.Module | None):
         super().__init__()
         config = config.resolve()
         model = config.model
         self.faithful = config.mode == "faithful"
-        self.time_len = config.data.time_len
+        self.time_len, self.modalities = config.data.time_len, tuple(config.data.modalities)
         # The reference's [PAD] outputs are sentence-level vectors at every unused position. Without any, CubeMLP's time
         # axis learns its late positions from long sentences alone: MOSI's test MAE is .04 worse.
         self.fill_text = not self.faithful and model.text_padding == "mean"
@@ -102,10 +105,14 @@ class MIMRL(nn.Module):
         # A speaker's voice and face recur in all of a video's utterances: left alone, the fusion encoder learns the
         # training videos' sentiment by their speakers. Hidden from it every other time, MOSI's test MAE is .04 lower.
         self.modality_dropout = model.modality_dropout
-        self.text_encoder = text_encoder
-        self.text_projection = nn.Linear(text_encoder.dim, model.d_common, bias=False)
-        self.audio_encoder = SequenceEncoder(model.encoder, audio_dim, model.d_common, zero_padding=not self.faithful)
-        self.vision_encoder = SequenceEncoder(model.encoder, vision_dim, model.d_common, zero_padding=not self.faithful)
+        self.text_encoder, self.audio_encoder, self.vision_encoder = None, None, None
+        if "text" in self.modalities:
+            self.text_encoder = text_encoder
+            self.text_projection = nn.Linear(text_encoder.dim, model.d_common, bias=False)
+        if "audio" in self.modalities:
+            self.audio_encoder = SequenceEncoder(model.encoder, audio_dim, model.d_common, not self.faithful)
+        if "vision" in self.modalities:
+            self.vision_encoder = SequenceEncoder(model.encoder, vision_dim, model.d_common, not self.faithful)
         self.fusion = make_fusion(config)
         self.head = make_head(self.fusion.dim, model.task, model.num_class, model.dropout[3])
         if not self.faithful and isinstance(self.fusion, CubeMLP):
@@ -119,38 +126,28 @@ class MIMRL(nn.Module):
     def forward(self, batch: Batch) -> ModelOutput:
         """One padded batch -> predictions and features; ConfigError where its widths or its text do not fit."""
         self._check(batch)
+        lengths = {"audio": batch.audio_length, "vision": batch.vision_length}
+        widths = {"text": None, "audio": batch.audio_width, "vision": batch.vision_width}
         if self.faithful:
-            audio_length, vision_length = nonzero_length(batch.audio), nonzero_length(batch.vision)
-        else:
-            audio_length, vision_length = batch.audio_length, batch.vision_length
-        text_mask = batch.token_mask != 0
-        text, audio, vision = run_parallel(
-            [
-                (self._text, (batch,)),
-                (_encode, ("audio", self.audio_encoder, batch.audio, audio_length)),
-                (_encode, ("vision", self.vision_encoder, batch.vision, vision_length)),
-            ]
-        )
+            lengths = {name: nonzero_length(getattr(batch, name)) for name in lengths}
+        calls = {
+            "text": (self._text, (batch,)),
+            "audio": (_encode, ("audio", self.audio_encoder, batch.audio, lengths["audio"])),
+            "vision": (_encode, ("vision", self.vision_encoder, batch.vision, lengths["vision"])),
+        }
+        sequences = run_parallel([calls[name] for name in self.modalities])
         masks = [
-            text_mask,
-            length_mask(audio_length, batch.audio.shape[1]),
-            length_mask(vision_length, batch.vision.shape[1]),
+            batch.token_mask != 0 if name == "text" else length_mask(lengths[name], getattr(batch, name).shape[1])
+            for name in self.modalities
         ]
+        if "text" in self.modalities and not self.faithful:
+            sequences[0], masks[0] = self._past_the_end(sequences[0], masks[0])
         if self.faithful:
-            sequences = [text]
-        elif self.fill_text:
-            more = self.time_len if torch.compiler.is_compiling() else max(self.time_len - text.shape[1], 0)
-            sequences = [fill(text, text_mask, more)]
-            masks[0] = torch.cat([text_mask, text_mask.new_zeros(len(text), more)], dim=1)
-        else:
-            sequences = [text * text_mask[..., None]]
-        sequences += [audio, vision]
+            sequences = [cut(x, widths[name]) for x, name in zip(sequences, self.modalities, strict=True)]
+        rates = dict(zip(MODALITIES, self.dropout, strict=True))
+        sequences = [dropout(x, rates[name], self.training) for x, name in zip(sequences, self.modalities, strict=True)]
         if self.faithful:
-            exact = None, batch.audio_width, batch.vision_width
-            sequences = [cut(x, width) for x, width in zip(sequences, exact, strict=True)]
-        sequences = [dropout(x, p, self.training) for x, p in zip(sequences, self.dropout, strict=True)]
-        if self.faithful:
-            means = [mean_over(x, width) for x, width in zip(sequences, exact, strict=True)]
+            means = [mean_over(x, widths[name]) for x, name in zip(sequences, self.modalities, strict=True)]
         else:
             means = [masked_mean(x, mask) for x, mask in zip(sequences, masks, strict=True)]
         sequences = [fit_length(x, self.time_len) for x in sequences]
@@ -160,8 +157,15 @@ class MIMRL(nn.Module):
         cube, mask = torch.stack(sequences, dim=2), torch.stack(masks, dim=2)
         with part("fusion"):
             fused = self.fusion(cube, mask)
-        features = {"F": fused, **dict(zip("TAV", means, strict=True))}
+        features = {"F": fused, **{name[0].upper(): x for name, x in zip(self.modalities, means, strict=True)}}
         return ModelOutput(self.head(fused), features)
+
+    def _past_the_end(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Text [B, L, D] and mask [B, L] with what the fusion encoder is to find past a sentence's end."""
+        if not self.fill_text:
+            return text * mask[..., None], mask
+        more = self.time_len if torch.compiler.is_compiling() else max(self.time_len - text.shape[1], 0)
+        return fill(text, mask, more), torch.cat([mask, mask.new_zeros(len(text), more)], dim=1)
 
     def _text(self, batch: Batch) -> Tensor:
         with part("text"):
@@ -171,7 +175,7 @@ class MIMRL(nn.Module):
         """The batch with its texts packed, where forward would pack them: before it moves to a GPU or into a graph."""
         if self.faithful or batch.static or batch.token_ids is None or batch.packed is not None:
             return batch
-        if not packable(self.text_encoder):
+        if self.text_encoder is None or not packable(self.text_encoder):
             return batch
         return replace(batch, packed=pack_text(batch.token_ids, batch.token_mask))
 
@@ -195,15 +199,17 @@ class MIMRL(nn.Module):
         return F.pad(text, (0, 0, 0, batch.token_mask.shape[1] - text.shape[1]))
 
     def _check(self, batch: Batch) -> None:
-        if batch.text is None and batch.token_ids is None:
+        if "text" in self.modalities and batch.text is None and batch.token_ids is None:
             raise ConfigError(
                 "batch", "neither tokens nor text features", "one of them", "Open the data with a text_encoder."
             )
+        encoders = {"audio": self.audio_encoder, "vision": self.vision_encoder}
         widths = {
-            "audio": (batch.audio.shape[-1], self._width(self.audio_encoder)),
-            "vision": (batch.vision.shape[-1], self._width(self.vision_encoder)),
+            name: (getattr(batch, name).shape[-1], self._width(encoder))
+            for name, encoder in encoders.items()
+            if encoder is not None
         }
-        if batch.text is not None:
+        if "text" in self.modalities and batch.text is not None:
             widths["text"] = (batch.text.shape[-1], self.text_projection.in_features)
         for name, (found, expected) in widths.items():
             if found != expected:
@@ -220,11 +226,12 @@ class MIMRL(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trainable parameters: "text" (the text encoder's) and "main" (all others)."""
-        text = [p for p in self.text_encoder.parameters() if p.requires_grad]
+        encoder = self.text_encoder
+        text = [] if encoder is None else [p for p in encoder.parameters() if p.requires_grad]
         main = [p for n, p in self.named_parameters() if p.requires_grad and not n.startswith("text_encoder.")]
         return {"text": text, "main": main}
 
 
-def build_model(config: Config, audio_dim: int, vision_dim: int, text_encoder: nn.Module) -> MIMRL:
+def build_model(config: Config, audio_dim: int, vision_dim: int, text_encoder: nn.Module | None) -> MIMRL:
     """The model that `config` describes, for frames of these widths; ConfigError where its parts do not fit."""
     return MIMRL(config, audio_dim, vision_dim, text_encoder)

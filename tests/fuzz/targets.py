@@ -202,8 +202,8 @@ def _without(content: Any, key: Any) -> Any:
 
 
 def check(raw: RawDataset, where: str) -> None:
-    """Whatever a reader returns is complete, finite and of one length."""
-    if list(raw.splits) != list(SPLITS):
+    """Whatever a reader returns is finite and of one length, and its splits are known and in order."""
+    if not raw.splits or list(raw.splits) != [s for s in SPLITS if s in raw.splits]:
         raise Finding(f"splits {list(raw.splits)}")
     for split in raw.splits.values():
         count = len(split.ids)
@@ -211,7 +211,7 @@ def check(raw: RawDataset, where: str) -> None:
             raise Finding("ids")
         if split.text is not None and (len(split.text) != count or not all(isinstance(t, str) for t in split.text)):
             raise Finding("texts")
-        if split.label.shape != (count, 1) or split.label.dtype != np.float32 or not np.isfinite(split.label).all():
+        if split.label.shape != (count, 1) or split.label.dtype != np.float32 or np.isinf(split.label).any():
             raise Finding("labels")
         for part in (split.audio, split.vision, split.features):
             if part is None:

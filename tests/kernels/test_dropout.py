@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import dropout as torchs_dropout
 
+from engine.errors import EstimatorError
 from engine.kernels.dropout import Dropout, cpu, dropout, reference
 from engine.kernels.registry import use_backend
 
@@ -93,7 +94,7 @@ def test_what_torch_does_itself():
     x = x.float()
     assert dropout(x, 0.0) is x and dropout(x, 0.5, training=False) is x
     assert torch.equal(dropout(x, 1.0), torch.zeros(100))
-    with pytest.raises(ValueError):
+    with pytest.raises(EstimatorError, match="a probability from 0 to 1"):
         dropout(x, 1.5)
 
 

@@ -60,7 +60,20 @@ def at(array, index, value):
 
 
 MMSA_CASES = {
-    "missing_key": (lambda c: without(c, "valid", "vision"), ["x.pkl, valid", "no 'vision'", "Add 'vision'"]),
+    "missing_key": (lambda c: without(c, "valid", "id"), ["x.pkl, valid", "no 'id'", "Add 'id'"]),
+    "no_audio_and_no_vision": (
+        lambda c: without(without(c, "valid", "vision"), "valid", "audio"),
+        ["x.pkl, valid", "no 'audio'", "Add 'audio'"],
+    ),
+    "id_nan": (lambda c: change(c, "valid", "id", lambda x: [*x[:-1], float("nan")]), ["valid/id, row 2", "empty id"]),
+    "id_nan_word": (
+        lambda c: change(c, "valid", "id", lambda x: np.array([*x[:-1], np.nan])),
+        ["valid/id, row 2", "id 'nan'", "a name for the sample"],
+    ),
+    "texts_are_numbers": (
+        lambda c: change(c, "test", "raw_text", lambda x: np.arange(4.0)),
+        ["test/raw_text", "a number in every row", "the key that holds the transcripts"],
+    ),
     "misnamed_key": (lambda c: rename(c, "train", "audio", "audios"), ["no 'audio'", "Rename 'audios' to 'audio'"]),
     "misnamed_labels": (
         lambda c: {s: rename(c, s, "regression_labels", "regresion_label")[s] for s in c},
@@ -98,8 +111,8 @@ MMSA_CASES = {
     "texts_too_few": (lambda c: change(c, "test", "raw_text", lambda x: x[:-1]), ["test/raw_text", "3 texts", "4"]),
     "no_texts": (lambda c: {s: without(c, s, "raw_text")[s] for s in c}, ["no 'raw_text'"]),
     "empty_texts": (
-        lambda c: change(c, "valid", "raw_text", lambda x: np.array([""] * len(x))),
-        ["valid", "no text in any sample"],
+        lambda c: {s: change(c, s, "raw_text", lambda x: np.array([""] * len(x)))[s] for s in c},
+        ["x.pkl", "no text in any sample"],
     ),
     "labels_too_few": (
         lambda c: change(c, "train", "regression_labels", lambda x: x[:-1]),
@@ -174,7 +187,7 @@ DECLARELAB_CASES = {
     "empty_split": (lambda c: {**c, "test": {k: v[:0] for k, v in c["test"].items()}}, ["x.pkl, test/id", "no rows"]),
     "label_nan": (
         lambda c: change(c, "test", "labels", lambda x: at(x, (1, 0, 0), np.nan)),
-        ["test/labels, row 1", "nan"],
+        ["test, labels, row 1", "nan"],
     ),
     "nan_only": (
         lambda c: change(
@@ -200,6 +213,22 @@ def test_declarelab(tmp_path, data, tokenizer, case):
 
 
 CSV_CASES = {
+    "a_cell_too_many": (
+        "mosi",
+        lambda rows: [{**rows[0], "text": "was, not"}, *rows[1:]],
+        ["label.csv, line 2", "6 cells", "5, as the header has", "in quotes"],
+    ),
+    "decimal_commas": (
+        "mosi",
+        lambda rows: [{**r, "label": '"0,5"'} for r in rows],
+        ["label.csv, line 2", "'0,5', with a decimal comma", "decimal points"],
+    ),
+    "a_column_twice": ("mosi", lambda rows: [{**r, "label ": 1} for r in rows], ["label.csv", "2 columns 'label'"]),
+    "clips_cut_by_a_spreadsheet": (
+        "mosi",
+        lambda rows: [{**r, "clip_id": f"{r['clip_id']}0.5"} for r in rows],
+        ["train, row 0", "of v_ideo0 it has 00.5, 10.5, 20.5", "as it was before a spreadsheet saved it"],
+    ),
     "none": ("mosi", lambda rows: None, ["no label CSV", "video_id, clip_id, text, label"]),
     "another_set": (
         "mosi",
@@ -250,8 +279,9 @@ def test_label_csv(tmp_path, data, tokenizer, case):
     rows = spoil(
         [{**r, "clip_id": r["clip_id"] if ids == "mosi" else f"c{r['clip_id']}"} for r in writers.label_rows(data)]
     )
-    if rows:
-        writers.write_csv(path.parent / "label.csv", rows)
+    if rows:  # as they are, without quotes
+        lines = [",".join(rows[0]), *(",".join(map(str, r.values())) for r in rows)]
+        (path.parent / "label.csv").write_text("\n".join(lines))
     text = fails(path, tokenizer, *parts)
     assert text in inspect_path(path).problems
 
@@ -260,7 +290,7 @@ def test_a_text_that_is_cut_by_its_commas(tmp_path, data, tokenizer):
     path = writers.dump(writers.declarelab(data), tmp_path / "in" / "x.pkl")
     rows = [f"{r['video_id']},{r['clip_id']},{r['label']},so, so" for r in writers.label_rows(data)]
     (path.parent / "label.csv").write_text("\n".join(["video_id,clip_id,label,text", *rows]))
-    fails(path, tokenizer, "label.csv, line 2", "5 cells", "4, as in the header", "in quotes")
+    fails(path, tokenizer, "label.csv, line 2", "5 cells", "4, as the header has", "in quotes")
 
 
 def test_csv_that_is_not_utf8(tmp_path, data, tokenizer):
@@ -356,7 +386,7 @@ def test_all_zero_text_features_are_no_features(tmp_path, data):
     for split in content.values():
         split["text"][:] = 0
     path = writers.dump(content, tmp_path / "in" / "x.pkl")
-    fails(path, "features", "train/text", "text features")
+    fails(path, "features", "x.pkl, text", "text features")
 
 
 def test_stores_made_for_the_other_kind_of_text(tmp_path, data, tokenizer):
@@ -441,7 +471,7 @@ AVEC_CASES = {
     ),
     "no_sentences": (
         lambda r: {**r, "test": [[np.array([], "U1"), *(f[:0] for f in x[1:6]), x[6]] for x in r["test"]]},
-        ["test", "not one frame"],
+        ["test", "no text, audio or vision in any sample"],
     ),
 }
 
@@ -554,7 +584,7 @@ def test_csd_without_what_it_needs(tmp_path, data, tokenizer):
     for text, part in (
         ("{", "splits.json"),
         ("[1]", "splits.json"),
-        ('{"train": []}', "no valid"),
+        ('{"train": []}', "no labelled segment"),
         (twice, "video a in train and in valid"),
     ):
         (folder / "splits.json").write_text(text)
@@ -568,6 +598,20 @@ def test_csd_without_what_it_needs(tmp_path, data, tokenizer):
 
 def test_a_text_that_is_no_text(tmp_path, data, tokenizer):
     content = writers.mmsa(data)
-    content["test"]["raw_text"] = [*content["test"]["raw_text"][:-1].tolist(), None]
-    path = writers.dump(content, tmp_path / "in" / "x.pkl")
-    fails(path, tokenizer, "test/raw_text, row 3", "a NoneType")
+    for value, name in ((["a"], "a list"), (True, "a bool"), (float("inf"), "a float")):
+        content["test"]["raw_text"] = [*list(content["test"]["raw_text"])[:-1], value]
+        path = writers.dump(content, tmp_path / "in" / "x.pkl")
+        fails(path, tokenizer, "test/raw_text, row 3", name)
+
+
+def test_a_label_key_that_is_not_there(tmp_path, data, tokenizer):
+    def opened(path, key):
+        return open_dataset(path, DataConfig(label_key=key), tokenizer)
+
+    path = writers.dump(writers.mmsa(data), tmp_path / "x.pkl")
+    with pytest.raises(DataError, match=r"data\.label_key: found 'clasification_labels'.*Did you mean classification_"):
+        opened(path, "clasification_labels")
+    with pytest.raises(DataError, match=r"train: found keys .* no 'classification_labels_T'"):
+        opened(path, "classification_labels_T")
+    with pytest.raises(DataError, match=r"with data\.label_key=classification_labels; expected an MMSA file"):
+        opened(writers.write_manifest(tmp_path / "own", data), "classification_labels")

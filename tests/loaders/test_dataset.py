@@ -200,6 +200,69 @@ def test_missing_and_non_finite_are_reported_once(tmp_path, data, tokenizer):
     assert torch.isfinite(batch.audio).all()
 
 
+TEXTS = {
+    "list": ["fine", float("nan"), "nan", 5],
+    "list_with_none": ["fine", None, "nan", 5.0],
+    "object_array": np.array(["fine", np.nan, "nan", np.float64(5)], object),
+    "column": np.array([["fine"], [None], ["nan"], [np.int64(5)]], object),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_cells_that_are_no_text(tmp_path, data, tokenizer, kind):
+    """An empty cell is an empty text, counted; the word nan is kept and told; a number is its digits."""
+    content = writers.mmsa(data)
+    content["test"]["raw_text"] = TEXTS[kind]
+    content["test"]["id"] = [1, 2.0, "c", b"d"]
+    path = writers.dump(content, tmp_path / "x.pkl")
+    with pytest.warns(DataWarning) as caught:
+        opened = open_dataset(path, DataConfig(), tokenizer)
+    said = [str(w.message).partition(": ")[2] for w in caught]
+    assert opened.splits["test"].text == ["fine", "", "nan", "5"]
+    assert opened.splits["test"].ids == ["1", "2", "c", "d"]
+    assert "1 samples without text, kept as an empty text (test 1)" in said
+    assert any(line.startswith("1 texts are a word such as nan or None") and "(test 1)" in line for line in said)
+    assert opened.report.missing["test"]["text"] == 1
+
+
+def test_a_numpy_text_array_turns_nan_into_a_word(tmp_path, data, tokenizer):
+    content = writers.mmsa(data)
+    content["valid"]["raw_text"] = np.array(["fine", np.nan, "None"])
+    path = writers.dump(content, tmp_path / "x.pkl")
+    with pytest.warns(DataWarning, match=r"2 texts are a word such as nan or None.*\(valid 2\)"):
+        opened = open_dataset(path, DataConfig(), tokenizer)
+    assert opened.splits["valid"].text == ["fine", "nan", "None"]
+
+
+def test_a_split_without_texts_is_counted(tmp_path, data, tokenizer):
+    for s in data["test"]:
+        s.text = ""
+    path = writers.dump(writers.mmsa(data), tmp_path / "x.pkl")
+    with pytest.warns(DataWarning, match=r"4 samples without text, kept as an empty text \(test 4\)"):
+        opened = open_dataset(path, DataConfig(), tokenizer)
+    assert opened.splits["test"].tokens.lengths.tolist() == [2] * 4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
+def test_unknown_tokens_are_reported(tmp_path, data, tokenizer, share):
+    words = ["film"] * 20
+    words[: round(20 * share)] = ["\u7535\u5f71"] * round(20 * share)
+    for rows in data.values():
+        for s in rows:
+            s.text = " ".join(words)
+    path = writers.dump(writers.mmsa(data), tmp_path / "x.pkl")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = open_dataset(path, DataConfig(), tokenizer).report
+    count = round(20 * share)
+    assert report.unknown == {"train": (7 * count, 140), "valid": (3 * count, 60), "test": (4 * count, 80)}
+    said = [str(w.message) for w in caught if "tokens are unknown" in str(w.message)]
+    assert len(said) == (share > 0.1)
+    if said:
+        assert "50 % of the tokens are unknown to the text encoder" in said[0]
+        assert "train 50 %, valid 50 %, test 50 %" in said[0] and "text_encoder" in said[0]
+
+
 def test_nothing_met_warns_of_nothing(path, tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)

@@ -132,7 +132,7 @@ def test_rows_that_share_arrays(tmp_path, tokenizer, kind):
             if kind == "text and labels only" and i:
                 audio = zeros[1][:, :7]
             vision = videos[i % 3] if kind.startswith("a video") else zeros[0]
-            row = ([], vision, audio, ["good", "movie"] * 3, 6, 6)
+            row = ([], vision, audio, ["good", "film"] * 3, 6, 6)
             content[split].append((row, np.array([[0.4]], np.float32), f"{split}_{i}"))
     path = writers.dump(content, tmp_path / "x.pkl")
     with pytest.warns(DataWarning) as caught:

@@ -234,6 +234,16 @@ def test_csd_words(tmp_path):
     assert any("14 NaN or infinite values of COVAREP.csd" in note for note in got.notes)
 
 
+@pytest.mark.parametrize("align", ["words", "segments"])
+def test_csd_columns_far_from_zero_are_told(tmp_path, data, align):
+    for rows in data.values():
+        for s in rows:
+            s.audio = s.audio + np.array([0, 0, 1.7e9, 0, 0])
+    raw = read(writers.write_csd(tmp_path, data), "recorded", choice=Choice(align=align))[1]
+    assert raw.splits["train"].audio.coarse == [2]
+    assert raw.splits["train"].vision.coarse == []
+
+
 def test_csd_choices_and_splits(tmp_path, data):
     folder = writers.write_csd(tmp_path, data)
     (folder / "COVAREP.csd").rename(folder / "openSMILE_IS09.csd")  # the root's name tells as well
@@ -321,6 +331,97 @@ def test_seven_label_columns_begin_with_sentiment(tmp_path, data):
     for split in rows:
         rows[split] = [(inner, np.concatenate([y, np.full((1, 6), 9)], 1), i) for inner, y, i in rows[split]]
     assert_holds(read(writers.dump(rows, tmp_path / "y" / "rows.pkl"), "recorded")[1], data)
+
+
+@pytest.mark.parametrize("columns", [4, 6, 7])
+@pytest.mark.parametrize("features", [True, False])
+def test_a_column_of_several_labels(tmp_path, data, columns, features):
+    """Emotions: the label column is named, and the CSV's sentiment is compared only where the pickle has it."""
+    content, chosen = writers.declarelab(data), {}
+    for name, split in content.items():
+        labels = np.random.default_rng(1).uniform(0, 3, (len(split["id"]), columns)).round(2)
+        labels[:, 0] = split["labels"].reshape(-1)
+        split["labels"], chosen[name] = labels, labels[:, 2:3].astype(np.float32)
+    path = writers.dump(content, tmp_path / "x.pkl")
+    writers.write_csv(tmp_path / "label.csv", writers.label_rows(data)[::-1])
+    raw = read(path, "recorded", features=features, choice=Choice(label_column=2))[1]
+    for name, rows in data.items():
+        assert np.array_equal(raw.splits[name].label, chosen[name])
+        assert raw.splits[name].text == (None if features else [s.text for s in rows])
+    told = ["the labels of label.csv are not compared: the pickle's have no sentiment"]
+    assert raw.notes == (told if columns != 7 and not features else [])
+    if columns != 7:
+        with pytest.raises(DataError, match=r"data\.label_column"):
+            read(path, "recorded", features=True)
+
+
+def test_rows_that_nothing_checks_are_not_joined_by_position(tmp_path, data):
+    content = writers.declarelab(data, "mosei")
+    for split in content.values():
+        split["labels"] = np.ones((len(split["id"]), 6))
+    path = writers.dump(content, tmp_path / "x.pkl")
+    rows = [{**r, "clip_id": f"c{r['clip_id']}"} for r in writers.label_rows(data)]
+    writers.write_csv(tmp_path / "label.csv", rows)
+    with pytest.raises(DataError, match=r"train, row 0: found id v_ideo0.*no sentiment label; expected a way to check"):
+        read(path, "recorded", choice=Choice(label_column=2))
+
+
+@pytest.mark.parametrize("key", ["auto", "classes", "classification_labels", "regression_labels_T"])
+def test_sets_of_labels_of_an_mmsa_file(tmp_path, data, key):
+    content = writers.mmsa(data)
+    for split in content.values():
+        n = len(split["id"])
+        split["classification_labels"] = np.arange(n) % 3
+        split["regression_labels_T"] = np.linspace(-1, 1, n)
+    path = writers.dump(content, tmp_path / "x.pkl")
+    name = {"auto": "regression_labels", "classes": "classification_labels"}.get(key, key)
+    raw = read(path, "recorded", choice=Choice(label_key=key))[1]
+    for split in SPLITS:
+        assert np.array_equal(raw.splits[split].label[:, 0], np.asarray(content[split][name], np.float32))
+    del content["test"]["classification_labels"]
+    if key == "classes":  # not in every split: the only labels there are
+        raw = read(writers.dump(content, path), "recorded", choice=Choice(label_key=key))[1]
+        assert np.array_equal(raw.splits["train"].label[:, 0], content["train"]["regression_labels"].astype("f"))
+
+
+@pytest.mark.parametrize("family", ["mmsa", "manifest", "tuples"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_modality_that_one_split_lacks(tmp_path, data, family, split):
+    """It is as wide as in the other splits: one frame of zeros a sample, counted."""
+    for s in data[split]:
+        s.vision = s.vision[:0]
+    if family == "mmsa":
+        content = writers.mmsa(data)
+        del content[split]["vision"], content[split]["vision_lengths"]
+        path = writers.dump(content, tmp_path / "x.pkl")
+    else:
+        path = write(tmp_path, family, data)
+    with pytest.warns(DataWarning) as caught:
+        opened = open_dataset(path, DataConfig(normalize_vision="none"), str(small_tokenizer(tmp_path / "encoder")))
+    count = len(data[split])
+    said = [str(w.message) for w in caught]
+    assert any(f"{count} samples without vision, kept as one zero frame ({split} {count})" in line for line in said)
+    assert opened.vision_dim == writers.VISION
+    for name, rows in data.items():
+        vision = opened.splits[name].vision
+        assert vision.values.shape == (sum(max(len(s.vision), 1) for s in rows), writers.VISION)
+        assert vision.values.any() == (name != split)
+
+
+@pytest.mark.parametrize("kind", ["resident", "torch"])
+def test_data_without_a_modality_is_as_wide_as_the_runs_training_data(tmp_path, data, kind):
+    encoder = str(small_tokenizer(tmp_path / "encoder"))
+    trained = open_dataset(writers.write_manifest(tmp_path / "a", data), DataConfig(), encoder)
+    for rows in data.values():
+        for s in rows:
+            s.vision = s.vision[:0]
+    path = writers.write_manifest(tmp_path / "b", data)
+    with pytest.warns(DataWarning, match="14 samples without vision"):
+        opened = open_dataset(path, DataConfig(), encoder, normalizer=trained.normalizer)
+    assert (opened.audio_dim, opened.vision_dim) == (writers.AUDIO, writers.VISION)
+    (batch,) = opened.loader("test", 9, kind=kind, workers=1 if kind == "torch" else None)
+    assert batch.vision.shape == (4, 1, writers.VISION) and not batch.vision.any()
+    assert batch.audio.any()
 
 
 def test_csv_in_any_order_with_any_columns(tmp_path, data):

@@ -62,7 +62,7 @@ def test_counts_and_statistics(tmp_path, data, family):
 
 def test_layout_is_shown_where_reading_fails(tmp_path, data):
     content = writers.mmsa(data)
-    del content["valid"]["vision"]
+    del content["valid"]["id"]
     report = inspect_path(writers.dump(content, tmp_path / "x.pkl"))
     assert report.layout["train"]["audio"] == "float32 [7, 9, 5]"
     assert report.splits == {}

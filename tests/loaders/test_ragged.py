@@ -140,8 +140,12 @@ def test_wrong_sequences():
         from_sequences([np.ones(2)], ["a"], "x")
     with pytest.raises(DataError, match="dtype"):
         from_sequences([np.array([["x"]])], ["a"], "x")
-    with pytest.raises(DataError, match="not one frame"):
-        from_sequences([np.zeros((0, 2))], ["a"], "x")
+
+
+def test_sequences_without_a_frame_are_all_missing():
+    found = from_sequences([np.zeros((0, 2)), np.zeros((0, 0))], ["a", "b"], "x")
+    assert found.missing == [0, 1] and found.ragged.values.tolist() == [[0], [0]]
+    assert found.ragged.lengths.tolist() == [1, 1]
 
 
 def test_ragged_join():

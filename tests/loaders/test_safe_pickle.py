@@ -73,6 +73,12 @@ def test_an_array_may_be_in_every_row(tmp_path):
     assert len(loaded) == 2000 and all(row[0] is loaded[0][0] for row in loaded)
 
 
+def test_a_long_text_may_be_in_every_row(tmp_path):
+    text, words = "very " * 1000, ["so"] * 500
+    loaded = safe_pickle.load(write(tmp_path / "x.pkl", [(text, words, i) for i in range(3000)]))
+    assert loaded[2999] == (text, words, 2999)
+
+
 def test_tuples_as_keys(tmp_path):
     content = {("a", 1): 1, (1.5, None): [2]}
     assert safe_pickle.load(write(tmp_path / "x.pkl", content)) == content

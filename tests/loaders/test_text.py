@@ -93,3 +93,10 @@ def test_damaged_tokenizer_file(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer\.json"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_folder_without_a_vocabulary(tmp_path):
+    """transformers makes a tokeniser of it that takes every word for unknown."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 32}')
+    with pytest.raises(DataError, match=r"a tokeniser that knows no word; expected its vocabulary"):
+        load_tokenizer(str(tmp_path))

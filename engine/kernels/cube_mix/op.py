@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from engine.kernels import registry
+from engine.kernels.arguments import exact_type
 from engine.kernels.cube_mix import cpu, reference
+from engine.kernels.gradients import differentiable_once
 
 ACTIVATIONS = cpu.ACTIVATIONS
 # fc1 weight and bias, fc2 weight and bias, residual weight, norm weight and bias, as in `cube_mix`.
@@ -71,11 +72,15 @@ def cube_mix(
 
     Raises:
         ValueError: an unknown activation; shapes that do not belong together.
+        EstimatorError: types other than floating ones, or tensors on several devices.
 
     Source: Sun et al., CubeMLP, ACM MM 2022.
     """
-    axis = axis % x.ndim
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual_weight, norm_weight, norm_bias)
+    exact_type("cube_mix", x, *weights)
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis {axis} of an x with {x.ndim} axes")
+    axis = axis % x.ndim
     _check(x.shape[axis], weights, activation, ln_first)
     return _mix(x, axis, weights, activation, ln_first, eps)
 
@@ -104,8 +109,11 @@ def cube_block(
         [B, l_out, k_out, d_out], float32 (float64 for float64 x). Differentiable once in x and the weights.
 
     Raises:
-        ValueError: as `cube_mix`.
+        ValueError, EstimatorError: as `cube_mix`.
     """
+    exact_type("cube_block", x, *time, *modality, *channel)
+    if x.ndim != 4:
+        raise ValueError(f"x of shape {list(x.shape)}, expected [B, l, k, d]")
     for axis, weights in enumerate((time, modality, channel), 1):
         _check(x.shape[axis], weights, activation, ln_first)
     settings = (activation, ln_first, eps)
@@ -203,6 +211,9 @@ def _mix(
 ) -> Tensor:
     """`cube_mix`. dtype: the result's on a GPU."""
     if not available(x):
+        if len({t.dtype for t in (x, *weights) if t is not None}) > 1:
+            exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+            x, weights = x.to(exact), [None if w is None else w.to(exact) for w in weights]
         return reference.axis_mix(x, axis, *weights, activation=_FUNCTIONS[activation], ln_first=ln_first, eps=eps)
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     columns = x.reshape(math.prod(before), x.shape[axis], math.prod(after))
@@ -250,7 +261,7 @@ class _CubeMix(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("cube_mix")
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_x = ctx.needs_input_grad[0]
         found = registry.call("cube_mix_backward", dy, *ctx.saved_tensors, *ctx.settings, need_x)
@@ -270,7 +281,7 @@ class _CubePair(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("cube_block")
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_x = ctx.needs_input_grad[0]
         found = registry.call("cube_pair_backward", dy, *ctx.saved_tensors, *ctx.settings, need_x)

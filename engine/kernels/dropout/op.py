@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from engine.errors import EstimatorError
 from engine.kernels.dropout import reference
+from engine.kernels.gradients import batched, transformed
 from engine.kernels.registry import backend_for, call, lazy, register
 
 SEEDS = (1 << 63) - 1
@@ -35,31 +36,33 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
         p: in [0, 1].
         training: False returns x itself.
 
+    Raises:
+        EstimatorError: p outside [0, 1].
+
     The mask depends on torch's default generator alone: on neither the number of threads nor the processor. It is not
     the mask that torch's own dropout draws from the same seed.
     """
+    if not 0 <= p <= 1:
+        raise EstimatorError("dropout", f"p = {p}", "a probability from 0 to 1", "Choose one such as 0.1.")
     if not training or p == 0:
         return x
-    backend = _backend(x)
-    if backend is None or not 0 < p < 1:
+    if p == 1 or _is_torchs(x):
         return F.dropout(x, p, training)
     seed = torch.randint(SEEDS, (1,))
-    if backend == "reference":
+    if backend_for(x) == "reference":
         return reference.dropout(x, seed.to(x.device), p)
     return _Dropout.apply(x, seed, p)
 
 
-def _backend(x: Tensor) -> str | None:
-    """The backend that runs; None where torch's own dropout does."""
+def _is_torchs(x: Tensor) -> bool:
+    """Whether torch's own dropout runs on tensors like x."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        return None
-    if backend_for(x) == "reference":
-        return "reference"
-    if torch.compiler.is_compiling():
-        return "cpu"
+        return True
+    if backend_for(x) == "reference" or torch.compiler.is_compiling():
+        return False
     from engine.kernels.dropout.cpu import library
 
-    return "cpu" if library(torch.float64 if x.dtype == torch.float64 else torch.float32) is not None else None
+    return library(torch.float64 if x.dtype == torch.float64 else torch.float32) is None
 
 
 class _Dropout(torch.autograd.Function):
@@ -70,9 +73,11 @@ class _Dropout(torch.autograd.Function):
         return call("dropout", x, seed, p)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        return call("dropout", grad, *ctx.saved_tensors, ctx.p), None, None
+        (seed,) = ctx.saved_tensors
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or transformed() or batched(grad)):
+            return call("dropout", grad, seed, ctx.p), None, None
+        return reference.dropout(grad, seed, ctx.p), None, None  # by the same mask; torch goes on from there
 
 
 class Dropout(nn.Dropout):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine.errors import EstimatorError
 from engine.kernels.knn_product import reference
-from engine.kernels.knn_product.op import KEYS, ProductRows, ProductSampler, Space, check_bank
+from engine.kernels.knn_product.op import KEYS, ProductRows, ProductSampler, Space, check_bank, check_terms
 from engine.kernels.knn_product.reference import Piece
 from engine.kernels.registry import backend_for, call
 
@@ -197,6 +197,7 @@ def draw_epoch(
     k, bank, terms, sizes = sampler.k, sampler.bank, list(terms), [int(size) for size in batch_sizes]
     if k < 1:
         raise EstimatorError("objective.k_neighbor", f"k_neighbor {k}", "k_neighbor >= 1", "Raise it.")
+    check_terms(terms, bank)
     groups: dict[str, list[Any]] = {}
     for term in terms:
         groups.setdefault(term.given, []).append(term)

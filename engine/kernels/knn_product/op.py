@@ -14,12 +14,15 @@ waits for a GPU (preparing a bank does, once).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
+from engine.kernels.arguments import exact_type, looks_at
+from engine.kernels.gradients import refuse_vmap
 from engine.kernels.knn_product import reference
 from engine.kernels.knn_product.reference import Strata, label_strata, narrow
 from engine.kernels.registry import backend_for, call, lazy, register
@@ -87,6 +90,8 @@ class Space:
     """
 
     def __init__(self, z: Tensor):
+        refuse_vmap("condition")
+        exact_type("condition", z, integers=True)
         self.z = narrow(z.reshape(len(z), -1)).contiguous()
         if not torch.isfinite(self.z).all():
             raise EstimatorError(
@@ -123,6 +128,8 @@ class Line:
     """
 
     def __init__(self, z: Tensor):
+        refuse_vmap("condition")
+        exact_type("condition", z, integers=True)
         z = narrow(z.reshape(-1))
         if not torch.isfinite(z).all():
             raise EstimatorError(
@@ -160,9 +167,16 @@ class Bank(Mapping[str, Tensor]):
 
     Args:
         features: [N, width] each, on one device.
+
+    Raises:
+        EstimatorError: features of different numbers of rows, on several devices, or that are no tensors.
     """
 
     def __init__(self, features: Mapping[str, Tensor]):
+        exact_type("bank", *features.values(), integers=True)
+        if len({len(value) for value in features.values()}) > 1:
+            rows = ", ".join(f"{name} {len(value)}" for name, value in features.items())
+            raise EstimatorError("bank", f"features of {rows} rows", "the same samples in each", "Mend the bank.")
         self._features = {name: value.detach() for name, value in features.items()}
         self._spaces: dict[str, Space] = {}
         self._lines: dict[str, Line] = {}
@@ -268,6 +282,7 @@ class ProductSampler:
                 "Lower objective.k_neighbor or raise batch_size.",
             )  # fmt: skip
         terms, groups = list(terms), {}
+        check_terms(terms, self.bank)
         for term in terms:
             groups.setdefault(term.given, []).append(term)
         sizes = [1 if self.shared else len(members) for members in groups.values()]
@@ -316,7 +331,17 @@ def knn_product_samples(
 
     Returns:
         a sequence (x, y, z), [m·k, width] each.
+
+    Raises:
+        EstimatorError: x, y and z of different numbers of rows or on several devices; fewer than k rows beside the m
+            queries; a z that is not finite, or, with `discrete`, of several columns.
     """
+    exact_type("knn_product_samples", x, y, z, integers=True)
+    if not len(x) == len(y) == len(z):
+        raise EstimatorError(
+            "knn_product_samples", f"{len(x)}, {len(y)} and {len(z)} rows of x, y, z", "as many of each",
+            "Give rows of the same samples.",
+        )  # fmt: skip
     sample = stratified_product_indices if discrete else product_indices
     neighbour, query = sample(z, m, k, generator)
     return ProductRows(x[neighbour], y[query], z[query], k)
@@ -391,6 +416,9 @@ def stratified_product_indices(
     label = Bank({"label": label}).line("label") if len(label) else Line(label)
     n = len(label.z)
     check_bank(n, m, k)
+    if strata is not None and len(strata.order) != n:
+        found = f"strata of {len(strata.order)} rows for {n} labels"
+        raise EstimatorError("strata", found, "those of these labels", "Call label_strata again.")
     query, key = _query_and_key(query, n, m, generator, label.z.device)
     if m == 0:
         return query[0], query[0]
@@ -405,10 +433,25 @@ def product_rows(
     return bank_x[neighbour], bank_y[repeated], bank_z[repeated]
 
 
+def check_terms(terms: Iterable[Any], bank: Mapping[str, Tensor]) -> None:
+    """Refuse terms of features that the bank has not."""
+    for term in terms:
+        if missing := [name for name in (term.x, term.y, term.given) if name not in bank]:
+            raise EstimatorError(
+                f"objective term {term}",
+                f"no feature {missing[0]!r} in the bank",
+                f"it among {sorted(bank)}",
+                "Add it.",
+            )
+
+
 def check_bank(n: int, m: int, k: int) -> None:
-    if k < 1 or m < 0:
+    if not (isinstance(k, Integral) and isinstance(m, Integral)) or k < 1 or m < 0:
         raise EstimatorError(
-            "k_neighbor", f"k_neighbor {k} and {m} queries", "k_neighbor >= 1 and queries >= 0", "Mend them."
+            "k_neighbor",
+            f"k_neighbor {k} and {m} queries",
+            "whole numbers, k_neighbor >= 1 and queries >= 0",
+            "Mend them.",
         )
     if n - m < k:
         raise EstimatorError(
@@ -446,6 +489,10 @@ def _query_and_key(
 ) -> Indices:
     if query is None:
         return _draw(n, 1, m, generator, device)
+    if query.dtype != torch.int64 or query.shape != (m,):
+        raise EstimatorError("query", f"{query.dtype} {list(query.shape)}", f"int64 [{m}]", "Give m distinct rows.")
+    if looks_at(query) and (bool(((query < 0) | (query >= n)).any()) or len(query.unique()) < m):
+        raise EstimatorError("query", "rows out of range, or twice", f"distinct rows from 0 to {n - 1}", "Mend them.")
     source = torch.device("cpu") if generator is None else generator.device
     key = torch.randint(KEYS, (1, m), generator=generator, device=source)
     return query.to(device)[None], key.to(device)

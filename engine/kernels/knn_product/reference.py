@@ -229,6 +229,8 @@ def label_strata(label: Tensor, k: int) -> Strata:
         label: float [N] or [N, 1].
         k: a stratum needs more members than this.
     """
+    if label.numel() != len(label):
+        raise EstimatorError("condition", f"a label {list(label.shape)}", "one column", "Number the joint values.")
     label = narrow(label.reshape(-1))
     if not torch.isfinite(label).all():
         raise EstimatorError(

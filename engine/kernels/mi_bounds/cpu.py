@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from engine.errors import EstimatorError
 from engine.kernels import build
+from engine.kernels.mi_bounds.reference import check_positives
 from engine.kernels.mi_bounds.statistics import LSE, SHARE, add_positives_, log_weights
 
 # (first row, scores of a block of rows), over all rows
@@ -346,15 +346,8 @@ def _exponential_blocks(
     """
     groups, rows, d = q.shape
     columns = k.shape[1]
-    if positives is not None and len(positives):
-        least, most = (int(v) for v in positives.aminmax())
-        if least < 0 or most >= columns:
-            found = f"positives from {least} to {most}"
-            raise EstimatorError("infonce", found, f"0 to {columns - 1}", "Give columns of [k; negatives].")
-        own = torch.nonzero(positives == torch.arange(rows, device=q.device)) if exclude_self else ()
-        if len(own):
-            found = f"row {own[0].item()} as its own positive"
-            raise EstimatorError("infonce(exclude_self=True)", found, "another column", "Give the other view's column.")
+    if positives is not None:
+        check_positives(positives, columns, exclude_self)
     if library(q.dtype) is None or d % WHOLE:
         for begin, scores in _embedding_blocks(q, k):
             yield slice(None), _Exponentials(begin, scores, k, _Mask(scores, begin, positives, exclude_self))

@@ -7,7 +7,7 @@
 Memory is O(B d) and a bounded chunk of scores: 8 MiB on the CPU, at most 256 MiB on a GPU (`plan`). Where plain torch
 was measured to be faster, it may be all scores, up to 1 GiB. All statistics, sums and products accumulate in fp32 (fp64
 for fp64 inputs), also under autocast: embeddings of 16 bits are taken as they are, and gradients come back in their
-dtype. Every backend is bitwise deterministic. Gradients of gradients are not defined.
+dtype. Every backend is bitwise deterministic. Gradients of gradients raise ConfigError, but for the reference's.
 
 The autograd.Functions are here; what they call is registered with torch (`engine.kernels.registry`) and knows nothing
 of autograd.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -24,8 +25,10 @@ from torch.nn.functional import logsigmoid
 
 from engine.errors import EstimatorError
 from engine.kernels import dispatch
+from engine.kernels.arguments import exact_type, looks_at
+from engine.kernels.gradients import differentiable_once
 from engine.kernels.mi_bounds import plan, reference
-from engine.kernels.mi_bounds.reference import BOUNDS, full_precision
+from engine.kernels.mi_bounds.reference import BOUNDS, check_settings, full_precision
 from engine.kernels.mi_bounds.statistics import SIGMOID_GRADIENT, add_positives_, finish, interpolated
 from engine.kernels.registry import backend_for, call, interpreting, lazy, log_size, register
 
@@ -52,12 +55,15 @@ def infonce(
     Args:
         q: [B, d] or [G, B, d]: G losses at once.
         k: [M, d] or [G, M, d], M >= B; row i of k is the positive of row i of q, the others are its negatives.
-        temperature: positive: float, or a tensor of one element, which receives its gradient.
+        temperature: one positive number: float, or a tensor of one element, on the CPU or on q's device, which receives
+            its gradient. The value of a tensor on a GPU is not looked at: one that is not positive gives NaN.
         cosine: scale q, k and negatives to length 1 first.
         symmetric: mean of the losses of q against k and of k against q; M = B, without the next three.
-        negatives: [M', d] (or [G, M', d]): further keys, such as a queue. They receive gradients if they need them.
-        positives: int64 [B]: the column of each row's positive in [k; negatives], where it is not the row's own number;
-            on a GPU neither the range nor `exclude_self` is checked.
+        negatives: [M', d] (or [G, M', d]): further keys, such as a queue. Or [B, n, d] (or [G, B, n, d]): n negatives
+            of each row's own, its only ones; then k has the shape of q, and symmetric, positives and exclude_self are
+            not allowed. Negatives receive gradients if they need them.
+        positives: int64 [B]: the column of each row's positive in [k; negatives], where it is not the row's own number.
+            Out of range, or excluded by `exclude_self`, they raise an error on the CPU and give NaN on a GPU.
         exclude_self: column i does not exist for row i, as where q and k are the same samples: it is no positive.
         reduction: "mean", "sum" or "none".
 
@@ -65,13 +71,19 @@ def infonce(
         0-d, or [G] for groups; for "none" [B] or [G, B]. In nats, fp32 (fp64 for fp64 inputs).
 
     Raises:
-        EstimatorError: shapes, indices or options that do not fit.
+        EstimatorError: shapes, types, devices, indices or options that do not fit; no rows.
     """
     if reduction not in REDUCTIONS:
         raise EstimatorError("infonce", f"reduction {reduction!r}", f"one of {', '.join(REDUCTIONS)}", "Choose one.")
+    exact_type("infonce", q, k, negatives)
     if cosine:
         q, k = _normalise(q), _normalise(k)
         negatives = None if negatives is None else _normalise(negatives)
+    if negatives is not None and negatives.dim() == q.dim() + 1:
+        if symmetric or exclude_self or positives is not None:
+            found = "symmetric, exclude_self or positives with negatives of each row's own"
+            raise EstimatorError("infonce", found, "none of these", "Leave them out.")
+        return _reduced(_own_negatives(q, k, negatives, temperature), reduction)
     if negatives is not None:
         if negatives.shape[:-2] != k.shape[:-2] or negatives.shape[-1] != k.shape[-1]:
             raise _shapes("infonce", negatives, k, "negatives with the width and groups of k")
@@ -89,9 +101,13 @@ def infonce(
     if positives is None and (columns < rows or exclude_self):
         found = "no positives" if exclude_self else f"{rows} rows of q, {columns} keys"
         raise EstimatorError("infonce", found, "a positive for every row", "Give `positives`.")
-    if positives is not None and (positives.dtype != torch.int64 or positives.shape != (rows,)):
-        found = f"positives {list(positives.shape)} of {positives.dtype}"
-        raise EstimatorError("infonce", found, f"int64 [{rows}]", "Give one column of [k; negatives] a row.")
+    if positives is not None and (
+        positives.dtype != torch.int64 or positives.shape != (rows,) or positives.device != q.device
+    ):
+        found = f"positives {list(positives.shape)} of {positives.dtype} on {positives.device}"
+        raise EstimatorError(
+            "infonce", found, f"int64 [{rows}] on {q.device}", "Give one column of [k; negatives] a row."
+        )
     return _infonce(q, k, scale, positives, exclude_self, symmetric, reduction)
 
 
@@ -100,6 +116,8 @@ def _infonce(
 ) -> Tensor:
     """`infonce` of what `_prepare` gives, by the backend and the algorithm that are to be taken."""
     backend, wants_grad = _backend(q), _wants_grad(q, k, scale)
+    if positives is not None and backend != "cpu":  # whose kernels check them
+        positives, scale = _within(positives, q.shape[-2], k.shape[-2], exclude_self, scale)
     q3, k3 = _grouped(q), _grouped(k)
     if backend == "cpu":
         algorithm = "cpu"
@@ -122,10 +140,39 @@ def _infonce(
         elif wants_grad and algorithm == "chunked" and reduction != "none":
             gradients = "both"
         return _InfoNCE.apply(q, k, scale, positives, exclude_self, algorithm, gradients, reduction)
-    losses = losses if q.dim() == 3 else losses[0]
+    return _reduced(losses if q.dim() == 3 else losses[0], reduction)
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return losses
     return losses.mean(-1) if reduction == "mean" else losses.sum(-1)
+
+
+def _own_negatives(q: Tensor, k: Tensor, negatives: Tensor, temperature: float | Tensor) -> Tensor:
+    """Losses [B] or [G, B] of every row with its own negatives [B, n, d] or [G, B, n, d]: B (1 + n) scores in all."""
+    if k.shape != q.shape or negatives.shape[:-2] != q.shape[:-1] or negatives.shape[-1] != q.shape[-1]:
+        found = f"q {list(q.shape)}, k {list(k.shape)} and negatives {list(negatives.shape)}"
+        raise EstimatorError("infonce", found, "[B, d], [B, d] and [B, n, d]", "Give every row one positive, n others.")
+    exact = exact_type("infonce", q, k, negatives)
+    q, k, scale = _prepare("infonce", q, k, temperature)
+    with torch.autocast(q.device.type, enabled=False):
+        # sums, not matrix products: those may be of tf32 on a GPU
+        q, keys = q.to(exact), torch.cat([k.to(exact)[..., None, :], negatives.to(exact)], -2)
+        scores = scale * (q[..., None, :] * keys).sum(-1)
+        return scores.logsumexp(-1) - scores[..., 0]
+
+
+def _within(positives: Tensor, rows: int, columns: int, exclude_self: bool, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Positives that are in range, and a scale of NaN where they were not. Where they can be seen they are refused."""
+    if looks_at(positives):
+        reference.check_positives(positives, columns, exclude_self)
+        return positives, scale
+    inside = positives.clamp(0, columns - 1)
+    right = inside == positives
+    if exclude_self:
+        right = right & (positives != torch.arange(rows, device=positives.device))
+    return inside, torch.where(right.all(), scale, math.nan)
 
 
 def mi_lower_bound(
@@ -150,7 +197,7 @@ def mi_lower_bound(
         log_baseline: log a(y_i), [B], [B, 1] or with groups before; 0 if None. `tuba` and `interpolate` use it.
         alpha: interpolate: weight in [0, 1] of the multi-sample baseline.
         smile_tau: smile: scores are clipped to ±tau in the partition function.
-        temperature: of embeddings; positive: float, or a tensor of one element, which receives its gradient.
+        temperature: of embeddings; as for `infonce`.
         log_ema: mine: 0-d or [G], log of the moving average of mean e^S before this batch, -inf to begin it. Without it
             mine has the gradient of dv.
         ema_rate: mine: weight of this batch in the moving average.
@@ -160,11 +207,13 @@ def mi_lower_bound(
         is detached.
 
     Raises:
-        EstimatorError: shapes that do not fit, B < 2, or an unknown bound.
+        EstimatorError: shapes, types or devices that do not fit, B < 2, an unknown bound, or numbers out of range.
     """
     where = f"bound {bound}"
     if bound not in BOUNDS:
         raise EstimatorError(where, "an unknown bound", f"one of {', '.join(BOUNDS)}", "Choose one of these.")
+    exact_type(where, scores_or_q, k, log_baseline, log_ema)
+    check_settings(where, alpha, smile_tau, ema_rate)
     grouped = scores_or_q.dim() == 3
     if k is None:
         scores = full_precision(scores_or_q if grouped else scores_or_q[None])
@@ -190,6 +239,9 @@ def mi_lower_bound(
         a = log_baseline.reshape(groups, count).to(dtype)
     ema = torch.full((groups,), -math.inf, dtype=dtype, device=first.device)
     if log_ema is not None:
+        if tuple(log_ema.shape) not in ((), (1,), (groups,)):
+            expected = "one value" if groups == 1 else f"one value, or [{groups}]"
+            raise EstimatorError(where, f"log_ema {list(log_ema.shape)}", expected, "Give one a critic.")
         ema = log_ema.detach().to(dtype).expand(groups).contiguous()
 
     backend = _backend(first)
@@ -233,6 +285,7 @@ class _InfoNCE(torch.autograd.Function):
         return losses.mean(-1) if reduction == "mean" else losses.sum(-1)
 
     @staticmethod
+    @differentiable_once("infonce")
     def backward(ctx, grad):
         q, k, scale, positives, state, dq, dk = ctx.saved_tensors
         exclude_self, gradients, reduction = ctx.settings
@@ -263,6 +316,7 @@ class _SymmetricInfoNCE(torch.autograd.Function):
         return (-logsigmoid(joint - rest) - logsigmoid(joint - rest_columns)) / 2
 
     @staticmethod
+    @differentiable_once("infonce")
     def backward(ctx, grad):
         q, k, scale, joint, rest, rest_columns = ctx.saved_tensors
         weight = grad / -2
@@ -284,6 +338,7 @@ class _FusedInfoNCE(torch.autograd.Function):
         return -logsigmoid(joint - rest).mean(-1)
 
     @staticmethod
+    @differentiable_once("infonce")
     def backward(ctx, grad):
         q, k, scale, positives, sum_q, sum_k, share = ctx.saved_tensors
         grad = grad / q.shape[1]
@@ -311,7 +366,7 @@ class _Bound(torch.autograd.Function):
             )
             done = finish(bound, joint, rest, a, log_ema, ema_rate)
             factor = (maximum - done.constant).exp()
-            ctx.save_for_backward(q, k, scale, sum_q, sum_k, factor, done.diagonal, done.baseline)
+            ctx.save_for_backward(q, k, scale, a, sum_q, sum_k, factor, done.diagonal, done.baseline)
         else:
             joint, rest = call("mi_statistics", q, k, scale, None, False, kind, smile_tau)
             done = finish(bound, joint, rest, a, log_ema, ema_rate)
@@ -320,15 +375,16 @@ class _Bound(torch.autograd.Function):
                 # relative to the row's own log-sum-exp, e^(S - shift) is at most 1 and fits into 16 bits
                 shift = rest.clamp(min=torch.finfo(rest.dtype).min)
                 log_weight = shift - done.shift
-            ctx.save_for_backward(q, k, scale, done.constant, log_weight, shift, done.diagonal, done.baseline)
+            ctx.save_for_backward(q, k, scale, a, done.constant, log_weight, shift, done.diagonal, done.baseline)
         ctx.mark_non_differentiable(done.log_ema)
         return done.value, done.log_ema.clone()
 
     @staticmethod
+    @differentiable_once("mi_lower_bound")
     def backward(ctx, grad, _):
-        q, k, scale, *state = ctx.saved_tensors
+        q, k, scale, a, *state = ctx.saved_tensors
         if ctx.bound == "interpolate":
-            a, rest, weight, grad_a = state
+            rest, weight, grad_a = state
             dq, dk = call("mi_mixture_gradients", q, k, scale, a, ctx.alpha, rest, weight, grad)
         elif ctx.fused:
             sum_q, sum_k, factor, diagonal, grad_a = state
@@ -357,14 +413,15 @@ class _ScoreBound(torch.autograd.Function):
             return value, log_ema.clone()
         joint, rest = call("mi_score_statistics", scores, _kind(bound), smile_tau)
         done = finish(bound, joint, rest, a, log_ema, ema_rate)
-        ctx.save_for_backward(scores, done.constant, done.shift, done.diagonal, done.baseline)
+        ctx.save_for_backward(scores, a, done.constant, done.shift, done.diagonal, done.baseline)
         return done.value, done.log_ema.clone()
 
     @staticmethod
+    @differentiable_once("mi_lower_bound")
     def backward(ctx, grad, _):
-        scores, *state = ctx.saved_tensors
+        scores, a, *state = ctx.saved_tensors
         if ctx.bound == "interpolate":
-            a, rest, weight, grad_a = state
+            rest, weight, grad_a = state
             gradient = call("mi_score_mixture_gradients", scores, a, ctx.alpha, rest, weight, grad)
         else:
             constant, shift, diagonal, grad_a = state
@@ -415,19 +472,26 @@ def _normalise(x: Tensor) -> Tensor:
 
 def _prepare(where: str, q: Tensor, k: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, d] or [G, B, d] and k of one dtype, and the scale of their products."""
+    if 0 in q.shape:
+        raise EstimatorError(where, f"embeddings {list(q.shape)}", "rows and columns", "Leave out empty batches.")
     if q.dim() not in (2, 3) or k.dim() != q.dim() or q.shape[-1] != k.shape[-1] or q.shape[:-2] != k.shape[:-2]:
         raise _shapes(where, q, k, "[B, d] and [M, d], or [G, B, d] and [G, M, d]")
-    dtype = torch.promote_types(q.dtype, k.dtype)
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    exact, dtype = exact_type(where, q, k), torch.promote_types(q.dtype, k.dtype)
     # products of 16-bit embeddings are exact in fp32; the CPU has nothing to gain from 16 bits
     dtype = exact if q.device.type == "cpu" and not interpreting() else dtype
-    q, k = q.to(dtype), k.to(dtype)
-    check_temperature(where, temperature)
-    if isinstance(temperature, Tensor):
-        scale = 1 / temperature.reshape(()).to(device=q.device, dtype=exact)
-    else:
-        scale = torch.full((), 1 / temperature, dtype=exact, device=q.device)
-    return q, k, scale
+    return q.to(dtype), k.to(dtype), _scale(where, temperature, q.device, exact)
+
+
+def _scale(where: str, temperature: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """1 / temperature, 0-d. NaN where a tensor that is not looked at holds no positive number."""
+    seen = check_temperature(where, temperature, device)
+    if not isinstance(temperature, Tensor):
+        return torch.full((), 1 / float(temperature), dtype=dtype, device=device)
+    temperature = temperature.reshape(()).to(device=device, dtype=dtype)
+    if not seen:
+        positive = (temperature > 0) & (temperature < math.inf)
+        temperature = torch.where(positive, temperature, math.nan)
+    return 1 / temperature
 
 
 def _grouped(x: Tensor) -> Tensor:
@@ -435,19 +499,29 @@ def _grouped(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.unsqueeze(0)
 
 
-def check_temperature(where: str, temperature: float | Tensor) -> None:
-    """Refuse what is not one positive number. The value of a tensor on a GPU, or in a graph, is not looked at."""
-    tensor = isinstance(temperature, Tensor)
-    wrong = f"a temperature of shape {list(temperature.shape)}" if tensor and temperature.numel() != 1 else None
-    if wrong is None and not (tensor and (torch.compiler.is_compiling() or not _is_on_host(temperature))):
-        value = float(temperature.detach() if tensor else temperature)
-        wrong = None if 0 < value < math.inf else f"temperature {value}"
-    if wrong is not None:
-        raise EstimatorError(where, wrong, "one positive number", "Give one such as 0.07.")
+def check_temperature(where: str, temperature: float | Tensor, device: torch.device | None = None) -> bool:
+    """Refuse what is not one positive number. False if the value was not looked at: on a GPU, or in a graph.
 
-
-def _is_on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
+    Args:
+        device: of the embeddings; a tensor has to be there, or on the CPU. None: anywhere.
+    """
+    if isinstance(temperature, Tensor):
+        real = not (temperature.is_complex() or temperature.dtype == torch.bool)
+        near = device is None or temperature.device.type == "cpu" or temperature.device == device
+        if temperature.numel() == 1 and real and near:
+            if not looks_at(temperature):
+                return False
+            if 0 < temperature.item() < math.inf:
+                return True
+            found = repr(temperature.item())
+        else:
+            found = f"{temperature.dtype} {list(temperature.shape)} on {temperature.device}"
+    elif isinstance(temperature, Real) and not isinstance(temperature, bool) and 0 < temperature < math.inf:
+        return True
+    else:
+        found = repr(temperature)
+    near = "" if device is None or device.type == "cpu" else f", on the CPU or on {device}"
+    raise EstimatorError(where, f"temperature {found}", f"one positive number{near}", "Give one such as 0.07.")
 
 
 def _shapes(where: str, q: Tensor, k: Tensor, expected: str) -> EstimatorError:

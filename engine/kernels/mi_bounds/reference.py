@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, softplus
 
 from engine.errors import EstimatorError
+from engine.kernels.arguments import check_number, exact_type
 
 BOUNDS = ("infonce", "dv", "mine", "tuba", "nwj", "js", "js_fgan", "smile", "interpolate")
 
@@ -54,9 +55,11 @@ def bound_value(
         weights are normalised by the moving average).
 
     Raises:
-        EstimatorError: scores not [B, B] with B >= 2, a log-baseline not [B, 1], or an unknown bound.
+        EstimatorError: scores not [B, B] with B >= 2, a log-baseline not [B, 1], types or devices that do not fit, an
+            unknown bound, or a setting out of range.
     """
     _check(scores, bound, log_baseline)
+    check_settings(f"bound {bound}", alpha, smile_tau)
     with torch.autocast(scores.device.type, enabled=False):
         scores = full_precision(scores)
         joint = scores.diagonal()
@@ -103,6 +106,7 @@ def update_log_ema(log_ema: Tensor, scores: Tensor, rate: float) -> Tensor:
     -inf stands for an average that has not begun: the first batch then *is* the average. Taking the current batch in
     bounds MINE's marginal weight by 1/rate, whatever the scores do.
     """
+    check_number("bound mine", "ema_rate", rate, 0, 1, above=True)
     with torch.autocast(scores.device.type, enabled=False):
         scores = full_precision(scores.detach())
         count = len(scores)
@@ -223,6 +227,20 @@ def infonce_losses(
     return losses
 
 
+def check_positives(positives: Tensor, columns: int, exclude_self: bool) -> None:
+    """Refuse positives, int64 [B] on the CPU, that are no column, or that `exclude_self` leaves out."""
+    if not len(positives):
+        return
+    least, most = (int(v) for v in positives.aminmax())
+    if least < 0 or most >= columns:
+        found = f"positives from {least} to {most}"
+        raise EstimatorError("infonce", found, f"0 to {columns - 1}", "Give columns of [k; negatives].")
+    own = torch.nonzero(positives == torch.arange(len(positives))) if exclude_self else ()
+    if len(own):
+        found = f"row {own[0].item()} as its own positive"
+        raise EstimatorError("infonce(exclude_self=True)", found, "another column", "Give the other view's column.")
+
+
 def cross_entropies(
     q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, symmetric: bool
 ) -> Tensor:
@@ -267,10 +285,18 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def check_settings(where: str, alpha: float, smile_tau: float, ema_rate: float = 1.0) -> None:
+    """Refuse settings of bounds that are out of range."""
+    check_number(where, "alpha", alpha, 0, 1)
+    check_number(where, "smile_tau", smile_tau, 0, above=True)
+    check_number(where, "ema_rate", ema_rate, 0, 1, above=True)
+
+
 def _check(scores: Tensor, bound: str, log_baseline: Tensor | None) -> None:
     where = f"bound {bound}"
     if bound not in BOUNDS:
         raise EstimatorError(where, "an unknown bound", f"one of {', '.join(BOUNDS)}", "Choose one of these.")
+    exact_type(where, scores, log_baseline)
     if scores.dim() != 2 or scores.shape[0] != scores.shape[1]:
         raise EstimatorError(where, f"scores {list(scores.shape)}", "[B, B]", "Score every x against every y.")
     if len(scores) < 2:

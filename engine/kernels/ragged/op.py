@@ -43,7 +43,11 @@ def pad(
         )
     if offsets.dtype != torch.int64 or rows.dtype != torch.int64 or offsets.ndim != 1 or rows.ndim != 1 or width < 1:
         raise ValueError("offsets and rows must be int64 vectors, and width at least 1")
+    if not values.device == offsets.device == rows.device:
+        raise ValueError(f"values on {values.device}, offsets on {offsets.device}, rows on {rows.device}: move them")
     backend = registry.backend_for(values, "ragged_pad")
+    if values.requires_grad and torch.is_grad_enabled():
+        backend = "reference"  # the kernels have no gradients
     if backend == "reference" or (backend == "cpu" and not _compiled()):
         return reference.pad(values, offsets, rows, width, fill, closing)
     return registry.call("ragged_pad", values, offsets, rows, width, fill, closing)

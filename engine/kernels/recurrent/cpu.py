@@ -41,7 +41,7 @@ def forward(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str, tok
     hidden, layers = weights[1].shape[1], len(weights) // 8
     x = x.contiguous()
     weights = [w.contiguous() for w in weights]
-    length = _checked(length, x, tokens)
+    length = checked(length, x, tokens)
     out = x.new_empty(*x.shape[:2], 2 * hidden)
     state = x.new_empty(tokens * state_width(layers, hidden, cell))
     _run(x, length, weights, out, state, cell)
@@ -64,7 +64,7 @@ def backward(
     gradient = gradient.contiguous()
     weights = [w.contiguous() for w in weights]
     tokens = state.numel() // state_width(layers, hidden, cell)
-    length = _checked(length, x, tokens)
+    length = checked(length, x, tokens)
     tokens = int(length.sum())
     gradients = [torch.empty_like(w) for w in weights]
     dx = torch.empty_like(x) if input_gradient else None
@@ -74,8 +74,10 @@ def backward(
     return gradients if dx is None else [*gradients, dx]
 
 
-def _checked(length: Tensor, x: Tensor, tokens: int) -> Tensor:
+def checked(length: Tensor, x: Tensor, tokens: int) -> Tensor:
     """The kernel trusts the lengths with memory, so they are checked each time."""
+    if length.is_floating_point():
+        raise DataError("lengths", f"{length.dtype}", "whole numbers", "Give numbers of frames.")
     length = length.to("cpu", torch.int64).contiguous()
     batch, width, _ = x.shape
     if length.shape != (batch,):

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from engine.kernels.gradients import differentiable_once
 from engine.precision import cudnn_as_matmul
 from engine.streams import run_parallel
 
@@ -50,7 +50,7 @@ class _Governed(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("the recurrence")
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         y, wanted = ctx.inner
         with cudnn_as_matmul(ctx.tf32):

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
 from engine.kernels import registry
+from engine.kernels.arguments import exact_type, looks_at
+from engine.kernels.gradients import differentiable_once
 from engine.kernels.recurrent import cpu, cudnn, reference
 
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -62,17 +63,23 @@ def bidirectional(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: st
     Raises:
         DataError: lengths out of range.
         ValueError: shapes that do not belong together.
+        EstimatorError: types other than floating ones, or tensors on several devices.
     """
+    dtype = exact_type("the recurrence", x, *weights)
     cpu.check(x, weights, cell)
+    # one type for all: the kernels read memory as what x is
+    x, weights = x.to(dtype), [w.to(dtype) for w in weights]
     if available(x):
         return _Recurrent.apply(x, length, cell, *weights)
     if not x.is_cuda or registry.backend_for(x) == "reference":
+        if looks_at(length):
+            length = cpu.checked(length, x, x.shape[0] * x.shape[1]).to(length.device)
         return reference.bidirectional(x, length, weights, cell)
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return _Recurrent.apply(x, length, cell, *weights)
     tf32 = torch.is_autocast_enabled("cuda")
     with torch.autocast("cuda", enabled=False):
-        return cudnn.bidirectional(x if x.dtype == torch.float64 else x.float(), length, weights, cell, tf32)
+        return cudnn.bidirectional(x, length, weights, cell, tf32)
 
 
 class _Recurrent(torch.autograd.Function):
@@ -88,7 +95,7 @@ class _Recurrent(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("the recurrence")
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, gradient: Tensor) -> tuple:
         x, length, out, state, *weights = ctx.saved_tensors

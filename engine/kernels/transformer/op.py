@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from engine.errors import EstimatorError
+from engine.kernels.arguments import exact_type
 from engine.kernels.dropout.op import SEEDS
+from engine.kernels.gradients import differentiable_once
 from engine.kernels.registry import backend_for, call, lazy, register
 from engine.kernels.transformer import cpu, reference
 
@@ -59,8 +61,9 @@ def add_norm(
 
     Raises:
         ValueError: shapes that do not fit, p outside [0, 1), or p > 0 without a seed.
+        EstimatorError: types other than floating ones, or tensors on several devices.
     """
-    _check(x, p, seed, weight=weight, shift=shift, bias=bias)
+    _check("add_norm", x, p, seed, residual, weight=weight, shift=shift, bias=bias)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"a residual of shape {list(residual.shape)} for x of shape {list(x.shape)}")
     if _by_formula(x, "add_norm"):
@@ -81,8 +84,9 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes that do not fit.
+        EstimatorError: types other than floating ones, or tensors on several devices.
     """
-    _check(x, 0.0, None, bias=bias)
+    _check("bias_gelu", x, 0.0, None, bias=bias)
     return reference.bias_gelu(x, bias) if _by_formula(x, "bias_gelu") else _BiasGelu.apply(x, bias)
 
 
@@ -108,7 +112,8 @@ def attention(
     Args:
         qkv: [B · L, 3 · C], products of queries, keys and values, without their biases; head after head in each.
         q_bias, k_bias, v_bias: [C], float32 (or float64).
-        mask: [B, 1, 1, L] or [B, 1, L, L], any float type: added to the scores; finite. It gets no gradient.
+        mask: [B, 1, 1, L] or [B, 1, L, L], any float type: added to the scores; finite. Where it requires a gradient
+            the reference runs.
         seed, p, number: dropout of the attention's weights, as for `add_norm`.
 
     Returns:
@@ -116,21 +121,31 @@ def attention(
 
     Raises:
         ValueError: shapes that do not fit, p outside [0, 1), or p > 0 without a seed.
+        EstimatorError: types other than floating ones, or tensors on several devices.
     """
+    exact_type("attention", qkv, q_bias, k_bias, v_bias, mask)
     batch, length = mask.shape[0], mask.shape[-1]
     width = q_bias.shape[0]
     if qkv.shape != (batch * length, 3 * width) or width % heads or mask.shape[1:3] not in ((1, 1), (1, length)):
         raise ValueError(
             f"qkv {list(qkv.shape)}, mask {list(mask.shape)} and {heads} heads of {width} numbers do not fit together"
         )
-    _check(q_bias[None], p, seed, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias)
+    _check("attention", q_bias[None], p, seed, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias)
     backend = backend_for(qkv, "attention")
+    if mask.requires_grad and torch.is_grad_enabled():
+        backend = "reference"  # the kernels have no gradient for it
     if backend == "reference" or (backend == "triton" and not attention_fits(qkv.dtype, length, width // heads)):
         return reference.attention(qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number)
     return _Attention.apply(qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number)
 
 
-def _check(x: Tensor, p: float, seed: Tensor | None, **vectors: Tensor | None) -> None:
+def _check(
+    where: str, x: Tensor, p: float, seed: Tensor | None, *others: Tensor | None, **vectors: Tensor | None
+) -> None:
+    exact_type(where, x, *others, *vectors.values())
+    if seed is not None and (seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != x.device):
+        found = f"a seed {list(seed.shape)} of {seed.dtype} on {seed.device}"
+        raise EstimatorError(where, found, f"int64 [1] on {x.device}", "Take it from draw_seed.")
     for name, vector in vectors.items():
         if x.dim() != 2 or (vector is not None and vector.shape != x.shape[1:]):
             raise ValueError(f"x must be [N, C] and {name} [C]; found {list(x.shape)} and {list(vector.shape)}")
@@ -154,7 +169,7 @@ class _AddNorm(torch.autograd.Function):
         return y, None if low is None else small
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("add_norm")
     def backward(ctx, grad, grad_low):
         x, bias, residual, weight, seed = ctx.saved_tensors
         if grad is None and grad_low is None:
@@ -181,7 +196,7 @@ class _Attention(torch.autograd.Function):
         return call("attention", qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("attention")
     def backward(ctx, grad):
         wanted = ctx.needs_input_grad[1:4]
         dqkv, sums = call("attention_backward", grad, *ctx.saved_tensors, *ctx.settings, any(wanted))
@@ -195,7 +210,7 @@ class _BiasGelu(torch.autograd.Function):
         return call("bias_gelu", x, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("bias_gelu")
     def backward(ctx, grad):
         dx, dbias = call("bias_gelu_backward", grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
         return dx, dbias if ctx.needs_input_grad[1] else None

@@ -5,7 +5,6 @@ A new format is an object with the attributes of `Format`, given to `register_fo
 
 from __future__ import annotations
 
-import csv
 import difflib
 import re
 from collections.abc import Iterable, Mapping
@@ -16,9 +15,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from engine.config import MODALITIES
 from engine.errors import DataError
 from engine.files import user_path
 from engine.loaders import safe_pickle
+from engine.loaders.formats.tables import csv_header
 from engine.loaders.ragged import STEPS, LengthRule, Sequences
 
 SPLITS = ("train", "valid", "test")
@@ -38,6 +39,9 @@ class Choice:
         audio_features, vision_features, text_features: name of a feature set; "auto" is the reader's first.
         label_column: of labels with several columns; None is sentiment, the first of the SDK's seven.
         align: .csd files: one row a word, or the frames of a segment as they are.
+        label_key: set of labels of an MMSA file; auto: regression_labels; classes: classification_labels, where it has
+            them.
+        modalities: of text, audio and vision those that the data has to hold.
     """
 
     audio_features: str = "auto"
@@ -45,6 +49,8 @@ class Choice:
     text_features: str = "auto"
     label_column: int | None = None
     align: Literal["words", "segments"] = "words"
+    label_key: str = "auto"
+    modalities: tuple[str, ...] = MODALITIES
 
     def of(self, modality: Literal["audio", "vision", "text"], names: Iterable[str], where: str) -> str:
         """The name chosen for `modality` among `names`.
@@ -74,8 +80,8 @@ class RawSplit:
     Attributes:
         ids: N unique names, `<video>_<clip>` where the format has both.
         text: N transcripts, or None where the format holds none.
-        label: float32 [N, n].
-        audio, vision: cleaned sequences.
+        label: float32 [N, n]; NaN where the data has none.
+        audio, vision: cleaned sequences; `absent` where the data need not hold them and does not.
         features: precomputed text features, where they were asked for and the file has them.
     """
 
@@ -89,7 +95,7 @@ class RawSplit:
 
 @dataclass
 class RawDataset:
-    """What a reader returns: `splits` by name, and remarks for the user in `notes`.
+    """What a reader returns: `splits` by name, those that there are, and remarks for the user in `notes`.
 
     `draws_words` says that each line of a text is a sentence of which one word, drawn at random, goes to the text
     encoder, as AVEC2019's interviews are used. `cut` says that frames beyond `data.time_len` are left out before the
@@ -154,18 +160,24 @@ class Source:
         Raises:
             DataError: a split is there under two names.
         """
-        if self.kind != "pickle" or not isinstance(self.content, dict):
+        if self.kind != "pickle":
             return None
-        found: dict[str, Any] = {}
-        for key, split in _text_keys(self.content).items():
-            name = SPLIT_ALIASES.get(key, key)
-            if name in found:
-                raise DataError(
-                    str(self.path), f"the split {name} under two names, one of them {key!r}", f"one {name} split",
-                    "Remove one of them.",
-                )  # fmt: skip
-            found[name] = _text_keys(split) if isinstance(split, dict) else split
-        return found if set(found) & set(SPLITS) else None
+        if isinstance(self.content, dict):
+            found: dict[str, Any] = {}
+            for key, split in _text_keys(self.content).items():
+                name = SPLIT_ALIASES.get(key, key)
+                if name in found:
+                    raise DataError(
+                        str(self.path), f"the split {name} under two names, one of them {key!r}", f"one {name} split",
+                        "Remove one of them.",
+                    )  # fmt: skip
+                found[name] = _text_keys(split) if isinstance(split, dict) else split
+            if set(found) & set(SPLITS):
+                return found
+        alone = _split_named(self.files[""]) if "" in self.files else None
+        if alone is None:
+            return None
+        return {alone: _text_keys(self.content) if isinstance(self.content, dict) else self.content}
 
 
 def _text_keys(content: dict) -> dict[str, Any]:
@@ -307,11 +319,20 @@ def _below(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds and p.is_file() and not is_hidden(p))
 
 
+_NAMED = re.compile(r"(|.*[^a-zA-Z])(train|valid|val|dev|test)")
+
+
+def _split_named(file: Path) -> str | None:
+    """The split that a file is named after."""
+    named = _NAMED.fullmatch(file.stem)
+    return SPLIT_ALIASES[named[2]] if named else None
+
+
 def _split_groups(folder: Path) -> dict[str, dict[str, Path]]:
     """Files that are named after splits, by their common prefix; a group of one is no group."""
     groups: dict[str, dict[str, Path]] = {}
     for file in _pickles(folder):
-        named = re.fullmatch(r"(|.*[^a-zA-Z])(train|valid|val|dev|test)", file.stem)
+        named = _NAMED.fullmatch(file.stem)
         if named:
             groups.setdefault(named[1], {})[named[2]] = file
     return {prefix: files for prefix, files in groups.items() if len(files) > 1}
@@ -327,7 +348,7 @@ def _one_per_split(path: Path, files: Mapping[str, Path], choice: Choice) -> Sou
             )
         by_split[split] = file
     check_splits(str(path), by_split)
-    return Source(path, {s: by_split[s] for s in SPLITS}, choice)
+    return Source(path, {s: by_split[s] for s in present(by_split)}, choice)
 
 
 def choose_format(source: Source, expected: str | None = None) -> Format:
@@ -438,16 +459,37 @@ def read(
 # What readers share.
 
 
+def present(splits: Iterable[str]) -> list[str]:
+    """Those of train, valid and test that are among `splits`, in this order."""
+    splits = set(splits)
+    return [s for s in SPLITS if s in splits]
+
+
 def check_splits(where: str, found: Iterable[str]) -> list[str]:
-    """Raise unless train, valid and test are all there; a note that names other splits, which are not read."""
+    """Raise unless some of train, valid and test are there and none is misnamed; a note on splits that are not read.
+
+    Training asks for all three later.
+    """
     found = sorted(found, key=lambda s: SPLITS.index(s) if s in SPLITS else len(SPLITS))
     missing = [s for s in SPLITS if s not in found]
     extra = [s for s in found if s not in SPLITS]
-    if missing:
-        near = nearest(missing[0], extra, 0.5)
-        do = f"Rename {near[0]!r}." if near else "Write all three splits."
-        raise DataError(where, f"splits {', '.join(found)}, no {missing[0]}", "train, valid (or dev) and test", do)
+    if len(missing) == len(SPLITS) or any(nearest(s, extra, 0.5) for s in missing):
+        raise missing_split(where, found)
     return [f"splits that are not read: {listed(extra)}"] if extra else []
+
+
+def missing_split(where: str, found: list[str]) -> DataError:
+    """One of train, valid and test is not among `found`."""
+    missing, extra = [s for s in SPLITS if s not in found], [s for s in found if s not in SPLITS]
+    near = {s: names[0] for s in missing if (names := nearest(s, extra, 0.5))}
+    one = next(iter(near), missing[0])
+    do = f"Rename {near[one]!r}." if near else "Write all three splits."
+    return DataError(where, f"splits {', '.join(found)}, no {one}", "train, valid (or dev) and test", do)
+
+
+def unlabelled(count: int) -> np.ndarray:
+    """Labels of samples that have none: NaN, float32 [count, 1]."""
+    return np.full((count, 1), np.nan, np.float32)
 
 
 def splits_with_words(source: Source, title: str, features: bool) -> dict[str, Any]:
@@ -465,6 +507,9 @@ def splits_with_words(source: Source, title: str, features: bool) -> dict[str, A
 def nearest(word: str, options: Iterable[str], cutoff: float = 0.6) -> list[str]:
     """The option most like `word`, or none. Bounded: both may come from a damaged file."""
     return difflib.get_close_matches(str(word)[:80], [str(o)[:80] for o in list(options)[:200]], 1, cutoff)
+
+
+_MODALITY_KEYS = ("audio", "vision", "text", "raw_text")
 
 
 def check_keys(
@@ -485,7 +530,8 @@ def check_keys(
     for key in required:
         if key not in split:
             near = nearest(key, extra, 0.5)
-            do = f"Rename {near[0]!r} to {key!r}." if near else f"Add {key!r}."
+            do = f"Add {key!r}, or leave it out of data.modalities." if key in _MODALITY_KEYS else f"Add {key!r}."
+            do = f"Rename {near[0]!r} to {key!r}." if near else do
             raise DataError(
                 where,
                 f"keys {', '.join(map(str, split))}; no {key!r}",
@@ -508,7 +554,7 @@ def note_keys(extra: Mapping[str, list[str]]) -> list[str]:
     for split, keys in extra.items():
         for key in keys:
             found.setdefault(key, []).append(split)
-    names = [key if len(splits) == len(SPLITS) else f"{key} ({', '.join(splits)})" for key, splits in found.items()]
+    names = [key if len(splits) == len(extra) else f"{key} ({', '.join(splits)})" for key, splits in found.items()]
     return [f"keys that are not read: {listed(names)}"] if names else []
 
 
@@ -541,16 +587,22 @@ def remarks(source: Source, raw: RawDataset) -> list[str]:
     return notes
 
 
+def may_be_labelled(split: Any, key: str, known: Iterable[str]) -> bool:
+    """Whether a split has labels under `key`, or under an unknown name so like it that it is a mistake."""
+    known = set(known) - {key}
+    return isinstance(split, dict) and bool(nearest(key, [k for k in split if k not in known], 0.5))
+
+
 def read_labels(
     values: Any, count: int, where: str, ids: list[str] | None = None, column: int | None = None
 ) -> np.ndarray:
-    """Labels as float32 [N, 1].
+    """Labels as float32 [N, 1]; NaN stays: a sample without a label.
 
     Args:
         column: of labels with several; None takes the only one, or of 7 (the SDK's "All Labels") the first, sentiment.
 
     Raises:
-        DataError: wrong shape or dtype, or a label that is not finite.
+        DataError: wrong shape or dtype, or an infinite label.
     """
     label = as_numbers(values, where, "one number a row")
     with np.errstate(over="ignore"):  # told below, with the row
@@ -567,7 +619,7 @@ def read_labels(
             "Name the column with data.label_column." if more else "Write one label a row.",
         )
     label = label.reshape(count, -1)[:, [column or 0]]
-    wrong = np.flatnonzero(~np.isfinite(label[:, 0]))
+    wrong = np.flatnonzero(np.isinf(label[:, 0]))
     if len(wrong):
         row = int(wrong[0])
         name = f" (id {ids[row]})" if ids else ""
@@ -601,38 +653,66 @@ def as_numbers(values: Any, where: str, expected: str) -> np.ndarray:
 def to_text(value: Any, where: str = "text") -> str:
     """A str of what may be bytes (as written by Python 2 or in numpy S arrays), without lone surrogates.
 
+    An empty cell (None, or NaN as pandas leaves it) is an empty text. A number is its digits, without `.0`.
+
     Raises:
-        DataError: something that is neither text nor a number.
+        DataError: something that is neither text nor a finite number.
     """
+    if value is None or (isinstance(value, (float, np.floating)) and np.isnan(value)):
+        return ""
     if isinstance(value, bytes):
         return safe_pickle.decoded(value)
-    if not isinstance(value, (str, int, float, np.number)):
+    if isinstance(value, (float, np.floating)) and np.isfinite(value):
+        return str(int(value)) if value == int(value) and abs(value) < 2**53 else str(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, np.integer)):
         raise DataError(where, f"a {type(value).__name__}", "text", "Write texts and ids as str.")
     text = str(value)
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def to_id(value: Any, where: str) -> str:
+    """`to_text` of the name of a sample.
+
+    Raises:
+        DataError: it is empty, or the word that an empty cell becomes in a numpy array of text.
+    """
+    text = to_text(value, where)
+    if not text.strip() or text in ("nan", "None"):
+        found = f"id {text!r}" if text.strip() else "an empty id"
+        raise DataError(where, found, "a name for the sample", "Give every sample an id.")
+    return text
 
 
 def to_texts(values: Any, where: str) -> list[str]:
     """`to_text` of every item of a list or array.
 
     Raises:
-        DataError: not a list or 1-D array of text.
+        DataError: not a list or 1-D array of text, or numbers in every row.
     """
+    values = _listed(values, where)
+    texts = [to_text(value, f"{where}, row {row}") for row, value in enumerate(values)]
+    numbers = [v for v in values if not isinstance(v, (str, bytes))] if any(texts) else []
+    if numbers and len(numbers) == len(texts):
+        raise DataError(where, "a number in every row", "text", "Name the key that holds the transcripts.")
+    return texts
+
+
+def to_ids(values: Any, where: str) -> list[str]:
+    """`to_id` of every item of a list or array; numbers are names too.
+
+    Raises:
+        DataError: not a list or 1-D array, or an empty id.
+    """
+    return [to_id(value, f"{where}, row {row}") for row, value in enumerate(_listed(values, where))]
+
+
+def _listed(values: Any, where: str) -> Any:
     if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if not isinstance(values, (list, tuple)) and not (isinstance(values, np.ndarray) and values.ndim == 1):
         shape = f" of shape {values.shape}" if isinstance(values, np.ndarray) else ""
         raise DataError(where, f"a {type(values).__name__}{shape}", "a list of text", "Write one str a row.")
-    return [to_text(value, f"{where}, row {row}") for row, value in enumerate(values)]
-
-
-def csv_header(path: Path) -> list[str]:
-    """Column names of a CSV; none where the file is not one."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-            return [c.strip() for c in next(csv.reader(file), [])]
-    except (OSError, csv.Error):  # some other file beside the data
-        return []
+    return values
 
 
 def check_rows(where: str, rows: Any, title: str) -> int:

@@ -13,7 +13,6 @@ middle lies in the segment, as they are.
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,8 @@ import numpy as np
 from engine.errors import DataError
 from engine.loaders.formats import (
     SPLIT_ALIASES,
-    SPLITS,
     SPLITS_FILE,
+    Choice,
     RawDataset,
     RawSplit,
     Source,
@@ -32,10 +31,12 @@ from engine.loaders.formats import (
     csv_files,
     csv_header,
     listed,
+    present,
     read_labels,
 )
+from engine.loaders.formats.tables import read_table
 from engine.loaders.hdf5 import CsdReader
-from engine.loaders.ragged import LengthRule, from_sequences
+from engine.loaders.ragged import LengthRule, absent, from_sequences
 
 TITLE = "CMU-SDK .csd"
 PAUSE = "sp"
@@ -76,17 +77,20 @@ class CSD:
             files = _sort(source, reader)
             if files["other"]:
                 data.notes.append(f"files that are not read: {listed(p.name for p in files['other'].values())}")
-            segments = _segments(source, reader, files["label"]["labels"], data.notes)
-            words, spans = _words(reader.open(files["words"]["words"]), segments)
-            spoken = [s for s in segments if words[s.id]]
+            modalities = source.choice.modalities
+            names, segments = _segments(source, reader, files["label"]["labels"], data.notes)
+            words, spans, spoken = {}, {}, segments
+            if needs_words(source.choice):
+                words, spans = _words(reader.open(files["words"]["words"]), segments)
+                spoken = [s for s in segments if words[s.id]]
             if len(spoken) < len(segments):
                 data.notes.append(f"{len(segments) - len(spoken)} segments without a word are left out")
-            kinds = ("audio", "vision", "text") if features else ("audio", "vision")
+            kinds = [k for k in ("audio", "vision", "text") if k in modalities and (k != "text" or features)]
             frames = {}
             for kind in kinds:
                 file = files[kind][source.choice.of(kind, files[kind], str(source.path))]
                 frames[kind] = _frames(reader.open(file), spoken, spans, source.choice.align, data.notes, file)
-        for s in SPLITS:
+        for s in names:
             own = [x for x in spoken if x.split == s]
             where = f"{source.path}, {s}"
             if not own:
@@ -96,11 +100,16 @@ class CSD:
                 np.stack([x.label for x in own]), len(own), f"{where}, labels", ids, source.choice.label_column
             )
             parts = {k: from_sequences([frames[k][i] for i in ids], ids, f"{where}/{k}") for k in kinds}
-            data.splits[s] = RawSplit(
-                ids, [" ".join(words[i]) for i in ids], label, parts["audio"], parts["vision"], parts.get("text")
-            )
+            text = [" ".join(words[i]) for i in ids] if "text" in modalities else None
+            audio, vision = (parts.get(m) or absent(len(own)) for m in ("audio", "vision"))
+            data.splits[s] = RawSplit(ids, text, label, audio, vision, parts.get("text"))
         data.dtypes = {"audio": "float32", "vision": "float32"}
         return data
+
+
+def needs_words(choice: Choice) -> bool:
+    """Whether samples are made of words: as their text, or as what frames are aligned to."""
+    return "text" in choice.modalities or choice.align == "words"
 
 
 def _sort(source: Source, reader: CsdReader) -> dict[str, dict[str, Path]]:
@@ -121,11 +130,18 @@ def _sort(source: Source, reader: CsdReader) -> dict[str, dict[str, Path]]:
             )  # fmt: skip
         found[kind or "other"][name] = file
     for kind, do in (
-        ("words", "Add the file of time-stamped words."),
+        (
+            "words",
+            "Add the file of words, or set data.align=segments and leave text out of data.modalities.",
+        ),
         ("label", "Add the labels."),
         ("audio", "Add a file such as COVAREP.csd, or name one with data.audio_features."),
         ("vision", "Add a file such as FACET_4.2.csd, or name one with data.vision_features."),
     ):
+        if kind in ("audio", "vision") and kind not in source.choice.modalities:
+            continue
+        if kind == "words" and not needs_words(source.choice):
+            continue
         if not found[kind]:
             raise DataError(str(source.path), f"{', '.join(source.files)}: no {kind}", f"a .csd file of {kind}", do)
         auto = kind in ("audio", "vision") and getattr(source.choice, f"{kind}_features") == "auto"
@@ -139,7 +155,8 @@ def _sort(source: Source, reader: CsdReader) -> dict[str, dict[str, Path]]:
     return found
 
 
-def _segments(source: Source, reader: CsdReader, file: Path, notes: list[str]) -> list[_Segment]:
+def _segments(source: Source, reader: CsdReader, file: Path, notes: list[str]) -> tuple[list[str], list[_Segment]]:
+    """The splits that are listed, and all segments of them."""
     split_of = _splits(source, notes)
     reader.open(file)
     if reader.kind != "numbers":
@@ -162,7 +179,11 @@ def _segments(source: Source, reader: CsdReader, file: Path, notes: list[str]) -
         raise DataError(str(file), "labels of different widths", "the same columns in every video", "Mend the file.")
     if unknown:
         notes.append(f"{unknown} labelled videos are in no split and are left out")
-    return out
+    if not out:
+        raise DataError(
+            str(source.path), "no labelled segment of a video of any split", "some", "Check the list of videos."
+        )
+    return present(split_of.values()), out
 
 
 def _splits(source: Source, notes: list[str]) -> dict[str, str]:
@@ -179,7 +200,7 @@ def _splits(source: Source, notes: list[str]) -> dict[str, str]:
             ) from None
         notes += check_splits(str(file), folds)
         split_of: dict[str, str] = {}
-        for split in SPLITS:
+        for split in present(folds):
             for video in folds[split]:
                 if split_of.setdefault(video, split) != split:
                     raise DataError(
@@ -190,14 +211,8 @@ def _splits(source: Source, notes: list[str]) -> dict[str, str]:
     for table in csv_files(folder):
         columns = csv_header(table)
         if {"video_id", "mode"} <= set(columns):
-            try:
-                with table.open(newline="", encoding="utf-8-sig", errors="replace") as opened:
-                    next(opened)
-                    rows = [(r["video_id"], r["mode"]) for r in csv.DictReader(opened, columns, restval="")]
-            except csv.Error as cause:
-                raise DataError(
-                    str(table), f"no CSV ({cause})", "columns video_id and mode", "Mend the file."
-                ) from None
+            read = read_table(table, "columns video_id and mode", ("video_id", "mode"), "replace")
+            rows = [(row["video_id"].strip(), row["mode"].strip()) for _, row in read.rows]
             return {video: SPLIT_ALIASES[mode] for video, mode in rows if mode in SPLIT_ALIASES}
     raise DataError(
         str(source.path),
@@ -237,7 +252,7 @@ def _frames(
     notes: list[str],
     file: Path,
 ) -> dict[str, np.ndarray]:
-    """Rows of every segment, float32 [n, d]."""
+    """Rows of every segment, float32 or float64 [n, d]."""
     if reader.kind != "numbers":
         raise DataError(str(file), "text", "numbers", "Choose another feature set.")
     out: dict[str, np.ndarray] = {}
@@ -273,7 +288,7 @@ def _frames(
 
 def _mean_by_word(intervals: np.ndarray, features: np.ndarray, words: np.ndarray, used: np.ndarray) -> np.ndarray:
     """The mean of the frames that overlap each word, which are marked in `used`."""
-    rows = np.zeros((len(words), features.shape[1]), np.float32)
+    rows = np.zeros((len(words), features.shape[1]), features.dtype)
     for i, (start, end) in enumerate(words):
         over = (intervals[:, 0] < end - ROUNDING) & (intervals[:, 1] > start + ROUNDING)
         if over.any():

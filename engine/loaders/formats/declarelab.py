@@ -8,8 +8,8 @@ MOSI ids are `<video>_<clip>`; MOSEI ids are rows (video, start, end), which the
 
 from __future__ import annotations
 
-import csv
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 
 from engine.errors import DataError
 from engine.loaders.formats import (
+    SPLIT_ALIASES,
     SPLITS,
     RawDataset,
     RawSplit,
@@ -28,12 +29,16 @@ from engine.loaders.formats import (
     check_splits,
     csv_files,
     csv_header,
+    may_be_labelled,
     nearest,
     note_keys,
+    present,
     read_labels,
     to_text,
+    unlabelled,
 )
-from engine.loaders.ragged import LengthRule, from_padded
+from engine.loaders.formats.tables import label_of, plain_number, read_table
+from engine.loaders.ragged import LengthRule, absent, from_padded
 
 TITLE = "DeclareLab/MulT"
 KEYS = ("vision", "audio", "text", "labels", "id")
@@ -46,6 +51,7 @@ MMSA_HINTS = (
     "audio_lengths",
     "vision_lengths",
 )
+COLUMNS = ("video_id", "clip_id", "text", "label")  # of the label CSV
 LABEL_TOLERANCE = 0.05  # CSVs round labels to one decimal; two different MOSI or MOSEI labels are further apart
 
 
@@ -63,11 +69,16 @@ class _Row:
 
 @dataclass
 class _Sample:
-    """A row of the pickle. `cells` are the non-empty columns of its id."""
+    """A row of the pickle.
+
+    Attributes:
+        cells: the non-empty columns of its id.
+        label: its sentiment; None where the labels have neither one column nor the SDK's seven.
+    """
 
     where: str
     cells: list[str]
-    label: float
+    label: float | None
 
     @property
     def name(self) -> str:
@@ -100,28 +111,39 @@ class DeclareLab:
         splits = source.split_dict() or {}
         where = str(source.path)
         notes = check_splits(where, splits)
-        required = KEYS if features else [k for k in KEYS if k != "text"]
+        names = present(splits)
+        modalities = source.choice.modalities
+        frames = [m for m in ("audio", "vision") if m in modalities]
         samples: dict[str, list[_Sample]] = {}
-        notes += note_keys({s: check_keys(f"{where}, {s}", splits[s], required, KEYS, TITLE) for s in SPLITS})
-        for s in SPLITS:
+        unknown = {}
+        for s in names:
+            labels = ["labels"] if may_be_labelled(splits[s], "labels", KEYS) else []
+            required = [*frames, *(["text"] if features else []), *labels, "id"]
+            unknown[s] = check_keys(f"{where}, {s}", splits[s], required, KEYS, TITLE)
             samples[s] = _samples(splits[s], f"{where}, {s}")
         column = source.choice.label_column
-        every = [x for s in SPLITS for x in samples[s]]
+        every = [x for s in names for x in samples[s]]
         # MOSI's first column is a whole id, MOSEI's names only the video
         whole = len({x.cells[0] for x in every}) == len(every) or all(len(x.cells) == 1 for x in every)
-        data = RawDataset(self.name, {}, notes=notes)
-        text = None if features else _join(source, samples, data.notes)
-        for s in SPLITS:
+        data = RawDataset(self.name, {}, notes=notes + note_keys(unknown))
+        text = None if features or "text" not in modalities else _join(source, samples, data.notes)
+        for s in names:
             split = splits.pop(s)
-            data.dtypes.update({m: str(getattr(split[m], "dtype", "")) for m in ("audio", "vision")})
+            data.dtypes.update({m: str(getattr(split[m], "dtype", "")) for m in frames})
             ids = [x.cells[0] if whole else x.name for x in samples[s]]
             embedded = split.pop("text", None)
             data.splits[s] = RawSplit(
                 ids,
                 text[s] if text else None,
-                read_labels(split["labels"], len(ids), f"{where}, {s}/labels", ids, column),
-                from_padded(split.pop("audio"), "left", rule, None, ids, f"{where}, {s}/audio"),
-                from_padded(split.pop("vision"), "left", rule, None, ids, f"{where}, {s}/vision"),
+                read_labels(split["labels"], len(ids), f"{where}, {s}/labels", ids, column)
+                if split.get("labels") is not None
+                else unlabelled(len(ids)),
+                *(
+                    from_padded(split.pop(m), "left", rule, None, ids, f"{where}, {s}/{m}")
+                    if m in frames
+                    else absent(len(ids))
+                    for m in ("audio", "vision")
+                ),
                 from_padded(embedded, "left", "all_zero", None, ids, f"{where}, {s}/text") if features else None,
             )
         return data
@@ -148,14 +170,25 @@ def _samples(split: dict[str, Any], where: str) -> list[_Sample]:
             if isinstance(value, (list, tuple))
             else [value]
         )
-        cells.append([c for c in (to_text(part, at) for part in parts) if c])
-        if not cells[-1]:
+        texts = [to_text(part, at) for part in parts]
+        if not texts or not texts[0].strip() or texts[0] in ("nan", "None"):
             raise DataError(
                 f"{where}/id, row {row}", "an empty id", "video_clip or (video, start, end)", "Give every sample an id."
             )
-    # sentiment, which the CSV has too, whatever column is trained on
-    label = read_labels(split["labels"], count, f"{where}/labels", [c[0] for c in cells])
-    return [_Sample(f"{where}, row {i}", c, float(label[i, 0])) for i, c in enumerate(cells)]
+        cells.append([text for text in texts if text])
+    names = [c[0] for c in cells]
+    known = split.get("labels") is not None
+    label = _sentiment(split["labels"], count, f"{where}/labels", names) if known else [math.nan] * count
+    return [_Sample(f"{where}, row {i}", c, label[i]) for i, c in enumerate(cells)]
+
+
+def _sentiment(values: Any, count: int, where: str, ids: list[str]) -> list[float] | list[None]:
+    """What the CSV has too, whatever column is trained on: the only column, or the first of the SDK's seven."""
+    shape = getattr(values, "shape", ())
+    columns = max(shape[1:], default=1)
+    if shape[:1] == (count,) and columns not in (1, 7) and np.prod(shape) == count * columns:
+        return [None] * count  # `read_labels` checks them, with the column that is asked for
+    return read_labels(values, count, where, ids)[:, 0].tolist()
 
 
 def find_csv(source: Source) -> Path:
@@ -171,41 +204,19 @@ def find_csv(source: Source) -> Path:
             str(source.path),
             f"no label CSV in {file.parent}",
             "a CSV with columns video_id, clip_id, text, label beside the pickle, which has no transcripts",
-            "Put it there, or use text_encoder=features.",
+            "Put it there, use text_encoder=features, or leave text out of data.modalities.",
         )
     return max(tables, key=lambda p: difflib.SequenceMatcher(None, p.stem.lower(), file.stem.lower()).ratio())
 
 
 def _read_csv(path: Path) -> list[_Row]:
     columns = csv_header(path)
-    for need in ("video_id", "clip_id", "text", "label"):
-        if need not in columns:
-            near = difflib.get_close_matches(need, columns, 1)
-            do = f"Rename {near[0]!r} to {need!r}." if near else "Use the data set's label CSV."
-            raise DataError(str(path), f"columns {', '.join(columns)}", f"a column {need}", do)
+    labelled = "label" in columns or nearest("label", columns)  # a label CSV of samples without labels may lack it
     rows = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            next(file)
-            reader = csv.DictReader(file, columns, restval="")
-            for row in reader:
-                where = f"{path}, line {reader.line_num + 1}"
-                more = row.get(None)
-                if more and any(cell.strip() for cell in more):
-                    raise DataError(
-                        where, f"{len(columns) + len(more)} cells", f"{len(columns)}, as in the header",
-                        "Put texts that hold commas in quotes.",
-                    )  # fmt: skip
-                try:
-                    label = float(row["label"])
-                except ValueError:
-                    raise DataError(where, f"label {row['label']!r}", "a number", "Mend the row.") from None
-                video, clip = row["video_id"].strip(), row["clip_id"].strip()
-                rows.append(_Row(reader.line_num + 1, video, clip, row["text"], label, row.get("mode", "")))
-    except UnicodeDecodeError as cause:
-        raise DataError(str(path), f"no UTF-8 at byte {cause.start}", "UTF-8 text", "Save the CSV as UTF-8.") from None
-    except csv.Error as cause:
-        raise DataError(str(path), f"no CSV ({cause})", "the data set's label CSV", "Download it again.") from None
+    for line, row in read_table(path, "the data set's label CSV", COLUMNS if labelled else COLUMNS[:-1]).rows:
+        label = label_of(row.get("label", ""), f"{path}, line {line}")
+        video, clip = row["video_id"].strip(), row["clip_id"].strip()
+        rows.append(_Row(line, video, clip, row["text"], label, row.get("mode", "").strip()))
     return rows
 
 
@@ -213,33 +224,61 @@ def _join(source: Source, samples: dict[str, list[_Sample]], notes: list[str]) -
     """The transcript of every sample, by id where the CSV allows it, else by position; labels must agree."""
     path = find_csv(source)
     rows = _read_csv(path)
-    every = [(s, x) for s in SPLITS for x in samples[s]]
-    clips = {(r.video, r.clip) for r in rows}
-    starts = {(r.video, _number(r.clip)) for r in rows}
-    # MOSI's ids hold a clip; MOSEI's a start, which some CSVs have as clip_id
-    if all(len(x.cells) == 1 for _, x in every) or all(x.clip in clips for _, x in every):
-        joined = _by_id(every, rows, path, lambda x: x.clip, lambda r: (r.video, r.clip))
-    elif all(x.start in starts for _, x in every):
-        joined = _by_id(every, rows, path, lambda x: x.start, lambda r: (r.video, _number(r.clip)))
-    else:
-        joined = _by_position(every, rows, path)
+    every = [(s, x) for s in samples for x in samples[s]]
+    joined = _matched(every, rows, path, notes)
+    compared = [x.label is not None for _, x in every]
+    if not all(compared):
+        notes.append(f"the labels of {path.name} are not compared: the pickle's have no sentiment")
     moved = 0
-    text: dict[str, list[str]] = {s: [] for s in SPLITS}
+    text: dict[str, list[str]] = {s: [] for s in samples}
     for (s, sample), row in zip(every, joined, strict=True):
-        if not abs(row.label - sample.label) <= LABEL_TOLERANCE:
+        known = sample.label is not None and not math.isnan(sample.label)
+        if known and not abs(row.label - sample.label) <= LABEL_TOLERANCE:
             raise DataError(
                 f"{path}, line {row.line} ({row.video}, {row.clip})",
                 f"label {row.label:g}",
                 f"{sample.label:g}, the label of id {sample.name} ({s}) in the pickle",
                 "Use the CSV that belongs to this pickle, in its order: texts would go to the wrong samples.",
             )
-        moved += bool(row.mode) and row.mode != s
+        moved += bool(row.mode) and SPLIT_ALIASES.get(row.mode, row.mode) != s
         text[s].append(row.text)
     if moved:
         notes.append(f"{moved} samples are in another split than the column mode of {path.name} says")
     if len(rows) > len(every):
         notes.append(f"{len(rows) - len(every)} rows of {path.name} belong to no sample")
     return text
+
+
+def _matched(every: list[tuple[str, _Sample]], rows: list[_Row], path: Path, notes: list[str]) -> list[_Row]:
+    """The row of every sample."""
+    clips = {(r.video, r.clip) for r in rows}
+    starts = {(r.video, _number(r.clip)) for r in rows}
+    rewritten = {_plain((r.video, r.clip)) for r in rows}
+    # MOSI's ids hold a clip; MOSEI's a start, which some CSVs have as clip_id
+    if all(x.clip in clips for _, x in every):
+        return _by_id(every, rows, path, lambda x: x.clip, lambda r: (r.video, r.clip))
+    told_apart = len({_plain(x.clip) for _, x in every}) == len(every)
+    if told_apart and all(_plain(x.clip) in rewritten for _, x in every):
+        notes.append(f"{path.name} writes clip numbers otherwise than the ids do (1.0 or 01 for 1): matched as numbers")
+        return _by_id(every, rows, path, lambda x: _plain(x.clip), lambda r: _plain((r.video, r.clip)))
+    if all(len(x.cells) == 1 for _, x in every):
+        return _by_id(every, rows, path, lambda x: x.clip, lambda r: (r.video, r.clip))
+    if all(x.start in starts for _, x in every):
+        return _by_id(every, rows, path, lambda x: x.start, lambda r: (r.video, _number(r.clip)))
+    unchecked = next((x for _, x in every if x.label is None or math.isnan(x.label)), None)
+    if unchecked is not None:
+        raise DataError(
+            unchecked.where,
+            f"id {unchecked.name}, whose clip or start {path.name} does not have, and no sentiment label",
+            "a way to check that row and sample belong together",
+            "Use a CSV whose clip_id holds the clip or the start of the ids.",
+        )
+    return _by_position(every, rows, path)
+
+
+def _plain(clip: tuple[str, str]) -> tuple[str, str]:
+    """(video, clip) with whole numbers in one spelling: spreadsheets rewrite 01 as 1, and pandas 1 as 1.0."""
+    return plain_number(clip[0]), plain_number(clip[1])
 
 
 def _by_id(
@@ -262,11 +301,13 @@ def _by_id(
     for _, sample in every:
         if sample_key(sample) not in index:
             video, clip = sample_key(sample)
+            own = sorted(row_key(r)[1] for r in rows if row_key(r)[0] == video)
+            there = f" (of {video} it has {', '.join(own[:5])}{', ...' if len(own) > 5 else ''})" if own else ""
             raise DataError(
                 sample.where,
-                f"id {sample.name}, which {path.name} does not have",
+                f"id {sample.name}, which {path.name} does not have{there}",
                 f"a row with video_id {video}, clip_id {clip} in it",
-                "Use the CSV of the same data set.",
+                "Use the CSV of the same data set, as it was before a spreadsheet saved it.",
             )
     return [index[sample_key(sample)] for _, sample in every]
 

@@ -2,7 +2,9 @@
 
 Layout: `manifest.csv` with columns `id, split, label, audio, vision`, and `text` or, for precomputed text features,
 `text_features`. `audio`, `vision` and `text_features` are paths relative to the folder, each a 2-D array (frames,
-features): .npy, or .csv with a row a frame and, optionally, a header. An empty cell is a missing modality.
+features): .npy, or .csv with a row a frame and, optionally, a header. An empty cell is a missing modality, or no label.
+Columns of modalities that are not in `data.modalities` may be left out. Data that is only predicted needs no `label`
+and no `split`: without `split` every row is of the test split.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from engine.loaders.formats import (
     csv_header,
     listed,
     nearest,
+    present,
+    to_id,
 )
+from engine.loaders.formats.tables import label_of, read_table
 from engine.loaders.ragged import LengthRule, absent, from_sequences
 
 TITLE = "folder of arrays with a manifest.csv"
-COLUMNS = ("id", "split", "label", "audio", "vision")
-TEXTS = ("text", "text_features")
+COLUMNS = ("id", "split", "label", "audio", "vision", "text", "text_features")
 SHAPE = "numbers of shape (frames, features)"
 
 
@@ -44,29 +48,33 @@ class Manifest:
 
     def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
         path = source.files[""]
-        rows = _rows(path, "text_features" if features else "text")
+        modalities = source.choice.modalities
+        frames = [m for m in ("audio", "vision") if m in modalities]
+        text = ["text_features" if features else "text"] if "text" in modalities else []
+        rows = _rows(path, [*frames, *text])
+        columns = csv_header(path)
         data = RawDataset(self.name, {}, notes=check_splits(str(path), dict.fromkeys(r["split"] for r in rows)))
-        extra = [c for c in csv_header(path) if c not in (*COLUMNS, *TEXTS)]
+        extra = dict.fromkeys(c or "one without a name" for c in columns if c not in COLUMNS)
         data.notes += [f"columns that are not read: {listed(extra)}"] if extra else []
+        if "split" not in columns:
+            data.notes.append("there is no column split: every row is taken for the test split")
         rows = [r for r in rows if r["split"] in SPLITS]
-        gone = [m for m in ("audio", "vision") if not any(r[m] for r in rows)]
-        if len(gone) == 2:
-            raise DataError(str(path), "no audio and no vision file in any row", "files of one at least", "Name them.")
+        gone = [m for m in frames if not any(r[m] for r in rows)]
+        if gone == frames and not any(r[c] for r in rows for c in text):
+            lacking = " and ".join(f"no {m}" for m in (*gone, *text))
+            raise DataError(str(path), f"{lacking} in any row", "one of them at least", "Fill the cells.")
         data.notes += [f"no row has {m}: it is missing in every sample" for m in gone]
-        for s in SPLITS:
+        for s in present(r["split"] for r in rows):
             own = [r for r in rows if r["split"] == s]
             ids = [r["id"] for r in own]
-            parts = {}
-            for kind in ("audio", "vision", "text_features") if features else ("audio", "vision"):
-                if kind in gone:
-                    parts[kind] = absent(len(own))
-                    continue
+            parts = {m: absent(len(own)) for m in ("audio", "vision") if m not in frames}
+            for kind in [*frames, "text_features"] if features else frames:
                 arrays = [_array(path, r, kind) for r in own]
                 data.dtypes.setdefault(kind, str(arrays[0].dtype))
                 parts[kind] = from_sequences(arrays, ids, f"{path}, {s}, {kind}")
             data.splits[s] = RawSplit(
                 ids,
-                [r.get("text", "") for r in own] if "text" in own[0] else None,
+                [r["text"] for r in own] if "text" in modalities and "text" in own[0] else None,
                 np.array([[r["number"]] for r in own], np.float32),
                 parts["audio"],
                 parts["vision"],
@@ -75,43 +83,29 @@ class Manifest:
         return data
 
 
-def _rows(path: Path, text: str) -> list[dict]:
+def _rows(path: Path, modalities: list[str]) -> list[dict]:
+    """The rows, whose split and number (the label, NaN where there is none) are always there."""
     columns = csv_header(path)
-    for need in (*COLUMNS, text):
-        if need not in columns:
-            near = nearest(need, columns)
+    free = [c for c in columns if c not in COLUMNS]
+    for need in ("id", "split", "label", *modalities):
+        near = nearest(need, free)
+        if need not in columns and (near or need not in ("split", "label")):
             do = f"Rename {near[0]!r} to {need!r}." if near else "Add it."
+            if not near and need in modalities:
+                do = "Add it, or leave it out of data.modalities."
             raise DataError(str(path), f"columns {', '.join(columns)}", f"a column {need}", do)
     rows = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            next(file)
-            reader = csv.DictReader(file, columns, restval="")
-            for row in reader:
-                more = row.pop(None, None)
-                row = {k: v.strip() for k, v in row.items()}
-                row["at"] = f"{path}, line {reader.line_num + 1}"
-                if more and any(cell.strip() for cell in more):
-                    raise DataError(
-                        row["at"], f"{len(columns) + len(more)} cells", f"{len(columns)}, as in the header",
-                        "Put texts that hold commas in quotes.",
-                    )  # fmt: skip
-                if not row["id"]:
-                    raise DataError(row["at"], "an empty id", "a name for the sample", "Give every sample an id.")
-                if row["split"] not in SPLIT_ALIASES and (not row["split"] or nearest(row["split"], SPLIT_ALIASES)):
-                    raise DataError(row["at"], f"split {row['split']!r}", "train, valid or test", "Mend the row.")
-                row["split"] = SPLIT_ALIASES.get(row["split"], row["split"])
-                try:
-                    row["number"] = np.float32(row["label"])
-                except ValueError:
-                    row["number"] = np.float32("nan")
-                if row["split"] in SPLITS and not np.isfinite(row["number"]):
-                    raise DataError(row["at"], f"label {row['label']!r}", "a finite number", "Mend the row.")
-                rows.append(row)
-    except UnicodeDecodeError as cause:
-        raise DataError(str(path), f"no UTF-8 at byte {cause.start}", "UTF-8 text", "Save it as UTF-8.") from None
-    except csv.Error as cause:
-        raise DataError(str(path), f"no CSV ({cause})", "a manifest", "Save it as CSV.") from None
+    for line, cells in read_table(path, "a manifest", [c for c in COLUMNS if c in columns]).rows:
+        row: dict = {k: v.strip() for k, v in cells.items()}
+        row["at"] = at = f"{path}, line {line}"
+        row["id"] = to_id(row["id"], at)
+        row.setdefault("split", "test")
+        if row["split"] not in SPLIT_ALIASES and (not row["split"] or nearest(row["split"], SPLIT_ALIASES)):
+            raise DataError(at, f"split {row['split']!r}", "train, valid or test", "Mend the row.")
+        row["split"] = SPLIT_ALIASES.get(row["split"], row["split"])
+        if row["split"] in SPLITS:  # the labels of other splits are not read
+            row["number"] = np.float32(label_of(row.get("label", ""), at))
+        rows.append(row)
     if not rows:
         raise DataError(str(path), "no rows", "a row a sample", "Fill the manifest.")
     return rows

@@ -22,10 +22,14 @@ from engine.loaders.formats import (
     check_keys,
     check_rows,
     check_splits,
+    may_be_labelled,
     nearest,
     note_keys,
+    present,
     read_labels,
+    to_ids,
     to_texts,
+    unlabelled,
 )
 from engine.loaders.formats.declarelab import looks_like_mmsa
 from engine.loaders.ragged import LengthRule, Side, absent, from_padded
@@ -40,9 +44,14 @@ UNREAD = (
 )  # fmt: skip
 
 
+KEYS = (*REQUIRED, *OPTIONAL, *UNREAD)
+LABELS = tuple(key for key in KEYS if "_labels" in key)
+
+
 class MMSA:
     name = "mmsa"
     title = TITLE
+    label_keys = True  # see `Choice.label_key`
 
     def recognises(self, source: Source) -> bool:
         splits = source.split_dict()
@@ -53,18 +62,25 @@ class MMSA:
         splits = source.split_dict() or {}
         where = str(source.path)
         notes = check_splits(where, splits)
-        gone = _absent(splits)
-        need = tuple(k for k in (*REQUIRED, "text" if features else "raw_text") if k not in gone)
-        known = (*REQUIRED, *OPTIONAL)
-        notes += note_keys({s: check_keys(f"{where}, {s}", splits[s], need, known, TITLE, UNREAD) for s in SPLITS})
-        notes += [f"the file has no {m}: it is missing in every sample" for m in gone]
-        data = RawDataset(self.name, {}, notes=notes)
-        for s in SPLITS:
+        names, modalities = present(splits), source.choice.modalities
+        key = _label_key(splits, names, source.choice.label_key, where)
+        gone = {s: [m for m in lacking if m in modalities] for s, lacking in _absent(splits, names).items()}
+        text_key = ["text" if features else "raw_text"] if "text" in modalities else []
+        there = {s: [m for m in ("audio", "vision") if m in modalities and m not in gone[s]] for s in names}
+        named = source.choice.label_key not in ("auto", "classes")
+        unknown = {}
+        for s in names:
+            labels = [key] if (named and _labelled(splits[s])) or may_be_labelled(splits[s], key, KEYS) else []
+            need = ["id", *there[s], *labels, *text_key]
+            unknown[s] = check_keys(f"{where}, {s}", splits[s], need, (*REQUIRED, *OPTIONAL), TITLE, UNREAD)
+        data = RawDataset(self.name, {}, notes=notes + note_keys(unknown) + _absence_notes(gone))
+        for s in names:
             split = splits.pop(s)
             count = check_rows(f"{where}, {s}/id", split["id"], TITLE)
-            ids = [i.replace("$_$", "_") for i in to_texts(split["id"], f"{where}, {s}/id")]
-            data.dtypes.update({m: str(getattr(split.get(m), "dtype", "")) for m in ("audio", "vision")})
-            text = None if "raw_text" not in split else to_texts(split["raw_text"], f"{where}, {s}/raw_text")
+            ids = [i.replace("$_$", "_") for i in to_ids(split["id"], f"{where}, {s}/id")]
+            data.dtypes.update({m: str(getattr(split[m], "dtype", "")) for m in there[s]})
+            kept = "raw_text" in split and "text" in modalities
+            text = None if not kept else to_texts(split["raw_text"], f"{where}, {s}/raw_text")
             if text is not None and len(text) != count:
                 raise DataError(
                     f"{where}, {s}/raw_text", f"{len(text)} texts", f"{count}, one a sample", "Write one text a sample."
@@ -77,19 +93,14 @@ class MMSA:
                 m: from_padded(
                     split.pop(m), "right", rule, _lengths(split, m, count, f"{where}, {s}"), ids, f"{where}, {s}/{m}"
                 )
-                for m in ("audio", "vision")
-                if m not in gone
-            } | {m: absent(count) for m in gone}
+                for m in there[s]
+            } | {m: absent(count) for m in ("audio", "vision") if m not in there[s]}
             data.splits[s] = RawSplit(
                 ids,
                 text,
-                read_labels(
-                    split["regression_labels"],
-                    count,
-                    f"{where}, {s}/regression_labels",
-                    ids,
-                    source.choice.label_column,
-                ),
+                read_labels(split[key], count, f"{where}, {s}/{key}", ids, source.choice.label_column)
+                if split.get(key) is not None
+                else unlabelled(count),
                 **sequences,
                 features=from_padded(embedded, text_side, "recorded", mask, ids, f"{where}, {s}/text", least=0)
                 if features
@@ -98,12 +109,45 @@ class MMSA:
         return data
 
 
-def _absent(splits: dict[str, Any]) -> list[str]:
-    """Modalities of which no split has a key, spelt right or wrong: MMSA-FET leaves out what was not extracted."""
-    keys = {str(k) for s in SPLITS if isinstance(splits[s], dict) for k in splits[s]}
-    free = [k for k in keys if k not in (*REQUIRED, *OPTIONAL, *UNREAD)]
-    gone = [m for m in ("audio", "vision") if m not in keys and not nearest(m, free, 0.5)]
-    return gone if len(gone) == 1 else []
+def _labelled(split: Any) -> bool:
+    """Whether a split has labels of any set."""
+    return isinstance(split, dict) and any(key in split for key in LABELS)
+
+
+def _absent(splits: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
+    """Split -> the modality it has no key of, spelt right or wrong: MMSA-FET leaves out what was not extracted."""
+    out = {}
+    for s in names:
+        keys = list(splits[s]) if isinstance(splits[s], dict) else []
+        free = [k for k in keys if k not in KEYS]
+        gone = [m for m in ("audio", "vision") if m not in keys and not nearest(m, free, 0.5)]
+        out[s] = gone if len(gone) == 1 else []
+    return out
+
+
+def _absence_notes(gone: dict[str, list[str]]) -> list[str]:
+    notes = []
+    for m in ("audio", "vision"):
+        lacking = [s for s in gone if m in gone[s]]
+        if lacking:
+            where = "the file has" if len(lacking) == len(gone) else f"{', '.join(lacking)} has"
+            notes.append(f"{where} no {m}: it is missing in every sample")
+    return notes
+
+
+def _label_key(splits: dict[str, Any], names: list[str], asked: str, where: str) -> str:
+    """The key of the labels that are meant."""
+    if asked == "auto":
+        return "regression_labels"
+    if asked == "classes":
+        labelled = [s for s in names if _labelled(splits[s])]
+        every = labelled and all("classification_labels" in splits[s] for s in labelled)
+        return "classification_labels" if every else "regression_labels"
+    if asked not in LABELS:
+        near = nearest(asked, LABELS, 0.5)
+        do = f"Did you mean {near[0]}?" if near else "Name one of them."
+        raise DataError(f"{where}, data.label_key", repr(asked), f"one of {', '.join(LABELS)}", do)
+    return asked
 
 
 def _lengths(split: dict[str, Any], modality: str, count: int, where: str) -> np.ndarray | None:

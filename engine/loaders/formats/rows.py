@@ -17,7 +17,6 @@ import numpy as np
 
 from engine.errors import DataError
 from engine.loaders.formats import (
-    SPLITS,
     RawDataset,
     RawSplit,
     Source,
@@ -25,13 +24,14 @@ from engine.loaders.formats import (
     check_rows,
     check_splits,
     first_rows,
+    present,
     row_family,
     splits_with_words,
-    to_text,
+    to_id,
     to_texts,
 )
 from engine.loaders.formats.tuples import stacked_labels
-from engine.loaders.ragged import LengthRule, from_sequences
+from engine.loaders.ragged import LengthRule, absent, from_sequences
 
 TEXT_SETS = ("text", "glove", "last_hidden", "masked_last_hidden", "pooler", "summed_last_four")
 AUDIO_SETS = ("covarep", "eb10", "is09")
@@ -52,7 +52,7 @@ class SDKRows:
         splits = source.split_dict() or {}
         source.notes += check_splits(str(source.path), splits)
         data = RawDataset(self.name, {}, cut=True)
-        for s in SPLITS:
+        for s in present(splits):
             data.splits[s] = self._split(splits.pop(s), f"{source.files.get(s, source.path)}, {s}", source, features)
         data.dtypes = {"audio": "float32", "vision": "float32"}
         return data
@@ -67,7 +67,7 @@ class SDKRows:
             if row_family(row) != self.name:
                 raise DataError(at, "another kind of row", self.row, "Write every row alike.")
             (l_parts, a_parts, v_parts), value, name = row[0], row[1], row[-1]
-            ids.append(to_text(name, f"{at}, segment"))
+            ids.append(to_id(name, f"{at}, segment"))
             if i == 0:
                 embeddings = _names("text", l_parts, at)[1:]
                 if features and not embeddings:
@@ -75,13 +75,15 @@ class SDKRows:
                         at, "no text features beside the words", "glove, last_hidden, ...", "Name a text encoder."
                     )
                 sets = {
-                    "audio": _chosen(choice.of("audio", _names("audio", a_parts, at), at), a_parts, "audio"),
-                    "vision": _chosen(choice.of("vision", _names("vision", v_parts, at), at), v_parts, "vision"),
+                    kind: _chosen(choice.of(kind, _names(kind, parts, at), at), parts, kind)
+                    for kind, parts in (("audio", a_parts), ("vision", v_parts))
+                    if kind in choice.modalities
                 }
                 if features:
                     best = ["last_hidden"] if "last_hidden" in embeddings else []
                     sets["text"] = _chosen(choice.of("text", dict.fromkeys(best + embeddings), at), l_parts, "text")
-            text.append(" ".join(to_texts(_part(l_parts, 0, f"{at}, words"), f"{at}, words")))
+            if "text" in choice.modalities:
+                text.append(" ".join(to_texts(_part(l_parts, 0, f"{at}, words"), f"{at}, words")))
             label.append(as_numbers(value, f"{at}, label", "numbers").reshape(-1))
             parts = {"audio": a_parts, "vision": v_parts, "text": l_parts}
             for kind, out in (("audio", audio), ("vision", vision), ("text", embedded)):
@@ -91,10 +93,10 @@ class SDKRows:
                     out.append(frames[None] if isinstance(frames, np.ndarray) and frames.ndim == 1 else frames)
         return RawSplit(
             ids,
-            text,
+            text if "text" in choice.modalities else None,
             stacked_labels(label, where, ids, choice.label_column),
-            from_sequences(audio, ids, f"{where}, {sets['audio'][0]}"),
-            from_sequences(vision, ids, f"{where}, {sets['vision'][0]}"),
+            from_sequences(audio, ids, f"{where}, {sets['audio'][0]}") if "audio" in sets else absent(len(ids)),
+            from_sequences(vision, ids, f"{where}, {sets['vision'][0]}") if "vision" in sets else absent(len(ids)),
             from_sequences(embedded, ids, f"{where}, {sets['text'][0]}") if features else None,
         )
 
@@ -130,7 +132,7 @@ class AVEC2019:
     def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
         splits = splits_with_words(source, self.title, features)
         data = RawDataset(self.name, {}, draws_words=True, cut=True)
-        for s in SPLITS:
+        for s in present(splits):
             data.splits[s] = self._split(splits.pop(s), f"{source.files.get(s, source.path)}, {s}", s, source)
         data.dtypes = {"audio": "float32", "vision": "float32"}
         return data

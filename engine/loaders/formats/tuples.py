@@ -16,20 +16,21 @@ import numpy as np
 
 from engine.errors import DataError
 from engine.loaders.formats import (
-    SPLITS,
+    Choice,
     RawDataset,
     RawSplit,
     Source,
     as_numbers,
     check_rows,
     first_rows,
+    present,
     read_labels,
     row_family,
     splits_with_words,
-    to_text,
+    to_id,
     to_texts,
 )
-from engine.loaders.ragged import LengthRule, from_sequences
+from engine.loaders.ragged import LengthRule, absent, from_sequences
 
 WIDEST_LABEL = 1000  # values of a row's label, of which one is chosen
 
@@ -46,14 +47,14 @@ class Tuples:
     def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
         splits = splits_with_words(source, self.title, features)
         data = RawDataset(self.name, {})
-        for s in SPLITS:
+        for s in present(splits):
             where = f"{source.files.get(s, source.path)}, {s}"
-            data.splits[s] = self._split(splits.pop(s), rule, where, source.choice.label_column)
-        first = data.splits["train"].audio.ragged.values
+            data.splits[s] = self._split(splits.pop(s), rule, where, source.choice)
+        first = next(iter(data.splits.values())).audio.ragged.values
         data.dtypes = {"audio": str(first.dtype), "vision": str(first.dtype)}
         return data
 
-    def _split(self, rows: Any, rule: LengthRule, where: str, column: int | None) -> RawSplit:
+    def _split(self, rows: Any, rule: LengthRule, where: str, choice: Choice) -> RawSplit:
         check_rows(where, rows, self.title)
         ids, text, label, visual, acoustic = [], [], [], [], []
         vlen, alen = [], []
@@ -65,9 +66,10 @@ class Tuples:
             inner, value, name = row
             listed = isinstance(name, (list, tuple)) or (isinstance(name, np.ndarray) and name.ndim > 0)
             name = name[0] if listed and len(name) else name
-            ids.append(to_text(name, f"{where}, row {i}, id"))
+            ids.append(to_id(name, f"{where}, row {i}, id"))
             at = f"{where}, row {i} (id {ids[-1]})"
-            text.append(" ".join(_words(inner[self.words], self.inner, at)))
+            if "text" in choice.modalities:
+                text.append(" ".join(_words(inner[self.words], self.inner, at)))
             label.append(as_numbers(value, f"{at}, label", "a number").reshape(-1))
             lengths = inner[4:6] if rule == "recorded" and len(inner) == 6 else (0, 0)
             for frames, length, arrays, recorded in (
@@ -76,12 +78,13 @@ class Tuples:
             ):
                 arrays.append(_frames(frames, at))
                 recorded.append(_length(length, at))
+        modalities = choice.modalities
         return RawSplit(
             ids,
-            text,
-            stacked_labels(label, where, ids, column),
-            from_sequences(acoustic, ids, f"{where}, acoustic", alen),
-            from_sequences(visual, ids, f"{where}, visual", vlen),
+            text if "text" in modalities else None,
+            stacked_labels(label, where, ids, choice.label_column),
+            from_sequences(acoustic, ids, f"{where}, acoustic", alen) if "audio" in modalities else absent(len(ids)),
+            from_sequences(visual, ids, f"{where}, visual", vlen) if "vision" in modalities else absent(len(ids)),
         )
 
 

@@ -1,0 +1,180 @@
+"""What can be checked before the first epoch: every problem is one line, and nothing is written yet."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import nn
+
+from engine import metrics
+from engine.config import Config, TrainConfig
+from engine.errors import ConfigError, DataError, OutputError
+from engine.model.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from engine.loaders.dataset import Dataset, Split
+
+PLAIN = "MAE, Corr, CCC and RMSE"
+OTHERS = "mosi (classes of [-3, 3]) or sims (of [-1, 1])"
+
+
+def label_scale(config: Config, dataset: Dataset) -> str:
+    """The scale whose metrics a run reports: the declared one, "none" where none is known or the labels do not fit it.
+
+    That only regression metrics are reported is told once, as DataWarning.
+
+    Raises:
+        ConfigError: labels outside the scale that `data.label_scale` names.
+    """
+    from engine.loaders.dataset import DataWarning
+
+    declared = config.data.label_scale
+    if config.model.task == "classification":
+        return declared
+    scale = metrics.scale_of(config.data.dataset, declared)
+    labels = np.concatenate([split.label[:, 0].numpy() for split in dataset.splits.values()])
+    labels = labels[np.isfinite(labels)]
+    low, high = (float(labels.min()), float(labels.max())) if len(labels) else (0.0, 0.0)
+    found = f"labels from {low:g} to {high:g}"
+    if declared != "auto":
+        if scale in metrics.SCALES and not _within(scale, low, high):
+            first, last = metrics.SCALES[scale]
+            raise ConfigError(
+                f"data.label_scale={scale}", found, f"labels in [{first:g}, {last:g}]",
+                "Name the scale of the labels, or none for regression metrics only.",
+            )  # fmt: skip
+        return scale
+    if scale == "none":
+        why = f"data.dataset={config.data.dataset} does not say what scale its labels have ({found})"
+    elif not _fits(scale, low, high):
+        first, last = metrics.SCALES[scale]
+        why = (
+            f"{found} do not look like those of data.dataset={config.data.dataset}, on a scale of [{first:g}, {last:g}]"
+        )
+    else:
+        return scale
+    do = "Divide the scores by 25." if scale == "phq8" else f"Set data.label_scale={OTHERS} for accuracies, or none."
+    warnings.warn(f"{why}: only {PLAIN} are reported. {do}", DataWarning, stacklevel=2)
+    return "none"
+
+
+def evaluated_scale(config: Config, split: Split) -> str:
+    """The scale whose metrics `split` gets from a run: the run's, or "none", said once, where its labels leave it."""
+    from engine.loaders.dataset import DataWarning
+
+    declared, labels = config.data.label_scale, split.label[:, 0].numpy()
+    scale, labels = metrics.scale_of(config.data.dataset, declared), labels[np.isfinite(labels)]
+    if config.model.task == "classification" or scale not in metrics.SCALES or not len(labels):
+        return declared
+    low, high = float(labels.min()), float(labels.max())
+    if _within(scale, low, high):
+        return declared
+    first, last = metrics.SCALES[scale]
+    why = f"labels from {low:g} to {high:g} leave the scale of the run's training data, [{first:g}, {last:g}]"
+    warnings.warn(f"{why}: only {PLAIN} are reported.", DataWarning, stacklevel=2)
+    return "none"
+
+
+def _within(scale: str, low: float, high: float) -> bool:
+    first, last = metrics.SCALES[scale]
+    return first <= low and high <= last
+
+
+def _fits(scale: str, low: float, high: float) -> bool:
+    """Whether labels from `low` to `high` may be on `scale`. Sentiment has both signs, and MOSI's goes beyond +-1."""
+    if scale == "phq8":
+        return _within(scale, low, high)
+    return _within(scale, low, high) and low < 0 < high and (scale != "mosi" or max(-low, high) > 1)
+
+
+def class_numbers(config: Config, dataset: Dataset, splits: Iterable[str] | None = None) -> None:
+    """Raise DataError where a label is no class number below `model.num_class`; `splits`: all where None."""
+    if config.model.task != "classification":
+        return
+    for name in dataset.splits if splits is None else splits:
+        split = dataset.splits[name]
+        label = split.label[:, 0].numpy()
+        wrong = np.flatnonzero(label >= config.model.num_class)
+        if len(wrong):
+            row = int(wrong[0])
+            raise DataError(
+                f"{name}, label, row {row} (id {split.ids[row]})",
+                f"class {label[row]:g} ({len(wrong)} of {len(label)} labels are not below model.num_class)",
+                f"class numbers 0 to {config.model.num_class - 1}",
+                "Set model.num_class to the number of classes.",
+            )
+
+
+def text_fits(config: Config, dataset: Dataset, encoder: nn.Module, splits: Iterable[str] | None = None) -> None:
+    """Raise where the tokens of `splits` (None: all) are beyond the text encoder's vocabulary or positions.
+
+    Raises:
+        ConfigError: in one line, with the sample.
+    """
+    if not isinstance(encoder, TextEncoder):
+        return
+    for name in dataset.splits if splits is None else splits:
+        split = dataset.splits[name]
+        if split.tokens is not None and len(split.tokens.values):
+            _vocabulary(config, split, f"{name} split", encoder, dataset.pad_id)
+            _positions(config, split, f"{name} split", encoder)
+
+
+def _vocabulary(config: Config, split: Split, where: str, encoder: TextEncoder, pad: int) -> None:
+    values, size = split.tokens.values, encoder.vocabulary
+    place = int(values.argmax())
+    if max(int(values[place]), pad) < size:
+        return
+    row = int(np.searchsorted(split.tokens.offsets, place, side="right")) - 1
+    token = f"token {values[place]} (id {split.ids[row]})" if values[place] >= size else f"padding token {pad}"
+    raise ConfigError(
+        f"text_encoder={config.text_encoder}, {where}",
+        f"{token}",
+        f"tokens 0 to {size - 1}, which its {size} embeddings allow",
+        "Its tokeniser and its weights do not belong together: use the tokeniser it was trained with.",
+    )
+
+
+def _positions(config: Config, split: Split, where: str, encoder: TextEncoder) -> None:
+    most, cap = encoder.positions, config.data.time_len
+    if most is None or cap <= most:
+        return
+    lengths = split.tokens.lengths
+    row = int(lengths.argmax())
+    if config.mode == "faithful" or split.draws_words:  # padded to the cap; or words are drawn anew
+        longest = f"texts of {cap} tokens"
+    elif lengths[row] > most:
+        longest = f"a text of {lengths[row]} tokens (id {split.ids[row]})"
+    else:
+        return
+    raise ConfigError(
+        f"data.time_len={cap}, {where}", longest, f"at most {most}, the positions of {config.text_encoder}",
+        f"Set data.time_len={most} or less: longer texts are cut.",
+    )  # fmt: skip
+
+
+def disk_space(out: Path, model: nn.Module, objective: nn.Module, train: TrainConfig, present: Iterable[Path]) -> None:
+    """Raise OutputError where `out` has no room for the checkpoints of a run.
+
+    The best model, the last checkpoint and the one before it stay, and a new one is written before the oldest goes.
+
+    Args:
+        present: checkpoints that a run which goes on has already.
+    """
+    tensors = [t for part in (model, objective) for t in part.state_dict().values()]
+    best = sum(t.numel() * t.element_size() for t in tensors)
+    trained = sum(p.numel() * 4 for part in (model, objective) for p in part.parameters() if p.requires_grad)
+    last = best + trained * (2 if train.optimizer == "adam" else 1) + (best if train.average is not None else 0)
+    need = best + 3 * last - sum(path.stat().st_size for path in present if path.exists())
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise OutputError(
+            str(out), f"{free / 1e6:.0f} MB of free space", f"about {need / 1e6:.0f} MB for the run's checkpoints",
+            "Free some space, or choose another --out.",
+        )  # fmt: skip

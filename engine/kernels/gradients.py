@@ -1,0 +1,138 @@
+"""What hand-written operations can do with gradients, and what they refuse.
+
+A hand-written backward pass gives gradients, but no gradients of these, and host functions know nothing of the
+transforms of torch.func or of forward-mode AD. The formulas (backend "reference") do all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import get_gradient_edge
+
+from engine.errors import ConfigError
+
+_active = torch._C._functorch.peek_interpreter_stack
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp, ...) or forward-mode AD is at work."""
+    return _active() is not None or forward_ad._current_level >= 0
+
+
+_REMEDY = 'Run the forward pass under engine.use_backend("reference"): torch differentiates its formulas.'
+
+
+def batched(*gradients: Tensor | None) -> bool:
+    """Whether gradients are batches of them, as `is_grads_batched` makes: by an older vmap, which is no transform."""
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+
+
+def refuse_vmap(where: str) -> None:
+    """For what has to look at values, which vmap cannot do."""
+    stack = torch._C._functorch.get_interpreter_stack() if _active() is not None else None
+    if stack and any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack):
+        raise ConfigError(where, "a call under vmap", "plain tensors: values decide what is done", "Loop in its place.")
+
+
+def update_buffer(where: str, buffer: Tensor, value: Tensor) -> None:
+    """`buffer.copy_(value)`; a transform of torch.func can refuse it, as vmap does for a buffer of all its calls."""
+    try:
+        buffer.copy_(value)
+    except RuntimeError:
+        if not transformed():
+            raise
+        raise ConfigError(
+            where, "a transform of torch.func, which cannot change it", "a module in eval mode, which only reads it",
+            "Call .eval() on the module first.",
+        ) from None  # fmt: skip
+
+
+def differentiable_once(operation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For the backward method of an autograd.Function: what differentiates its result raises ConfigError.
+
+    torch's `once_differentiable` does so only where the incoming gradient requires one itself. That of a mean does not:
+    the result would count as a constant then, and a penalty on it would have no effect, without a word.
+
+    Args:
+        operation: what users call, for the error.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+            if torch.compiler.is_compiling():
+                return backward(ctx, *grads)
+            if transformed() or batched(*grads):
+                found = "a batch of gradients (is_grads_batched, vectorize), or forward-mode AD"
+                raise ConfigError(f"backward pass of {operation}", found, "one plain gradient", _REMEDY)
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            anchors = _anchors(operation, ctx, grads)
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            return _last(operation, anchors, found if isinstance(found, tuple) else (found,))
+
+        wrapper.differentiable_once = True
+        return wrapper
+
+    return decorate
+
+
+def _anchors(operation: str, ctx: Any, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """Tensors on which the gradients depend: all inputs that require one, and the incoming gradients.
+
+    An input that is neither saved nor a leaf cannot be had; what asks for its second gradient could not be told.
+    """
+    held = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
+    known = {tuple(get_gradient_edge(t))[:2] for t in held}
+    for node, number in ctx.next_functions:
+        if node is None or (node, number) in known:
+            continue
+        if not hasattr(node, "variable"):
+            raise _refusal(operation)
+        held.append(node.variable)
+    return held
+
+
+def _last(operation: str, anchors: list[Tensor], found: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The same gradients, whose own gradients are refused."""
+    if not anchors or all(g is None for g in found):
+        return found
+    left = iter(_Last.apply(operation, len(anchors), *anchors, *(g for g in found if g is not None)))
+    return tuple(None if g is None else next(left) for g in found)
+
+
+class _Last(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, operation: str, anchors: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.operation = operation
+        return tensors[anchors:]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> None:
+        raise _refusal(ctx.operation)
+
+
+def _refusal(operation: str) -> ConfigError:
+    return ConfigError(
+        f"backward pass of {operation}", "a gradient of its gradient, as a gradient penalty needs it",
+        "first gradients alone", _REMEDY,
+    )  # fmt: skip
+
+
+def no_gradient(name: str) -> Callable[..., None]:
+    """The backward of `torch.ops.engine.NAME`, which has none: the functions of `engine.kernels` give gradients."""
+
+    def backward(ctx: Any, *_: Tensor | None) -> None:
+        raise ConfigError(
+            f"torch.ops.engine.{name}", "a gradient through the bare operation", "a call of the function that has one",
+            "Call the function of engine.kernels that uses it.",
+        )  # fmt: skip
+
+    return backward

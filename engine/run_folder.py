@@ -1,0 +1,177 @@
+"""The files of a run folder: their names, who may write them, and whether they are still what was written.
+
+`checksums.json` holds the length and CRC-32 of the folder's files, and a CRC-32 of itself. `best.safetensors`,
+`last.safetensors` and `previous.safetensors` carry their own (see `engine.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError, OutputError
+from engine.files import lock, output_error, sweep_folder, write_json
+
+CONFIG, METRICS, METRICS_CSV, HISTORY = "config.yaml", "metrics.json", "metrics.csv", "history.jsonl"
+BEST, LAST, PREVIOUS = "best.safetensors", "last.safetensors", "previous.safetensors"
+NORMALIZER, TRUTH, REPORT = "normalizer.safetensors", "truth.json", "report.html"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+CHECKSUMS, LOCK = "checksums.json", ".lock"
+
+SPLITS = ("train", "valid", "test")
+PREDICTIONS = tuple(f"predictions_{split}.csv" for split in SPLITS)
+FEATURES = tuple(f"features_{split}.safetensors" for split in SPLITS)
+PROFILE = ("profile/shares.txt", "profile/shares.json", "profile/trace.json")
+FILES = (
+    CONFIG, METRICS, METRICS_CSV, HISTORY, BEST, LAST, PREVIOUS, NORMALIZER, TRUTH, REPORT, CHECKSUMS, *TOKENIZER,
+    *PREDICTIONS, *FEATURES, *PROFILE,
+)  # fmt: skip
+"""Every file that a run writes, TensorBoard's excepted."""
+MARKS = (CONFIG, METRICS, HISTORY, LAST, BEST)
+"""Each of them tells that a folder holds a run."""
+
+
+class Checksums:
+    """The checksums of a folder's files, kept in `checksums.json`.
+
+    A file that is being written has the sum `None` there, so that a process that is killed at any moment leaves no sum
+    that is wrong.
+
+    Raises:
+        CheckpointError: the file is there and damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.sums = folder, _read(folder) or {}
+
+    @contextlib.contextmanager
+    def writing(self, *names: str) -> Iterator[None]:
+        """Around a block that writes the files `names`; it may put a sum that it knows into `sums` itself."""
+        self.sums |= dict.fromkeys(names)
+        self._write()
+        yield
+        for name in names:
+            if not (self.folder / name).is_file():
+                del self.sums[name]
+            elif self.sums[name] is None:
+                self.sums[name] = file_sum(self.folder / name)
+        self._write()
+
+    def hold(self, name: str) -> bool:
+        """Whether a file is there and is what was written; one that has no checksum counts as that."""
+        path = self.folder / name
+        if not path.is_file() or self.sums.get(name, 0) is None:
+            return False
+        return name not in self.sums or tuple(self.sums[name]) == file_sum(path)
+
+    def _write(self) -> None:
+        write_json(self.folder / CHECKSUMS, {"files": self.sums, "checksum": _sum_of_sums(self.sums)})
+
+
+def file_sum(path: Path) -> tuple[int, int]:
+    """Bytes of a file and their CRC-32."""
+    size, crc = 0, 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+    return size, crc
+
+
+def verify(folder: Path, *names: str) -> None:
+    """Compare files with their checksums. A file that is missing is left to whoever reads it.
+
+    Warns of a folder without checksums, as older versions wrote it, and of files whose writing was interrupted.
+
+    Raises:
+        CheckpointError: a file, or checksums.json itself, is not what was written.
+    """
+    there = [name for name in names if (folder / name).is_file()]
+    sums, before = _read(folder), None
+    while (wrong := _wrong(folder, sums or {}, there)) and sums != before:
+        sums, before = _read(folder), sums  # a run that goes on may have written in between
+    if wrong:
+        raise CheckpointError(
+            str(folder / wrong[0]),
+            "contents that do not match their checksum",
+            "the bytes that the run wrote",
+            "The file is damaged or was edited: put the original back.",
+        )
+    if sums is None:
+        warnings.warn(
+            f"{folder}: no {CHECKSUMS}, as in a run of an older version: damage to its files goes unnoticed",
+            stacklevel=2,
+        )
+    elif unknown := [name for name in there if sums.get(name, 0) is None]:
+        warnings.warn(
+            f"{folder}: {', '.join(unknown)}: a run was writing these files: damage to them goes unnoticed until "
+            "it goes on",
+            stacklevel=2,
+        )
+
+
+def _wrong(folder: Path, sums: dict[str, Any], names: list[str]) -> list[str]:
+    return [name for name in names if sums.get(name) is not None and tuple(sums[name]) != file_sum(folder / name)]
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """File name -> [bytes, CRC-32], or None for one that was being written; None where the folder has no checksums."""
+    path = folder / CHECKSUMS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        intact = content["checksum"] == _sum_of_sums(content["files"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError):
+        intact = False
+    if not intact:
+        raise CheckpointError(
+            str(path),
+            "contents that do not match their checksum",
+            "the bytes that the run wrote",
+            "The file is damaged: put the original back, or delete it to read the run unverified.",
+        )
+    return content["files"]
+
+
+def _sum_of_sums(sums: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(sums).encode())
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Hold a run folder, made where it is missing, for this process alone; what killed runs left in it is removed.
+
+    The system lets go of it when the process ends in whatever way.
+
+    Raises:
+        OutputError: another process writes into it, or it cannot be made or written to.
+    """
+    new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock(folder / LOCK)
+    except BlockingIOError as cause:
+        raise OutputError(
+            str(folder),
+            "a run that another process is writing",
+            "a folder that no other process writes into",
+            "Wait for it to end, or choose another --out.",
+        ) from cause
+    except OSError as cause:
+        raise output_error(folder, cause) from cause
+    try:
+        with file:
+            sweep_folder(folder)
+            try:
+                yield
+            finally:
+                (folder / LOCK).unlink(missing_ok=True)
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # it holds a run
+                folder.rmdir()
