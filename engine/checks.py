@@ -58,9 +58,16 @@ def label_scale(config: Config, dataset: Dataset) -> str:
         )
     else:
         return scale
-    do = "Divide the scores by 25." if scale == "phq8" else f"Set data.label_scale={OTHERS} for accuracies, or none."
-    warnings.warn(f"{why}: only {PLAIN} are reported. {do}", DataWarning, stacklevel=2)
+    warnings.warn(f"{why}: only {PLAIN} are reported. {_advice(scale, low, high)}", DataWarning, stacklevel=2)
     return "none"
+
+
+def _advice(scale: str, low: float, high: float) -> str:
+    if scale == "phq8":
+        return "Divide the scores by 25."
+    if scale == "mosi" and low < 0 and not _within("mosi", low, high):
+        return "Cut the labels to [-3, 3] for accuracies, or set data.label_scale=none."
+    return f"Set data.label_scale={OTHERS} for accuracies, or none."
 
 
 def evaluated_scale(config: Config, split: Split) -> str:
@@ -90,6 +97,20 @@ def _fits(scale: str, low: float, high: float) -> bool:
     if scale == "phq8":
         return _within(scale, low, high)
     return _within(scale, low, high) and low < 0 < high and (scale != "mosi" or max(-low, high) > 1)
+
+
+def last_batch(config: Config, dataset: Dataset) -> None:
+    """Tell, as DataWarning, that every epoch leaves one sample out: information terms need two in a batch."""
+    from engine.loaders.dataset import DataWarning
+
+    size, count = config.batch_size, len(dataset.splits["train"])
+    if 1 < size < count and count % size == 1 and not config.data.drop_last:
+        warnings.warn(
+            f"{config.data.path}: {count} training samples in batches of {size}: a last batch of one sample, which has "
+            "nothing to contrast it with, is left out of every epoch. Change batch_size to train on all samples.",
+            DataWarning,
+            stacklevel=2,
+        )
 
 
 def class_numbers(config: Config, dataset: Dataset, splits: Iterable[str] | None = None) -> None:

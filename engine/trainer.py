@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import time
@@ -23,7 +24,7 @@ from engine.allocator import keep_memory
 from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
 from engine.config import Config, ScheduleConfig, load_config, text_of
 from engine.errors import CheckpointError, ConfigError, DataError, EngineError, OutputError
-from engine.files import append_text, user_path, write_json, write_text
+from engine.files import append_text, finite, user_path, write_json, write_text
 from engine.kernels import registry
 from engine.kernels.knn_product import Bank
 from engine.kernels.registry import has_triton, interpreting
@@ -509,6 +510,7 @@ class _Trainer:
         """`resumed`: what the checkpoint to go on from says of itself."""
         c = self.config
         checks.class_numbers(c, self.dataset)
+        checks.last_batch(c, self.dataset)
         self._check_bank()
         _seed(c.seed)
         if resumed is not None:  # the run has all of its encoder, whose folder may be gone
@@ -711,7 +713,7 @@ class _Trainer:
         epoch = history[-1]["epoch"]
         predictions = self._prediction_files() if improved else []
         with self.sums.writing(HISTORY, METRICS, METRICS_CSV, *predictions):
-            line = json.dumps(history[-1]) + "\n"
+            line = _history_line(history[-1])
             append_text(self.out / HISTORY, line, at=self.lines[0])
             self.lines = self.lines[0] + len(line.encode()), zlib.crc32(line.encode(), self.lines[1])
             self.sums.sums[HISTORY] = self.lines
@@ -814,7 +816,7 @@ class _Trainer:
         if "history" in state:  # older versions kept the records in the checkpoint
             history = json.loads(state["history"])
             with self.sums.writing(HISTORY):
-                write_text(path, "".join(json.dumps(record) + "\n" for record in history))
+                write_text(path, "".join(map(_history_line, history)))
             self.lines = file_sum(path)
             return history
         size, crc = meta["history"]
@@ -827,7 +829,7 @@ class _Trainer:
         with self.sums.writing(HISTORY):
             append_text(path, "", at=size)
         self.lines = size, crc
-        return [json.loads(line) for line in content.splitlines()]
+        return [json.loads(line, object_hook=_with_nan) for line in content.splitlines()]
 
     def _summary(self, history: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
         best = self._best(history, "valid")
@@ -944,6 +946,15 @@ FREE = {
 def _settings_of(folder: Path, meta: dict[str, Any]) -> Config:
     """The settings that a checkpoint was trained with; older versions kept them in config.yaml only."""
     return Config(**meta["settings"]) if "settings" in meta else load_config(folder / CONFIG).resolve()
+
+
+def _history_line(record: dict[str, Any]) -> str:
+    return json.dumps(finite(record), allow_nan=False) + "\n"
+
+
+def _with_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """A part of a history's record, where null stands for a value that was not finite."""
+    return {k: math.nan if v is None else v for k, v in values.items()}
 
 
 def _differences(saved: Config, given: Config, free: set[str]) -> list[str]:

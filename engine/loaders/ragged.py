@@ -442,10 +442,8 @@ def from_padded(
             "Write the features as one padded 3-D array.",
         )
     total, dim = padded.shape[1], padded.shape[2]
-    if dim == 0 or total == 0:
-        raise DataError(
-            where, f"no {'frames' if dim else 'feature columns'}", "at least one", "Check the feature extraction."
-        )
+    if dim == 0 or total == 0:  # nothing was extracted
+        return absent(len(padded), max(dim, 1))
     used, summed = _look(padded, rule)
     usual, dropped = side, 0
     if rule == "sum_zero" or (rule == "recorded" and lengths is not None):

@@ -666,6 +666,11 @@ def load(path: str | Path) -> Any:
             str(path), f"a pickle that ends early, after {len(data)} bytes", "a whole pickle", damaged
         ) from None
     except _Refused as refused:
+        if "\r" in refused.name:
+            raise DataError(
+                str(path), "a pickle whose line ends were changed to those of Windows", "the bytes as written",
+                "Copy it again as a binary file (git: `*.pkl binary` in .gitattributes).",
+            ) from None  # fmt: skip
         advice = (
             "Save its tensors as numpy arrays."
             if refused.name.startswith("torch")

@@ -125,12 +125,18 @@ def test_zeros_with_some_infinite_values_are_missing_not_an_error():
         np.zeros((3, 4, 2), "U3"),
         np.zeros((3, 4, 2), object),
         [[[1.0]]] * 3,
-        np.zeros((3, 4, 0)),
     ],
 )
 def test_wrong_shapes_and_dtypes(array):
     with pytest.raises(DataError, match="x, train/audio"):
         from_padded(array, "left", "all_zero", None, IDS, "x, train/audio")
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 0), (3, 0, 2)])
+def test_an_array_without_columns_or_frames_is_a_missing_modality(shape):
+    found = from_padded(np.zeros(shape), "left", "all_zero", None, IDS, "x, train/audio")
+    assert found.missing == [0, 1, 2] and found.ragged.lengths.tolist() == [1, 1, 1]
+    assert found.ragged.dim == max(shape[2], 1) and not found.ragged.values.any()
 
 
 def test_wrong_sequences():

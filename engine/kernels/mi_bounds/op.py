@@ -467,7 +467,10 @@ def _zeros(first: Tensor) -> Tensor:
 
 
 def _normalise(x: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(full_precision(x), dim=-1)
+    """Rows of length 1. A row of zeros has no direction: it stays zero and gets no gradient, where
+    `torch.nn.functional.normalize` alone would give it one of 1e12 (infinite in fp16)."""
+    x = full_precision(x)
+    return torch.where(x.eq(0).all(-1, keepdim=True), 0.0, torch.nn.functional.normalize(x, dim=-1))
 
 
 def _prepare(where: str, q: Tensor, k: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
