@@ -40,6 +40,7 @@ def ready(config: Config) -> _Trainer:
     """A training run before its first epoch; nothing is written."""
     with tempfile.TemporaryDirectory(prefix="bench-stages-") as folder:
         trainer = _Trainer(config, Path(folder) / "run", (), None)
+        trainer._open(resumed=False)
         trainer._prepare()
     return trainer
 

@@ -71,6 +71,7 @@ def test_calls_of_the_page_run():
         names = ("z1", "z2", "image", "text", "q", "k", "queue", "prediction", "future")
         space |= {name: torch.randn(size, width) for name in names}
         space |= {"z": torch.randn(2 * size, width), "scores": torch.randn(size, size), "a": torch.randn(size, 1)}
+        space |= {"own": torch.randn(size, 3, width)}
         space |= {"log_temperature": torch.zeros(()), "log_ema": torch.tensor(-math.inf)}
         exec(code, space)
 

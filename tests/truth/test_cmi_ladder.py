@@ -312,7 +312,7 @@ def test_estimate_cmi_of_few_samples(k, options):
         ({"y": torch.zeros(100, 2, 2)}, r"y \[100, 2, 2\]"),
         ({"z": torch.full((100,), math.nan)}, "100 non-finite entries in z"),
         ({"k": 40}, "100 samples, in parts of"),
-        ({"k": 0}, "k 0"),
+        ({"k": 0}, "k = 0"),
         ({"method": "other"}, "method 'other'"),
         ({"held_out": 1.0}, "held_out 1.0"),
         ({"z": torch.zeros(100, 2), "discrete": True}, "discrete z of 2 columns"),
