@@ -113,10 +113,10 @@ def compare_in(precision, function, formula, case, interpreted=2e-5, factor=2):
 
 @fused_only
 def test_blocks_of_the_other_precisions(monkeypatch):
-    """The larger blocks' bounds; the interpreter multiplies in fp32 whatever is asked."""
+    """The larger blocks' bounds. The interpreter multiplies in fp32, but what is multiplied is rounded to tf32 before."""
     monkeypatch.setattr(triton, "_precision", lambda: "tf32")
     case = concat(9, 11, (4, 3), 40, 2, torch.float32)
-    compare_in("tf32", by_scores, reference.concat_scores, case)
+    compare_in("tf32", by_scores, reference.concat_scores, case, 2**-8)
 
 
 def test_layers_kept_in_16_bits(monkeypatch):
