@@ -1,5 +1,6 @@
 """Every family of files gives the same samples, whatever it is called."""
 
+import csv
 import json
 import os
 
@@ -571,3 +572,46 @@ def test_find_source_messages(tmp_path, data):
     (tmp_path / "mosi_valid.pkl").write_bytes((tmp_path / "mosi_dev.pkl").read_bytes())
     with pytest.raises(DataError, match="one valid file"):
         find_source(tmp_path / "mosi_dev.pkl")
+
+
+def test_a_manifest_of_a_spreadsheet_with_another_split_and_a_held_back_test(tmp_path, data):
+    """Read through all at once: semicolons, a split that is not read, cells without labels."""
+    path = writers.write_manifest(tmp_path / "a", data)
+    with (path / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["label"] = "" if row["split"] == "test" else row["label"]
+    rows.append(rows[0] | {"id": "more", "split": "holdout", "label": "?"})
+    lines = [";".join(rows[0]), *(";".join(row.values()) for row in rows)]
+    (path / "manifest.csv").write_text("\n".join(lines))
+    with pytest.warns(DataWarning) as caught:
+        opened = open_dataset(path, DataConfig(), str(small_tokenizer(tmp_path / "encoder")))
+    said = "\n".join(str(w.message) for w in caught)
+    assert "splits that are not read: holdout" in said and "the test split has no labels" in said
+    assert opened.splits["test"].label.isnan().all() and len(opened.splits["test"]) == len(data["test"])
+    assert opened.splits["train"].label[:, 0].tolist() == pytest.approx([s.label for s in data["train"]])
+    assert list(opened.splits) == list(SPLITS)
+
+
+def test_a_set_of_labels_that_was_asked_for_may_be_missing_from_the_test_split_only(tmp_path, data):
+    content = writers.mmsa(data)
+    for split in content.values():
+        split["regression_labels_T"] = np.float32(2) * split["regression_labels"]
+    del content["test"]["regression_labels_T"]
+    path, encoder = writers.dump(content, tmp_path / "x.pkl"), str(small_tokenizer(tmp_path / "encoder"))
+    with pytest.warns(DataWarning, match="the test split has no labels"):
+        opened = open_dataset(path, DataConfig(label_key="regression_labels_T"), encoder)
+    assert opened.splits["train"].label[:, 0].tolist() == pytest.approx([2 * s.label for s in data["train"]])
+    del content["valid"]["regression_labels_T"]
+    with pytest.raises(DataError, match=r"valid: .*no 'regression_labels_T'"):
+        open_dataset(writers.dump(content, tmp_path / "y.pkl"), DataConfig(label_key="regression_labels_T"), encoder)
+
+
+def test_data_to_predict_may_have_no_sets_of_labels(tmp_path, data):
+    """A run that was trained on one set of an MMSA file predicts files of another format."""
+    path, encoder = writers.write_manifest(tmp_path / "a", data), str(small_tokenizer(tmp_path / "encoder"))
+    asked, trained = DataConfig(label_key="regression_labels_T"), open_dataset(path, DataConfig(), encoder)
+    opened = open_dataset(path, asked, encoder, trained.normalizer, training=False)
+    assert opened.splits["test"].ids == [s.id for s in data["test"]]
+    with pytest.raises(DataError, match=r"data\.label_key=regression_labels_T"):
+        open_dataset(writers.write_manifest(tmp_path / "b", data), asked, encoder)

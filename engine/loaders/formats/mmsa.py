@@ -70,7 +70,8 @@ class MMSA:
         named = source.choice.label_key not in ("auto", "classes")
         unknown = {}
         for s in names:
-            labels = [key] if (named and _labelled(splits[s])) or may_be_labelled(splits[s], key, KEYS) else []
+            asked = named and s != "test" and _labelled(splits[s])  # a test split may be there to be predicted
+            labels = [key] if asked or may_be_labelled(splits[s], key, KEYS) else []
             need = ["id", *there[s], *labels, *text_key]
             unknown[s] = check_keys(f"{where}, {s}", splits[s], need, (*REQUIRED, *OPTIONAL), TITLE, UNREAD)
         data = RawDataset(self.name, {}, notes=notes + note_keys(unknown) + _absence_notes(gone))
