@@ -97,16 +97,18 @@ def test_infonce(rows, columns, dims, hidden, layers, transpose):
 
 
 def compare_in(precision, function, formula, case, interpreted, factor=2):
-    """By norms: rounding turns ReLUs near 0 over, here others than in torch.
+    """By norms: rounding turns ReLUs near 0 over, here others than in torch, and one of them moves the gradients of the
+    layers below by several percent.
 
-    On a GPU no further from fp64 than `factor` times torch in the same precision, else than `interpreted`.
+    On a GPU no further from fp64 than `factor` times torch in the same precision; else than `interpreted`, of the value
+    and of gradients.
     """
     exact = value_and_grads(formula, cast(case, torch.float64))
     with products(precision):
         torchs = value_and_grads(formula, case)
     found = guarded(function, case, draw(*exact[0].shape, seed=7, dtype=torch.float32))
     for n, (f, t, e) in enumerate(zip(found, torchs, exact, strict=True)):
-        slack = factor * (t - e).norm() + 1e-5 * e.norm() if on_gpu() else interpreted * e.norm()
+        slack = factor * (t - e).norm() + 1e-5 * e.norm() if on_gpu() else interpreted[n > 0] * e.norm()
         assert (f - e).norm() <= slack, n
 
 
@@ -115,7 +117,7 @@ def test_blocks_of_the_other_precisions(monkeypatch):
     """The larger blocks' bounds. The interpreter multiplies in fp32, but operands are rounded to tf32 before."""
     monkeypatch.setattr(triton, "_precision", lambda: "tf32")
     case = concat(9, 11, (4, 3), 40, 2, torch.float32)
-    compare_in("tf32", by_scores, reference.concat_scores, case, 2**-8)
+    compare_in("tf32", by_scores, reference.concat_scores, case, (2**-10, 2**-4))
 
 
 def test_layers_kept_in_16_bits(monkeypatch):
@@ -125,7 +127,7 @@ def test_layers_kept_in_16_bits(monkeypatch):
     monkeypatch.setattr(slabs, "_dtype", lambda: torch.bfloat16)
     case = concat(9, 9, (4, 3), 40, 2, torch.float32)
     if on_gpu():  # a layer is rounded twice, before its bias and after it, where torch rounds once
-        compare_in("bf16", by_scores, reference.concat_scores, case, 2**-6, factor=3)
+        compare_in("bf16", by_scores, reference.concat_scores, case, (2**-6, 2**-6), factor=3)
     else:
         compare(by_scores, reference.concat_scores, case, 2**-6)
     exact = value_and_grads(infonce(), cast(case, torch.float64))
