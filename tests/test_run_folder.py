@@ -420,8 +420,18 @@ def test_all_ranks_but_the_first_refuse(config, tmp_path, monkeypatch):
 # -- stopped by a signal --
 
 
+@pytest.fixture
+def signals_as_in_a_terminal():
+    """A process in the background of a shell script ignores SIGINT, and so would its tests."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_ends_with_what_is_kept(config, tmp_path, capsys, monkeypatch, name):
+def test_a_signal_ends_with_what_is_kept(config, tmp_path, capsys, monkeypatch, signals_as_in_a_terminal, name):
     class Kill(Stop):
         def on_epoch(self, record, improved):
             if record["epoch"] == self.epoch:
