@@ -193,11 +193,13 @@ class Graphs:
         except ConfigError:
             raise
         except RuntimeError as error:
-            _mend_generator(self.device)
             cause = _first_error(error)
             if isinstance(cause, torch.OutOfMemoryError):
                 self._no_room_for(key, cause)
             else:
+                _mend_generator(
+                    self.device
+                )  # not above: the graphs that are kept there draw from the state it replaces
                 self._give_up(NotCapturable("an operation", _raised_at(cause), str(cause).splitlines()[0]))
             return False
         self._graphs[key] = graph

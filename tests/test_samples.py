@@ -90,7 +90,7 @@ def test_refused_in_one_line(values, match):
 
 
 def test_sparse_matrices_are_refused():
-    sparse = pytest.importorskip("scipy.sparse")
+    sparse = pytest.importorskip("scipy.sparse", reason="needs scipy, which scikit-learn brings")
     with pytest.raises(EstimatorError, match=r"x: .*array of real numbers"):
         as_samples("here", "x", sparse.eye(3))
 

@@ -4,7 +4,7 @@ import pytest
 
 from bench.runner import NAMES, Setting, load_suite
 
-pytest.importorskip("pytest_benchmark")
+pytest.importorskip("pytest_benchmark", reason="needs the extra dev")
 # Epochs and the suites that measure another thing than the time of a call are run by `python -m bench` alone.
 SUITES = [n for n in NAMES if not hasattr(load_suite(n), "VALUE")]
 CASES = [(name, side) for name in SUITES for side in load_suite(name).SIDES if side != "compile"]

@@ -57,6 +57,20 @@ def tensors(*parts: Tensor | Sequence) -> list[Tensor]:
     return [t for part in parts for t in ([part] if isinstance(part, Tensor) else tensors(*part))]
 
 
+def by_tensors(function: Callable[..., Tensor], nested) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """`function` as one of the nested lists' tensors, and these tensors."""
+
+    def of_flat(*flat: Tensor) -> Tensor:
+        left = iter(flat)
+
+        def rebuild(part):
+            return next(left) if isinstance(part, Tensor) else type(part)(map(rebuild, part))
+
+        return function(*rebuild(nested))
+
+    return of_flat, tensors(nested)
+
+
 def cast(part, dtype: torch.dtype):
     """The same nested lists with tensors of another dtype."""
     return part.to(dtype) if isinstance(part, Tensor) else type(part)(cast(p, dtype) for p in part)

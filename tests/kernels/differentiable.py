@@ -38,20 +38,6 @@ def _below(kind: type) -> set[type]:
     return {found for child in kind.__subclasses__() for found in (child, *_below(child))}
 
 
-def _of_nested(function: Callable[..., Tensor], nested) -> Case:
-    """`function` of the nested lists' tensors."""
-
-    def of_flat(*flat: Tensor) -> Tensor:
-        left = iter(flat)
-
-        def rebuild(part):
-            return next(left) if isinstance(part, Tensor) else type(part)(map(rebuild, part))
-
-        return function(*rebuild(nested))
-
-    return of_flat, critic_cases.tensors(nested)
-
-
 def _classifiers(first, rest, joint) -> Tensor:
     product = [tuple(draw(4 if i == 0 else 2, 3, seed=10 * g + i) for i in range(3)) for g in range(2)]
     logits = classifier_logits(first, rest, joint, [(0, 1, 2), (2, 0, 1)], product, 2)
@@ -101,13 +87,13 @@ def cases() -> dict[str, Case]:
         "infonce, symmetric": (lambda q, k: infonce(q, k, symmetric=True), [q, k]),
         "infonce, positives": (lambda q: infonce(q, q, positives=positives, exclude_self=True), [q]),
         "infonce, own negatives": (lambda q, k, n: infonce(q, k, negatives=n), [q, k, draw(4, 2, 3, seed=3)]),
-        "towers": _of_nested(grouped_mlp, critic_cases.grouped(4, (3, 2), (2, 1), 4, 2, 1)),
-        "critics": _of_nested(
+        "towers": critic_cases.by_tensors(grouped_mlp, critic_cases.grouped(4, (3, 2), (2, 1), 4, 2, 1)),
+        "critics": critic_cases.by_tensors(
             lambda *c: grouped_infonce(*c, [0, 3], [1, 2]), critic_cases.grouped(4, (3, 2), (2, 2), 4, 2, 1)
         ),
-        "concat": _of_nested(concat_scores, critic_cases.concat(4, 3, (3, 2), 4, 1)),
-        "concat infonce": _of_nested(concat_infonce, critic_cases.concat(4, 4, (3, 2), 4, 1)),
-        "classifiers": _of_nested(_classifiers, (layers[0], layers[1:], joint)),
+        "concat": critic_cases.by_tensors(concat_scores, critic_cases.concat(4, 3, (3, 2), 4, 1)),
+        "concat infonce": critic_cases.by_tensors(concat_infonce, critic_cases.concat(4, 4, (3, 2), 4, 1)),
+        "classifiers": critic_cases.by_tensors(_classifiers, (layers[0], layers[1:], joint)),
         "cmi": (_reading, [draw(2, 5, seed=0), draw(2, 4, seed=1)]),
         "cube_mix": (lambda x, *w: cube_mix(x, 1, *w), [draw(2, 3, 2, 2, seed=0), *_cube_weights(3, 4, 5, 1)]),
         "recurrence": (lambda x, *w: recurrent.bidirectional(x, LENGTH, w, "gru"), _rnn_tensors()),

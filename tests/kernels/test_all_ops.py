@@ -26,20 +26,6 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return critic_cases.draw(*shape, seed=seed, dtype=torch.float32)
 
 
-def by_tensors(function: Callable[..., Tensor], nested) -> Case:
-    """`function` of the nested lists' tensors."""
-
-    def of_flat(*flat: Tensor) -> Tensor:
-        left = iter(flat)
-
-        def rebuild(part):
-            return next(left) if isinstance(part, Tensor) else type(part)(map(rebuild, part))
-
-        return function(*rebuild(nested))
-
-    return of_flat, critic_cases.tensors(nested)
-
-
 PRODUCT = [tuple(draw(4 if i == 0 else 2, 3, seed=10 * g + i) for i in range(3)) for g in range(2)]
 LENGTH = torch.tensor([4, 2, 3])
 
@@ -69,13 +55,13 @@ def all_cases() -> dict[str, Case]:
         "symmetric": (lambda q, k: infonce(q, k, symmetric=True), [draw(9, 4), draw(9, 4, seed=1)]),
         "bound": (lambda q, k: mi_lower_bound(q, k, bound="smile"), [draw(9, 4), draw(9, 4, seed=1)]),
         "scores": (lambda s: mi_lower_bound(s, bound="interpolate"), [draw(2, 9, 9)]),
-        "towers": by_tensors(grouped_mlp, critic_cases.grouped(9, (3, 4), (2, 1), 8, 4, **single)),
-        "critics": by_tensors(
+        "towers": critic_cases.by_tensors(grouped_mlp, critic_cases.grouped(9, (3, 4), (2, 1), 8, 4, **single)),
+        "critics": critic_cases.by_tensors(
             lambda *c: grouped_infonce(*c, [0, 3], [1, 2]), critic_cases.grouped(9, (3, 4), (2, 2), 8, 4, **single)
         ),
-        "concat": by_tensors(concat_scores, critic_cases.concat(9, 7, (3, 4), 8, **single)),
-        "concat infonce": by_tensors(concat_infonce, critic_cases.concat(9, 9, (3, 4), 8, **single)),
-        "classifiers": by_tensors(of_classifiers, classifiers),
+        "concat": critic_cases.by_tensors(concat_scores, critic_cases.concat(9, 7, (3, 4), 8, **single)),
+        "concat infonce": critic_cases.by_tensors(concat_infonce, critic_cases.concat(9, 9, (3, 4), 8, **single)),
+        "classifiers": critic_cases.by_tensors(of_classifiers, classifiers),
         "cube": (of_cube, [x, *weights]),
         "recurrence": (of_recurrence, [draw(3, 4, 3), *(w.detach() for w in recurrent.parameters(gru))]),
     }
