@@ -155,7 +155,7 @@ def _vocabulary(config: Config, split: Split, where: str, encoder: TextEncoder, 
     token = f"token {values[place]} (id {split.ids[row]})" if values[place] >= size else f"padding token {pad}"
     raise ConfigError(
         f"text_encoder={config.text_encoder}, {where}",
-        f"{token}",
+        token,
         f"tokens 0 to {size - 1}, which its {size} embeddings allow",
         "Its tokeniser and its weights do not belong together: use the tokeniser it was trained with.",
     )

@@ -1,4 +1,4 @@
-"""Checks of what operations are called with: under a microsecond an argument, and no GPU is waited for."""
+"""Checks of what operations are called with. They are cheap, and wait for no GPU."""
 
 from __future__ import annotations
 
