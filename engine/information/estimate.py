@@ -1,0 +1,158 @@
+"""The result of an estimate: a value, an interval, and what speaks against believing them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import EstimatorError
+from engine.files import atomic_path
+
+ADVICE = {
+    "saturated": "The estimate is near what this many samples can show. Believe 'at least', or give more samples.",
+    "not converged": "The critic was still improving when training ended. Raise steps.",
+    "overfitted": "The critic fits its training rows far better than held-out ones. Give more rows or fewer columns.",
+    "heavy tails": "Some columns have extreme values. They were read by rank; check that they are no mistakes.",
+    "repeated rows": "Rows occur more than once, so held-out rows are not new. Pass their groups, or remove copies.",
+    "discrete columns": "Some columns have few distinct values. Ranks of ties carry less than categories do.",
+    "constant columns": "Some columns never change. They carry no information and were left out.",
+    "below zero": "The raw reading was negative. Information is not, so 0 is given; the readings keep the raw number.",
+    "noise": "The estimate is no larger than what shuffled samples give. Treat it as 0.",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate(Mapping[str, Any]):
+    """An estimate of information in nats. `float(estimate)` is its value; `estimate["value"]` works as well.
+
+    Attributes:
+        value: the estimate, nats, never negative.
+        interval: (low, high) in nats. It is meant to hold the truth in 95 of 100 cases: sampling error on both sides,
+            and upwards also what the critic may have failed to learn.
+        standard_error: sampling error of the value alone, nats.
+        method: what was chosen to make the value, such as "gaussian" or "gaussian + separate".
+        readings: other readings of the same critic on held-out rows, nats, as they came (they may be negative).
+        flags: reasons to doubt the value, each a key of `ADVICE`.
+        ceiling: what the method cannot exceed with this many rows, nats; None where there is no such limit.
+        samples: number of rows.
+        pointwise: [samples] float64, each row's own contribution on a critic that has not seen it; None where the
+            method has no such thing. Its mean is the held-out reading before any correction.
+        history: one record per check of the training: {"step", "training", "held_out", ...} in nats.
+
+    Example:
+        >>> import numpy, engine
+        >>> x = numpy.random.default_rng(0).normal(size=(500, 1))
+        >>> estimate = engine.estimate_mi(x, x + numpy.random.default_rng(1).normal(size=(500, 1)))
+        >>> bool(estimate.interval[0] <= estimate.value <= estimate.interval[1])
+        True
+    """
+
+    value: float
+    interval: tuple[float, float]
+    standard_error: float
+    method: str
+    readings: dict[str, float]
+    samples: int
+    flags: tuple[str, ...] = ()
+    ceiling: float | None = None
+    pointwise: Tensor | None = field(default=None, repr=False)
+    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def advice(self) -> list[str]:
+        """One line for each flag."""
+        return [f"{flag}: {ADVICE[flag]}" for flag in self.flags]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the pointwise values, ready for JSON."""
+        return {name: _plain(getattr(self, name)) for name in _FIELDS} | {"advice": self.advice}
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw training and held-out readings over the steps, the value and its interval; needs matplotlib.
+
+        Args:
+            path: of the picture; its ending chooses the format (.svg, .png, .pdf).
+
+        Raises:
+            EstimatorError: matplotlib is not installed.
+            OutputError: the picture cannot be written.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise EstimatorError(
+                "plot", "no matplotlib", "matplotlib to be installed", "Run pip install matplotlib."
+            ) from None
+        figure = Figure(figsize=(6, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for name, style in (("training", ":"), ("held_out", "-")):
+            points = [(r["step"], r[name]) for r in self.history if r.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=name.replace("_", "-"))
+        axes.axhspan(*self.interval, alpha=0.15, label="interval")
+        axes.axhline(self.value, color="black", linewidth=1, label=f"estimate {self.value:.3f}")
+        if self.ceiling is not None and self.ceiling < 2 * self.interval[1]:
+            axes.axhline(self.ceiling, color="grey", linestyle="--", linewidth=1, label="ceiling")
+        axes.set(xlabel="training step", ylabel="nats", title=self.method)
+        axes.legend(frameon=False)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "svg")
+        return Path(path)
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        flags = f" ({', '.join(self.flags)})" if self.flags else ""
+        return f"{self.value:.3f} nats, 95 % interval {low:.3f} to {high:.3f}{flags}"
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.readings:
+            return self.readings[name]
+        if name in _FIELDS or name == "pointwise":
+            return getattr(self, name)
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*_FIELDS, "pointwise", *self.readings])
+
+    def __len__(self) -> int:
+        return len(_FIELDS) + 1 + len(self.readings)
+
+
+_FIELDS = (
+    "value", "interval", "standard_error", "method", "readings", "samples", "flags", "ceiling", "history",
+)  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# -- columns as the estimators take them -----------------------------------------------------------------------------
+
+
+def normal_scores(values: Tensor) -> Tensor:
+    """Each column's ranks as quantiles of N(0, 1): float64 [N, d] -> float32 [N, d]; equal values get equal scores.
+
+    Monotone maps of single columns change neither information nor these scores, so outliers and heavy tails of single
+    columns do no harm.
+    """
+    count = len(values)
+    ordered = values.sort(0).values.T.contiguous()
+    columns = values.T.contiguous()
+    below = torch.searchsorted(ordered, columns)
+    upto = torch.searchsorted(ordered, columns, right=True)
+    middle = (below + upto).double() / 2  # 0.5 for the least of distinct values
+    return torch.special.ndtri(middle / count).T.contiguous().float()
