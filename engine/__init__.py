@@ -22,7 +22,7 @@ _HOME = {
     "TwoStageStep": "engine.step",
     "MIEstimator": "engine.model.estimators",
     "CMIEstimator": "engine.model.cmi",
-    "estimate_mi": "engine.estimate",
+    "estimate_mi": "engine.information.mi",
     "estimate_cmi": "engine.conditional",
     "register_fusion": "engine.model.fusion",
     "use_backend": "engine.kernels.registry",
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from engine.config import Config as Config
     from engine.config import load_config as load_config
     from engine.errors import EngineError as EngineError
-    from engine.estimate import estimate_mi as estimate_mi
+    from engine.information.mi import estimate_mi as estimate_mi
     from engine.kernels.registry import use_backend as use_backend
     from engine.model.cmi import CMIEstimator as CMIEstimator
     from engine.model.estimators import MIEstimator as MIEstimator

@@ -22,15 +22,11 @@ def samples(n=1500):
 
 def test_mutual_information():
     x, y, _ = samples()
-    at_zero = engine.estimate_mi(x, y, steps=200, lr=5e-3)
-    assert at_zero["value"] == pytest.approx(TRUTH, abs=0.25)
+    at_zero = engine.estimate_mi(x, y)["value"]
+    assert at_zero == pytest.approx(TRUTH, abs=0.1)
     for offset in OFFSETS:
-        found = engine.estimate_mi(x + offset, torch.from_numpy(y - offset), steps=200, lr=5e-3)
-        assert found["value"] == pytest.approx(at_zero["value"], abs=0.02)
-        mean, std = found["scale"]["x"]
-        assert mean.dtype == std.dtype == torch.float64
-        assert mean.item() - offset == pytest.approx(at_zero["scale"]["x"][0].item(), abs=1e-6)
-        assert std.item() == pytest.approx(at_zero["scale"]["x"][1].item(), rel=1e-6)
+        found = engine.estimate_mi(x + offset, torch.from_numpy(y - offset))
+        assert found["value"] == pytest.approx(at_zero, abs=0.02)
 
 
 @pytest.mark.parametrize("method", ["product", "difference"])

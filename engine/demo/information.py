@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.conditional import estimate_cmi
 from engine.demo.latents import CMI_TERMS, MI_TERMS, LatentModel, split_name, true_information
-from engine.estimate import estimate_mi
+from engine.information.mi import estimate_mi
 
 BOUNDS = ("infonce", "nwj", "smile")
 SAMPLES = 20_000

@@ -1,11 +1,9 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from engine.errors import EstimatorError
-from engine.estimate import ceiling, estimate_mi
 from engine.kernels.mi_bounds import BOUNDS
 from engine.model.estimators import BASELINES, MIMRL_ALPHA, Critic, LogBaseline, MIEstimator
 
@@ -191,52 +189,3 @@ def test_short_training_comes_near_the_truth(bound: str):
 
 def test_published_mine_loss_trains_downwards():
     assert train(100, bound="mine", compat="mimrl") < -1
-
-
-class TestEstimateMI:
-    def test_known_information(self):
-        rho, count = 0.9, 4000
-        generator = np.random.default_rng(0)
-        x = generator.standard_normal((count, 2))
-        y = rho * x + math.sqrt(1 - rho**2) * generator.standard_normal((count, 2))
-        truth = -math.log(1 - rho**2)
-        result = estimate_mi(3 * x + 5, y, steps=600, seed=1)
-        # a lower bound, so at most its noise above the truth; this critic comes within .15 nats
-        assert truth - 0.15 < result["value"] < truth + 3 * result["standard_error"]
-        assert 0 < result["standard_error"] < 0.1 and result["ceiling"] == math.log(64)
-        assert result["batches"] == 31 and isinstance(result["trained_critic"], MIEstimator)
-        again = estimate_mi(3 * x + 5, y, steps=600, seed=1)
-        assert again["value"] == result["value"]
-
-    def test_independence_reads_zero_on_few_samples(self):
-        """A critic that overfits 320 samples would read far below 0; the chosen one reads about 0."""
-        generator = torch.Generator().manual_seed(0)
-        x, y = torch.randn(640, 5, generator=generator), torch.randn(640, generator=generator)
-        result = estimate_mi(x, y, steps=300)
-        assert abs(result["value"]) < 0.05
-
-    def test_caller_random_state_is_left_alone(self):
-        torch.manual_seed(3)
-        expected = torch.rand(3)
-        torch.manual_seed(3)
-        estimate_mi(
-            torch.randn(100, 1, generator=torch.Generator().manual_seed(0)), torch.ones(100), steps=2, batch_size=8
-        )
-        assert torch.equal(torch.rand(3), expected)
-
-    @pytest.mark.parametrize(
-        "x, y, told",
-        [
-            (torch.zeros(100), torch.zeros(99), "100 rows of x and 99 of y"),
-            (torch.zeros(100), torch.zeros(100), "100 samples at batch_size 64"),
-            (torch.full((700,), math.nan), torch.zeros(700), "700 non-finite entries in x"),
-            (torch.zeros(700, 2, 2), torch.zeros(700), r"x \[700, 2, 2\]"),
-        ],
-    )
-    def test_bad_input_is_told_in_one_line(self, x, y, told):
-        with pytest.raises(EstimatorError, match=told):
-            estimate_mi(x, y)
-
-    def test_ceiling(self):
-        assert ceiling("infonce", 32) == math.log(32) and ceiling("dv", 32) is None
-        assert ceiling("interpolate", 65, 0.5) == 1 + math.log(128)

@@ -1,0 +1,107 @@
+"""The Gaussian part of information: canonical correlations, their log ratio, and its closed form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LARGEST_CORRELATION = 1 - 1e-6  # float32 scores still tell rows apart
+LEAST_SHARE = 1e-6  # of the largest variance; directions of less are copies of others
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """Canonical correlation analysis of two sets of columns, in float64.
+
+    Attributes:
+        mean_x, mean_y: [dx], [dy].
+        x, y: [dx, rx], [dy, ry], directions as columns: the variates (x - mean_x) @ x have variance 1 and are
+            uncorrelated with each other; only variates of the same number are correlated across x and y.
+        correlation: [min(rx, ry)], falling.
+    """
+
+    mean_x: Tensor
+    mean_y: Tensor
+    x: Tensor
+    y: Tensor
+    correlation: Tensor
+
+    @property
+    def information(self) -> float:
+        """-1/2 sum log(1 - correlation²) in nats: the information of a Gaussian with these correlations."""
+        return -0.5 * torch.log1p(-self.correlation.square()).sum().item()
+
+    def variates(self, x: Tensor, y: Tensor, least: float) -> tuple[Tensor, Tensor]:
+        """Variates scaled by their correlation over the largest one, at least `least`: [N, rx] and [N, ry], float32.
+
+        A network learns first from large inputs, so this tells it where to look.
+        """
+        relevance = self.correlation.clamp(min=least)
+        relevance = relevance / relevance.max()
+
+        def scaled(columns: Tensor, mean: Tensor, directions: Tensor) -> Tensor:
+            scale = relevance.new_full((directions.shape[1],), (least / self.correlation.max().clamp(min=least)).item())
+            scale[: len(relevance)] = relevance
+            return ((columns - mean) @ (directions * scale)).float()
+
+        return scaled(x, self.mean_x, self.x), scaled(y, self.mean_y, self.y)
+
+    def log_ratio(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The log ratio p(x,y) / p(x)p(y) of the Gaussian, in parts: float32 (u [N, r], v [N, r], a [N], b [N]).
+
+        The score of x_i and y_j is u_i · v_j + a_i + b_j.
+        """
+        rho, count = self.correlation, len(self.correlation)
+        u = (x - self.mean_x) @ self.x[:, :count]
+        v = (y - self.mean_y) @ self.y[:, :count]
+        slope = rho / (1 - rho.square())
+        a = -0.5 * (u.square() @ (rho * slope))
+        b = -0.5 * (v.square() @ (rho * slope)) + self.information
+        return (u * slope).float(), v.float(), a.float(), b.float()
+
+
+def canonical(x: Tensor, y: Tensor, shrinkage: float = 0.0) -> Canonical:
+    """Canonical correlations of x [N, dx] and y [N, dy], float64.
+
+    Args:
+        shrinkage: weight in [0, 1) of uncorrelated columns in each side's covariance. With more than a few columns per
+            hundred rows the largest correlations are chance. Above 0, what chance adds is also taken off them.
+    """
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    whitening_x, whitening_y = _whitening(x - mean_x, shrinkage), _whitening(y - mean_y, shrinkage)
+    cross = ((x - mean_x) @ whitening_x).T @ ((y - mean_y) @ whitening_y) / len(x)
+    left, correlation, right = torch.linalg.svd(cross, full_matrices=True)
+    if shrinkage:
+        chance = min(0.99, (x.shape[1] + y.shape[1]) / len(x))
+        correlation = ((correlation.square() - chance) / (1 - chance)).clamp(min=0).sqrt()
+    correlation = correlation.clamp(max=LARGEST_CORRELATION)
+    return Canonical(mean_x, mean_y, whitening_x @ left, whitening_y @ right.T, correlation)
+
+
+def sampling_bias(samples: int, dx: int, dy: int) -> float:
+    """What `Canonical.information` of Gaussian samples exceeds the truth by on average, in nats.
+
+    Exact, from the expected log determinant of a Wishart matrix; about dx dy / 2N for many samples.
+    """
+
+    def log_determinant(dim: int) -> Tensor:
+        return torch.digamma((samples - 1 - torch.arange(dim, dtype=torch.float64)) / 2).sum()
+
+    return 0.5 * (log_determinant(dx) + log_determinant(dy) - log_determinant(dx + dy)).item()
+
+
+def _whitening(centred: Tensor, shrinkage: float) -> Tensor:
+    """[d, r]: centred @ this has the covariance I; directions without variance of their own are left out."""
+    covariance = centred.T @ centred / len(centred)
+    covariance = (1 - shrinkage) * covariance + shrinkage * covariance.diagonal().diag()
+    variance, direction = torch.linalg.eigh(covariance)
+    kept = variance > LEAST_SHARE * variance[-1]
+    return direction[:, kept] / variance[kept].sqrt()
+
+
+def least_correlation(samples: int, dx: int, dy: int) -> float:
+    """About the correlation that independent columns of this many samples reach by chance."""
+    return min(0.5, math.sqrt((dx + dy) / samples))

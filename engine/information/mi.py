@@ -1,0 +1,380 @@
+"""Mutual information between two arrays of samples."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import EstimatorError
+from engine.information.critics import (
+    READ_PAIRS,
+    Base,
+    Concatenated,
+    Inputs,
+    Run,
+    Separate,
+    Settings,
+    Training,
+    blocks,
+)
+from engine.information.estimate import Estimate, normal_scores
+from engine.information.gaussian import canonical, least_correlation, sampling_bias
+from engine.information.neighbours import (
+    counted_information,
+    neighbour_ceiling,
+    neighbour_information,
+    standard_error,
+)
+from engine.kernels.arguments import check_count, check_number
+from engine.samples import as_samples
+
+WHERE = "estimate_mi"
+BOUNDS = ("infonce", "dv", "mine", "nwj", "tuba", "interpolate", "js", "smile")
+FOLDS = 5
+LEAST_SAMPLES = 50
+TIED_SHARE = 0.1  # a column of fewer distinct values a row is called discrete
+REPEATED_SHARE = 0.01
+HEAVY = 100.0  # interquartile ranges from the median
+SIGMAS = 1.96
+GAUSSIAN = "gaussian"
+MARGIN = 0.002  # by which a network must be better than none, as a share of 1 nat more than the reading
+NORMALISED = 0.05
+SATURATION = 3.0  # nats below the ceiling from which InfoNCE is off by more than chance
+OVERFITTED = 0.1
+SHRINKAGES = (0.1, 0.5)
+MANY_COLUMNS = 0.04  # per row, from which covariances are shrunk where that reads more
+# a Gaussian of this information over N in one pair of columns would read two standard errors above 0
+DETECTABLE = 8.0
+UNLEARNT = 0.2  # of what the networks found: about what they still miss, on problems of known information
+PAIR_COLUMNS = 8  # of both sides, up to which critics of pairs are tried
+
+Candidate = tuple[type[Separate | Concatenated], Inputs]
+
+
+def estimate_mi(
+    x: Any,
+    y: Any,
+    *,
+    bound: str = "auto",
+    steps: int = 1500,
+    batch_size: int = 256,
+    lr: float = 4e-3,
+    hidden: int = 64,
+    alpha: float = 0.01,
+    smile_tau: float = 5.0,
+    seed: int = 0,
+) -> Estimate:
+    """Estimate I(X;Y) in nats from paired samples.
+
+    Two single continuous columns are measured by the distances of neighbours, two discrete variables by counting.
+    Everything else is measured by critics of log p(x,y) / p(x)p(y). They start from a Gaussian fitted to ranks, and a
+    network adds what is not Gaussian, but only where it reads more on rows it has not seen. The rows are split into
+    folds: each is read by a critic that was trained on the others, and trains the others' critics. Which step of the
+    training counts for a fold is chosen on the other folds.
+
+    Columns are taken by rank, which changes no information. Outliers, units and offsets do no harm.
+
+    Args:
+        x, y: [N, dx] and [N, dy], or [N]: arrays, data frames, tensors or sequences of numbers; row i of both is one
+            sample, whatever an index says. At least 50 rows. Categories must be numbered; a few numbers are discrete.
+        bound: "auto" for the above, or one of `BOUNDS`: critics are then trained by it and read by it. "infonce" cannot
+            exceed the log of the rows that are read together, "smile" is no lower bound, "nwj", "tuba" and "js" vary
+            most. For all of them a constant of the critic is fitted on training rows.
+        steps: the most steps of training. It ends sooner when held-out rows gain nothing.
+        batch_size: rows a step and fold.
+        lr: Adam's learning rate; it falls when held-out rows gain nothing.
+        hidden: width of the networks' hidden layers.
+        alpha: of bound="interpolate", see `MIEstimator`.
+        smile_tau: of bound="smile", see `MIEstimator`.
+        seed: makes the folds, the networks' start and the batches; equal seeds give equal results on one CPU.
+
+    Returns:
+        `Estimate`, in nats. For critics, the value lies halfway between `readings["training"]` and the reading of the
+        same critics on rows they have not seen: one is too high by about as much as the other is too low. Where nothing
+        beats the Gaussian, the value is the Gaussian's own, free of its sampling bias. The interval reaches from the
+        held-out reading, less chance, to the training reading plus chance and a share for what networks miss.
+
+    Raises:
+        EstimatorError: arrays that do not pair up or hold no numbers (text, objects), non-finite entries, fewer than 50
+            rows, an option out of range.
+
+    Example:
+        >>> import numpy, engine
+        >>> x, noise = numpy.random.default_rng(0).normal(size=(2, 2000))
+        >>> estimate = engine.estimate_mi(x, x + noise)  # log(2) / 2 = 0.347
+        >>> print(estimate)
+        0.346 nats, 95 % interval 0.294 to 0.411
+    """
+    x, y = as_samples(WHERE, "x", x), as_samples(WHERE, "y", y)
+    if len(x) != len(y):
+        raise EstimatorError(WHERE, f"{len(x)} rows of x and {len(y)} of y", "as many of both", "Pair the samples up.")
+    if len(x) < LEAST_SAMPLES:
+        raise EstimatorError(WHERE, f"{len(x)} samples", f"at least {LEAST_SAMPLES}", "Give more samples.")
+    if bound == "js_fgan":
+        raise EstimatorError(
+            WHERE, "bound 'js_fgan'", "a bound on information in nats", 'It bounds another divergence; use bound="js".'
+        )
+    if bound not in ("auto", *BOUNDS):
+        raise EstimatorError(WHERE, f"bound {bound!r}", f"auto or one of {', '.join(BOUNDS)}", "Choose one of these.")
+    for name, value in {"steps": steps, "hidden": hidden}.items():
+        check_count(WHERE, name, value)
+    check_count(WHERE, "batch_size", batch_size, 2)
+    check_number(WHERE, "lr", lr, 0, above=True)
+    check_number(WHERE, "alpha", alpha, 0, 1)
+    check_number(WHERE, "smile_tau", smile_tau, 0, above=True)
+
+    flags = _flags(x, y)
+    x, y = _varying(x), _varying(y)
+    if not x.shape[1] or not y.shape[1]:
+        return Estimate(0.0, (0.0, 0.0), 0.0, "nothing", {}, len(x), flags)
+    if bound == "auto" and (codes := _codes(x, y)) is not None:
+        return _count(*codes, flags)
+    if bound == "auto" and x.shape[1] == y.shape[1] == 1 and not {"discrete columns", "repeated rows"} & set(flags):
+        return _measure_distances(x, y, flags)
+    settings = Settings("infonce" if bound == "auto" else bound, steps, batch_size, lr, hidden, alpha, smile_tau)
+    return _train_critics(x, y, settings, bound == "auto", flags, torch.Generator().manual_seed(seed))
+
+
+# -- looking at the columns -------------------------------------------------------------------------------------------
+
+
+def _flags(x: Tensor, y: Tensor) -> tuple[str, ...]:
+    both = torch.cat([x, y], 1)
+    varying = _varying(both)
+    distinct = [len(column.unique()) for column in varying.T]
+    found = {
+        "constant columns": varying.shape[1] < both.shape[1],
+        "discrete columns": any(count < TIED_SHARE * len(both) for count in distinct),
+        "heavy tails": bool(varying.shape[1]) and _robust(varying).abs().max().item() > HEAVY,
+        "repeated rows": bool(distinct)
+        and max(distinct) > TIED_SHARE * len(both)
+        and len(both.unique(dim=0)) < (1 - REPEATED_SHARE) * len(both),
+    }
+    return tuple(name for name, is_so in found.items() if is_so)
+
+
+def _varying(values: Tensor) -> Tensor:
+    return values[:, (values != values[:1]).any(0)]
+
+
+def _robust(values: Tensor) -> Tensor:
+    """Columns less their median, over their interquartile range (or standard deviation where half are equal)."""
+    ordered = values.sort(0).values
+    low, middle, high = (ordered[round(q * (len(values) - 1))] for q in (0.25, 0.5, 0.75))
+    width = high - low
+    return (values - middle) / torch.where(width > 0, width, values.std(0))
+
+
+def _codes(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Numbers of the distinct rows of x and of y, where these are few enough for all pairs to be counted."""
+    codes = [values.unique(dim=0, return_inverse=True)[1] for values in (x, y)]
+    return codes if math.prod(int(code.max()) + 1 for code in codes) <= len(x) / 10 else None
+
+
+def _folds(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    """[N] the fold of each row; equal rows share one, or a held-out row would not be new."""
+    row = torch.cat([x, y], 1).unique(dim=0, return_inverse=True)[1]
+    shuffled = torch.randperm(int(row.max()) + 1, generator=generator)
+    return shuffled[row] % FOLDS
+
+
+def _with_radius(values: Tensor) -> Tensor:
+    """Normal scores of the columns and of the length of the row, float64: what turns and scales share is its length."""
+    scores = normal_scores(values).double()
+    if values.shape[1] == 1:
+        return scores
+    return torch.cat([scores, normal_scores(_robust(values).square().sum(1, keepdim=True)).double()], 1)
+
+
+# -- without training -------------------------------------------------------------------------------------------------
+
+
+def _count(x: Tensor, y: Tensor, flags: tuple[str, ...]) -> Estimate:
+    shares, bias = counted_information(x, y)
+    raw = shares.mean().item()
+    error, flags = standard_error(shares), tuple(flag for flag in flags if flag not in ("discrete columns",))
+    return _estimate(raw - bias, raw - bias, raw, error, "counts", {"counts": raw}, shares, flags)
+
+
+def _measure_distances(x: Tensor, y: Tensor, flags: tuple[str, ...]) -> Estimate:
+    scores = [normal_scores(values)[:, 0].double() for values in (x, y)]
+    few, many = neighbour_information(*scores).values()
+    error = standard_error(few)
+    value, other = few.mean().item(), many.mean().item()
+    ceiling = neighbour_ceiling(len(x))
+    flags = flags + ("saturated",) * (value > ceiling - 1)
+    readings = {"neighbours": value, "more neighbours": other}
+    # with more neighbours the estimate is less noisy and more biased: their difference shows the bias
+    high = value + 2 * max(0.0, value - other)
+    return _estimate(value, min(value, other), high, error, "neighbours", readings, few, flags, ceiling)
+
+
+# -- with critics -----------------------------------------------------------------------------------------------------
+
+
+def _train_critics(
+    x: Tensor, y: Tensor, settings: Settings, auto: bool, flags: tuple[str, ...], generator: torch.Generator
+) -> Estimate:
+    training = Training(_folds(x, y, generator), settings, generator)
+    plain = normal_scores(x).double(), normal_scores(y).double()
+    radial = _with_radius(x), _with_radius(y)
+    base = _best_base(training, plain, radial)
+    # edges lie straight in the values themselves, which ranks bend
+    values = tuple(torch.cat([r, _robust(v).asinh()], 1) for r, v in zip(radial, (x, y), strict=True))
+    run = training.run(base, _candidates(training, radial, values if settings.bound == "infonce" else None))
+    picks = _picks(torch.stack(run.held_out))
+    run.choose(picks)
+    unseen, seen, shares = _read(training, run, settings)
+    networks = any(run.steps[pick] for pick in picks)
+
+    rows = min(len(block) for part in training.held_out for block in blocks(part))
+    if networks and isinstance(run.critics, Concatenated):
+        rows = min(rows, READ_PAIRS + 1)
+    closed = _gaussian_information(*plain)
+    saturated = unseen["infonce"] > math.log(rows) - SATURATION
+    # a Gaussian whose log ratio is normalised, as DV measures it, has a closed form, which knows no ceiling
+    is_gaussian = base.name == GAUSSIAN and not networks
+    if auto and is_gaussian and abs(unseen["dv"] - unseen["ldr"]) < NORMALISED * (1 + unseen["ldr"]):
+        reading, value = "ldr", closed
+    else:
+        reading = "dv" if auto and saturated else settings.bound
+        value = (unseen[reading] + seen[reading]) / 2
+    optimism = max(0.0, seen[reading] - unseen[reading])
+    gain = max(0.0, unseen["infonce"] - run.held_out[0].mean().item())
+    low = min(unseen[reading], value)
+    detectable = DETECTABLE * math.sqrt(x.shape[1] * y.shape[1]) / len(x)
+    high = max(unseen[reading], value, detectable) + optimism + UNLEARNT * gain
+    flags += tuple(
+        name
+        for name, is_so in {
+            "saturated": saturated,
+            "not converged": networks and run.steps[max(picks)] == settings.steps,
+            "overfitted": optimism > OVERFITTED * (1 + value),
+        }.items()
+        if is_so
+    )
+    readings = {name: unseen[name] for name in dict.fromkeys(("infonce", "dv", settings.bound))}
+    readings |= {"training": seen[reading], "gaussian": closed}
+    ceilings = {"infonce": math.log(rows), "interpolate": 1 + math.log((rows - 1) / settings.alpha)}
+    return _estimate(
+        value,
+        low,
+        high,
+        max(standard_error(shares), _spread(training, shares)),
+        base.name + f" + {run.critics.name} network" * networks,
+        readings,
+        shares,
+        flags,
+        ceilings.get(reading),
+        run.history(),
+    )
+
+
+def _gaussian_information(x: Tensor, y: Tensor) -> float:
+    """What Gaussian samples of these correlations tell of the information, without bias; NaN for too few rows."""
+    fit = canonical(x, y)
+    dx, dy = fit.x.shape[1], fit.y.shape[1]
+    return fit.information - sampling_bias(len(x), dx, dy) if len(x) > dx + dy + 1 else math.nan
+
+
+def _picks(held_out: Tensor) -> list[int]:
+    """Each fold's check, by the other folds' held-out readings, [checks, folds]; 0 unless another is clearly better."""
+    picks = []
+    for f in range(held_out.shape[1]):
+        others = torch.cat([held_out[:, :f], held_out[:, f + 1 :]], 1).mean(1)
+        best = int(others.argmax())
+        picks.append(best if others[best] > others[0] + MARGIN * (1 + abs(others[0])) else 0)
+    return picks
+
+
+def _spread(training: Training, shares: Tensor) -> float:
+    """Standard error of the mean over folds."""
+    means = torch.stack([shares[rows].mean() for rows in training.held_out])
+    return (means.std() / math.sqrt(training.folds)).item()
+
+
+def _best_base(training: Training, plain: tuple[Tensor, Tensor], radial: tuple[Tensor, Tensor]) -> Base:
+    """The Gaussian that reads most on held-out rows, or nothing."""
+    samples, dims = len(plain[0]), plain[0].shape[1] + plain[1].shape[1]
+    shrinkages = (0.0, *SHRINKAGES) if dims > MANY_COLUMNS * samples else (0.0,)
+    bases = [Base("nothing", samples, [], training.folds)]
+    for name, (x, y) in {GAUSSIAN: plain, GAUSSIAN + " with radii": radial}.items():
+        if name != GAUSSIAN and x.shape[1] + y.shape[1] == dims:
+            continue
+        for shrinkage in shrinkages:
+            fits = [(canonical(x[rows], y[rows], shrinkage), x, y) for rows in training.training]
+            bases.append(Base(f"shrunk {name}" if shrinkage else name, samples, fits, training.folds))
+    return max(bases, key=lambda base: training.readings(base)[1].mean().item())
+
+
+def _each_fold(columns: Tensor, training: Training) -> Tensor:
+    return columns.float().expand(training.folds, -1, -1)
+
+
+def _candidates(
+    training: Training, columns: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor] | None
+) -> list[Candidate]:
+    """Kinds of critics and their inputs.
+
+    Args:
+        columns: of x and y, which separate critics see as they are, or turned and scaled by how much they correlate.
+        values: what critics of pairs see besides; None if there shall be none.
+    """
+    x, y = columns
+    plain = Inputs("columns", _each_fold(x, training), _each_fold(y, training))
+    found: list[Candidate] = [(Separate, plain)]
+    if x.shape[1] + y.shape[1] > 2:
+        turned = []
+        for rows in training.training:
+            fit = canonical(x[rows], y[rows])
+            turned.append(fit.variates(x, y, least_correlation(len(rows), x.shape[1], y.shape[1])))
+        found.append((Separate, Inputs("variates", *(torch.stack(side) for side in zip(*turned, strict=True)))))
+    if values is not None and x.shape[1] + y.shape[1] <= PAIR_COLUMNS:
+        found.append((Concatenated, Inputs("columns and values", *(_each_fold(side, training) for side in values))))
+    return found
+
+
+@torch.no_grad()
+def _read(training: Training, run: Run, settings: Settings) -> tuple[dict[str, float], dict[str, float], Tensor]:
+    """Mean readings of critics that have not seen the rows, of critics that have, and shares of InfoNCE on the former.
+
+    Both means are over all rows: their difference is the critics' optimism, and not the rows'.
+    """
+    shares = torch.empty(sum(map(len, training.held_out)), dtype=torch.float64)
+    sums: list[dict[str, float]] = [{}, {}]
+    for f in range(training.folds):
+        normaliser = run.critics.log_normaliser(f, training.checked_training[f])
+        for side, part in enumerate((f, (f + 1) % training.folds)):
+            for block in blocks(training.held_out[part]):
+                single, record = run.critics.read(f, block, normaliser, settings)
+                if side == 0:
+                    shares[block] = single.double()
+                for name, value in record.items():
+                    sums[side][name] = sums[side].get(name, 0.0) + value * len(block) / len(shares)
+    return sums[0], sums[1], shares
+
+
+def _estimate(
+    value: float,
+    low: float,
+    high: float,
+    error: float,
+    method: str,
+    readings: dict[str, float],
+    shares: Tensor,
+    flags: tuple[str, ...],
+    ceiling: float | None = None,
+    history: list[dict[str, Any]] | None = None,
+) -> Estimate:
+    """The result; low and high are readings that are thought to lie below and above the truth but for chance."""
+    interval = max(0.0, low - SIGMAS * error), max(0.0, high + SIGMAS * error)
+    if value < 0:
+        flags += ("below zero",)
+    if low - SIGMAS * error <= 0:
+        flags += ("noise",)
+    return Estimate(
+        max(0.0, value), interval, error, method, readings, len(shares), flags, ceiling, shares, history or []
+    )

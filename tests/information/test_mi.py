@@ -1,0 +1,268 @@
+"""`estimate_mi` against truths in closed form, its intervals and flags, and what it refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import engine
+from engine.errors import EstimatorError
+from engine.information.estimate import ADVICE, normal_scores
+from engine.information.gaussian import canonical, sampling_bias
+from engine.information.mi import BOUNDS, estimate_mi
+from engine.information.neighbours import counted_information, neighbour_information
+
+QUICK = {"steps": 300, "batch_size": 128}
+
+
+def gaussian(rho: float, dims: int, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
+    """Pairs of columns of correlation rho, and their information."""
+    x, noise = np.random.default_rng(seed).normal(size=(2, count, dims))
+    return x, rho * x + math.sqrt(1 - rho**2) * noise, -dims / 2 * math.log(1 - rho**2)
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims, rho", [(1, 0.9), (2, 0.9), (5, 0.6), (25, 0.5)])
+def test_gaussians(dims, rho):
+    x, y, truth = gaussian(rho, dims, 3000)
+    found = estimate_mi(3 * x + 5, y, **QUICK)
+    assert found.value == pytest.approx(truth, abs=0.06 + 0.02 * truth)
+    assert found.interval[0] <= truth <= found.interval[1]
+    assert found.method == ("neighbours" if dims == 1 else "gaussian")
+
+
+def test_high_information_is_read_beyond_the_ceiling_and_flagged():
+    x, y, truth = gaussian(math.sqrt(1 - math.exp(-1)), 20, 2000)
+    assert truth == pytest.approx(10)
+    found = estimate_mi(x, y, **QUICK)
+    assert found.value == pytest.approx(10, abs=0.5) and "saturated" in found.flags
+    assert found["infonce"] < math.log(400) < found.value
+
+
+def test_many_columns_for_few_rows():
+    """130 columns of noise in 2,000 rows: chance alone correlates, and the value is right all the same."""
+    x, y, truth = gaussian(0.8, 3, 2000)
+    noise = np.random.default_rng(1).normal(size=(2, 2000, 65))
+    found = estimate_mi(np.hstack([x, noise[0]]), np.hstack([noise[1], y]), **QUICK)
+    assert found.value == pytest.approx(truth, abs=0.15) and "overfitted" in found.flags
+    assert found.interval[0] <= truth <= found.interval[1]
+
+
+def test_columns_turned_by_their_length():
+    """A spiral: no single column tells much, the length tells how far to turn back."""
+    x, y, truth = gaussian(0.9, 2, 4000)
+    angle = (y**2).sum(1)
+    turned = np.stack(
+        [np.cos(angle) * y[:, 0] - np.sin(angle) * y[:, 1], np.sin(angle) * y[:, 0] + np.cos(angle) * y[:, 1]], 1
+    )
+    found = estimate_mi(x, turned, steps=600)
+    assert found.value == pytest.approx(truth, abs=0.2) and "network" in found.method
+    assert found["gaussian"] < 0.2
+    assert found.interval[0] <= truth <= found.interval[1]
+
+
+def test_a_student_is_dependent_through_the_length_alone():
+    generator = np.random.default_rng(0)
+    both = generator.normal(size=(4000, 6)) * np.sqrt(2 / generator.chisquare(2, (4000, 1)))
+    found = estimate_mi(both[:, :3], both[:, 3:], **QUICK)
+    assert found.value == pytest.approx(0.291, abs=0.06)
+    assert found.method.startswith("gaussian with radii") and "heavy tails" in found.flags
+
+
+@pytest.mark.parametrize("dims", [1, 5, 25])
+def test_independent_columns_read_nothing(dims):
+    x, y = np.random.default_rng(dims).standard_t(1.5, size=(2, 1500, dims))
+    found = estimate_mi(x, y, **QUICK)
+    assert 0 <= found.value < 0.02 and "noise" in found.flags
+    assert found.interval[0] == 0 < found.interval[1]
+
+
+def test_outliers_and_monotone_maps_change_nothing():
+    x, y, _ = gaussian(0.8, 2, 1500)
+    plain = estimate_mi(x, y, **QUICK)
+    mapped = estimate_mi(np.exp(x), y**3 + 1000, **QUICK)
+    # the lengths of rows may change, but nothing here is chosen by them
+    assert mapped.value == pytest.approx(plain.value, abs=1e-6)
+    x[:5] = 1e6
+    spoiled = estimate_mi(x, y, **QUICK)
+    # 5 of 1,500 rows did carry information
+    assert spoiled.value == pytest.approx(plain.value, abs=0.08) and "heavy tails" in spoiled.flags
+
+
+def test_two_discrete_variables_are_counted():
+    generator = np.random.default_rng(0)
+    x = generator.integers(8, size=5000)
+    y = np.where(generator.random(5000) < 0.3, (x + generator.integers(1, 8, size=5000)) % 8, x)
+    truth = math.log(8) + 0.7 * math.log(0.7) + 0.3 * math.log(0.3 / 7)
+    found = estimate_mi(x, y)
+    assert found.method == "counts" and found.value == pytest.approx(truth, abs=0.03)
+    assert found.interval[0] <= truth <= found.interval[1]
+
+
+def test_a_label_and_a_column():
+    """Four classes, two apart: 0.702 nats by numerical integration."""
+    generator = np.random.default_rng(0)
+    label = generator.integers(4, size=4000)
+    found = estimate_mi(label, np.array([-3.0, -1.0, 1.0, 3.0])[label] + generator.normal(size=4000), **QUICK)
+    assert "discrete columns" in found.flags
+    levels = np.array([-3.0, -1.0, 1.0, 3.0])
+    at = np.linspace(-9, 9, 20001)
+    density = np.exp(-0.5 * (at[:, None] - levels) ** 2).mean(1) / math.sqrt(2 * math.pi)
+    truth = np.trapezoid(-density * np.log(density), at) - 0.5 * math.log(2 * math.pi * math.e)
+    assert found.value == pytest.approx(truth, abs=0.06)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_every_bound_is_finite_and_near_the_truth(bound):
+    generator = np.random.default_rng(3)
+    both = generator.normal(size=(1500, 4)) * np.sqrt(1 / generator.chisquare(1, (1500, 1)))
+    found = estimate_mi(both[:, :2], both[:, 2:], bound=bound, **QUICK)
+    # 0.432 nats; a Student of 1 degree of freedom, on which exponentials of scores overflow
+    assert found.value == pytest.approx(0.432, abs=0.2) and math.isfinite(found.interval[1])
+    assert found[bound] == found.readings[bound]
+
+
+# -- the result -------------------------------------------------------------------------------------------------------
+
+
+def test_equal_seeds_give_equal_results_and_leave_the_generator_alone():
+    x, y, _ = gaussian(0.5, 3, 400)
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    first = estimate_mi(x, y, seed=7, **QUICK)
+    assert torch.equal(torch.rand(3), expected)
+    again = estimate_mi(x, y, seed=7, **QUICK)
+    assert dict(again.to_dict()) == dict(first.to_dict()) and torch.equal(again.pointwise, first.pointwise)
+    assert estimate_mi(x, y, seed=8, **QUICK)["infonce"] != first["infonce"]
+
+
+def test_the_result_can_be_read_in_many_ways(tmp_path):
+    x, y, _ = gaussian(0.7, 2, 400)
+    found = estimate_mi(x, y, **QUICK)
+    assert float(found) == found.value == found["value"] == json.loads(json.dumps(found.to_dict()))["value"]
+    assert found["dv"] == found.readings["dv"] and "nwj" not in found and {"value", "dv"} <= set(found)
+    assert len(found.advice) == len(found.flags) and found.samples == len(found.pointwise) == 400
+    assert found.pointwise.mean().item() == pytest.approx(found["infonce"], abs=1e-6)
+    assert found.history[0]["step"] == 0 and found.history[-1]["held_out"] is not None
+    assert f"{found.value:.3f} nats" in str(found)
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    assert found.plot(tmp_path / "estimate.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(KeyError):
+        found["nothing like it"]
+
+
+def test_every_flag_has_advice():
+    source = Path(engine.__file__).parent
+    text = "".join(path.read_text() for path in (source / "information").glob("*.py"))
+    assert all(text.count(f'"{flag}"') >= 2 for flag in ADVICE), "a flag that nothing raises"
+
+
+def test_copies_of_a_row_share_a_fold():
+    """Or the critic would be read on rows that it was trained on, and find information where there is none."""
+    x, y = np.random.default_rng(0).normal(size=(2, 500, 10))
+    found = estimate_mi(np.tile(x, (4, 1)), np.tile(y, (4, 1)), **QUICK)
+    assert "repeated rows" in found.flags and found.value < 0.05
+
+
+def test_constant_columns_are_left_out():
+    x, y, truth = gaussian(0.8, 2, 1500)
+    found = estimate_mi(np.hstack([x, np.full((1500, 1), 518.123)]), y, **QUICK)
+    assert found.flags == ("constant columns",) and found.value == pytest.approx(truth, abs=0.1)
+    nothing = estimate_mi(np.zeros(100), y[:100])
+    assert nothing.value == 0 and nothing.interval == (0, 0) and nothing.flags == ("constant columns",)
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_a_column_with_itself_is_flagged(dims):
+    x = np.random.default_rng(0).normal(size=(600, dims))
+    found = estimate_mi(x, x, **QUICK)
+    assert "saturated" in found.flags and found.value > 4
+
+
+def test_training_that_ends_early_is_flagged():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(1500, 3))
+    found = estimate_mi(x, np.sign(x[:, :1] * x[:, 1:2]) + 0.1 * generator.normal(size=(1500, 1)), steps=60)
+    assert "not converged" in found.flags
+
+
+@pytest.mark.parametrize(
+    "x, y, options, told",
+    [
+        (np.zeros(100), np.zeros(99), {}, "100 rows of x and 99 of y"),
+        (np.zeros(49), np.zeros(49), {}, "49 samples"),
+        (np.full(700, math.nan), np.zeros(700), {}, "700 non-finite entries in x"),
+        (np.zeros((700, 2, 2)), np.zeros(700), {}, r"x \[700, 2, 2\]"),
+        (np.zeros((700, 0)), np.zeros(700), {}, r"x \[700, 0\]"),
+        (np.array(["a"] * 100), np.zeros(100), {}, "entries of type"),
+        (np.zeros(100), np.zeros(100), {"bound": "js_fgan"}, "another divergence"),
+        (np.zeros(100), np.zeros(100), {"bound": "club"}, "bound 'club'"),
+        (np.zeros(100), np.zeros(100), {"steps": 0}, "steps = 0"),
+        (np.zeros(100), np.zeros(100), {"batch_size": 1}, "batch_size = 1"),
+        (np.zeros(100), np.zeros(100), {"lr": math.nan}, "lr = nan"),
+        (np.zeros(100), np.zeros(100), {"alpha": 2}, "alpha = 2"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(x, y, options, told):
+    with pytest.raises(EstimatorError, match=told) as caught:
+        estimate_mi(x, y, **options)
+    assert "\n" not in str(caught.value)
+
+
+# -- the parts --------------------------------------------------------------------------------------------------------
+
+
+def test_normal_scores_are_quantiles_of_ranks():
+    values = torch.tensor([[3.0], [-1e9], [7.0], [3.0]], dtype=torch.float64)
+    expected = torch.special.ndtri(torch.tensor([0.5, 0.125, 0.875, 0.5], dtype=torch.float64))
+    assert torch.allclose(normal_scores(values)[:, 0].double(), expected, atol=1e-6)
+
+
+def test_canonical_correlations_of_known_columns():
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 50_000, 3, generator=generator, dtype=torch.float64)
+    rho = torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0]
+    fit = canonical(x @ turn, rho * x + (1 - rho**2).sqrt() * noise)
+    assert torch.allclose(fit.correlation, rho, atol=0.02)
+    u, v, a, b = fit.log_ratio(x @ turn, rho * x + (1 - rho**2).sqrt() * noise)
+    # the mean of the log ratio over the rows of the fit is the information itself
+    assert ((u * v).sum(1) + a + b).mean().item() == pytest.approx(fit.information, abs=1e-4)
+
+
+def test_sampling_bias_is_what_independent_samples_show():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(400, 2, 60, 4, generator=generator, dtype=torch.float64)
+    shown = torch.tensor([canonical(x, y).information for x, y in draws])
+    error = shown.std().item() / math.sqrt(len(shown))
+    assert abs(shown.mean().item() - sampling_bias(60, 4, 4)) < 4 * error
+    assert sampling_bias(100_000, 4, 4) == pytest.approx(16 / 200_000, rel=0.01)
+
+
+def test_neighbour_information_does_not_depend_on_the_blocks(monkeypatch):
+    from engine.information import neighbours
+
+    x, y, truth = (torch.as_tensor(v) for v in gaussian(0.9, 1, 3000))
+    whole = neighbour_information(x[:, 0], y[:, 0])
+    monkeypatch.setattr(neighbours, "BLOCK", 1000)
+    parts = neighbour_information(x[:, 0], y[:, 0])
+    assert {k: len(v) for k, v in parts.items()} == {3: 3000, 10: 3000}
+    for found in (whole, parts):
+        assert found[3].mean().item() == pytest.approx(truth.item(), abs=0.06)
+
+
+def test_counts_of_few_rows_are_corrected():
+    """Independent digits: 64 cells in 1,000 rows show (64 - 8 - 8 + 1) / 2000 = 0.0245 nats that are not there."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(40):
+        shares, bias = counted_information(*torch.randint(8, (2, 1000), generator=generator))
+        found.append((shares.mean().item(), shares.mean().item() - bias))
+    raw, corrected = np.mean(found, 0)
+    assert raw == pytest.approx(0.0245, abs=0.003) and abs(corrected) < 0.003
