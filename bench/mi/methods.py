@@ -1,0 +1,107 @@
+"""The estimators that are compared, and the processes that run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.machine import ROOT, THREAD_VARIABLES
+
+BOUNDS = ("infonce", "dv", "mine", "nwj", "tuba", "interpolate", "js", "js_fgan", "smile")
+ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One estimator.
+
+    Attributes:
+        family: whose environment runs it; "engine" is this one.
+        module: what its interpreter runs, with `argument` where there is one.
+        kinds: "mi", "cmi" or both.
+        label: head of its column.
+    """
+
+    family: str
+    module: str
+    kinds: tuple[str, ...]
+    label: str
+    argument: str = ""
+
+
+METHODS = {
+    "engine": Method("engine", "own", ("mi", "cmi"), "engine"),
+    **{f"engine-{b}": Method("engine", "own", ("mi",), f"engine, {b}", b) for b in BOUNDS},
+    "bmi-ksg": Method("bmi", "bmi_estimators", ("mi",), "bmi KSG", "ksg"),
+    "bmi-cca": Method("bmi", "bmi_estimators", ("mi",), "bmi CCA", "cca"),
+    "bmi-infonce": Method("bmi", "bmi_estimators", ("mi",), "bmi InfoNCE", "infonce"),
+    "bmi-mine": Method("bmi", "bmi_estimators", ("mi",), "bmi MINE", "mine"),
+    "bmi-nwj": Method("bmi", "bmi_estimators", ("mi",), "bmi NWJ", "nwj"),
+    "bmi-dv": Method("bmi", "bmi_estimators", ("mi",), "bmi DV", "dv"),
+    "mist-nwj": Method("mist", "mist_estimators", ("mi",), "torch-mist NWJ", "nwj"),
+    "mist-smile": Method("mist", "mist_estimators", ("mi",), "torch-mist SMILE", "smile"),
+    "tigramite-knn": Method("tigramite", "tigramite_knn", ("cmi",), "tigramite kNN"),
+}
+
+
+class WorkerError(Exception):
+    """A worker did not answer: it could not start, ended, or took too long."""
+
+
+class Worker:
+    """A process that estimates one file of samples after another, on one core."""
+
+    def __init__(self, method: str, pythons: Mapping[str, str]) -> None:
+        """`pythons`: {family: interpreter}, for families other than this environment's."""
+        m = METHODS[method]
+        command = [pythons.get(m.family, sys.executable), "-m", f"bench.mi.peers.{m.module}"]
+        one = dict.fromkeys(THREAD_VARIABLES, "1") | {"XLA_FLAGS": ONE_CORE, "JAX_PLATFORMS": "cpu"}
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")] if m.family == "engine" else [str(ROOT)]
+        self.process = subprocess.Popen(
+            [*command, m.argument] if m.argument else command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | one | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)},
+        )
+        self._lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.versions: dict[str, str] = self._next(600, f"{method} did not start: {' '.join(command)}")["versions"]
+
+    def ask(self, path: Path, seed: int, limit: float) -> dict[str, Any]:
+        """The estimate of a file's samples; WorkerError after `limit` seconds (the worker is of no use then)."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"path": str(path.absolute()), "seed": seed}) + "\n")
+        self.process.stdin.flush()
+        return self._next(limit, f"no answer in {limit:g} s")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(line)
+        self._lines.put("")
+
+    def _next(self, limit: float, otherwise: str) -> dict[str, Any]:
+        try:
+            line = self._lines.get(timeout=limit)
+        except queue.Empty:
+            raise WorkerError(otherwise) from None
+        if not line:
+            raise WorkerError(f"the process ended with status {self.process.wait()}")
+        return json.loads(line)
