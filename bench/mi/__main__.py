@@ -4,8 +4,8 @@
     python -m bench.mi run --methods engine --seeds 0-4 --rows 2000 10000
     python -m bench.mi table
 
-The tasks of the public benchmark bmi take part once their samples are written. bmi cannot be installed beside the engine
-(it needs pydantic and numpy of an earlier major version), so that it gets an environment of its own:
+The tasks of the public benchmark bmi take part once their samples are written. bmi needs pydantic 1 and numpy 1 and the
+engine pydantic 2, so that bmi gets an environment of its own:
 
     python -m venv BMI && BMI/bin/pip install -r bench/mi/requirements-bmi.txt
     BMI/bin/python -m bench.mi export --seeds 0-4 --rows 2000 10000
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--methods", nargs="+", default=["engine"])
     p.add_argument("--records", type=Path, default=RECORDS)
     p.add_argument("--processes", type=int, default=1, help="how many estimates run at a time, each on one core")
-    p.add_argument("--limit", type=float, default=600, help="seconds after which an estimate is given up")
+    p.add_argument("--limit", type=float, default=600, help="CPU seconds after which an estimate is given up")
     p.add_argument("--retry", action="store_true", help="run again what failed")
     p.add_argument(
         "--python", nargs="+", default=[], metavar="FAMILY=PYTHON", help="interpreters that have bmi, mist, tigramite"

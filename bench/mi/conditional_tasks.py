@@ -47,9 +47,7 @@ def _chains() -> list[Task]:
     found = [
         Task(f"cmi-chain-{dim}d", chain_information(UNIT, dim), _chain(UNIT, dim), CHAIN) for dim in (1, 2, 5, 10, 20)
     ]
-    found += [
-        Task(f"cmi-wide-chain-{dim}d", chain_information(WIDE, dim), _chain(WIDE, dim), CHAIN) for dim in (1, 2)
-    ]
+    found += [Task(f"cmi-wide-chain-{dim}d", chain_information(WIDE, dim), _chain(WIDE, dim), CHAIN) for dim in (1, 2)]
     return [*found, Task("cmi-wide-chain-1d-ends", 0.0, turned, "the middle of a chain parts its ends")]
 
 
@@ -130,9 +128,7 @@ def _shared() -> list[Task]:
     def around(name: str, nats: float, dim: int, inner: Draw, shape: str, *maps, source: str = SHARED) -> Task:
         return Task(f"cmi-{name}", nats, _around(inner, dim, shape, *maps), source)
 
-    found = [
-        around(f"linear-{dz}d", _shared_nats(0.8), dz, pairs(0.8, 1), "linear") for dz in (1, 5, 20)
-    ]
+    found = [around(f"linear-{dz}d", _shared_nats(0.8), dz, pairs(0.8, 1), "linear") for dz in (1, 5, 20)]
     found += [around(f"bent-{dz}d", _shared_nats(0.8), dz, pairs(0.8, 1), "bent") for dz in (1, 5)]
     found += [
         around(f"post-nonlinear-{dz}d", _shared_nats(0.8, dx), dz, pairs(0.8, dx), "bent", *maps)
@@ -140,7 +136,8 @@ def _shared() -> list[Task]:
     ]
     cross = mixture_information(CROSS)
     found += [
-        around(f"cross-{dz}d", cross, dz, mixture(CROSS), shape, source=PLANE) for dz, shape in ((1, "linear"), (3, "bent"))
+        around(f"cross-{dz}d", cross, dz, mixture(CROSS), shape, source=PLANE)
+        for dz, shape in ((1, "linear"), (3, "bent"))
     ]
     return [
         *found,

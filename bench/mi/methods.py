@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 from bench.machine import ROOT, THREAD_VARIABLES
 
 BOUNDS = ("infonce", "dv", "mine", "nwj", "tuba", "interpolate", "js", "js_fgan", "smile")
+PATIENCE = 100  # a worker may wait for its core this many times as long as it may compute
 ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
@@ -78,11 +80,11 @@ class Worker:
         self.versions: dict[str, str] = self._next(600, f"{method} did not start: {' '.join(command)}")["versions"]
 
     def ask(self, path: Path, seed: int, limit: float) -> dict[str, Any]:
-        """The estimate of a file's samples; WorkerError after `limit` seconds (the worker is of no use then)."""
+        """The estimate of a file's samples; WorkerError after `limit` CPU seconds (the worker is of no use then)."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"path": str(path.absolute()), "seed": seed}) + "\n")
+        self.process.stdin.write(json.dumps({"path": str(path.absolute()), "seed": seed, "limit": limit}) + "\n")
         self.process.stdin.flush()
-        return self._next(limit, f"no answer in {limit:g} s")
+        return self._next(PATIENCE * limit, f"no answer in {PATIENCE * limit:g} s")
 
     def close(self) -> None:
         self.process.kill()
@@ -103,5 +105,7 @@ class Worker:
         except queue.Empty:
             raise WorkerError(otherwise) from None
         if not line:
-            raise WorkerError(f"the process ended with status {self.process.wait()}")
+            status = self.process.wait()
+            late = status == -signal.SIGXCPU
+            raise WorkerError("over the limit of CPU seconds" if late else f"the process ended with status {status}")
         return json.loads(line)

@@ -29,7 +29,7 @@ def read(path: Path) -> list[Record]:
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    *lines, rest = text.split("\n")
+    lines = text.split("\n")[:-1]
     found = {}
     for number, line in enumerate(lines, 1):
         try:

@@ -71,7 +71,7 @@ def run(
     Args:
         folder: of the samples; those of our own tasks are written where they are missing.
         pythons: {family: interpreter} of the packages that are compared.
-        limit: seconds after which an estimate is given up and recorded as failed.
+        limit: CPU seconds after which an estimate is given up and recorded as failed.
         retry: run again what failed.
     """
     known = records.done(records.read(path), retry)

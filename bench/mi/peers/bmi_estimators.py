@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import bmi
+
 from bench.mi.peers.serving import serve
 
 SEEDED = {

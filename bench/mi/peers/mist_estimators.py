@@ -1,4 +1,4 @@
-"""torch-mist's estimators with its defaults, read on a held-out fifth: python -m bench.mi.peers.mist_estimators NAME."""
+"""torch-mist's estimators, its defaults, read on a held-out fifth: python -m bench.mi.peers.mist_estimators NAME."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from bench.mi.peers.serving import serve
 
 
 def estimate(arrays: dict[str, np.ndarray], seed: int, bound: str | None = None) -> dict[str, Any]:
-    """estimate_mi of x and y, or estimate_cmi where there is a z; with the package's defaults unless a bound is named."""
+    """estimate_mi of x and y, or estimate_cmi where there is a z; with the defaults unless a bound is named."""
     options = {"seed": seed} if bound is None else {"seed": seed, "bound": bound}
     if "z" in arrays:
         return entries(engine.estimate_cmi(arrays["x"], arrays["y"], arrays["z"], seed=seed))
