@@ -7,6 +7,7 @@ given z, x and y are invertible maps of a and b.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 
@@ -19,6 +20,7 @@ NULL_DIMS = (1, 2, 5, 10, 20)
 FEATURES = 12
 
 
+@cache
 def tasks() -> dict[str, Task]:
     """{name: task} of all tasks of I(X;Y|Z)."""
     found = [*_chains(), *_nulls(), *_discrete(), *_shared()]

@@ -40,17 +40,17 @@ class Method:
 
 
 METHODS = {
-    "engine": Method("engine", "own", ("mi", "cmi"), "engine"),
-    **{f"engine-{b}": Method("engine", "own", ("mi",), f"engine, {b}", b) for b in BOUNDS},
-    "bmi-ksg": Method("bmi", "bmi_estimators", ("mi",), "bmi KSG", "ksg"),
-    "bmi-cca": Method("bmi", "bmi_estimators", ("mi",), "bmi CCA", "cca"),
-    "bmi-infonce": Method("bmi", "bmi_estimators", ("mi",), "bmi InfoNCE", "infonce"),
-    "bmi-mine": Method("bmi", "bmi_estimators", ("mi",), "bmi MINE", "mine"),
-    "bmi-nwj": Method("bmi", "bmi_estimators", ("mi",), "bmi NWJ", "nwj"),
-    "bmi-dv": Method("bmi", "bmi_estimators", ("mi",), "bmi DV", "dv"),
-    "mist-nwj": Method("mist", "mist_estimators", ("mi",), "torch-mist NWJ", "nwj"),
-    "mist-smile": Method("mist", "mist_estimators", ("mi",), "torch-mist SMILE", "smile"),
-    "tigramite-knn": Method("tigramite", "tigramite_knn", ("cmi",), "tigramite kNN"),
+    "engine": Method("engine", "bench.mi.peers.own", ("mi", "cmi"), "engine"),
+    **{f"engine-{b}": Method("engine", "bench.mi.peers.own", ("mi",), f"engine, {b}", b) for b in BOUNDS},
+    "bmi-ksg": Method("bmi", "bench.mi.peers.bmi_estimators", ("mi",), "bmi KSG", "ksg"),
+    "bmi-cca": Method("bmi", "bench.mi.peers.bmi_estimators", ("mi",), "bmi CCA", "cca"),
+    "bmi-infonce": Method("bmi", "bench.mi.peers.bmi_estimators", ("mi",), "bmi InfoNCE", "infonce"),
+    "bmi-mine": Method("bmi", "bench.mi.peers.bmi_estimators", ("mi",), "bmi MINE", "mine"),
+    "bmi-nwj": Method("bmi", "bench.mi.peers.bmi_estimators", ("mi",), "bmi NWJ", "nwj"),
+    "bmi-dv": Method("bmi", "bench.mi.peers.bmi_estimators", ("mi",), "bmi DV", "dv"),
+    "mist-nwj": Method("mist", "bench.mi.peers.mist_estimators", ("mi",), "torch-mist NWJ", "nwj"),
+    "mist-smile": Method("mist", "bench.mi.peers.mist_estimators", ("mi",), "torch-mist SMILE", "smile"),
+    "tigramite-knn": Method("tigramite", "bench.mi.peers.tigramite_knn", ("cmi",), "tigramite kNN"),
 }
 
 
@@ -64,7 +64,7 @@ class Worker:
     def __init__(self, method: str, pythons: Mapping[str, str]) -> None:
         """`pythons`: {family: interpreter}, for families other than this environment's."""
         m = METHODS[method]
-        command = [pythons.get(m.family, sys.executable), "-m", f"bench.mi.peers.{m.module}"]
+        command = [pythons.get(m.family, sys.executable), "-m", m.module]
         one = dict.fromkeys(THREAD_VARIABLES, "1") | {"XLA_FLAGS": ONE_CORE, "JAX_PLATFORMS": "cpu"}
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")] if m.family == "engine" else [str(ROOT)]
         self.process = subprocess.Popen(

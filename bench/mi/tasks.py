@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from scipy.special import digamma, gammaln, logsumexp, ndtr
@@ -86,7 +87,7 @@ def normal_log_density(at: Array, mean: float | Array, sd: float) -> Array:
     return -0.5 * ((at - mean) / sd) ** 2 - math.log(sd * math.sqrt(2 * math.pi))
 
 
-def mixture_information(parts: list[tuple[float, tuple[float, float], Array]], points: int = 1601) -> float:
+def mixture_information(parts: list[tuple[float, tuple[float, float], Array]], points: int = 601) -> float:
     """I(X;Y) of a mixture of Gaussians of the plane: (weight, mean, covariance) each; by the trapezoid rule.
 
     The integrand is smooth and falls off like a Gaussian, for which the rule's error falls faster than any power of the
@@ -204,6 +205,7 @@ def identity(v: Array) -> Array:
 # -- the tasks ------------------------------------------------------------------------------------
 
 
+@cache
 def tasks() -> dict[str, Task]:
     """{name: task} of all closed-form tasks of I(X;Y)."""
     found = [*_gaussians(), *_transforms(), *_heavy_and_additive(), *_shapes(), *_discrete(), *_independent()]
