@@ -489,3 +489,12 @@ def test_the_suite(monkeypatch):
     json.dumps(found)
     with pytest.raises(AssertionError, match=r"1 nat: 0\.500"):
         mi_benchmark.gate(setting)
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_explains_every_flag():
+    advice = pytest.importorskip("engine.information.estimate").ADVICE
+    page = DOCS.read_text(encoding="utf-8")
+    assert [flag for flag in advice if f"| **{flag}** |" not in page] == []
