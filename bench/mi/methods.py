@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import ROOT, THREAD_VARIABLES
+from engine.config import BOUNDS
+from engine.errors import EngineError
 
-BOUNDS = ("infonce", "dv", "mine", "nwj", "tuba", "interpolate", "js", "js_fgan", "smile")
+START = 600  # seconds in which a worker has to import its packages, on a busy machine too
 PATIENCE = 100  # a worker may wait for its core this many times as long as it may compute
 ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
@@ -55,29 +57,41 @@ METHODS = {
 
 
 class WorkerError(Exception):
-    """A worker did not answer: it could not start, ended, or took too long."""
+    """A worker did not answer: it ended, or took too long."""
 
 
 class Worker:
     """A process that estimates one file of samples after another, on one core."""
 
     def __init__(self, method: str, pythons: Mapping[str, str]) -> None:
-        """`pythons`: {family: interpreter}, for families other than this environment's."""
+        """Start it; `pythons`: {family: interpreter}, for families other than this environment's.
+
+        Raises:
+            EngineError: it did not start.
+        """
         m = METHODS[method]
-        command = [pythons.get(m.family, sys.executable), "-m", m.module]
+        command = [pythons.get(m.family, sys.executable), "-m", m.module, *([m.argument] if m.argument else [])]
         one = dict.fromkeys(THREAD_VARIABLES, "1") | {"XLA_FLAGS": ONE_CORE, "JAX_PLATFORMS": "cpu"}
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")] if m.family == "engine" else [str(ROOT)]
-        self.process = subprocess.Popen(
-            [*command, m.argument] if m.argument else command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | one | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)},
-        )
         self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-        self.versions: dict[str, str] = self._next(600, f"{method} did not start: {' '.join(command)}")["versions"]
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env=os.environ | one | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)},
+            )
+            threading.Thread(target=self._read, daemon=True).start()
+            self.versions: dict[str, str] = self._next(START, "no answer")["versions"]
+        except (OSError, WorkerError) as problem:
+            raise EngineError(
+                f"--methods {method}",
+                f"{' '.join(command)} did not start ({problem})",
+                f"an interpreter that has what {m.module} imports",
+                f"Name one with --python {m.family}=PYTHON.",
+            ) from None
 
     def ask(self, path: Path, seed: int, limit: float) -> dict[str, Any]:
         """The estimate of a file's samples; WorkerError after `limit` CPU seconds (the worker is of no use then)."""

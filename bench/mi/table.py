@@ -195,20 +195,38 @@ def plot(records: Sequence[Record], path: Path) -> Path:
     columns = min(4, len(shown))
     lines = -(-len(shown) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(2.6 * columns, 2.7 * lines), squeeze=False)
-    colours = {"bmi": "#4477aa", "own": "#228833", "cmi": "#cc3311"}
+    top = 1.3 * max(max(r["truth"], r["value"]) for m in shown for r in methods[m])
     for axis, method in zip(axes.flat, shown, strict=False):
-        tasks = _by(methods[method], "task").values()
-        points = [(group(t[0]["task"]), t[0]["truth"], _mean(t)) for t in tasks]
-        top = max(max(truth, value) for _, truth, value in points) * 1.05 + 0.05
-        axis.plot([0, top], [0, top], color="black", linewidth=0.6)
-        for name, colour in colours.items():
-            here = [(truth, value) for g, truth, value in points if g == name]
-            if here:
-                axis.plot(*zip(*here, strict=True), ".", color=colour, label=GROUPS[name])
-        axis.set(title=METHODS[method].label, xlabel="true, nats", ylabel="estimate, nats")
+        _panel(axis, method, methods[method], top)
     for axis in list(axes.flat)[len(shown) :]:
         axis.set_visible(False)
     axes[0][0].legend(frameon=False, fontsize=7)
     figure.tight_layout()
     save(pyplot, figure, path)
     return path
+
+
+COLOURS = {"bmi": "#4477aa", "own": "#228833", "cmi": "#cc3311"}
+TICKS = (0, 0.5, 1, 2, 5, 10)
+LINEAR = 1.0  # nats: beyond, the axes are logarithmic
+
+
+def _panel(axis: Any, method: str, records: Sequence[Record], top: float) -> None:
+    """The points of one estimator, with the mean interval where it states one."""
+    axis.plot([0, top], [0, top], color="black", linewidth=0.6)
+    for name, colour in COLOURS.items():
+        tasks = list(_by([r for r in records if group(r["task"]) == name], "task").values())
+        if tasks:
+            axis.plot([t[0]["truth"] for t in tasks], [_mean(t) for t in tasks], ".", color=colour, label=GROUPS[name])
+        for task in tasks:
+            ends = [r["interval"] for r in task if "interval" in r]
+            if ends:
+                low, high = (statistics.fmean(side) for side in zip(*ends, strict=True))
+                axis.plot([task[0]["truth"]] * 2, [low, high], color=colour, linewidth=0.7)
+    axis.set(title=METHODS[method].label, xlabel="true, nats", ylabel="estimate, nats")
+    for which in (axis.set_xscale, axis.set_yscale):
+        which("symlog", linthresh=LINEAR)
+    shown = [t for t in TICKS if t <= top]
+    axis.set(xticks=shown, yticks=shown, xticklabels=shown, yticklabels=shown, xlim=(-0.05, top))
+    axis.set_ylim(min(-0.1, *(r["value"] for r in records)), top)
+    axis.minorticks_off()

@@ -12,7 +12,7 @@ from scipy.special import ndtri
 from bench import runner
 from bench.mi import conditional_tasks, records, samples, table, tasks, work
 from bench.mi.__main__ import DOCS, RECORDS, main
-from bench.mi.methods import METHODS, Method, Worker, WorkerError
+from bench.mi.methods import METHODS, Method, Worker
 from bench.mi.peers import own
 from bench.mi.tasks import normal_log_density
 from engine.errors import EngineError
@@ -336,10 +336,13 @@ def test_errors_of_a_run(tmp_path, fake, capsys):
     assert "--methods: found best" in capsys.readouterr().err
 
 
-def test_a_worker_that_cannot_start(monkeypatch):
+@pytest.mark.parametrize(
+    "python, reason", [({}, "the process ended with status 1"), ({"gone": "/no/python"}, "No such")]
+)
+def test_a_worker_that_cannot_start(monkeypatch, python, reason):
     monkeypatch.setitem(METHODS, "gone", Method("gone", "tests.bench.no_such_module", ("mi",), "gone"))
-    with pytest.raises(WorkerError, match="the process ended with status 1"):
-        Worker("gone", {})
+    with pytest.raises(EngineError, match=f"--methods gone: found .*{reason}.*Name one with --python gone=PYTHON"):
+        Worker("gone", python)
 
 
 def test_methods_run_on_what_they_can_read():
