@@ -11,34 +11,42 @@ FORMAT = "svg"
 
 def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
     """Ratios of all suites, growth curves, and time and memory over the batch where they were measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    # equal results give equal files
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "bench", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    )
-    from matplotlib import pyplot
-
+    pyplot = pyplot_for_files()
     made = []
 
-    def save(figure: Any, name: str) -> None:
-        path = folder / f"{name}.{FORMAT}"
-        figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-        pyplot.close(figure)
-        made.append(path)
+    def keep(figure: Any, name: str) -> None:
+        made.append(folder / f"{name}.{FORMAT}")
+        save(pyplot, figure, made[-1])
 
     ratios = [
         (n, k, r[k], r["goals"][k]) for n, r in results.items() for k in r["goals"] if k.endswith("ratio") and k in r
     ]
     if ratios:
-        save(_ratios(pyplot, ratios), "ratios")
+        keep(_ratios(pyplot, ratios), "ratios")
     if "growth" in results and "curve" in results["growth"]:
-        save(_growth(pyplot, results["growth"]["curve"]), "growth")
+        keep(_growth(pyplot, results["growth"]["curve"]), "growth")
     for name in ("streaming_infonce", "concat_critic"):
         if "curve" in results.get(name, {}):
-            save(_over_batch(pyplot, results[name]["curve"], name), name)
+            keep(_over_batch(pyplot, results[name]["curve"], name), name)
     return made
+
+
+def pyplot_for_files() -> Any:
+    """matplotlib.pyplot without a display, set so that equal results give equal files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "bench", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(pyplot: Any, figure: Any, path: Path) -> None:
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
 
 
 def _ratios(pyplot: Any, ratios: list[tuple[str, str, float, Mapping[str, float]]]) -> Any:

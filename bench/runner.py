@@ -39,7 +39,7 @@ NAMES = (
     "loader_wait", "loader_throughput", "growth", "startup",
 )  # fmt: skip
 # Measured on request.
-MORE_NAMES = ("epoch_mosi", "epoch_mosei", "epoch_avec", "epoch_bert", "conversion")
+MORE_NAMES = ("epoch_mosi", "epoch_mosei", "epoch_avec", "epoch_bert", "conversion", "mi_benchmark")
 
 SHORTEST = 0.5  # seconds: shorter calls are repeated until one measurement lasts as long
 LONG = 20.0  # seconds: a point of a curve that takes longer is measured once, without warming up

@@ -95,6 +95,8 @@ def _shown(result: Mapping[str, Any], key: str):
         return lambda v: f"{100 * v:.3g} %"
     if key == "value" and result["unit"] == "s":
         return lambda v: f"{v:.3g} s"
+    if key == "value" and result["unit"] == "nats":
+        return lambda v: f"{v:.3g} nats"
     return lambda v: f"{v:.3g}×"
 
 
