@@ -174,11 +174,19 @@ def _codes(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
     return codes if math.prod(int(code.max()) + 1 for code in codes) <= len(x) / 10 else None
 
 
-def _folds(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-    """[N] the fold of each row; equal rows share one, or a held-out row would not be new."""
-    row = torch.cat([x, y], 1).unique(dim=0, return_inverse=True)[1]
-    shuffled = torch.randperm(int(row.max()) + 1, generator=generator)
-    return shuffled[row] % FOLDS
+def _folds(x: Tensor, y: Tensor, repeated: bool, generator: torch.Generator) -> Tensor:
+    """[N] the fold of each row. Copies of a row share one, or a held-out row would not be new."""
+    count = len(x)
+    row = torch.cat([x, y], 1).unique(dim=0, return_inverse=True)[1] if repeated else torch.arange(count)
+    fold = torch.randperm(int(row.max()) + 1, generator=generator)[row] % FOLDS
+    if (least := int(fold.bincount(minlength=FOLDS).min())) < LEAST_SAMPLES / (2 * FOLDS):
+        raise EstimatorError(
+            WHERE,
+            f"so many copies of rows that of {count} rows one of {FOLDS} folds holds {least}",
+            "rows that differ",
+            "Remove the copies.",
+        )
+    return fold
 
 
 def _with_radius(values: Tensor) -> Tensor:
@@ -218,7 +226,7 @@ def _measure_distances(x: Tensor, y: Tensor, flags: tuple[str, ...]) -> Estimate
 def _train_critics(
     x: Tensor, y: Tensor, settings: Settings, auto: bool, flags: tuple[str, ...], generator: torch.Generator
 ) -> Estimate:
-    training = Training(_folds(x, y, generator), settings, generator)
+    training = Training(_folds(x, y, "repeated rows" in flags, generator), settings, generator)
     plain = normal_scores(x).double(), normal_scores(y).double()
     radial = _with_radius(x), _with_radius(y)
     base = _best_base(training, plain, radial)

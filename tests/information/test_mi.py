@@ -170,6 +170,23 @@ def test_copies_of_a_row_share_a_fold():
     assert "repeated rows" in found.flags and found.value < 0.05
 
 
+def test_discrete_rows_may_repeat():
+    """Two bits that are equal in 80 % of rows: equal rows are no copies, and are read like any others."""
+    generator = np.random.default_rng(0)
+    x = generator.integers(2, size=1000)
+    y = np.where(generator.random(1000) < 0.2, 1 - x, x)
+    truth = math.log(2) + 0.8 * math.log(0.8) + 0.2 * math.log(0.2)
+    found = estimate_mi(x, y, bound="infonce", **QUICK)
+    assert found.value == pytest.approx(truth, abs=0.05) and "repeated rows" not in found.flags
+
+
+def test_copies_that_leave_no_folds_are_refused():
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    x[10:] = x[0]
+    with pytest.raises(EstimatorError, match="so many copies of rows"):
+        estimate_mi(x, x + np.arange(2))
+
+
 def test_constant_columns_are_left_out():
     x, y, truth = gaussian(0.8, 2, 1500)
     found = estimate_mi(np.hstack([x, np.full((1500, 1), 518.123)]), y, **QUICK)
