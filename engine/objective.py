@@ -34,7 +34,7 @@ from engine.model.term_estimators import TermEstimates, TermEstimators
 from engine.readings import Reading
 
 MOST_PAIRED = 256
-"""Rows that critics read at once whose work grows with the number of pairs: 256 cost a twentieth of an epoch of MOSI."""
+"""Rows that are read at once where every pair of rows costs a pass of a network: a few percent of an epoch of MOSI."""
 
 Rows = Sequence[Tensor]
 """Product rows of one term: x, y and z, [rows, width] each."""

@@ -8,24 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 NEAR_CEILING = 1.0
-"""A bound this close to its ceiling is saturated: an exact critic on Gaussians reads .4 to 1.9 nats too little there."""
+"""A bound this close to its ceiling is saturated: even an exact critic reads .4 nats or more too little there."""
 
 NOISE = 0.15
 """Conditional readings below this are noise: on independent data, nearest-neighbour product rows read .08 to .19."""
 
-SATURATED_TEXT = (
-    f"At its ceiling: a reading within {NEAR_CEILING:g} nat of log(rows). Even a perfect critic reads .4 to 1.9 nats too "
-    "little there, so the information is higher than the number."
-)
-NOISE_TEXT = (
-    f"Noise: a conditional reading below {NOISE:g} nats cannot be told from 0. Product rows come from nearest neighbours "
-    "in the condition, and where that has five or more dimensions they make independent data read .08 to .19 nats."
-)
-NEGATIVE_TEXT = (
-    "Below 0: information is never negative. The estimator has not converged, or it has learnt its training rows by "
-    "heart and fails on others. The number says nothing about the information."
-)
-TEXTS = {"at its ceiling": SATURATED_TEXT, "noise": NOISE_TEXT, "below 0": NEGATIVE_TEXT}
+TEXTS = {
+    "at its ceiling": f"The reading is within {NEAR_CEILING:g} nat of log(rows). Even a perfect critic reads .4 nats "
+    "or more too little there, so the information is higher than the number.",
+    "noise": f"A conditional reading below {NOISE:g} nats cannot be told from 0. Product rows come from nearest "
+    "neighbours in the condition, and where that has five or more dimensions they make independent data read .08 to "
+    ".19 nats.",
+    "below 0": "Information is never negative. The estimator has not converged, or it has learnt its training rows by "
+    "heart and fails on others. The number says nothing about the information.",
+}
+"""Why a marked reading is not to be taken at its word, by mark."""
 
 
 @dataclass(frozen=True)

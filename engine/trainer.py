@@ -660,7 +660,7 @@ class _Trainer:
         for split, result in self.results.items():
             record[split] = _record(c, result) if split in self.scored else {}
         if had_bank and c.objective.enabled:
-            self._read_terms(record, bank)
+            self._read_terms(record, trained.features)
         for scheduler in self.schedulers.values():
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 scheduler.step(record["valid"][self.metric])
@@ -672,9 +672,9 @@ class _Trainer:
         record["wall_seconds"] = time.perf_counter() - start
         return record, bank
 
-    def _read_terms(self, record: dict[str, Any], bank: FeatureBank) -> None:
+    def _read_terms(self, record: dict[str, Any], training: dict[str, Tensor]) -> None:
         """Add what the terms read on all rows of a split at once, at the epoch's end: outside of the steps."""
-        known = {"train": bank.tensors()} | {s: r.features for s, r in self.results.items() if s in self.scored}
+        known = {"train": training} | {s: r.features for s, r in self.results.items() if s in self.scored}
         for split, features in known.items():
             try:
                 found = self.objective.read(features, self.config.batch_size)
