@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -182,6 +183,7 @@ def _train(a: argparse.Namespace, settings: list[str]) -> None:
             print((a.out / "profile" / "shares.txt").read_text(encoding="utf-8"))
         split = "test" if result.metrics["test"] else "valid"  # a test split without labels has no metrics
         _print_metrics(result.metrics[split], f"{split} metrics at the best epoch ({result.metrics['best_epoch']})")
+        _print_information(a.out, result.metrics["best_epoch"])
     else:
         results = trainer.train_seeds(config, a.out, seeds, resume=a.resume)
         split = "test" if all(result.metrics["test"] for result in results) else "valid"
@@ -446,6 +448,35 @@ def _print_seeds(metrics: list[dict[str, Any]], seeds: list[int], split: str) ->
         table.add_row(name, *(_number(one.get(name)) for one in metrics), f"{both['mean']:.4f}{spread}")
     print(f"{split} metrics at each run's best epoch, {len(seeds)} seeds")
     _console().print(table)
+
+
+def _print_information(out: Path, best_epoch: int | None) -> None:
+    """What batches and all rows together read of the information terms, and what keeps a number from being believed."""
+    from rich.table import Table
+
+    from engine.readings import TEXTS, best_rows
+
+    path = out / "history.jsonl"
+    history = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    epoch, rows = best_rows(history, best_epoch)
+    if not rows:
+        return
+    table = Table("term", "train, batches", "train, all rows", "ceiling", "valid, all rows", "ceiling", "note")
+    for column in table.columns[1:6]:
+        column.justify = "right"
+    for term, of_term in itertools.groupby(rows, lambda row: row.term):
+        of_split = {row.split: row for row in of_term}
+        train, valid = of_split.get("train"), of_split.get("valid")
+        values = [
+            train and train.batch,
+            *(x for row in (train, valid) for x in (row and row.bank, row and row.ceiling)),
+        ]
+        notes = [f"{split}: {row.mark}" for split, row in of_split.items() if row.mark]
+        table.add_row(term, *("-" if value is None else f"{value:.3f}" for value in values), "; ".join(notes))
+    print(f"information terms in nats, epoch {epoch} (all rows together; conditional terms as DV)")
+    _console().print(table)
+    for mark in dict.fromkeys(row.mark for row in rows if row.mark):
+        _console().print(f"[bold]{mark}[/]: {TEXTS[mark]}", highlight=False)
 
 
 def _print_results(out: Path) -> None:

@@ -52,12 +52,12 @@ def mark(term: str, value: float | None, ceiling: float | None) -> str:
 
 @dataclass(frozen=True)
 class TermRow:
-    """One term at one epoch: what batches read of it (None where that was not recorded), and what all rows read."""
+    """One term at one epoch: the mean of what batches read of it, and what all rows read together. None: not there."""
 
     term: str
     split: str
     batch: float | None
-    bank: float
+    bank: float | None
     ceiling: float | None
 
     @property
@@ -71,20 +71,41 @@ def term_rows(record: Mapping[str, Any], splits: Sequence[str] = ("train", "vali
     The batches' values are those of stage 2 or of evaluation; of a training term that is part of an expression only,
     those of stage 1.
     """
-    parts = {split: record[split] for split in splits if isinstance(record.get(split), Mapping)}
-    names = [name for name in dict.fromkeys(n for p in parts.values() for n in p.get("bank", {})) if _is_term(name)]
+    parts = {split: _group(record, split) for split in splits}
+    names = dict.fromkeys(name for part in parts.values() for name in _group(part, "bank") if _is_term(name))
     return [
         TermRow(
             name,
             split,
-            part.get("information", {}).get(name, part.get("estimators", {}).get(name)),
-            part["bank"][name],
-            part.get("bank_ceiling", {}).get(name),
+            _number(_group(part, "information").get(name, _group(part, "estimators").get(name))),
+            _number(_group(part, "bank")[name]),
+            _number(_group(part, "bank_ceiling").get(name)),
         )
         for name in names
         for split, part in parts.items()
-        if name in part.get("bank", {})
+        if name in _group(part, "bank")
     ]
+
+
+def best_rows(history: Sequence[Mapping[str, Any]], best: int | None) -> tuple[int | None, list[TermRow]]:
+    """The rows of the best epoch, or of the last one that was read on all rows where the best was not; and its number.
+
+    Args:
+        history: records of history.jsonl.
+        best: number of the best epoch, where it is known.
+    """
+    ordered = sorted(history, key=lambda record: (record["epoch"] == best, record["epoch"]), reverse=True)
+    return next(((r["epoch"], rows) for r in ordered if (rows := term_rows(r))), (None, []))
+
+
+def _group(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = values.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None: a history may hold null."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _is_term(name: str) -> bool:
