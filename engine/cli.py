@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import itertools
 import json
 import os
 import re
@@ -451,32 +450,12 @@ def _print_seeds(metrics: list[dict[str, Any]], seeds: list[int], split: str) ->
 
 
 def _print_information(out: Path, best_epoch: int | None) -> None:
-    """What batches and all rows together read of the information terms, and what keeps a number from being believed."""
-    from rich.table import Table
-
-    from engine.readings import TEXTS, best_rows
+    from engine.readings import print_rows
 
     path = out / "history.jsonl"
-    history = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    epoch, rows = best_rows(history, best_epoch)
-    if not rows:
-        return
-    table = Table("term", "train, batches", "train, all rows", "ceiling", "valid, all rows", "ceiling", "note")
-    for column in table.columns[1:6]:
-        column.justify = "right"
-    for term, of_term in itertools.groupby(rows, lambda row: row.term):
-        of_split = {row.split: row for row in of_term}
-        train, valid = of_split.get("train"), of_split.get("valid")
-        values = [
-            train and train.batch,
-            *(x for row in (train, valid) for x in (row and row.bank, row and row.ceiling)),
-        ]
-        notes = [f"{split}: {row.mark}" for split, row in of_split.items() if row.mark]
-        table.add_row(term, *("-" if value is None else f"{value:.3f}" for value in values), "; ".join(notes))
-    print(f"information terms in nats, epoch {epoch} (all rows together; conditional terms as DV)")
-    _console().print(table)
-    for mark in dict.fromkeys(row.mark for row in rows if row.mark):
-        _console().print(f"[bold]{mark}[/]: {TEXTS[mark]}", highlight=False)
+    if path.exists():
+        history = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        print_rows(_console(), history, best_epoch)
 
 
 def _print_results(out: Path) -> None:

@@ -416,8 +416,9 @@ class Objective(nn.Module):
             {name: reading}, terms first; empty where N is too small to draw product rows. NaN where a term was skipped.
 
         Raises:
-            EstimatorError: as in training, such as for an estimate that is not finite.
+            EstimatorError: a feature is missing; as in training, such as for an estimate that is not finite.
         """
+        self._check_features(features)
         count = len(next(iter(features.values())))
         size = min(batch_size, count)
         if count < self.min_batch or count - size // self.settings.k_neighbor < self.settings.k_neighbor:
@@ -473,11 +474,7 @@ class Objective(nn.Module):
         return self._estimate(features, products).by_term
 
     def _estimate(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> TermEstimates:
-        for name, term in self._readers.items():
-            if name not in features:
-                raise EstimatorError(
-                    f"objective term {term}", f"no feature {name!r}", f"one among {sorted(features)}", "Pass it, too."
-                )
+        self._check_features(features)
         for term in self._conditional:
             if products is None or term not in products:
                 raise EstimatorError(
@@ -485,6 +482,13 @@ class Objective(nn.Module):
                     "Pass products=.",
                 )  # fmt: skip
         return self.estimators(features, products)
+
+    def _check_features(self, features: Mapping[str, Tensor]) -> None:
+        for name, term in self._readers.items():
+            if name not in features:
+                raise EstimatorError(
+                    f"objective term {term}", f"no feature {name!r}", f"one among {sorted(features)}", "Pass it, too."
+                )
 
     def estimator_loss(
         self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None

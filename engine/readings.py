@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ NOISE = 0.15
 TEXTS = {
     "at its ceiling": f"The reading is within {NEAR_CEILING:g} nat of log(rows). Even a perfect critic reads .4 nats "
     "or more too little there, so the information is higher than the number.",
-    "noise": f"A conditional reading below {NOISE:g} nats cannot be told from 0. Product rows come from nearest "
+    "noise": f"A conditional reading within {NOISE:g} nats of 0 cannot be told from 0. Product rows come from nearest "
     "neighbours in the condition, and where that has five or more dimensions they make independent data read .08 to "
     ".19 nats.",
     "below 0": "Information is never negative. The estimator has not converged, or it has learnt its training rows by "
@@ -96,6 +97,32 @@ def best_rows(history: Sequence[Mapping[str, Any]], best: int | None) -> tuple[i
     """
     ordered = sorted(history, key=lambda record: (record["epoch"] == best, record["epoch"]), reverse=True)
     return next(((r["epoch"], rows) for r in ordered if (rows := term_rows(r))), (None, []))
+
+
+def print_rows(console: Any, history: Sequence[Mapping[str, Any]], best: int | None) -> None:
+    """Print the terms of the best epoch on a rich console, with the reason of every mark; or nothing."""
+    from rich import box
+    from rich.table import Table
+
+    epoch, rows = best_rows(history, best)
+    if not rows:
+        return
+    title = f"Information terms on all rows together, epoch {epoch} (nats; conditional terms: DV)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("term", "train, batches", "train, all rows", "ceiling", "valid, all rows", "ceiling"):
+        table.add_column(name, justify="left" if name == "term" else "right")
+    table.add_column("note")
+    for term, of_term in itertools.groupby(rows, lambda row: row.term):
+        of_split = {row.split: row for row in of_term}
+        train, valid = of_split.get("train"), of_split.get("valid")
+        values = [train and train.batch, *(x for r in (train, valid) for x in (r and r.bank, r and r.ceiling))]
+        marks = {row.mark for row in of_split.values()}
+        each = "; ".join(f"{split}: {row.mark}" for split, row in of_split.items() if row.mark)
+        note = marks.pop() if len(marks) == 1 else each
+        table.add_row(term, *("-" if value is None else f"{value:.3f}" for value in values), note)
+    console.print(table)
+    for name in dict.fromkeys(row.mark for row in rows if row.mark):
+        console.print(f"[bold]{name}[/]: {TEXTS[name]}", highlight=False)
 
 
 def _group(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -136,10 +136,10 @@ def test_train_prints_what_all_rows_read(calls: list, data: Path, tmp_path: Path
     monkeypatch.setattr(sys.modules["engine.trainer"], "train", train)
     assert run("train", "--preset", "mosi", "--data", data, "--out", out) == 0
     printed = capsys.readouterr().out
-    rows = {line.split()[1]: line.replace("│", " ").split() for line in printed.splitlines() if "I(" in line}
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if "I(" in line}
     assert rows["I(F;T)"][:6] == ["I(F;T)", "3.200", "6.500", "7.157", "-0.250", "5.434"]
     assert " ".join(rows["I(F;T)"][6:]) == "train: at its ceiling; valid: below 0"
-    assert " ".join(rows["I(A;C|T)"][6:]) == "train: noise; valid: noise"
+    assert rows["I(A;C|T)"] == ["I(A;C|T)", "-", "0.112", "-", "0.112", "-", "noise"]
     assert "comp" not in rows and "cannot be told from 0" in " ".join(printed.split())
 
 

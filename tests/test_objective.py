@@ -266,6 +266,10 @@ class TestReadings:
         assert math.isnan(found["I(T;A)"].value) and math.isnan(found["inv"].value)
         assert found["I(T;A)"].ceiling is None and math.isfinite(found["I(T;V)"].value)
 
+    def test_a_missing_feature_is_named(self):
+        with pytest.raises(EstimatorError, match="no feature 'F'"):
+            small_mimrl().read({}, 12)
+
     def test_too_few_rows_for_product_rows_are_not_read(self):
         assert small_mimrl(k_neighbor=4).read(features(4), 12) == {}
         assert small_mimrl(k_neighbor=4).read(features(5), 12) != {}
