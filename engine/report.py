@@ -35,7 +35,7 @@ from engine.metrics import (
     sentiment_classes,
     sims_classes,
 )
-from engine.readings import TEXTS, TermRow, best_rows
+from engine.readings import TEXTS, TermRow, best_rows, mark
 from engine.report_charts import escape, lines, number, scatter, shape, truth
 from engine.run_folder import CONFIG, FEATURES, HISTORY, PREDICTIONS, TRUTH, verify
 
@@ -554,8 +554,8 @@ def _readings(run: Run) -> str:
         f"<tr><th>{escape(term)}</th>{''.join(_reading_cells(of_term.get(split)) for split in splits)}</tr>"
         for term, of_term in by_term.items()
     )
-    marks = dict.fromkeys(row.mark for row in found if row.mark)
-    notes = "".join(f"<p><b>{mark}</b>: {TEXTS[mark]}</p>" for mark in marks)
+    marked = dict.fromkeys(row.mark for row in found if row.mark)
+    notes = "".join(f"<p><b>{name}</b>: {TEXTS[name]}</p>" for name in marked)
     title = f"The terms on all rows together, epoch {epoch}"
     about = "nats; in batches: by stage 2, of a term that is only a part by stage 1; held-out rows count most"
     return f'<div class="below">{_card(title, _table(f"<tr><th></th>{head}</tr>", rows) + notes, about)}</div>'
@@ -602,6 +602,8 @@ def _information_card(run: Run, group: str, name: str, about: str) -> str:
         None,
     )
     side = f"{last[0]} {number(last[1])} at last" if last else ""
+    if last and mark(name, last[1], None) == "noise":
+        side += ", noise"
     return _card(name, chart or '<p class="muted">no finite value</p>', about, side)
 
 
@@ -902,8 +904,8 @@ def _legend(run: Run, numbers: str = "") -> str:
     items = "".join(f"<li>{signs[split]}{split}</li>" for split in there)
     items += "<li>horizontally: epoch</li>"
     if run.best_epoch is not None:
-        mark = _sign(10, '<path class="mark" d="M5 0V14"/>')
-        items += f"<li>{mark}best epoch on valid ({run.best_epoch}){numbers}</li>"
+        line = _sign(10, '<path class="mark" d="M5 0V14"/>')
+        items += f"<li>{line}best epoch on valid ({run.best_epoch}){numbers}</li>"
     return f'<ul class="legend">{items}</ul>'
 
 

@@ -197,6 +197,7 @@ def test_terms_on_all_rows(tmp_path):
     rows = [json.loads(row) for row in (folder / "history.jsonl").read_text().splitlines()]
     for row in rows[1:]:
         row["train"]["information"]["I(F;T)"] = 3.2
+        row["train"]["estimators"] |= {"I(A;C|T)": 0.123, "I(T;A|C)": 0.523}
         for split, ceiling in (("train", 7.157), ("valid", 5.434)):
             bank = {
                 "I(F;T)": 6.543,
@@ -217,6 +218,7 @@ def test_terms_on_all_rows(tmp_path):
     assert "I(F;T) 3.200 6.543 at its ceiling 7.157" in text and "3.987 5.434" in text
     assert "0.112 noise –" in text and "−0.021 noise –" in text  # shown as they are
     assert "−0.345 below 0 5.434" in text and "−2.500 below 0 –" in text
+    assert "train 0.123 at last, noise" in text and "train 0.523 at last," not in text
     assert "cannot be told from 0" in text and "read .08 to .19 nats" in text and "never negative" in text
     chart = next(
         c for c in page.charts() if [s["name"] for s in c.get("series", [])][3:] == ["train rows", "valid rows"]
@@ -229,6 +231,7 @@ def test_terms_on_all_rows(tmp_path):
         row["train"]["bank"] = {"I(F;T)": 1.0}
         row["valid"]["bank"] = {"I(F;T)": 1.0}
         row["train"]["information"]["I(F;T)"] = 1.0
+        row["train"]["estimators"] = {"I(A;C|T)": 0.5}
     (folder / "history.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     report(folder)
     drawn = (folder / "report.html").read_text()
