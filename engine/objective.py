@@ -420,23 +420,22 @@ class Objective(nn.Module):
         """
         self._check_features(features)
         count = len(next(iter(features.values())))
-        size = min(batch_size, count)
+        read = count if self.estimators.streams else min(count, MOST_PAIRED)
+        size = min(batch_size, read)
         if count < self.min_batch or count - size // self.settings.k_neighbor < self.settings.k_neighbor:
             return {}
-        chosen = torch.arange(count)
-        if not self.estimators.streams and count > MOST_PAIRED:
-            chosen = torch.linspace(0, count - 1, MOST_PAIRED).long()
+        chosen = torch.linspace(0, count - 1, read, dtype=torch.float64).round().long()
         rows = {name: value.index_select(0, chosen.to(value.device)) for name, value in features.items()}
         mode = self.training
         self.eval()
         try:
-            products = self._many_products(features, size, len(chosen) // size) if self.needs_products else None
+            products = self._many_products(features, size, read // size) if self.needs_products else None
             found = self.estimators(rows, products).by_term
         finally:
             self.train(mode)
         values = torch.stack([found[str(t)].details.get("dv", found[str(t)].value) for t in self.terms]).tolist()
         terms = {
-            t: Reading(math.nan if "skipped" in found[str(t)].details else value, self._ceiling(t, len(chosen)))
+            t: Reading(math.nan if "skipped" in found[str(t)].details else value, self._ceiling(t, read))
             for t, value in zip(self.terms, values, strict=True)
         }
         return {str(t): reading for t, reading in terms.items()} | {e.name: _summed(e, terms) for e in self.expressions}

@@ -73,7 +73,7 @@ def term_rows(record: Mapping[str, Any], splits: Sequence[str] = ("train", "vali
     those of stage 1.
     """
     parts = {split: _group(record, split) for split in splits}
-    names = dict.fromkeys(name for part in parts.values() for name in _group(part, "bank") if _is_term(name))
+    names = dict.fromkeys(name for part in parts.values() for name in _group(part, "bank") if is_term(name))
     return [
         TermRow(
             name,
@@ -135,6 +135,6 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _is_term(name: str) -> bool:
+def is_term(name: str) -> bool:
     """Whether a name is that of a single term, I(x;y) or I(x;y|z), and not of a sum."""
     return name.startswith("I(") and name.find(")") == len(name) - 1

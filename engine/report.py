@@ -35,7 +35,7 @@ from engine.metrics import (
     sentiment_classes,
     sims_classes,
 )
-from engine.readings import TEXTS, TermRow, best_rows, mark
+from engine.readings import TEXTS, TermRow, best_rows, is_term, mark
 from engine.report_charts import escape, lines, number, scatter, shape, truth
 from engine.run_folder import CONFIG, FEATURES, HISTORY, PREDICTIONS, TRUTH, verify
 
@@ -619,7 +619,7 @@ def _ceilings(run: Run, name: str) -> dict[str, float]:
     if not _is_finite(known):
         return {}
     rows = {"ceiling, all training rows": known}
-    if bound != "infonce" or not isinstance(batch, int) or not name.startswith("I("):
+    if bound != "infonce" or not isinstance(batch, int) or not is_term(name):
         return rows
     return {f"ceiling, batch of {batch}": math.log(batch)} | rows
 

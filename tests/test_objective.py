@@ -243,6 +243,8 @@ class TestReadings:
         assert set(ceilings(bound="nwj").values()) == {None}
         assert ceilings(rows=MOST_PAIRED + 50, critic="concat")["I(F;T)"] == math.log(MOST_PAIRED)
         assert ceilings(rows=MOST_PAIRED + 50)["I(F;T)"] == math.log(MOST_PAIRED + 50)
+        large = small_mimrl(critic="concat").read(features(MOST_PAIRED + 50), MOST_PAIRED + 20)
+        assert large["I(F;T)"].ceiling == math.log(MOST_PAIRED) and math.isfinite(large["I(A;C|T)"].value)
 
     @pytest.mark.parametrize("bound", ["infonce", "mine"])
     def test_it_changes_nothing(self, bound):

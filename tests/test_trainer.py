@@ -5,12 +5,14 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from engine import checkpoint, trainer
+from engine.callbacks import TensorBoardCallback
 from engine.config import Config
 from engine.errors import CheckpointError, ConfigError, DataError, EstimatorError, OutputError
 from engine.loaders.dataset import Dataset
@@ -254,6 +256,19 @@ def test_reading_on_all_rows_changes_no_weight_and_no_other_number(config, tmp_p
         assert all(torch.equal(v, b[part][k]) for k, v in a[part].items())
     assert all(torch.equal(v, b["bank"]["rows"][k]) for k, v in a["bank"]["rows"].items())
     assert torch.equal(a["generator"], b["generator"]) and torch.equal(a["rng"]["torch"], b["rng"]["torch"])
+
+
+def test_tensorboard_holds_the_readings_and_their_ceilings(tmp_path):
+    seen = {}
+    callback = TensorBoardCallback(tmp_path)
+    callback.writer = SimpleNamespace(
+        add_scalar=lambda tag, value, epoch: seen.update({tag: (value, epoch)}), flush=lambda: None
+    )
+    train = {"loss": 0.5, "bank": {"I(F;T)": 6.5}, "bank_ceiling": {"I(F;T)": 7.157}}
+    record = {"epoch": 3, "train": train, "valid": {"bank": {"I(F;T)": 4.5}}, "test": {}}
+    callback.on_epoch(record | {"lr_main": 0.1, "lr_estimators": 0.1}, True)
+    assert seen["bank/I(F;T)/train"] == (6.5, 3) and seen["bank_ceiling/I(F;T)/train"] == (7.157, 3)
+    assert seen["bank/I(F;T)/valid"] == (4.5, 3)
 
 
 def test_terms_that_cannot_be_read_on_all_rows_do_not_end_a_run(config, tmp_path, monkeypatch):
