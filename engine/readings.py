@@ -131,8 +131,13 @@ def _group(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None: a history may hold null."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    """A finite number, or None: a history may hold null, or what a stranger wrote there."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer beyond what a float holds
+        return None
 
 
 def is_term(name: str) -> bool:

@@ -49,6 +49,14 @@ def test_rows_of_a_record():
     assert [row.mark for row in term_rows(record(1, 6.5))] == ["at its ceiling", "", "", "noise"]
 
 
+@pytest.mark.parametrize("value", [None, math.inf, "6.5", True, [6.5], 10**400])
+def test_what_is_no_number_is_not_there(value):
+    strange = record(1, 6.5)
+    strange["train"]["bank"]["I(F;T)"] = strange["valid"]["bank_ceiling"]["I(F;T)"] = value
+    train, valid, *_ = term_rows(strange)
+    assert (train.bank, train.mark) == (None, "") and (valid.bank, valid.ceiling) == (1.5, None)
+
+
 def test_the_best_epoch_that_was_read():
     history = [record(0), record(1, 4.0), record(2, 5.0), record(3, 6.0)]
     for best, epoch in ((1, 1), (0, 3), (None, 3)):
