@@ -182,6 +182,7 @@ def _train(a: argparse.Namespace, settings: list[str]) -> None:
             print((a.out / "profile" / "shares.txt").read_text(encoding="utf-8"))
         split = "test" if result.metrics["test"] else "valid"  # a test split without labels has no metrics
         _print_metrics(result.metrics[split], f"{split} metrics at the best epoch ({result.metrics['best_epoch']})")
+        _print_information(a.out, result.metrics["best_epoch"])
     else:
         results = trainer.train_seeds(config, a.out, seeds, resume=a.resume)
         split = "test" if all(result.metrics["test"] for result in results) else "valid"
@@ -446,6 +447,15 @@ def _print_seeds(metrics: list[dict[str, Any]], seeds: list[int], split: str) ->
         table.add_row(name, *(_number(one.get(name)) for one in metrics), f"{both['mean']:.4f}{spread}")
     print(f"{split} metrics at each run's best epoch, {len(seeds)} seeds")
     _console().print(table)
+
+
+def _print_information(out: Path, best_epoch: int | None) -> None:
+    from engine.readings import print_rows
+
+    path = out / "history.jsonl"
+    if path.exists():
+        history = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        print_rows(_console(), history, best_epoch)
 
 
 def _print_results(out: Path) -> None:

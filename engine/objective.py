@@ -31,6 +31,10 @@ from engine.kernels.knn_product import Bank, EpochProducts, ProductRows, Product
 from engine.model.cmi import CMIEstimator
 from engine.model.estimators import Estimate, MIEstimator
 from engine.model.term_estimators import TermEstimates, TermEstimators
+from engine.readings import Reading
+
+MOST_PAIRED = 256
+"""Rows that are read at once where every pair of rows costs a pass of a network: a few percent of an epoch of MOSI."""
 
 Rows = Sequence[Tensor]
 """Product rows of one term: x, y and z, [rows, width] each."""
@@ -393,6 +397,68 @@ class Objective(nn.Module):
         )
         return draw_epoch(sampler, [t for t in self.terms if t.given is not None], batch_sizes, generator)
 
+    # -- readings ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def read(self, features: Mapping[str, Tensor], batch_size: int) -> dict[str, Reading]:
+        """All terms and expressions on all rows at once. It changes nothing and has random numbers of its own.
+
+        InfoNCE cannot read more than log(rows), in a batch as here; here the rows are many. Critics whose scores are
+        not streamed (concat critics, estimators that left their group) see `MOST_PAIRED` rows, evenly spread.
+        Conditional terms are read as DV on about as many product rows as rows, drawn from `features` in the portions
+        that batches draw.
+
+        Args:
+            features: float [N, width] each, such as a bank's or those of an evaluated split.
+            batch_size: of training.
+
+        Returns:
+            {name: reading}, terms first; empty where N is too small to draw product rows. NaN where a term was skipped.
+
+        Raises:
+            EstimatorError: a feature is missing; as in training, such as for an estimate that is not finite.
+        """
+        self._check_features(features)
+        count = len(next(iter(features.values())))
+        read = count if self.estimators.streams else min(count, MOST_PAIRED)
+        size = min(batch_size, read)
+        if count < self.min_batch or count - size // self.settings.k_neighbor < self.settings.k_neighbor:
+            return {}
+        chosen = torch.linspace(0, count - 1, read, dtype=torch.float64).round().long()
+        rows = {name: value.index_select(0, chosen.to(value.device)) for name, value in features.items()}
+        mode = self.training
+        self.eval()
+        try:
+            products = self._many_products(features, size, read // size) if self.needs_products else None
+            found = self.estimators(rows, products).by_term
+        finally:
+            self.train(mode)
+        values = torch.stack([found[str(t)].details.get("dv", found[str(t)].value) for t in self.terms]).tolist()
+        terms = {
+            t: Reading(math.nan if "skipped" in found[str(t)].details else value, self._ceiling(t, read))
+            for t, value in zip(self.terms, values, strict=True)
+        }
+        return {str(t): reading for t, reading in terms.items()} | {e.name: _summed(e, terms) for e in self.expressions}
+
+    def _many_products(self, bank: Mapping[str, Tensor], size: int, draws: int) -> dict[str, ProductRows]:
+        """The product rows of many batches of one size, put together."""
+        epoch = self.sample_epoch(bank, [size] * draws, torch.Generator().manual_seed(0))
+        parts = [epoch.take(number) for number in range(draws)]
+        return {
+            term: ProductRows(*(torch.cat([getattr(p[term], part) for p in parts]) for part in "xyz"), epoch.k)
+            for term in self._conditional
+        }
+
+    def _ceiling(self, term: Term, rows: int) -> float | None:
+        """The most that a term can read on so many rows; None where its estimator has no such limit, or is foreign."""
+        estimator = self.estimators[term.key]
+        match getattr(estimator, "bound", None):
+            case "infonce":
+                return math.log(rows)
+            case "interpolate":
+                return 1 + math.log((rows - 1) / estimator.alpha)
+        return None
+
     # -- the two losses ----------------------------------------------------------------------------
 
     def estimate(
@@ -407,11 +473,7 @@ class Objective(nn.Module):
         return self._estimate(features, products).by_term
 
     def _estimate(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> TermEstimates:
-        for name, term in self._readers.items():
-            if name not in features:
-                raise EstimatorError(
-                    f"objective term {term}", f"no feature {name!r}", f"one among {sorted(features)}", "Pass it, too."
-                )
+        self._check_features(features)
         for term in self._conditional:
             if products is None or term not in products:
                 raise EstimatorError(
@@ -419,6 +481,13 @@ class Objective(nn.Module):
                     "Pass products=.",
                 )  # fmt: skip
         return self.estimators(features, products)
+
+    def _check_features(self, features: Mapping[str, Tensor]) -> None:
+        for name, term in self._readers.items():
+            if name not in features:
+                raise EstimatorError(
+                    f"objective term {term}", f"no feature {name!r}", f"one among {sorted(features)}", "Pass it, too."
+                )
 
     def estimator_loss(
         self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None
@@ -433,6 +502,13 @@ class Objective(nn.Module):
         found = self._estimate(features, products)
         values = found.surrogates()
         return ObjectiveOutput(torch.dot(values, self._stage2(values)), found, self._sums)
+
+
+def _summed(expression: Expression, terms: Mapping[Term, Reading]) -> Reading:
+    """An expression's reading; it has a ceiling where all its terms have one and none is subtracted."""
+    parts = [(c, terms[t]) for t, c in expression.coefficients if c != 0]
+    limits = [c * r.ceiling for c, r in parts if c > 0 and r.ceiling is not None]
+    return Reading(sum(c * r.value for c, r in parts), sum(limits) if len(limits) == len(parts) else None)
 
 
 def _terms(expressions: Sequence[Expression]) -> list[Term]:

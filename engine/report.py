@@ -35,6 +35,7 @@ from engine.metrics import (
     sentiment_classes,
     sims_classes,
 )
+from engine.readings import TEXTS, TermRow, best_rows, is_term, mark
 from engine.report_charts import escape, lines, number, scatter, shape, truth
 from engine.run_folder import CONFIG, FEATURES, HISTORY, PREDICTIONS, TRUTH, verify
 
@@ -518,6 +519,11 @@ def _information(run: Run) -> str:
     compat = run.setting("objective", "compat")
     if bound == "infonce" and isinstance(batch, int) and batch > 1:
         notes.append(f"InfoNCE cannot read more than log(batch size) = {math.log(batch):.2f} nats a pair.")
+    if any("bank" in _part(epoch, "train") for epoch in run.history):
+        notes.append(
+            "The broad pale lines are read once an epoch on all rows of a split together, where InfoNCE’s ceiling is "
+            "log(rows) and conditional terms are read as DV."
+        )
     if compat == "mimrl" or (compat in (None, "auto") and run.setting("mode") == "faithful"):
         notes.append(
             "In the reference’s form a conditional estimate is 1 + half the symmetrised divergence: it reads 1, not 0, "
@@ -529,7 +535,37 @@ def _information(run: Run) -> str:
         if eleven
         else ""
     )
-    return f'<p>{" ".join(notes)}</p>{_legend(run)}<div class="grid4">{"".join(cards)}</div>{details}'
+    table = _readings(run)
+    return f'<p>{" ".join(notes)}</p>{_legend(run)}<div class="grid4">{"".join(cards)}</div>{table}{details}'
+
+
+def _readings(run: Run) -> str:
+    """What batches and what all rows together read of each term, with the ceiling and what it is worth."""
+    epoch, found = best_rows(run.history, run.best_epoch)
+    if not found:
+        return ""
+    splits = list(dict.fromkeys(row.split for row in found))
+    heads = (("in batches", "the epoch’s mean"), ("on all rows", "together"), ("ceiling", "log(rows)"))
+    head = "".join(f"<th>{split}, {name}<small>{about}</small></th>" for split in splits for name, about in heads)
+    by_term: dict[str, dict[str, TermRow]] = {}
+    for row in found:
+        by_term.setdefault(row.term, {})[row.split] = row
+    rows = "".join(
+        f"<tr><th>{escape(term)}</th>{''.join(_reading_cells(of_term.get(split)) for split in splits)}</tr>"
+        for term, of_term in by_term.items()
+    )
+    marked = dict.fromkeys(row.mark for row in found if row.mark)
+    notes = "".join(f"<p><b>{name}</b>: {TEXTS[name]}</p>" for name in marked)
+    title = f"The terms on all rows together, epoch {epoch}"
+    about = "nats; in batches: by stage 2, of a term that is only a part by stage 1; held-out rows count most"
+    return f'<div class="below">{_card(title, _table(f"<tr><th></th>{head}</tr>", rows) + notes, about)}</div>'
+
+
+def _reading_cells(row: TermRow | None) -> str:
+    if row is None:
+        return "<td>–</td>" * 3
+    small = f"<small>{row.mark}</small>" if row.mark else ""
+    return f'<td>{number(row.batch)}</td><td class="main">{number(row.bank)}{small}</td><td>{number(row.ceiling)}</td>'
 
 
 def _terms_of(run: Run) -> dict[str, str]:
@@ -548,7 +584,14 @@ def _terms_of(run: Run) -> dict[str, str]:
 
 
 def _information_card(run: Run, group: str, name: str, about: str) -> str:
-    chart = _chart(run, f"{name} in nats over epochs", lambda split: _part(split, group).get(name))
+    chart = lines(
+        f"{name} in nats over epochs",
+        [epoch["epoch"] for epoch in run.history],
+        {split: _values(run, split, group, name) for split in SPLITS}
+        | {f"{split} rows": _values(run, split, "bank", name) for split in ("train", "valid")},
+        run.best_epoch,
+        _ceilings(run, name),
+    )
     last = next(
         (
             (split, value)
@@ -559,7 +602,26 @@ def _information_card(run: Run, group: str, name: str, about: str) -> str:
         None,
     )
     side = f"{last[0]} {number(last[1])} at last" if last else ""
+    if last and mark(name, last[1], None) == "noise":
+        side += ", noise"
     return _card(name, chart or '<p class="muted">no finite value</p>', about, side)
+
+
+def _values(run: Run, split: str, group: str, name: str) -> list[float | None]:
+    found = [_part(_part(epoch, split), group).get(name) for epoch in run.history]
+    return [value if _is_finite(value) else None for value in found]
+
+
+def _ceilings(run: Run, name: str) -> dict[str, float]:
+    """What a term cannot exceed in a batch and on all training rows, by the words that are drawn beside it."""
+    known = _part(_part(run.history[-1], "train"), "bank_ceiling").get(name)
+    batch, bound = run.setting("batch_size"), run.setting("objective", "bound")
+    if not _is_finite(known):
+        return {}
+    rows = {"ceiling, all training rows": known}
+    if bound != "infonce" or not isinstance(batch, int) or not is_term(name):
+        return rows
+    return {f"ceiling, batch of {batch}": math.log(batch)} | rows
 
 
 def _truth(run: Run) -> str:
@@ -842,8 +904,8 @@ def _legend(run: Run, numbers: str = "") -> str:
     items = "".join(f"<li>{signs[split]}{split}</li>" for split in there)
     items += "<li>horizontally: epoch</li>"
     if run.best_epoch is not None:
-        mark = _sign(10, '<path class="mark" d="M5 0V14"/>')
-        items += f"<li>{mark}best epoch on valid ({run.best_epoch}){numbers}</li>"
+        line = _sign(10, '<path class="mark" d="M5 0V14"/>')
+        items += f"<li>{line}best epoch on valid ({run.best_epoch}){numbers}</li>"
     return f'<ul class="legend">{items}</ul>'
 
 

@@ -114,18 +114,27 @@ def _svg(frame: Frame, label: str, body: str, data: dict[str, Any], css: str = "
     )
 
 
-def lines(label: str, epochs: Sequence[int], series: dict[str, Sequence[Value]], mark: int | None = None) -> str | None:
+def lines(
+    label: str,
+    epochs: Sequence[int],
+    series: dict[str, Sequence[Value]],
+    mark: int | None = None,
+    ceilings: dict[str, float] | None = None,
+) -> str | None:
     """Curves over epochs; the series' names are their classes (train, valid, test). None if there is nothing to draw.
 
     Args:
         series: name -> one value an epoch, None or not finite where missing (the curve is broken there).
         mark: the epoch to mark with a vertical line.
+        ceilings: name -> what the curves cannot exceed, drawn across where a curve comes more than half the way to it.
     """
     clean = {name: [v if v is not None and math.isfinite(v) else None for v in vs] for name, vs in series.items()}
     clean = {name: values for name, values in clean.items() if any(v is not None for v in values)}
     if not clean:
         return None
-    low, high = _span([v for values in clean.values() for v in values if v is not None])
+    found = [v for values in clean.values() for v in values if v is not None]
+    ceilings = {name: at for name, at in (ceilings or {}).items() if max(found) > at / 2}
+    low, high = _span([*found, *ceilings.values()])
     first, last = min(epochs), max(epochs)
     side = 0.5 if first == last else 0.02 * (last - first)
     frame = Frame(first - side, last + side, low, high)
@@ -133,6 +142,10 @@ def lines(label: str, epochs: Sequence[int], series: dict[str, Sequence[Value]],
     if mark is not None and first <= mark <= last:
         x = frame.x(mark)
         body.append(f'<path class="mark" d="M{x:.1f} {frame.top}V{frame.height - frame.bottom}"/>')
+    for name, at in ceilings.items():
+        y, right = frame.y(at), frame.width - frame.right
+        body.append(f'<path class="ceiling" d="M{frame.left} {y:.1f}H{right}"/>')
+        body.append(f'<text class="tick" x="{right}" y="{y - 4:.1f}" text-anchor="end">{escape(name)}</text>')
     for name, values in clean.items():
         path, pen = [], "M"
         for epoch, value in zip(epochs, values, strict=True):

@@ -418,6 +418,10 @@ class StaticStep:
                 self._draw("training", self._load(bank), [size for sizes in passes for size in sizes])
         return list(itertools.accumulate((len(sizes or ()) for sizes in passes[:-1]), initial=0))
 
+    def stage1_bank(self, size: int) -> FeatureBank:
+        """An empty bank, in which stage 1 keeps the features that it computes."""
+        return self._bank("stage1", size)
+
     def stage1(
         self,
         loader: Iterable,
@@ -432,6 +436,8 @@ class StaticStep:
         `first`: the number of its first batch's product rows, as `begin_epoch` gave it.
         """
         step, seen = self.step, 0
+        if fresh:
+            self.stage1_bank(bank.size)
         with self._pass(loader, first) as feed:
             if fresh:
                 keys = feed.steps()
@@ -502,9 +508,10 @@ class StaticStep:
 
     def _stage1_batch(self, key: Key, fresh: bool) -> None:
         if fresh:
-            inputs, target, _ = self._feed.batch(key, self.number)
+            inputs, target, index = self._feed.batch(key, self.number)
             with torch.no_grad():
                 features = self.step.features(inputs, target)
+                self._banks["stage1"].store(index, features)
         else:
             rows = self._order.index_select(0, self.number)[0, : key[0]]
             features = {name: value.index_select(0, rows) for name, value in self._known.items()}

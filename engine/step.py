@@ -120,7 +120,10 @@ class Average:
 
 @dataclass
 class EpochResult:
-    """Means over one pass. `information` and `estimators` (nats) are empty where the terms were not evaluated."""
+    """Means over one pass. `information` and `estimators` (nats) are empty where the terms were not evaluated.
+
+    `features`: of all samples; of training those that stage 1 saw, which are of one state of the model.
+    """
 
     loss: float
     task: float
@@ -457,7 +460,8 @@ class TwoStageStep:
             on_batch: called after every batch with the stage ("collect", "stage1", "stage2") and the batch's number.
 
         Returns:
-            The means over stage 2 (`estimators`: over stage 1), and the bank for the next epoch.
+            The means over stage 2 (`estimators`: over stage 1) with the features that stage 1 saw, and the bank for
+            the next epoch.
 
         Raises:
             EstimatorError: an estimate of this epoch is not finite, under on_degenerate="raise".
@@ -480,17 +484,29 @@ class TwoStageStep:
         else:
             firsts = self._products_of(bank, sizes)
             stage1, stage2 = self._stage1_pass, self._stage2_pass
+        seen = bank
+        if bank is not None and fresh and stage1_n > 0:
+            seen = FeatureBank(size) if self.static is None else self.static.stage1_bank(size)
         if bank is not None:
             with part("stage1"):
                 for rows in firsts[:-1]:
-                    estimators.add_sums(stage1(loader, bank, batch_size, fresh, rows, on_batch))
+                    estimators.add_sums(stage1(loader, seen, batch_size, fresh, rows, on_batch))
         with part("stage2"):
             of_losses, of_information, next_bank = stage2(loader, size, bank, firsts[-1], on_batch)
         losses.add_sums(of_losses)
         information.add_sums(of_information)
         result = EpochResult(**losses.result(), information=information.result(), estimators=estimators.result())
         self._check_finite(result)
+        if seen is not None:
+            result.features = dict((seen if self.static is None else seen.copy()).tensors())
         return result, next_bank
+
+    def _fresh(self, loader: Iterable, bank: FeatureBank) -> Iterator[dict[str, Tensor]]:
+        """Features of every batch in the model's present state, kept in `bank`."""
+        for inputs, target, index in map(unpack, loader):
+            features = self.features(inputs, target)
+            bank.store(index, features)
+            yield features
 
     def _stage1_pass(
         self,
@@ -502,7 +518,7 @@ class TwoStageStep:
         on_batch: Callable[[str, int], None],
     ) -> Sums:
         if fresh:
-            batches = (self.features(inputs, target) for inputs, target, _ in map(unpack, loader))
+            batches = self._fresh(loader, bank)
         else:
             known = bank.tensors()
             rows = self.shuffled(len(next(iter(known.values())))).split(batch_size)

@@ -23,7 +23,7 @@ from engine import checkpoint, checks, losses, metrics
 from engine.allocator import keep_memory
 from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
 from engine.config import Config, ScheduleConfig, load_config, text_of
-from engine.errors import CheckpointError, ConfigError, DataError, EngineError, OutputError
+from engine.errors import CheckpointError, ConfigError, DataError, EngineError, EstimatorError, OutputError
 from engine.files import append_text, finite, user_path, write_json, write_text
 from engine.kernels import registry
 from engine.kernels.knn_product import Bank
@@ -659,6 +659,8 @@ class _Trainer:
             }
         for split, result in self.results.items():
             record[split] = _record(c, result) if split in self.scored else {}
+        if had_bank and c.objective.enabled:
+            self._read_terms(record, trained.features)
         for scheduler in self.schedulers.values():
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 scheduler.step(record["valid"][self.metric])
@@ -669,6 +671,20 @@ class _Trainer:
                 scheduler.step()
         record["wall_seconds"] = time.perf_counter() - start
         return record, bank
+
+    def _read_terms(self, record: dict[str, Any], training: dict[str, Tensor]) -> None:
+        """Add what the terms read on all rows of a split at once, at the epoch's end: outside of the steps."""
+        known = {"train": training} | {s: r.features for s, r in self.results.items() if s in self.scored}
+        for split, features in known.items():
+            try:
+                found = self.objective.read(features, self.config.batch_size)
+            except EstimatorError as problem:  # no step needs it: the run goes on
+                warnings.warn(f"epoch {record['epoch']}, {split}: not read on all rows: {problem}", stacklevel=2)
+                continue
+            if found:
+                record[split]["bank"] = {name: r.value for name, r in found.items()}
+                limits = {name: r.ceiling for name, r in found.items() if r.ceiling is not None}
+                record[split] |= {"bank_ceiling": limits} if limits else {}
 
     def _better(self, a: dict[str, Any], b: dict[str, Any], split: str) -> bool:
         """Whether epoch `a` beats epoch `b` on `split`. A metric that is NaN never wins."""

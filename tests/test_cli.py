@@ -118,6 +118,31 @@ def test_train(calls: list, data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "0.7500" in printed and "best epoch (3)" in printed
 
 
+def test_train_prints_what_all_rows_read(calls: list, data: Path, tmp_path: Path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def train(config: Config, folder: Path, resume: bool, profile: bool) -> Result:
+        folder.mkdir()
+        bank = {"I(F;T)": 6.5, "I(A;C|T)": 0.112, "comp": 0.1}
+        record = {
+            "epoch": 3,
+            "train": {"information": {"I(F;T)": 3.2}, "bank": bank, "bank_ceiling": {"I(F;T)": 7.157}},
+            "valid": {"bank": bank | {"I(F;T)": -0.25}, "bank_ceiling": {"I(F;T)": 5.434}},
+        }
+        (folder / "history.jsonl").write_text(json.dumps(record) + "\n")
+        return Result(folder, METRICS)
+
+    monkeypatch.setattr(sys.modules["engine.trainer"], "train", train)
+    assert run("train", "--preset", "mosi", "--data", data, "--out", out) == 0
+    printed = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if "I(" in line}
+    assert rows["I(F;T)"][:6] == ["I(F;T)", "3.200", "6.500", "7.157", "-0.250", "5.434"]
+    assert " ".join(rows["I(F;T)"][6:]) == "train: at its ceiling; valid: below 0"
+    assert rows["I(A;C|T)"] == ["I(A;C|T)", "-", "0.112", "-", "0.112", "-", "noise"]
+    assert "comp" not in rows and "cannot be told from 0" in " ".join(printed.split())
+
+
 def test_train_from_a_file_that_names_its_data(calls: list, data: Path, tmp_path: Path):
     config = load_config("mosei", [f"data.path={data}"])
     config.save(tmp_path / "mine.yaml")

@@ -1,11 +1,23 @@
-"""Declaring information terms: algebra, names, grouping into estimators, the two losses."""
+"""Declaring information terms: algebra, names, grouping into estimators, the two losses, readings on all rows."""
+
+import math
 
 import pytest
 import torch
 
 from engine.config import ObjectiveConfig
 from engine.errors import ConfigError, EstimatorError
-from engine.objective import CMI, MI, MIMRL_ESTIMATORS, Objective, Term, mimrl_expressions, mimrl_objective
+from engine.model.estimators import Estimate
+from engine.objective import (
+    CMI,
+    MI,
+    MIMRL_ESTIMATORS,
+    MOST_PAIRED,
+    Objective,
+    Term,
+    mimrl_expressions,
+    mimrl_objective,
+)
 
 SMALL = ObjectiveConfig(hidden=16, embed=8, compat="none")
 
@@ -174,3 +186,92 @@ class TestProducts:
     def test_too_many_neighbours_for_the_batch(self):
         with pytest.raises(EstimatorError, match="k_neighbor"):
             small_mimrl(k_neighbor=4).sample_products(features(20), 3)
+
+
+class TestReadings:
+    @pytest.mark.parametrize("compat", ["none", "mimrl"])
+    def test_values_are_those_of_the_estimators_on_all_rows(self, compat):
+        """InfoNCE of the scores of all pairs of rows; DV of all rows and of as many product rows."""
+        objective, bank = small_mimrl(compat=compat), features(96)
+        found = objective.read(bank, batch_size=12)
+        assert list(found) == [*dict.fromkeys([*map(str, MIMRL_ESTIMATORS), *(e.name for e in objective.expressions)])]
+        generator = torch.Generator().manual_seed(0)
+        epoch = objective.sample_epoch(bank, [12] * 8, generator)
+        products = [epoch.take(number) for number in range(8)]
+        for term in MIMRL_ESTIMATORS:
+            estimator = objective.split(term)
+            if term.given is None:
+                scores = estimator.critic(bank[term.x], bank[term.y]).double()
+                true = math.log(96) + (scores.diag() - scores.logsumexp(1)).mean().item()
+            else:
+                rows = [torch.cat([p[str(term)][i] for p in products]) for i in range(3)]
+                assert len(rows[0]) == 96
+                true = estimator([bank[n] for n in (term.x, term.y, term.given)], rows).details["dv"].item()
+            assert found[str(term)].value == pytest.approx(true, abs=1e-5)
+        value = {name: reading.value for name, reading in found.items()}
+        assert value["inv"] == pytest.approx(value["I(T;A)"] + value["I(T;V)"])
+        assert value["spec_a"] == pytest.approx(value["I(A;C|T)"] - value["I(T;A|C)"])
+
+    def test_all_rows_read_what_a_batch_cannot(self):
+        """True value: six columns of correlation .99 have 11.75 nats, log 32 is 3.47, log 1024 is 6.93."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1024, 6, generator=generator)
+        y = 0.99 * x + math.sqrt(1 - 0.99**2) * torch.randn(1024, 6, generator=generator)
+        torch.manual_seed(0)
+        objective = Objective([MI("X", "Y")], {"X": 6, "Y": 6}, settings=SMALL.model_copy(update={"hidden": 64}))
+        optimizer = torch.optim.Adam(objective.parameters(), 3e-3)
+        for _ in range(8):
+            for rows in torch.randperm(1024, generator=generator).split(32):
+                output = objective.estimator_loss({"X": x[rows], "Y": y[rows]})
+                optimizer.zero_grad()
+                output.loss.backward()
+                optimizer.step()
+        found = objective.read({"X": x, "Y": y}, 32)["I(X;Y)"]
+        assert output.values["I(X;Y)"] < math.log(32)
+        assert found.ceiling == pytest.approx(math.log(1024))
+        assert 4.5 < found.value < found.ceiling
+
+    def test_ceilings(self):
+        def ceilings(rows=96, **settings):
+            return {n: r.ceiling for n, r in small_mimrl(**settings).read(features(rows), 12).items()}
+
+        infonce = ceilings()
+        assert infonce["I(F;T)"] == infonce["I(T;V)"] == math.log(96)
+        assert infonce["inv"] == 2 * math.log(96)
+        assert infonce["I(T;A|C)"] is infonce["comp"] is infonce["spec_t"] is None
+        assert ceilings(bound="interpolate", alpha=0.01)["I(F;T)"] == 1 + math.log(95 / 0.01)
+        assert set(ceilings(bound="nwj").values()) == {None}
+        assert ceilings(rows=MOST_PAIRED + 50, critic="concat")["I(F;T)"] == math.log(MOST_PAIRED)
+        assert ceilings(rows=MOST_PAIRED + 50)["I(F;T)"] == math.log(MOST_PAIRED + 50)
+        large = small_mimrl(critic="concat").read(features(MOST_PAIRED + 50), MOST_PAIRED + 20)
+        assert large["I(F;T)"].ceiling == math.log(MOST_PAIRED) and math.isfinite(large["I(A;C|T)"].value)
+
+    @pytest.mark.parametrize("bound", ["infonce", "mine"])
+    def test_it_changes_nothing(self, bound):
+        objective, bank = small_mimrl(bound=bound), features(96)
+        before, random_state = {k: v.clone() for k, v in objective.state_dict().items()}, torch.get_rng_state()
+        first = objective.train().read(bank, 12)
+        assert objective.training and torch.equal(torch.get_rng_state(), random_state)
+        assert all(torch.equal(v, before[k]) for k, v in objective.state_dict().items())
+        torch.manual_seed(5)
+        assert objective.read(bank, 12) == first
+
+    def test_a_skipped_term_is_no_number(self):
+        class Skips(torch.nn.Module):
+            def forward(self, x, y):
+                zero = torch.zeros(())
+                return Estimate(zero, zero, zero, {"skipped": torch.ones(())})
+
+        objective = small_mimrl()
+        objective.replace("I(T;A)", Skips())
+        found = objective.read(features(96), 12)
+        assert math.isnan(found["I(T;A)"].value) and math.isnan(found["inv"].value)
+        assert found["I(T;A)"].ceiling is None and math.isfinite(found["I(T;V)"].value)
+
+    def test_a_missing_feature_is_named(self):
+        with pytest.raises(EstimatorError, match="no feature 'F'"):
+            small_mimrl().read({}, 12)
+
+    def test_too_few_rows_for_product_rows_are_not_read(self):
+        assert small_mimrl(k_neighbor=4).read(features(4), 12) == {}
+        assert small_mimrl(k_neighbor=4).read(features(5), 12) != {}

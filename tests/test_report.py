@@ -191,6 +191,53 @@ def test_a_whole_run(tmp_path):
     assert points[1]["text"][0].startswith("video0_0\ntrue ")
 
 
+def test_terms_on_all_rows(tmp_path):
+    """Batches and all rows side by side, with the ceiling, and a mark on what is no evidence."""
+    folder = fake_run(tmp_path / "run")
+    rows = [json.loads(row) for row in (folder / "history.jsonl").read_text().splitlines()]
+    for row in rows[1:]:
+        row["train"]["information"]["I(F;T)"] = 3.2
+        row["train"]["estimators"] |= {"I(A;C|T)": 0.123, "I(T;A|C)": 0.523}
+        for split, ceiling in (("train", 7.157), ("valid", 5.434)):
+            bank = {
+                "I(F;T)": 6.543,
+                "I(F;A)": 1.234,
+                "I(A;C|T)": 0.112,
+                "I(T;A|C)": -0.021,
+                "I(T;C|A)": 0.4,
+                "inv": 2.0,
+            }
+            if split == "valid":
+                bank |= {"I(F;T)": 3.987, "I(F;A)": -0.345, "I(T;C|A)": -2.5}
+            row[split]["bank"] = bank
+            row[split]["bank_ceiling"] = {"I(F;T)": ceiling, "I(F;A)": ceiling, "inv": 2 * ceiling}
+    (folder / "history.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    page = report(folder)
+    text = page.text
+    assert "The terms on all rows together, epoch 5" in text
+    assert "I(F;T) 3.200 6.543 at its ceiling 7.157" in text and "3.987 5.434" in text
+    assert "0.112 noise –" in text and "−0.021 noise –" in text  # shown as they are
+    assert "−0.345 below 0 5.434" in text and "−2.500 below 0 –" in text
+    assert "train 0.123 at last, noise" in text and "train 0.523 at last," not in text
+    assert "cannot be told from 0" in text and "read .08 to .19 nats" in text and "never negative" in text
+    chart = next(
+        c for c in page.charts() if [s["name"] for s in c.get("series", [])][3:] == ["train rows", "valid rows"]
+    )
+    assert chart["series"][3]["text"][-1] == "6.5430" and chart["series"][3]["y"][0] is None
+    drawn = (folder / "report.html").read_text()
+    assert "ceiling, batch of 32" in drawn and "ceiling, all training rows" in drawn
+
+    for row in rows[1:]:
+        row["train"]["bank"] = {"I(F;T)": 1.0}
+        row["valid"]["bank"] = {"I(F;T)": 1.0}
+        row["train"]["information"]["I(F;T)"] = 1.0
+        row["train"]["estimators"] = {"I(A;C|T)": 0.5}
+    (folder / "history.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    report(folder)
+    drawn = (folder / "report.html").read_text()
+    assert "noise" not in drawn and "ceiling, all training rows" not in drawn  # too far up to be of use
+
+
 def test_it_is_self_contained_light_and_the_same_each_time(tmp_path):
     folder = fake_run(tmp_path / "run", epochs=70, n=5000)
     path = write_report(folder)

@@ -26,14 +26,14 @@ class TwoFeatures(nn.Module):
 
 def make(seed: int = 0, **options) -> TwoStageStep:
     torch.manual_seed(seed)
-    model = TwoFeatures()
+    model, fused = TwoFeatures(), options.pop("fused", None)
     settings = ObjectiveConfig(hidden=16, embed=8, compat="none", bound=options.pop("bound", "infonce"))
     objective = Objective(
         [0.1 * MI("X", "Y"), -0.1 * CMI("X", "C", given="Y")], {"X": 4, "Y": 4, "C": 1}, settings=settings
     )
     return TwoStageStep(
-        model, objective, nn.functional.l1_loss, torch.optim.SGD(model.parameters(), 0.05),
-        torch.optim.SGD(objective.parameters(), 0.05), **options,
+        model, objective, nn.functional.l1_loss, torch.optim.SGD(model.parameters(), 0.05, fused=fused),
+        torch.optim.SGD(objective.parameters(), 0.05, fused=fused), **options,
     )  # fmt: skip
 
 
@@ -114,6 +114,22 @@ def test_how_often_the_model_runs(kind, forwards):
     result, _ = step.train_epoch(batches(), N, bank, batch_size=BATCH, stage1_n=2, stage1_features=kind)
     assert step.model.calls == forwards
     assert set(result.information) == {"I(X;Y)", "I(X;C|Y)"} and set(result.estimators) == set(result.information)
+
+
+@pytest.mark.parametrize("graphs", ["off", "emulate"])
+@pytest.mark.parametrize("kind", ["fresh", "cached", "bank"])
+def test_a_training_epoch_tells_what_stage_1_saw(kind, graphs):
+    """Features of one state of the model, that at the epoch's beginning; of "bank" those that were given."""
+    step = make(graphs=graphs, fused=True)
+    step.model.dropout.p = 0.0
+    first, bank = step.train_epoch(batches(), N, None, batch_size=BATCH)
+    expected = bank.tensors() if kind == "bank" else step.collect(batches(), N).tensors()
+    result, following = step.train_epoch(batches(), N, bank, batch_size=BATCH, stage1_n=2, stage1_features=kind)
+    assert first.features == {}
+    assert {k: v.shape for k, v in result.features.items()} == {"X": (N, 4), "Y": (N, 4), "C": (N, 1)}
+    for name, value in expected.items():
+        torch.testing.assert_close(result.features[name], value)
+    assert not torch.allclose(result.features["X"], following.tensors()["X"])
 
 
 def test_stages_are_announced():

@@ -5,17 +5,20 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from engine import checkpoint, trainer
+from engine.callbacks import TensorBoardCallback
 from engine.config import Config
-from engine.errors import CheckpointError, ConfigError, DataError, OutputError
+from engine.errors import CheckpointError, ConfigError, DataError, EstimatorError, OutputError
 from engine.loaders.dataset import Dataset
 from engine.loaders.loader import has_dali
 from engine.model.text_encoder import TextEncoder, encode_padded
+from engine.objective import Objective
 from tests.loaders import writers
 
 SIZES = {"train": 21, "valid": 6, "test": 9}
@@ -219,6 +222,63 @@ def test_a_profile_tells_where_a_few_batches_went(config, tmp_path):
     assert text.splitlines()[-1] == "batches: 6 of 10 of collect, 6 of 20 of stage1, 6 of 10 of stage2"
     with pytest.raises(ConfigError, match=r"profile.*one epoch"):
         trainer.train(changed(config, epochs=1), tmp_path / "other", profile=True)
+
+
+def test_the_terms_are_read_on_all_rows_of_every_split(config, tmp_path):
+    trainer.train(config, tmp_path / "run")
+    first, *rest = history(tmp_path / "run")
+    for split, size in SIZES.items():
+        assert "bank" not in first[split]
+        for record in rest:
+            assert set(record[split]["bank"]) >= {*record[split]["information"], *rest[0]["train"]["estimators"]}
+            ceilings = record[split]["bank_ceiling"]
+            assert ceilings["I(F;T)"] == pytest.approx(np.log(size)) and ceilings["inv"] == pytest.approx(
+                2 * np.log(size)
+            )
+            assert all(record[split]["bank"][name] <= ceiling + 1e-5 for name, ceiling in ceilings.items())
+
+
+@pytest.mark.parametrize("graphs", ["off", "emulate"])
+@pytest.mark.parametrize("mode", ["fast", "faithful"])
+def test_reading_on_all_rows_changes_no_weight_and_no_other_number(config, tmp_path, mode, graphs, monkeypatch):
+    """With dropout, so that a number drawn from a stream of the training would be seen."""
+    settings = changed(config, mode=mode, train={"graphs": graphs})
+    trainer.train(settings, tmp_path / "read")
+    monkeypatch.setattr(trainer._Trainer, "_read_terms", lambda *ignored: None)
+    trainer.train(settings, tmp_path / "unread")
+    read, unread = (history(tmp_path / name) for name in ("read", "unread"))
+    for record in read:
+        for split in SIZES:
+            record[split] = {k: v for k, v in record[split].items() if not k.startswith("bank")}
+    assert [timeless(r) for r in read] == [timeless(r) for r in unread]
+    a, b = (checkpoint.load(tmp_path / name / "last.safetensors")[0] for name in ("read", "unread"))
+    for part in ("model", "objective"):
+        assert all(torch.equal(v, b[part][k]) for k, v in a[part].items())
+    assert all(torch.equal(v, b["bank"]["rows"][k]) for k, v in a["bank"]["rows"].items())
+    assert torch.equal(a["generator"], b["generator"]) and torch.equal(a["rng"]["torch"], b["rng"]["torch"])
+
+
+def test_tensorboard_holds_the_readings_and_their_ceilings(tmp_path):
+    seen = {}
+    callback = TensorBoardCallback(tmp_path)
+    callback.writer = SimpleNamespace(
+        add_scalar=lambda tag, value, epoch: seen.update({tag: (value, epoch)}), flush=lambda: None
+    )
+    train = {"loss": 0.5, "bank": {"I(F;T)": 6.5}, "bank_ceiling": {"I(F;T)": 7.157}}
+    record = {"epoch": 3, "train": train, "valid": {"bank": {"I(F;T)": 4.5}}, "test": {}}
+    callback.on_epoch(record | {"lr_main": 0.1, "lr_estimators": 0.1}, True)
+    assert seen["bank/I(F;T)/train"] == (6.5, 3) and seen["bank_ceiling/I(F;T)/train"] == (7.157, 3)
+    assert seen["bank/I(F;T)/valid"] == (4.5, 3)
+
+
+def test_terms_that_cannot_be_read_on_all_rows_do_not_end_a_run(config, tmp_path, monkeypatch):
+    def fails(*ignored):
+        raise EstimatorError("mutual information (nwj)", "the estimate inf", "a finite estimate", "Check it.")
+
+    monkeypatch.setattr(Objective, "read", fails)
+    with pytest.warns(UserWarning, match="epoch 1, valid: not read on all rows: .*the estimate inf"):
+        trainer.train(changed(config, epochs=2), tmp_path / "run")
+    assert all("bank" not in record[split] for record in history(tmp_path / "run") for split in SIZES)
 
 
 def test_same_seed_same_run_and_another_seed_another(config, tmp_path):

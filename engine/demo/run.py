@@ -16,6 +16,7 @@ from engine.demo.generator import write_demo_files
 from engine.demo.information import compare_with_truth
 from engine.errors import ConfigError
 from engine.files import user_path, write_json
+from engine.readings import print_rows
 from engine.run_folder import TRUTH, Checksums
 from engine.trainer import train
 
@@ -53,6 +54,7 @@ def run_demo(out: str | Path, overrides: Iterable[str] = ()) -> None:
     result = train(config, out)
     history = [json.loads(line) for line in (out / "history.jsonl").read_text(encoding="utf-8").splitlines()]
     console.print(terms_table(history))
+    print_rows(console, history, result.metrics["best_epoch"])
     console.print(error_table(truth["test_mae"], result.metrics["test"]["mae"]))
 
 

@@ -112,6 +112,11 @@ class TermEstimators(nn.Module):
         """For every term ±1: its loss is that times its entry of `TermEstimates.losses`."""
         return self._signs
 
+    @property
+    def streams(self) -> bool:
+        """Whether all unconditional terms are in groups, which never store the scores of all pairs of rows."""
+        return not any(len(self._features[key]) == 2 for key in self._alone)
+
     def _arrange(self) -> None:
         """Where each term's entry stands: called when an estimator has left its group."""
         self._alone = [key for key in self._names if key in self._modules]

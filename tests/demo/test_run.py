@@ -26,10 +26,17 @@ def quick(monkeypatch):
         calls.truth_was_there = (out / "truth.json").exists()
         history = [
             {"epoch": 0, "valid": {"mae": 1.1}},
-            {"epoch": 1, "valid": {"mae": 0.9, "information": {"I(F;T)": 0.5, "comp": 0.25}}},
+            {
+                "epoch": 1,
+                "valid": {
+                    "mae": 0.9,
+                    "information": {"I(F;T)": 0.5, "comp": 0.25},
+                    "bank": {"I(F;T)": 0.678, "I(A;C|T)": 0.123},
+                },
+            },
         ]
         (out / "history.jsonl").write_text("".join(json.dumps(h) + "\n" for h in history))
-        return SimpleNamespace(metrics={"test": {"mae": 0.7654}})
+        return SimpleNamespace(metrics={"best_epoch": 1, "test": {"mae": 0.7654}})
 
     monkeypatch.setattr(demo, "compare_with_truth", compare)
     monkeypatch.setattr(demo, "train", train)
@@ -51,6 +58,9 @@ def test_run_writes_truth_before_training_and_prints_the_tables(quick, tmp_path,
         "I(F;T)",
         "0.50",
         "0.765",
+        "0.678",
+        "noise",
+        "cannot be told from 0",
         f"{truth['test_mae']['mean_baseline_mae']:.3f}",
     ):
         assert shown in printed, shown
