@@ -23,10 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
-from engine.files import atomic_path, user_path
+from engine.files import atomic_path, parse_json, user_path
 
 FORMAT = "engine-checkpoint"
 VERSION = 1
+HEADER_BYTES = 1 << 25
+"""Bytes that the header of a checkpoint may have; that of a large model has 1e6."""
+
+_DAMAGE = (KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, RuntimeError)
 
 
 def save(
@@ -74,8 +78,9 @@ def load(path: str | Path) -> tuple[dict[Any, Any], dict[str, Any]]:
     header, tensors = _read(path)
     try:
         intact = header["checksum"] == _checksum(header["state"], header["meta"], tensors)
-        state, meta = _decode(json.loads(header["state"]), tensors), json.loads(header["meta"])
-    except (KeyError, ValueError, TypeError, IndexError):
+        state, meta = _decode(parse_json(header["state"]), tensors), parse_json(header["meta"])
+        intact = intact and isinstance(state, dict) and isinstance(meta, dict)
+    except _DAMAGE:
         intact = False
     if not intact:
         raise CheckpointError(
@@ -94,12 +99,16 @@ def load_meta(path: str | Path) -> dict[str, Any]:
         CheckpointError: as `load`, as far as the file's header tells.
     """
     header, _ = _read(user_path(path), tensors=False)
+    damaged = CheckpointError(
+        str(path), "a damaged header", "the bytes that were written", "Use another copy of the file."
+    )
     try:
-        return json.loads(header["meta"])
+        meta = parse_json(header["meta"])
     except (KeyError, ValueError) as cause:
-        raise CheckpointError(
-            str(path), "a damaged header", "the bytes that were written", "Use another copy of the file."
-        ) from cause
+        raise damaged from cause
+    if not isinstance(meta, dict):
+        raise damaged
+    return meta
 
 
 def _read(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -114,6 +123,13 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, T
             "Name a checkpoint such as RUN/best.safetensors.",
         )
     try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if HEADER_BYTES < length <= path.stat().st_size:
+            raise CheckpointError(
+                str(path), f"a header of {length} bytes", f"at most {HEADER_BYTES}",
+                "Name best.safetensors or last.safetensors of a run folder.",
+            )  # fmt: skip
         with safe_open(path, framework="pt", device="cpu") as opened:
             header = opened.metadata() or {}
             _check_format(path, header)
@@ -139,6 +155,19 @@ def load_into(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
     Raises:
         CheckpointError: names the first missing, unexpected or misshapen parameter, and how many there are.
     """
+    module.load_state_dict(compare(module, state, where))
+
+
+def compare(module: nn.Module, state: Any, where: str) -> dict[str, Tensor]:
+    """`state` if `load_into` could load it; the module's own tensors may be on the meta device, which has no memory.
+
+    Raises:
+        CheckpointError: as `load_into`.
+    """
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) and not v.is_complex() for v in state.values()):
+        raise CheckpointError(
+            where, "something else than a state", "real tensors by name", "Use a checkpoint as it was written."
+        )
     own = module.state_dict()
     by_estimator = module.estimator_state() if hasattr(module, "estimator_state") else own
     if any(name in by_estimator and name not in own for name in state):
@@ -167,7 +196,7 @@ def load_into(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
                 expected.format(**facts),
                 "Use the config that the checkpoint was trained with.",
             )
-    module.load_state_dict(state)
+    return state
 
 
 class _Encoder:

@@ -328,9 +328,13 @@ def test_disk_full_and_interruption(calls: list, tmp_path: Path, capsys, monkeyp
     raising(KeyboardInterrupt())
     assert run("report", "--run", tmp_path) == 130
     assert capsys.readouterr().err == "interrupted\n"
+    raising(OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300))
+    assert f"{'n' * 300}: found File name too long; expected" in fails(capsys, "report", "--run", tmp_path)
+    raising(MemoryError())
+    assert "memory: found too little for this" in fails(capsys, "report", "--run", tmp_path)
     raising(FileNotFoundError(errno.ENOENT, "a fault of ours"))
     with pytest.raises(FileNotFoundError):
-        run("report", "--run", tmp_path)
+        run("report", "--run", tmp_path, "--debug")
 
 
 # -- help --

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.allocator import large_pages
 from engine.config import DataConfig
 from engine.errors import DataError
-from engine.files import atomic_path
+from engine.files import atomic_path, parse_json
 from engine.kernels.ragged.cpu import scale
 
 if TYPE_CHECKING:
@@ -215,8 +215,10 @@ class Normalizer:
             DataError: the file is missing or is something else.
         """
         try:
+            if not Path(path).is_file():
+                raise OSError("no such file")
             with safe_open(str(path), framework="numpy") as file:
-                settings = json.loads(file.metadata()["normalizer"])
+                settings = parse_json(file.metadata()["normalizer"])
                 parts = {
                     m: ColumnNormalizer(
                         **settings[m], **{k: file.get_tensor(f"{m}.{k}") for k in ("low", "shift", "scale")}

