@@ -9,12 +9,14 @@ The file is one safetensors file, readable by any other tool; tensor names are t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,7 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, T
     if not path.is_file():
         raise CheckpointError(
             str(path),
-            "a folder" if path.is_dir() else "no such file",
+            "a folder" if path.is_dir() else "neither a file nor a folder" if path.exists() else "no such file",
             "a checkpoint file",
             "Name a checkpoint such as RUN/best.safetensors.",
         )
@@ -141,6 +143,18 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, T
         raise CheckpointError(
             str(path), cause.strerror or str(cause), "a readable file", "Check the file and its permissions."
         ) from cause
+
+
+@contextlib.contextmanager
+def taken_apart(where: str) -> Iterator[None]:
+    """Around code that reads a state: one of another form is a `CheckpointError`."""
+    try:
+        yield
+    except _DAMAGE as cause:
+        raise CheckpointError(
+            where, f"a state of another form ({type(cause).__name__}: {cause})", "what engine train writes",
+            "Use the file as it was written.",
+        ) from cause  # fmt: skip
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], where: str) -> None:

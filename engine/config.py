@@ -665,8 +665,9 @@ def _preset_folder() -> Any:
     return resources.files("engine") / "presets"
 
 
-def _preset(name: str) -> dict[str, Any]:
+def _preset(name: Any) -> dict[str, Any]:
     known = presets()
+    name = name if isinstance(name, str) else _short(name)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         raise ConfigError(
@@ -710,7 +711,6 @@ class _Loader(yaml.SafeLoader):
                 problem=f"more than {FILE_VALUES} values (long texts count as several, aliases as what they stand for)",
                 problem_mark=node.start_mark,
             )
-
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys are there once: of two, YAML would silently take the last."""

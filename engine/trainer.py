@@ -489,7 +489,8 @@ class _Trainer:
         history: list[dict[str, Any]] = []
         bank: FeatureBank | None = None
         if saved is not None:
-            history, bank = self._restore(*saved)
+            with checkpoint.taken_apart(str(self.out / LAST)):
+                history, bank = self._restore(*saved)
             del saved
         self._write_settings()
         if history:

@@ -80,6 +80,17 @@ class ColumnNormalizer:
             result.scale = np.divide(1, deviation, out=np.zeros(dim), where=varies & (deviation > 0))
         return result
 
+    def check(self) -> None:
+        """Raise ValueError unless the statistics, which a file may hold, are such as `fit` makes."""
+        arrays = (self.low, self.shift, self.scale)
+        if any(a.dtype != np.float64 or a.ndim != 1 or len(a) != self.dim for a in arrays):
+            raise ValueError("statistics that are not float64 [d]")
+        if not all(np.isfinite(a).all() for a in arrays):
+            raise ValueError("statistics that are not finite")
+        clipped = self.clip is None or (isinstance(self.clip, (int, float)) and 0 < self.clip < np.inf)
+        if self.kind not in ("none", "zscore", "minmax") or type(self.log) is not bool or not clipped:
+            raise ValueError("settings of another form")
+
     @property
     def dim(self) -> int:
         """Feature columns."""
@@ -216,7 +227,7 @@ class Normalizer:
         """
         try:
             if not Path(path).is_file():
-                raise OSError("no such file")
+                raise OSError("no file" if Path(path).exists() else "no such file")
             with safe_open(str(path), framework="numpy") as file:
                 settings = parse_json(file.metadata()["normalizer"])
                 parts = {
@@ -225,6 +236,8 @@ class Normalizer:
                     )
                     for m in ("audio", "vision")
                 }
+            for part in parts.values():
+                part.check()
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as cause:
             raise DataError(
                 str(path),

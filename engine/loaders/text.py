@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.errors import DataError
+from engine.errors import ConfigError, DataError
 from engine.files import parse_json, read_text, user_path, write_json, write_text
 from engine.loaders.ragged import Ragged
 
@@ -20,6 +22,79 @@ LARGEST = 1 << 28
 """Bytes that a file of a tokeniser may have; those of 250,000 words have 2e7."""
 PRECOMPUTED = "features"
 """The text encoder name that stands for text features held by the data."""
+
+
+# Beyond those of any model: transformers makes whatever a configuration asks for.
+MOST_LAYERS = 1000
+MOST_HEADS = 10_000
+LARGEST_SIZE = 1 << 24
+CONFIG_BYTES = 1 << 22
+ELSEWHERE = ("backbone", "use_timm_backbone", "use_pretrained_backbone", "quantization_config")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own messages, which may quote a stranger's file."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def check_model_files(folder: Path) -> None:
+    """Raise ConfigError unless what an encoder's folder holds can be read: a pipe would be waited for without end."""
+    for file in folder.iterdir():
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise ConfigError(
+                "text_encoder",
+                f"{file}, which is neither a file nor a folder",
+                "a model's files",
+                "Copy the whole model again.",
+            )
+    config = folder / "config.json"
+    try:
+        settings = parse_json(read_text(config, CONFIG_BYTES)) if config.exists() else {}
+        problem = None if isinstance(settings, dict) else f"a {type(settings).__name__}"
+    except (OSError, ValueError) as cause:
+        problem = str(getattr(cause, "strerror", None) or cause)
+    if problem:
+        raise ConfigError(
+            "text_encoder",
+            f"{config}: {problem}",
+            "a model's description, a JSON object",
+            "Copy the whole model again.",
+        )
+    check_sizes(settings, str(config))
+
+
+def check_sizes(settings: dict[str, Any], where: str) -> None:
+    """Raise ConfigError where a model's description asks for more than any model has, or for what lies elsewhere."""
+    for key, value in settings.items():
+        if key in ELSEWHERE and value:
+            raise ConfigError(
+                "text_encoder", f"{where}, with {key}", "a model whose weights are its own, in full precision",
+                "Choose another text encoder.",
+            )  # fmt: skip
+        if isinstance(value, dict):
+            check_sizes(value, where)
+        most = MOST_LAYERS if "layer" in key else MOST_HEADS if "head" in key or "expert" in key else LARGEST_SIZE
+        if isinstance(value, int) and value > most:
+            raise ConfigError(
+                "text_encoder", f"{where}, with {key} = {_digits(value)}", f"at most {most}", "Correct its config.json."
+            )
+
+
+def _digits(value: int) -> str:
+    return str(value) if value < 10**20 else "a number of more than 20 digits"
 
 
 def packaged_minilm() -> Path:
@@ -121,10 +196,15 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     folder = packaged_minilm() if name == "minilm" else user_path(name)
     pad = None
+    if folder.is_dir():
+        check_model_files(folder)
     if (folder / "tokenizer.json").is_file():
         try:
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as cause:  # the library raises bare Exception for a damaged file
+            backend.encode("a")
+        except BaseException as cause:  # the library raises bare Exception for a damaged file, or panics
+            if not isinstance(cause, Exception) and type(cause).__name__ != "PanicException":
+                raise
             raise DataError(
                 str(folder / "tokenizer.json"), f"{cause}", "a tokenizer.json", "Copy the encoder's files again."
             ) from None
@@ -162,7 +242,8 @@ def _from_transformers(name: str) -> tuple[Any, str | None]:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        with quiet():
+            found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         backend = found.backend_tokenizer
     except AttributeError:
         raise DataError(

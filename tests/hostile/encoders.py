@@ -79,7 +79,9 @@ CHANGES: dict[str, Callable[[Path], None]] = {
     "auto_map in config.json of a known type": foreign(config=AUTO),
     "auto_map of a tokeniser": slow_tokeniser,
     "auto_map in every file": all_of(
-        foreign(config=AUTO | {"model_type": "own"}, tokenizer_config={"auto_map": {"AutoTokenizer": ["foreign.T"] * 2}}),
+        foreign(
+            config=AUTO | {"model_type": "own"}, tokenizer_config={"auto_map": {"AutoTokenizer": ["foreign.T"] * 2}}
+        ),
         foreign(processor_config={"auto_map": {"AutoProcessor": "foreign.P"}, "processor_class": "P"}),
         foreign(preprocessor_config={"auto_map": {"AutoImageProcessor": "foreign.I"}}),
     ),
