@@ -202,8 +202,8 @@ def memory(config: Config, parts: Iterable[nn.Module], samples: int, device: tor
     if need > have:
         raise ConfigError(
             "model" if weights > HELD * fused else "data.time_len",
-            f"settings that take about {need / 1e9:.0f} GB of memory ({weights / 1e9:.1f} for the weights, their gradients"
-            f" and the optimiser; {HELD * fused / 1e9:.1f} for a batch of {batch} by {config.data.time_len} by {width})",
+            f"settings that take about {need / 1e9:.0f} GB of memory ({weights / 1e9:.1f} for weights, gradients and "
+            f"optimiser; {HELD * fused / 1e9:.1f} for a batch of {batch} by {config.data.time_len} by {width})",
             f"at most the {have / 1e9:.0f} GB of this machine",
             "Lower model.d_common, the sizes of model.cubemlp, data.time_len or batch_size.",
         )

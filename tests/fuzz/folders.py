@@ -58,7 +58,8 @@ def as_json(value: Any) -> str:
 
 
 def _edits() -> list[bytes]:
-    return [bytes([2 * k, i, 13 * i % 256, 8 * j, 9, i, 7 * i % 256, 4]) for k in range(8) for i in range(6) for j in (1, 5)]
+    places = [(k, i, j) for k in range(8) for i in range(6) for j in (1, 5)]
+    return [bytes([2 * k, i, 13 * i % 256, 8 * j, 9, i, 7 * i % 256, 4]) for k, i, j in places]
 
 
 def config() -> Target:
@@ -87,8 +88,8 @@ def config() -> Target:
                 raise Finding("settings that are not those that were saved")
 
     overrides = ["train.lr=5e-4", "data.clip=none", "model.cubemlp.d_outs=2-3-4=2-3-4", "objective.c1=[1, 2]"]
-    edits = [b"\x02" + edit[1:] for edit in _edits()]
-    return Target("config", lambda: [t.encode() for t in texts] + [b"\x00" + o.encode() for o in overrides] + edits, run)
+    seeds = [t.encode() for t in texts] + [b"\x00" + o.encode() for o in overrides]
+    return Target("config", lambda: seeds + [b"\x02" + edit[1:] for edit in _edits()], run)
 
 
 def _run_folder() -> Path:

@@ -1,7 +1,8 @@
 """Run the corpora of hostile files:  python -m tests.hostile [pickles|runs|encoders|yaml|reports ...] [--verbose]
 
-Each file is given to the public commands in a process of its own, which is ended after 60 s of work or 4 GB. The end is 1 if
-anything was executed, hung, grew, showed a traceback or acted on the terminal, or was taken silently without a reason.
+Each file is given to the public commands in a process of its own, which is ended after 60 s of work or 4 GB. The exit
+code is 1 if anything was executed, hung, grew, showed a traceback or acted on the terminal, or was taken silently
+without a reason.
 """
 
 from __future__ import annotations

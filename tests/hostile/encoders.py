@@ -62,7 +62,8 @@ def sharded(folder: Path) -> None:
 
 def slow_tokeniser(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
-    foreign(tokenizer_config={"auto_map": {"AutoTokenizer": [None, "foreign.T"]}, "tokenizer_class": "T"})(folder)
+    names = {"auto_map": {"AutoTokenizer": [None, "foreign.T"]}, "tokenizer_class": "T"}
+    foreign(config={"model_type": "own"}, tokenizer_config=names)(folder)
 
 
 def all_of(*changes: Callable[[Path], None]) -> Callable[[Path], None]:

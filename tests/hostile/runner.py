@@ -51,7 +51,10 @@ class Case:
 
 @dataclass
 class Outcome:
-    """`seconds`: of processor time. `faults`: of executed, slow, large, traceback, terminal, script and lines those that were met."""
+    """`seconds`: of processor time.
+
+    `faults`: those that were met of executed, slow, large, traceback, terminal, script and lines.
+    """
 
     case: Case
     code: int
@@ -167,8 +170,8 @@ def _run(words: list[str], folder: Path) -> None:
         os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
         os.chdir(folder)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
         try:
             code = main(words)
         except SystemExit as end:

@@ -182,7 +182,7 @@ EVALUATED: dict[str, Change] = {
     "a state nested without end": header(nested_state),
     "a state of 12 million lists": header(long_state),
     "a header of 90 megabytes": wide_header,
-    "a normaliser of another width": normalizer(audio_low=np.zeros(3), audio_shift=np.zeros(3), audio_scale=np.zeros(3)),
+    "a normaliser of another width": normalizer(**{f"audio_{k}": np.zeros(3) for k in ("low", "shift", "scale")}),
     "a normaliser of NaN": normalizer(audio_scale=np.full(5, np.nan)),
 }  # fmt: skip
 RESUMED: dict[str, Change] = {
