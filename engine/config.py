@@ -688,28 +688,27 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """A node, counted with all that it holds at every reference to it."""
+        place = self.peek_event().start_mark
         if self.check_event(yaml.AliasEvent):
             node = super().compose_node(parent, index)
-            self._count(self._sizes.get(id(node), FILE_VALUES + 1), node)  # unknown while it is made: it holds itself
+            self._count(self._sizes.get(id(node), FILE_VALUES + 1), place)  # unknown while it is made: it holds itself
             return node
         self._depth += 1
         if self._depth > FILE_DEPTH:
-            raise yaml.MarkedYAMLError(
-                problem=f"values nested more than {FILE_DEPTH} deep", problem_mark=self.peek_event().start_mark
-            )
+            raise yaml.MarkedYAMLError(problem=f"values nested more than {FILE_DEPTH} deep", problem_mark=place)
         before = self._values
         node = super().compose_node(parent, index)
         self._depth -= 1
-        self._count(1 + (len(node.value) // 100 if isinstance(node, yaml.ScalarNode) else 0), node)
+        self._count(1 + (len(node.value) // 100 if isinstance(node, yaml.ScalarNode) else 0), place)
         self._sizes[id(node)] = self._values - before
         return node
 
-    def _count(self, size: int, node: yaml.Node) -> None:
+    def _count(self, size: int, place: yaml.Mark) -> None:
         self._values += size
         if self._values > FILE_VALUES:
             raise yaml.MarkedYAMLError(
                 problem=f"more than {FILE_VALUES} values (long texts count as several, aliases as what they stand for)",
-                problem_mark=node.start_mark,
+                problem_mark=place,
             )
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
