@@ -142,7 +142,7 @@ def test_train_seeds_prints_mean_and_spread(calls: list, data: Path, tmp_path: P
     assert all(text in printed for text in ("seed 0", "0.7000", "seed 2", "0.9000", "0.8000 ± 0.1000"))
 
 
-@pytest.mark.parametrize("text", ["", "a", "2-0", "0-", "0;1", "1,1", "-1"])
+@pytest.mark.parametrize("text", ["", "a", "2-0", "0-", "0;1", "1,1", "-1", "0-1000", "5000000000", "0-99999999999"])
 def test_bad_seeds(calls: list, data: Path, tmp_path: Path, capsys, text: str):
     words = ("train", "--preset", "mosi", "--data", data, "--out", tmp_path / "run", f"seeds={text}")
     assert "seeds" in fails(capsys, *words) and not calls

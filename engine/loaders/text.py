@@ -87,7 +87,7 @@ def check_sizes(settings: dict[str, Any], where: str) -> None:
         if isinstance(value, dict):
             check_sizes(value, where)
         most = MOST_LAYERS if "layer" in key else MOST_HEADS if "head" in key or "expert" in key else LARGEST_SIZE
-        if isinstance(value, int) and value > most:
+        if isinstance(value, int) and value > most and "max_length" not in key:  # nothing is made of that length
             raise ConfigError(
                 "text_encoder", f"{where}, with {key} = {_digits(value)}", f"at most {most}", "Correct its config.json."
             )
