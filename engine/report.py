@@ -541,8 +541,9 @@ def _information(run: Run) -> str:
 
 def _terms_of(run: Run) -> dict[str, str]:
     """What the terms are, their formulas without the modalities that the run does not have."""
-    modalities = run.setting("data", "modalities", default=list(CONFIGURED))
-    if set(modalities) == set(CONFIGURED):
+    named = run.setting("data", "modalities")
+    modalities = [m for m in CONFIGURED if m in named] if isinstance(named, list) else []
+    if len(modalities) in (0, len(CONFIGURED)):
         return TERMS
     from engine.objective import mimrl_expressions, without_features
 
