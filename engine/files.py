@@ -9,6 +9,7 @@ import stat
 import tempfile
 import warnings
 import weakref
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -56,6 +57,15 @@ def read_text(path: Path, most: int) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError("text that is not UTF-8") from None
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a file is a zip archive that holds more than its own size: a few megabytes may become terabytes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return False
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from engine.config import FILE_BYTES, parse_yaml
+from engine.config import FILE_BYTES, MOST_EPOCHS, parse_yaml
 from engine.config import MODALITIES as CONFIGURED
 from engine.errors import CheckpointError, DataError
 from engine.files import parse_json, read_text, user_path, write_text
@@ -312,7 +312,7 @@ def _read_history(run: Run, text: str) -> None:
     for i, row in enumerate(rows):
         try:
             epoch = parse_json(row)
-            if not isinstance(epoch, dict) or type(epoch.get("epoch")) is not int or not is_finite(epoch["epoch"]):
+            if not isinstance(epoch, dict) or type(epoch.get("epoch")) is not int or abs(epoch["epoch"]) > MOST_EPOCHS:
                 raise ValueError("no epoch number")
         except ValueError:
             # A run that was cut off leaves half a last line.

