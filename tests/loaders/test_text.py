@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 
 from engine.errors import ConfigError, DataError
+from engine.loaders import text as module
 from engine.loaders.text import load_tokenizer, packaged_minilm
 from tests.loaders.writers import WORDS
 
@@ -128,3 +129,17 @@ def test_a_pipe_in_a_model_folder(tmp_path):
     os.mkfifo(tmp_path / "vocab.txt")
     with pytest.raises(ConfigError, match=r"vocab\.txt, which is neither a file nor a folder"):
         load_tokenizer(str(tmp_path))
+
+
+def test_texts_are_encoded_in_portions(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(str(small_tokenizer(tmp_path)))
+    texts = [" ".join(WORDS[: i % 7]) for i in range(50)]
+    whole = tokenizer.encode(texts)
+    monkeypatch.setattr(module, "PORTION", 40)
+    assert [len(part) for part in module._portions(["a" * 20] * 5)] == [2, 2, 1]
+    found = tokenizer.encode(texts)
+    assert np.array_equal(found.values, whole.values) and np.array_equal(found.offsets, whole.offsets)
+    assert len(tokenizer.encode([])) == 0
+    monkeypatch.setattr(module, "LONGEST_TEXT", 10)
+    with pytest.raises(DataError, match=r"text, row 1: found 11 characters; expected at most 10"):
+        tokenizer.encode(["a" * 10, "a" * 11])
