@@ -151,7 +151,7 @@ def _saved_epochs(run: Path) -> int:
     from engine import checkpoint
 
     for name in (LAST, PREVIOUS):
-        with contextlib.suppress(CheckpointError):
+        with contextlib.suppress(CheckpointError, KeyError, TypeError):
             return checkpoint.load_meta(run / name)["epoch"] + 1
     return 0
 

@@ -232,7 +232,7 @@ def _check_described(path: Path, config: Config, state: dict[str, Any], meta: di
     encoder, settings = meta.get("text_encoder"), meta.get("settings", {})
     if (
         not all(type(dim) is int and 0 <= dim <= WIDEST_INPUT for dim in dims)
-        or type(meta.get("epoch")) is not int
+        or type(meta.get("epoch", "")) not in (int, type(None))  # an imported run may not know it
         or not isinstance(settings, dict)
         or not isinstance(encoder, (dict, type(None)))
         or (encoder is None) == ("text" in config.data.modalities)
@@ -962,9 +962,10 @@ def _finished(config: Config, folder: Path, dataset: Dataset) -> RunResult | Non
         verify(folder, *needed)
         differing = _differences(_settings_of(folder, meta), config, FREE)
         result = parse_json((folder / METRICS).read_text(encoding="utf-8"))
-    except (EngineError, ValueError):
+        unfinished = meta["epoch"] + 1 < config.epochs
+    except (EngineError, ValueError, TypeError, KeyError):
         return None
-    if meta["epoch"] + 1 < config.epochs or differing or _other_data(dataset, meta):
+    if unfinished or differing or _other_data(dataset, meta):
         return None
     return RunResult(folder, result)
 

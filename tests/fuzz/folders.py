@@ -150,7 +150,7 @@ def run_folder() -> Target:
         if first < 192 and (place / CHECKSUMS).read_bytes() == whole[CHECKSUMS]:
             resummed(place)
         loaded = trainer.load_run(place)
-        if not isinstance(loaded.meta["epoch"], int):
+        if not isinstance(loaded.meta["epoch"], (int, type(None))):
             raise Finding("an epoch that is no number")
         fresh = trainer._Trainer(loaded.config, place, (), None)
         fresh.sums = Checksums(place)
