@@ -222,8 +222,13 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> Run:
     return Run(folder, config, model.to(device).eval(), objective.to(device).eval(), normalizer, meta, tokenizer)
 
 
-def _check_described(path: Path, config: Config, state: dict[str, Any], meta: dict[str, Any]) -> None:
+def _check_described(
+    path: Path, config: Config, state: dict[str, Any], meta: dict[str, Any], trained: bool = False
+) -> None:
     """Compare what a checkpoint says of its model with its tensors, before any memory is taken for the model.
+
+    Args:
+        trained: whether it has to know its epoch, which an imported run may not.
 
     Raises:
         CheckpointError, ConfigError: it has another form, or its tensors are not those of such a model.
@@ -232,7 +237,7 @@ def _check_described(path: Path, config: Config, state: dict[str, Any], meta: di
     encoder, settings = meta.get("text_encoder"), meta.get("settings", {})
     if (
         not all(type(dim) is int and 0 <= dim <= WIDEST_INPUT for dim in dims)
-        or type(meta.get("epoch", "")) not in (int, type(None))  # an imported run may not know it
+        or type(meta.get("epoch", "")) not in ((int,) if trained else (int, type(None)))
         or not isinstance(settings, dict)
         or not isinstance(encoder, (dict, type(None)))
         or (encoder is None) == ("text" in config.data.modalities)
@@ -824,7 +829,7 @@ class _Trainer:
                 str(self.out), f"other settings than the run's ({', '.join(differing)})", "the settings of the run",
                 "Resume with the same settings (only epochs, threads, device, output and the loader may differ).",
             )  # fmt: skip
-        _check_described(self.out / LAST, self.config, state, meta)
+        _check_described(self.out / LAST, self.config, state, meta, trained=True)
         return state, meta
 
     def _restore(self, state: dict[str, Any], meta: dict[str, Any]) -> tuple[list[dict[str, Any]], FeatureBank]:
