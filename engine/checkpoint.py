@@ -9,12 +9,14 @@ The file is one safetensors file, readable by any other tool; tensor names are t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
-from engine.files import atomic_path, user_path
+from engine.files import atomic_path, parse_json, user_path
 
 FORMAT = "engine-checkpoint"
 VERSION = 1
+HEADER_BYTES = 1 << 25
+"""Bytes that the header of a checkpoint may have; that of a large model has 1e6."""
+
+_DAMAGE = (KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, RuntimeError)
 
 
 def save(
@@ -74,8 +80,9 @@ def load(path: str | Path) -> tuple[dict[Any, Any], dict[str, Any]]:
     header, tensors = _read(path)
     try:
         intact = header["checksum"] == _checksum(header["state"], header["meta"], tensors)
-        state, meta = _decode(json.loads(header["state"]), tensors), json.loads(header["meta"])
-    except (KeyError, ValueError, TypeError, IndexError):
+        state, meta = _decode(parse_json(header["state"]), tensors), parse_json(header["meta"])
+        intact = intact and isinstance(state, dict) and isinstance(meta, dict)
+    except _DAMAGE:
         intact = False
     if not intact:
         raise CheckpointError(
@@ -94,12 +101,16 @@ def load_meta(path: str | Path) -> dict[str, Any]:
         CheckpointError: as `load`, as far as the file's header tells.
     """
     header, _ = _read(user_path(path), tensors=False)
+    damaged = CheckpointError(
+        str(path), "a damaged header", "the bytes that were written", "Use another copy of the file."
+    )
     try:
-        return json.loads(header["meta"])
+        meta = parse_json(header["meta"])
     except (KeyError, ValueError) as cause:
-        raise CheckpointError(
-            str(path), "a damaged header", "the bytes that were written", "Use another copy of the file."
-        ) from cause
+        raise damaged from cause
+    if not isinstance(meta, dict):
+        raise damaged
+    return meta
 
 
 def _read(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -109,11 +120,18 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, T
     if not path.is_file():
         raise CheckpointError(
             str(path),
-            "a folder" if path.is_dir() else "no such file",
+            "a folder" if path.is_dir() else "neither a file nor a folder" if path.exists() else "no such file",
             "a checkpoint file",
             "Name a checkpoint such as RUN/best.safetensors.",
         )
     try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if HEADER_BYTES < length <= path.stat().st_size:
+            raise CheckpointError(
+                str(path), f"a header of {length} bytes", f"at most {HEADER_BYTES}",
+                "Name best.safetensors or last.safetensors of a run folder.",
+            )  # fmt: skip
         with safe_open(path, framework="pt", device="cpu") as opened:
             header = opened.metadata() or {}
             _check_format(path, header)
@@ -125,6 +143,18 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, T
         raise CheckpointError(
             str(path), cause.strerror or str(cause), "a readable file", "Check the file and its permissions."
         ) from cause
+
+
+@contextlib.contextmanager
+def taken_apart(where: str) -> Iterator[None]:
+    """Around code that reads a state: one of another form is a `CheckpointError`."""
+    try:
+        yield
+    except _DAMAGE as cause:
+        raise CheckpointError(
+            where, f"a state of another form ({type(cause).__name__}: {cause})", "what engine train writes",
+            "Use the file as it was written.",
+        ) from cause  # fmt: skip
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
@@ -139,6 +169,19 @@ def load_into(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
     Raises:
         CheckpointError: names the first missing, unexpected or misshapen parameter, and how many there are.
     """
+    module.load_state_dict(compare(module, state, where))
+
+
+def compare(module: nn.Module, state: Any, where: str) -> dict[str, Tensor]:
+    """`state` if `load_into` could load it; the module's own tensors may be on the meta device, which has no memory.
+
+    Raises:
+        CheckpointError: as `load_into`.
+    """
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) and not v.is_complex() for v in state.values()):
+        raise CheckpointError(
+            where, "something else than a state", "real tensors by name", "Use a checkpoint as it was written."
+        )
     own = module.state_dict()
     by_estimator = module.estimator_state() if hasattr(module, "estimator_state") else own
     if any(name in by_estimator and name not in own for name in state):
@@ -167,7 +210,7 @@ def load_into(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
                 expected.format(**facts),
                 "Use the config that the checkpoint was trained with.",
             )
-    module.load_state_dict(state)
+    return state
 
 
 class _Encoder:

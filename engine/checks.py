@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import nn
 
 from engine import metrics
@@ -18,6 +20,8 @@ from engine.model.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
     from engine.loaders.dataset import Dataset, Split
+
+HELD = 8  # tensors of the size of the fusion encoder's input that a step holds at the least
 
 PLAIN = "MAE, Corr, CCC and RMSE"
 OTHERS = "mosi (classes of [-3, 3]) or sims (of [-1, 1])"
@@ -177,6 +181,42 @@ def _positions(config: Config, split: Split, where: str, encoder: TextEncoder) -
         f"data.time_len={cap}, {where}", longest, f"at most {most}, the positions of {config.text_encoder}",
         f"Set data.time_len={most} or less: longer texts are cut.",
     )  # fmt: skip
+
+
+def memory(config: Config, parts: Iterable[nn.Module], samples: int, device: torch.device) -> None:
+    """Raise ConfigError where training takes more memory than there is, for most of which mistyped sizes are to blame.
+
+    Args:
+        parts: modules that are trained; their tensors may be on the meta device.
+        samples: size of the training split, which bounds that of a batch.
+    """
+    have = _memory_of(device)
+    if have is None:
+        return
+    trained = sum(p.numel() * 4 for part in parts for p in part.parameters() if p.requires_grad)
+    weights = trained * (2 + 2 * (config.train.optimizer == "adam") + (config.train.average is not None))
+    width = max([config.model.d_common, *(s[2] for s in config.model.cubemlp.d_hiddens + config.model.cubemlp.d_outs)])
+    batch = min(config.batch_size, samples)
+    fused = 4 * batch * config.data.time_len * len(config.data.modalities) * width
+    need = weights + HELD * fused
+    if need > have:
+        raise ConfigError(
+            "model" if weights > HELD * fused else "data.time_len",
+            f"settings that take about {need / 1e9:.0f} GB of memory ({weights / 1e9:.1f} for weights, gradients and "
+            f"optimiser; {HELD * fused / 1e9:.1f} for a batch of {batch} by {config.data.time_len} by {width})",
+            f"at most the {have / 1e9:.0f} GB of this machine",
+            "Lower model.d_common, the sizes of model.cubemlp, data.time_len or batch_size.",
+        )
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """Bytes of memory that a device has in all; None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on Windows
+        return None
 
 
 def disk_space(out: Path, model: nn.Module, objective: nn.Module, train: TrainConfig, present: Iterable[Path]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engine import __version__
-from engine.errors import CheckpointError, ConfigError, DataError, EngineError, OutputError
+from engine.errors import CheckpointError, ConfigError, DataError, EngineError, OutputError, printable
 from engine.files import user_path
 from engine.run_folder import CONFIG, FILES, LAST, MARKS, PREVIOUS, owned
 
@@ -38,11 +38,14 @@ examples:
 `engine COMMAND --help` tells more. Errors are one line on stderr with exit code 2; --debug shows the traceback."""
 
 
+MOST_SEEDS = 1000
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a wrong command line like every other problem: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())} (`{self.prog} --help` shows how)\n")
+        self.exit(2, printable(f"error: {' '.join(message.split())} (`{self.prog} --help` shows how)\n"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     formatwarning = warnings.formatwarning
     try:
         if not arguments.debug:
-            warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+            warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(' '.join(str(message).split()))}\n"
         settings = _settings(arguments, rest)
         with _signals():
             arguments.run(arguments, settings) if settings is not None else arguments.run(arguments)
@@ -63,31 +66,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         number = stop.number if isinstance(stop, _Stop) else signal.SIGINT
         by = f" by {signal.Signals(number).name}" if isinstance(stop, _Stop) else ""
         with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
-            print(f"interrupted{by}{_kept(arguments, rest)}", file=sys.stderr)
+            _say(f"interrupted{by}{_kept(arguments, rest)}", file=sys.stderr)
         return 128 + number
     except BrokenPipeError:
         # Whoever read our output has gone (`engine config | head`); Python would complain once more at exit.
         sys.stdout = None
         return 0
-    except (EngineError, OSError) as cause:
-        if isinstance(cause, OSError):
-            cause = _environment_error(cause)
+    except (EngineError, OSError, MemoryError) as cause:
         if arguments.debug:
             raise
-        print(f"error: {cause}", file=sys.stderr)
+        _say(f"error: {_environment_error(cause)}", file=sys.stderr)
         return 2
     finally:
         warnings.formatwarning = formatwarning
     return 0
 
 
-def _environment_error(cause: OSError) -> EngineError:
-    """A full disk or a folder without write permission is the user's to mend; any other OSError is raised as it is."""
+def _environment_error(cause: Exception) -> Exception:
+    """What the system refused, as an error of ours: a full disk, a name that is too long, too little memory."""
     from engine.files import output_error
 
-    if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
-        raise cause
-    return output_error(Path(cause.filename or "output"), cause)
+    if isinstance(cause, MemoryError):
+        return EngineError(
+            "memory", "too little for this", "more of it", "Use smaller settings or less data, or a larger machine."
+        )
+    if not isinstance(cause, OSError):
+        return cause
+    path = Path(str(cause.filename or "output"))
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
+        return output_error(path, cause)
+    return EngineError(str(path), cause.strerror or str(cause), "a file or folder that can be used", "Check the path.")
+
+
+def _say(text: object, file: Any = None) -> None:
+    """Every line that a command prints: nothing in it acts on the terminal."""
+    print(printable(text), file=file)
 
 
 class _Stop(KeyboardInterrupt):
@@ -138,7 +151,7 @@ def _saved_epochs(run: Path) -> int:
     from engine import checkpoint
 
     for name in (LAST, PREVIOUS):
-        with contextlib.suppress(CheckpointError):
+        with contextlib.suppress(CheckpointError, KeyError, TypeError):
             return checkpoint.load_meta(run / name)["epoch"] + 1
     return 0
 
@@ -179,7 +192,7 @@ def _train(a: argparse.Namespace, settings: list[str]) -> None:
     if seeds is None:
         result = trainer.train(config, a.out, resume=a.resume, profile=a.profile)
         if a.profile:
-            print((a.out / "profile" / "shares.txt").read_text(encoding="utf-8"))
+            _say((a.out / "profile" / "shares.txt").read_text(encoding="utf-8"))
         split = "test" if result.metrics["test"] else "valid"  # a test split without labels has no metrics
         _print_metrics(result.metrics[split], f"{split} metrics at the best epoch ({result.metrics['best_epoch']})")
         _print_information(a.out, result.metrics["best_epoch"])
@@ -204,7 +217,7 @@ def _predict(a: argparse.Namespace) -> None:
     from engine.trainer import predict
 
     predict(_run_folder(a.run_folder), a.data, a.out, split=a.split, device=a.device)
-    print(f"predictions: {a.out}")
+    _say(f"predictions: {a.out}")
 
 
 def _convert(a: argparse.Namespace) -> None:
@@ -225,14 +238,14 @@ def _convert(a: argparse.Namespace) -> None:
     if a.precision is not None:
         more["dtype"] = {"fp32": "float32", "fp16": "float16"}[a.precision]
     convert(a.src, a.dst, text_encoder=a.text_encoder, length_rule=a.length_rule, **more)
-    print(f"store: {a.dst}")
+    _say(f"store: {a.dst}")
 
 
 def _make_data(a: argparse.Namespace) -> None:
     from engine.loaders.make_data import make_data
 
     made = make_data(a.out, a.shape, a.n, a.format, a.seed)
-    print(f"data: {made}\nnext: engine inspect {made}")
+    _say(f"data: {made}\nnext: engine inspect {made}")
 
 
 def _inspect(a: argparse.Namespace) -> None:
@@ -240,7 +253,7 @@ def _inspect(a: argparse.Namespace) -> None:
 
     report = inspect_path(a.path, **({"verify": True} if a.verify else {}))
     rendered = report.render()
-    print(rendered) if isinstance(rendered, str) else _console().print(rendered)
+    _say(rendered) if isinstance(rendered, str) else _console().print(rendered)
     if a.verify and report.problems:
         raise DataError(
             str(a.path), report.problems[0], "a file without problems, as --verify asks", "See the list above."
@@ -255,7 +268,7 @@ def _import(a: argparse.Namespace) -> None:
         a.checkpoint, a.out, command=a.reference_command, config=a.config, text_encoder=a.text_encoder
     )
     _print_notes(notes)
-    print(f"run: {a.out}\nnext: engine evaluate --run {a.out} --data PATH")
+    _say(f"run: {a.out}\nnext: engine evaluate --run {a.out} --data PATH")
 
 
 def _import_command(a: argparse.Namespace) -> None:
@@ -264,16 +277,16 @@ def _import_command(a: argparse.Namespace) -> None:
     config, notes = import_command(a.text)
     _print_notes(notes)
     if a.out is None:
-        print(config.to_yaml(), end="")
+        print(config.to_yaml(), end="")  # YAML escapes what does not print
     else:
         config.save(a.out)
-        print(f"configuration: {a.out}\nnext: engine train --config {a.out} --data PATH --out DIR")
+        _say(f"configuration: {a.out}\nnext: engine train --config {a.out} --data PATH --out DIR")
 
 
 def _report(a: argparse.Namespace) -> None:
     from engine.report import write_report
 
-    print(f"report: {write_report(_run_folder(a.run_folder))}")
+    _say(f"report: {write_report(_run_folder(a.run_folder))}")
 
 
 def _demo(a: argparse.Namespace, settings: list[str]) -> None:
@@ -333,10 +346,12 @@ def _split_seeds(settings: list[str]) -> tuple[list[int] | None, list[str]]:
             continue
         seeds = []
         for part in text.split(","):
-            found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            found = re.fullmatch(r"\s*(\d{1,10})\s*(?:-\s*(\d{1,10})\s*)?", part)
             first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-            if first > last:
+            if first > last or last >= 2**32:
                 raise ConfigError("seeds", repr(text), "a range or a list such as 0-2 or 0,3,5", "Write it that way.")
+            if last - first >= MOST_SEEDS:
+                raise ConfigError("seeds", repr(text), f"at most {MOST_SEEDS} seeds", "Train fewer at a time.")
             seeds += range(first, last + 1)
         if len(set(seeds)) < len(seeds):
             raise ConfigError("seeds", f"{text!r}, which repeats a seed", "each seed once", "Drop the repeats.")
@@ -407,7 +422,7 @@ def _escape(text: str) -> str:
 
 def _print_notes(notes: Sequence[str]) -> None:
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        _say(f"note: {note}", file=sys.stderr)
 
 
 def _meaning(key: Any) -> str:
@@ -429,7 +444,7 @@ def _print_metrics(metrics: dict[str, Any], title: str) -> None:
     table.columns[1].justify = "right"
     for name, value in metrics.items():
         table.add_row(name, _number(value))
-    print(title)
+    _say(title)
     _console().print(table)
 
 
@@ -462,7 +477,7 @@ def _print_results(out: Path) -> None:
     """Where to look next: only what is really there."""
     for label, name in (("report", "report.html"), ("metrics", "metrics.json"), ("summary", "summary.json")):
         if (out / name).exists():
-            print(f"{label}: {out / name}")
+            _say(f"{label}: {out / name}")
 
 
 # -- the parser ------------------------------------------------------------------------------------

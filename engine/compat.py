@@ -24,7 +24,7 @@ from torch import Tensor
 from engine import checkpoint
 from engine.config import ACTIVATIONS, BOUNDS, Config, load_config, text_of
 from engine.errors import CheckpointError, ConfigError, DataError, OutputError
-from engine.files import user_path, write_json
+from engine.files import is_compressed, user_path, write_json
 from engine.run_folder import NORMALIZER, TOKENIZER, Checksums
 
 if TYPE_CHECKING:
@@ -652,6 +652,11 @@ def _read_reference(path: Path) -> tuple[dict[str, Tensor], int | None]:
         raise CheckpointError(
             str(path), "no such file", "a file written by torch.save", "Name a .pth.tar file of the reference."
         )
+    if is_compressed(path):
+        raise CheckpointError(
+            str(path), "a compressed archive", "a file as torch.save writes it, whose tensors are as they are",
+            "Save it anew with torch.save.",
+        )  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickle protocols; what cannot be read is an error below

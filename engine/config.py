@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from engine.errors import ConfigError
-from engine.files import user_path, write_text
+from engine.files import read_text, user_path, write_text
 
 BOUNDS = ("infonce", "dv", "mine", "tuba", "nwj", "js", "js_fgan", "smile", "interpolate")
 ACTIVATIONS = ("elu", "gelu", "hardshrink", "hardtanh", "leakyrelu", "prelu", "relu", "rrelu", "tanh")
@@ -29,6 +29,16 @@ TERMS = ("I(F;T)", "I(F;A)", "I(F;V)", "inv", "spec_t", "spec_a", "spec_v", "com
 REGRESSION_LOSSES = ("MAE", "MSE", "RMSE", "SIMSE", "CCC")
 CLASSIFICATION_LOSSES = ("CE", "BCE", "Focal")
 MODALITIES = ("text", "audio", "vision")
+
+# What a settings file may cost: those of this project have 150 values and 6 KB.
+FILE_BYTES = 1 << 18
+FILE_VALUES = 10_000
+FILE_DEPTH = 20
+
+# No setting in earnest comes near these; without them a mistyped digit asks for terabytes.
+WIDEST = 1 << 14
+LONGEST = 100_000
+MOST_EPOCHS = 1_000_000
 
 # The keys most people touch, shown by `engine train --help`; `engine config --keys` shows all.
 COMMON_KEYS = (
@@ -97,15 +107,22 @@ _no = BeforeValidator(lambda value: "no" if value is False else value)
 Bound = Literal["infonce", "dv", "mine", "tuba", "nwj", "js", "js_fgan", "smile", "interpolate"]
 Activation = Literal["elu", "gelu", "hardshrink", "hardtanh", "leakyrelu", "prelu", "relu", "rrelu", "tanh"]
 Compose = Literal["mean", "sum", "cat"]
-Positive = Annotated[int, Field(ge=1)]
-Shapes = Annotated[list[tuple[Positive, Positive, Positive]], BeforeValidator(_shapes)]
+Positive = Annotated[int, Field(ge=1, le=MOST_EPOCHS)]
+Width = Annotated[int, Field(ge=1, le=LONGEST)]
+Shapes = Annotated[list[tuple[Width, Width, Width]], BeforeValidator(_shapes)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """A group of settings. Assigning to a field validates it, and raises `ConfigError` as loading does."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, coerce_numbers_to_str=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_assignment=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+        str_max_length=4096,
+    )
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = self.__dict__.get(name)
@@ -158,7 +175,10 @@ class DataConfig(Section):
         "auto", description="as audio_features, for text_encoder=features (CMU-SDK lists: last_hidden, glove, ...)"
     )
     label_column: Annotated[int | None, _none] = Field(
-        None, ge=0, description="column of labels with several; none: the only one, or of 7 the first (sentiment)"
+        None,
+        ge=0,
+        le=LONGEST,
+        description="column of labels with several; none: the only one, or of 7 the first (sentiment)",
     )
     label_key: str = Field(
         "auto",
@@ -178,7 +198,9 @@ class DataConfig(Section):
         "PHQ-8 / 25 in [0, 1]; none: MAE, Corr, CCC and RMSE only; auto: by data.dataset, where the labels fit it "
         "(custom: none)",
     )
-    time_len: int = Field(40, ge=1, description="length of the time axis of the fusion encoder and cap on text tokens")
+    time_len: int = Field(
+        40, ge=1, le=LONGEST, description="length of the time axis of the fusion encoder and cap on text tokens"
+    )
     length_rule: Literal["auto", "recorded", "all_zero", "sum_zero"] = Field(
         "auto",
         description="how padding is told from frames: recorded lengths where the file has them, else frames of zeros "
@@ -206,6 +228,7 @@ class DataConfig(Section):
     workers: Annotated[int | None, _none] = Field(
         None,
         ge=0,
+        le=256,
         description="torch: worker processes (none: half the cores, at most 4; on a CPU 0); dali: threads (none: 2)",
     )
     precision: Literal["float32", "float16"] = Field(
@@ -231,13 +254,19 @@ class TextConfig(Section):
 class CubeMLPConfig(Section):
     """The CubeMLP fusion encoder: one entry a block. Shapes are time-modality-channel, e.g. 20-3-128=10-3-128."""
 
-    d_hiddens: Shapes = Field([(20, 3, 128), (10, 3, 128)], min_length=1, description="hidden sizes, one shape a block")
-    d_outs: Shapes = Field([(20, 3, 128), (10, 3, 128)], min_length=1, description="output sizes, one shape a block")
+    d_hiddens: Shapes = Field(
+        [(20, 3, 128), (10, 3, 128)], min_length=1, max_length=64, description="hidden sizes, one shape a block"
+    )
+    d_outs: Shapes = Field(
+        [(20, 3, 128), (10, 3, 128)], min_length=1, max_length=64, description="output sizes, one shape a block"
+    )
     activate: Activation = Field("gelu", description="activation between the two linear layers of each axis")
     bias: bool = Field(True, description="bias of those linear layers")
     ln_first: bool = Field(False, description="LayerNorm before the MLP instead of after the residual sum")
     res_project: Annotated[list[bool], BeforeValidator(_dashed)] = Field(
-        [True, True], description="one a block: linear residual (true) or identity (false; the sizes must agree)"
+        [True, True],
+        max_length=64,
+        description="one a block: linear residual (true) or identity (false; the sizes must agree)",
     )
     dropout: Annotated[tuple[Probability, Probability, Probability], _spread(3)] = Field(
         (0.0, 0.0, 0.0), description="time, modality, channel"
@@ -247,7 +276,7 @@ class CubeMLPConfig(Section):
 class ModelConfig(Section):
     """Encoders, fusion encoder and head."""
 
-    d_common: int = Field(128, ge=1, description="width D of the text, audio and vision features")
+    d_common: int = Field(128, ge=1, le=WIDEST, description="width D of the text, audio and vision features")
     encoder: Literal["gru", "lstm", "conv"] = Field("gru", description="audio and vision encoder")
     fusion: str = Field("cubemlp", description="cubemlp, tfn, transformer, or a name given to engine.register_fusion")
     cubemlp: CubeMLPConfig = CubeMLPConfig()
@@ -267,7 +296,7 @@ class ModelConfig(Section):
         "(auto: 0.5 in fast mode with text, else 0)",
     )
     task: Literal["regression", "classification"] = Field("regression", description="what the head predicts")
-    num_class: int = Field(1, ge=1, description="1 for regression")
+    num_class: int = Field(1, ge=1, le=LONGEST, description="1 for regression")
 
 
 class ObjectiveConfig(Section):
@@ -279,8 +308,8 @@ class ObjectiveConfig(Section):
     baseline: Literal["constant", "unnormalized", "gaussian"] = Field(
         "constant", description="log-baseline of tuba, nwj and interpolate"
     )
-    hidden: int = Field(256, ge=1, description="hidden width of critics and conditional classifiers")
-    embed: int = Field(128, ge=1, description="embedding width of the separate critic")
+    hidden: int = Field(256, ge=1, le=WIDEST, description="hidden width of critics and conditional classifiers")
+    embed: int = Field(128, ge=1, le=WIDEST, description="embedding width of the separate critic")
     alpha: float = Field(0.01, gt=0, lt=1, description="interpolate: weight of the multi-sample baseline")
     smile_tau: float = Field(5.0, gt=0, description="smile: scores are clipped to +-tau in the partition function")
     ema_rate: float = Field(0.01, gt=0, le=1, description="mine: rate of the log-domain moving average")
@@ -288,7 +317,7 @@ class ObjectiveConfig(Section):
         "ldr", description="value of the conditional terms; the other two are reported"
     )
     cmi_last_activate: Literal["sigmoid", "hardtanh"] = Field("sigmoid", description="compat=mimrl only")
-    k_neighbor: int = Field(2, ge=1, description="neighbours a query row has in the product sampler")
+    k_neighbor: int = Field(2, ge=1, le=LONGEST, description="neighbours a query row has in the product sampler")
     c1: Annotated[list[float], _spread(11)] = Field(
         [1.0] * 11,
         description="stage 1: one coefficient an estimator (F_T F_A F_V T_A T_V, then AC_T TA_C VC_T TV_C TC_A TC_V); "
@@ -309,18 +338,18 @@ class ScheduleConfig(Section):
 
     kind: Literal["none", "step", "multi_step", "exp", "plateau"] = Field("multi_step", description="kind of schedule")
     milestones: Annotated[list[Positive], BeforeValidator(_dashed)] = Field(
-        [5], description="multi_step: epochs at which the rate is multiplied, e.g. 9-60"
+        [5], max_length=1000, description="multi_step: epochs at which the rate is multiplied, e.g. 9-60"
     )
-    step_size: int = Field(60, ge=1, description="step: epochs between two multiplications")
+    step_size: int = Field(60, ge=1, le=MOST_EPOCHS, description="step: epochs between two multiplications")
     rate: float = Field(0.1, gt=0, description="factor of every kind")
-    patience: int = Field(10, ge=0, description="plateau: epochs without a better validation loss")
+    patience: int = Field(10, ge=0, le=MOST_EPOCHS, description="plateau: epochs without a better validation loss")
 
 
 class TrainConfig(Section):
     """Losses, the two stages, and their optimisers."""
 
     loss: Literal["MAE", "MSE", "RMSE", "SIMSE", "CCC", "CE", "BCE", "Focal"] = Field("MAE", description="task loss")
-    stage1_n: int = Field(2, ge=0, description="passes of stage 1 over the training set an epoch")
+    stage1_n: int = Field(2, ge=0, le=1000, description="passes of stage 1 over the training set an epoch")
     stage1_features: Literal["auto", "fresh", "cached", "bank"] = Field(
         "auto",
         description="fresh: encoders run in every stage-1 pass (auto in faithful mode); cached: once an epoch (auto in "
@@ -376,13 +405,13 @@ class Config(Section):
         "fast", description="faithful: the reference's mathematics, faults included"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="one seed gives bit-equal runs on a CPU")
-    epochs: int = Field(8, ge=1, description="passes over the training set")
-    batch_size: int = Field(32, ge=2, description="samples a step; estimators need at least 2")
+    epochs: int = Field(8, ge=1, le=MOST_EPOCHS, description="passes over the training set")
+    batch_size: int = Field(32, ge=2, le=LONGEST, description="samples a step; estimators need at least 2")
     text_encoder: str = Field(
         "minilm", description="minilm, a local folder, a Hugging Face name, or features (precomputed)"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:0, mps")
-    threads: Annotated[int | None, _none] = Field(None, ge=1, description="CPU threads; none: all")
+    threads: Annotated[int | None, _none] = Field(None, ge=1, le=1024, description="CPU threads; none: all")
     data: DataConfig = DataConfig()
     text: TextConfig = TextConfig()
     model: ModelConfig = ModelConfig()
@@ -636,8 +665,9 @@ def _preset_folder() -> Any:
     return resources.files("engine") / "presets"
 
 
-def _preset(name: str) -> dict[str, Any]:
+def _preset(name: Any) -> dict[str, Any]:
     known = presets()
+    name = name if isinstance(name, str) else _short(name)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         raise ConfigError(
@@ -649,16 +679,87 @@ def _preset(name: str) -> dict[str, Any]:
     return {**_read(_preset_folder() / f"{name}.yaml", f"preset {name}"), "preset": name}
 
 
+class _Loader(yaml.SafeLoader):
+    """Bounded: aliases and merges make a small file grow without end (each level of a "billion laughs" tenfold)."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._depth, self._values, self._sizes = 0, 0, {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node, counted with all that it holds at every reference to it."""
+        place = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            node = super().compose_node(parent, index)
+            self._count(self._sizes.get(id(node), FILE_VALUES + 1), place)  # unknown while it is made: it holds itself
+            return node
+        self._depth += 1
+        if self._depth > FILE_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"values nested more than {FILE_DEPTH} deep", problem_mark=place)
+        before = self._values
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        self._count(1 + (len(node.value) // 100 if isinstance(node, yaml.ScalarNode) else 0), place)
+        self._sizes[id(node)] = self._values - before
+        return node
+
+    def _count(self, size: int, place: yaml.Mark) -> None:
+        self._values += size
+        if self._values > FILE_VALUES:
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {FILE_VALUES} values (long texts count as several, aliases as what they stand for)",
+                problem_mark=place,
+            )
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys are there once: of two, YAML would silently take the last."""
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values from YAML that a stranger may have written.
+
+    Raises:
+        yaml.YAMLError: it is none, or is beyond `FILE_BYTES`, `FILE_VALUES` or `FILE_DEPTH`.
+    """
+    if len(text) > FILE_BYTES:
+        raise yaml.MarkedYAMLError(problem=f"{len(text)} characters, more than the {FILE_BYTES} that are read")
+    try:
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.YAMLError:
+        raise
+    except Exception as cause:  # a date of month 13, a number of 10,000 digits, a tag on another kind of value, ...
+        problem = "a number of too many digits" if "digits" in str(cause) else "a value that is not what it looks like"
+        raise yaml.MarkedYAMLError(problem=problem) from cause
+
+
+def yaml_problem(cause: yaml.YAMLError) -> str:
+    """What is wrong, in one phrase."""
+    found = getattr(cause, "problem", None)
+    if found is None and getattr(cause, "reason", None):  # a character that YAML does not allow
+        found = f"{cause.reason} (U+{cause.character:04X})" if isinstance(cause.character, int) else cause.reason
+    return (found or "text that is not YAML").removeprefix("found ")
+
+
 def _read(path: Any, where: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        values = parse_yaml(read_text(path, FILE_BYTES) if isinstance(path, Path) else path.read_text("utf-8"))
     except yaml.YAMLError as cause:
         mark = getattr(cause, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(cause, "problem", None) or "text that is not YAML"
-        raise ConfigError(where + line, problem, "a YAML mapping of settings", "Mend the file.") from None
-    except (OSError, UnicodeDecodeError) as cause:
-        found = getattr(cause, "strerror", None) or "text that is not UTF-8"
+        raise ConfigError(where + line, yaml_problem(cause), "a YAML mapping of settings", "Mend the file.") from None
+    except (OSError, ValueError) as cause:
+        found = getattr(cause, "strerror", None) or str(cause)
         raise ConfigError(where, found, "a readable YAML file", "Check the path.") from None
     if values is None:
         return {}
@@ -700,7 +801,7 @@ def _override(text: str) -> dict[str, Any]:
     value: Any = raw
     if annotation is not str:
         try:
-            value = yaml.safe_load(raw)
+            value = parse_yaml(raw)
         except yaml.YAMLError:
             raise ConfigError(name, _short(raw), "a YAML value", "Put quotes around the text.") from None
     if _is_section(annotation) and not isinstance(value, dict):
@@ -728,7 +829,10 @@ def _unknown_key(path: list[str], section: Any) -> ConfigError:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        text = "a number of too many digits"
     text = " ".join(text.split()) or "nothing"
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -5,9 +5,11 @@ import errno
 import glob
 import json
 import os
+import stat
 import tempfile
 import warnings
 import weakref
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +34,46 @@ def cache_home() -> Path | None:
         return user_path(named)
     home = user_path("~")
     return home / ".cache" if home.is_absolute() and home.is_dir() else None
+
+
+def read_text(path: Path, most: int) -> str:
+    """The UTF-8 text of a file that a stranger may have written.
+
+    Args:
+        most: bytes that it may have.
+
+    Raises:
+        OSError: it is not there, cannot be read, or is no regular file (a pipe would be waited for without end).
+        ValueError: it is larger, or is not UTF-8.
+    """
+    state = path.stat()
+    if stat.S_ISDIR(state.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "a folder", str(path))
+    if not stat.S_ISREG(state.st_mode):
+        raise OSError(errno.EINVAL, "neither a file nor a folder", str(path))
+    if state.st_size > most:
+        raise ValueError(f"{state.st_size} bytes, more than the {most} that are read")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("text that is not UTF-8") from None
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a file is a zip archive that holds more than its own size: a few megabytes may become terabytes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return False
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` that fails with `ValueError` alone, for text that is nested too deeply too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
 
 
 def output_error(path: Path, cause: OSError) -> OutputError:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -379,7 +381,7 @@ def write_summary_csv(path: str | Path, runs: Mapping[str, Sequence[Mapping[str,
     def cell(value: dict[str, float] | None) -> str:
         return "" if value is None else f"({100 * value['mean']:.2f}, {100 * value['std']:.2f})"
 
-    rows = [[name, *(cell(table.get(key)) for key in keys)] for name, table in tables.items()]
+    rows = [[csv_text(name), *(cell(table.get(key)) for key in keys)] for name, table in tables.items()]
     columns = mmsa_sims_names if "acc5_sims" in keys else mmsa_names
     _write_rows(path, ["Model", *(columns.get(key, key) for key in keys)], rows)
 
@@ -401,7 +403,7 @@ class Predictions:
 def write_predictions(
     path: str | Path, ids: Sequence[str], label: ArrayLike, prediction: ArrayLike, scores: ArrayLike | None = None
 ) -> None:
-    """Write `id,label,prediction[,score_0,...]` in the order given, atomically.
+    """Write `id,label,prediction[,score_0,...]` in the order given, atomically; ids as `csv_text` makes them.
 
     Args:
         label, prediction: [N] or [N, 1]; scores: [N, C] for classification. Numbers are written with as many digits as
@@ -428,25 +430,30 @@ def write_predictions(
     label = columns.pop(0)
     known = ("" if np.isnan(value) else _number(value) for value in label)
     rows = (
-        [name, cell, *(_number(column[i]) for column in columns)]
+        [csv_text(name), cell, *(_number(column[i]) for column in columns)]
         for i, (name, cell) in enumerate(zip(ids, known, strict=True))
     )
     _write_rows(path, names, rows)
 
 
 def read_predictions(path: str | Path) -> Predictions:
-    """Read what `write_predictions` wrote.
+    """Read what `write_predictions` wrote; ids are as they were before `csv_text`.
 
     Raises:
         DataError: the file is missing, or is no such table.
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise DataError(str(path), "no file", "a predictions CSV", "Run `engine predict` again.")
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
+            return _predictions(csv.reader(file), path)
     except (OSError, UnicodeDecodeError, csv.Error) as cause:
         raise DataError(str(path), f"{cause}", "a predictions CSV", "Run `engine predict` again.") from cause
-    header = rows[0] if rows else []
+
+
+def _predictions(rows: Iterator[list[str]], path: Path) -> Predictions:
+    header = next(rows, [])
     scores = [f"score_{c}" for c in range(len(header) - 3)]
     if header != ["id", "label", "prediction", *scores]:
         raise DataError(
@@ -455,18 +462,38 @@ def read_predictions(path: str | Path) -> Predictions:
             "id,label,prediction[,score_0,...]",
             "Choose another file.",
         )
-    values = np.empty((len(rows) - 1, len(header) - 1), dtype=np.float32)
-    for i, row in enumerate(rows[1:]):
+    ids, values = [], array("f")
+    for row in rows:
         try:
             if len(row) != len(header):
                 raise ValueError(f"{len(row)} cells")
-            values[i] = [np.float32(row[1] or "nan"), *(np.float32(cell) for cell in row[2:])]
+            with np.errstate(over="ignore"):  # 1e300 is infinite
+                values.extend([np.float32(row[1] or "nan"), *(np.float32(cell) for cell in row[2:])])
         except ValueError as cause:
-            where = f"{path} row {i + 1}"
+            where = f"{path} row {len(ids) + 1}"
             raise DataError(
                 where, str(cause), f"an id and {len(header) - 1} numbers", "Run `engine predict` again."
             ) from cause
-    return Predictions([row[0] for row in rows[1:]], values[:, 0], values[:, 1], values[:, 2:] if scores else None)
+        ids.append(text_of_csv(row[0]))
+    table = np.array(values, dtype=np.float32).reshape(len(ids), len(header) - 1)
+    return Predictions(ids, table[:, 0], table[:, 1], table[:, 2:] if scores else None)
+
+
+# What a spreadsheet takes for a formula. A video's name may begin with "-": plain words call nothing and stay.
+_FORMULA = re.compile(r"'*(?![-+][\w.\[\]$-]*\Z)[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]", re.ASCII)
+
+
+def csv_text(text: str) -> str:
+    """A text as a cell of a CSV: with an apostrophe in front where a spreadsheet would run it as a formula.
+
+    So is a text that is such a cell already: `text_of_csv` gives every text back.
+    """
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def text_of_csv(cell: str) -> str:
+    """The text of which `csv_text` made the cell."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def _is_number(value: Any) -> bool:

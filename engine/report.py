@@ -7,7 +7,6 @@ forbids everything else. Pieces a run does not have are named on the page and le
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import platform
@@ -22,9 +21,10 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from engine.config import FILE_BYTES, MOST_EPOCHS, parse_yaml
 from engine.config import MODALITIES as CONFIGURED
 from engine.errors import CheckpointError, DataError
-from engine.files import user_path, write_text
+from engine.files import parse_json, read_text, user_path, write_text
 from engine.metrics import (
     PHQ_RANGE,
     Predictions,
@@ -36,12 +36,18 @@ from engine.metrics import (
     sims_classes,
 )
 from engine.readings import TEXTS, TermRow, best_rows, is_term, mark
-from engine.report_charts import escape, lines, number, scatter, shape, truth
-from engine.run_folder import CONFIG, FEATURES, HISTORY, PREDICTIONS, TRUTH, verify
+from engine.report_charts import escape, is_finite, lines, number, scatter, shape, truth
+from engine.run_folder import CONFIG, FEATURES, HISTORY, LARGEST, PREDICTIONS, TRUTH, verify
 
 SPLITS = ("train", "valid", "test")
 MOST_DOTS = 1500
 """Dots a chart holds at most; more would be neither light nor legible."""
+
+MOST_SHOWN = 100
+"""Terms, estimators, features or classes that a page shows; a run has 11."""
+
+WIDEST = 2048
+"""Features are drawn where either their rows or their columns are no more: the time is that number's cube."""
 
 DEPRESSED = 10
 """The usual cut-off of the PHQ-8: a score of 10 or more."""
@@ -58,7 +64,7 @@ class Metric:
     headline: bool = True
 
     def show(self, value: Any) -> str:
-        if not _is_finite(value):
+        if not is_finite(value):
             return "–"
         return f"{100 * value:.2f} %" if self.percent else number(value)
 
@@ -279,24 +285,24 @@ def _processor() -> str:
 def _read(run: Run, name: str, what: str, parse: Callable[[str], None]) -> None:
     path = run.folder / name
     try:
-        parse(path.read_text(encoding="utf-8"))
+        parse(read_text(path, FILE_BYTES if name == CONFIG else LARGEST))
     except FileNotFoundError:
         run.missing.append(f"{name} is missing: no {what.removeprefix('the ')}.")
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as problem:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as problem:
         reason = " ".join(str(problem).split())[:120]
         run.missing.append(f"{name} cannot be read ({reason}): no {what.removeprefix('the ')}.")
 
 
 def _read_config(run: Run, text: str) -> None:
     run.config_text = text
-    loaded = yaml.safe_load(text)
+    loaded = parse_yaml(text)
     if not isinstance(loaded, dict):
         raise ValueError("not a mapping")
     run.config = loaded
 
 
 def _read_metrics(run: Run, text: str) -> None:
-    loaded = json.loads(text)
+    loaded = parse_json(text)
     if not isinstance(loaded, dict):
         raise ValueError("not a mapping")
     run.metrics = loaded
@@ -306,8 +312,8 @@ def _read_history(run: Run, text: str) -> None:
     rows = [line for line in text.splitlines() if line.strip()]
     for i, row in enumerate(rows):
         try:
-            epoch = json.loads(row)
-            if not isinstance(epoch, dict) or not isinstance(epoch.get("epoch"), int):
+            epoch = parse_json(row)
+            if not isinstance(epoch, dict) or type(epoch.get("epoch")) is not int or abs(epoch["epoch"]) > MOST_EPOCHS:
                 raise ValueError("no epoch number")
         except ValueError:
             # A run that was cut off leaves half a last line.
@@ -319,7 +325,7 @@ def _read_history(run: Run, text: str) -> None:
 
 
 def _read_truth(run: Run, text: str) -> None:
-    for row in json.loads(text)["latents"]:
+    for row in parse_json(text)["latents"][:MOST_SHOWN]:
         estimates = row.get("estimates")
         run.truth.append(
             {**row, "name": str(row["name"]), "estimates": estimates if isinstance(estimates, dict) else {}}
@@ -349,7 +355,7 @@ def _header(run: Run) -> str:
         chips.append(f"{len(run.history)} epoch{'s' if len(run.history) != 1 else ''}")
     lead = ""
     test = run.split_metrics("test").get(key)
-    if _is_finite(test) and run.best_epoch is not None:
+    if is_finite(test) and run.best_epoch is not None:
         how = "highest" if run.selected_by[1] else "lowest"
         lead = (
             f'<p class="lead">Test {shown.name} <b>{shown.show(test)}</b> at epoch {run.best_epoch}, '
@@ -419,7 +425,8 @@ def _constant(run: Run) -> dict[str, float]:
 
 
 def _per_class(test: Mapping[str, Any]) -> str:
-    classes = sorted(int(key.removeprefix("recall_")) for key in test if re.fullmatch(r"recall_\d+", key))
+    classes = sorted(int(key.removeprefix("recall_")) for key in test if re.fullmatch(r"recall_[0-9]{1,6}", key))
+    classes = classes[:MOST_SHOWN]
     if not classes:
         return ""
     percent = Metric("", percent=True)
@@ -435,17 +442,17 @@ def _per_class(test: Mapping[str, Any]) -> str:
 
 def _spent(run: Run) -> str:
     tiles = []
-    seconds = [epoch["seconds"] for epoch in run.history if _is_finite(epoch.get("seconds"))]
+    seconds = [epoch["seconds"] for epoch in run.history if is_finite(epoch.get("seconds"))]
     wall, rate, memory = (run.metrics.get(key) for key in ("wall_s", "samples_per_second", "peak_memory_mb"))
-    if _is_finite(wall):
+    if is_finite(wall):
         tiles.append(("Time", _duration(wall), "whole run"))
     if seconds:
         tiles.append(("Epoch", _duration(float(np.median(seconds))), "median"))
-    if _is_finite(rate):
+    if is_finite(rate):
         tiles.append(("Speed", f"{number(rate, 1)}/s", "samples a second"))
-    if _is_finite(waited := run.metrics.get("data_wait_share")):
+    if is_finite(waited := run.metrics.get("data_wait_share")):
         tiles.append(("Waiting", f"{waited:.1%}", "for data, of training"))
-    if _is_finite(memory):
+    if is_finite(memory):
         tiles.append(("Memory", f"{memory / 1024:.2f} GiB" if memory >= 1024 else f"{memory:.0f} MiB", "peak"))
     if not tiles:
         return ""
@@ -466,7 +473,7 @@ def _curves(run: Run) -> str:
         if chart:
             best = _at_best(run, key)
             value = shown[key].show(best) if key in shown else number(best)
-            side = f"valid {value}" if _is_finite(best) else ""
+            side = f"valid {value}" if is_finite(best) else ""
             cards.append(_card(title, chart, about, side))
     if not cards:
         return ""
@@ -481,7 +488,7 @@ def _history_table(run: Run) -> str:
         (split, key, metric)
         for key, metric in keys
         for split in SPLITS
-        if any(_is_finite(_part(epoch, split).get(key)) for epoch in run.history)
+        if any(is_finite(_part(epoch, split).get(key)) for epoch in run.history)
     ]
     head = "".join(f"<th>{metric.short or metric.name}<small>{split}</small></th>" for split, _, metric in columns)
     rows = "".join(
@@ -570,8 +577,9 @@ def _reading_cells(row: TermRow | None) -> str:
 
 def _terms_of(run: Run) -> dict[str, str]:
     """What the terms are, their formulas without the modalities that the run does not have."""
-    modalities = run.setting("data", "modalities", default=list(CONFIGURED))
-    if set(modalities) == set(CONFIGURED):
+    named = run.setting("data", "modalities")
+    modalities = [m for m in CONFIGURED if m in named] if isinstance(named, list) else []
+    if len(modalities) in (0, len(CONFIGURED)):
         return TERMS
     from engine.objective import mimrl_expressions, without_features
 
@@ -597,7 +605,7 @@ def _information_card(run: Run, group: str, name: str, about: str) -> str:
             (split, value)
             for epoch in reversed(run.history)
             for split in ("valid", "train")
-            if _is_finite(value := _part(_part(epoch, split), group).get(name))
+            if is_finite(value := _part(_part(epoch, split), group).get(name))
         ),
         None,
     )
@@ -609,14 +617,14 @@ def _information_card(run: Run, group: str, name: str, about: str) -> str:
 
 def _values(run: Run, split: str, group: str, name: str) -> list[float | None]:
     found = [_part(_part(epoch, split), group).get(name) for epoch in run.history]
-    return [value if _is_finite(value) else None for value in found]
+    return [value if is_finite(value) else None for value in found]
 
 
 def _ceilings(run: Run, name: str) -> dict[str, float]:
     """What a term cannot exceed in a batch and on all training rows, by the words that are drawn beside it."""
     known = _part(_part(run.history[-1], "train"), "bank_ceiling").get(name)
     batch, bound = run.setting("batch_size"), run.setting("objective", "bound")
-    if not _is_finite(known):
+    if not is_finite(known):
         return {}
     rows = {"ceiling, all training rows": known}
     if bound != "infonce" or not isinstance(batch, int) or not is_term(name):
@@ -627,11 +635,11 @@ def _ceilings(run: Run, name: str) -> dict[str, float]:
 def _truth(run: Run) -> str:
     if not run.truth:
         return ""
-    estimators = list(dict.fromkeys(name for row in run.truth for name in row["estimates"]))
+    estimators = list(dict.fromkeys(name for row in run.truth for name in row["estimates"]))[:MOST_SHOWN]
     chart = truth(run.truth, estimators)
     marks = "".join(f"<li>{_sign(16, shape(k, 8, 7))}{escape(name)}</li>" for k, name in enumerate(estimators))
     signs = {name: _sign(10, f'<path class="{name}" d="M5 1V13"/>') for name in ("true", "ceiling")}
-    has_ceiling = any(_is_finite(row.get("ceiling")) for row in run.truth)
+    has_ceiling = any(is_finite(row.get("ceiling")) for row in run.truth)
     legend = f"<li>{signs['true']}true</li>{marks}" + (f"<li>{signs['ceiling']}ceiling</li>" if has_ceiling else "")
     head = "".join(f"<th>{escape(name)}</th>" for name in estimators)
     rows = "".join(
@@ -669,6 +677,8 @@ def _predictions(run: Run) -> str:
     label, prediction = label * scale, prediction * scale
     if run.kind == "classification":
         classes = int(max(label.max(), prediction.max())) + 1
+        if classes > MOST_SHOWN or min(label.min(), prediction.min()) < 0:
+            return f"<p>Class numbers that are not 0 to {MOST_SHOWN - 1}: no table of confusions.</p>"
         names = [str(c) for c in range(classes)]
         matrix = _confusion(label.astype(int), prediction.astype(int), names)
         card = _card("Confusion by class", matrix, "rows: true, columns: predicted; shade: share of the row")
@@ -754,11 +764,15 @@ def _features(run: Run) -> str:
     label = features.pop("label", None)
     cards, legend, palette = [], "", ""
     for name, values in features.items():
-        flat = values.reshape(len(values), -1).astype(np.float64) if values.ndim else np.zeros((0, 1))
+        real = values.size and values.ndim and values.dtype.kind in "biuf"
+        flat = values.reshape(len(values), -1).astype(np.float64) if real else np.zeros((0, 1))
         kept = np.isfinite(flat).all(axis=1)
         if label is not None and len(label) == len(flat):
             kept &= np.isfinite(label.reshape(len(label), -1)[:, 0])
         rows = np.flatnonzero(kept)
+        if min(flat.shape) > WIDEST:
+            cards.append(_card(MODALITIES.get(name, name), '<p class="muted">too many to be drawn</p>'))
+            continue
         if len(rows) < 3:
             cards.append(_card(MODALITIES.get(name, name), '<p class="muted">fewer than three finite rows</p>'))
             continue
@@ -807,7 +821,7 @@ def _load_features(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
 
     with safe_open(path, framework="np") as file:
         features = {name: file.get_tensor(name) for name in file.keys()}
-        listed = json.loads((file.metadata() or {}).get("ids", "[]"))
+        listed = parse_json((file.metadata() or {}).get("ids", "[]"))
     order = [name for name in (*MODALITIES, "label") if name in features]
     order += sorted(set(features) - set(order))
     return {name: features[name] for name in order}, [str(name) for name in listed]
@@ -870,7 +884,7 @@ def _part(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _chart(run: Run, label: str, value: Callable[[Mapping[str, Any]], Any], scale: float = 1) -> str | None:
     def read(epoch: Mapping[str, Any], split: str) -> float | None:
         found = value(_part(epoch, split))
-        return scale * found if _is_finite(found) else None
+        return scale * found if is_finite(found) else None
 
     epochs = [epoch["epoch"] for epoch in run.history]
     return lines(label, epochs, {s: [read(epoch, s) for epoch in run.history] for s in SPLITS}, run.best_epoch)
@@ -885,7 +899,8 @@ def _names(run: Run, group: str) -> list[str]:
     found = dict.fromkeys(
         name for epoch in run.history for split in SPLITS for name in _part(_part(epoch, split), group)
     )
-    return [name for name in TERMS if name in found] + [name for name in found if name not in TERMS]
+    known = [name for name in TERMS if name in found] + [name for name in found if name not in TERMS]
+    return known[:MOST_SHOWN]
 
 
 def _table(head: str, rows: str, css: str = "full") -> str:
@@ -932,7 +947,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

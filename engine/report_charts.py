@@ -15,17 +15,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import printable
+
 Value = float | None
+
+MOST = 1e150  # the square of a larger one is infinite
 
 
 def escape(text: object) -> str:
-    """Text made safe for element content and for attributes in either kind of quotes."""
-    return html.escape(str(text), quote=True)
+    """Printable text made safe for element content and for attributes in either kind of quotes."""
+    return html.escape(printable(text), quote=True)
 
 
 def number(value: Any, digits: int = 3) -> str:
     """A number for people: `digits` after the point, fewer for large ones, an en dash for none."""
-    if value is None or not math.isfinite(value):
+    if not is_finite(value):
         return "–"
     size = abs(value)
     if size >= 1e6 or 0 < size < 10.0**-digits / 2:
@@ -265,13 +269,13 @@ def shape(index: int, x: float, y: float, r: float = 5) -> str:
 
 def truth(latents: Sequence[dict[str, Any]], estimators: Sequence[str]) -> str | None:
     """Estimates beside the true information, a row for each; the bar is the truth, a dashed one the ceiling."""
-    rows = [row for row in latents if _is_finite(row.get("true"))]
+    rows = [row for row in latents if is_finite(row.get("true"))]
     if not rows:
         return None
     values = [0.0]
     for row in rows:
         values += [row["true"], row.get("ceiling"), *row["estimates"].values()]
-    low, high = _span([v for v in values if _is_finite(v)], 0.04)
+    low, high = _span([v for v in values if is_finite(v)], 0.04)
     left = 20 + round(6.6 * max(len(str(row["name"])) for row in rows))
     step = 34
     width = 500
@@ -290,13 +294,13 @@ def truth(latents: Sequence[dict[str, Any]], estimators: Sequence[str]) -> str |
         name = escape(row["name"])
         body.append(f'<text class="label" x="{frame.left - 10}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
         body.append(f'<path class="grid" d="M{frame.left} {y:.1f}H{width - frame.right}"/>')
-        if _is_finite(row.get("ceiling")):
+        if is_finite(row.get("ceiling")):
             body.append(f'<path class="ceiling" d="M{frame.x(row["ceiling"]):.1f} {y - 13:.1f}v26"/>')
         body.append(f'<path class="true" d="M{frame.x(row["true"]):.1f} {y - 12:.1f}v24"/>')
         shown = [("true", row["true"], None)]
         shown += [(e, row["estimates"].get(e), k) for k, e in enumerate(estimators)]
         for estimator, value, k in shown:
-            if not _is_finite(value):
+            if not is_finite(value):
                 continue
             x = frame.x(value)
             if k is not None:
@@ -309,5 +313,6 @@ def truth(latents: Sequence[dict[str, Any]], estimators: Sequence[str]) -> str |
     return _svg(frame, "estimates beside the true information", "".join(body), {"kind": "points", **points}, "widest")
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number that can be drawn."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MOST

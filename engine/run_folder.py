@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError, OutputError
-from engine.files import lock, output_error, sweep_folder, write_json
+from engine.files import lock, output_error, parse_json, read_text, sweep_folder, write_json
 
 CONFIG, METRICS, METRICS_CSV, HISTORY = "config.yaml", "metrics.json", "metrics.csv", "history.jsonl"
 BEST, LAST, PREVIOUS = "best.safetensors", "last.safetensors", "previous.safetensors"
@@ -32,6 +32,8 @@ FILES = (
     *PREDICTIONS, *FEATURES, *PROFILE,
 )  # fmt: skip
 """Every file that a run writes, TensorBoard's excepted."""
+LARGEST = 1 << 27
+"""Bytes that a file of text may have to be read; a history has some 3,000 an epoch."""
 MARKS = (CONFIG, METRICS, HISTORY, LAST, BEST)
 """Each of them tells that a folder holds a run."""
 
@@ -122,8 +124,8 @@ def _read(folder: Path) -> dict[str, Any] | None:
     """File name -> [bytes, CRC-32], or None for one that was being written; None where the folder has no checksums."""
     path = folder / CHECKSUMS
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        intact = content["checksum"] == _sum_of_sums(content["files"])
+        content = parse_json(read_text(path, LARGEST))
+        intact = content["checksum"] == _sum_of_sums(content["files"]) and _are_sums(content["files"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError):
@@ -136,6 +138,13 @@ def _read(folder: Path) -> dict[str, Any] | None:
             "The file is damaged: put the original back, or delete it to read the run unverified.",
         )
     return content["files"]
+
+
+def _are_sums(sums: Any) -> bool:
+    """Whether they are what `Checksums` writes."""
+    return isinstance(sums, dict) and all(
+        s is None or (isinstance(s, list) and len(s) == 2 and all(type(n) is int for n in s)) for s in sums.values()
+    )
 
 
 def _sum_of_sums(sums: dict[str, Any]) -> int:

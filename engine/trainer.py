@@ -24,7 +24,7 @@ from engine.allocator import keep_memory
 from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
 from engine.config import Config, ScheduleConfig, load_config, text_of
 from engine.errors import CheckpointError, ConfigError, DataError, EngineError, EstimatorError, OutputError
-from engine.files import append_text, finite, user_path, write_json, write_text
+from engine.files import append_text, finite, parse_json, user_path, write_json, write_text
 from engine.kernels import registry
 from engine.kernels.knn_product import Bank
 from engine.kernels.registry import has_triton, interpreting
@@ -62,6 +62,9 @@ from engine.run_folder import (
     verify,
 )
 from engine.step import EpochResult, FeatureBank, TwoStageStep
+
+WIDEST_INPUT = 1_000_000
+"""Columns that audio or vision features may have."""
 
 
 @dataclass
@@ -210,12 +213,43 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> Run:
     config = load_config(folder / CONFIG).resolve()
     state, meta = checkpoint.load(folder / BEST)
     _check_unchanged(folder, config, meta)
+    _check_described(folder / BEST, config, state, meta)
     model, objective = _build(config, meta["audio_dim"], meta["vision_dim"], _saved_encoder(meta))
     checkpoint.load_into(model, state["model"], f"{folder / BEST}: model")
     checkpoint.load_into(objective, state["objective"], f"{folder / BEST}: objective")
     normalizer = Normalizer.load(folder / NORMALIZER)
     tokenizer = _own_tokenizer(folder, config)
     return Run(folder, config, model.to(device).eval(), objective.to(device).eval(), normalizer, meta, tokenizer)
+
+
+def _check_described(
+    path: Path, config: Config, state: dict[str, Any], meta: dict[str, Any], trained: bool = False
+) -> None:
+    """Compare what a checkpoint says of its model with its tensors, before any memory is taken for the model.
+
+    Args:
+        trained: whether it has to know its epoch, which an imported run may not.
+
+    Raises:
+        CheckpointError, ConfigError: it has another form, or its tensors are not those of such a model.
+    """
+    dims = [meta.get("audio_dim"), meta.get("vision_dim")]
+    encoder, settings = meta.get("text_encoder"), meta.get("settings", {})
+    if (
+        not all(type(dim) is int and 0 <= dim <= WIDEST_INPUT for dim in dims)
+        or type(meta.get("epoch", "")) not in ((int,) if trained else (int, type(None)))
+        or not isinstance(settings, dict)
+        or not isinstance(encoder, (dict, type(None)))
+        or (encoder is None) == ("text" in config.data.modalities)
+        or not {"model", "objective"} <= set(state)
+    ):
+        raise CheckpointError(
+            str(path), "a description of another form", "what engine train writes", "Use the file as it was written."
+        )
+    with torch.device("meta"):
+        model, objective = _build(config, *dims, _saved_encoder(meta))
+    checkpoint.compare(model, state["model"], f"{path}: model")
+    checkpoint.compare(objective, state["objective"], f"{path}: objective")
 
 
 def _saved_encoder(meta: dict[str, Any], freeze: str = "no") -> nn.Module | None:
@@ -460,7 +494,8 @@ class _Trainer:
         history: list[dict[str, Any]] = []
         bank: FeatureBank | None = None
         if saved is not None:
-            history, bank = self._restore(*saved)
+            with checkpoint.taken_apart(str(self.out / LAST)):
+                history, bank = self._restore(*saved)
             del saved
         self._write_settings()
         if history:
@@ -520,8 +555,11 @@ class _Trainer:
         else:
             encoder = None
         checks.text_fits(c, self.dataset, encoder)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            described = _build(c, self.dataset.audio_dim, self.dataset.vision_dim, encoder)
+        checks.memory(c, described, len(self.dataset.splits["train"]), self.device)
+        checks.disk_space(self.out, *described, c.train, [self.out / n for n in (BEST, LAST, PREVIOUS)])
         model, objective = _build(c, self.dataset.audio_dim, self.dataset.vision_dim, encoder)
-        checks.disk_space(self.out, model, objective, c.train, [self.out / n for n in (BEST, LAST, PREVIOUS)])
         c.data.label_scale = checks.label_scale(c, self.dataset)
         self.metric, self.higher_is_better = metrics.selection(c.data.dataset, c.model.task, c.data.label_scale)
         _say_what_is_left_out(c, objective)
@@ -807,6 +845,7 @@ class _Trainer:
                 str(self.out), f"other settings than the run's ({', '.join(differing)})", "the settings of the run",
                 "Resume with the same settings (only epochs, threads, device, output and the loader may differ).",
             )  # fmt: skip
+        _check_described(self.out / LAST, self.config, state, meta, trained=True)
         return state, meta
 
     def _restore(self, state: dict[str, Any], meta: dict[str, Any]) -> tuple[list[dict[str, Any]], FeatureBank]:
@@ -943,11 +982,13 @@ def _finished(config: Config, folder: Path, dataset: Dataset) -> RunResult | Non
         checkpoint.load(folder / BEST)
         verify(folder, *needed)
         differing = _differences(_settings_of(folder, meta), config, FREE)
-    except EngineError:
+        result = parse_json((folder / METRICS).read_text(encoding="utf-8"))
+        unfinished = meta["epoch"] + 1 < config.epochs
+    except (EngineError, ValueError, TypeError, KeyError):
         return None
-    if meta["epoch"] + 1 < config.epochs or differing or _other_data(dataset, meta):
+    if unfinished or differing or _other_data(dataset, meta):
         return None
-    return RunResult(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
+    return RunResult(folder, result)
 
 
 FREE = {
@@ -961,7 +1002,10 @@ FREE = {
 
 def _settings_of(folder: Path, meta: dict[str, Any]) -> Config:
     """The settings that a checkpoint was trained with; older versions kept them in config.yaml only."""
-    return Config(**meta["settings"]) if "settings" in meta else load_config(folder / CONFIG).resolve()
+    if "settings" not in meta:
+        return load_config(folder / CONFIG).resolve()
+    settings = meta["settings"]
+    return Config(**{str(k): v for k, v in settings.items()} if isinstance(settings, dict) else {"settings": settings})
 
 
 def _history_line(record: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from engine import checks, trainer
 from engine.config import Config
@@ -259,3 +260,18 @@ def test_evaluation_without_a_modality(config, tmp_path):  # noqa: F811
     assert trainer.evaluate(tmp_path / "run", none) == zeros
     lines = trainer.predict(tmp_path / "run", none, tmp_path / "p.csv").read_text().splitlines()
     assert len(lines) == 1 + SIZES["test"]
+
+
+def test_memory_is_estimated_before_it_is_taken(monkeypatch):
+    """Weights four times (gradient, Adam's two) and once more averaged; eight tensors of the fusion encoder's input."""
+    plain = Config(batch_size=10, data={"time_len": 100}, model={"d_common": 64}, train={"average": None}).resolve()
+    model = nn.Linear(999, 1000, device="meta")
+    weights, held = 4 * 4 * 10**6, 8 * 4 * 10 * 100 * 3 * 128  # the widest of d_common and CubeMLP's channels is 128
+    monkeypatch.setattr(checks, "_memory_of", lambda device: weights + held)
+    checks.memory(plain, [model], 50, torch.device("cpu"))
+    monkeypatch.setattr(checks, "_memory_of", lambda device: weights + held - 1)
+    with pytest.raises(ConfigError, match=r"model: found settings that take about 0 GB .*batch of 10 by 100 by 128"):
+        checks.memory(plain, [model], 50, torch.device("cpu"))
+    checks.memory(plain, [model], 5, torch.device("cpu"))  # no batch is larger than the training split
+    monkeypatch.setattr(checks, "_memory_of", lambda device: None)
+    checks.memory(plain, [model], 50, torch.device("cpu"))

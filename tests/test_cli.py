@@ -167,7 +167,7 @@ def test_train_seeds_prints_mean_and_spread(calls: list, data: Path, tmp_path: P
     assert all(text in printed for text in ("seed 0", "0.7000", "seed 2", "0.9000", "0.8000 ± 0.1000"))
 
 
-@pytest.mark.parametrize("text", ["", "a", "2-0", "0-", "0;1", "1,1", "-1"])
+@pytest.mark.parametrize("text", ["", "a", "2-0", "0-", "0;1", "1,1", "-1", "0-1000", "5000000000", "0-99999999999"])
 def test_bad_seeds(calls: list, data: Path, tmp_path: Path, capsys, text: str):
     words = ("train", "--preset", "mosi", "--data", data, "--out", tmp_path / "run", f"seeds={text}")
     assert "seeds" in fails(capsys, *words) and not calls
@@ -353,9 +353,13 @@ def test_disk_full_and_interruption(calls: list, tmp_path: Path, capsys, monkeyp
     raising(KeyboardInterrupt())
     assert run("report", "--run", tmp_path) == 130
     assert capsys.readouterr().err == "interrupted\n"
+    raising(OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300))
+    assert f"{'n' * 300}: found File name too long; expected" in fails(capsys, "report", "--run", tmp_path)
+    raising(MemoryError())
+    assert "memory: found too little for this" in fails(capsys, "report", "--run", tmp_path)
     raising(FileNotFoundError(errno.ENOENT, "a fault of ours"))
     with pytest.raises(FileNotFoundError):
-        run("report", "--run", tmp_path)
+        run("report", "--run", tmp_path, "--debug")
 
 
 # -- help --

@@ -1,11 +1,12 @@
 """The configuration: presets, overrides, shorthand, and one-line errors for whatever is wrong."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from engine.config import COMMON_KEYS, Config, TrainConfig, keys, load_config, presets
+from engine.config import COMMON_KEYS, Config, TrainConfig, keys, load_config, parse_yaml, presets
 from engine.errors import ConfigError, OutputError
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -284,3 +285,43 @@ def test_documentation_lists_every_key_with_its_default():
     page = (PROJECT / "docs/config.md").read_text()
     for key in keys():
         assert f"| `{key.name}` | `{key.default or '(empty)'}` |" in page, key.name
+
+
+# -- settings that a stranger wrote --
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a: &a [x, x, x, x, x, x, x, x, x, x]\nb: &b [" + ", ".join(["*a"] * 40) + "]\nc: [" + ", ".join(["*b"] * 40)
+         + "]\n", "line 3: found more than 10000 values"),
+        ("data: &a [*a]", "more than 10000 values"),
+        ("a: &a " + "x" * 100_000 + "\nb: [" + ", ".join(["*a"] * 20) + "]", "more than 10000 values"),
+        ("seed: " + "[" * 30 + "]" * 30, "line 1: found values nested more than 20 deep"),
+        ("seed: " + "9" * 5000, "a number of too many digits"),
+        ("seed: 2001-13-01", "a value that is not what it looks like"),
+        ("epochs: 2\ndata:\n  clip: 1\n  clip: 2\n", "line 4: found the key 'clip' twice"),
+        ("#" + "x" * 300_000, "300001 bytes, more than the 262144 that are read"),
+        ("preset: [mosi]", "no preset of that name"),
+        ("epochs: 1000001", "epochs: found 1000001; expected a value <= 1000000"),
+        ("data: {time_len: 100001}", "expected a value <= 100000"),
+        ("model: {d_common: 16385}", "expected a value <= 16384"),
+        ("data: {workers: 257}", "expected a value <= 256"),
+    ],
+)  # fmt: skip
+def test_what_a_file_may_cost(tmp_path, text, found):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(found)) as error:
+        load_config(tmp_path / "x.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_aliases_and_merges_in_earnest_are_read(tmp_path):
+    text = "model: {cubemlp: {d_hiddens: &s [[6, 3, 16]], d_outs: *s, res_project: [true]}}\n"
+    (tmp_path / "x.yaml").write_text(text + "text: &t {lr_rate: 0.5}\nseed: 1\n")
+    found = load_config(tmp_path / "x.yaml")
+    assert found.model.cubemlp.d_outs == found.model.cubemlp.d_hiddens == [(6, 3, 16)]
+    assert parse_yaml("base: &b {x: 1, y: 2}\nmore: {<<: *b, y: 3}") == {
+        "base": {"x": 1, "y": 2},
+        "more": {"x": 1, "y": 3},
+    }

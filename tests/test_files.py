@@ -4,12 +4,24 @@ import errno
 import json
 import os
 import stat
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from engine.errors import OutputError
-from engine.files import append_text, atomic_file, atomic_path, output_error, sweep_folder, write_json, write_text
+from engine.errors import EngineError, OutputError, printable
+from engine.files import (
+    append_text,
+    atomic_file,
+    atomic_path,
+    is_compressed,
+    output_error,
+    parse_json,
+    read_text,
+    sweep_folder,
+    write_json,
+    write_text,
+)
 
 
 def names(folder):
@@ -194,3 +206,60 @@ def test_appending_cuts_off_what_lies_beyond(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError):
         append_text(tmp_path / "folder", "x", at=0)
+
+
+# -- what strangers wrote --
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred\x07", "\\x1b[31mred\\x07"),
+        ("a\rb\x00\x9b", "a\\rb\\x00\\x9b"),
+        ("\u202egpj\u2066\ufeff", "\\u202egpj\\u2066\\ufeff"),
+        ("half \ud800", "half \\ud800"),
+        ("two\nlines\tand a tab", "two\nlines\tand a tab"),
+        ("\u00e9 \u4e2d\u6587 \u0627 \U0001f44d\u200d", "\u00e9 \u4e2d\u6587 \u0627 \U0001f44d\u200d"),
+    ],
+)
+def test_nothing_that_is_printed_acts(text, shown):
+    assert printable(text) == shown
+    assert printable(printable(text)) == shown
+    assert str(EngineError(text, "x", "y", "Do.")) == f"{printable(' '.join(text.split()))}: found x; expected y. Do."
+
+
+def test_reading_a_strangers_text(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("caf\u00e9", encoding="utf-8")
+    assert read_text(path, 5) == "caf\u00e9"
+    with pytest.raises(ValueError, match="5 bytes, more than the 4"):
+        read_text(path, 4)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_text(path, 4)
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(OSError, match="neither a file nor a folder"):
+            read_text(place, 4)
+    with pytest.raises(OSError, match="a folder"):
+        read_text(tmp_path, 4)
+
+
+def test_json_fails_in_one_way():
+    assert parse_json(b'{"a": [1]}') == {"a": [1]}
+    for text in ("[" * 100_000, '{"a":' * 100_000, "{", ""):
+        with pytest.raises(ValueError):
+            parse_json(text)
+
+
+def test_an_archive_that_holds_more_than_its_size(tmp_path):
+    for name, kind in (("plain", zipfile.ZIP_STORED), ("bomb", zipfile.ZIP_DEFLATED)):
+        with zipfile.ZipFile(tmp_path / name, "w", kind) as archive:
+            archive.writestr("data", bytes(10**6))
+    (tmp_path / "other").write_bytes(b"PK\x03\x04 no archive")
+    assert [is_compressed(tmp_path / name) for name in ("plain", "bomb", "other", "none")] == [
+        False,
+        True,
+        False,
+        False,
+    ]

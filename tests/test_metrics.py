@@ -1,5 +1,6 @@
 import csv
 import math
+import os
 import warnings
 
 import numpy as np
@@ -334,3 +335,40 @@ def test_bad_prediction_files(tmp_path):
     with pytest.raises(OutputError):
         write_predictions(tmp_path / "file" / "p.csv", ["a"], [1], [1])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "p.csv"]
+
+
+FORMULAS = [
+    "=1+1",
+    "@SUM(A1)",
+    "+1+cmd|' /C calc'!A0",
+    "-2+3",
+    "\tx",
+    "\rx",
+    "'=x",
+    "''@x",
+    "-1+HYPERLINK(0)",
+    "\uff1dx",
+]
+PLAIN = ["a", "-3g5yACwYnA_1", "-THoVjtIkeU[3]", "-1.5", "+a", "'a", "''", "", "a=b", "video$_$1", "x'=1"]
+
+
+def test_no_spreadsheet_runs_an_id(tmp_path):
+    ids = FORMULAS + PLAIN
+    numbers = np.linspace(-2, 2, len(ids), dtype=np.float32)
+    write_predictions(tmp_path / "p.csv", ids, numbers, -numbers)
+    with (tmp_path / "p.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))[1:]
+    assert [row[0] for row in rows] == [f"'{text}" for text in FORMULAS] + PLAIN
+    assert [float(row[1]) for row in rows] == pytest.approx(numbers, rel=1e-6)  # a negative number stays one
+    found = read_predictions(tmp_path / "p.csv")
+    assert found.ids == ids
+    assert np.array_equal(found.label, numbers) and np.array_equal(found.prediction, -numbers)
+    write_summary_csv(tmp_path / "s.csv", {"=cmd|x": [{"mae": 1.0}]})
+    assert (tmp_path / "s.csv").read_text().splitlines()[1].startswith("'=cmd|x,")
+
+
+def test_predictions_of_another_form_are_told(tmp_path):
+    path = tmp_path / "p.csv"
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="found no file; expected a predictions CSV"):
+        read_predictions(path)

@@ -16,7 +16,7 @@ from engine.metrics import (
     regression_metrics,
     write_predictions,
 )
-from engine.report import TERMS, environment, principal_plane, write_report
+from engine.report import TERMS, environment, principal_plane, read_run, render, write_report
 from engine.report_charts import number, ticks
 
 ESTIMATORS = (
@@ -425,3 +425,30 @@ def test_environment_names_no_place():
     found = environment()
     assert {"python", "torch", "numpy", "system", "processor", "device"} <= set(found)
     assert all(isinstance(value, str) for value in found.values()) and "/" not in "".join(found.values())
+
+
+def test_epochs_terms_and_names_of_strangers(tmp_path):
+    """What cannot be drawn is left out and said; names are text, with their control characters written out."""
+    hostile = "<script>alert(1)</script>\x1b[2J\u202e"
+    record = {"epoch": 0, "train": {"loss": 1.0, "information": {hostile: 0.5}}}
+    lines = [record, {**record, "epoch": 10**30}, {**record, "epoch": 1, "train": {"loss": 10**400}}]
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.yaml").write_text(f"train: {{loss: {json.dumps(hostile)}}}\ndata: {{modalities: [[text]]}}\n")
+    (tmp_path / "predictions_test.csv").write_text(f"id,label,prediction\n{hostile},1,2\n'=x,1e30,0\n", "utf-8")
+    with pytest.warns(UserWarning, match=r"no checksums\.json"):
+        found = read_run(tmp_path)
+    page = render(found)
+    assert [epoch["epoch"] for epoch in found.history] == [0, 1]
+    assert "history.jsonl line 2 cannot be read and is left out." in page
+    assert "<script>alert" not in page and "\x1b" not in page and "\u202e" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;\\x1b[2J\\u202e") >= 3
+    assert found.predictions["test"].ids[1] == "=x"
+
+
+def test_class_numbers_beyond_a_table(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"test": {"acc": 1, "recall_' + "9" * 5000 + '": 1, "recall_3": 0.5}}')
+    (tmp_path / "predictions_test.csv").write_text("id,label,prediction\na,1e30,0\n")
+    with pytest.warns(UserWarning, match=r"no checksums\.json"):
+        page = render(read_run(tmp_path))
+    assert "Class numbers that are not 0 to 99: no table of confusions." in page
+    assert "class 3" in page and "999" not in page

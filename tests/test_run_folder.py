@@ -470,3 +470,46 @@ def test_a_signal_that_is_ignored_stays_so(monkeypatch, capsys):
 def test_the_names_of_a_runs_files_are_known(run):
     """What `engine demo` removes of an earlier demo."""
     assert {path.name for path in run.iterdir()} <= set(run_folder.FILES)
+
+
+def changed_checkpoint(run: Path, name: str, **values) -> None:
+    state, meta = checkpoint.load(run / name)
+    state |= {k: v for k, v in values.items() if k in state}
+    meta |= {k: v for k, v in values.items() if k not in state}
+    checkpoint.save(run / name, state, meta)
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"audio_dim": 10**9}, "a description of another form"),
+        ({"audio_dim": 900_000}, r"audio_encoder\.\S+ of shape \[48, 5\].*expected shape \[48, 900000\]"),
+        ({"epoch": "1"}, "a description of another form"),
+        ({"settings": [1]}, "settings: found an unknown key"),
+        ({"text_encoder": None}, "a description of another form"),
+        ({"model": [1]}, "something else than a state"),
+        ({"objective": {"x": torch.zeros(1, dtype=torch.complex64)}}, "something else than a state"),
+    ],
+)
+def test_a_checkpoint_that_describes_another_model_takes_no_memory(run, values, found, monkeypatch):
+    """It is compared with its tensors while the model is made of none."""
+    built = []
+    monkeypatch.setattr(trainer, "_build", lambda *a, build=trainer._build: built.append(build(*a)) or built[-1])
+    changed_checkpoint(run, "best.safetensors", **values)
+    with pytest.raises(EngineError, match=found) as error:
+        trainer.load_run(run)
+    assert "\n" not in str(error.value)
+    own = [p for model, _ in built for name, p in model.named_parameters()]
+    assert all(p.device.type == "meta" for p in own)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"optimizers": {"main": [1]}}, {"bank": {"rows": 5}}, {"rng": {"torch": 5}}, {"history": "x"}, {"epoch": None}],
+)
+def test_a_state_of_another_form_is_told(run, config, values):
+    changed_checkpoint(run, "last.safetensors", **values)
+    settings = changed(config, epochs=4, output={"features": True, "report": True})
+    with pytest.raises(CheckpointError, match="another form") as error:
+        trainer.train(settings, run, resume=True)
+    assert "\n" not in str(error.value)

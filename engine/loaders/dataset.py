@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.config import MODALITIES, AugmentConfig, DataConfig
-from engine.errors import DataError, OutputError
+from engine.errors import DataError, OutputError, printable
 from engine.kernels.ragged import Source
 from engine.loaders import formats
 from engine.loaders.augment import Augmentation
@@ -645,5 +645,5 @@ def open_dataset(
             "the test split has no labels: it is predicted, and the run is evaluated on the valid split only"
         )
     for line in dataset.report.lines():
-        warnings.warn(f"{path}: {line}", DataWarning, stacklevel=2)
+        warnings.warn(printable(f"{path}: {line}"), DataWarning, stacklevel=2)
     return dataset

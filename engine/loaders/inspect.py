@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from engine.errors import DataError
+from engine.errors import DataError, printable
 from engine.loaders import formats
 from engine.loaders.formats import SPLIT_ALIASES, Source, csv_header
 from engine.loaders.ragged import Ragged
@@ -62,13 +62,18 @@ class InspectReport:
     def render(self) -> Group:
         """The report for a rich console."""
         from rich.console import Group
+        from rich.markup import escape as _escape
         from rich.table import Table
         from rich.text import Text
 
+        def line(text: object, style: str = "") -> Text:
+            """Of names from a file: no markup, and nothing that acts on the terminal."""
+            return Text(printable(text), style=style)
+
         sizes = ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in self.files.items())
-        parts: list[Any] = [Text(f"{self.path}: {self.format}", style="bold"), Text(f"files: {sizes}")]
+        parts: list[Any] = [line(f"{self.path}: {self.format}", "bold"), line(f"files: {sizes}")]
         if self.splits:
-            rule = f" (rule {self.length_rule})" if self.length_rule else ""
+            rule = _escape(printable(f" (rule {self.length_rule})")) if self.length_rule else ""
             table = Table("split", "samples", "modality", "dim", "dtype", f"length min / median / max{rule}",
                           "NaN, inf", "missing", "dropped", "zero frames")  # fmt: skip
             for name, split in self.splits.items():
@@ -93,12 +98,12 @@ class InspectReport:
             table = Table("split", "key", "content")
             for name, keys in self.layout.items():
                 for i, (key, content) in enumerate(keys.items()):
-                    table.add_row(name if i == 0 else "", key, content)
+                    table.add_row(line(name if i == 0 else ""), line(key), line(content))
             parts.append(table)
-        parts += [Text(f"note: {line}") for line in self.notes]
+        parts += [line(f"note: {note}") for note in self.notes]
         if self.duplicates:
-            parts.append(Text(f"duplicate ids: {len(self.duplicates)} ({', '.join(self.duplicates[:5])})", style="red"))
-        parts += [Text(f"problem: {line}", style="red") for line in self.problems]
+            parts.append(line(f"duplicate ids: {len(self.duplicates)} ({', '.join(self.duplicates[:5])})", "red"))
+        parts += [line(f"problem: {problem}", "red") for problem in self.problems]
         if not self.problems:
             parts.append(Text("no problems", style="green"))
         return Group(*parts)

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.allocator import large_pages
 from engine.config import DataConfig
 from engine.errors import DataError
-from engine.files import atomic_path
+from engine.files import atomic_path, parse_json
 from engine.kernels.ragged.cpu import scale
 
 if TYPE_CHECKING:
@@ -79,6 +79,17 @@ class ColumnNormalizer:
             result.shift = middle + mean
             result.scale = np.divide(1, deviation, out=np.zeros(dim), where=varies & (deviation > 0))
         return result
+
+    def check(self) -> None:
+        """Raise ValueError unless the statistics, which a file may hold, are such as `fit` makes."""
+        arrays = (self.low, self.shift, self.scale)
+        if any(a.dtype != np.float64 or a.ndim != 1 or len(a) != self.dim for a in arrays):
+            raise ValueError("statistics that are not float64 [d]")
+        if not all(np.isfinite(a).all() for a in arrays):
+            raise ValueError("statistics that are not finite")
+        clipped = self.clip is None or (isinstance(self.clip, (int, float)) and 0 < self.clip < np.inf)
+        if self.kind not in ("none", "zscore", "minmax") or type(self.log) is not bool or not clipped:
+            raise ValueError("settings of another form")
 
     @property
     def dim(self) -> int:
@@ -215,14 +226,18 @@ class Normalizer:
             DataError: the file is missing or is something else.
         """
         try:
+            if not Path(path).is_file():
+                raise OSError("no file" if Path(path).exists() else "no such file")
             with safe_open(str(path), framework="numpy") as file:
-                settings = json.loads(file.metadata()["normalizer"])
+                settings = parse_json(file.metadata()["normalizer"])
                 parts = {
                     m: ColumnNormalizer(
                         **settings[m], **{k: file.get_tensor(f"{m}.{k}") for k in ("low", "shift", "scale")}
                     )
                     for m in ("audio", "vision")
                 }
+            for part in parts.values():
+                part.check()
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as cause:
             raise DataError(
                 str(path),

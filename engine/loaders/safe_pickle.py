@@ -2,9 +2,10 @@
 
 A pickle is a program. The machine here executes only what builds numpy arrays, numbers, text and plain containers:
 every name a pickle asks for must be on `ALLOWED`, and what it gets under that name is a function of ours, never the
-real callable. Instructions cannot cost more than the file's own size accounts for: shared lists and texts are counted
-each time they are referred to, nothing may hold itself, integers have at most 64 bits, and keys are text or numbers.
-An array of numbers may be shared by any number of rows and splits, since it is not copied.
+real callable. Instructions cannot cost more than the file's own size accounts for: texts are counted when they are
+made, shared lists and texts each time they are referred to, nothing may hold itself, integers have at most 64 bits, and
+keys are text or real numbers, or short tuples of them, few of which may share a hash. An array of numbers may be shared
+by any number of rows and splits, since it is not copied.
 
 Byte strings that Python 2 wrote become text: UTF-8, or Latin-1 where they are not that.
 
@@ -15,6 +16,8 @@ a 12 GB file costs what is later touched, not 12 GB.
 from __future__ import annotations
 
 import codecs
+import gc
+import math
 import mmap
 import pickle
 import re
@@ -29,11 +32,14 @@ from engine.errors import DataError
 
 LARGE = 1 << 16  # payloads from this size on are views of the file
 MAX_DEPTH = 64
-MAX_STEPS = 1 << 26  # a pickle of millions of instructions is no data set
-MAX_CONTAINERS = 1 << 23
+MAX_STEPS = 1 << 25  # a pickle of millions of instructions is no data set
+MAX_CONTAINERS = 1 << 22
 SHARING = 16  # how often, on average, a byte of the file may be referred to
 SPARE = 1 << 26  # bytes that may be referred to besides, for small files
 WIDEST_KEY = 8  # items of a tuple that is a key
+TEXT_BYTES = 56  # what a text takes in memory besides its characters
+SET_CONTAINERS = 4  # lists whose memory one set takes
+ONE_HASH = 16  # keys of one hash: each is compared with all others
 
 _HEADS = (
     (
@@ -79,6 +85,8 @@ class _Truncated(Exception):
 class _ByteString(bytes):
     """A str of Python 2: the bytes of an array, or text."""
 
+    __slots__ = ()
+
     def text(self) -> str:
         return decoded(bytes(self))
 
@@ -100,7 +108,9 @@ class _Dtype:
     __slots__ = ("code", "order")
 
     def __init__(self, code: Any, *_: Any):
-        code = code.decode("ascii") if isinstance(code, bytes) else str(code)
+        code = code.decode("ascii") if isinstance(code, bytes) else code
+        if not isinstance(code, str):  # the text of nested lists may have no end
+            raise _Refused(f"a numpy dtype of a {type(code).__name__}")
         if not re.fullmatch(r"[<>=|]?[biufcSUO]\d{0,9}", code):
             raise _Refused(f"numpy dtype {code[:40]!r}")
         self.order = code[0] if code[0] in "<>=|" else "="
@@ -132,11 +142,11 @@ class _Array:
 def _array(raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     if not isinstance(dtype, _Dtype):
         raise pickle.UnpicklingError("an array without a dtype")
-    shape = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
-    kind = dtype.numpy()
-    count = int(np.prod(shape, dtype=object)) if shape else 1
-    if len(shape) > 32 or any(n < 0 for n in shape):
-        raise pickle.UnpicklingError(f"an array of shape {str(shape)[:80]}")
+    shape = (shape,) if isinstance(shape, int) else shape
+    if not isinstance(shape, (tuple, list)) or len(shape) > 32 or any(type(n) is not int or n < 0 for n in shape):
+        raise pickle.UnpicklingError("an array without a shape")
+    shape, kind = tuple(shape), dtype.numpy()
+    count = math.prod(shape)
     if kind.hasobject:
         if not isinstance(raw, list) or len(raw) != count:
             raise pickle.UnpicklingError(f"an object array of shape {shape} without its {count} objects")
@@ -179,8 +189,10 @@ def _frombuffer(raw: Any, dtype: Any, shape: Any, order: str = "C", axes: Any = 
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
-        raise _Refused(f"_codecs.encode to {str(encoding)[:40]!r}")
+    if not isinstance(text, str) or not isinstance(encoding, (str, bytes)):
+        raise _Refused("_codecs.encode of something that is no text")
+    if encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
+        raise _Refused(f"_codecs.encode to {encoding[:40]!r}")
     return text.encode(encoding)
 
 
@@ -194,22 +206,58 @@ def _bytes(kind: type) -> Callable:
 
 
 def _set(kind: type) -> Callable:
-    return lambda items=(): kind(_key(item) for item in items)
+    def build(items: Any = ()) -> Any:
+        if not isinstance(items, (list, tuple, set, frozenset)):
+            raise _Refused(f"a set of a {type(items).__name__}")
+        return kind(map(_Hashes().key, items))
+
+    return build
 
 
 def _key(value: Any) -> Any:
     """`value` if it may be a key. Nested tuples may not: hashing one that is nested deeply overflows the stack."""
     if isinstance(value, _ByteString):
         return value.text()
-    if value is None or isinstance(value, (str, bytes, int, float, np.generic)):
+    if value is None or isinstance(value, (str, bytes, int, float)):
+        return value
+    if isinstance(value, np.generic) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8:
         return value
     if type(value) is tuple and len(value) <= WIDEST_KEY and not any(type(item) is tuple for item in value):
         return tuple(map(_key, value))
     raise _Limit(
-        f"a {type(value).__name__} as a key",
-        f"text, numbers, or tuples of up to {WIDEST_KEY} of them as keys and in sets",
+        f"a {value.dtype if isinstance(value, np.generic) else type(value).__name__} as a key",
+        f"text, real numbers, or tuples of up to {WIDEST_KEY} of them as keys and in sets",
         "Save it under a name, or as a list.",
     )
+
+
+class _Hashes:
+    """Keys whose hashes an author can choose: of them, no more than `ONE_HASH` may share one.
+
+    Python salts the hash of a text. That of a tuple of integers is known beforehand, and a dict of 70,000 tuples of one
+    hash takes minutes.
+    """
+
+    def __init__(self) -> None:
+        self.first: tuple[dict[int, Any], ...] = {}, {}  # scalars, and tuples: numpy would compare the two by element
+        self.more: dict[tuple[bool, int], list[Any]] = {}
+
+    def key(self, value: Any) -> Any:
+        """`_key` of a value, counted.
+
+        Raises:
+            _Limit: it may not be a key, or is one too many of its hash.
+        """
+        value = _key(value)
+        if type(value) is not tuple and not isinstance(value, np.generic):
+            return value
+        plural, number = type(value) is tuple, hash(value)
+        first = self.first[plural].setdefault(number, value)
+        if first is not value and first != value and value not in (more := self.more.setdefault((plural, number), [])):
+            more.append(value)
+            if len(more) > ONE_HASH:
+                raise _Limit("keys that were chosen to have one hash", f"at most {ONE_HASH} keys of one hash")
+        return value
 
 
 def _ndarray(*_: Any) -> None:
@@ -259,9 +307,12 @@ class _Machine:
         self.data, self.view, self.size, self.at = data, memoryview(data), len(data), 0
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: list[Any] = []
         self.containers = 0
-        self.spent = 0
+        self.spent = 0  # bytes that calls have copied
+        self.held = 0  # bytes that texts take
+        self.budget = SHARING * self.size + SPARE
+        self.hashes = _Hashes()
 
     def run(self) -> Any:
         data, size, table = self.data, self.size, _TABLE
@@ -322,7 +373,24 @@ class _Machine:
         return line
 
     def push_text(self, raw: bytes) -> None:
+        self.hold(raw)
         self.stack.append(raw.decode("utf-8", "replace"))
+
+    def text_line(self) -> None:
+        line = self.line()
+        self.hold(line)
+        self.stack.append(_text(line.decode("raw-unicode-escape")))
+
+    def hold(self, raw: bytes) -> None:
+        """Account for the memory of a text: that of two letters takes thirty times its place in the file."""
+        if len(raw) > 1:  # Python keeps one object for each of the shorter ones
+            self.held += len(raw) + TEXT_BYTES
+            if self.held > self.budget:
+                raise _Limit(
+                    "texts that take far more memory than the file",
+                    f"texts that take at most {SHARING} times its {self.size} bytes (and {SPARE >> 20} MiB)",
+                    "Save them as one numpy array of text.",
+                )
 
     def pop_mark(self) -> list:
         start = self.marks.pop()
@@ -331,7 +399,7 @@ class _Machine:
         return items
 
     def new(self, container: Any) -> None:
-        self.containers += 1
+        self.containers += SET_CONTAINERS if type(container) in (set, frozenset) else 1
         if self.containers > MAX_CONTAINERS:
             raise _Limit(
                 f"more than {MAX_CONTAINERS} containers",
@@ -391,11 +459,21 @@ class _Machine:
         line = self.line().strip()
         if len(line) < 2 or line[0] != line[-1] or line[:1] not in (b"'", b'"'):
             raise pickle.UnpicklingError("a string without quotes")
-        self.stack.append(_ByteString(codecs.escape_decode(line[1:-1])[0]))
+        self.push_bytes(codecs.escape_decode(line[1:-1])[0])
 
     def byte_string(self, length: int) -> None:
         raw = self.payload(length)
-        self.stack.append(raw if isinstance(raw, memoryview) else _ByteString(raw))
+        self.stack.append(raw) if isinstance(raw, memoryview) else self.push_bytes(raw)
+
+    def push_bytes(self, raw: bytes) -> None:
+        self.hold(raw)
+        self.stack.append(_SHORT[raw] if len(raw) < 2 else _ByteString(raw))
+
+    def small_payload(self, length: int, kind: type = bytes) -> None:
+        value = self.payload(length, kind)
+        if not isinstance(value, memoryview):
+            self.hold(value)
+        self.stack.append(value)
 
     def append(self) -> None:
         value = self.stack.pop()
@@ -424,7 +502,7 @@ class _Machine:
         if type(target) is not dict or len(items) % 2:
             raise pickle.UnpicklingError(f"keys for a {type(target).__name__}")
         for i in range(0, len(items), 2):
-            target[_key(items[i])] = items[i + 1]
+            target[self.hashes.key(items[i])] = items[i + 1]
 
     def dict_mark(self) -> None:
         items = self.pop_mark()
@@ -436,10 +514,10 @@ class _Machine:
         target = self.stack[-1]
         if type(target) is not set:
             raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
-        target.update(map(_key, items))
+        target.update(map(self.hashes.key, items))
 
     def frozenset_mark(self) -> None:
-        self.new(frozenset(map(_key, self.pop_mark())))
+        self.new(frozenset(map(self.hashes.key, self.pop_mark())))
 
     def tuple_of(self, count: int) -> None:
         if len(self.stack) < count:
@@ -449,13 +527,20 @@ class _Machine:
         self.new(items)
 
     def put(self, index: int) -> None:
+        if not 0 <= index <= self.size:  # whoever numbers what is written gets no further
+            raise _Limit(f"a memo of {index} entries", f"at most {self.size}, one a byte")
+        missing = index + 1 - len(self.memo)
+        if missing > 0:
+            self.memo += [_NOTHING] * missing
         self.memo[index] = self.stack[-1]
 
     def get(self, index: int) -> None:
+        if not 0 <= index < len(self.memo) or self.memo[index] is _NOTHING:
+            raise pickle.UnpicklingError(f"no memo {index}")
         self.stack.append(self.memo[index])
 
     def memoize(self) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
+        self.memo.append(self.stack[-1])
 
     def name(self, module: str, name: str) -> None:
         try:
@@ -500,7 +585,7 @@ class _Machine:
                 self.spent += len(a)
             elif isinstance(a, (list, tuple, set, frozenset)):
                 self.spent += SHARING * len(a)  # an item takes far longer than a byte
-        if self.spent > SHARING * self.size + SPARE:
+        if self.spent > self.budget:
             raise _Limit(
                 "calls that copy more than the file holds",
                 f"calls that copy at most {SHARING} times its {self.size} bytes (and {SPARE >> 20} MiB)",
@@ -515,6 +600,8 @@ class _Machine:
         target.build(state)
 
 
+_NOTHING = object()  # a memo's entry that was not written
+_SHORT = {raw: _ByteString(raw) for raw in (b"", *(bytes([i]) for i in range(256)))}
 _U1, _U2, _U4, _U8 = (struct.Struct(f"<{c}") for c in "BHIQ")
 _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
 
@@ -539,11 +626,11 @@ def _table() -> list[Callable[[_Machine], None] | None]:
         b"M": push(lambda s: s.take(_U2)), b"\x8a": m.long1, b"\x8b": m.long4,
         b"F": m.float_line, b"G": push(lambda s: s.take(_F8)),
         b"S": m.string, b"T": lambda s: s.byte_string(s.take(_I4)), b"U": lambda s: s.byte_string(s.take(_U1)),
-        b"V": push(lambda s: _text(s.line().decode("raw-unicode-escape"))),
+        b"V": m.text_line,
         b"X": lambda s: s.push_text(s.raw(s.take(_U4))), b"\x8c": lambda s: s.push_text(s.raw(s.take(_U1))),
         b"\x8d": lambda s: s.push_text(s.raw(s.take(_U8))),
-        b"B": push(lambda s: s.payload(s.take(_U4))), b"C": push(lambda s: s.raw(s.take(_U1))),
-        b"\x8e": push(lambda s: s.payload(s.take(_U8))), b"\x96": push(lambda s: s.payload(s.take(_U8), bytearray)),
+        b"B": lambda s: s.small_payload(s.take(_U4)), b"C": lambda s: s.small_payload(s.take(_U1)),
+        b"\x8e": lambda s: s.small_payload(s.take(_U8)), b"\x96": lambda s: s.small_payload(s.take(_U8), bytearray),
         b"]": lambda s: s.new([]), b"a": m.append, b"e": m.appends, b"l": lambda s: s.new(s.pop_mark()),
         b")": lambda s: s.stack.append(()), b"t": lambda s: s.new(tuple(s.pop_mark())),
         b"\x85": lambda s: s.tuple_of(1), b"\x86": lambda s: s.tuple_of(2), b"\x87": lambda s: s.tuple_of(3),
@@ -561,6 +648,9 @@ def _table() -> list[Callable[[_Machine], None] | None]:
 
 
 _TABLE = _table()
+
+
+_NUMBERS = {int, float, bool, type(None)}
 
 
 class _Settle:
@@ -585,7 +675,10 @@ class _Settle:
         if kind in (str, bytes, bytearray, memoryview):
             return value, len(value)
         if kind in (set, frozenset):
-            return value, 8 * len(value)
+            if id(value) not in self.done:
+                self.keep.append(value)
+                self.done[id(value)] = value, 8 * len(value) + sum(len(i) for i in value if isinstance(i, (str, bytes)))
+            return self.done[id(value)]
         if kind in (int, float, bool) or value is None or isinstance(value, np.generic):
             return value, 8
         if kind not in (dict, list, tuple, np.ndarray):
@@ -603,16 +696,22 @@ class _Settle:
         if kind is dict:
             for key, item in value.items():
                 value[key], size = self(item, depth + 1)
-                total += size + 8
+                total += size + (len(key) if isinstance(key, (str, bytes)) else 8)
         elif kind is tuple:
             pairs = [self(item, depth + 1) for item in value]
             total += sum(size for _, size in pairs)
             result = tuple(item for item, _ in pairs)
         else:
             flat = value if kind is list else value.reshape(-1, order="A")
-            for i, item in enumerate(flat):
-                flat[i], size = self(item, depth + 1)
-                total += size
+            kinds = set(map(type, flat))
+            if kinds <= _NUMBERS:
+                total += 8 * len(flat)
+            elif kinds == {str}:
+                total += sum(map(len, flat))
+            else:
+                for i, item in enumerate(flat):
+                    flat[i], size = self(item, depth + 1)
+                    total += size
         if total > self.limit:
             raise _Limit(
                 f"lists and texts that are shared more often than {SHARING} times on average",
@@ -630,7 +729,13 @@ def loads(data: mmap.mmap | bytes) -> Any:
     Raises:
         Exception: of any kind for a damaged pickle; `load` makes them one `DataError`.
     """
-    return _Settle(SHARING * len(data) + SPARE)(_Machine(data).run())[0]
+    collects = gc.isenabled()
+    gc.disable()  # it would look through millions of new lists again and again
+    try:
+        return _Settle(SHARING * len(data) + SPARE)(_Machine(data).run())[0]
+    finally:
+        if collects:
+            gc.enable()
 
 
 def load(path: str | Path) -> Any:
@@ -645,6 +750,8 @@ def load(path: str | Path) -> Any:
     path = Path(path)
     expected = "a pickle of numpy arrays, text and plain containers"
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("no file")
         with path.open("rb") as file:
             head = file.read(64)
             if not head:

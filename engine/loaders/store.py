@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from engine import __version__
 from engine.config import MODALITIES
 from engine.errors import DataError, OutputError
-from engine.files import atomic_file, cache_home, user_path
+from engine.files import atomic_file, cache_home, parse_json, user_path
 from engine.loaders.formats import SPLITS, RawDataset, RawSplit, Source, missing_split, remarks
 from engine.loaders.ragged import LengthRule, Ragged, absent, release, zero_frames
 from engine.loaders.text import Tokenizer
@@ -42,6 +42,7 @@ VERSION = 2  # 1: padding was taken to be where the format has it, whatever the 
 KEY = "engine_store"
 FILE = "store.safetensors"
 HEAD_BYTES = 1 << 20
+HEADER_BYTES = 1 << 26  # of a store: it holds a checksum a source file
 
 NAN_WORDS = ("nan", "none", "null", "<na>", "n/a")
 CHUNK = 1 << 24  # bytes that are written or summed at a time
@@ -467,6 +468,9 @@ class _File:
     """
 
     def __init__(self, path: Path):
+        with path.open("rb") as file:
+            if HEADER_BYTES < int.from_bytes(file.read(8), "little") <= path.stat().st_size:
+                raise ValueError(f"a header of more than {HEADER_BYTES} bytes")
         with safe_open(str(path), framework="numpy") as checked:  # offsets and sizes fit together
             metadata = checked.metadata() or {}
         self.path, self._file = path, path.open("rb")
@@ -475,9 +479,9 @@ class _File:
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         (length,) = struct.unpack("<Q", self._map[:8])
         self._start = 8 + length
-        self._entries = json.loads(self._map[8 : self._start])
+        self._entries = parse_json(self._map[8 : self._start])
         self._entries.pop("__metadata__", None)
-        self.meta = json.loads(metadata[KEY])
+        self.meta = parse_json(metadata[KEY])
 
     def _stat(self) -> tuple[int, int]:
         state = os.fstat(self._file.fileno())
@@ -611,7 +615,7 @@ def _open(path: Path) -> tuple[_File, StoreData]:
             "a store made by `engine convert`",
             "Name the data's own file.",
         ) from None
-    except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as cause:
+    except (OSError, SafetensorError, ValueError, TypeError, AttributeError, OverflowError) as cause:
         raise _damaged(path, cause) from None
     if version != VERSION:
         maker = f" (engine {meta['engine']})" if "engine" in meta else ""

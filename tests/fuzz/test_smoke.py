@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 
 from tests.fuzz.__main__ import mutated
-from tests.fuzz.targets import TARGETS, execute
+from tests.fuzz.folders import TARGETS as FOLDERS
+from tests.fuzz.targets import TARGETS as READERS
+from tests.fuzz.targets import execute
 
-RUNS = {"csd": 60}
+TARGETS = READERS | FOLDERS
+
+RUNS = {"csd": 60, "run": 100, "report": 150}
 
 
 @pytest.mark.parametrize("reader", TARGETS)

@@ -1,5 +1,7 @@
 """Every way in which data can be wrong is one line: file, key, row or id, what was found and expected, what to do."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -615,3 +617,18 @@ def test_a_label_key_that_is_not_there(tmp_path, data, tokenizer):
         opened(path, "classification_labels_T")
     with pytest.raises(DataError, match=r"with data\.label_key=classification_labels; expected an MMSA file"):
         opened(writers.write_manifest(tmp_path / "own", data), "classification_labels")
+
+
+@pytest.mark.parametrize("cell", ["audio/loop.npy", "n" * 300 + ".npy", "audio/pipe.npy"])
+def test_manifest_cells_that_name_no_file(tmp_path, data, tokenizer, cell):
+    folder = writers.write_manifest(tmp_path / "m", data)
+    (folder / "audio" / "loop.npy").symlink_to("loop.npy")
+    os.mkfifo(folder / "audio" / "pipe.npy")
+    table = folder / "manifest.csv"
+    lines = table.read_text().splitlines()
+    cells = lines[1].split(",")
+    cells[lines[0].split(",").index("audio")] = cell
+    table.write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]))
+    with pytest.raises(DataError, match="no file") as error:
+        open_dataset(folder, DataConfig(), tokenizer)
+    assert "\n" not in str(error.value)

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from engine.loaders.convert import convert
-from engine.loaders.inspect import inspect_path
+from engine.loaders.inspect import InspectReport, inspect_path
 from tests.loaders import writers
 from tests.loaders.test_store import damage
 from tests.loaders.test_text import small_tokenizer
@@ -113,3 +113,15 @@ def test_store_says_what_its_source_said(tmp_path, data):
     assert "checksum" in inspect_path(path, verify=True).problems[0]
     path.write_bytes(path.read_bytes()[:50])
     assert "damaged store" in inspect_path(path).problems[0]
+
+
+def test_names_from_a_file_are_text_and_nothing_else():
+    """No markup of rich, and nothing that acts on the terminal."""
+    hostile = "[/red]\x1b]0;owned\x07\u202e"
+    report = InspectReport(hostile, hostile, {hostile: 5}, layout={hostile: {hostile: hostile}}, notes=[hostile],
+                           duplicates=[hostile], problems=[hostile])  # fmt: skip
+    out = io.StringIO()
+    Console(file=out, width=400, force_terminal=False).print(report.render())
+    shown = "[/red]\\x1b]0;owned\\x07\\u202e"
+    assert out.getvalue().count(shown) == 9
+    assert "\x1b" not in out.getvalue() and "\u202e" not in out.getvalue()

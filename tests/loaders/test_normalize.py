@@ -118,3 +118,25 @@ def test_load_names_the_file(tmp_path):
 def test_other_width_is_an_error():
     with pytest.raises(DataError, match="2 feature columns; expected 3"):
         Normalizer.fit(split(0), DataConfig()).apply("audio", np.ones((1, 2), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"scale": np.full(3, np.nan)}, "not finite"),
+        ({"shift": np.zeros(2)}, "not float64"),
+        ({"low": np.zeros((3, 1))}, "not float64"),
+        ({"low": np.zeros(3, np.float32)}, "not float64"),
+        ({"kind": "other"}, "another form"),
+        ({"clip": "x"}, "another form"),
+        ({"log": 1}, "another form"),
+    ],
+)
+def test_statistics_that_fit_does_not_make_are_refused(tmp_path, changes, found):
+    sound = {"kind": "zscore", "log": False, "clip": 5.0} | {k: np.ones(3) for k in ("low", "shift", "scale")}
+    path = tmp_path / "n.safetensors"
+    Normalizer(ColumnNormalizer(**sound), ColumnNormalizer(**sound)).save(path)
+    assert Normalizer.load(path).audio.dim == 3
+    Normalizer(ColumnNormalizer(**sound), ColumnNormalizer(**(sound | changes))).save(path)
+    with pytest.raises(DataError, match=found):
+        Normalizer.load(path)

@@ -279,8 +279,11 @@ def test_lengths_beyond_the_file_allocate_nothing(tmp_path):
         path.write_bytes(b"\x80\x04" + body + b"abc.")
         with pytest.raises(DataError, match="ends early"):
             safe_pickle.load(path)
-    path.write_bytes(b"\x80\x04Nr" + struct.pack("<I", (1 << 32) - 1) + b".")  # a memo index, not a table of 32 GB
-    assert safe_pickle.load(path) is None
+    path.write_bytes(b"\x80\x04Nr" + struct.pack("<I", (1 << 32) - 1) + b".")  # not a table of 32 GB
+    with pytest.raises(DataError, match="a memo of 4294967295 entries"):
+        safe_pickle.load(path)
+    path.write_bytes(b"\x80\x04Nq\x05K\x01h\x05\x86.")  # a memo with gaps, as optimised pickles have it
+    assert safe_pickle.load(path) == (1, None)
 
 
 def test_deep_nesting_is_one_line(tmp_path):
@@ -394,3 +397,77 @@ def test_bombs_are_refused_in_little_memory(tmp_path, name, monkeypatch):
 def test_missing_file(tmp_path):
     with pytest.raises(DataError, match="No such file"):
         safe_pickle.load(tmp_path / "none.pkl")
+
+
+def numpy_scalars(kind, values):
+    start = (
+        b"cnumpy.core.multiarray\nscalar\nq\x00cnumpy\ndtype\n(X"
+        + struct.pack("<I", len(kind))
+        + kind.encode()
+        + b"tRq\x01}("
+    )
+    return raw(start, *(b"h\x00h\x01C" + bytes([len(v)]) + v + b"\x86RN" for v in values), b"u")
+
+
+def test_keys_of_one_hash_are_few(tmp_path, monkeypatch):
+    """-1 and -2 have one hash, and so have tuples of them: 17 such pairs are data, one more key is an attack."""
+    path = tmp_path / "x.pkl"
+    few = {(-1 - i % 2, -1 - i // 2 % 2, -1 - i // 4 % 2, -1 - i // 8 % 2): i for i in range(16)}
+    assert len({hash(key) for key in few}) == 1
+    assert safe_pickle.load(write(path, [few] * 100)) == [few] * 100  # the same keys in every row count once
+    many = {(*key, last): last for key in few for last in (-1, -2)}
+    with pytest.raises(DataError, match="keys that were chosen to have one hash; expected at most 16"):
+        safe_pickle.load(write(path, many))
+    with pytest.raises(DataError, match="keys that were chosen"):
+        safe_pickle.load(write(path, set(many)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [("c16", np.complex128(1)), ("c8", np.complex64(1)), ("f16", np.longdouble(1))]
+)
+def test_numbers_that_are_no_keys(tmp_path, kind, value):
+    (tmp_path / "x.pkl").write_bytes(numpy_scalars(kind, [value.tobytes()]))
+    with pytest.raises(DataError, match="as a key; expected text, real numbers"):
+        safe_pickle.load(tmp_path / "x.pkl")
+
+
+def test_real_numbers_are_keys(tmp_path):
+    content = {np.float32(1.5): 1, np.int64(-3): 2, np.float64(2.5): 3, b"b": 4, "s": 5}
+    assert safe_pickle.load(write(tmp_path / "x.pkl", content)) == content
+
+
+@pytest.mark.parametrize("limit", ["texts", "memo"])
+def test_texts_and_memo_are_charged(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(safe_pickle, "SPARE", 1 << 10)
+    path = tmp_path / "x.pkl"
+    if limit == "texts":
+        path.write_bytes(raw(b"(" + b"\x8c\x02ab" * 900 + b"l"))  # 58 bytes each, of 4 in the file
+        assert safe_pickle.load(path) == ["ab"] * 900
+        path.write_bytes(raw(b"(" + b"U\x02ab" * 100 + b"\x8c\x02ab" * 9000 + b"l"))
+        assert len(safe_pickle.load(path)) == 9100
+        monkeypatch.setattr(safe_pickle, "TEXT_BYTES", 63)
+        with pytest.raises(DataError, match=r"texts that take far more memory than the file; expected .* 16 times"):
+            safe_pickle.load(path)
+    else:
+        path.write_bytes(raw(b"N", b"\x94" * 5000))
+        assert safe_pickle.load(path) is None
+        machine = safe_pickle._Machine(path.read_bytes())
+        machine.run()
+        assert type(machine.memo) is list and len(machine.memo) == 5000  # 8 bytes an entry, not a dict's 100
+
+
+def test_shapes_and_names_of_endless_size(tmp_path):
+    path = tmp_path / "x.pkl"
+    array = b"cnumpy.core.numeric\n_frombuffer\n(C\x04abcdcnumpy\ndtype\n(X\x02\x00\x00\x00f4tR("
+    path.write_bytes(raw(array, b"M\xff\xff" * 33, b"ttR"))
+    with pytest.raises(DataError, match="an array without a shape"):
+        safe_pickle.load(path)
+    path.write_bytes(raw(b"cnumpy\ndtype\n(]tR"))
+    with pytest.raises(DataError, match="a numpy dtype of a list"):
+        safe_pickle.load(path)
+    path.write_bytes(raw(b"c_codecs\nencode\n(X\x01\x00\x00\x00a]tR"))
+    with pytest.raises(DataError, match="something that is no text"):
+        safe_pickle.load(path)
+    os.mkfifo(tmp_path / "pipe.pkl")
+    with pytest.raises(DataError, match="no file"):
+        safe_pickle.load(tmp_path / "pipe.pkl")

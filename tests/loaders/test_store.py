@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import engine
 from engine.config import DataConfig
@@ -408,3 +409,11 @@ def test_memory_of_a_conversion(tmp_path):
     found = drive("memory", tmp_path)
     assert found["peak"] < 1.5 * found["ragged"]
     assert found["peak"] < 0.5 * found["pickle"]
+
+
+@pytest.mark.parametrize("meta", ["[" * 100_000, '{"version": 1e999, "counts": {}}', "[1]", "9" * 5000])
+def test_a_description_of_another_form(tmp_path, meta):
+    save_file({"x": np.zeros(3, np.float32)}, tmp_path / "x.safetensors", {"engine_store": meta})
+    with pytest.raises(DataError) as error:
+        open_store(tmp_path / "x.safetensors")
+    assert "\n" not in str(error.value)

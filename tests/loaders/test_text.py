@@ -1,5 +1,8 @@
 """Tokenisers by name, and their fingerprints."""
 
+import json
+import os
+import re
 import subprocess
 import sys
 
@@ -7,7 +10,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from engine.errors import DataError
+from engine.errors import ConfigError, DataError
+from engine.loaders import text as module
 from engine.loaders.text import load_tokenizer, packaged_minilm
 from tests.loaders.writers import WORDS
 
@@ -100,3 +104,42 @@ def test_a_folder_without_a_vocabulary(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 32}')
     with pytest.raises(DataError, match=r"a tokeniser that knows no word; expected its vocabulary"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"num_hidden_layers": 1001}, "num_hidden_layers = 1001; expected at most 1000"),
+        ({"text_config": {"hidden_size": 2**24 + 1}}, "hidden_size = 16777217; expected at most 16777216"),
+        ({"vocab_size": 10**30}, "vocab_size = a number of more than 20 digits"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "with quantization_config"),
+    ],
+)
+def test_a_model_folder_that_asks_for_too_much(tmp_path, settings, found):
+    small_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 1000, "model_max_length": 10**30}))
+    assert load_tokenizer(str(tmp_path)).size > 0
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=re.escape(found)):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_pipe_in_a_model_folder(tmp_path):
+    small_tokenizer(tmp_path)
+    os.mkfifo(tmp_path / "vocab.txt")
+    with pytest.raises(ConfigError, match=r"vocab\.txt, which is neither a file nor a folder"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_texts_are_encoded_in_portions(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(str(small_tokenizer(tmp_path)))
+    texts = [" ".join(WORDS[: i % 7]) for i in range(50)]
+    whole = tokenizer.encode(texts)
+    monkeypatch.setattr(module, "PORTION", 40)
+    assert [len(part) for part in module._portions(["a" * 20] * 5)] == [2, 2, 1]
+    found = tokenizer.encode(texts)
+    assert np.array_equal(found.values, whole.values) and np.array_equal(found.offsets, whole.offsets)
+    assert len(tokenizer.encode([])) == 0
+    monkeypatch.setattr(module, "LONGEST_TEXT", 10)
+    with pytest.raises(DataError, match=r"text, row 1: found 11 characters; expected at most 10"):
+        tokenizer.encode(["a" * 10, "a" * 11])

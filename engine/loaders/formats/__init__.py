@@ -307,7 +307,7 @@ def _csd(folder: Path) -> dict[str, Path]:
 
 def csv_files(folder: Path) -> list[Path]:
     """The CSV files of a folder, hidden ones left out."""
-    return sorted(p for p in folder.glob("*.csv") if not is_hidden(p))
+    return sorted(p for p in folder.glob("*.csv") if not is_hidden(p) and p.is_file())
 
 
 def _splits_file(folder: Path) -> list[Path]:

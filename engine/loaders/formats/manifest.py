@@ -119,10 +119,16 @@ def _array(manifest: Path, row: dict, kind: str) -> np.ndarray:
     folder, pure = manifest.parent.resolve(), PurePosixPath(cell.replace("\\", "/"))
     outside = pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0] or "\0" in cell
     path = folder / pure
-    # a link inside the folder may lead out of it too
-    if outside or not path.resolve().is_relative_to(folder):
-        raise DataError(at, f"{cell!r}, which is outside the folder", f"a path below {folder}", "Copy the file there.")
-    if not path.is_file():
+    try:
+        # a link inside the folder may lead out of it too
+        if outside or not path.resolve().is_relative_to(folder):
+            raise DataError(
+                at, f"{cell!r}, which is outside the folder", f"a path below {folder}", "Copy the file there."
+            )
+        there = path.is_file()
+    except (OSError, RuntimeError):  # a name that is too long, a link that leads to itself
+        there = False
+    if not there:
         raise DataError(at, f"no file {cell!r}", "a .npy or .csv file", "Check the path.")
     array = _npy(path, at) if path.suffix.lower() == ".npy" else _csv(path, at)
     if array.ndim != 2 or array.dtype.kind not in "fiu":
