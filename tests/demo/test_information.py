@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
@@ -10,7 +12,7 @@ def test_rows_have_the_reports_shape(monkeypatch):
     from engine.demo import information
 
     monkeypatch.setattr(information, "estimate_mi", lambda x, y, bound, **_: {"value": float(len(bound))})
-    monkeypatch.setattr(information, "estimate_cmi", lambda x, y, z, **_: {"ldr": float(z.shape[1])})
+    monkeypatch.setattr(information, "estimate_cmi", lambda x, y, z, **_: SimpleNamespace(value=float(z.shape[1])))
     threads, seen = torch.get_num_threads(), []
     model = LatentModel(shared=0.3)
     rows = compare_with_truth(samples=100, model=model, on_term=seen.append)
@@ -18,7 +20,7 @@ def test_rows_have_the_reports_shape(monkeypatch):
     assert all(r["true"] == true_information(model)[r["name"]] for r in rows)
     assert rows[0]["estimates"] == {"infonce": 7.0, "nwj": 3.0, "smile": 5.0}
     assert rows[0]["ceiling"] == np.log(128) and rows[2]["ceiling"] is None
-    assert {r["name"]: r["estimates"]["ldr"] for r in rows[2:]} == {
+    assert {r["name"]: r["estimates"]["dv"] for r in rows[2:]} == {
         "I(A;C|T)": 3.0, "I(T;A|C)": 1.0, "I(V;C|T)": 3.0, "I(T;V|C)": 1.0, "I(T;C|A)": 3.0, "I(T;C|V)": 3.0
     }  # fmt: skip
     assert torch.get_num_threads() == threads
