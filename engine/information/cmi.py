@@ -20,7 +20,8 @@ MANY_SAMPLES = 3000  # from here on three folds instead of five
 FEW_VALUES = 10  # columns with no more distinct values are read as categories, too
 MANY_CATEGORIES = 50  # the most joint values that are predicted as categories
 SMALL = 0.15  # nats; smaller values are compared with a null
-HEAVY = 30  # interquartile ranges from the median
+HEAVY = 30  # robust standard deviations from the median
+_NAMES = ("dv", "ldr", "nwj")
 
 
 def estimate_cmi(
@@ -100,7 +101,7 @@ def estimate_cmi(
     flags = _flags_of_columns(x, y, z)
     x, y, z = _varying(x), _varying(y), _varying(z)
     if x.shape[1] == 0 or y.shape[1] == 0:
-        readings = dict.fromkeys(("dv", "ldr", "nwj"), 0.0)
+        readings = dict.fromkeys(_NAMES, 0.0)
         return Estimate(0.0, (0.0, 0.0), 0.0, "constant", readings, len(x), tuple(flags))
 
     generator = torch.Generator().manual_seed(seed)
@@ -255,7 +256,7 @@ class _Reading:
         chosen = []
         for f in range(folds):
             others = fold != f
-            name = max(self.directions, key=lambda n: self._mean(n, others))
+            name = max(self.directions, key=lambda n, others=others: self._mean(n, others))
             best = self.directions[name]
             self.pointwise[~others] = best.pointwise[~others]
             corrected[~others] = best.pointwise[~others] + best.correction
@@ -280,7 +281,7 @@ class _Reading:
         return f"gaussian{' + network' if network else ''}, {self.direction}"
 
     def readings(self) -> dict[str, float]:
-        return dict.fromkeys(("dv", "ldr", "nwj"), self.value) | {
+        return dict.fromkeys(_NAMES, self.value) | {
             **{name: direction.value for name, direction in self.directions.items()},
             "gaussian": self.best.density.regression.mean().item() + self.best.correction,
             "training": self.best.density.training,
@@ -363,12 +364,14 @@ def _robust(values: Tensor) -> Tensor:
     """Distance from the median in robust standard deviations."""
     ordered = values.sort(0).values
     low, middle, high = (ordered[len(values) * quarter // 4] for quarter in (1, 2, 3))
-    scale = torch.where(high > low, (high - low) / 1.349, values.std(0))
+    scale = torch.where(high > low, (high - low) / 1.349, values.std(0, correction=0))
     return (values - middle) / torch.where(scale > 0, scale, 1.0)
 
 
 def _categories(values: Tensor) -> list[Tensor]:
     """One design: an indicator for each distinct row but the first."""
+    if values.shape[1] == 0:
+        return [values]
     distinct, index = values.unique(dim=0, return_inverse=True)
     if len(distinct) > len(values) / 5:
         raise EstimatorError(
@@ -393,7 +396,7 @@ def _standardise_folds(values: Tensor) -> Tensor:
 
 
 def _standardise(values: Tensor) -> Tensor:
-    deviation = values.std(0)
+    deviation = values.std(0, correction=0)
     return (values - values.mean(0)) / torch.where(deviation > 0, deviation, 1.0)
 
 
