@@ -223,6 +223,7 @@ class _Direction:
         extra = min(self.density.degrees, freed.shape[2])
         training_rows = len(fold) * (1 - 1 / len(target.residual))
         self.correction = target.dims * extra / (2 * training_rows)
+        self.finest = target.given_z.spread * self.density.spread  # in units of the target's standard deviation
         self.pointwise = self.density.chosen
         self.value = self.pointwise.mean().item() + self.correction
 
@@ -249,31 +250,18 @@ class _Reading:
         if side_y.dims <= 3 * max(side_x.dims, 3):
             self.directions["y given x"] = _Direction(side_y, side_x, condition, fold, settings, generator)
 
-        # For each fold the direction that reads more on the other folds: on average a density that is not quite learnt
-        # reads less.
-        self.pointwise = torch.empty(len(x), dtype=torch.float64)
-        corrected = torch.empty(len(x), dtype=torch.float64)
-        chosen = []
-        for f in range(folds):
-            others = fold != f
-            name = max(self.directions, key=lambda n, others=others: self._mean(n, others))
-            best = self.directions[name]
-            self.pointwise[~others] = best.pointwise[~others]
-            corrected[~others] = best.pointwise[~others] + best.correction
-            chosen.append(name)
-        self.direction = max(self.directions, key=chosen.count)
+        # On average a density that is not quite learnt reads less, so the larger reading is the better one.
+        self.direction = max(self.directions, key=lambda name: self.directions[name].value)
         self.best = self.directions[self.direction]
-        self.value = corrected.mean().item()
+        self.pointwise = self.best.pointwise
+        self.value = self.best.value
         error = torch.zeros(int(group.max()) + 1, dtype=torch.float64)
-        error.index_add_(0, group, corrected - self.value)  # repeated rows count as one
+        error.index_add_(0, group, self.pointwise - self.pointwise.mean())  # repeated rows count as one
         self.standard_error = error.square().sum().sqrt().item() / len(x)
         self.ceiling = min(x.shape[1], y.shape[1]) * math.log(len(x))
         self.confounding = min(side_x.given_z.overfit, side_y.given_z.overfit)
         self.densities = [side_x.given_z, side_y.given_z, self.best.density]
         self.grain = 1 / len(x)
-
-    def _mean(self, name: str, rows: Tensor) -> float:
-        return self.directions[name].pointwise[rows].mean().item() + self.directions[name].correction
 
     @property
     def method(self) -> str:
@@ -295,7 +283,7 @@ class _Reading:
 
     def flags(self) -> list[str]:
         flags = []
-        if self.value > 0.8 * self.ceiling or self.best.density.spread < 5 * self.grain:
+        if self.value > 0.8 * self.ceiling or (self.best.finest < 5 * self.grain and self.best.density.spread < 0.2):
             flags.append("saturated")
         if any(_unfinished(density) for density in self.densities):
             flags.append("not converged")

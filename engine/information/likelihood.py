@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 
 RIDGES = (1e-6, 1e-2, 1e-1)
 MORE_RIDGES = (1.0, 10.0, 100.0)  # for as many columns as a tenth of the rows, and more
+WIDE = 1200  # designs of more columns (and rows) are left out, but for the narrowest
 SHRINKAGES = (0.0, 0.1)
 CHECKS = 24
 PATIENCE = 8
@@ -180,7 +181,9 @@ def _regressions(
 ) -> list[_Regression]:
     """For each fold the ridge regression whose kind (design, ridge, shrinkage) is best on the other folds."""
     candidates: dict[tuple[int, float, float], dict[int, _Regression]] = {}
-    for d, design in enumerate(designs):
+    sizes = [min(design.shape[1:]) for design in designs]
+    designs = [design for design, size in zip(designs, sizes, strict=True) if size <= max(WIDE, min(sizes))]
+    for d, design in enumerate([designs[0][..., :0], *designs]):  # without any column first: the mean
         for f, rows in enumerate(training):
             for kind, regression in _ridge_regressions(target[f], design[f], rows):
                 candidates.setdefault((d, *kind), {})[f] = regression
@@ -278,7 +281,7 @@ class _Mixtures:
 
     def __init__(self, networks: int, dims: int, inputs: int, hidden: int, generator: torch.Generator):
         self.dims = dims
-        self.components = 8 if dims == 1 else 5 if dims <= 3 else 3
+        self.components = 8 if dims == 1 else 5 if dims <= 3 else 3 if dims <= 20 else 2
         outputs = dims * 3 * self.components
         start = torch.zeros(3, self.components)  # logits of the weights, means, logs of the standard deviations
         start[0, 1:], start[1, 1:], start[2, 1:] = -3.5, torch.linspace(-1.5, 1.5, self.components - 1), -0.5

@@ -25,7 +25,7 @@ def chain(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 # -- values -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, n, steps", [("sine, 2", 4000, 500), ("spread, 1", 3000, 300)])
+@pytest.mark.parametrize("name, n, steps", [("sine, 2", 3000, 300), ("spread, 1", 2000, 200)])
 def test_conditional_independence(name, n, steps):
     samples, truth = cmi_cases.CASES[name]
     assert truth == 0
@@ -89,13 +89,13 @@ def test_a_monotone_map_changes_nothing():
 
 
 def test_the_interval_covers():
-    """In 95 of 100 runs if it is right; here at least 36 of 40, and it is no wider than it need be."""
+    """In 95 of 100 runs if it is right; here at least 26 of 30, and it is no wider than it need be."""
     truth, inside, widths = math.log(4 / 3) / 2, 0, []
-    for seed in range(40):
-        low, high = estimate_cmi(*chain(400, seed), steps=10, hidden=8, seed=seed).interval
+    for seed in range(30):
+        low, high = estimate_cmi(*chain(400, seed), steps=5, hidden=8, seed=seed).interval
         inside += low <= truth <= high
         widths.append(high - low)
-    assert inside >= 36
+    assert inside >= 26
     assert np.mean(widths) < 0.14  # the samples alone leave 4 x 0.5 sqrt(.25) / 20 = 0.1
 
 
@@ -135,11 +135,13 @@ def test_constant_columns():
 
 
 def test_repeated_rows_are_flagged_and_no_evidence():
-    x, y, z = normal(300, 3).T
-    once, often = estimate_cmi(x, y, z), estimate_cmi(*(np.tile(v, 10) for v in (x, y, z)))
+    x, y, z = chain(300)
+    once, often = (estimate_cmi(*(np.tile(v, times) for v in (x, y, z)), steps=24) for times in (1, 10))
     assert "repeated rows" in often.flags and "repeated rows" not in once.flags
-    assert often.value < 0.02
-    assert often.standard_error > 0.7 * once.standard_error
+    assert often.value == pytest.approx(once.value, abs=0.05)
+    assert often.standard_error == pytest.approx(once.standard_error, rel=0.3)
+    independent = estimate_cmi(*(np.tile(v, 10) for v in normal(300, 3).T), steps=48)
+    assert independent.value < 0.02
 
 
 def test_more_columns_of_z_than_rows():
