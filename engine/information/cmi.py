@@ -64,13 +64,13 @@ def estimate_cmi(
 
     Returns:
         `Estimate`, all of it in nats. Its `readings`:
-            dv: the value before it is cut at 0. Both densities integrate to 1, so that the readings "ldr", "dv" and
-                "nwj" of their ratio are one number; all three names give it.
+            dv: the value before a null is subtracted and before it is cut at 0. Both densities integrate to 1, so that
+                the readings "ldr", "dv" and "nwj" of their ratio are one number; all three names give it.
             x given y, y given x: the two directions. They agree where both are learnt well.
             gaussian: from the regressions alone.
             training: on the rows that the models were trained on, too high by what they overfit.
-            null: the estimate when y is shuffled among rows of similar z, so that the truth is about 0. Only there if
-                the value is small (< 0.15) but more than its sampling error.
+            null: the estimate when y is shuffled among rows of similar z, so that the truth is 0. Only there if dv is
+                small (< 0.15) but more than its sampling error; what is above 0 is subtracted from the value.
         The interval covers the sampling error, downwards what z may explain and upwards what the other side may explain
         beyond what was learnt, both judged by training against held-out rows.
 
@@ -114,18 +114,18 @@ def estimate_cmi(
 
     readings = reading.readings()
     raw, error = readings["dv"], reading.standard_error
-    doubt = raw <= 1.96 * error
-    if not doubt and raw < SMALL:
+    value = raw
+    if 1.96 * error < raw < SMALL:
         shuffled = y[_neighbour_shuffle(condition[0], k, generator)]
-        readings["null"] = _Reading(x, shuffled, condition, group, settings, generator).readings()["dv"]
-        doubt = raw - readings["null"] <= 1.96 * error
+        readings["null"] = _Reading(x, shuffled, condition, group, settings, generator).value
+        value -= max(readings["null"], 0)
     flags += reading.flags()
     flags += ["below zero"] if raw < 0 else []
-    flags += ["noise"] if doubt else []
+    flags += ["noise"] if value <= 1.96 * error else []
     low, high = reading.interval()
     return Estimate(
-        value=max(raw, 0.0),
-        interval=(max(low, 0.0), max(high, 0.0)),
+        value=max(value, 0.0),
+        interval=(max(min(low, value), 0.0), max(high, 0.0)),
         standard_error=error,
         method=reading.method,
         readings=readings,

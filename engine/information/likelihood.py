@@ -18,7 +18,8 @@ RIDGES = (1e-6, 1e-2, 1e-1)
 MORE_RIDGES = (1.0, 10.0, 100.0)  # for as many columns as a tenth of the rows, and more
 WIDE = 1200  # designs of more columns (and rows) are left out, but for the narrowest
 SHRINKAGES = (0.0, 0.1)
-CHECKS = 24
+CHECKS = 24  # of the held-out rows
+LEAST_BETWEEN = 10  # steps from one check to the next
 PATIENCE = 8
 AVERAGE = 0.99
 READ_ROWS = 2048
@@ -395,7 +396,7 @@ def _train(
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(average, [p.detach() for p in model.parameters], max(1 - AVERAGE, 1 / (step + 1)))
-        if step % max(1, settings.steps // CHECKS) and step != settings.steps:
+        if step % max(LEAST_BETWEEN, settings.steps // CHECKS) and step != settings.steps:
             continue
         values = read(padded)
         run.held_out.append([values[m, : len(part)] for m, part in enumerate(held_out)])

@@ -95,7 +95,7 @@ def test_t2_exact_ratio_and_sampled_product_rows(sigma, d, dv):
 
 def test_t3_unit_chain():
     x, y, z = markov.sample(UNIT, 20_000, 1, seed=0)
-    estimate = estimate_cmi(x, y, z, steps=200, seed=0)
+    estimate = estimate_cmi(x, y, z, steps=100, seed=0)
     print(f"\nI(X;Y|Z) {markov.truth(UNIT, 1):.4f}: {estimate}")
     assert markov.truth(UNIT, 1) == pytest.approx(0.14384, abs=1e-5)
     for name in ("ldr", "dv", "nwj", "gaussian"):
@@ -131,7 +131,7 @@ def test_t3_chains_of_many_dimensions(sigma, dims):
 def test_t4_conditional_independence_reads_zero():
     """X and Y share 0.144 nats, all of it through Z."""
     z, noise = torch.randn(20_000, 1, generator=seeded(0)), torch.randn(20_000, 2, generator=seeded(1))
-    estimate = estimate_cmi(z + noise[:, :1], z + noise[:, 1:], z, steps=200, seed=0)
+    estimate = estimate_cmi(z + noise[:, :1], z + noise[:, 1:], z, steps=100, seed=0)
     print(f"\nI(X;Y|Z) 0: {estimate}")
     for name in ("ldr", "dv", "nwj", "gaussian"):
         assert estimate[name] == pytest.approx(0, abs=0.005), name
@@ -144,7 +144,7 @@ def test_t4_discrete_condition(rho, truth):
     z = torch.randint(7, (20_000, 1), generator=seeded(2)).float() - 3
     e = torch.randn(20_000, 2, generator=seeded(3))
     x, y = z + e[:, :1], z + rho * e[:, :1] + math.sqrt(1 - rho**2) * e[:, 1:]
-    estimate = estimate_cmi(x, y, z, discrete=True, steps=200, seed=0)
+    estimate = estimate_cmi(x, y, z, discrete=True, steps=100, seed=0)
     print(f"\nI(X;Y|Z) {truth:.4f}: {estimate}")
     for name in ("ldr", "dv", "nwj", "gaussian"):
         assert estimate[name] == pytest.approx(truth, abs=0.02), name
@@ -275,8 +275,8 @@ def test_t5_chain_rule_and_symmetry(gaussian):
 
 def test_t5_additivity():
     """Two independent copies carry twice the information."""
-    one = estimate_cmi(*markov.sample(UNIT, 20_000, 1, seed=8), steps=100, seed=0)
-    two = estimate_cmi(*markov.sample(UNIT, 20_000, 2, seed=8), steps=100, seed=0)
+    one = estimate_cmi(*markov.sample(UNIT, 20_000, 1, seed=8), steps=30, seed=0)
+    two = estimate_cmi(*markov.sample(UNIT, 20_000, 2, seed=8), steps=30, seed=0)
     print(f"\none {one}, two {two}, true {markov.truth(UNIT, 1):.4f} and {markov.truth(UNIT, 2):.4f}")
     assert two["dv"] == pytest.approx(2 * markov.truth(UNIT, 1), abs=0.02)
     assert two["dv"] == pytest.approx(2 * one["dv"], abs=0.025)
