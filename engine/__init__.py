@@ -23,7 +23,7 @@ _HOME = {
     "MIEstimator": "engine.model.estimators",
     "CMIEstimator": "engine.model.cmi",
     "estimate_mi": "engine.information.mi",
-    "estimate_cmi": "engine.conditional",
+    "estimate_cmi": "engine.information.cmi",
     "register_fusion": "engine.model.fusion",
     "use_backend": "engine.kernels.registry",
     "keep_memory": "engine.allocator",
@@ -34,10 +34,10 @@ __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from engine.allocator import keep_memory as keep_memory
-    from engine.conditional import estimate_cmi as estimate_cmi
     from engine.config import Config as Config
     from engine.config import load_config as load_config
     from engine.errors import EngineError as EngineError
+    from engine.information.cmi import estimate_cmi as estimate_cmi
     from engine.information.mi import estimate_mi as estimate_mi
     from engine.kernels.registry import use_backend as use_backend
     from engine.model.cmi import CMIEstimator as CMIEstimator

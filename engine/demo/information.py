@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from engine.conditional import estimate_cmi
 from engine.demo.latents import CMI_TERMS, MI_TERMS, LatentModel, split_name, true_information
+from engine.information.cmi import estimate_cmi
 from engine.information.mi import estimate_mi
 
-BOUNDS = ("infonce", "nwj", "smile")
 SAMPLES = 20_000
-BATCH = 128
 
 
 @contextmanager
@@ -39,30 +35,25 @@ def compare_with_truth(
     model: LatentModel | None = None,
     on_term: Callable[[str], None] = lambda name: None,
 ) -> list[dict[str, Any]]:
-    """Train estimators on raw latents, half of them held out, and read them on that half.
+    """Estimate the information of raw latents, as a user would.
 
     Returns:
-        One row a term, in nats: {"name", "true", "estimates": {estimator: value}, "ceiling"}; InfoNCE, NWJ and SMILE
-        for mutual information, LDR, DV and NWJ of one classifier for conditional information. The ceiling log B is
-        InfoNCE's.
+        One row a term, in nats: {"name", "true", "estimates": {"estimate", "low", "high"}}; low and high are the
+        interval's.
     """
     model = model or LatentModel()
     true = true_information(model)
     drawn = model.sample(samples, np.random.default_rng(seed))
-    latents = {name: torch.from_numpy(value).float() for name, value in drawn.items()}
     rows = []
     for name in MI_TERMS + CMI_TERMS:
         on_term(name)
-        ceiling = math.log(BATCH) if name in MI_TERMS else None
-        estimates = _estimates(name, latents, steps, seed)
-        rows.append({"name": name, "true": true[name], "estimates": estimates, "ceiling": ceiling})
+        x, y, given = split_name(name)
+        if given:
+            found = estimate_cmi(drawn[x], drawn[y], drawn[given], steps=steps, seed=seed)
+        else:
+            found = estimate_mi(drawn[x], drawn[y], steps=steps, seed=seed)
+        low, high = found.interval
+        rows.append(
+            {"name": name, "true": true[name], "estimates": {"estimate": found.value, "low": low, "high": high}}
+        )
     return rows
-
-
-def _estimates(name: str, latents: dict[str, Tensor], steps: int, seed: int) -> dict[str, float]:
-    x, y, given = split_name(name)
-    if given:
-        settings = {"k": 4, "hidden": 64, "steps": steps, "batch_size": 2 * BATCH, "held_out": 0.5, "seed": seed}
-        return estimate_cmi(latents[x], latents[y], latents[given], **settings)
-    settings = {"hidden": 64, "steps": steps, "batch_size": BATCH, "lr": 1e-3, "seed": seed}
-    return {bound: estimate_mi(latents[x], latents[y], bound=bound, **settings)["value"] for bound in BOUNDS}

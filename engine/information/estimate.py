@@ -108,6 +108,14 @@ class Estimate(Mapping[str, Any]):
     def __float__(self) -> float:
         return self.value
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Estimate):
+            return NotImplemented
+        if (self.pointwise is None) != (other.pointwise is None):
+            return False
+        same = self.pointwise is None or torch.equal(self.pointwise, other.pointwise)
+        return same and self.to_dict() == other.to_dict()
+
     def __str__(self) -> str:
         low, high = self.interval
         flags = f" ({', '.join(self.flags)})" if self.flags else ""

@@ -1,0 +1,436 @@
+"""Conditional mutual information between arrays of samples, from held-out conditional densities."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import EstimatorError
+from engine.information.estimate import Estimate, normal_scores
+from engine.information.likelihood import HALF_LOG_2PI, Density, Settings, fit
+from engine.kernels.arguments import check_count, check_number
+from engine.samples import as_samples
+
+WHERE = "estimate_cmi"
+LEAST_SAMPLES = 50
+MANY_SAMPLES = 3000  # from here on three folds instead of five
+FEW_VALUES = 10  # columns with no more distinct values are read as categories, too
+MANY_CATEGORIES = 50  # the most joint values that are predicted as categories
+SMALL = 0.15  # nats; smaller values are compared with a null
+HEAVY = 30  # robust standard deviations from the median
+_NAMES = ("dv", "ldr", "nwj")
+
+
+def estimate_cmi(
+    x: Any,
+    y: Any,
+    z: Any,
+    *,
+    discrete: bool = False,
+    steps: int = 1200,
+    hidden: int = 64,
+    batch_size: int = 256,
+    lr: float = 3e-3,
+    k: int = 5,
+    seed: int = 0,
+    **removed: Any,
+) -> Estimate:
+    """Estimate I(X;Y|Z) in nats from samples of (x, y, z).
+
+    First x and y are freed from z: the density of each given z is learnt, and a value is replaced by its normal score
+    under that density. Given z this is one for one, so it changes no information, and what is left does not depend on
+    z where the density is right. The estimate is the mean of log p(x|y,z) − log p(x|z) of these residuals, or the same
+    with x and y exchanged, whichever is larger. All densities begin as Gaussian regressions with a full covariance; a
+    network adds what is not linear and not Gaussian, and is used only where it predicts held-out rows better. Columns
+    of few values are categories, and have probabilities.
+
+    Rows are split into folds: each row is read by models that have not seen it and trains the others. Columns of x and
+    y are read by rank, which changes no information, so outliers and units do no harm; ties are broken at random.
+
+    Args:
+        x, y, z: [N, d] or [N]: arrays, data frames, tensors or sequences of numbers; row i of all three is one sample,
+            whatever an index says. At least 50 rows.
+        discrete: the values of z are categories, their order means nothing. Several columns are one joint category.
+        steps: the most steps of training for each density. It ends sooner when held-out rows gain nothing.
+        hidden: width of the networks' two hidden layers.
+        batch_size: rows a step.
+        lr: learning rate of Adam at the start; it falls to 0 along a cosine.
+        k: neighbours in z among which y is shuffled for the null (see `readings` below).
+        seed: makes the folds, the order of ties, the networks' start and the batches; equal seeds give equal results
+            on one CPU.
+
+    Returns:
+        `Estimate`, all of it in nats. Its `readings`:
+            dv: the value before a null is subtracted and before it is cut at 0. Both densities integrate to 1, so that
+                the readings "ldr", "dv" and "nwj" of their ratio are one number; all three names give it.
+            x given y, y given x: the two directions. They agree where both are learnt well.
+            gaussian: from the regressions alone.
+            training: on the rows that the models were trained on, too high by what they overfit.
+            null: the estimate when y is shuffled among rows of similar z, so that the truth is 0. Only there if dv is
+                small (< 0.15) but more than its sampling error; what is above 0 is subtracted from the value.
+        The interval covers the sampling error, downwards what z may explain and upwards what the other side may explain
+        beyond what was learnt, both judged by training against held-out rows.
+
+    Raises:
+        EstimatorError: arrays that do not pair up or hold no numbers (text, objects), non-finite entries, fewer than
+            50 rows, an option out of range or no longer there.
+
+    Example:
+        >>> import numpy, engine
+        >>> z, e, f = numpy.random.default_rng(0).normal(size=(3, 2000))
+        >>> estimate = engine.estimate_cmi(z + e, z + e + f, z)  # log(2) / 2 = 0.347
+        >>> 0.3 < estimate.value < 0.4
+        True
+    """
+    if removed:
+        raise EstimatorError(
+            WHERE,
+            f"option {', '.join(removed)}",
+            "discrete, steps, hidden, batch_size, lr, k, seed",
+            "Leave it out: every row is held out once, and the method is chosen on held-out rows.",
+        )
+    x, y, z = as_samples(WHERE, "x", x), as_samples(WHERE, "y", y), as_samples(WHERE, "z", z)
+    _check(x, y, z)
+    for name, value in {"steps": steps, "batch_size": batch_size, "hidden": hidden, "k": k}.items():
+        check_count(WHERE, name, value)
+    check_number(WHERE, "lr", lr, 0, above=True)
+
+    flags = _flags_of_columns(x, y, z)
+    x, y, z = _varying(x), _varying(y), _varying(z)
+    if x.shape[1] == 0 or y.shape[1] == 0:
+        readings = dict.fromkeys(_NAMES, 0.0)
+        return Estimate(0.0, (0.0, 0.0), 0.0, "constant", readings, len(x), tuple(flags))
+
+    generator = torch.Generator().manual_seed(seed)
+    settings = Settings(steps, batch_size, lr, hidden)
+    condition = _categories(z) if discrete else _designs(z)
+    group = _groups(x, y, z)
+    if int(group.max()) + 1 < len(x):
+        flags.append("repeated rows")
+    reading = _Reading(x, y, condition, group, settings, generator)
+
+    readings = reading.readings()
+    raw, error = readings["dv"], reading.standard_error
+    value = raw
+    if 1.96 * error < raw < SMALL:
+        shuffled = y[_neighbour_shuffle(condition[0], k, generator)]
+        readings["null"] = _Reading(x, shuffled, condition, group, settings, generator).value
+        value -= max(readings["null"], 0)
+    flags += reading.flags()
+    flags += ["below zero"] if raw < 0 else []
+    flags += ["noise"] if value <= 1.96 * error else []
+    low, high = reading.interval()
+    return Estimate(
+        value=max(value, 0.0),
+        interval=(max(min(low, value), 0.0), max(high, 0.0)),
+        standard_error=error,
+        method=reading.method,
+        readings=readings,
+        samples=len(x),
+        flags=tuple(flags),
+        ceiling=reading.ceiling,
+        pointwise=reading.pointwise,
+        history=reading.history(),
+    )
+
+
+def _check(x: Tensor, y: Tensor, z: Tensor) -> None:
+    if not len(x) == len(y) == len(z):
+        raise EstimatorError(
+            WHERE,
+            f"{len(x)}, {len(y)} and {len(z)} rows of x, y, z",
+            "as many of each",
+            "Give rows of the same samples.",
+        )
+    if len(x) < LEAST_SAMPLES:
+        raise EstimatorError(WHERE, f"{len(x)} samples", f"at least {LEAST_SAMPLES}", "Give more samples.")
+
+
+# -- from densities to information ------------------------------------------------------------------------------------
+
+
+class _Side:
+    """One of x and y: what it is predicted from, and what z leaves of it unexplained."""
+
+    def __init__(
+        self,
+        values: Tensor,
+        condition: list[Tensor],
+        fold: Tensor,
+        settings: Settings,
+        generator: torch.Generator,
+    ):
+        folds = int(fold.max()) + 1
+        self.designs = [_for_folds(design, folds) for design in _designs(values)]
+        category = _as_categories(values)
+        self.categories = category is not None
+        target = _targets(values, generator) if category is None else _with_frequencies(category)
+        self.given_z = fit(_for_folds(target, folds), condition, fold, settings, generator, categories=self.categories)
+        self.residual = self.given_z.residual
+        self.dims = 1 if self.categories else values.shape[1]
+
+    @property
+    def reference(self) -> Tensor:
+        """Log densities of the residuals if the other side told nothing, [folds, N]."""
+        if self.categories:
+            return self.residual[..., 1:].gather(2, self.residual[..., :1].long())[..., 0]
+        return -0.5 * self.residual.square().sum(2) - self.dims * HALF_LOG_2PI
+
+    @property
+    def columns(self) -> Tensor:
+        """The residuals as columns to predict from, [folds, N, columns]."""
+        if not self.categories:
+            return self.residual
+        probability = self.residual[..., 1:].exp()
+        indicator = torch.nn.functional.one_hot(self.residual[..., 0].long(), probability.shape[2])
+        return _standardise_folds((indicator - probability)[..., 1:])
+
+
+class _Direction:
+    """log p(target | other, z) − log p(target | z) on held-out rows, both sides freed from z before."""
+
+    def __init__(
+        self,
+        target: _Side,
+        other: _Side,
+        condition: list[Tensor],
+        fold: Tensor,
+        settings: Settings,
+        generator: torch.Generator,
+    ):
+        near, far = condition[0], condition[-1]
+        freed = other.columns
+        designs = [
+            torch.cat([near, freed, other.designs[0]], 2),
+            freed,
+            torch.cat([near, freed], 2),
+            torch.cat([far, freed, other.designs[-1]], 2),
+        ]
+        self.density = fit(
+            target.residual,
+            designs,
+            fold,
+            settings,
+            generator,
+            categories=target.categories,
+            reference=target.reference,
+        )
+        # A Gaussian regression of p degrees, fitted to n rows, predicts new rows worse by p / 2n nats a column. Those
+        # of z had their say before.
+        extra = min(self.density.degrees, freed.shape[2])
+        training_rows = len(fold) * (1 - 1 / len(target.residual))
+        self.correction = target.dims * extra / (2 * training_rows)
+        self.finest = target.given_z.spread * self.density.spread  # in units of the target's standard deviation
+        self.pointwise = self.density.chosen
+        self.value = self.pointwise.mean().item() + self.correction
+
+
+class _Reading:
+    """An estimate of I(x;y|z), before flags and null."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        z: list[Tensor],
+        group: Tensor,
+        settings: Settings,
+        generator: torch.Generator,
+    ):
+        folds = 3 if len(x) >= MANY_SAMPLES else 5
+        fold = (torch.randperm(int(group.max()) + 1, generator=generator) % folds)[group]
+        condition = [_for_folds(design, folds) for design in z]
+        side_x, side_y = (_Side(values, condition, fold, settings, generator) for values in (x, y))
+        self.directions = {}
+        if side_x.dims <= 3 * max(side_y.dims, 3):
+            self.directions["x given y"] = _Direction(side_x, side_y, condition, fold, settings, generator)
+        if side_y.dims <= 3 * max(side_x.dims, 3):
+            self.directions["y given x"] = _Direction(side_y, side_x, condition, fold, settings, generator)
+
+        # On average a density that is not quite learnt reads less, so the larger reading is the better one.
+        self.direction = max(self.directions, key=lambda name: self.directions[name].value)
+        self.best = self.directions[self.direction]
+        self.pointwise = self.best.pointwise
+        self.value = self.best.value
+        error = torch.zeros(int(group.max()) + 1, dtype=torch.float64)
+        error.index_add_(0, group, self.pointwise - self.pointwise.mean())  # repeated rows count as one
+        self.standard_error = error.square().sum().sqrt().item() / len(x)
+        self.ceiling = min(x.shape[1], y.shape[1]) * math.log(len(x))
+        self.confounding = min(side_x.given_z.overfit, side_y.given_z.overfit)
+        self.densities = [side_x.given_z, side_y.given_z, self.best.density]
+        self.grain = 1 / len(x)
+
+    @property
+    def method(self) -> str:
+        network = any(any(density.picks) for density in self.densities)
+        return f"gaussian{' + network' if network else ''}, {self.direction}"
+
+    def readings(self) -> dict[str, float]:
+        return dict.fromkeys(_NAMES, self.value) | {
+            **{name: direction.value for name, direction in self.directions.items()},
+            "gaussian": self.best.density.regression.mean().item() + self.best.correction,
+            "training": self.best.density.training,
+        }
+
+    def interval(self) -> tuple[float, float]:
+        """Sampling error; downwards what z may explain of both sides beyond what was learnt, upwards what the other
+        side may explain beyond."""
+        margin = 1.96 * self.standard_error
+        return self.value - margin - self.confounding, self.value + margin + self.best.density.overfit
+
+    def flags(self) -> list[str]:
+        flags = []
+        if self.value > 0.8 * self.ceiling or (self.best.finest < 5 * self.grain and self.best.density.spread < 0.2):
+            flags.append("saturated")
+        if any(_unfinished(density) for density in self.densities):
+            flags.append("not converged")
+        if self.best.density.overfit > max(0.1, 0.5 * self.value):
+            flags.append("overfitted")
+        return flags
+
+    def history(self) -> list[dict[str, Any]]:
+        density = self.best.density
+        return [
+            {"step": step, "training": training, "held_out": held_out}
+            for step, training, held_out in zip(
+                density.steps, density.training_curve.tolist(), density.curve.tolist(), strict=True
+            )
+        ]
+
+
+def _unfinished(density: Density) -> bool:
+    """Whether held-out rows still gained in the last fifth of the training."""
+    last = len(density.steps) - 1
+    return min(density.picks) > 0.8 * last and (density.curve[-1] - density.curve[int(0.8 * last)]).item() > 0.01
+
+
+# -- columns ----------------------------------------------------------------------------------------------------------
+
+
+def _targets(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Columns to be predicted: normal scores with ties broken at random, and noise of the ranks' own grain.
+
+    A column can be told from its scores, so that no information is lost. The noise keeps the information of columns
+    that determine each other finite, at about log N.
+    """
+    order = torch.randperm(len(values), generator=generator)
+    rank = torch.empty(values.shape, dtype=torch.float64)
+    rank[order] = values[order].argsort(dim=0, stable=True).argsort(dim=0).double()
+    scores = _standardise(torch.special.ndtri((rank + 0.5) / len(values)))
+    return scores + torch.randn(scores.shape, generator=generator, dtype=torch.float64) / len(values)
+
+
+def _as_categories(values: Tensor) -> Tensor | None:
+    """Numbers of joint values, [N], where all columns have few values and the joint ones are not many."""
+    if any(len(column.unique()) > FEW_VALUES for column in values.T):
+        return None
+    distinct, category = values.unique(dim=0, return_inverse=True)
+    return category if len(distinct) <= min(MANY_CATEGORIES, len(values) / 20) else None
+
+
+def _with_frequencies(category: Tensor) -> Tensor:
+    """Categories and the logs of their shares, as `fit` takes them."""
+    share = torch.bincount(category).double() / len(category)
+    return torch.cat([category[:, None].double(), share.log().expand(len(category), -1)], 1)
+
+
+def _designs(values: Tensor) -> list[Tensor]:
+    """Columns to predict from: normal scores and categories; these and the values, cut at five robust deviations."""
+    scores = [_standardise(normal_scores(values).double())]
+    for column in values.T:
+        distinct, index = column.unique(return_inverse=True)
+        if 2 < len(distinct) <= FEW_VALUES:
+            scores.append(_standardise(torch.nn.functional.one_hot(index)[:, 1:].double()))
+    scores = torch.cat(scores, 1)
+    return [scores, torch.cat([scores, _standardise(_robust(values).clamp(-5, 5))], 1)]
+
+
+def _robust(values: Tensor) -> Tensor:
+    """Distance from the median in robust standard deviations."""
+    ordered = values.sort(0).values
+    low, middle, high = (ordered[len(values) * quarter // 4] for quarter in (1, 2, 3))
+    scale = torch.where(high > low, (high - low) / 1.349, values.std(0, correction=0))
+    return (values - middle) / torch.where(scale > 0, scale, 1.0)
+
+
+def _categories(values: Tensor) -> list[Tensor]:
+    """One design: an indicator for each distinct row but the first."""
+    if values.shape[1] == 0:
+        return [values]
+    distinct, index = values.unique(dim=0, return_inverse=True)
+    if len(distinct) > len(values) / 5:
+        raise EstimatorError(
+            WHERE,
+            f"a discrete z of {len(distinct)} categories in {len(values)} rows",
+            "five rows a category or more",
+            "Merge categories, or leave out discrete.",
+        )
+    return [_standardise(torch.nn.functional.one_hot(index)[:, 1:].double())]
+
+
+def _varying(values: Tensor) -> Tensor:
+    return values[:, values.amax(0) > values.amin(0)]
+
+
+def _for_folds(values: Tensor, folds: int) -> Tensor:
+    return values.expand(folds, *values.shape)
+
+
+def _standardise_folds(values: Tensor) -> Tensor:
+    return torch.stack([_standardise(part) for part in values])
+
+
+def _standardise(values: Tensor) -> Tensor:
+    deviation = values.std(0, correction=0)
+    return (values - values.mean(0)) / torch.where(deviation > 0, deviation, 1.0)
+
+
+def _flags_of_columns(x: Tensor, y: Tensor, z: Tensor) -> list[str]:
+    values = torch.cat([x, y, z], 1)
+    flags = []
+    if (values.amax(0) == values.amin(0)).any():
+        flags.append("constant columns")
+    if (_robust(values).abs() > HEAVY).any():
+        flags.append("heavy tails")
+    return flags
+
+
+def _groups(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """A number for each row, from 0, the same for copies.
+
+    Copies must not lie in several folds. Where no column is continuous, equal rows are no copies.
+    """
+    rows = torch.cat([x, y, z], 1)
+    continuous = any(len(column.unique()) > len(rows) / 20 and len(column.unique()) > FEW_VALUES for column in rows.T)
+    if not continuous:
+        return torch.arange(len(rows))
+    return rows.unique(dim=0, return_inverse=True)[1]
+
+
+# -- null -------------------------------------------------------------------------------------------------------------
+
+
+def _neighbour_shuffle(z: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """A permutation of the rows that gives each a row of the k nearest in z where one is still free.
+
+    Rows take turns in random order (Runge 2018, "Conditional independence testing based on a nearest-neighbor
+    estimator"); a row whose neighbours are all taken gets one of what is left at the end.
+    """
+    count = len(z)
+    if z.shape[1] == 0:
+        return torch.randperm(count, generator=generator)
+    noise = 1e-6 * torch.randn(z.shape, generator=generator, dtype=torch.float64)  # equal z: any of them
+    z = (z + noise).float()
+    near = torch.cat([torch.cdist(part, z).topk(min(k + 1, count), largest=False).indices for part in z.split(1024)])
+    free, taken = [True] * count, [-1] * count
+    for row in torch.randperm(count, generator=generator).tolist():
+        candidates = [j for j in near[row].tolist() if j != row and free[j]]
+        if candidates:
+            taken[row] = candidates[int(torch.randint(len(candidates), (1,), generator=generator))]
+            free[taken[row]] = False
+    left = [j for j in range(count) if free[j]]
+    rest = iter(torch.randperm(len(left), generator=generator).tolist())
+    return torch.tensor([j if j >= 0 else left[next(rest)] for j in taken])
