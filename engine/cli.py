@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from engine import __version__
 from engine.errors import CheckpointError, ConfigError, DataError, EngineError, OutputError
 from engine.files import user_path
-from engine.run_folder import CONFIG, FILES, LAST, MARKS, PREVIOUS, owned
+from engine.run_folder import CONFIG, FILES, LAST, MARKS, PREVIOUS, TENSORBOARD, owned
 
 DESCRIPTION = "Train multimodal models with mutual information objectives, and see what the information terms do."
 
@@ -51,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGTERM and SIGHUP end a command as Ctrl-C does, with exit code 143 and 129.
     """
     arguments, rest = _parser().parse_known_args(argv)
+    with _open_ended() if arguments.command in ("train", "demo") else contextlib.nullcontext():
+        return _main(arguments, rest)
+
+
+def _main(arguments: argparse.Namespace, rest: list[str]) -> int:
     formatwarning = warnings.formatwarning
     try:
         if not arguments.debug:
@@ -58,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = _settings(arguments, rest)
         with _signals():
             arguments.run(arguments, settings) if settings is not None else arguments.run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed before we began
+            sys.stdout.flush()
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, _Stop) else signal.SIGINT
         by = f" by {signal.Signals(number).name}" if isinstance(stop, _Stop) else ""
@@ -79,6 +85,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         warnings.formatwarning = formatwarning
     return 0
+
+
+@contextlib.contextmanager
+def _open_ended() -> Iterator[None]:
+    """Let training go on when whoever reads its output has gone (`engine train | head`)."""
+    from engine.callbacks import OpenEnded
+
+    with contextlib.ExitStack() as stack:
+        if sys.stdout is not None:
+            stack.enter_context(contextlib.redirect_stdout(OpenEnded(sys.stdout, "standard output")))
+        if sys.stderr is not None:
+            stack.enter_context(contextlib.redirect_stderr(OpenEnded(sys.stderr, "standard error")))
+        yield
 
 
 def _environment_error(cause: OSError) -> EngineError:
@@ -276,11 +295,10 @@ def _report(a: argparse.Namespace) -> None:
 
 
 def _demo(a: argparse.Namespace, settings: list[str]) -> None:
-    from engine.config import load_config
+    from engine.demo import demo_config, run_demo
 
-    load_config("demo", settings)
+    demo_config(settings)
     _clear_demo(a.out)
-    from engine.demo import run_demo
 
     run_demo(a.out, settings)
     _print_results(a.out)
@@ -376,6 +394,7 @@ def _clear_demo(out: Path) -> None:
     saved = out / "config.yaml"
     if not saved.exists():
         return _check_out(out, resume=False)
+    from engine.callbacks import TensorBoardCallback
     from engine.config import load_config
 
     if load_config(saved).preset != "demo":
@@ -383,9 +402,9 @@ def _clear_demo(out: Path) -> None:
     with owned(out):
         for name in FILES:
             (out / name).unlink(missing_ok=True)
-        for events in (out / "tensorboard").glob("events.out.tfevents.*"):
+        for events in TensorBoardCallback.event_files(out / TENSORBOARD):
             events.unlink()
-        for folder in ("tensorboard", "profile"):
+        for folder in (TENSORBOARD, "profile"):
             with contextlib.suppress(OSError):  # not there, or with files of the user's
                 (out / folder).rmdir()
     return None

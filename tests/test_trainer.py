@@ -310,7 +310,7 @@ def test_evaluation_asks_for_its_device(config, data, tmp_path, monkeypatch):
     assert trainer.evaluate(tmp_path / "run", data) == on_cpu
     assert [named["device"] for named in made] == [torch.device("cpu")] * 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert trainer._device("auto") == torch.device("cuda")
+    assert trainer.choose_device("auto") == torch.device("cuda")
 
 
 @pytest.mark.parametrize("graphs", ["off", "emulate"])
