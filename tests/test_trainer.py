@@ -24,10 +24,14 @@ DIMS = [[6, 3, 16], [3, 3, 16]]
 
 @pytest.fixture(scope="module")
 def text_encoder(tmp_path_factory) -> Path:
+    return make_text_encoder(tmp_path_factory.mktemp("tiny_bert"))
+
+
+def make_text_encoder(folder: Path) -> Path:
     """A tiny BERT with a tokeniser for the words of the synthetic files, as a local model folder."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny_bert")
+    folder.mkdir(exist_ok=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *writers.WORDS]
     (folder / "words.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     torch.manual_seed(0)

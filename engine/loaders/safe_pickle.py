@@ -8,8 +8,8 @@ An array of numbers may be shared by any number of rows and splits, since it is 
 
 Byte strings that Python 2 wrote become text: UTF-8, or Latin-1 where they are not that.
 
-Large array payloads are not copied into memory: they become read-only views of the memory-mapped file, so that opening
-a 12 GB file costs what is later touched, not 12 GB.
+Large array payloads are not copied: they become read-only views of the file's bytes, which are mapped from a copy or
+from the file itself, so that opening a 12 GB file costs what is later touched, not 12 GB of memory.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
+from engine.loaders.ragged import steady
 
 LARGE = 1 << 16  # payloads from this size on are views of the file
 MAX_DEPTH = 64
@@ -636,7 +637,7 @@ def loads(data: mmap.mmap | bytes) -> Any:
 def load(path: str | Path) -> Any:
     """Unpickle `path` under the allow-list.
 
-    Large arrays of the result are read-only views of the mapped file.
+    Large arrays of the result are read-only views of the file's bytes, see `engine.loaders.ragged.steady`.
 
     Raises:
         DataError: not a pickle, damaged or truncated, it asks for a name that is not in `ALLOWED`, or it is beyond a
@@ -645,16 +646,14 @@ def load(path: str | Path) -> Any:
     path = Path(path)
     expected = "a pickle of numpy arrays, text and plain containers"
     try:
-        with path.open("rb") as file:
-            head = file.read(64)
-            if not head:
-                raise DataError(str(path), "an empty file", expected, "Download or write the file again.")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = steady(path)
     except OSError as cause:
         raise DataError(
             str(path), f"{cause.strerror or cause}", "a readable file", "Check the path and its permissions."
         ) from cause
-    start = head.lstrip().lower()
+    if not data:
+        raise DataError(str(path), "an empty file", expected, "Download or write the file again.")
+    start = data[:64].lstrip().lower()
     for marks, found, do in _HEADS:
         if start.startswith(marks):
             raise DataError(str(path), found, expected, do)
