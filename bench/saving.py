@@ -48,8 +48,8 @@ def tiny(folder: Path, epochs: int) -> Any:
         [
             f"data.path={data}", f"epochs={epochs}", "batch_size=8", "data.modalities=[audio,vision]",
             "data.time_len=4", "model.d_common=8", shape.format("d_hiddens"), shape.format("d_outs"),
-            "objective.enabled=false", "objective.hidden=16", "objective.embed=8", "output.progress=false", "output.report=false",
-            "output.features=false",
+            "objective.enabled=false", "objective.hidden=16", "objective.embed=8",
+            "output.progress=false", "output.report=false", "output.features=false",
         ],
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ class OpenEnded:
     A warning says so once.
     """
 
-    def __init__(self, stream: IO[str] | None, name: str):
+    def __init__(self, stream: IO[str], name: str):
         self._stream, self._name = stream, name
 
     def write(self, text: str) -> int:
@@ -45,16 +45,13 @@ class OpenEnded:
         self._try("flush")
 
     def _try(self, method: str, *arguments: Any) -> None:
-        if self._stream is None:
-            return
         try:
             getattr(self._stream, method)(*arguments)
         except OSError as cause:
+            nowhere = Path(os.devnull).open("w")  # noqa: SIM115  (it stands in for the stream until the end)
             with contextlib.suppress(OSError, ValueError):  # what is in its buffer has to go somewhere
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
-            self._stream = None
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+            self._stream = nowhere
             warnings.warn(f"{self._name}: {cause.strerror}: the rest of it is lost", stacklevel=2)
 
     def __getattr__(self, name: str) -> Any:

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGTERM and SIGHUP end a command as Ctrl-C does, with exit code 143 and 129.
     """
     arguments, rest = _parser().parse_known_args(argv)
-    with _open_ended() if arguments.command in ("train", "demo") else contextlib.nullcontext():
+    with _streams(open_ended=arguments.command in ("train", "demo")):
         return _main(arguments, rest)
 
 
@@ -63,8 +63,7 @@ def _main(arguments: argparse.Namespace, rest: list[str]) -> int:
         settings = _settings(arguments, rest)
         with _signals():
             arguments.run(arguments, settings) if settings is not None else arguments.run(arguments)
-        if sys.stdout is not None:  # it was closed before we began
-            sys.stdout.flush()
+        sys.stdout.flush()
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, _Stop) else signal.SIGINT
         by = f" by {signal.Signals(number).name}" if isinstance(stop, _Stop) else ""
@@ -88,15 +87,24 @@ def _main(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def _open_ended() -> Iterator[None]:
-    """Let training go on when whoever reads its output has gone (`engine train | head`)."""
+def _streams(open_ended: bool) -> Iterator[None]:
+    """Have a standard output and error where they were closed before we began.
+
+    Args:
+        open_ended: go on when whoever reads them has gone (`engine train | head`).
+    """
     from engine.callbacks import OpenEnded
 
     with contextlib.ExitStack() as stack:
-        if sys.stdout is not None:
-            stack.enter_context(contextlib.redirect_stdout(OpenEnded(sys.stdout, "standard output")))
-        if sys.stderr is not None:
-            stack.enter_context(contextlib.redirect_stderr(OpenEnded(sys.stderr, "standard error")))
+        nowhere = stack.enter_context(Path(os.devnull).open("w"))
+        for stream, name, redirect in (
+            (sys.stdout, "standard output", contextlib.redirect_stdout),
+            (sys.stderr, "standard error", contextlib.redirect_stderr),
+        ):
+            if stream is None:
+                stack.enter_context(redirect(nowhere))
+            elif open_ended:
+                stack.enter_context(redirect(OpenEnded(stream, name)))
         yield
 
 

@@ -48,8 +48,8 @@ def test_a_file_that_changes_while_it_is_copied(file, tmp_path, monkeypatch):
 
 
 def test_no_space_for_the_copy(file, tmp_path, monkeypatch):
-    monkeypatch.setattr(ragged, "_unnamed", lambda folder: Path("/dev/full").open("r+b"))
-    with spooled(tmp_path), pytest.raises(OutputError, match="no space left"):
+    with Path("/dev/full").open("r+b") as full, spooled(tmp_path), pytest.raises(OutputError, match="no space left"):
+        monkeypatch.setattr(ragged, "_unnamed", lambda folder: full)
         steady(file)
 
 
