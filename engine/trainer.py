@@ -436,6 +436,7 @@ class _Trainer:
         if self.device.type == "cpu":
             keep_memory()
         self.dataset = dataset
+        self.arithmetic = _arithmetic(self.device, self.config.train.amp)
         self.lines = (0, 0)  # bytes and CRC-32 of history.jsonl
         self.saving: Future | None = None
 
@@ -727,7 +728,7 @@ class _Trainer:
             "text_encoder": self.text_config,
             "settings": self.config.model_dump(mode="json"),
             "data": self.dataset.fingerprints,
-            "arithmetic": _arithmetic(self.device),
+            "arithmetic": self.arithmetic,
         }
 
     def _weights(self) -> dict[str, Any]:
@@ -802,7 +803,8 @@ class _Trainer:
     def _complete(self, history: list[dict[str, Any]], ended: bool = False) -> None:
         """Write the best model and its predictions where a run was stopped between its last epoch and these files.
 
-        Those of an earlier epoch cannot be made anew; a run that has ended warns of them.
+        Those of an earlier epoch cannot be made anew. A warning says so where the best model is damaged, and where it
+        is still another one when the run has ended.
         """
         try:
             found = checkpoint.load(self.out / BEST)[1]["epoch"]
@@ -812,7 +814,7 @@ class _Trainer:
         wrong = [name for name in self._prediction_files() if not self.sums.hold(name)]
         if found != best:
             wrong.insert(0, BEST)
-        if wrong and best != last and ended:
+        if wrong and best != last and (ended or found is None):
             warnings.warn(
                 f"{self.out}: {', '.join(wrong)} not of epoch {best}, the best by validation, whose weights are gone",
                 stacklevel=2,
@@ -854,7 +856,7 @@ class _Trainer:
                 f"epochs={self.config.epochs}", f"{meta['epoch'] + 1} finished epochs in {self.out}",
                 f"epochs={meta['epoch'] + 1} or more", "Ask for at least as many epochs as the run has.",
             )  # fmt: skip
-        _say_what_computes_otherwise(self.out, meta, _arithmetic(self.device))
+        _say_what_computes_otherwise(self.out, meta, self.arithmetic)
         return state, meta
 
     def _restore(self, state: dict[str, Any], meta: dict[str, Any]) -> tuple[list[dict[str, Any]], FeatureBank]:
@@ -1030,9 +1032,12 @@ def _scale_rates(optimizer: torch.optim.Optimizer, scheduler: Any, factor: float
             setattr(scheduler, name, [rate * factor for rate in getattr(scheduler, name)])
 
 
-def _arithmetic(device: torch.device) -> dict[str, Any]:
+def _arithmetic(device: torch.device, amp: str) -> dict[str, Any]:
     """What the last digits of a run depend on beside its settings and data."""
-    found: dict[str, Any] = {"torch": torch.__version__, "device": device.type}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the step says it again
+        products = str(autocast_dtype(amp, device) or torch.float32).removeprefix("torch.")
+    found: dict[str, Any] = {"torch": torch.__version__, "device": device.type, "products": products}
     if device.type == "cuda":
         return found | {"gpu": torch.cuda.get_device_name(device)}
     return found | {"threads": torch.get_num_threads(), "processor": torch.backends.cpu.get_cpu_capability()}
