@@ -1,8 +1,9 @@
 """Stop runs at many moments, let them go on, and compare them with one that was not stopped:
 
-python -m tests.kills [random] [renames] [seeds] [signals] [pairs] [others] [--share N] [--seed S]
+python -m tests.kills [NAME ...] [--share N] [--seed S]
 
-Prints a table; the exit code is 1 where a run did not end as it should have. Without names, all of them.
+Prints a table; the exit code is 1 where a run did not end as it should have. The names, all of them without any:
+random, renames, seeds, random-seeds, pairs, others, signals, signals-seeds.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NU
 import torch
 
 from tests.kills import situations
-from tests.kills.situations import Count, Place
+from tests.kills.situations import SEEDS, SHORT, SINGLE, Count, Place
 
 SITUATIONS: dict[str, Callable[[Place, int], Iterator[Count]]] = {
-    "random": lambda place, share: situations.killed_at_random(place, -(-150 // share), many=False),
-    "renames": lambda place, share: situations.killed_at_renames(place, share, many=False),
-    "seeds": lambda place, share: situations.killed_at_renames(place, share, many=True),
-    "random-seeds": lambda place, share: situations.killed_at_random(place, -(-20 // share), many=True),
-    "signals": lambda place, share: situations.signalled(place, -(-30 // share), many=False),
-    "signals-seeds": lambda place, share: situations.signalled(place, -(-15 // share), many=True),
+    "random": lambda place, share: situations.killed_at_random(place, -(-150 // share), SINGLE),
+    "renames": lambda place, share: situations.killed_at_renames(place, share, SHORT),
+    "seeds": lambda place, share: situations.killed_at_renames(place, share, SEEDS),
+    "random-seeds": lambda place, share: situations.killed_at_random(place, -(-20 // share), SEEDS),
     "pairs": lambda place, share: situations.pairs(place, -(-5 // share)),
     "others": lambda place, share: situations.others(place, -(-len(situations.OTHERS) // share)),
+    "signals": lambda place, share: situations.signalled(place, -(-30 // share), SINGLE),
+    "signals-seeds": lambda place, share: situations.signalled(place, -(-15 // share), SEEDS),
 }
 
 

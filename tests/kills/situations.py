@@ -23,7 +23,9 @@ from tests.kills.content import content, curves, differing
 from tests.loaders import writers
 from tests.test_trainer import SIZES, make_text_encoder, small_config
 
-SEEDS = "seeds=0-2"
+SINGLE, SHORT, SEEDS = "a single run", "a single run of 2 epochs", "seeds=0-2"
+WORDS = {SINGLE: [], SHORT: ["epochs=2"], SEEDS: [SEEDS, "epochs=2", "objective.enabled=false"]}
+"""The runs that are stopped -> their settings beside those of `tests.test_trainer.small_config`."""
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Place:
         # Whatever a first run imports and compiles is there for all of them.
         with contextlib.redirect_stdout(io.StringIO()):
             assert main(self.words(folder / "first")) == 0
-        self.whole = {many: self._whole(many) for many in (False, True)}
+        self._whole: dict[str, tuple[dict, float, list[str]]] = {}
 
     def words(self, out: Path, *more: str, resume: bool = False, config: Path | None = None) -> list[str]:
         start = ["--resume"] if resume else ["--config", str(config or self.config)]
@@ -81,70 +83,70 @@ class Place:
     def engine(self, words: list[str], before: Callable[[], None] = lambda: None) -> Ended:
         return self.child(words, before).wait()
 
-    def _whole(self, many: bool) -> tuple[dict, float, list[str]]:
+    def whole(self, kind: str) -> tuple[dict, float, list[str]]:
         """An uninterrupted run: its content, seconds that it took, and the files that it renamed."""
-        out, log = self.folder / f"whole{many}", self.folder / f"renames{many}"
-        started = time.perf_counter()
-        ended = self.engine(self.words(out, *many * [SEEDS]), Renames(names=log))
-        assert ended.code == 0, ended.output
-        return content(out), time.perf_counter() - started, log.read_text().split()
+        if kind not in self._whole:
+            out, log, started = self.new(), self.folder / f"renames {kind}", time.perf_counter()
+            ended = self.engine(self.words(out, *WORDS[kind]), Renames(names=log))
+            assert ended.code == 0, ended.output
+            self._whole[kind] = content(out), time.perf_counter() - started, log.read_text().split()
+        return self._whole[kind]
 
-    def finish(self, out: Path, many: bool, what: str) -> str | None:
+    def finish(self, out: Path, kind: str, what: str) -> str | None:
         """Resume a run and compare it with the uninterrupted one; what is wrong with it."""
-        more = many * [SEEDS]
-        ended = self.engine(self.words(out, *more, resume=True))
+        ended = self.engine(self.words(out, *[SEEDS] * (kind == SEEDS), resume=True))
         if ended.code == 2 and "neither --preset nor --config" in ended.output:  # killed before it had a folder
-            ended = self.engine(self.words(out, *more))
+            ended = self.engine(self.words(out, *WORDS[kind]))
         if ended.code != 0 or "Traceback" in ended.output:
             return f"{what}: resumed with exit code {ended.code}: {ended.output.strip()[-500:]}"
-        if found := differing(content(out), self.whole[many][0]):
+        if found := differing(content(out), self.whole(kind)[0]):
             return f"{what}: other {', '.join(found)}"
-        for run in out.glob("seed*") if many else [out]:
+        for run in out.glob("seed*") if kind == SEEDS else [out]:
             if any(len(values) != 1 for values in curves(run).values()) or len(curves(run)) < 3:
                 return f"{what}: points of TensorBoard are missing or doubled"
         shutil.rmtree(out)
         return None
 
 
-def killed_at_random(place: Place, runs: int, many: bool) -> Iterator[Count]:
+def killed_at_random(place: Place, runs: int, kind: str) -> Iterator[Count]:
     """SIGKILL after a random share of the time that a run takes."""
-    count = Count(f"`kill -9` of {SEEDS if many else 'a single run'} at a random moment")
+    count = Count(f"`kill -9` of {kind} at a random moment")
     while count.tried < runs:
-        out, seconds = place.new(), place.whole[many][1]
-        child = place.child(place.words(out, *many * [SEEDS]))
+        out, seconds = place.new(), place.whole(kind)[1]
+        child = place.child(place.words(out, *WORDS[kind]))
         time.sleep(place.random.uniform(0, seconds))
         child.kill()
         if child.wait().code == 0:  # it was faster
             shutil.rmtree(out)
             continue
         epochs = sum(len(p.read_text().splitlines()) for p in out.rglob("history.jsonl"))
-        count.add(place.finish(out, many, f"{out.name}, killed at random"), f"after {epochs} epochs")
+        count.add(place.finish(out, kind, f"{out.name}, killed at random"), f"after {epochs} epochs")
     yield count
 
 
-def killed_at_renames(place: Place, every: int, many: bool) -> Iterator[Count]:
-    """SIGKILL just before and just after each file of a run gets its name."""
-    names = place.whole[many][2]
-    count = Count(f"kill before and after every rename of {SEEDS if many else 'a single run'} ({len(names)} renames)")
+def killed_at_renames(place: Place, every: int, kind: str) -> Iterator[Count]:
+    """SIGKILL just before and, of a single run, just after each file gets its name."""
+    names, moments = place.whole(kind)[2], (False,) if kind == SEEDS else (False, True)
+    count = Count(f"kill before{' and after' * (len(moments) == 2)} every rename of {kind} ({len(names)} renames)")
     for at in range(1, len(names) + 1, every):
-        for after in (False, True):
+        for after in moments:
             out = place.new()
-            ended = place.engine(place.words(out, *many * [SEEDS]), Renames(at, after))
+            ended = place.engine(place.words(out, *WORDS[kind]), Renames(at, after))
             what = f"{out.name}, killed {'after' if after else 'before'} rename {at}, of {names[at - 1]}"
             if ended.code != -signal.SIGKILL:
                 count.add(f"{what}: not killed: {ended.output}")
                 continue
-            count.add(place.finish(out, many, what), "after" if after else "before")
+            count.add(place.finish(out, kind, what), "after" if after else "before")
     yield count
 
 
-def signalled(place: Place, runs: int, many: bool) -> Iterator[Count]:
+def signalled(place: Place, runs: int, kind: str) -> Iterator[Count]:
     """Signals that ask a run to end, at random moments: one line, the right exit code, nobody left behind."""
-    count = Count(f"SIGINT, SIGTERM or SIGHUP to {SEEDS if many else 'a single run'} at a random moment")
+    count = Count(f"SIGINT, SIGTERM or SIGHUP to {kind} at a random moment")
     while count.tried < runs:
-        out, seconds = place.new(), place.whole[many][1]
+        out, seconds = place.new(), place.whole(kind)[1]
         number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[count.tried % 3]
-        child = place.child(place.words(out, *many * [SEEDS]))
+        child = place.child(place.words(out, *WORDS[kind]))
         time.sleep(0.05 + place.random.uniform(0, seconds))
         child.kill(number)
         ended = child.wait()
@@ -158,7 +160,7 @@ def signalled(place: Place, runs: int, many: bool) -> Iterator[Count]:
         elif not child.left_alone():
             count.add(f"{what}: a process of it is left")
         else:
-            count.add(place.finish(out, many, what), number.name)
+            count.add(place.finish(out, kind, what), number.name)
     yield count
 
 
@@ -185,7 +187,7 @@ def pairs(place: Place, each: int) -> Iterator[Count]:
             said = "another process is writing" in refused or (not resume and "another run" in refused)
             if [e.code for e in ended] != [0, 2] or not said:
                 count.add(f"{out.name}: exit codes {[e.code for e in ended]}: {ended[1].output.strip()[-500:]}")
-            elif not resume and (found := differing(content(out), place.whole[False][0])):
+            elif not resume and (found := differing(content(out), place.whole(SINGLE)[0])):
                 count.add(f"{out.name}: other {', '.join(found)}")
             else:
                 count.add(None, "one won")
