@@ -16,10 +16,11 @@ PATIENCE = 300  # seconds that a child may take
 
 @dataclass
 class Ended:
-    """How a child ended: its exit code, negative where a signal killed it, and what it wrote to stdout and stderr."""
+    """How a child ended: its exit code, negative where a signal killed it, its output, and seconds of computing."""
 
     code: int
     output: str
+    seconds: float = 0.0
 
     @property
     def one_line(self) -> str:
@@ -69,12 +70,21 @@ class Child:
 
     def wait(self) -> Ended:
         deadline = time.monotonic() + PATIENCE
-        while not (found := os.waitpid(self.pid, os.WNOHANG))[0]:
+        while not (found := os.wait4(self.pid, os.WNOHANG))[0]:
             if time.monotonic() > deadline:
                 self.kill()
                 raise TimeoutError(f"{self.log}: still running after {PATIENCE} s")
             time.sleep(0.002)
-        return Ended(os.waitstatus_to_exitcode(found[1]), self.log.read_text(encoding="utf-8"))
+        used = found[2].ru_utime + found[2].ru_stime
+        return Ended(os.waitstatus_to_exitcode(found[1]), self.log.read_text(encoding="utf-8"), used)
+
+    def compute(self, seconds: float) -> None:
+        """Wait until it has computed for so long, however busy the machine is, or has ended."""
+        while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            if (int(state[11]) + int(state[12])) / os.sysconf("SC_CLK_TCK") >= seconds:
+                return
+            time.sleep(0.001)
 
     def left_alone(self, patience: float = 20.0) -> bool:
         """Whether all processes that it started end, too."""

@@ -84,12 +84,12 @@ class Place:
         return self.child(words, before).wait()
 
     def whole(self, kind: str) -> tuple[dict, float, list[str]]:
-        """An uninterrupted run: its content, seconds that it took, and the files that it renamed."""
+        """An uninterrupted run: its content, seconds of computing, and the files that it renamed."""
         if kind not in self._whole:
-            out, log, started = self.new(), self.folder / f"renames {kind}", time.perf_counter()
+            out, log = self.new(), self.folder / f"renames {kind}"
             ended = self.engine(self.words(out, *WORDS[kind]), Renames(names=log))
             assert ended.code == 0, ended.output
-            self._whole[kind] = content(out), time.perf_counter() - started, log.read_text().split()
+            self._whole[kind] = content(out), ended.seconds, log.read_text().split()
         return self._whole[kind]
 
     def finish(self, out: Path, kind: str, what: str) -> str | None:
@@ -109,12 +109,12 @@ class Place:
 
 
 def killed_at_random(place: Place, runs: int, kind: str) -> Iterator[Count]:
-    """SIGKILL after a random share of the time that a run takes."""
+    """SIGKILL after a random share of what a run computes."""
     count = Count(f"`kill -9` of {kind} at a random moment")
     while count.tried < runs:
         out, seconds = place.new(), place.whole(kind)[1]
         child = place.child(place.words(out, *WORDS[kind]))
-        time.sleep(place.random.uniform(0, seconds))
+        child.compute(place.random.uniform(0, seconds))
         child.kill()
         if child.wait().code == 0:  # it was faster
             shutil.rmtree(out)
@@ -147,7 +147,7 @@ def signalled(place: Place, runs: int, kind: str) -> Iterator[Count]:
         out, seconds = place.new(), place.whole(kind)[1]
         number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[count.tried % 3]
         child = place.child(place.words(out, *WORDS[kind]))
-        time.sleep(0.05 + place.random.uniform(0, seconds))
+        child.compute(0.05 + place.random.uniform(0, seconds))
         child.kill(number)
         ended = child.wait()
         if ended.code == 0:
