@@ -18,10 +18,10 @@ from engine import checkpoint, metrics, trainer
 from engine.callbacks import OpenEnded, TensorBoardCallback
 from engine.cli import main
 from engine.config import load_config
-from engine.errors import ConfigError, DataError, EstimatorError, OutputError
+from engine.errors import CheckpointError, ConfigError, DataError, EstimatorError, OutputError
 from engine.run_folder import owned
 from tests.kills.content import content, curves, differing
-from tests.test_run_folder import Stop
+from tests.test_run_folder import Stop, flip
 from tests.test_trainer import changed, config, data, history, text_encoder  # noqa: F401
 
 # -- saving beside the next epoch --
@@ -79,6 +79,24 @@ def test_a_restart_is_said(config, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer.train(changed(config, epochs=2), tmp_path / "run", resume=True)
+
+
+def test_a_damaged_best_model_is_said_at_once(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer._Trainer, "_better", lambda self, a, b, split: False)  # the first epoch stays the best
+    run, said = tmp_path / "run", r"best\.safetensors not of epoch 0, the best by validation, whose weights are gone"
+    trainer.train(changed(config, epochs=2), run)
+    flip(run / "best.safetensors", -1)
+
+    class Look(Stop):
+        def on_start(self, first_epoch, epochs, batches):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match=said):
+        trainer.train(config, run, resume=True, callbacks=[Look()])
+    with pytest.warns(UserWarning, match=said):
+        trainer.train(config, run, resume=True)
+    with pytest.raises(CheckpointError, match=r"best\.safetensors: found contents that do not match"):
+        trainer.load_run(run)
 
 
 def test_fewer_epochs_than_a_run_has(config, tmp_path):
