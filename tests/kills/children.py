@@ -123,6 +123,8 @@ class Renames:
         here = self.calls == self.at
         if here and not self.after:
             os.kill(os.getpid(), signal.SIGKILL)
-        self.replace(old, new)
-        if here:
-            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            self.replace(old, new)  # there may be nothing to rename
+        finally:
+            if here:
+                os.kill(os.getpid(), signal.SIGKILL)
