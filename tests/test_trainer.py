@@ -487,17 +487,17 @@ class TestBadInput:
         import errno
 
         trainer.train(changed(config, epochs=1), tmp_path / "run")
-        real = checkpoint.save
+        real = checkpoint.Snapshot.save
 
-        def full(path, state, meta=None, previous=None):
+        def full(self, path, meta=None, previous=None):
             raise OutputError(str(path), "no space left on the device", "room for the file", "Free some space.") from (
                 OSError(errno.ENOSPC, "No space left on device")
             )
 
-        monkeypatch.setattr(checkpoint, "save", full)
+        monkeypatch.setattr(checkpoint.Snapshot, "save", full)
         with pytest.raises(OutputError, match="no space"):
             trainer.train(changed(config, epochs=2), tmp_path / "run", resume=True)
-        monkeypatch.setattr(checkpoint, "save", real)
+        monkeypatch.setattr(checkpoint.Snapshot, "save", real)
         trainer.train(changed(config, epochs=2), tmp_path / "run", resume=True)
         assert len(history(tmp_path / "run")) == 2
 
