@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 
 class Callback(Protocol):
@@ -22,6 +28,36 @@ class Callback(Protocol):
         """After the last epoch, also when training failed."""
 
 
+class OpenEnded:
+    """A text stream whose reader may go (`engine train | head`): what cannot be written any more is dropped.
+
+    A warning says so once.
+    """
+
+    def __init__(self, stream: IO[str], name: str):
+        self._stream, self._name = stream, name
+
+    def write(self, text: str) -> int:
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def _try(self, method: str, *arguments: Any) -> None:
+        try:
+            getattr(self._stream, method)(*arguments)
+        except OSError as cause:
+            nowhere = Path(os.devnull).open("w")  # noqa: SIM115  (it stands in for the stream until the end)
+            with contextlib.suppress(OSError, ValueError):  # what is in its buffer has to go somewhere
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+            self._stream = nowhere
+            warnings.warn(f"{self._name}: {cause.strerror}: the rest of it is lost", stacklevel=2)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class ProgressCallback:
     """A live bar over the whole run with the time left, and one line an epoch."""
 
@@ -29,6 +65,7 @@ class ProgressCallback:
         self.metric = metric
 
     def on_start(self, first_epoch: int, epochs: int, batches: dict[str, int]) -> None:
+        from rich.console import Console
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -41,9 +78,10 @@ class ProgressCallback:
         per_epoch = sum(batches.values())
         # The first epoch has no bank, so stage 1 does not run in it.
         total = (epochs - max(first_epoch, 1)) * per_epoch + (batches["stage2"] if first_epoch == 0 else 0)
+        console = Console(file=OpenEnded(sys.stdout, "standard output"))
         self.progress = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
         )  # fmt: skip
         self.epochs, self.epoch = epochs, first_epoch
         self.task = self.progress.add_task(f"epoch {first_epoch + 1}/{epochs}", total=total)
@@ -66,30 +104,90 @@ class ProgressCallback:
 
 
 class TensorBoardCallback:
-    """Losses, information terms, estimators (nats) and metrics as scalars, for train, valid and test."""
+    """Losses, information terms, estimators (nats) and metrics as scalars, for train, valid and test.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    A run that goes on gets a new file with all of its epochs, which takes the place of the earlier ones: no point is
+    missing or there twice, wherever the run was stopped. Where a file cannot be written, a warning says so once, and
+    training goes on.
+
+    Args:
+        folder: where the event files go; others' files in it stay.
+        history: the records of the epochs that the run has already.
+    """
+
+    SUFFIX = ".engine"
+
+    def __init__(self, folder: Path, history: Sequence[dict[str, Any]] = ()):
+        self.folder, self.history, self.file = folder, history, None
 
     def on_start(self, first_epoch: int, epochs: int, batches: dict[str, int]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        self.writer = SummaryWriter(str(self.folder), purge_step=first_epoch)
+        name = f"events.out.tfevents.{time.time():.0f}.{os.getpid()}{self.SUFFIX}"
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            earlier = self.event_files(self.folder)
+            self.file = (self.folder / name).open("wb")
+            # The session's start has TensorBoard forget what other files of the folder hold.
+            start = SessionLog(status=SessionLog.START)
+            events = [Event(file_version="brain.Event:2"), Event(session_log=start)]
+            ended = time.time()
+            for record in reversed(self.history):  # as if they had been written one after the other until now
+                events[2:2] = self._events(record, ended)
+                ended -= record["wall_seconds"]
+            self._write(events)
+            for path in earlier:
+                if path.name != name:
+                    path.unlink(missing_ok=True)
 
     def on_batch(self, stage: str, number: int) -> None:
         pass
 
     def on_epoch(self, record: dict[str, Any], improved: bool) -> None:
-        for split in ("train", "valid", "test"):
-            for name, value in record[split].items():
-                if isinstance(value, dict):
-                    for term, nats in value.items():
-                        self.writer.add_scalar(f"{name}/{term}/{split}", nats, record["epoch"])
-                else:
-                    self.writer.add_scalar(f"{name}/{split}", value, record["epoch"])
-        for optimizer in ("main", "estimators"):
-            self.writer.add_scalar(f"lr/{optimizer}", record[f"lr_{optimizer}"], record["epoch"])
-        self.writer.flush()
+        with self._writing():
+            self._write(self._events(record, time.time()))
 
     def on_end(self) -> None:
-        self.writer.close()
+        with self._writing():
+            if self.file is not None:
+                self.file.close()
+
+    @classmethod
+    def event_files(cls, folder: Path) -> list[Path]:
+        """The files in `folder` that this class wrote."""
+        return list(folder.glob(f"events.out.tfevents.*{cls.SUFFIX}"))
+
+    def _events(self, record: dict[str, Any], at: float) -> list[Any]:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [(f"lr/{optimizer}", record[f"lr_{optimizer}"]) for optimizer in ("main", "estimators")]
+        for split in ("train", "valid", "test"):
+            for name, value in record[split].items():
+                of_terms = value.items() if isinstance(value, dict) else [(None, value)]
+                values += [(f"{name}/{term}/{split}" if term else f"{name}/{split}", v) for term, v in of_terms]
+        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values]
+        return [Event(wall_time=at, step=record["epoch"], summary=Summary(value=scalars))]
+
+    def _write(self, events: list[Any]) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        if self.file is not None:
+            writer = RecordWriter(self.file)
+            for event in events:
+                writer.write(event.SerializeToString())
+            writer.flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as cause:
+            with contextlib.suppress(OSError):
+                self.file.close()
+            self.file = None
+            warnings.warn(
+                f"{self.folder}: {cause.strerror or cause}: TensorBoard's curves end here; they are completed when the "
+                "run is resumed",
+                stacklevel=2,
+            )

@@ -12,8 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import re
+import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -25,10 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
-from engine.files import atomic_path, parse_json, user_path
+from engine.files import atomic_file, parse_json, user_path
 
 FORMAT = "engine-checkpoint"
 VERSION = 1
+TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32",
+    torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64",
+}  # fmt: skip
+"""dtype -> its name in a safetensors file."""
+DAMAGED = "The file is damaged: use a copy of it."
 HEADER_BYTES = 1 << 25
 """Bytes that the header of a checkpoint may have; that of a large model has 1e6."""
 
@@ -51,23 +57,64 @@ def save(
         OutputError: the folder cannot be written to, or the disk is full.
         TypeError: the tree holds something else (a programming error, hence no `EngineError`).
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    Snapshot(state, copies=False).save(path, meta, previous)
 
-    encoder = _Encoder()
-    tree, about, tensors = json.dumps(encoder.tree(state)), json.dumps(meta or {}), encoder.tensors
-    header = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "state": tree,
-        "meta": about,
-        "checksum": _checksum(tree, about, tensors),
-    }
-    with atomic_path(path, previous) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=header)
-        except SafetensorError as cause:
-            raise _as_os_error(cause) from cause
+
+class Snapshot:
+    """A checkpoint's state, on the CPU and ready to be written.
+
+    Args:
+        state: as of the function `save`.
+        copies: whether its tensors get memory of their own, so that training may go on while another thread writes.
+    """
+
+    def __init__(self, state: dict[Any, Any], copies: bool = True):
+        encoder = _Encoder(copies)
+        self.tree, self.tensors = json.dumps(encoder.tree(state)), encoder.tensors
+
+    def save(self, path: str | Path, meta: dict[str, Any] | None = None, previous: Path | None = None) -> None:
+        """Write it to a file, as the function `save` does."""
+        about = json.dumps(meta or {})
+        header = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "state": self.tree,
+            "meta": about,
+            "checksum": _checksum(self.tree, about, self.tensors),
+        }
+        write_tensors(path, self.tensors, header, previous)
+
+
+def write_tensors(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str], previous: Path | None = None
+) -> None:
+    """Write tensors on the CPU as a safetensors file, atomically.
+
+    safetensors writes a temporary file of its own, which would stay behind where the process is killed.
+
+    Args:
+        previous: as in `save`.
+
+    Raises:
+        OutputError: the folder cannot be written to, or the disk is full.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    order, end = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)), 0  # each aligned to its size
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": TYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path, previous) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            file.write(_bytes(tensors[name]))
+
+
+def _bytes(tensor: Tensor) -> memoryview | bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
 
 
 def load(path: str | Path) -> tuple[dict[Any, Any], dict[str, Any]]:
@@ -89,7 +136,7 @@ def load(path: str | Path) -> tuple[dict[Any, Any], dict[str, Any]]:
             str(path),
             "contents that do not match their checksum",
             "the bytes that were written",
-            "The file is damaged; use another copy, or the other of best/last.safetensors.",
+            DAMAGED,
         )
     return state, meta
 
@@ -216,7 +263,8 @@ def compare(module: nn.Module, state: Any, where: str) -> dict[str, Tensor]:
 class _Encoder:
     """Takes the tensors out of a tree: `tree(state)` is JSON-able, `tensors` holds what it refers to by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, copies: bool = False) -> None:
+        self.copies = copies
         self.tensors: dict[str, Tensor] = {}
         self._storages: set[int] = set()
 
@@ -246,7 +294,9 @@ class _Encoder:
             name += "'"
         saved = tensor.detach().cpu().contiguous()
         storage = saved.untyped_storage()
-        if storage.data_ptr() in self._storages:  # safetensors refuses tensors that share memory (tied weights)
+        shared = self.copies and storage.data_ptr() == tensor.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory (tied weights)
+        if storage.data_ptr() in self._storages or shared:
             saved = saved.clone()
         self._storages.add(storage.data_ptr())
         self.tensors[name] = saved
@@ -274,15 +324,8 @@ def _checksum(tree: str, about: str, tensors: dict[str, Tensor]) -> str:
     """CRC-32 over everything that `load` returns: safetensors itself notices missing bytes, not changed ones."""
     crc = zlib.crc32(about.encode(), zlib.crc32(tree.encode()))
     for name in sorted(tensors):
-        if tensors[name].numel():
-            crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(_bytes(tensors[name]), crc)
     return f"{crc:08x}"
-
-
-def _as_os_error(cause: Exception) -> Exception:
-    """The `OSError` behind a safetensors error, so that writing fails in one way only."""
-    code = re.search(r"os error (\d+)", str(cause))
-    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else cause
 
 
 def _check_format(path: Path, header: dict[str, str]) -> None:
@@ -312,6 +355,6 @@ def _unreadable(path: Path, cause: Exception) -> CheckpointError:
     else:
         found, do = (
             "a file of another length than its header tells (truncated)",
-            "Use another copy, or the other of best/last.safetensors.",
+            DAMAGED,
         )
     return CheckpointError(str(path), found, "a complete safetensors checkpoint", do)

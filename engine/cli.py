@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from engine import __version__
 from engine.errors import CheckpointError, ConfigError, DataError, EngineError, OutputError, printable
 from engine.files import user_path
-from engine.run_folder import CONFIG, FILES, LAST, MARKS, PREVIOUS, owned
+from engine.run_folder import CONFIG, FILES, LAST, MARKS, PREVIOUS, TENSORBOARD, owned
 
 DESCRIPTION = "Train multimodal models with mutual information objectives, and see what the information terms do."
 
@@ -54,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGTERM and SIGHUP end a command as Ctrl-C does, with exit code 143 and 129.
     """
     arguments, rest = _parser().parse_known_args(argv)
+    with _streams(open_ended=arguments.command in ("train", "demo")):
+        return _main(arguments, rest)
+
+
+def _main(arguments: argparse.Namespace, rest: list[str]) -> int:
     formatwarning = warnings.formatwarning
     try:
         if not arguments.debug:
@@ -80,6 +85,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         warnings.formatwarning = formatwarning
     return 0
+
+
+@contextlib.contextmanager
+def _streams(open_ended: bool) -> Iterator[None]:
+    """Have a standard output and error where they were closed before we began.
+
+    Args:
+        open_ended: go on when whoever reads them has gone (`engine train | head`).
+    """
+    from engine.callbacks import OpenEnded
+
+    with contextlib.ExitStack() as stack:
+        nowhere = stack.enter_context(Path(os.devnull).open("w"))
+        for stream, name, redirect in (
+            (sys.stdout, "standard output", contextlib.redirect_stdout),
+            (sys.stderr, "standard error", contextlib.redirect_stderr),
+        ):
+            if stream is None:
+                stack.enter_context(redirect(nowhere))
+            elif open_ended:
+                stack.enter_context(redirect(OpenEnded(stream, name)))
+        yield
 
 
 def _environment_error(cause: Exception) -> Exception:
@@ -290,11 +317,10 @@ def _report(a: argparse.Namespace) -> None:
 
 
 def _demo(a: argparse.Namespace, settings: list[str]) -> None:
-    from engine.config import load_config
+    from engine.demo import demo_config, run_demo
 
-    load_config("demo", settings)
+    demo_config(settings)
     _clear_demo(a.out)
-    from engine.demo import run_demo
 
     run_demo(a.out, settings)
     _print_results(a.out)
@@ -392,6 +418,7 @@ def _clear_demo(out: Path) -> None:
     saved = out / "config.yaml"
     if not saved.exists():
         return _check_out(out, resume=False)
+    from engine.callbacks import TensorBoardCallback
     from engine.config import load_config
 
     if load_config(saved).preset != "demo":
@@ -399,9 +426,9 @@ def _clear_demo(out: Path) -> None:
     with owned(out):
         for name in FILES:
             (out / name).unlink(missing_ok=True)
-        for events in (out / "tensorboard").glob("events.out.tfevents.*"):
+        for events in TensorBoardCallback.event_files(out / TENSORBOARD):
             events.unlink()
-        for folder in ("tensorboard", "profile"):
+        for folder in (TENSORBOARD, "profile"):
             with contextlib.suppress(OSError):  # not there, or with files of the user's
                 (out / folder).rmdir()
     return None

@@ -404,14 +404,18 @@ class Config(Section):
     mode: Literal["fast", "faithful"] = Field(
         "fast", description="faithful: the reference's mathematics, faults included"
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="one seed gives bit-equal runs on a CPU")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="one seed gives bit-equal runs on one CPU with one number of threads"
+    )
     epochs: int = Field(8, ge=1, le=MOST_EPOCHS, description="passes over the training set")
     batch_size: int = Field(32, ge=2, le=LONGEST, description="samples a step; estimators need at least 2")
     text_encoder: str = Field(
         "minilm", description="minilm, a local folder, a Hugging Face name, or features (precomputed)"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:0, mps")
-    threads: Annotated[int | None, _none] = Field(None, ge=1, le=1024, description="CPU threads; none: all")
+    threads: Annotated[int | None, _none] = Field(
+        None, ge=1, le=1024, description="CPU threads; none: all. Last digits depend on it"
+    )
     data: DataConfig = DataConfig()
     text: TextConfig = TextConfig()
     model: ModelConfig = ModelConfig()

@@ -5,8 +5,8 @@ import errno
 import glob
 import json
 import os
+import secrets
 import stat
-import tempfile
 import warnings
 import weakref
 import zipfile
@@ -165,8 +165,8 @@ def _temporary(path: Path, previous: Path | None = None) -> Iterator[tuple[IO[by
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
         while True:
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-            file, temporary = os.fdopen(handle, "wb"), Path(name)
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+            file = temporary.open("xb")
             with contextlib.suppress(OSError):
                 _lock(file, wait=True)
             if temporary.exists():  # else another process swept it away before it was locked
@@ -186,22 +186,30 @@ def _temporary(path: Path, previous: Path | None = None) -> Iterator[tuple[IO[by
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: str | Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
     """As `atomic_path`, with the temporary file open for writing; for large files."""
-    with _temporary(user_path(path)) as (file, _):
+    with _temporary(user_path(path), previous) as (file, _):
         yield file
 
 
 def _publish(temporary: Path, path: Path, previous: Path | None = None) -> None:
-    mask = os.umask(0)
-    os.umask(mask)
-    temporary.chmod(0o666 & ~mask)
     with temporary.open("rb") as written:
         os.fsync(written.fileno())
     if previous is not None:
         with contextlib.suppress(FileNotFoundError):
             os.replace(path, previous)
     os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names in a folder survive a loss of power, too. Some file systems cannot, and some need not."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager

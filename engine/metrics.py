@@ -26,6 +26,9 @@ from engine.files import atomic_path
 
 Metrics = dict[str, float]
 
+PREDICTIONS = "predictions"
+"""What an error names when a model's predictions are not finite."""
+
 PHQ_RANGE = 25.0
 """AVEC2019 labels are PHQ-8 scores divided by 25."""
 
@@ -278,7 +281,7 @@ def _pair(prediction: ArrayLike, target: ArrayLike) -> tuple[NDArray[np.float64]
             "as many of one as of the other, and at least one",
             "Pass the predictions and labels of the same, non-empty split.",
         )
-    _finite("predictions", p)
+    _finite(PREDICTIONS, p)
     _finite("labels", y)
     return p, y
 

@@ -22,14 +22,15 @@ BEST, LAST, PREVIOUS = "best.safetensors", "last.safetensors", "previous.safeten
 NORMALIZER, TRUTH, REPORT = "normalizer.safetensors", "truth.json", "report.html"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 CHECKSUMS, LOCK = "checksums.json", ".lock"
+DIVERGED, TENSORBOARD = "diverged.json", "tensorboard"
 
 SPLITS = ("train", "valid", "test")
 PREDICTIONS = tuple(f"predictions_{split}.csv" for split in SPLITS)
 FEATURES = tuple(f"features_{split}.safetensors" for split in SPLITS)
 PROFILE = ("profile/shares.txt", "profile/shares.json", "profile/trace.json")
 FILES = (
-    CONFIG, METRICS, METRICS_CSV, HISTORY, BEST, LAST, PREVIOUS, NORMALIZER, TRUTH, REPORT, CHECKSUMS, *TOKENIZER,
-    *PREDICTIONS, *FEATURES, *PROFILE,
+    CONFIG, METRICS, METRICS_CSV, HISTORY, BEST, LAST, PREVIOUS, NORMALIZER, TRUTH, REPORT, CHECKSUMS, DIVERGED,
+    *TOKENIZER, *PREDICTIONS, *FEATURES, *PROFILE,
 )  # fmt: skip
 """Every file that a run writes, TensorBoard's excepted."""
 LARGEST = 1 << 27

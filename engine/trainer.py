@@ -11,6 +11,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from engine.run_folder import (
     BEST,
     CHECKSUMS,
     CONFIG,
+    DIVERGED,
     FEATURES,
     HISTORY,
     LAST,
@@ -55,6 +57,7 @@ from engine.run_folder import (
     NORMALIZER,
     PREVIOUS,
     REPORT,
+    TENSORBOARD,
     TOKENIZER,
     Checksums,
     file_sum,
@@ -134,6 +137,13 @@ def train_seeds(
     """
     _refuse_other_ranks()
     out = user_path(out)
+    with owned(out):
+        return _train_seeds(config, out, seeds, resume, callbacks)
+
+
+def _train_seeds(
+    config: Config, out: Path, seeds: Sequence[int], resume: bool, callbacks: Sequence[Callback]
+) -> list[RunResult]:
     own = (_own_tokenizer(out / f"seed{seed}", config) for seed in seeds) if resume else iter(())
     tokenizer = next((t for t in own if t is not None), None)
     dataset = open_dataset(config.data.path, config.resolve().data, config.text_encoder, tokenizer=tokenizer)
@@ -168,7 +178,7 @@ def evaluate(
         CheckpointError, ConfigError, DataError: there is no such run or split, a label is missing, or features of other
             widths than the run was trained with.
     """
-    loaded = load_run(run, _device(device))
+    loaded = load_run(run, choose_device(device))
     split, dataset = _open_split(loaded, data, split)
     _require_labels(dataset.splits[split], f"{data}, {split}")
     checks.class_numbers(loaded.config, dataset, [split])
@@ -188,7 +198,7 @@ def predict(
 
     Samples need no labels: the column label is empty where there is none, and else whatever number the data has.
     """
-    loaded = load_run(run, _device(device))
+    loaded = load_run(run, choose_device(device))
     split, dataset = _open_split(loaded, data, split)
     result = _apply(loaded, dataset, split, batch_size, "regression")  # which asks nothing of the labels
     out = user_path(out)
@@ -273,7 +283,8 @@ def _check_unchanged(folder: Path, config: Config, meta: dict[str, Any]) -> None
     if "settings" not in meta:  # a run of an older version
         return verify(folder, CONFIG, NORMALIZER)
     # A text encoder may lie elsewhere now.
-    differing = _differences(_settings_of(folder, meta), config, {*FREE, "text_encoder"})
+    free = {*FREE, "text_encoder", *(ADVISED if _diverged(folder) else ())}
+    differing = _differences(_settings_of(folder, meta), config, free)
     if differing:
         raise CheckpointError(
             str(folder / CONFIG),
@@ -336,7 +347,7 @@ def _scheduler(optimizer: torch.optim.Optimizer, s: ScheduleConfig, higher_is_be
             return lr_scheduler.ReduceLROnPlateau(optimizer, mode, factor=s.rate, patience=s.patience)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -455,11 +466,13 @@ class _Trainer:
         self.config, self.out, self.extra_callbacks = config.resolve(), out, callbacks
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        self.device = _device(self.config.device)
+        self.device = choose_device(self.config.device)
         if self.device.type == "cpu":
             keep_memory()
         self.dataset = dataset
+        self.arithmetic = _arithmetic(self.device, self.config.train.amp)
         self.lines = (0, 0)  # bytes and CRC-32 of history.jsonl
+        self.saving: Future | None = None
 
     def fit(self, resume: bool) -> RunResult:
         if self.profile and self.config.objective.enabled and self.config.epochs < 2:
@@ -490,6 +503,8 @@ class _Trainer:
                 c.data.path, f"other data than the run in {self.out} was trained on ({', '.join(differing)})",
                 "the same samples, texts, labels and features", "Name the run's own data, or begin a new run.",
             )  # fmt: skip
+        if resume and saved is None:
+            warnings.warn(f"{self.out}: no epoch to go on from: the run begins at epoch 0", stacklevel=2)
         self._prepare(None if saved is None else saved[1])
         history: list[dict[str, Any]] = []
         bank: FeatureBank | None = None
@@ -500,7 +515,7 @@ class _Trainer:
         self._write_settings()
         if history:
             self._complete(history)
-        for callback in (callbacks := self._callbacks()):
+        for callback in (callbacks := self._callbacks(history)):
             callback.on_start(len(history), c.epochs, self._batches())
 
         def on_batch(stage: str, number: int) -> None:
@@ -513,13 +528,22 @@ class _Trainer:
             self._warm_up()
         started = time.perf_counter() - sum(r["wall_seconds"] for r in history)
         try:
-            for epoch in range(len(history), c.epochs):
-                record, bank = self._epoch(epoch, bank, on_batch)
-                improved = self._improved(history, record)
-                history.append(record)
-                self._save(history, bank, improved, time.perf_counter() - started)
-                for callback in callbacks:
-                    callback.on_epoch(record, improved)
+            # Saving goes on beside the next epoch; leaving this block waits for it.
+            with ThreadPoolExecutor(1) as beside:
+                for epoch in range(len(history), c.epochs):
+                    try:
+                        record, bank = self._epoch(epoch, bank, on_batch)
+                    except EngineError as problem:
+                        raise self._lost(epoch, problem) from problem
+                    self._wait()
+                    improved = self._improved(history, record)
+                    history.append(record)
+                    self.saving = beside.submit(self._save(history, bank, improved, time.perf_counter() - started))
+                    if self.extra_callbacks:  # which may read the folder
+                        self._wait()
+                    for callback in callbacks:
+                        callback.on_epoch(record, improved)
+            self._wait()
         finally:
             for callback in callbacks:
                 callback.on_end()
@@ -644,10 +668,10 @@ class _Trainer:
             self.step.generator.set_state(generator_state)
             _set_rng_state(random_state)
 
-    def _callbacks(self) -> list[Callback]:
+    def _callbacks(self, history: list[dict[str, Any]]) -> list[Callback]:
         callbacks: list[Callback] = list(self.extra_callbacks)
         if self.config.output.tensorboard:
-            callbacks.append(TensorBoardCallback(self.out / "tensorboard"))
+            callbacks.append(TensorBoardCallback(self.out / TENSORBOARD, history))
         if self.config.output.progress:
             callbacks.append(ProgressCallback(self.metric))
         return callbacks
@@ -758,20 +782,23 @@ class _Trainer:
             "text_encoder": self.text_config,
             "settings": self.config.model_dump(mode="json"),
             "data": self.dataset.fingerprints,
+            "arithmetic": self.arithmetic,
         }
 
     def _weights(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "objective": self.objective.state_dict()}
 
-    def _save(self, history: list[dict[str, Any]], bank: FeatureBank, improved: bool, wall_s: float) -> None:
-        epoch = history[-1]["epoch"]
-        predictions = self._prediction_files() if improved else []
-        with self.sums.writing(HISTORY, METRICS, METRICS_CSV, *predictions):
-            line = _history_line(history[-1])
-            append_text(self.out / HISTORY, line, at=self.lines[0])
-            self.lines = self.lines[0] + len(line.encode()), zlib.crc32(line.encode(), self.lines[1])
-            self.sums.sums[HISTORY] = self.lines
-            state = self._weights() | {
+    def _wait(self) -> None:
+        """Let the epoch before be saved, and raise what was in the way."""
+        if self.saving is not None:
+            self.saving.result()
+
+    def _save(self, history: list[dict[str, Any]], bank: FeatureBank, improved: bool, wall_s: float) -> Callable:
+        """Copy what an epoch leaves; calling what is returned writes it."""
+        meta, history = self._meta(history[-1]["epoch"]), list(history)
+        last = checkpoint.Snapshot(
+            self._weights()
+            | {
                 "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
                 "schedulers": {k: s.state_dict() for k, s in self.schedulers.items()},
                 "average": self.step.average.state_dict() if self.step.average is not None else None,
@@ -779,27 +806,59 @@ class _Trainer:
                 "generator": self.step.generator.get_state(),
                 "rng": _rng_state(),
             }
-            # With this file the epoch counts. `_complete` can make the others from it; it could not be made from them.
-            meta = self._meta(epoch) | {"history": self.lines}
-            checkpoint.save(self.out / LAST, state, meta, previous=self.out / PREVIOUS)
-            if improved:
-                self._save_best(epoch)
-            self._summary(history, wall_s)
+        )
+        save_best = self._save_best(meta) if improved else None
+
+        def write() -> None:
+            with self.sums.writing(HISTORY, METRICS, METRICS_CSV, *(self._prediction_files() if improved else [])):
+                line = _history_line(history[-1])
+                append_text(self.out / HISTORY, line, at=self.lines[0])
+                self.lines = self.lines[0] + len(line.encode()), zlib.crc32(line.encode(), self.lines[1])
+                self.sums.sums[HISTORY] = self.lines
+                # With this file the epoch counts. `_complete` can make the others from it, and not it from them.
+                last.save(self.out / LAST, meta | {"history": self.lines}, previous=self.out / PREVIOUS)
+                if save_best is not None:
+                    save_best()
+                self._summary(history, wall_s)
+
+        return write
 
     def _prediction_files(self) -> list[str]:
         return [f"predictions_{split}.csv" for split in self.loaders if split != "train"]
 
-    def _save_best(self, epoch: int) -> None:
+    def _save_best(self, meta: dict[str, Any]) -> Callable:
+        """As `_save`, for the best model and its predictions."""
         with self.step.averaged():
-            checkpoint.save(self.out / BEST, self._weights(), self._meta(epoch))
-        for split, result in self.results.items():
-            path = self.out / f"predictions_{split}.csv"
-            _write_predictions(path, self.config, self.dataset.splits[split], result)
+            best = checkpoint.Snapshot(self._weights())
+        results = {s: replace(r, prediction=r.prediction.to("cpu", copy=True)) for s, r in self.results.items()}
+
+        def write() -> None:
+            best.save(self.out / BEST, meta)
+            for split, result in results.items():
+                path = self.out / f"predictions_{split}.csv"
+                _write_predictions(path, self.config, self.dataset.splits[split], result)
+
+        return write
+
+    def _lost(self, epoch: int, problem: EngineError) -> EngineError:
+        """What to say of an epoch that failed: how a run that has diverged can go on."""
+        if not epoch or not (isinstance(problem, EstimatorError) or problem.where == metrics.PREDICTIONS):
+            return problem
+        self._wait()
+        found = [*_diverged(self.out), {"epoch": epoch - 1, "problem": str(problem)}]
+        with self.sums.writing(DIVERGED):
+            write_json(self.out / DIVERGED, found)
+        return type(problem)(
+            problem.where, problem.found, problem.expected,
+            f"{problem.do} The run in {self.out} can go on after epoch {epoch - 1} that way: with --resume and another "
+            f"{' or '.join(sorted(ADVISED))}.",
+        )  # fmt: skip
 
     def _complete(self, history: list[dict[str, Any]], ended: bool = False) -> None:
         """Write the best model and its predictions where a run was stopped between its last epoch and these files.
 
-        Those of an earlier epoch cannot be made anew; a run that has ended warns of them.
+        Those of an earlier epoch cannot be made anew. A warning says so where the best model is damaged, and where it
+        is still another one when the run has ended.
         """
         try:
             found = checkpoint.load(self.out / BEST)[1]["epoch"]
@@ -809,7 +868,7 @@ class _Trainer:
         wrong = [name for name in self._prediction_files() if not self.sums.hold(name)]
         if found != best:
             wrong.insert(0, BEST)
-        if wrong and best != last and ended:
+        if wrong and best != last and (ended or found is None):
             warnings.warn(
                 f"{self.out}: {', '.join(wrong)} not of epoch {best}, the best by validation, whose weights are gone",
                 stacklevel=2,
@@ -819,7 +878,7 @@ class _Trainer:
             with self.step.averaged():
                 self.results = {s: self._evaluate(s, p) for s, p in self.loaders.items() if s != "train"}
             with self.sums.writing(*self._prediction_files()):
-                self._save_best(best)
+                self._save_best(self._meta(best))()
             self.step.generator.set_state(generator_state)
             _set_rng_state(random_state)
 
@@ -840,12 +899,19 @@ class _Trainer:
                 raise
             state, meta = checkpoint.load(before)
             warnings.warn(f"{problem} The run goes on from {PREVIOUS}, after epoch {meta['epoch']}.", stacklevel=2)
-        if differing := _differences(_settings_of(self.out, meta), self.config, FREE):
+        advised = ADVISED if any(d["epoch"] == meta["epoch"] for d in _diverged(self.out)) else set()
+        if differing := _differences(_settings_of(self.out, meta), self.config, FREE | advised):
             raise ConfigError(
                 str(self.out), f"other settings than the run's ({', '.join(differing)})", "the settings of the run",
                 "Resume with the same settings (only epochs, threads, device, output and the loader may differ).",
             )  # fmt: skip
         _check_described(self.out / LAST, self.config, state, meta, trained=True)
+        if self.config.epochs <= meta["epoch"]:
+            raise ConfigError(
+                f"epochs={self.config.epochs}", f"{meta['epoch'] + 1} finished epochs in {self.out}",
+                f"epochs={meta['epoch'] + 1} or more", "Ask for at least as many epochs as the run has.",
+            )  # fmt: skip
+        _say_what_computes_otherwise(self.out, meta, self.arithmetic)
         return state, meta
 
     def _restore(self, state: dict[str, Any], meta: dict[str, Any]) -> tuple[list[dict[str, Any]], FeatureBank]:
@@ -856,6 +922,7 @@ class _Trainer:
         for name, optimizer in self.optimizers.items():
             _load_optimizer(optimizer, state["optimizers"][name], f"{where}: optimizer {name}")
             self.schedulers[name].load_state_dict(state["schedulers"][name])
+            _scale_rates(optimizer, self.schedulers[name], self.config.train.lr / _settings_of(self.out, meta).train.lr)
         if self.step.average is not None:
             self.step.average.load_state_dict(state["average"])
         bank = FeatureBank(len(self.dataset.splits["train"]))
@@ -983,7 +1050,7 @@ def _finished(config: Config, folder: Path, dataset: Dataset) -> RunResult | Non
         verify(folder, *needed)
         differing = _differences(_settings_of(folder, meta), config, FREE)
         result = parse_json((folder / METRICS).read_text(encoding="utf-8"))
-        unfinished = meta["epoch"] + 1 < config.epochs
+        unfinished = meta["epoch"] + 1 != config.epochs
     except (EngineError, ValueError, TypeError, KeyError):
         return None
     if unfinished or differing or _other_data(dataset, meta):
@@ -998,6 +1065,51 @@ FREE = {
     "train.graphs",  # how the steps are launched changes no more than rounding
 }  # fmt: skip
 """Settings, or sections of them, that may change when a run goes on."""
+ADVISED = {"train.lr", "train.clip_norm", "objective.on_degenerate"}
+"""Settings that may change, too, when a run goes on after an epoch after which it diverged."""
+
+
+def _diverged(folder: Path) -> list[dict[str, Any]]:
+    """The last finished epoch before each time that a run diverged, and what was said."""
+    if not (folder / DIVERGED).is_file():
+        return []
+    verify(folder, DIVERGED)
+    return json.loads((folder / DIVERGED).read_text(encoding="utf-8"))
+
+
+def _scale_rates(optimizer: torch.optim.Optimizer, scheduler: Any, factor: float) -> None:
+    """Multiply an optimiser's learning rates, those that its schedule begins with included."""
+    if factor == 1:
+        return
+    for group in optimizer.param_groups:
+        for key in {"lr", "initial_lr"} & group.keys():
+            group[key] *= factor
+    for name in ("base_lrs", "_last_lr"):
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, [rate * factor for rate in getattr(scheduler, name)])
+
+
+def _arithmetic(device: torch.device, amp: str) -> dict[str, Any]:
+    """What the last digits of a run depend on beside its settings and data."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the step says it again
+        products = str(autocast_dtype(amp, device) or torch.float32).removeprefix("torch.")
+    found: dict[str, Any] = {"torch": torch.__version__, "device": device.type, "products": products}
+    if device.type == "cuda":
+        return found | {"gpu": torch.cuda.get_device_name(device)}
+    return found | {"threads": torch.get_num_threads(), "processor": torch.backends.cpu.get_cpu_capability()}
+
+
+def _say_what_computes_otherwise(folder: Path, meta: dict[str, Any], now: dict[str, Any]) -> None:
+    """Name what a resumed run has other than before, which keeps it from ending bit-equal."""
+    before = meta.get("arithmetic", now)
+    changed = [f"{k} {now.get(k)}, not {before.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]
+    if changed:
+        warnings.warn(
+            f"{folder}: the run goes on with {', '.join(changed)}: it will not end bit-equal to one that was not "
+            "interrupted",
+            stacklevel=2,
+        )
 
 
 def _settings_of(folder: Path, meta: dict[str, Any]) -> Config:
@@ -1119,14 +1231,9 @@ def _write_predictions(path: Path, config: Config, split: Split, result: EpochRe
 
 
 def _write_features(path: Path, split: Split, result: EpochResult) -> None:
-    from safetensors.torch import save_file
-
-    from engine.files import atomic_path
-
     tensors: dict[str, Tensor] = {k: v.float().cpu().contiguous() for k, v in result.features.items() if k != "C"}
     tensors["label"] = split.label
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"ids": json.dumps(split.ids)})
+    checkpoint.write_tensors(path, tensors, {"ids": json.dumps(split.ids)})
 
 
 def _peak_memory_mb(device: torch.device) -> float:

@@ -82,7 +82,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         import_command=record("import_command", lambda text: (load_config("mosi"), ["--radius has no effect"])),
     )
     module("engine.report", write_report=record("write_report", lambda run: run / "report.html"))
-    module("engine.demo", run_demo=record("run_demo"))
+    module("engine.demo", run_demo=record("run_demo"), demo_config=lambda settings: load_config("demo", settings))
     return made
 
 
@@ -297,7 +297,7 @@ def test_demo_replaces_an_earlier_demo_and_nothing_else(calls: list, tmp_path: P
 
     load_config("demo").save(tmp_path / "demo/config.yaml")
     (tmp_path / "demo/tensorboard").mkdir()
-    (tmp_path / "demo/tensorboard/events.out.tfevents.1").touch()
+    (tmp_path / "demo/tensorboard/events.out.tfevents.1.engine").touch()
     for name in (*FILES, *(mine := ["labels.csv", "more.yaml", "notes.txt", "results.json", "w.safetensors"])):
         (tmp_path / "demo" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "demo" / name).touch()

@@ -441,7 +441,7 @@ def test_a_signal_ends_with_what_is_kept(config, tmp_path, capsys, monkeypatch, 
     changed(config, epochs=2).save(tmp_path / "mine.yaml")
     words = ["train", "--config", str(tmp_path / "mine.yaml"), "--out", str(run)]
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(trainer._Trainer, "_callbacks", lambda self: [Kill(batch=0)])
+    monkeypatch.setattr(trainer._Trainer, "_callbacks", lambda self, history: [Kill(batch=0)])
     monkeypatch.setattr(Kill, "on_batch", lambda *a: os.kill(os.getpid(), getattr(signal, name)))
     assert main(words) == 128 + getattr(signal, name)
     by = "" if name == "SIGINT" else f" by {name}"
@@ -450,7 +450,7 @@ def test_a_signal_ends_with_what_is_kept(config, tmp_path, capsys, monkeypatch, 
         f"interrupted{by}: nothing was kept, for no epoch was finished. Begin again with: {go_on}\n"
     )
     monkeypatch.setattr(Kill, "on_batch", lambda *a: None)
-    monkeypatch.setattr(trainer._Trainer, "_callbacks", lambda self: [Kill(epoch=0)])
+    monkeypatch.setattr(trainer._Trainer, "_callbacks", lambda self, history: [Kill(epoch=0)])
     assert main(["train", "--resume", "--out", str(run)]) == 128 + getattr(signal, name)
     assert capsys.readouterr().err == f"interrupted{by}: kept 1 epoch in {run}. Go on with: {go_on}\n"
     assert signal.getsignal(signal.SIGTERM) is before

@@ -27,10 +27,14 @@ DIMS = [[6, 3, 16], [3, 3, 16]]
 
 @pytest.fixture(scope="module")
 def text_encoder(tmp_path_factory) -> Path:
+    return make_text_encoder(tmp_path_factory.mktemp("tiny_bert"))
+
+
+def make_text_encoder(folder: Path) -> Path:
     """A tiny BERT with a tokeniser for the words of the synthetic files, as a local model folder."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny_bert")
+    folder.mkdir(exist_ok=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *writers.WORDS]
     (folder / "words.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     torch.manual_seed(0)
@@ -370,7 +374,7 @@ def test_evaluation_asks_for_its_device(config, data, tmp_path, monkeypatch):
     assert trainer.evaluate(tmp_path / "run", data) == on_cpu
     assert [named["device"] for named in made] == [torch.device("cpu")] * 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert trainer._device("auto") == torch.device("cuda")
+    assert trainer.choose_device("auto") == torch.device("cuda")
 
 
 @pytest.mark.parametrize("graphs", ["off", "emulate"])
@@ -543,17 +547,17 @@ class TestBadInput:
         import errno
 
         trainer.train(changed(config, epochs=1), tmp_path / "run")
-        real = checkpoint.save
+        real = checkpoint.Snapshot.save
 
-        def full(path, state, meta=None, previous=None):
+        def full(self, path, meta=None, previous=None):
             raise OutputError(str(path), "no space left on the device", "room for the file", "Free some space.") from (
                 OSError(errno.ENOSPC, "No space left on device")
             )
 
-        monkeypatch.setattr(checkpoint, "save", full)
+        monkeypatch.setattr(checkpoint.Snapshot, "save", full)
         with pytest.raises(OutputError, match="no space"):
             trainer.train(changed(config, epochs=2), tmp_path / "run", resume=True)
-        monkeypatch.setattr(checkpoint, "save", real)
+        monkeypatch.setattr(checkpoint.Snapshot, "save", real)
         trainer.train(changed(config, epochs=2), tmp_path / "run", resume=True)
         assert len(history(tmp_path / "run")) == 2
 

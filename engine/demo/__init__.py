@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.config import Config
 
 
 def run_demo(out: str | Path, overrides: Iterable[str] = ()) -> None:
@@ -11,3 +15,10 @@ def run_demo(out: str | Path, overrides: Iterable[str] = ()) -> None:
     from engine.demo.run import run_demo as run
 
     run(out, overrides)
+
+
+def demo_config(overrides: Iterable[str] = ()) -> Config:
+    """The demo's settings, checked: see `engine.demo.run.demo_config`."""
+    from engine.demo.run import demo_config as make
+
+    return make(overrides)

@@ -11,14 +11,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from engine.config import load_config
+from engine.config import Config, load_config
 from engine.demo.generator import write_demo_files
 from engine.demo.information import compare_with_truth
 from engine.errors import ConfigError
 from engine.files import user_path, write_json
 from engine.readings import print_rows
 from engine.run_folder import TRUTH, Checksums
-from engine.trainer import train
+from engine.trainer import choose_device, train
 
 
 def run_demo(out: str | Path, overrides: Iterable[str] = ()) -> None:
@@ -35,9 +35,7 @@ def run_demo(out: str | Path, overrides: Iterable[str] = ()) -> None:
         EngineError: a setting or an output folder that cannot be used.
     """
     out, overrides, console = user_path(out), list(overrides), Console()
-    config = load_config("demo", overrides)
-    if config.data.path:
-        raise ConfigError("data.path", config.data.path, "no path: the demo makes its data", "Use engine train.")
+    config = demo_config(overrides)
     paths = write_demo_files(out / "data", seed=config.seed)
     config.data.path = str(paths["data"])
     truth = json.loads(paths["truth"].read_text(encoding="utf-8"))
@@ -56,6 +54,19 @@ def run_demo(out: str | Path, overrides: Iterable[str] = ()) -> None:
     console.print(terms_table(history))
     print_rows(console, history, result.metrics["best_epoch"])
     console.print(error_table(truth["test_mae"], result.metrics["test"]["mae"]))
+
+
+def demo_config(overrides: Iterable[str] = ()) -> Config:
+    """The demo's settings, with all of them checked that can be without its data.
+
+    Raises:
+        ConfigError: a setting that is wrong, or that the demo does not have.
+    """
+    config = load_config("demo", overrides)
+    if config.data.path:
+        raise ConfigError("data.path", config.data.path, "no path: the demo makes its data", "Use engine train.")
+    choose_device(config.resolve().device)
+    return config
 
 
 def information_table(rows: list[dict[str, Any]]) -> Table:

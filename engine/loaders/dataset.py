@@ -506,7 +506,8 @@ def read_source(
         DataError: anything that keeps the data from being used.
         OutputError: no space in `spool`.
     """
-    reader = formats.choose_format(source, expected)
+    with spooled(spool):
+        reader = formats.choose_format(source, expected)
     asked = source.choice.label_key
     if training and asked not in ("auto", "classes") and not getattr(reader, "label_keys", False):
         raise DataError(

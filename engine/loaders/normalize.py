@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from engine.allocator import large_pages
@@ -216,7 +216,7 @@ class Normalizer:
             for m in ("audio", "vision")
         }
         with atomic_path(path) as temporary:
-            save_file(self.state(), temporary, metadata={"normalizer": json.dumps(settings)})
+            temporary.write_bytes(save(self.state(), metadata={"normalizer": json.dumps(settings)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Normalizer:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -22,6 +24,7 @@ USUAL_CUT: Side = "right"  # where sequences that are longer than recorded are c
 BLOCK = 128  # samples looked at together: bounds the temporary copies of a padded array
 PADDED = 8  # sequences of one length, from which on zeros at their ends can be taken for padding
 STEPS = 256  # values of a column that float32 must tell apart
+SMALL, MAPPED = 1 << 16, 1 << 28  # bytes: files up to here are held in memory; files from here on are only mapped
 SHARED, ROOM = 64, 1 << 28  # frames of rows that share arrays: times the arrays' size, plus bytes
 
 
@@ -98,6 +101,54 @@ def _unnamed(folder: Path) -> IO[bytes]:
     return tempfile.TemporaryFile(dir=folder)
 
 
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as cause:
+        raise output_error(folder, cause) from cause
+
+
+def steady(path: Path) -> mmap.mmap | bytes:
+    """The content of a file, whatever happens to the file from then on.
+
+    Reading a mapped file past the place where somebody has cut it off ends the process. So within `spooled` the file is
+    copied to an unnamed one, which is mapped; else it is read into memory, and mapped itself only from 256 MiB on.
+
+    Raises:
+        DataError: the file was written to meanwhile.
+        OSError: it cannot be read. OutputError: there is no space for the copy.
+    """
+    folder = _SPOOL.get()
+    with path.open("rb", buffering=0) as file:
+        before = os.fstat(file.fileno())
+        if before.st_size > SMALL and folder is not None:
+            with _writing(folder), _unnamed(folder) as copy:
+                _copy(file, copy)
+                done = copy.seek(0, os.SEEK_END)
+                data = mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ) if done else b""
+        elif before.st_size > MAPPED:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        else:
+            data = file.readall()
+        after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(data) != before.st_size:
+        raise DataError(
+            str(path), f"a file that was written to while it was read ({before.st_size} bytes, then {after.st_size})",
+            "a file that is whole", "Try again when nothing writes to it.",
+        )  # fmt: skip
+    return data
+
+
+def _copy(source: IO[bytes], target: IO[bytes]) -> None:
+    with contextlib.suppress(AttributeError, OSError):  # some file systems share the bytes, others cannot do this
+        while os.copy_file_range(source.fileno(), target.fileno(), 1 << 30):
+            pass
+    target.seek(0, os.SEEK_END)
+    shutil.copyfileobj(source, target, 1 << 20)
+    target.flush()
+
+
 class _Join:
     """Sequences end to end, taken one by one.
 
@@ -109,29 +160,22 @@ class _Join:
         self._dim, self._lengths, self._pieces, self._folder = dim, [0], [], _SPOOL.get()
         self._open, self._file = contextlib.ExitStack(), None
         if self._folder is not None:
-            with self._writing():
+            with _writing(self._folder):
                 self._file = self._open.enter_context(_unnamed(self._folder))
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as cause:
-            raise output_error(self._folder, cause) from cause
 
     def add(self, frames: np.ndarray) -> None:
         self._lengths.append(len(frames))
         if self._file is None:
             self._pieces.append(frames)
             return
-        with self._writing():
+        with _writing(self._folder):
             self._file.write(np.ascontiguousarray(frames).data)
 
     def ragged(self) -> Ragged:
         offsets = np.cumsum(self._lengths, dtype=np.int64)
         if self._file is None:
             return Ragged(np.concatenate([np.zeros((0, self._dim), np.float32), *self._pieces]), offsets)
-        with self._writing(), self._open:
+        with _writing(self._folder), self._open:
             self._file.flush()
             return Ragged(np.memmap(self._file, np.float32, "r", shape=(int(offsets[-1]), self._dim)), offsets)
 

@@ -9,8 +9,8 @@ by any number of rows and splits, since it is not copied.
 
 Byte strings that Python 2 wrote become text: UTF-8, or Latin-1 where they are not that.
 
-Large array payloads are not copied into memory: they become read-only views of the memory-mapped file, so that opening
-a 12 GB file costs what is later touched, not 12 GB.
+Large array payloads are not copied: they become read-only views of the file's bytes, which are mapped from a copy or
+from the file itself, so that opening a 12 GB file costs what is later touched, not 12 GB of memory.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
+from engine.loaders.ragged import steady
 
 LARGE = 1 << 16  # payloads from this size on are views of the file
 MAX_DEPTH = 64
@@ -527,8 +528,9 @@ class _Machine:
         self.new(items)
 
     def put(self, index: int) -> None:
-        if not 0 <= index <= self.size:  # whoever numbers what is written gets no further
-            raise _Limit(f"a memo of {index} entries", f"at most {self.size}, one a byte")
+        most = min(self.size, MAX_STEPS)  # whoever numbers what is written gets no further
+        if not 0 <= index <= most:
+            raise _Limit(f"a memo of {index} entries", f"at most {most}")
         missing = index + 1 - len(self.memo)
         if missing > 0:
             self.memo += [_NOTHING] * missing
@@ -741,7 +743,7 @@ def loads(data: mmap.mmap | bytes) -> Any:
 def load(path: str | Path) -> Any:
     """Unpickle `path` under the allow-list.
 
-    Large arrays of the result are read-only views of the mapped file.
+    Large arrays of the result are read-only views of the file's bytes, see `engine.loaders.ragged.steady`.
 
     Raises:
         DataError: not a pickle, damaged or truncated, it asks for a name that is not in `ALLOWED`, or it is beyond a
@@ -752,16 +754,14 @@ def load(path: str | Path) -> Any:
     try:
         if path.exists() and not path.is_file():
             raise OSError("no file")
-        with path.open("rb") as file:
-            head = file.read(64)
-            if not head:
-                raise DataError(str(path), "an empty file", expected, "Download or write the file again.")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = steady(path)
     except OSError as cause:
         raise DataError(
             str(path), f"{cause.strerror or cause}", "a readable file", "Check the path and its permissions."
         ) from cause
-    start = head.lstrip().lower()
+    if not data:
+        raise DataError(str(path), "an empty file", expected, "Download or write the file again.")
+    start = data[:64].lstrip().lower()
     for marks, found, do in _HEADS:
         if start.startswith(marks):
             raise DataError(str(path), found, expected, do)

@@ -1,6 +1,7 @@
 """Conversions that are killed, limited and measured, in a process without threads, which may fork.
 
 python -m tests.loaders.conversion kill FOLDER COUNT
+python -m tests.loaders.conversion cut FOLDER COUNT
 python -m tests.loaders.conversion limit FOLDER BYTES...
 python -m tests.loaders.conversion memory FOLDER
 """
@@ -81,6 +82,42 @@ def kill(folder: Path, count: int) -> dict:
     return {"killed": killed, "corrupt": corrupt, "left": leftovers(target)}
 
 
+def cut(folder: Path, count: int) -> dict:
+    """Sources that are cut off at a random place and moment: an error in one line, or the store of the whole file."""
+    whole, tokenizer = pickle_of(folder, 600, 160, 16), str(small_tokenizer(folder / "encoder"))
+    target, said, size = folder / "out" / "store.safetensors", folder / "said", whole.stat().st_size
+    source = folder / "cut" / whole.name
+    source.parent.mkdir()
+    convert(whole, folder / "first", tokenizer)
+    start = time.perf_counter()
+    expected = open_store(convert(whole, folder / "whole", tokenizer)).meta["checksums"]
+    seconds = time.perf_counter() - start
+    chance, found = random.Random(0), {"error": 0, "whole": 0, "wrong": []}
+
+    def work() -> int:
+        try:
+            convert(source, target, tokenizer)
+        except DataError as problem:
+            said.write_text(str(problem))
+            return 2
+        return 0
+
+    for run in range(count):
+        target.unlink(missing_ok=True)
+        source.write_bytes(whole.read_bytes())
+        pid = fork(work)
+        time.sleep(seconds * chance.random() ** (1 + run % 4))  # the file is read early
+        os.truncate(source, int(chance.uniform(0, size)))
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code == 0 and open_store(target).meta["checksums"] == expected and not verify_store(target):
+            found["whole"] += 1
+        elif code == 2 and str(source) in said.read_text() and not target.exists() and not leftovers(target):
+            found["error"] += 1
+        else:
+            found["wrong"].append(f"run {run}: exit code {code}")
+    return found
+
+
 def limit(folder: Path, *sizes: int) -> list[dict]:
     source, tokenizer = pickle_of(folder, 600, 160, 16), str(small_tokenizer(folder / "encoder"))
     target, found = folder / "out" / "store.safetensors", []
@@ -120,4 +157,5 @@ def memory(folder: Path) -> dict:
 
 if __name__ == "__main__":
     command, where, *numbers = sys.argv[1:]
-    print(json.dumps({"kill": kill, "limit": limit, "memory": memory}[command](Path(where), *map(int, numbers))))
+    work = {"kill": kill, "cut": cut, "limit": limit, "memory": memory}[command]
+    print(json.dumps(work(Path(where), *map(int, numbers))))

@@ -395,6 +395,21 @@ def test_fifty_killed_conversions(tmp_path):
     check_kills(tmp_path, 50)
 
 
+def check_cuts(tmp_path, count):
+    found = drive("cut", tmp_path, count)
+    assert found["wrong"] == [], "a bus error ends a process with exit code -7"
+    assert found["error"] + found["whole"] == count
+
+
+def test_a_source_that_is_cut_while_it_is_converted(tmp_path):
+    check_cuts(tmp_path, 4)
+
+
+@pytest.mark.slow
+def test_forty_cut_sources(tmp_path):
+    check_cuts(tmp_path, 40)
+
+
 def test_no_room_at_any_point(tmp_path):
     """A limit on the size of files, as a full disk would, stops the spool or the store at some byte."""
     for found in drive("limit", tmp_path, 1000, 200_000, 1_200_000):

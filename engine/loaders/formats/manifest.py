@@ -10,11 +10,14 @@ and no `split`: without `split` every row is of the test split.
 from __future__ import annotations
 
 import csv
+import io
+import math
+import mmap
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from engine.errors import DataError
+from engine.errors import DataError, EngineError
 from engine.loaders.formats import (
     SPLIT_ALIASES,
     SPLITS,
@@ -29,7 +32,7 @@ from engine.loaders.formats import (
     to_id,
 )
 from engine.loaders.formats.tables import label_of, read_table
-from engine.loaders.ragged import LengthRule, absent, from_sequences
+from engine.loaders.ragged import LengthRule, absent, from_sequences, steady
 
 TITLE = "folder of arrays with a manifest.csv"
 COLUMNS = ("id", "split", "label", "audio", "vision", "text", "text_features")
@@ -138,25 +141,25 @@ def _array(manifest: Path, row: dict, kind: str) -> np.ndarray:
 
 def _npy(path: Path, at: str) -> np.ndarray:
     try:
-        # mapped, so that a header cannot ask for more than the file holds
-        return np.lib.format.open_memmap(path, mode="r")
+        return _parsed(steady(path))
+    except EngineError:
+        raise
     except Exception as cause:  # numpy reads the header as Python text: a damaged one fails in any way
-        empty = _empty(path)
-        if empty is not None:
-            return empty
         raise DataError(f"{at}: {path.name}", f"{cause}", "a .npy file of numbers", "Save it anew.") from None
 
 
-def _empty(path: Path) -> np.ndarray | None:
-    """An array without elements, which cannot be mapped."""
-    try:
-        with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(file)
-    except Exception:  # see above
-        return None
-    return np.zeros((0, 0), dtype) if len(shape) == 2 and 0 in shape and dtype.kind in "fiu" else None
+def _parsed(data: mmap.mmap | bytes) -> np.ndarray:
+    """The array of a .npy file, a view of its bytes: a header cannot ask for more than the file holds."""
+    file = io.BytesIO(data) if isinstance(data, bytes) else data
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(file)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"shape {shape}")
+    if 0 in shape:
+        return np.zeros((0, 0) if len(shape) == 2 and dtype.kind in "fiu" else shape, dtype)
+    array = np.frombuffer(data, dtype, math.prod(shape), file.tell())
+    return array.reshape(shape, order="F" if fortran_order else "C")
 
 
 def _csv(path: Path, at: str) -> np.ndarray:

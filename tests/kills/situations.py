@@ -1,0 +1,276 @@
+"""The situations: each starts runs, stops them, lets them go on, and counts those that ended as they should have."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from engine.cli import main
+from engine.config import Config
+from tests.kills.children import Child, Ended, Renames
+from tests.kills.content import content, curves, differing
+from tests.loaders import writers
+from tests.test_trainer import SIZES, make_text_encoder, small_config
+
+SINGLE, SHORT, SEEDS = "a single run", "a single run of 2 epochs", "seeds=0-2"
+WORDS = {SINGLE: [], SHORT: ["epochs=2"], SEEDS: [SEEDS, "epochs=2", "objective.enabled=false"]}
+"""The runs that are stopped -> their settings beside those of `tests.test_trainer.small_config`."""
+
+
+@dataclass
+class Count:
+    """What one situation came to. `wrong`: one line for everything that is not as it should be."""
+
+    title: str
+    tried: int = 0
+    notes: Counter = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+    def add(self, problem: str | None, note: str | None = None) -> None:
+        self.tried += 1
+        if problem:
+            self.wrong.append(problem)
+        if note:
+            self.notes[note] += 1
+
+    def row(self) -> str:
+        notes = ", ".join(f"{count} {note}" for note, count in sorted(self.notes.items()))
+        return f"| {self.title} | {self.tried} | {self.tried - len(self.wrong)} | {notes} |"
+
+
+class Place:
+    """A folder with tiny data, a tiny text encoder and runs."""
+
+    def __init__(self, folder: Path, seed: int):
+        torch.set_num_threads(1)
+        self.folder, self.random = folder, random.Random(seed)
+        self.data, self.number = folder / "data", 0
+        writers.write_declarelab(self.data, writers.samples(sizes=SIZES))
+        config = small_config(self.data, make_text_encoder(folder / "bert"))
+        config.output.tensorboard = config.output.report = True
+        config.data.normalize_audio = config.data.normalize_vision = "zscore"
+        self.config = folder / "tiny.yaml"
+        config.save(self.config)
+        self.settings = config
+        # Whatever a first run imports and compiles is there for all of them.
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert main(self.words(folder / "first")) == 0
+        self._whole: dict[str, tuple[dict, float, list[str]]] = {}
+
+    def words(self, out: Path, *more: str, resume: bool = False, config: Path | None = None) -> list[str]:
+        start = ["--resume"] if resume else ["--config", str(config or self.config)]
+        return ["train", *start, "--out", str(out), *more]
+
+    def new(self) -> Path:
+        self.number += 1
+        return self.folder / f"run{self.number}"
+
+    def child(self, words: list[str], before: Callable[[], None] = lambda: None) -> Child:
+        self.number += 1
+        return Child(words, self.folder / f"log{self.number}.txt", before)
+
+    def engine(self, words: list[str], before: Callable[[], None] = lambda: None) -> Ended:
+        return self.child(words, before).wait()
+
+    def whole(self, kind: str) -> tuple[dict, float, list[str]]:
+        """An uninterrupted run: its content, seconds of computing, and the files that it renamed."""
+        if kind not in self._whole:
+            out, log = self.new(), self.folder / f"renames {kind}"
+            ended = self.engine(self.words(out, *WORDS[kind]), Renames(names=log))
+            assert ended.code == 0, ended.output
+            self._whole[kind] = content(out), ended.seconds, log.read_text().split()
+        return self._whole[kind]
+
+    def finish(self, out: Path, kind: str, what: str) -> str | None:
+        """Resume a run and compare it with the uninterrupted one; what is wrong with it."""
+        ended = self.engine(self.words(out, *[SEEDS] * (kind == SEEDS), resume=True))
+        if ended.code == 2 and "neither --preset nor --config" in ended.output:  # killed before it had a folder
+            ended = self.engine(self.words(out, *WORDS[kind]))
+        if ended.code != 0 or "Traceback" in ended.output:
+            return f"{what}: resumed with exit code {ended.code}: {ended.output.strip()[-500:]}"
+        if found := differing(content(out), self.whole(kind)[0]):
+            return f"{what}: other {', '.join(found)}"
+        for run in out.glob("seed*") if kind == SEEDS else [out]:
+            if any(len(values) != 1 for values in curves(run).values()) or len(curves(run)) < 3:
+                return f"{what}: points of TensorBoard are missing or doubled"
+        shutil.rmtree(out)
+        return None
+
+
+def killed_at_random(place: Place, runs: int, kind: str) -> Iterator[Count]:
+    """SIGKILL after a random share of what a run computes."""
+    count = Count(f"`kill -9` of {kind} at a random moment")
+    while count.tried < runs:
+        out, seconds = place.new(), place.whole(kind)[1]
+        child = place.child(place.words(out, *WORDS[kind]))
+        child.compute(place.random.uniform(0, seconds))
+        child.kill()
+        if child.wait().code == 0:  # it was faster
+            shutil.rmtree(out)
+            continue
+        epochs = sum(len(p.read_text().splitlines()) for p in out.rglob("history.jsonl"))
+        count.add(place.finish(out, kind, f"{out.name}, killed at random"), f"after {epochs} epochs")
+    yield count
+
+
+def killed_at_renames(place: Place, every: int, kind: str) -> Iterator[Count]:
+    """SIGKILL just before and, of a single run, just after each file gets its name."""
+    names, moments = place.whole(kind)[2], (False,) if kind == SEEDS else (False, True)
+    count = Count(f"kill before{' and after' * (len(moments) == 2)} every rename of {kind} ({len(names)} renames)")
+    for at in range(1, len(names) + 1, every):
+        for after in moments:
+            out = place.new()
+            ended = place.engine(place.words(out, *WORDS[kind]), Renames(at, after))
+            what = f"{out.name}, killed {'after' if after else 'before'} rename {at}, of {names[at - 1]}"
+            if ended.code != -signal.SIGKILL:
+                count.add(f"{what}: not killed: {ended.output}")
+                continue
+            count.add(place.finish(out, kind, what), "after" if after else "before")
+    yield count
+
+
+def signalled(place: Place, runs: int, kind: str) -> Iterator[Count]:
+    """Signals that ask a run to end, at random moments: one line, the right exit code, nobody left behind."""
+    count = Count(f"SIGINT, SIGTERM or SIGHUP to {kind} at a random moment")
+    while count.tried < runs:
+        out, seconds = place.new(), place.whole(kind)[1]
+        number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[count.tried % 3]
+        child = place.child(place.words(out, *WORDS[kind]))
+        child.compute(0.05 + place.random.uniform(0, seconds))
+        child.kill(number)
+        ended = child.wait()
+        if ended.code == 0:
+            shutil.rmtree(out)
+            continue
+        what = f"{out.name}, {number.name}"
+        lines = [line for line in ended.output.splitlines() if not line.startswith(("warning:", " "))]
+        if ended.code != 128 + number or len(lines) != 1 or not lines[0].startswith("interrupted"):
+            count.add(f"{what}: exit code {ended.code}: {ended.output.strip()[-500:]}")
+        elif not child.left_alone():
+            count.add(f"{what}: a process of it is left")
+        else:
+            count.add(place.finish(out, kind, what), number.name)
+    yield count
+
+
+def pairs(place: Place, each: int) -> Iterator[Count]:
+    """Two runs, and two resumes, into one folder at once: one wins, and the other says why."""
+    for resume in (False, True):
+        count = Count(f"pairs of {'resumes' if resume else 'runs'} into one folder at once")
+        for _ in range(each):
+            out, (read, write) = place.new(), os.pipe()
+            if resume:
+                assert place.engine(place.words(out, "epochs=1")).code == 0
+
+            def wait(read: int = read, write: int = write) -> None:
+                os.close(write)
+                os.read(read, 1)  # until the other end is closed
+
+            words = place.words(out, *resume * ["epochs=3"], resume=resume)
+            both = [place.child(words, wait) for _ in range(2)]
+            os.close(read)
+            time.sleep(0.1)
+            os.close(write)
+            ended = sorted((child.wait() for child in both), key=lambda e: e.code)
+            refused = ended[1].one_line
+            said = "another process is writing" in refused or (not resume and "another run" in refused)
+            if [e.code for e in ended] != [0, 2] or not said:
+                count.add(f"{out.name}: exit codes {[e.code for e in ended]}: {ended[1].output.strip()[-500:]}")
+            elif not resume and (found := differing(content(out), place.whole(SINGLE)[0])):
+                count.add(f"{out.name}: other {', '.join(found)}")
+            else:
+                count.add(None, "one won")
+        yield count
+
+
+def others(place: Place, kinds: int) -> Iterator[Count]:
+    """A resume with other data or settings: refused, in one line that names what differs."""
+    count = Count("resumes with other data or settings")
+    run = place.new()
+    assert place.engine(place.words(run)).code == 0
+    before = content(run)
+    for kind, (change, named) in list(OTHERS.items())[:kinds]:
+        config, out = place.settings.model_copy(deep=True, update={"epochs": 5}), place.new()
+        shutil.copytree(run, out)
+        more = change(place, config, out)
+        config.save(place.folder / "other.yaml")
+        resume = ["--resume"] if more is None else ["--resume", "--config", str(place.folder / "other.yaml"), *more]
+        ended = place.engine(
+            ["train", *resume, "--out", str(out), "epochs=5" if kind != "fewer epochs" else "epochs=2"]
+        )
+        if ended.code != 2 or named not in ended.one_line or len(ended.one_line.splitlines()) != 1:
+            count.add(f"{kind}: exit code {ended.code}: {ended.output.strip()[-500:]}")
+        elif found := [name for name in differing(content(out), before) if name != "config.yaml" or more is not None]:
+            count.add(f"{kind}: it changed {', '.join(found)}")
+        else:
+            count.add(None, kind)
+    yield count
+
+
+def _data(edit: Callable[[dict], None]) -> Callable[[Place, Config, Path], list[str]]:
+    """Data with another content, written the same way."""
+
+    def change(place: Place, config: Config, out: Path) -> list[str]:
+        samples = writers.samples(sizes=SIZES)
+        edit(samples)
+        writers.write_declarelab(place.folder / f"data-{out.name}", samples)
+        config.data.path = str(place.folder / f"data-{out.name}")
+        return []
+
+    return change
+
+
+def _label(samples: dict) -> None:
+    samples["test"][2].label += 0.25
+
+
+def _feature(samples: dict) -> None:
+    samples["train"][3].audio[0, 1] += 0.5
+
+
+def _text(samples: dict) -> None:
+    samples["valid"][1].text = samples["valid"][0].text
+
+
+def _fewer(samples: dict) -> None:
+    del samples["train"][-1]
+
+
+def _order(samples: dict) -> None:
+    samples["test"].reverse()
+
+
+def _edited(place: Place, config: Config, out: Path) -> None:
+    path = out / "config.yaml"
+    path.write_text(path.read_text().replace("batch_size: 6", "batch_size: 7"))
+
+
+def _unchanged(place: Place, config: Config, out: Path) -> list[str]:
+    return []
+
+
+OTHERS: dict[str, tuple[Callable[[Place, Config, Path], list[str] | None], str]] = {
+    "another label": (_data(_label), "(test)"),
+    "train.lr": (lambda *_: ["train.lr=0.5"], "train.lr=0.5, not 0.01"),
+    "an edited config.yaml": (_edited, "batch_size=7, not 6"),
+    "a sample less": (_data(_fewer), "(train)"),
+    "another feature": (_data(_feature), "(train)"),
+    "another text": (_data(_text), "(valid)"),
+    "another order": (_data(_order), "(test)"),
+    "seed": (lambda *_: ["seed=1"], "seed=1, not 0"),
+    "mode": (lambda *_: ["mode=faithful"], "mode=faithful, not fast"),
+    "objective.bound": (lambda *_: ["objective.bound=mine"], "objective.bound=mine, not"),
+    "fewer epochs": (_unchanged, "3 finished epochs"),
+}
+"""What is other -> how it is made (the words to resume with; None: the run's own settings), and what has to be said."""
