@@ -5,7 +5,6 @@ import json
 import shutil
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -263,16 +262,18 @@ def test_reading_on_all_rows_changes_no_weight_and_no_other_number(config, tmp_p
 
 
 def test_tensorboard_holds_the_readings_and_their_ceilings(tmp_path):
-    seen = {}
-    callback = TensorBoardCallback(tmp_path)
-    callback.writer = SimpleNamespace(
-        add_scalar=lambda tag, value, epoch: seen.update({tag: (value, epoch)}), flush=lambda: None
-    )
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     train = {"loss": 0.5, "bank": {"I(F;T)": 6.5}, "bank_ceiling": {"I(F;T)": 7.157}}
     record = {"epoch": 3, "train": train, "valid": {"bank": {"I(F;T)": 4.5}}, "test": {}}
+    callback = TensorBoardCallback(tmp_path)
+    callback.on_start(3, 4, {})
     callback.on_epoch(record | {"lr_main": 0.1, "lr_estimators": 0.1}, True)
-    assert seen["bank/I(F;T)/train"] == (6.5, 3) and seen["bank_ceiling/I(F;T)/train"] == (7.157, 3)
-    assert seen["bank/I(F;T)/valid"] == (4.5, 3)
+    callback.on_end()
+    written = EventAccumulator(str(tmp_path)).Reload()
+    for tag, value in (("bank/I(F;T)/train", 6.5), ("bank_ceiling/I(F;T)/train", 7.157), ("bank/I(F;T)/valid", 4.5)):
+        [point] = written.Scalars(tag)
+        assert (point.step, point.value) == (3, pytest.approx(value))
 
 
 def test_terms_that_cannot_be_read_on_all_rows_do_not_end_a_run(config, tmp_path, monkeypatch):
