@@ -256,7 +256,7 @@ def _check_described(
         raise CheckpointError(
             str(path), "a description of another form", "what engine train writes", "Use the file as it was written."
         )
-    with torch.device("meta"):
+    with torch.device("meta"), checkpoint.taken_apart(str(path)):
         model, objective = _build(config, *dims, _saved_encoder(meta))
     checkpoint.compare(model, state["model"], f"{path}: model")
     checkpoint.compare(objective, state["objective"], f"{path}: objective")
@@ -264,7 +264,8 @@ def _check_described(
 
 def _saved_encoder(meta: dict[str, Any], freeze: str = "no") -> nn.Module | None:
     """The text encoder that a checkpoint describes, its weights not loaded; None without text."""
-    return text_encoder_from_config(meta["text_encoder"], freeze) if meta["text_encoder"] is not None else None
+    described = meta.get("text_encoder")
+    return text_encoder_from_config(described, freeze) if described is not None else None
 
 
 def _own_tokenizer(folder: Path, config: Config) -> Tokenizer | None:

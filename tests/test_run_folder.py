@@ -484,6 +484,7 @@ def changed_checkpoint(run: Path, name: str, **values) -> None:
     [
         ({"audio_dim": 10**9}, "a description of another form"),
         ({"audio_dim": 900_000}, r"audio_encoder\.\S+ of shape \[48, 5\].*expected shape \[48, 900000\]"),
+        ({"audio_dim": 0}, "a state of another form"),
         ({"epoch": "1"}, "a description of another form"),
         ({"settings": [1]}, "settings: found an unknown key"),
         ({"text_encoder": None}, "a description of another form"),

@@ -21,6 +21,8 @@ FEW_VALUES = 10  # columns with no more distinct values are read as categories, 
 MANY_CATEGORIES = 50  # the most joint values that are predicted as categories
 SMALL = 0.15  # nats; smaller values are compared with a null
 HEAVY = 30  # robust standard deviations from the median
+ERROR_SHARE = 0.75  # of a network's optimism that is error on unseen rows, on problems of known information
+LARGEST_ERROR = 0.1
 _NAMES = ("dv", "ldr", "nwj")
 
 
@@ -64,15 +66,16 @@ def estimate_cmi(
 
     Returns:
         `Estimate`, all of it in nats. Its `readings`:
-            dv: the value before a null is subtracted and before it is cut at 0. Both densities integrate to 1, so that
-                the readings "ldr", "dv" and "nwj" of their ratio are one number; all three names give it.
+            dv: the reading itself. The value is corrected for what networks left of z on both sides, and less the null
+                below. Both densities integrate to 1, so that the readings "ldr", "dv" and "nwj" of their ratio are one
+                number; all three names give it.
             x given y, y given x: the two directions. They agree where both are learnt well.
             gaussian: from the regressions alone.
             training: on the rows that the models were trained on, too high by what they overfit.
             null: the estimate when y is shuffled among rows of similar z, so that the truth is 0. Only there if dv is
                 small (< 0.15) but more than its sampling error; what is above 0 is subtracted from the value.
         The interval covers the sampling error, downwards what z may explain and upwards what the other side may explain
-        beyond what was learnt, both judged by training against held-out rows.
+        beyond what was learnt, both judged by training against held-out rows. It holds the reading and the value.
 
     Raises:
         EstimatorError: arrays that do not pair up or hold no numbers (text, objects), non-finite entries, fewer than
@@ -114,7 +117,7 @@ def estimate_cmi(
 
     readings = reading.readings()
     raw, error = readings["dv"], reading.standard_error
-    value = raw
+    value = reading.value
     if 1.96 * error < raw < SMALL:
         shuffled = y[_neighbour_shuffle(condition[0], k, generator)]
         readings["null"] = _Reading(x, shuffled, condition, group, settings, generator).value
@@ -123,6 +126,7 @@ def estimate_cmi(
     flags += ["below zero"] if raw < 0 else []
     flags += ["noise"] if value <= 1.96 * error else []
     low, high = reading.interval()
+    low -= max(readings.get("null", 0.0), 0.0)
     return Estimate(
         value=max(value, 0.0),
         interval=(max(min(low, value), 0.0), max(high, 0.0)),
@@ -254,7 +258,8 @@ class _Reading:
         self.direction = max(self.directions, key=lambda name: self.directions[name].value)
         self.best = self.directions[self.direction]
         self.pointwise = self.best.pointwise
-        self.value = self.best.value
+        self.attenuation = _attenuation(self.best.value, side_x, side_y)
+        self.value = self.best.value + self.attenuation
         error = torch.zeros(int(group.max()) + 1, dtype=torch.float64)
         error.index_add_(0, group, self.pointwise - self.pointwise.mean())  # repeated rows count as one
         self.standard_error = error.square().sum().sqrt().item() / len(x)
@@ -269,7 +274,7 @@ class _Reading:
         return f"gaussian{' + network' if network else ''}, {self.direction}"
 
     def readings(self) -> dict[str, float]:
-        return dict.fromkeys(_NAMES, self.value) | {
+        return dict.fromkeys(_NAMES, self.best.value) | {
             **{name: direction.value for name, direction in self.directions.items()},
             "gaussian": self.best.density.regression.mean().item() + self.best.correction,
             "training": self.best.density.training,
@@ -279,7 +284,8 @@ class _Reading:
         """Sampling error; downwards what z may explain of both sides beyond what was learnt, upwards what the other
         side may explain beyond."""
         margin = 1.96 * self.standard_error
-        return self.value - margin - self.confounding, self.value + margin + self.best.density.overfit
+        low = self.best.value - margin - self.confounding
+        return low, self.value + margin + self.best.density.overfit + self.attenuation
 
     def flags(self) -> list[str]:
         flags = []
@@ -299,6 +305,25 @@ class _Reading:
                 density.steps, density.training_curve.tolist(), density.curve.tolist(), strict=True
             )
         ]
+
+
+def _attenuation(value: float, *sides: _Side) -> float:
+    """What a reading misses because networks have not quite freed the sides from z, nats.
+
+    Their errors are noise on both sides, which lowers a correlation (Spearman 1904, "The proof and measurement of
+    association between two things"). The variance of an error, as a share of the noise's, is judged by how much better
+    training rows are predicted than unseen ones. Regressions need no such correction: what they leave of z is linear,
+    and the densities of the residuals see z again. Nor is one made of a large optimism, of which less is known.
+    """
+    dims = min(side.dims for side in sides)
+    kept = 1.0
+    for side in sides:
+        error = ERROR_SHARE * side.given_z.overfit / side.dims
+        if any(side.given_z.picks) and error < LARGEST_ERROR:
+            kept /= 1 + error
+    squared = -math.expm1(-2 * max(value, 0.0) / dims)
+    corrected = min(squared / kept, (1 + squared) / 2)
+    return 0.5 * dims * (math.log1p(-squared) - math.log1p(-corrected)) if squared < 1 else 0.0
 
 
 def _unfinished(density: Density) -> bool:
