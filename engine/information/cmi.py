@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
-from engine.information.estimate import Estimate, normal_scores
+from engine.information.columns import normal_scores, robust, varying
+from engine.information.estimate import Estimate
 from engine.information.likelihood import HALF_LOG_2PI, Density, Settings, fit
 from engine.kernels.arguments import check_count, check_number
 from engine.samples import as_samples
@@ -102,7 +103,7 @@ def estimate_cmi(
     check_number(WHERE, "lr", lr, 0, above=True)
 
     flags = _flags_of_columns(x, y, z)
-    x, y, z = _varying(x), _varying(y), _varying(z)
+    x, y, z = varying(x), varying(y), varying(z)
     if x.shape[1] == 0 or y.shape[1] == 0:
         readings = dict.fromkeys(_NAMES, 0.0)
         return Estimate(0.0, (0.0, 0.0), 0.0, "constant", readings, len(x), tuple(flags))
@@ -370,15 +371,7 @@ def _designs(values: Tensor) -> list[Tensor]:
         if 2 < len(distinct) <= FEW_VALUES:
             scores.append(_standardise(torch.nn.functional.one_hot(index)[:, 1:].double()))
     scores = torch.cat(scores, 1)
-    return [scores, torch.cat([scores, _standardise(_robust(values).clamp(-5, 5))], 1)]
-
-
-def _robust(values: Tensor) -> Tensor:
-    """Distance from the median in robust standard deviations."""
-    ordered = values.sort(0).values
-    low, middle, high = (ordered[len(values) * quarter // 4] for quarter in (1, 2, 3))
-    scale = torch.where(high > low, (high - low) / 1.349, values.std(0, correction=0))
-    return (values - middle) / torch.where(scale > 0, scale, 1.0)
+    return [scores, torch.cat([scores, _standardise(robust(values).clamp(-5, 5))], 1)]
 
 
 def _categories(values: Tensor) -> list[Tensor]:
@@ -396,10 +389,6 @@ def _categories(values: Tensor) -> list[Tensor]:
     return [_standardise(torch.nn.functional.one_hot(index)[:, 1:].double())]
 
 
-def _varying(values: Tensor) -> Tensor:
-    return values[:, values.amax(0) > values.amin(0)]
-
-
 def _for_folds(values: Tensor, folds: int) -> Tensor:
     return values.expand(folds, *values.shape)
 
@@ -409,6 +398,8 @@ def _standardise_folds(values: Tensor) -> Tensor:
 
 
 def _standardise(values: Tensor) -> Tensor:
+    if values.shape[1] == 0:
+        return values
     deviation = values.std(0, correction=0)
     return (values - values.mean(0)) / torch.where(deviation > 0, deviation, 1.0)
 
@@ -418,7 +409,7 @@ def _flags_of_columns(x: Tensor, y: Tensor, z: Tensor) -> list[str]:
     flags = []
     if (values.amax(0) == values.amin(0)).any():
         flags.append("constant columns")
-    if (_robust(values).abs() > HEAVY).any():
+    if (robust(values).abs() > HEAVY).any():
         flags.append("heavy tails")
     return flags
 

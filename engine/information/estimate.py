@@ -146,21 +146,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-# -- columns as the estimators take them -----------------------------------------------------------------------------
-
-
-def normal_scores(values: Tensor) -> Tensor:
-    """Each column's ranks as quantiles of N(0, 1): float64 [N, d] -> float32 [N, d]; equal values get equal scores.
-
-    Monotone maps of single columns change neither information nor these scores, so outliers and heavy tails of single
-    columns do no harm.
-    """
-    count = len(values)
-    ordered = values.sort(0).values.T.contiguous()
-    columns = values.T.contiguous()
-    below = torch.searchsorted(ordered, columns)
-    upto = torch.searchsorted(ordered, columns, right=True)
-    middle = (below + upto).double() / 2  # 0.5 for the least of distinct values
-    return torch.special.ndtri(middle / count).T.contiguous().float()

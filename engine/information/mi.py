@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
+from engine.information.columns import normal_scores, robust, varying
 from engine.information.critics import (
     READ_PAIRS,
     Base,
@@ -20,7 +21,7 @@ from engine.information.critics import (
     Training,
     blocks,
 )
-from engine.information.estimate import Estimate, normal_scores
+from engine.information.estimate import Estimate
 from engine.information.gaussian import canonical, least_correlation, sampling_bias
 from engine.information.neighbours import (
     counted_information,
@@ -37,7 +38,7 @@ FOLDS = 5
 LEAST_SAMPLES = 50
 TIED_SHARE = 0.1  # a column of fewer distinct values a row is called discrete
 REPEATED_SHARE = 0.01
-HEAVY = 100.0  # interquartile ranges from the median
+HEAVY = 100.0  # robust standard deviations from the median
 SIGMAS = 1.96
 GAUSSIAN = "gaussian"
 MARGIN = 0.002  # by which a network must be better than none, as a share of 1 nat more than the reading
@@ -127,7 +128,7 @@ def estimate_mi(
     check_number(WHERE, "smile_tau", smile_tau, 0, above=True)
 
     flags = _flags(x, y)
-    x, y = _varying(x), _varying(y)
+    x, y = varying(x), varying(y)
     if not x.shape[1] or not y.shape[1]:
         return Estimate(0.0, (0.0, 0.0), 0.0, "nothing", {}, len(x), flags)
     if bound == "auto" and (codes := _codes(x, y)) is not None:
@@ -143,29 +144,17 @@ def estimate_mi(
 
 def _flags(x: Tensor, y: Tensor) -> tuple[str, ...]:
     both = torch.cat([x, y], 1)
-    varying = _varying(both)
-    distinct = [len(column.unique()) for column in varying.T]
+    changing = varying(both)
+    distinct = [len(column.unique()) for column in changing.T]
     found = {
-        "constant columns": varying.shape[1] < both.shape[1],
+        "constant columns": changing.shape[1] < both.shape[1],
         "discrete columns": any(count < TIED_SHARE * len(both) for count in distinct),
-        "heavy tails": bool(varying.shape[1]) and _robust(varying).abs().max().item() > HEAVY,
+        "heavy tails": bool(changing.shape[1]) and robust(changing).abs().max().item() > HEAVY,
         "repeated rows": bool(distinct)
         and max(distinct) > TIED_SHARE * len(both)
         and len(both.unique(dim=0)) < (1 - REPEATED_SHARE) * len(both),
     }
     return tuple(name for name, is_so in found.items() if is_so)
-
-
-def _varying(values: Tensor) -> Tensor:
-    return values[:, (values != values[:1]).any(0)]
-
-
-def _robust(values: Tensor) -> Tensor:
-    """Columns less their median, over their interquartile range (or standard deviation where half are equal)."""
-    ordered = values.sort(0).values
-    low, middle, high = (ordered[round(q * (len(values) - 1))] for q in (0.25, 0.5, 0.75))
-    width = high - low
-    return (values - middle) / torch.where(width > 0, width, values.std(0))
 
 
 def _codes(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -194,7 +183,7 @@ def _with_radius(values: Tensor) -> Tensor:
     scores = normal_scores(values).double()
     if values.shape[1] == 1:
         return scores
-    return torch.cat([scores, normal_scores(_robust(values).square().sum(1, keepdim=True)).double()], 1)
+    return torch.cat([scores, normal_scores(robust(values).square().sum(1, keepdim=True)).double()], 1)
 
 
 # -- without training -------------------------------------------------------------------------------------------------
@@ -231,7 +220,7 @@ def _train_critics(
     radial = _with_radius(x), _with_radius(y)
     base = _best_base(training, plain, radial)
     # edges lie straight in the values themselves, which ranks bend
-    values = tuple(torch.cat([r, _robust(v).asinh()], 1) for r, v in zip(radial, (x, y), strict=True))
+    values = tuple(torch.cat([r, robust(v).asinh()], 1) for r, v in zip(radial, (x, y), strict=True))
     run = training.run(base, _candidates(training, radial, values if settings.bound == "infonce" else None))
     picks = _picks(torch.stack(run.held_out))
     run.choose(picks)

@@ -10,7 +10,8 @@ import torch
 
 import engine
 from engine.errors import EstimatorError
-from engine.information.estimate import ADVICE, normal_scores
+from engine.information.columns import normal_scores
+from engine.information.estimate import ADVICE
 from engine.information.gaussian import canonical, sampling_bias
 from engine.information.mi import BOUNDS, estimate_mi
 from engine.information.neighbours import counted_information, neighbour_information
