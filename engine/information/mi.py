@@ -243,7 +243,8 @@ def _train_critics(
     gain = max(0.0, unseen["infonce"] - run.held_out[0].mean().item())
     low = min(unseen[reading], value)
     detectable = DETECTABLE * math.sqrt(x.shape[1] * y.shape[1]) / len(x)
-    high = max(unseen[reading], value, detectable) + optimism + UNLEARNT * gain
+    # the same critic's InfoNCE is a bound, too, and the one that needs no normaliser
+    high = max(unseen[reading], unseen["infonce"], value, detectable) + optimism + UNLEARNT * gain
     flags += tuple(
         name
         for name, is_so in {
