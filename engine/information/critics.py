@@ -75,7 +75,6 @@ class Tower(nn.Module):
 class Inputs:
     """What the networks see: x [folds, N, dx], y [folds, N, dy], float32."""
 
-    name: str
     x: Tensor
     y: Tensor
 

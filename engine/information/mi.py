@@ -322,16 +322,16 @@ def _candidates(
         values: what critics of pairs see besides; None if there shall be none.
     """
     x, y = columns
-    plain = Inputs("columns", _each_fold(x, training), _each_fold(y, training))
+    plain = Inputs(_each_fold(x, training), _each_fold(y, training))
     found: list[Candidate] = [(Separate, plain)]
     if x.shape[1] + y.shape[1] > 2:
         turned = []
         for rows in training.training:
             fit = canonical(x[rows], y[rows])
             turned.append(fit.variates(x, y, least_correlation(len(rows), x.shape[1], y.shape[1])))
-        found.append((Separate, Inputs("variates", *(torch.stack(side) for side in zip(*turned, strict=True)))))
+        found.append((Separate, Inputs(*(torch.stack(side) for side in zip(*turned, strict=True)))))
     if values is not None and x.shape[1] + y.shape[1] <= PAIR_COLUMNS:
-        found.append((Concatenated, Inputs("columns and values", *(_each_fold(side, training) for side in values))))
+        found.append((Concatenated, Inputs(*(_each_fold(side, training) for side in values))))
     return found
 
 
