@@ -37,9 +37,10 @@ from engine.loaders.feed import CopyFeed, Feed, ResidentFeed, buckets_of
 from engine.loaders.loader import Loader
 from engine.loaders.normalize import Normalizer
 from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
-from engine.model.mimrl import MIMRL, build_model
+from engine.mimrl.model import MIMRL, build_model
+from engine.mimrl.terms import MIMRL_ESTIMATORS, mimrl_objective
 from engine.model.text_encoder import load_text_encoder, text_encoder_from_config
-from engine.objective import MIMRL_ESTIMATORS, Objective, mimrl_objective
+from engine.objective import Objective
 from engine.precision import autocast_dtype
 from engine.profile import Profiler, part
 from engine.report import environment, write_report

@@ -20,9 +20,9 @@ from engine import losses
 from engine.allocator import keep_memory
 from engine.kernels.knn_product import Bank
 from engine.loaders import open_dataset
-from engine.model.mimrl import build_model
+from engine.mimrl.model import build_model
+from engine.mimrl.terms import mimrl_objective
 from engine.model.text_encoder import load_text_encoder
-from engine.objective import mimrl_objective
 from engine.step import TwoStageStep
 
 TITLE = "time a sample: N=1,284 to 16,326 at B=32, and B=32 to 512 at N=1,284 (larger factor), mode fast"

@@ -5,12 +5,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from engine.compat import split_reference_state
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.loaders.batch import Batch
+from engine.mimrl.model import build_model, fit_length
+from engine.mimrl.names import split_reference_state
 from engine.model.encoders import ENCODERS
-from engine.model.mimrl import build_model, fit_length
 from engine.model.text_encoder import PrecomputedText, TextEncoder, load_text_encoder
 from tests.golden.common import assert_values, cases, load, part
 

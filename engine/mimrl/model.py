@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,22 +16,10 @@ from engine.model.cubemlp import CubeMLP
 from engine.model.encoders import SequenceEncoder, length_mask, masked_mean, nonzero_length
 from engine.model.fusion import make_fusion
 from engine.model.heads import make_head
+from engine.model.output import ModelOutput
 from engine.model.text_encoder import encode_packed, encode_padded, encode_without_padding, pack_text, packable
 from engine.profile import part
 from engine.streams import run_parallel
-
-
-class ModelOutput(NamedTuple):
-    """What a model returns; any module that returns such a pair can be trained in two stages.
-
-    Attributes:
-        prediction: float32 [B, n]: values, or a classification's logits.
-        features: float32 "F" [B, c] (the fused feature, input of the head), and "T", "A", "V" [B, d_common], those of
-            them that are in data.modalities.
-    """
-
-    prediction: Tensor
-    features: dict[str, Tensor]
 
 
 def fit_length(x: Tensor, size: int) -> Tensor:
