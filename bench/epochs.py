@@ -30,6 +30,7 @@ from engine.mimrl.terms import MIMRL_ESTIMATORS, mimrl_objective
 from engine.model.text_encoder import text_encoder_from_config
 from engine.step import TwoStageStep
 from engine.trainer import train
+from engine.training.parts import parameter_groups
 
 SAMPLES, QUICK_SAMPLES = 256, 32
 HELD_OUT = 4  # samples of valid and test, which are not timed
@@ -278,7 +279,7 @@ def tiny_pair(mode: str, device: str = "cpu", text_padding: str = "zero") -> Sim
         objective.load_state_dict(objective_state)
     for module in (model, objective, theirs):
         module.to(device)
-    groups = model.parameter_groups()
+    groups = parameter_groups(model, model.text_encoder)
     main = torch.optim.SGD([{"params": groups["main"]}, {"params": groups["text"], "lr": 0.05 * RATE}], lr=RATE)
     step = TwoStageStep(
         model,

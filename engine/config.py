@@ -401,6 +401,7 @@ class Config(Section):
     """Everything a run depends on. Round-trips through YAML."""
 
     preset: str = Field("", description="the preset this configuration started from")
+    task: str = Field("mimrl", description="what is trained: model, information terms, loss and metrics")
     mode: Literal["fast", "faithful"] = Field(
         "fast", description="faithful: the reference's mathematics, faults included"
     )

@@ -34,6 +34,11 @@ def mimrl_expressions(c2: Sequence[float]) -> list[Expression]:
     return [c * term for c, term in zip(c2, terms, strict=True)]
 
 
+def absent_features(modalities: Sequence[str]) -> set[str]:
+    """The features of the modalities that are not among `modalities`."""
+    return {m[0].upper() for m in MODALITIES if m not in modalities}
+
+
 def mimrl_objective(
     settings: ObjectiveConfig, fused_dim: int, d_common: int, modalities: Sequence[str] = MODALITIES
 ) -> Objective:
@@ -46,7 +51,7 @@ def mimrl_objective(
         raise ConfigError("objective.c1", f"{len(settings.c1)} weights", f"{len(MIMRL_ESTIMATORS)}", "Give one a term.")
     if len(settings.c2) != 8:
         raise ConfigError("objective.c2", f"{len(settings.c2)} weights", "8", "Give one an expression.")
-    absent = {m[0].upper() for m in MODALITIES if m not in modalities}
+    absent = absent_features(modalities)
     weights = dict(zip(MIMRL_ESTIMATORS, settings.c1, strict=True))
     return Objective(
         without_features(mimrl_expressions(settings.c2), absent),

@@ -18,6 +18,7 @@ from engine.mimrl.terms import MIMRL_ESTIMATORS, mimrl_objective
 from engine.model.text_encoder import text_encoder_from_config
 from engine.static import Held
 from engine.step import TwoStageStep
+from engine.training.parts import parameter_groups
 from tests.golden.common import assert_grad, assert_values, cases, load, part, recorded_parameters
 
 REFERENCE_TERM = {str(t): f"{t.x}{t.y}_{t.given}".lower() for t in MIMRL_ESTIMATORS if t.given is not None}
@@ -94,7 +95,7 @@ class Replay:
         self.model.load_state_dict(model)
         self.objective.load_state_dict(objective)
         sgd = info["sgd"]
-        groups = self.model.parameter_groups()
+        groups = parameter_groups(self.model, self.model.text_encoder)
         main = torch.optim.SGD(
             [{"params": groups["main"]}, {"params": groups["text"], "lr": sgd["lr_text"]}],
             lr=sgd["lr_main"], momentum=sgd["momentum"], fused=True,
