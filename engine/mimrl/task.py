@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from engine.config import Config, Section
+from engine.mimrl import settings
 from engine.task import Task
 
 
@@ -10,6 +14,19 @@ class MIMRLTask(Task):
 
     name = "mimrl"
     modes = ("fast", "faithful")
+    sections: Mapping[str, type[Section]] = {
+        "model": settings.MIMRLModelConfig,
+        "objective": settings.MIMRLObjectiveConfig,
+    }
+    presets = "engine.mimrl.presets"
+
+    def check(self, config: Config) -> None:
+        """Raise `ConfigError` where two settings of its own are at odds."""
+        settings.check(config)
+
+    def resolve(self, config: Config) -> None:
+        """Replace every `auto` of its own settings in `config` by the value that it stands for."""
+        settings.resolve(config)
 
 
 MIMRL_TASK = MIMRLTask()
