@@ -357,7 +357,7 @@ def _config(a: argparse.Namespace, settings: list[str], resumed: Path | None = N
     raise ConfigError(
         f"engine {a.command}",
         "neither --preset nor --config",
-        f"a preset ({', '.join(presets())}) or a YAML file",
+        f"a preset ({', '.join(preset.name for preset in presets())}) or a YAML file",
         "Add --preset NAME or --config FILE.",
     )
 
@@ -714,16 +714,14 @@ def _run_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _train_epilog() -> str:
-    from engine.config import COMMON_KEYS, keys, presets
+    from engine.config import common_keys, presets
 
     lines = ["presets:"]
     known = presets()
-    width = max(map(len, known)) + 2
-    lines += [f"  {name:<{width}}{summary}" for name, summary in known.items()]
+    width = max(len(preset.name) for preset in known) + 2
+    lines += [f"  {preset.name:<{width}}{preset.summary}" for preset in known]
     lines += ["", "most used keys (default), `engine config --keys` lists all:"]
-    table = {key.name: key for key in keys()}
-    for name in COMMON_KEYS:
-        key = table[name]
+    for key in common_keys():
         head = f"  {key.name} ({key.default})"
         text = textwrap.wrap(_meaning(key), 84)
         lines += [f"{head:<36}{text[0]}" if len(head) < 36 else f"{head}\n{'':<36}{text[0]}"]

@@ -218,7 +218,7 @@ class Objective(nn.Module):
     ):
         super().__init__()
         self.expressions = tuple(expressions)
-        self.settings = s = settings or ObjectiveConfig(compat="none")
+        self.settings = s = settings or ObjectiveConfig()
         self.discrete = frozenset(discrete)
         used = _terms(self.expressions)
         names = [e.name for e in self.expressions]
@@ -361,7 +361,7 @@ class Objective(nn.Module):
         Raises:
             EstimatorError: the batch or the bank is too small for k_neighbor.
         """
-        reference = self.settings.compat == "mimrl"
+        reference = getattr(self.settings, "compat", "none") == "mimrl"
         sampler = ProductSampler(
             bank if isinstance(bank, Bank) else Bank(bank),
             self.settings.k_neighbor,
@@ -387,7 +387,7 @@ class Objective(nn.Module):
         Raises:
             EstimatorError: the bank is too small for k_neighbor and a batch, or not finite.
         """
-        reference = self.settings.compat == "mimrl"
+        reference = getattr(self.settings, "compat", "none") == "mimrl"
         sampler = ProductSampler(
             bank if isinstance(bank, Bank) else Bank(bank),
             self.settings.k_neighbor,
@@ -526,7 +526,7 @@ def _estimator(term: Term, dims: Mapping[str, int], s: ObjectiveConfig) -> nn.Mo
             baseline=s.baseline,
             hidden=s.hidden,
             embed=s.embed,
-            compat=s.compat,
+            compat=getattr(s, "compat", "none"),
             alpha=s.alpha,
             smile_tau=s.smile_tau,
             ema_rate=s.ema_rate,
@@ -536,8 +536,8 @@ def _estimator(term: Term, dims: Mapping[str, int], s: ObjectiveConfig) -> nn.Mo
         max(dims[term.x], dims[term.y], dims[term.given]),
         hidden=s.hidden,
         estimator=s.cmi_estimator,
-        compat=s.compat,
-        last_activate=s.cmi_last_activate,
+        compat=getattr(s, "compat", "none"),
+        last_activate=getattr(s, "cmi_last_activate", "sigmoid"),
         on_degenerate=s.on_degenerate,
     )
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from engine.config import ObjectiveConfig
 from engine.errors import ConfigError, EstimatorError
+from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
 from engine.mimrl.terms import MIMRL_ESTIMATORS, mimrl_expressions, mimrl_objective
 from engine.model.estimators import Estimate
 from engine.objective import CMI, MI, MOST_PAIRED, Objective, Term

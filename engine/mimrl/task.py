@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from engine.config import Config, Section
+from engine.mimrl import settings
 from engine.task import Inputs, Task
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from engine.config import Config
     from engine.loaders.dataset import Dataset
     from engine.objective import Expression, Objective
 
@@ -24,6 +25,19 @@ class MIMRLTask(Task):
 
     name = "mimrl"
     modes = ("fast", "faithful")
+    sections: Mapping[str, type[Section]] = {
+        "model": settings.MIMRLModelConfig,
+        "objective": settings.MIMRLObjectiveConfig,
+    }
+    presets = "engine.mimrl.presets"
+
+    def check(self, config: Config) -> None:
+        """Raise `ConfigError` where two settings of its own are at odds."""
+        settings.check(config)
+
+    def resolve(self, config: Config) -> None:
+        """Replace every `auto` of its own settings in `config` by the value that it stands for."""
+        settings.resolve(config)
 
     def pad_tokens(self, config: Config) -> int | None:
         return config.data.time_len if config.mode == "faithful" else None
@@ -37,10 +51,9 @@ class MIMRLTask(Task):
         return build_model(config, inputs.audio, inputs.vision, text_encoder)
 
     def expressions(self, config: Config) -> list[Expression]:
-        from engine.mimrl.terms import absent_features, mimrl_expressions
-        from engine.objective import without_features
+        from engine.mimrl.terms import expressions_of
 
-        return without_features(mimrl_expressions(config.objective.c2), absent_features(config.data.modalities))
+        return expressions_of(config.objective, config.data.modalities)
 
     def objective(self, config: Config, model: nn.Module) -> Objective:
         from engine.mimrl.terms import mimrl_objective
@@ -53,9 +66,10 @@ class MIMRLTask(Task):
             model.start_at(float(dataset.splits["train"].label[:, 0].mean()))
 
     def warnings(self, config: Config, objective: Objective) -> Sequence[str]:
-        from engine.mimrl.terms import MIMRL_ESTIMATORS
+        """The terms that name a modality which `data.modalities` leaves out."""
+        from engine.mimrl.terms import weights_of
 
-        out = [str(term) for term in MIMRL_ESTIMATORS if term not in objective.terms]
+        out = [str(term) for term in weights_of(config.objective) if term not in objective.terms]
         if not config.objective.enabled or not out:
             return ()
         kept = ", ".join(map(str, objective.terms))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from engine.config import ObjectiveConfig
 from engine.errors import EstimatorError
 from engine.kernels.cmi import classifier_logits, cmi, reference
 from engine.kernels.cmi import cpu as cmi_cpu
@@ -16,6 +15,7 @@ from engine.kernels.knn_product import cpu as knn_cpu
 from engine.kernels.knn_product import reference as knn_reference
 from engine.kernels.knn_product.op import Line, Space
 from engine.kernels.registry import use_backend
+from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
 from engine.mimrl.terms import mimrl_objective
 from engine.model.cmi import CMIEstimator
 from engine.model.groups import CMIGroup
