@@ -337,7 +337,8 @@ def _show_config(a: argparse.Namespace, settings: list[str]) -> None:
         table = Table("key", "default", "values and meaning", box=None, pad_edge=False)
         table.columns[0].no_wrap = True
         table.columns[1].overflow = "fold"
-        for key in keys():
+        task = _named_task(a)
+        for key in keys() if task is None else keys(task):
             table.add_row(key.name, _escape(key.default), _escape(_meaning(key)))
         _console().print(table)
         return

@@ -28,7 +28,7 @@ def config(data, text_encoder) -> Config:
     return small(data, text_encoder)
 
 
-def small(data, text_encoder, epochs=3, **sections) -> Config:
+def small(data, text_encoder, /, epochs=3, **sections) -> Config:
     return Config(
         task="mmim",
         epochs=epochs,
