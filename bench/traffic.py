@@ -45,7 +45,7 @@ from engine.kernels.cube_mix.cpu import SHORT
 from engine.kernels.mi_bounds import op as mi_bounds
 from engine.kernels.mi_bounds import plan
 from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
-from engine.objective import mimrl_objective
+from engine.mimrl.terms import mimrl_objective
 
 BATCH, WIDTH = 128, 128
 PAGE = machine.ROOT / "docs" / "kernels.md"

@@ -20,8 +20,9 @@ from engine.model.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
     from engine.loaders.dataset import Dataset, Split
+    from engine.objective import Objective
 
-HELD = 8  # tensors of the size of the fusion encoder's input that a step holds at the least
+HELD = 8  # tensors of the size of the largest that a step holds at the least
 
 PLAIN = "MAE, Corr, CCC and RMSE"
 OTHERS = "mosi (classes of [-3, 3]) or sims (of [-1, 1])"
@@ -135,8 +136,17 @@ def class_numbers(config: Config, dataset: Dataset, splits: Iterable[str] | None
             )
 
 
-def text_fits(config: Config, dataset: Dataset, encoder: nn.Module, splits: Iterable[str] | None = None) -> None:
+def text_fits(
+    config: Config,
+    dataset: Dataset,
+    encoder: nn.Module | None,
+    pad_tokens_to: int | None = None,
+    splits: Iterable[str] | None = None,
+) -> None:
     """Raise where the tokens of `splits` (None: all) are beyond the text encoder's vocabulary or positions.
+
+    Args:
+        pad_tokens_to: length to which every text is padded; None: to the longest of its batch.
 
     Raises:
         ConfigError: in one line, with the sample.
@@ -147,7 +157,7 @@ def text_fits(config: Config, dataset: Dataset, encoder: nn.Module, splits: Iter
         split = dataset.splits[name]
         if split.tokens is not None and len(split.tokens.values):
             _vocabulary(config, split, f"{name} split", encoder, dataset.pad_id)
-            _positions(config, split, f"{name} split", encoder)
+            _positions(config, split, f"{name} split", encoder, pad_tokens_to is not None)
 
 
 def _vocabulary(config: Config, split: Split, where: str, encoder: TextEncoder, pad: int) -> None:
@@ -165,13 +175,13 @@ def _vocabulary(config: Config, split: Split, where: str, encoder: TextEncoder, 
     )
 
 
-def _positions(config: Config, split: Split, where: str, encoder: TextEncoder) -> None:
+def _positions(config: Config, split: Split, where: str, encoder: TextEncoder, padded: bool) -> None:
     most, cap = encoder.positions, config.data.time_len
     if most is None or cap <= most:
         return
     lengths = split.tokens.lengths
     row = int(lengths.argmax())
-    if config.mode == "faithful" or split.draws_words:  # padded to the cap; or words are drawn anew
+    if padded or split.draws_words:  # padded to the cap; or words are drawn anew
         longest = f"texts of {cap} tokens"
     elif lengths[row] > most:
         longest = f"a text of {lengths[row]} tokens (id {split.ids[row]})"
@@ -183,29 +193,36 @@ def _positions(config: Config, split: Split, where: str, encoder: TextEncoder) -
     )  # fmt: skip
 
 
-def memory(config: Config, parts: Iterable[nn.Module], samples: int, device: torch.device) -> None:
+def bank_size(config: Config, objective: Objective, samples: int) -> None:
+    """Raise ConfigError where a bank of `samples` rows is too small to draw product rows from."""
+    k, m = config.objective.k_neighbor, config.batch_size // config.objective.k_neighbor
+    if config.objective.enabled and objective.needs_products and samples - min(m, samples) < k:
+        raise ConfigError(
+            "objective.k_neighbor", f"{k} neighbours for {m} queries from a bank of {samples} training samples",
+            f"at least {m + k} training samples", "Lower objective.k_neighbor or batch_size.",
+        )  # fmt: skip
+
+
+def memory(config: Config, parts: Iterable[nn.Module], largest: int, device: torch.device) -> None:
     """Raise ConfigError where training takes more memory than there is, for most of which mistyped sizes are to blame.
 
     Args:
         parts: modules that are trained; their tensors may be on the meta device.
-        samples: size of the training split, which bounds that of a batch.
+        largest: bytes of the largest tensor that a step holds several times.
     """
     have = _memory_of(device)
     if have is None:
         return
     trained = sum(p.numel() * 4 for part in parts for p in part.parameters() if p.requires_grad)
     weights = trained * (2 + 2 * (config.train.optimizer == "adam") + (config.train.average is not None))
-    width = max([config.model.d_common, *(s[2] for s in config.model.cubemlp.d_hiddens + config.model.cubemlp.d_outs)])
-    batch = min(config.batch_size, samples)
-    fused = 4 * batch * config.data.time_len * len(config.data.modalities) * width
-    need = weights + HELD * fused
+    need = weights + HELD * largest
     if need > have:
         raise ConfigError(
-            "model" if weights > HELD * fused else "data.time_len",
+            "model" if weights > HELD * largest else "data.time_len",
             f"settings that take about {need / 1e9:.0f} GB of memory ({weights / 1e9:.1f} for weights, gradients and "
-            f"optimiser; {HELD * fused / 1e9:.1f} for a batch of {batch} by {config.data.time_len} by {width})",
+            f"optimiser; {HELD * largest / 1e9:.1f} for a batch of {config.batch_size})",
             f"at most the {have / 1e9:.0f} GB of this machine",
-            "Lower model.d_common, the sizes of model.cubemlp, data.time_len or batch_size.",
+            "Lower the sizes in the section model, data.time_len or batch_size.",
         )
 
 

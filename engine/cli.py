@@ -288,7 +288,7 @@ def _inspect(a: argparse.Namespace) -> None:
 
 
 def _import(a: argparse.Namespace) -> None:
-    from engine.compat import import_checkpoint
+    from engine.mimrl.checkpoints import import_checkpoint
 
     _check_out(a.out, resume=False)
     notes = import_checkpoint(
@@ -299,7 +299,7 @@ def _import(a: argparse.Namespace) -> None:
 
 
 def _import_command(a: argparse.Namespace) -> None:
-    from engine.compat import import_command
+    from engine.mimrl.commands import import_command
 
     config, notes = import_command(a.text)
     _print_notes(notes)

@@ -581,7 +581,8 @@ def _terms_of(run: Run) -> dict[str, str]:
     modalities = [m for m in CONFIGURED if m in named] if isinstance(named, list) else []
     if len(modalities) in (0, len(CONFIGURED)):
         return TERMS
-    from engine.objective import mimrl_expressions, without_features
+    from engine.mimrl.terms import mimrl_expressions
+    from engine.objective import without_features
 
     about = {}
     for e in without_features(mimrl_expressions([1.0] * 8), {m[0].upper() for m in CONFIGURED if m not in modalities}):

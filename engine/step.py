@@ -190,8 +190,8 @@ class TwoStageStep:
     Args:
         model: maps a batch's inputs to `(prediction [B, n], features {name: [B, width]})`.
         objective: the information terms, or None to train on the task loss alone.
-        task_loss: maps (prediction, target) to a 0-d loss.
-        main_optimizer: over the model's parameters.
+        task_loss: maps (prediction, target) to a 0-d loss; None for a step that only predicts, whose loss is 0.
+        main_optimizer: over the model's parameters; None for a step that only evaluates.
         estimator_optimizer: over the objective's parameters; None where the objective is None.
         clip_value: clip every gradient element to ±clip_value, in both stages.
         clip_norm: clip the norm of a stage's whole gradient.
@@ -213,9 +213,9 @@ class TwoStageStep:
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective | None,
-        task_loss: Callable[[Tensor, Tensor], Tensor],
-        main_optimizer: torch.optim.Optimizer,
+        objective: Objective | None = None,
+        task_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        main_optimizer: torch.optim.Optimizer | None = None,
         estimator_optimizer: torch.optim.Optimizer | None = None,
         *,
         clip_value: float | None = None,
@@ -339,7 +339,7 @@ class TwoStageStep:
         self, inputs: Any, target: Tensor, products: Mapping[str, Rows] | None, information: bool
     ) -> tuple[StepOutput, Tensor]:
         prediction, features = self.forward(inputs, target)
-        task = self.task_loss(prediction, target)
+        task = prediction.new_zeros(()) if self.task_loss is None else self.task_loss(prediction, target)
         terms = None
         loss = task
         if information:

@@ -76,9 +76,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     module("engine.loaders.convert", convert=record("convert"))
     inspection = type("Inspection", (), {"render": lambda self: "format: a store [not markup]"})()
     module("engine.loaders.inspect", inspect_path=record("inspect_path", lambda path: inspection))
+    module("engine.mimrl.checkpoints", import_checkpoint=record("import_checkpoint", ["the optimiser is left out"]))
     module(
-        "engine.compat",
-        import_checkpoint=record("import_checkpoint", ["the optimiser is left out"]),
+        "engine.mimrl.commands",
         import_command=record("import_command", lambda text: (load_config("mosi"), ["--radius has no effect"])),
     )
     module("engine.report", write_report=record("write_report", lambda run: run / "report.html"))

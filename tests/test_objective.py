@@ -7,17 +7,9 @@ import torch
 
 from engine.errors import ConfigError, EstimatorError
 from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
+from engine.mimrl.terms import MIMRL_ESTIMATORS, mimrl_expressions, mimrl_objective
 from engine.model.estimators import Estimate
-from engine.objective import (
-    CMI,
-    MI,
-    MIMRL_ESTIMATORS,
-    MOST_PAIRED,
-    Objective,
-    Term,
-    mimrl_expressions,
-    mimrl_objective,
-)
+from engine.objective import CMI, MI, MOST_PAIRED, Objective, Term
 
 SMALL = ObjectiveConfig(hidden=16, embed=8, compat="none")
 

@@ -18,7 +18,8 @@ from engine.errors import ConfigError
 from engine.files import user_path, write_json
 from engine.readings import print_rows
 from engine.run_folder import TRUTH, Checksums
-from engine.trainer import choose_device, train
+from engine.trainer import train
+from engine.training.parts import choose_device
 
 
 def run_demo(out: str | Path, overrides: Iterable[str] = ()) -> None:

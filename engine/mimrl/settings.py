@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -136,18 +137,19 @@ class MIMRLObjectiveConfig(ObjectiveConfig):
         return self
 
 
-def written_terms(objective: MIMRLObjectiveConfig) -> list[str]:
-    """The information terms as text: `terms`, or the eight published ones with the coefficients `c2`.
+def shorthand_terms(c2: Sequence[float]) -> list[str]:
+    """The eight published terms with these coefficients, as text.
 
-    >>> written_terms(MIMRLObjectiveConfig(c2=0.5))[3]
+    >>> shorthand_terms([0.5] * 8)[3]
     'inv = 0.5 * (MI(T, A) + MI(T, V))'
     """
-    if objective.c2 is None:
-        return objective.terms
-    coefficients = zip(objective.c2, TERMS.items(), strict=True)
-    return [
-        f"{c!r} * {text}" if name.startswith("I(") else f"{name} = {c!r} * ({text})" for c, (name, text) in coefficients
-    ]
+    pairs = zip(map(float, c2), TERMS.items(), strict=True)
+    return [f"{c!r} * {text}" if name.startswith("I(") else f"{name} = {c!r} * ({text})" for c, (name, text) in pairs]
+
+
+def written_terms(objective: MIMRLObjectiveConfig) -> list[str]:
+    """The information terms as text: `terms`, or the published ones with the coefficients `c2`."""
+    return objective.terms if objective.c2 is None else shorthand_terms(objective.c2)
 
 
 def written_weights(objective: MIMRLObjectiveConfig) -> dict[str, float]:

@@ -16,9 +16,10 @@ from engine.kernels.knn_product import reference as knn_reference
 from engine.kernels.knn_product.op import Line, Space
 from engine.kernels.registry import use_backend
 from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
+from engine.mimrl.terms import mimrl_objective
 from engine.model.cmi import CMIEstimator
 from engine.model.groups import CMIGroup
-from engine.objective import Term, mimrl_objective
+from engine.objective import Term
 
 TERMS = [
     Term("A", "C", "T"), Term("T", "A", "C"), Term("V", "C", "T"), Term("T", "V", "C"), Term("T", "C", "A"),

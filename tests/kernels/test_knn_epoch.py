@@ -15,7 +15,8 @@ from engine.kernels.knn_product import epoch as module
 from engine.kernels.knn_product.op import Line
 from engine.kernels.registry import use_backend
 from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
-from engine.objective import Term, mimrl_objective
+from engine.mimrl.terms import mimrl_objective
+from engine.objective import Term
 from tests.kernels.test_knn_cmi_op import TERMS, features, seeded, spread
 
 KINDS = ["normal", "grid", "constant", "clusters"]

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import MODALITIES, Config
 from engine.errors import ConfigError
 from engine.kernels.dropout import dropout
 from engine.loaders.batch import Batch
+from engine.model.batch_text import encode_text, with_packed_text
 from engine.model.cubemlp import CubeMLP
 from engine.model.encoders import SequenceEncoder, length_mask, masked_mean, nonzero_length
 from engine.model.fusion import make_fusion
 from engine.model.heads import make_head
-from engine.model.text_encoder import encode_packed, encode_padded, encode_without_padding, pack_text, packable
+from engine.model.output import ModelOutput
 from engine.profile import part
 from engine.streams import run_parallel
-
-
-class ModelOutput(NamedTuple):
-    """What a model returns; any module that returns such a pair can be trained in two stages.
-
-    Attributes:
-        prediction: float32 [B, n]: values, or a classification's logits.
-        features: float32 "F" [B, c] (the fused feature, input of the head), and "T", "A", "V" [B, d_common], those of
-            them that are in data.modalities.
-    """
-
-    prediction: Tensor
-    features: dict[str, Tensor]
 
 
 def fit_length(x: Tensor, size: int) -> Tensor:
@@ -173,11 +157,7 @@ class MIMRL(nn.Module):
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch with its texts packed, where forward would pack them: before it moves to a GPU or into a graph."""
-        if self.faithful or batch.static or batch.token_ids is None or batch.packed is not None:
-            return batch
-        if self.text_encoder is None or not packable(self.text_encoder):
-            return batch
-        return replace(batch, packed=pack_text(batch.token_ids, batch.token_mask))
+        return batch if self.faithful else with_packed_text(self.text_encoder, batch)
 
     @torch.no_grad()
     def start_at(self, value: float) -> None:
@@ -187,16 +167,9 @@ class MIMRL(nn.Module):
         last.bias.fill_(value)
 
     def _encode_text(self, batch: Batch) -> Tensor:
-        if batch.text is not None:
-            return batch.text
-        if batch.static:
-            return encode_padded(self.text_encoder, batch.token_ids, batch.token_mask)
-        if self.faithful:
+        if self.faithful and batch.text is None and not batch.static:
             return self.text_encoder(batch.token_ids, batch.token_mask)
-        if batch.packed is None:
-            return encode_without_padding(self.text_encoder, batch.token_ids, batch.token_mask)
-        text = encode_packed(self.text_encoder, batch.packed)
-        return F.pad(text, (0, 0, 0, batch.token_mask.shape[1] - text.shape[1]))
+        return encode_text(self.text_encoder, batch)
 
     def _check(self, batch: Batch) -> None:
         if "text" in self.modalities and batch.text is None and batch.token_ids is None:
@@ -223,13 +196,6 @@ class MIMRL(nn.Module):
     @staticmethod
     def _width(encoder: SequenceEncoder) -> int:
         return encoder.conv.in_channels if encoder.kind == "conv" else encoder.rnn.input_size
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trainable parameters: "text" (the text encoder's) and "main" (all others)."""
-        encoder = self.text_encoder
-        text = [] if encoder is None else [p for p in encoder.parameters() if p.requires_grad]
-        main = [p for n, p in self.named_parameters() if p.requires_grad and not n.startswith("text_encoder.")]
-        return {"text": text, "main": main}
 
 
 def build_model(config: Config, audio_dim: int, vision_dim: int, text_encoder: nn.Module | None) -> MIMRL:

@@ -1,0 +1,49 @@
+"""The MMIM-style model as a task of the engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.task import Inputs, Task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from engine.config import Config
+    from engine.loaders.dataset import Dataset
+    from engine.objective import Expression
+
+
+class MMIMTask(Task):
+    """MMIM's hierarchy of terms: text with audio and vision below the fusion, the fused feature with each above it.
+
+    MMIM bounds the lower terms by a Gaussian model (Barber-Agakov) and the upper ones by contrastive scores. Here
+    `objective.bound` chooses the bound of both, InfoNCE by default.
+    """
+
+    name = "mmim"
+    presets = "engine.mmim.presets"
+    terms = ("0.1 * MI(T, A)", "0.1 * MI(T, V)", "0.1 * MI(F, T)", "0.1 * MI(F, A)", "0.1 * MI(F, V)")
+
+    def model(self, config: Config, inputs: Inputs, text_encoder: nn.Module | None) -> nn.Module:
+        from engine.mmim.model import MMIM
+
+        return MMIM(config, inputs, text_encoder)
+
+    def expressions(self, config: Config) -> list[Expression]:
+        """The terms, without those that name a modality that `data.modalities` leaves out."""
+        from engine.objective import without_features
+
+        absent = {"text": "T", "audio": "A", "vision": "V"}.items()
+        return without_features(
+            super().expressions(config), [feature for name, feature in absent if name not in config.data.modalities]
+        )
+
+    def start(self, config: Config, model: nn.Module, dataset: Dataset) -> None:
+        """A regression begins near the mean label."""
+        if config.model.task == "regression":
+            mean = float(dataset.splits["train"].label[:, 0].mean())
+            model.head.layers[-1].bias.data.fill_(mean)
+
+
+MMIM_TASK = MMIMTask()
