@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 DEFAULT = "mimrl"
 """The task of settings that name none."""
 
-TASKS = {"mimrl": "engine.mimrl.task:MIMRL_TASK"}
+TASKS = {"mimrl": "engine.mimrl.task:MIMRL_TASK", "mmim": "engine.mmim.task:MMIM_TASK"}
 """Where the engine's own tasks are, as module:attribute."""
 
 _REGISTERED: dict[str, Task] = {}
@@ -98,18 +98,32 @@ class Task:
 
         Its attribute `feature_dims` tells the widths of the features, {name: width}.
         """
-        raise NotImplementedError
+        raise ConfigError(f"task {self.name}", "no method `model`", "a method that makes the model", "Define it.")
 
     def expressions(self, config: Config) -> list[Expression]:
-        """The information terms of these settings; a negative weight minimises."""
-        raise NotImplementedError
+        """The information terms: those of `objective.terms`, or else the task's own."""
+        from engine.expressions import parse_expression
+
+        texts = config.objective.terms or self.terms
+        return [parse_expression(text) if isinstance(text, str) else text for text in texts]
 
     def objective(self, config: Config, model: nn.Module) -> Objective:
         """Estimators of the information terms on the model's features. The label is the feature C."""
+        from engine.expressions import stage1_weights
         from engine.objective import Objective
 
-        dims = {"C": 1, **getattr(model, "feature_dims", {})}
-        return Objective(self.expressions(config), dims, discrete=self.discrete, settings=config.objective)
+        expressions, widths = self.expressions(config), getattr(model, "feature_dims", None)
+        if expressions and widths is None:
+            raise ConfigError(
+                f"task {self.name}", "a model without the attribute feature_dims", "{feature: width}", "Set it."
+            )
+        return Objective(
+            expressions,
+            dims={"C": 1, **(widths or {})},
+            discrete=self.discrete,
+            estimators=stage1_weights(expressions, config.objective.estimator_weights),
+            settings=config.objective,
+        )
 
     def loss(self, config: Config) -> nn.Module:
         """The task loss: (prediction, label) -> 0-d."""

@@ -13,88 +13,61 @@ from engine.mimrl.settings import ESTIMATORS
 MI_NAMES = [name for name, term in ESTIMATORS.items() if term.startswith("MI")]
 CMI_NAMES = [name for name in ESTIMATORS if name not in MI_NAMES]
 ESTIMATOR_PREFIX = "estimators."
-
-_MODALITY = {"a": "audio_encoder", "v": "vision_encoder"}
-_SEQUENCE = {"rnn": "rnn", "conv": "conv", "ln": "norm"}
 AXES = {"l": "time", "k": "modality", "d": "channel"}
-_MI_PART = {"critic_model.MLP_g": "critic.g", "critic_model.MLP_h": "critic.h", "critic_model.MLP_f": "critic.f",
-            "baseline_model.MLP": "baseline.mlp"}  # fmt: skip
+
+_WORDS = {
+    "modality": {"a": "audio_encoder", "v": "vision_encoder"},
+    "layer": {"rnn": "rnn", "conv": "conv", "ln": "norm"},
+    "axis": AXES,
+    "mi": {name.lower(): name for name in MI_NAMES},
+    "cmi": {name.lower(): name for name in CMI_NAMES},
+    "part": {"critic_model.MLP_g": "critic.g", "critic_model.MLP_h": "critic.h", "critic_model.MLP_f": "critic.f",
+             "baseline_model.MLP": "baseline.mlp"},
+}  # fmt: skip
+"""Parts of a name that have other words in the two, {published: ours}."""
+
+_FORMS = {"rest": ".+", "leaf": r"\w+", "n": r"\d+", "fc": "fc[12]", "kind": "weight|bias"}
+"""Parts of a name that are the same in both, as patterns."""
+
+_NAMES = (
+    ("bertmodel.{rest}", "text_encoder.model.{rest}"),
+    ("W_t.weight", "text_projection.weight"),
+    ("{layer}_{modality}.{leaf}", "{modality}.{layer}.{leaf}"),
+    ("mlp_encoder.layers_stack.{n}.mlp_{axis}.{fc}.{kind}", "fusion.blocks.{n}.{axis}.{fc}.{kind}"),
+    ("mlp_encoder.layers_stack.{n}.res_projection_{axis}.weight", "fusion.blocks.{n}.{axis}.residual.weight"),
+    ("mlp_encoder.layers_stack.{n}.ln_{axis}.{kind}", "fusion.blocks.{n}.{axis}.norm.{kind}"),
+    ("classifier.{n}.{kind}", "head.layers.{n}.{kind}"),
+    ("vmi_estimator_{mi}.{part}.{n}.{kind}", "estimators.{mi}.{part}.{n}.{kind}"),
+    ("vcmi_estimator_{cmi}.classifier.mlp.{n}.{kind}", "estimators.{cmi}.classifier.{n}.{kind}"),
+)
+"""Every name of the published model, and ours."""
+
+_OURS = {part: {ours: published for published, ours in words.items()} for part, words in _WORDS.items()}
 
 
-def _invert(table: Mapping[str, str]) -> dict[str, str]:
-    return {value: key for key, value in table.items()}
+def _pattern(name: str, words: Mapping[str, Mapping[str, str]]) -> re.Pattern[str]:
+    """What matches the names of one form; `words`: those of its parts."""
+    pieces = re.split(r"\{(\w+)\}", name)
+    for i in range(1, len(pieces), 2):
+        part = pieces[i]
+        form = _FORMS[part] if part in _FORMS else "|".join(map(re.escape, words[part]))
+        pieces[i] = f"(?P<{part}>{form})"
+    pieces[::2] = map(re.escape, pieces[::2])
+    return re.compile("".join(pieces))
 
 
-def _one_of(table: Mapping[str, str]) -> str:
-    return "|".join(re.escape(key) for key in table)
+_TO_ENGINE = [(_pattern(published, _WORDS), ours) for published, ours in _NAMES]
+_TO_REFERENCE = [(_pattern(ours, _OURS), published) for published, ours in _NAMES]
 
 
-_FROM_MODALITY, _FROM_SEQUENCE, _FROMAXES, _FROM_MI_PART = map(_invert, (_MODALITY, _SEQUENCE, AXES, _MI_PART))
-_MI_ANY = "|".join(name.lower() for name in MI_NAMES)
-_CMI_ANY = "|".join(name.lower() for name in CMI_NAMES)
-
-_TO_ENGINE = [
-    (r"bertmodel\.(.+)", lambda m: f"text_encoder.model.{m[1]}"),
-    (r"W_t\.weight", lambda m: "text_projection.weight"),
-    (rf"({_one_of(_SEQUENCE)})_([av])\.(\w+)", lambda m: f"{_MODALITY[m[2]]}.{_SEQUENCE[m[1]]}.{m[3]}"),
-    (
-        r"mlp_encoder\.layers_stack\.(\d+)\.mlp_([lkd])\.(fc[12])\.(weight|bias)",
-        lambda m: f"fusion.blocks.{m[1]}.{AXES[m[2]]}.{m[3]}.{m[4]}",
-    ),
-    (
-        r"mlp_encoder\.layers_stack\.(\d+)\.res_projection_([lkd])\.weight",
-        lambda m: f"fusion.blocks.{m[1]}.{AXES[m[2]]}.residual.weight",
-    ),
-    (
-        r"mlp_encoder\.layers_stack\.(\d+)\.ln_([lkd])\.(weight|bias)",
-        lambda m: f"fusion.blocks.{m[1]}.{AXES[m[2]]}.norm.{m[3]}",
-    ),
-    (r"classifier\.(\d+)\.(weight|bias)", lambda m: f"head.layers.{m[1]}.{m[2]}"),
-    (
-        rf"vmi_estimator_({_MI_ANY})\.({_one_of(_MI_PART)})\.(\d+)\.(weight|bias)",
-        lambda m: f"{ESTIMATOR_PREFIX}{m[1].upper()}.{_MI_PART[m[2]]}.{m[3]}.{m[4]}",
-    ),
-    (
-        rf"vcmi_estimator_({_CMI_ANY})\.classifier\.mlp\.(\d+)\.(weight|bias)",
-        lambda m: f"{ESTIMATOR_PREFIX}{m[1].upper()}.classifier.{m[2]}.{m[3]}",
-    ),
-]
-
-_TO_REFERENCE = [
-    (r"text_encoder\.model\.(.+)", lambda m: f"bertmodel.{m[1]}"),
-    (r"text_projection\.weight", lambda m: "W_t.weight"),
-    (
-        rf"({_one_of(_FROM_MODALITY)})\.({_one_of(_FROM_SEQUENCE)})\.(\w+)",
-        lambda m: f"{_FROM_SEQUENCE[m[2]]}_{_FROM_MODALITY[m[1]]}.{m[3]}",
-    ),
-    (
-        rf"fusion\.blocks\.(\d+)\.({_one_of(_FROMAXES)})\.(fc[12])\.(weight|bias)",
-        lambda m: f"mlp_encoder.layers_stack.{m[1]}.mlp_{_FROMAXES[m[2]]}.{m[3]}.{m[4]}",
-    ),
-    (
-        rf"fusion\.blocks\.(\d+)\.({_one_of(_FROMAXES)})\.residual\.weight",
-        lambda m: f"mlp_encoder.layers_stack.{m[1]}.res_projection_{_FROMAXES[m[2]]}.weight",
-    ),
-    (
-        rf"fusion\.blocks\.(\d+)\.({_one_of(_FROMAXES)})\.norm\.(weight|bias)",
-        lambda m: f"mlp_encoder.layers_stack.{m[1]}.ln_{_FROMAXES[m[2]]}.{m[3]}",
-    ),
-    (r"head\.layers\.(\d+)\.(weight|bias)", lambda m: f"classifier.{m[1]}.{m[2]}"),
-    (
-        rf"estimators\.({'|'.join(MI_NAMES)})\.({_one_of(_FROM_MI_PART)})\.(\d+)\.(weight|bias)",
-        lambda m: f"vmi_estimator_{m[1].lower()}.{_FROM_MI_PART[m[2]]}.{m[3]}.{m[4]}",
-    ),
-    (
-        rf"estimators\.({'|'.join(CMI_NAMES)})\.classifier\.(\d+)\.(weight|bias)",
-        lambda m: f"vcmi_estimator_{m[1].lower()}.classifier.mlp.{m[2]}.{m[3]}",
-    ),
-]
-
-
-def _translate(name: str, rules: list) -> str | None:
-    for pattern, build in rules:
-        if match := re.fullmatch(pattern, name):
-            return build(match)
+def _translate(
+    name: str, rules: list[tuple[re.Pattern[str], str]], words: Mapping[str, Mapping[str, str]]
+) -> str | None:
+    for pattern, other in rules:
+        if match := pattern.fullmatch(name):
+            return other.format(
+                **{part: words.get(part, {}).get(word, word) for part, word in match.groupdict().items()}
+            )
     return None
 
 
@@ -123,7 +96,7 @@ def reference_to_engine(name: str) -> str:
     Raises:
         CheckpointError: the reference has no such parameter.
     """
-    translated = _translate(strip_module(name), _TO_ENGINE)
+    translated = _translate(strip_module(name), _TO_ENGINE, _WORDS)
     if translated is None:
         raise _unknown_names("parameter name", [name])
     return translated
@@ -135,7 +108,7 @@ def engine_to_reference(name: str) -> str:
     Raises:
         CheckpointError: the reference has no counterpart (another fusion encoder, for instance).
     """
-    translated = _translate(name, _TO_REFERENCE)
+    translated = _translate(name, _TO_REFERENCE, _OURS)
     if translated is None:
         raise CheckpointError(
             "parameter name",
@@ -164,7 +137,7 @@ def split_reference_state(
         plain = strip_module(name)
         if plain.endswith((".position_ids", ".token_type_ids")):
             unused.append(plain)
-        elif (translated := _translate(plain, _TO_ENGINE)) is None:
+        elif (translated := _translate(plain, _TO_ENGINE, _WORDS)) is None:
             unknown.append(plain)
         else:
             (objective if translated.startswith(ESTIMATOR_PREFIX) else model)[translated] = tensor

@@ -51,12 +51,9 @@ class MIMRLTask(Task):
         return build_model(config, inputs.audio, inputs.vision, text_encoder)
 
     def expressions(self, config: Config) -> list[Expression]:
-        from engine.expressions import parse_terms
-        from engine.mimrl.terms import absent_features
-        from engine.objective import without_features
+        from engine.mimrl.terms import expressions_of
 
-        terms = parse_terms(settings.written_terms(config.objective))
-        return without_features(terms, absent_features(config.data.modalities))
+        return expressions_of(config.objective, config.data.modalities)
 
     def objective(self, config: Config, model: nn.Module) -> Objective:
         from engine.mimrl.terms import mimrl_objective
@@ -69,10 +66,11 @@ class MIMRLTask(Task):
             model.start_at(float(dataset.splits["train"].label[:, 0].mean()))
 
     def warnings(self, config: Config, objective: Objective) -> Sequence[str]:
-        from engine.mimrl.terms import MIMRL_ESTIMATORS
+        """The terms that name a modality which `data.modalities` leaves out."""
+        from engine.mimrl.terms import weights_of
 
-        out = [str(term) for term in MIMRL_ESTIMATORS if term not in objective.terms]
-        if not config.objective.enabled or config.objective.terms or not out:
+        out = [str(term) for term in weights_of(config.objective) if term not in objective.terms]
+        if not config.objective.enabled or not out:
             return ()
         kept = ", ".join(map(str, objective.terms))
         return [
