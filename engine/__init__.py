@@ -1,4 +1,4 @@
-"""Mutual information objectives for multimodal models: estimators, two-stage training, and MIMRL built on them.
+"""Mutual information objectives for multimodal models: estimators, two-stage training, and tasks built on them.
 
 Every public name is imported when it is first used, so that `import engine` costs next to nothing and needs neither
 torch nor any optional package.

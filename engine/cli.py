@@ -233,6 +233,7 @@ def _train(a: argparse.Namespace, settings: list[str]) -> None:
 def _evaluate(a: argparse.Namespace) -> None:
     from engine.trainer import evaluate
 
+    _named_task(a)
     metrics = evaluate(_run_folder(a.run_folder), a.data, split=a.split, batch_size=a.batch_size, device=a.device)
     if a.json:
         print(json.dumps({k: v if v == v else None for k, v in metrics.items()}, indent=2))
@@ -243,6 +244,7 @@ def _evaluate(a: argparse.Namespace) -> None:
 def _predict(a: argparse.Namespace) -> None:
     from engine.trainer import predict
 
+    _named_task(a)
     predict(_run_folder(a.run_folder), a.data, a.out, split=a.split, device=a.device)
     _say(f"predictions: {a.out}")
 
@@ -335,7 +337,8 @@ def _show_config(a: argparse.Namespace, settings: list[str]) -> None:
         table = Table("key", "default", "values and meaning", box=None, pad_edge=False)
         table.columns[0].no_wrap = True
         table.columns[1].overflow = "fold"
-        for key in keys():
+        task = _named_task(a)
+        for key in keys() if task is None else keys(task):
             table.add_row(key.name, _escape(key.default), _escape(_meaning(key)))
         _console().print(table)
         return
@@ -348,18 +351,32 @@ def _show_config(a: argparse.Namespace, settings: list[str]) -> None:
 def _config(a: argparse.Namespace, settings: list[str], resumed: Path | None = None) -> Any:
     from engine.config import load_config, presets
 
-    if a.preset is not None:
-        return load_config(a.preset, settings)
-    if a.config is not None:
-        return load_config(user_path(a.config), settings)
-    if resumed is not None:
-        return load_config(resumed, settings)
+    task = _named_task(a)
+    source = a.preset or (user_path(a.config) if a.config is not None else resumed)
+    if source is not None or task is not None:
+        config = load_config(source, settings, task)
+        if task not in (None, config.task):
+            raise ConfigError(
+                f"--task {a.task}", f"settings of the task {config.task}", "one task", "Drop one of them."
+            )
+        return config
     raise ConfigError(
         f"engine {a.command}",
-        "neither --preset nor --config",
-        f"a preset ({', '.join(preset.name for preset in presets())}) or a YAML file",
+        "none of --preset, --config and --task",
+        f"a preset ({', '.join(preset.name for preset in presets())}), a YAML file or a task",
         "Add --preset NAME or --config FILE.",
     )
+
+
+def _named_task(a: argparse.Namespace) -> str | None:
+    """The name of the task that --task gives; its module may lie in the present folder."""
+    if a.task is None:
+        return None
+    from engine.task import load_task
+
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return load_task(a.task).name
 
 
 def _split_seeds(settings: list[str]) -> tuple[list[int] | None, list[str]]:
@@ -699,12 +716,16 @@ class _LazyParser(_Parser):
 
 
 def _config_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--task", metavar="NAME", help="what is trained: mimrl, mmim, or one of your own as module:attribute (mimrl)"
+    )
     group = p.add_mutually_exclusive_group()
     group.add_argument("--preset", metavar="NAME", help="a packaged recipe, see `engine train --help`")
     group.add_argument("--config", metavar="FILE", help="a YAML file; `preset: NAME` in it starts from that preset")
 
 
 def _run_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--task", metavar="MODULE:ATTRIBUTE", help="where the run's task is, if it is one of your own")
     p.add_argument("--run", metavar="DIR", type=user_path, required=True, dest="run_folder", help="a run folder")
     p.add_argument("--data", metavar="PATH", type=user_path, required=True, help="feature file or folder, or a store")
     p.add_argument(

@@ -190,9 +190,9 @@ class TwoStageStep:
     Args:
         model: maps a batch's inputs to `(prediction [B, n], features {name: [B, width]})`.
         objective: the information terms, or None to train on the task loss alone.
-        task_loss: maps (prediction, target) to a 0-d loss; None for a step that only predicts, whose loss is 0.
+        task_loss: maps (prediction, target) to a 0-d loss.
         main_optimizer: over the model's parameters; None for a step that only evaluates.
-        estimator_optimizer: over the objective's parameters; None where the objective is None.
+        estimator_optimizer: over the objective's parameters; None without an objective, or to evaluate only.
         clip_value: clip every gradient element to ±clip_value, in both stages.
         clip_norm: clip the norm of a stage's whole gradient.
         average: decay of a moving average of the model's weights, kept after every stage-2 update in `self.average`;
@@ -213,8 +213,8 @@ class TwoStageStep:
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective | None = None,
-        task_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        objective: Objective | None,
+        task_loss: Callable[[Tensor, Tensor], Tensor],
         main_optimizer: torch.optim.Optimizer | None = None,
         estimator_optimizer: torch.optim.Optimizer | None = None,
         *,
@@ -282,6 +282,14 @@ class TwoStageStep:
             # a CUDA graph writes its results where those of the step before are
             torch.compiler.cudagraph_mark_step_begin()
 
+    def _optimizer(self, name: str) -> torch.optim.Optimizer:
+        optimizer = getattr(self, name)
+        if optimizer is None:
+            raise ConfigError(
+                "TwoStageStep", f"no {name}", "one, to train with", f"Pass {name}=, or only evaluate with this step.",
+            )  # fmt: skip
+        return optimizer
+
     def _update(
         self, loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
     ) -> None:
@@ -310,10 +318,11 @@ class TwoStageStep:
 
     def stage1(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> ObjectiveOutput:
         """One update of the estimators on features [B, width], which are detached first."""
+        optimizer = self._optimizer("estimator_optimizer")
         self.objective.train()
         self._begin()
         output = self._run_stage1({k: v.detach() for k, v in features.items()}, products)
-        self._update(output.loss, self.estimator_optimizer)
+        self._update(output.loss, optimizer)
         return output
 
     def _stage1_loss(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> ObjectiveOutput:
@@ -324,12 +333,13 @@ class TwoStageStep:
         self, inputs: Any, target: Tensor, products: Mapping[str, Rows] | None, *, information: bool = True
     ) -> StepOutput:
         """One update of the model on task loss + information terms (`information=False`: on the task loss alone)."""
+        optimizer = self._optimizer("main_optimizer")
         self.model.train()
         information = information and self.objective is not None
         self._begin()
         with self._frozen_estimators():
             output, loss = self._run_stage2(self._prepared(inputs), target, products, information)
-            self._update(loss, self.main_optimizer, self.scaler)
+            self._update(loss, optimizer, self.scaler)
         if self.average is not None:
             with part("average"):
                 self.average.update(self.average.next_rate() if self.held is None else self.held.tensor("average"))
@@ -339,7 +349,7 @@ class TwoStageStep:
         self, inputs: Any, target: Tensor, products: Mapping[str, Rows] | None, information: bool
     ) -> tuple[StepOutput, Tensor]:
         prediction, features = self.forward(inputs, target)
-        task = prediction.new_zeros(()) if self.task_loss is None else self.task_loss(prediction, target)
+        task = self.task_loss(prediction, target)
         terms = None
         loss = task
         if information:
@@ -465,8 +475,11 @@ class TwoStageStep:
 
         Raises:
             EstimatorError: an estimate of this epoch is not finite, under on_degenerate="raise".
-            ConfigError: a static step on a loader without a length, or a model that cannot be captured.
+            ConfigError: a static step on a loader without a length, a model that cannot be captured, or no optimiser.
         """
+        self._optimizer("main_optimizer")
+        if self.objective is not None and stage1_n > 0:
+            self._optimizer("estimator_optimizer")
         if self.static is not None and self.batch_sizes(loader, batch_size, size) is None:
             raise ConfigError(
                 "graphs", f"a {type(loader).__name__} without a length", "a loader that has one",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from engine.config import Config, Section
     from engine.loaders.dataset import Dataset
     from engine.objective import Expression, Objective
+    from engine.report.words import Words
 
 DEFAULT = "mimrl"
 """The task of settings that name none."""
@@ -155,6 +156,10 @@ class Task:
         from engine.metrics import selection
 
         return selection(config.data.dataset, config.model.task, config.data.label_scale)
+
+    def report_words(self) -> Words | None:
+        """What the report says about its terms and features; None: nothing but their names."""
+        return None
 
 
 def register_task(task: Task) -> Task:

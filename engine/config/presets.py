@@ -47,7 +47,7 @@ def presets(task: str | None = None) -> list[Preset]:
     return listed
 
 
-def load_config(source: str | Path, overrides: Iterable[str] = (), task: str | None = None) -> Config:
+def load_config(source: str | Path | None, overrides: Iterable[str] = (), task: str | None = None) -> Config:
     """A configuration from a preset's name or a YAML file's path, then `key=value` overrides in order.
 
     Keys are dotted (`train.lr=5e-4`). Values are read as YAML; CubeMLP shapes also as `20-3-128=10-3-128`.
@@ -56,11 +56,14 @@ def load_config(source: str | Path, overrides: Iterable[str] = (), task: str | N
     0.0005
 
     Args:
+        source: None: the task's defaults.
         task: the task that is trained, where the settings do not name it.
 
     Raises:
         ConfigError: no such preset or file, an unknown key, a value out of range, or settings at odds.
     """
+    if source is None:
+        return _build({} if task is None else {"task": task}, overrides)
     known = [preset.name for preset in presets()]
     if (
         isinstance(source, Path)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from engine.config import Config, Section
+from engine.mmim.settings import MMIMModelConfig
 from engine.task import Inputs, Task
+from engine.vocabulary import MODALITIES
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from engine.config import Config
     from engine.loaders.dataset import Dataset
     from engine.objective import Expression
 
@@ -22,6 +25,7 @@ class MMIMTask(Task):
     """
 
     name = "mmim"
+    sections: Mapping[str, type[Section]] = {"model": MMIMModelConfig}
     presets = "engine.mmim.presets"
     terms = ("0.1 * MI(T, A)", "0.1 * MI(T, V)", "0.1 * MI(F, T)", "0.1 * MI(F, A)", "0.1 * MI(F, V)")
 
@@ -34,10 +38,8 @@ class MMIMTask(Task):
         """The terms, without those that name a modality that `data.modalities` leaves out."""
         from engine.objective import without_features
 
-        absent = {"text": "T", "audio": "A", "vision": "V"}.items()
-        return without_features(
-            super().expressions(config), [feature for name, feature in absent if name not in config.data.modalities]
-        )
+        absent = [name[0].upper() for name in MODALITIES if name not in config.data.modalities]
+        return without_features(super().expressions(config), absent)
 
     def start(self, config: Config, model: nn.Module, dataset: Dataset) -> None:
         """A regression begins near the mean label."""

@@ -18,7 +18,7 @@ from engine.loaders.normalize import Normalizer
 from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
 from engine.objective import Objective
 from engine.run_folder import BEST, CONFIG, NORMALIZER, TOKENIZER, verify
-from engine.step import EpochResult, TwoStageStep
+from engine.step import EpochResult
 from engine.task import Inputs, find_task
 from engine.training import parts
 from engine.training.passes import Passes
@@ -146,4 +146,4 @@ def apply(run: Run, dataset: Dataset, split: str, batch_size: int | None, labels
         device=device,
     )
     checks.text_fits(c, dataset, run.text_encoder, padded, [split])
-    return TwoStageStep(run.model).evaluate(Passes(loader, device, parts.preparation(run.model)))
+    return parts.predictor(run.model).evaluate(Passes(loader, device, parts.preparation(run.model)))

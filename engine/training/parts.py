@@ -80,6 +80,11 @@ def build(task: Task, config: Config, inputs: Inputs, text_encoder: nn.Module | 
     return model, task.objective(config, model)
 
 
+def predictor(model: nn.Module) -> TwoStageStep:
+    """A step that evaluates a model without a loss: samples need no labels."""
+    return TwoStageStep(model, None, lambda prediction, target: prediction.new_zeros(()))
+
+
 def saved_encoder(meta: dict[str, Any], freeze: str = "no") -> nn.Module | None:
     """The text encoder that a checkpoint describes, its weights not loaded; None without text."""
     described = meta.get("text_encoder")
@@ -128,7 +133,7 @@ def assemble(
     return Parts(
         task, config, dataset, device, model, objective, informed,
         step=_step(task, config, model, objective if informed else None, optimizers, device),
-        predictor=TwoStageStep(model),
+        predictor=predictor(model),
         optimizers=optimizers,
         schedulers={k: _scheduler(o, config.train.schedule, selection.higher_is_better) for k, o in optimizers.items()},
         loaders={split: passes(split, split == "train") for split in ("train", "valid", "test")},
