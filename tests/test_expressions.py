@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from engine.errors import ConfigError
 from engine.expressions import expression_text, parse_expression, parse_term, parse_terms, stage1_weights
-from engine.mimrl.settings import ESTIMATORS, MIMRLObjectiveConfig, written_terms, written_weights
-from engine.objective import CMI, MI, MIMRL_ESTIMATORS, Expression, Term, mimrl_expressions
+from engine.mimrl.settings import ESTIMATORS, TERMS, MIMRLObjectiveConfig, written_terms
+from engine.mimrl.terms import MIMRL_ESTIMATORS, mimrl_expressions, mimrl_objective, weights_of
+from engine.objective import CMI, MI, Expression, Term
 
 
 @pytest.mark.parametrize(
@@ -105,17 +106,45 @@ def test_what_has_no_text():
 # -- MIMRL's vectors --------------------------------------------------------------------------------
 
 
+def published(c2: list[float]) -> list[Expression]:
+    """MIMRL's eight terms as they are written in Python."""
+    ac_t, ta_c = CMI("A", "C", given="T"), CMI("T", "A", given="C")
+    vc_t, tv_c = CMI("V", "C", given="T"), CMI("T", "V", given="C")
+    tc_a, tc_v = CMI("T", "C", given="A"), CMI("T", "C", given="V")
+    terms = [
+        *(MI("F", "T"), MI("F", "A"), MI("F", "V"), (MI("T", "A") + MI("T", "V")).named("inv")),
+        (tc_a + tc_v - ta_c - tv_c).named("spec_t"),
+        *((ac_t - ta_c).named("spec_a"), (vc_t - tv_c).named("spec_v"), (ta_c + tv_c).named("comp")),
+    ]
+    return [c * term for c, term in zip(c2, terms, strict=True)]
+
+
 @pytest.mark.parametrize("c2", [[0.01] * 8, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.0], [1, -2, 3e-17, 4, 5, 6, 7, 8]])
 def test_the_vector_c2_is_a_short_way_to_write_terms(c2: list[float]):
     written = parse_terms(written_terms(MIMRLObjectiveConfig(c2=c2)))
-    published = mimrl_expressions(c2)
-    assert [e.name for e in written] == [e.name for e in published]
-    assert written == published
+    assert [e.name for e in written] == [e.name for e in published(c2)] == list(TERMS)
+    assert written == published(c2) == mimrl_expressions(c2)
 
 
 def test_the_vector_c1_is_a_short_way_to_write_weights():
     c1 = [float(i) for i in range(11)]
-    weights = written_weights(MIMRLObjectiveConfig(c1=c1))
-    assert [parse_term(text) for text in weights] == list(MIMRL_ESTIMATORS)
+    weights = weights_of(MIMRLObjectiveConfig(c1=c1))
+    assert " ".join(map(str, weights)) == (
+        "I(F;T) I(F;A) I(F;V) I(T;A) I(T;V) I(A;C|T) I(T;A|C) I(V;C|T) I(T;V|C) I(T;C|A) I(T;C|V)"
+    )
     assert list(weights.values()) == c1
-    assert [term.key for term in MIMRL_ESTIMATORS] == list(ESTIMATORS)
+    assert [term.key for term in weights] == list(ESTIMATORS)
+    assert [str(parse_term(text)) for text in ESTIMATORS.values()] == list(map(str, weights))
+
+
+def test_written_terms_make_the_objective_of_the_vectors():
+    """Equal expressions, names and terms; the order of the estimators is that in which the terms name them."""
+    small = {"compat": "none", "hidden": 8, "embed": 4}
+    vectors = MIMRLObjectiveConfig(c1=2.0, c2=0.1, **small)
+    texts = written_terms(vectors)
+    written = MIMRLObjectiveConfig(terms=texts, estimator_weights=dict.fromkeys(ESTIMATORS.values(), 2.0), **small)
+    ours, theirs = (mimrl_objective(each, 6, 6) for each in (written, vectors))
+    assert ours.expressions == theirs.expressions
+    assert ours.stage1_weights == theirs.stage1_weights == dict.fromkeys(MIMRL_ESTIMATORS, 2.0)
+    few = mimrl_objective(MIMRLObjectiveConfig(terms=["0.1 * CMI(A, C | T)", "MI(F, T)"], **small), 6, 6)
+    assert list(few.stage1_weights) == [Term("F", "T"), Term("A", "C", "T")]

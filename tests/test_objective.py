@@ -21,7 +21,7 @@ def features(rows: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def small_mimrl(**changes) -> Objective:
-    return mimrl_objective(SMALL.model_copy(update=changes), 6, 6)
+    return mimrl_objective(ObjectiveConfig(**SMALL.model_dump(exclude_unset=True) | changes), 6, 6)
 
 
 class TestExpressions:

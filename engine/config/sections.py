@@ -30,6 +30,7 @@ from engine.vocabulary import (
     ConditionalEstimator,
     Critic,
     DatasetName,
+    Freeze,
     LabelScale,
     LengthRule,
     Loader,
@@ -37,7 +38,10 @@ from engine.vocabulary import (
     ModelTask,
     Normalization,
     OnDegenerate,
+    Optimizer,
     RegressionLoss,
+    ScheduleKind,
+    Stage1Features,
 )
 
 
@@ -156,7 +160,7 @@ class DataConfig(Section):
 class TextConfig(Section):
     """The text encoder named by the top-level `text_encoder`."""
 
-    freeze: Annotated[Literal["no", "part", "all"], no] = Field(
+    freeze: Annotated[Freeze, no] = Field(
         "no", description="part: encoder layers 0..8 frozen, embeddings trained", json_schema_extra=COMMON
     )
     lr_rate: float = Field(
@@ -239,7 +243,7 @@ class ObjectiveConfig(Section):
 class ScheduleConfig(Section):
     """Learning rates over the epochs, the same for both optimisers."""
 
-    kind: Literal["none", "step", "multi_step", "exp", "plateau"] = Field("multi_step", description="kind of schedule")
+    kind: ScheduleKind = Field("multi_step", description="kind of schedule")
     milestones: Annotated[list[Positive], dashed] = Field(
         [5], max_length=1000, description="multi_step: epochs at which the rate is multiplied, e.g. 9-60"
     )
@@ -255,12 +259,12 @@ class TrainConfig(Section):
     stage1_n: int = Field(
         2, ge=0, le=1000, description="passes of stage 1 over the training set per epoch", json_schema_extra=COMMON
     )
-    stage1_features: Literal["auto", "fresh", "cached", "bank"] = Field(
+    stage1_features: Stage1Features = Field(
         "auto",
         description="fresh: encoders run in every stage-1 pass (auto in faithful mode); cached: once per epoch (auto "
         "in fast mode); bank: last epoch's features",
     )
-    optimizer: Literal["adam", "sgd"] = Field("adam", description="optimiser of both stages")
+    optimizer: Optimizer = Field("adam", description="optimiser of both stages")
     lr: float = Field(
         1e-3, gt=0, description="learning rate of encoders, fusion encoder and head", json_schema_extra=COMMON
     )

@@ -8,10 +8,12 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
-from engine.config import ACTIVATIONS, BOUNDS, Config
+from engine.config import Config
 from engine.errors import ConfigError
+from engine.mimrl.settings import Compose, Encoder, LastActivation
+from engine.vocabulary import ACTIVATIONS, BASELINES, BOUNDS, CRITICS, LOSSES, Freeze, ModelTask, ScheduleKind
 
 REFERENCE_TEXT_ENCODER = "bert-base-uncased"
 DATASETS = {
@@ -22,6 +24,7 @@ DATASETS = {
         ("pom_SDK", "pom", "youtube", "youtubev2", "mmmo", "mmmov2", "moud", "iemocap_20"), "custom"
     ),
 }  # fmt: skip
+SCHEDULES = [kind for kind in get_args(ScheduleKind) if kind != "none"]
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
@@ -102,12 +105,12 @@ FLAGS: tuple[Flag, ...] = (
     Flag("persistent_workers", bool, "", fate="unused", note="loading needs no worker processes"),
     Flag("pin_memory", bool, "", fate="unused", note="the loader decides"),
     Flag("drop_last", bool, "", "data.drop_last", note="training batches only; the reference also drops test samples"),
-    Flag("task", str, "regression", "model.task", choices=_same("regression", "classification")),
+    Flag("task", str, "regression", "model.task", choices=_same(*get_args(ModelTask))),
     Flag("num_class", int, "1", "model.num_class"),
     Flag("d_common", int, "128", "model.d_common"),
-    Flag("encoders", str, "gru", "model.encoder", choices=_same("gru", "lstm", "conv")),
-    Flag("features_compose_t", str, "mean", "model.compose_t", choices=_same("mean", "sum", "cat")),
-    Flag("features_compose_k", str, "mean", "model.compose_k", choices=_same("mean", "sum", "cat")),
+    Flag("encoders", str, "gru", "model.encoder", choices=_same(*get_args(Encoder))),
+    Flag("features_compose_t", str, "mean", "model.compose_t", choices=_same(*get_args(Compose))),
+    Flag("features_compose_k", str, "mean", "model.compose_k", choices=_same(*get_args(Compose))),
     Flag("activate", str, "gelu", "model.cubemlp.activate", choices=_same(*ACTIVATIONS)),
     Flag("time_len", int, "100", "data.time_len"),
     Flag("d_hiddens", _shapes, "10-2-128=5-2-128", "model.cubemlp.d_hiddens"),
@@ -117,9 +120,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("bias", bool, "", "model.cubemlp.bias"),
     Flag("ln_first", bool, "", "model.cubemlp.ln_first"),
     Flag("res_project", _bools, "1-1", "model.cubemlp.res_project"),
-    Flag("critic_type", str, "separate", "objective.critic", choices=_same("separate", "concat")),
+    Flag("critic_type", str, "separate", "objective.critic", choices=_same(*CRITICS)),
     Flag("baseline_type", str, "constant", "objective.baseline", note="`gaussain` is gaussian",
-         choices={**_same("constant", "unnormalized", "gaussian"), "gaussain": "gaussian"}),
+         choices={**_same(*BASELINES), "gaussain": "gaussian"}),
     Flag("bound_type", str, "infonce", "objective.bound", choices=_same(*BOUNDS)),
     Flag("loss_mi_coefficient1", _floats, "-".join(["0.1"] * 11), "objective.c1", length=11),
     Flag("loss_mi_coefficient2", _floats, "-".join(["0.1"] * 8), "objective.c2", length=8),
@@ -127,19 +130,19 @@ FLAGS: tuple[Flag, ...] = (
     Flag("cmi_lr_rate", float, "1.0", fate="unused", note="the reference reads it and does not use it"),
     Flag("k_neighbor", int, "2", "objective.k_neighbor"),
     Flag("radius", float, "1.0", fate="unused", note="the reference reads it and does not use it"),
-    Flag("cmi_last_acticate", str, "sigmoid", "objective.cmi_last_activate", choices=_same("sigmoid", "hardtanh")),
+    Flag("cmi_last_acticate", str, "sigmoid", "objective.cmi_last_activate", choices=_same(*get_args(LastActivation))),
     Flag("stage1_n", int, "1", "train.stage1_n"),
     Flag("seed", int, "0", "seed", note="the draws differ: equal seeds do not give equal runs in the two programs"),
-    Flag("loss", str, "MAE", "train.loss", choices=_same("MAE", "MSE", "RMSE", "SIMSE", "CCC", "CE", "BCE", "Focal")),
+    Flag("loss", str, "MAE", "train.loss", choices=_same(*LOSSES)),
     Flag("gradient_clip", float, "1.0", "train.clip_value", note="0 or less is no clipping"),
     Flag("epochs_num", int, "2", "epochs"),
     Flag("optm", str, "Adam", "train.optimizer", choices={"Adam": "adam", "SGD": "sgd"},
          note="SAM is unsupported: the reference lists it and raises"),
     Flag("learning_rate", float, "4e-3", "train.lr"),
-    Flag("bert_freeze", str, "no", "text.freeze", choices=_same("no", "part", "all")),
+    Flag("bert_freeze", str, "no", "text.freeze", choices=_same(*get_args(Freeze))),
     Flag("bert_lr_rate", float, "-1", "text.lr_rate"),
     Flag("weight_decay", float, "0.0", "train.weight_decay"),
-    Flag("lr_decrease", str, "step", "train.schedule.kind", choices=_same("step", "multi_step", "exp", "plateau")),
+    Flag("lr_decrease", str, "step", "train.schedule.kind", choices=_same(*SCHEDULES)),
     Flag("lr_decrease_iter", _ints, "60",
          "train.schedule.step_size train.schedule.milestones train.schedule.patience",
          note="the one that the kind of schedule uses; exp uses none"),

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from engine.errors import CheckpointError
+from engine.mimrl.settings import ESTIMATORS
 
-MI_NAMES = ("F_T", "F_A", "F_V", "T_A", "T_V")
-CMI_NAMES = ("AC_T", "TA_C", "VC_T", "TV_C", "TC_A", "TC_V")
+MI_NAMES = [name for name, term in ESTIMATORS.items() if term.startswith("MI")]
+CMI_NAMES = [name for name in ESTIMATORS if name not in MI_NAMES]
 ESTIMATOR_PREFIX = "estimators."
 AXES = {"l": "time", "k": "modality", "d": "channel"}
 

@@ -127,12 +127,20 @@ class MIMRLObjectiveConfig(ObjectiveConfig):
     )
 
     @model_validator(mode="after")
-    def _vectors_that_nobody_gave(self) -> MIMRLObjectiveConfig:
+    def _vectors(self) -> MIMRLObjectiveConfig:
         """Written terms and weights take the place of the default vectors."""
         replaced = {"c2": bool(self.terms), "c1": bool(self.terms or self.estimator_weights)}
-        for name, value in (("c1", C1), ("c2", C2)):
+        for name, default, entries in (("c1", C1, ESTIMATORS), ("c2", C2, TERMS)):
             if name not in self.model_fields_set:
-                self.__dict__[name] = None if replaced[name] else list(value)
+                self.__dict__[name] = None if replaced[name] else list(default)
+            vector = getattr(self, name)
+            if vector is not None and len(vector) != len(entries):
+                raise ConfigError(
+                    f"objective.{name}",
+                    f"{len(vector)} coefficients",
+                    f"{len(entries)}, for {' '.join(entries)}",
+                    "Give one number for each, or a single number for all.",
+                )
         return self
 
 
@@ -144,23 +152,8 @@ def written_terms(objective: MIMRLObjectiveConfig) -> list[str]:
     """
     if objective.c2 is None:
         return objective.terms
-    coefficients = zip(objective.c2, TERMS.items(), strict=True)
-    return [
-        f"{c!r} * {text}" if name.startswith("I(") else f"{name} = {c!r} * ({text})" for c, (name, text) in coefficients
-    ]
-
-
-def written_weights(objective: MIMRLObjectiveConfig) -> dict[str, float]:
-    """The stage-1 weights by term: `estimator_weights`, or those of the eleven published estimators in `c1`.
-
-    >>> written_weights(MIMRLObjectiveConfig(c1=2))["CMI(A, C | T)"]
-    2.0
-    """
-    return (
-        objective.estimator_weights
-        if objective.c1 is None
-        else dict(zip(ESTIMATORS.values(), objective.c1, strict=True))
-    )
+    pairs = zip(objective.c2, TERMS.items(), strict=True)
+    return [f"{c!r} * {text}" if name.startswith("I(") else f"{name} = {c!r} * ({text})" for c, (name, text) in pairs]
 
 
 # -- checks and what `auto` stands for --------------------------------------------------------------
@@ -187,14 +180,6 @@ def _check_vectors(objective: MIMRLObjectiveConfig) -> None:
             )
     if objective.c2 is None and not objective.terms:
         raise ConfigError("objective.c2", "none and no objective.terms", "one of the two", "Give objective.terms.")
-    for name, values, names in (("c1", objective.c1, ESTIMATORS), ("c2", objective.c2, TERMS)):
-        if values is not None and len(values) != len(names):
-            raise ConfigError(
-                f"objective.{name}",
-                f"{len(values)} coefficients",
-                f"{len(names)}, for {' '.join(names)}",
-                "Give one number for each, or a single number for all.",
-            )
 
 
 def _check_terms(config: Config) -> None:
