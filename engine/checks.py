@@ -1,4 +1,4 @@
-"""What can be checked before the first epoch: every problem is one line, and nothing is written yet."""
+"""Checks before the first epoch. Every problem is one line, and nothing has been written yet."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
     from engine.loaders.dataset import Dataset, Split
     from engine.objective import Objective
 
-HELD = 8  # tensors of the size of the largest that a step holds at the least
+HELD = 8  # tensors as large as the largest one that a step holds at least
 
 PLAIN = "MAE, Corr, CCC and RMSE"
 OTHERS = "mosi (classes of [-3, 3]) or sims (of [-1, 1])"
 
 
 def label_scale(config: Config, dataset: Dataset) -> str:
-    """The scale whose metrics a run reports: the declared one, "none" where none is known or the labels do not fit it.
+    """The scale whose metrics a run reports.
 
-    That only regression metrics are reported is told once, as DataWarning.
+    It is the declared scale, or "none" if no scale is known or the labels do not fit it. In that case a DataWarning
+    says once that only regression metrics are reported.
 
     Raises:
         ConfigError: labels outside the scale that `data.label_scale` names.
@@ -76,7 +77,7 @@ def _advice(scale: str, low: float, high: float) -> str:
 
 
 def evaluated_scale(config: Config, split: Split) -> str:
-    """The scale whose metrics `split` gets from a run: the run's, or "none", said once, where its labels leave it."""
+    """The scale for the metrics of `split`: the run's, or "none" with a warning if the labels leave that scale."""
     from engine.loaders.dataset import DataWarning
 
     declared, labels = config.data.label_scale, split.label[:, 0].numpy()
@@ -98,14 +99,14 @@ def _within(scale: str, low: float, high: float) -> bool:
 
 
 def _fits(scale: str, low: float, high: float) -> bool:
-    """Whether labels from `low` to `high` may be on `scale`. Sentiment has both signs, and MOSI's goes beyond +-1."""
+    """Whether labels from `low` to `high` can be of `scale`. Sentiment has both signs; MOSI's labels go beyond +-1."""
     if scale == "phq8":
         return _within(scale, low, high)
     return _within(scale, low, high) and low < 0 < high and (scale != "mosi" or max(-low, high) > 1)
 
 
 def last_batch(config: Config, dataset: Dataset) -> None:
-    """Tell, as DataWarning, that every epoch leaves one sample out: information terms need two in a batch."""
+    """Warn if every epoch leaves one sample out. Information terms need two samples in a batch."""
     from engine.loaders.dataset import DataWarning
 
     size, count = config.batch_size, len(dataset.splits["train"])
@@ -119,7 +120,7 @@ def last_batch(config: Config, dataset: Dataset) -> None:
 
 
 def class_numbers(config: Config, dataset: Dataset, splits: Iterable[str] | None = None) -> None:
-    """Raise DataError where a label is no class number below `model.num_class`; `splits`: all where None."""
+    """Raise DataError if a label is no class number below `model.num_class`. `splits`: None checks all."""
     if config.model.task != "classification":
         return
     for name in dataset.splits if splits is None else splits:
@@ -143,7 +144,7 @@ def text_fits(
     pad_tokens_to: int | None = None,
     splits: Iterable[str] | None = None,
 ) -> None:
-    """Raise where the tokens of `splits` (None: all) are beyond the text encoder's vocabulary or positions.
+    """Raise if tokens of `splits` (None: all) exceed the text encoder's vocabulary or its number of positions.
 
     Args:
         pad_tokens_to: length to which every text is padded; None: to the longest of its batch.
@@ -194,7 +195,7 @@ def _positions(config: Config, split: Split, where: str, encoder: TextEncoder, p
 
 
 def bank_size(config: Config, objective: Objective, samples: int) -> None:
-    """Raise ConfigError where a bank of `samples` rows is too small to draw product rows from."""
+    """Raise ConfigError if a bank of `samples` rows is too small to draw product rows from."""
     k, m = config.objective.k_neighbor, config.batch_size // config.objective.k_neighbor
     if config.objective.enabled and objective.needs_products and samples - min(m, samples) < k:
         raise ConfigError(
@@ -204,7 +205,7 @@ def bank_size(config: Config, objective: Objective, samples: int) -> None:
 
 
 def memory(config: Config, parts: Iterable[nn.Module], largest: int, device: torch.device) -> None:
-    """Raise ConfigError where training takes more memory than there is, for most of which mistyped sizes are to blame.
+    """Raise ConfigError if training needs more memory than the machine has. Most such settings are mistyped sizes.
 
     Args:
         parts: modules that are trained; their tensors may be on the meta device.
@@ -227,7 +228,7 @@ def memory(config: Config, parts: Iterable[nn.Module], largest: int, device: tor
 
 
 def _memory_of(device: torch.device) -> int | None:
-    """Bytes of memory that a device has in all; None where nobody tells."""
+    """Total memory of a device in bytes; None if it is not known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -237,12 +238,13 @@ def _memory_of(device: torch.device) -> int | None:
 
 
 def disk_space(out: Path, model: nn.Module, objective: nn.Module, train: TrainConfig, present: Iterable[Path]) -> None:
-    """Raise OutputError where `out` has no room for the checkpoints of a run.
+    """Raise OutputError if `out` has no room for the checkpoints of a run.
 
-    The best model, the last checkpoint and the one before it stay, and a new one is written before the oldest goes.
+    A run keeps the best model, the last checkpoint and the one before it. A new checkpoint is written before the oldest
+    is removed.
 
     Args:
-        present: checkpoints that a run which goes on has already.
+        present: checkpoints that a resumed run already has.
     """
     tensors = [t for part in (model, objective) for t in part.state_dict().values()]
     best = sum(t.numel() * t.element_size() for t in tensors)

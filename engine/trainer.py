@@ -77,10 +77,10 @@ def train_seeds(
 ) -> list[RunResult]:
     """One run per seed in `out`/seedN, and summary.csv and summary.json with mean and standard deviation over them.
 
-    They are of the test split, or of valid where the test split has no labels.
+    They describe the test split, or valid if the test split has no labels.
 
     Args:
-        resume: runs that have done all epochs of `config` stay as they are, the others go on or begin.
+        resume: finished runs stay as they are; the others are resumed or begun.
         task: as for `train`.
     """
     _refuse_other_ranks()
@@ -122,10 +122,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of a run's best model on one split of `data`, normalised by the run's own statistics, in float32.
 
-    Nothing is needed but the run folder and that split, with a label for every sample.
+    Only the run folder and that split are needed. Every sample needs a label.
 
     Args:
-        split: None is test, or the only one that the data has.
+        split: None: test, or the only split of the data.
         device: as in a run's settings: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" or "mps".
         task: the run's task, where it is not the engine's own: a `Task` or "module:attribute".
 
@@ -150,9 +150,10 @@ def predict(
     device: str = "auto",
     task: Task | str | None = None,
 ) -> Path:
-    """Write the best model's predictions on one split of `data` as CSV, in file order with ids. As `evaluate`.
+    """Write the best model's predictions on one split of `data` as CSV, in file order with ids.
 
-    Samples need no labels: the column label is empty where there is none, and else whatever number the data has.
+    Arguments are those of `evaluate`. Samples need no labels: the column `label` holds the data's number, or
+    nothing.
     """
     loaded = _load(run, device, task)
     split, dataset = open_split(loaded, data, split)

@@ -219,7 +219,7 @@ def test_features_of_another_extractor_at_test(tmp_path, config, data):  # noqa:
         lambda: trainer.evaluate(tmp_path / "run", other),
         lambda: trainer.predict(tmp_path / "run", other, tmp_path / "p.csv"),
     ):
-        with pytest.raises(ConfigError, match=r"audio: found 10 features a frame; expected 5, as the run was trained"):
+        with pytest.raises(ConfigError, match=r"audio: found 10 features per frame; expected 5, as the run was"):
             use()
     assert not (tmp_path / "p.csv").exists()
 

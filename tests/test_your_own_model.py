@@ -36,6 +36,13 @@ def folder(tmp_path, monkeypatch):
     sys.modules.pop("my_task", None)
 
 
+@pytest.fixture
+def script_folder(folder, monkeypatch):
+    """The same as the folder of the program that runs, from which Python imports."""
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{re.escape(language)}\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
 
@@ -60,41 +67,43 @@ def small(data, text_encoder, **more) -> Config:
     )
 
 
-def test_the_same_in_python(folder, data, text_encoder):
+def test_the_same_in_python(script_folder, data, text_encoder):
     """The settings are for any task; `task=` brings the task's own sections."""
-    trainer.train(small(data, text_encoder), folder / "run", task="my_task:TASK")
-    assert "task: my_task\n" in (folder / "run/config.yaml").read_text()
-    trainer.train(small(data, text_encoder), folder / "again", task=find_task("my_task"))
-    assert trainer.evaluate(folder / "run", data) == trainer.evaluate(folder / "again", data)
+    trainer.train(small(data, text_encoder), script_folder / "run", task="my_task:TASK")
+    assert "task: my_task\n" in (script_folder / "run/config.yaml").read_text()
+    trainer.train(small(data, text_encoder), script_folder / "again", task=find_task("my_task"))
+    assert trainer.evaluate(script_folder / "run", data) == trainer.evaluate(script_folder / "again", data)
 
 
-def test_a_run_folder_imports_no_task(folder, data, text_encoder, monkeypatch, capsys):
-    trainer.train(small(data, text_encoder), folder / "run", task="my_task:TASK")
+def test_a_run_folder_imports_no_task(script_folder, data, text_encoder, monkeypatch, capsys):
+    trainer.train(small(data, text_encoder), script_folder / "run", task="my_task:TASK")
     monkeypatch.setattr(tasks, "_REGISTERED", {})
     del sys.modules["my_task"]
     for name in ("my_task", "my_task:TASK"):
-        text = (folder / "run/config.yaml").read_text()
-        (folder / "run/config.yaml").write_text(re.sub("^task: .*$", f"task: {name}", text, flags=re.M))
+        text = (script_folder / "run/config.yaml").read_text()
+        (script_folder / "run/config.yaml").write_text(re.sub("^task: .*$", f"task: {name}", text, flags=re.M))
         assert main(["evaluate", "--run", "run", "--data", str(data)]) == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and "not known here" in message and "--task module:attribute" in message
         assert "my_task" not in sys.modules
-    (folder / "run/config.yaml").write_text(re.sub("^task: .*$", "task: my_task", text, flags=re.M))
+    (script_folder / "run/config.yaml").write_text(re.sub("^task: .*$", "task: my_task", text, flags=re.M))
     assert main(["evaluate", "--task", "my_task:TASK", "--run", "run", "--data", str(data)]) == 0
 
 
-def test_a_task_without_terms_trains_on_its_loss(folder, data, text_encoder):
+def test_a_task_without_terms_trains_on_its_loss(script_folder, data, text_encoder):
     import my_task
 
     class Plain(my_task.MyTask):
         name = "plain"
         terms = ()
 
-    result = trainer.train(small(data, text_encoder), folder / "run", task=Plain())
-    assert "information" not in history(folder / "run")[1]["train"]
-    trainer.train(small(data, text_encoder).model_copy(update={"epochs": 3}), folder / "run", resume=True, task=Plain())
-    assert [r["epoch"] for r in history(folder / "run")] == [0, 1, 2]
-    assert trainer.evaluate(folder / "run", data)["mae"] > 0 and result.metrics["test"]["mae"] > 0
+    result = trainer.train(small(data, text_encoder), script_folder / "run", task=Plain())
+    assert "information" not in history(script_folder / "run")[1]["train"]
+    trainer.train(
+        small(data, text_encoder).model_copy(update={"epochs": 3}), script_folder / "run", resume=True, task=Plain()
+    )
+    assert [r["epoch"] for r in history(script_folder / "run")] == [0, 1, 2]
+    assert trainer.evaluate(script_folder / "run", data)["mae"] > 0 and result.metrics["test"]["mae"] > 0
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict"])

@@ -83,7 +83,7 @@ def information_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def terms_table(history: list[dict[str, Any]]) -> Table:
-    """The model's information terms and MAE on valid, one row an epoch; the first epoch has no terms yet."""
+    """The model's information terms and MAE on valid, one row per epoch. The first epoch has no terms yet."""
     names = list(history[-1]["valid"].get("information", {}))
     # Ten columns in 80 characters: no vertical lines, one space between.
     title = "Model: information terms on valid over the epochs (nats)"

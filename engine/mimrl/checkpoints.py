@@ -79,18 +79,7 @@ def import_checkpoint(
         unused.append(engine_to_reference(name))
         del model_state[name]
 
-    notes: list[str] = []
-    if command is not None:
-        settings, command_notes = import_command(command)
-        superseded = ("text encoder:", "--normalize", "--log_scale")  # said below, of the imported run
-        notes += [note for note in command_notes if not note.startswith(superseded)]
-        source = "the command"
-    elif config is not None:
-        settings = config.model_copy(deep=True) if isinstance(config, Config) else load_config(config)
-        source = "the config"
-    else:
-        settings, _ = import_command("")
-        source = None
+    settings, source, notes = _stated_settings(command, config)
     shapes = Shapes(str(path), model_state, objective_state)
     inferred = shapes.settings(settings)
     settings = _reconcile(str(path), settings, inferred, source)
@@ -113,21 +102,29 @@ def import_checkpoint(
             load_tokenizer(text_encoder).save(out)
         except DataError as problem:
             notes.append(f"tokenizer: {problem.found}; put its tokenizer.json into {out}")
-    checkpoint.save(
-        out / "best.safetensors",
-        {"model": model.state_dict(), "objective": objective.state_dict()},
-        {
-            "epoch": epoch,
-            "audio_dim": shapes.audio_dim,
-            "vision_dim": shapes.vision_dim,
-            "text_encoder": description,
-            "imported_from": path.name,
-        },
-    )
+    weights = {"model": model.state_dict(), "objective": objective.state_dict()}
+    widths = {"audio_dim": shapes.audio_dim, "vision_dim": shapes.vision_dim}
+    meta = {"epoch": epoch, **widths, "text_encoder": description, "imported_from": path.name}
+    checkpoint.save(out / "best.safetensors", weights, meta)
     with Checksums(out).writing(NORMALIZER, *TOKENIZER):
         _no_normalizer(shapes).save(out / NORMALIZER)
     settings.save(out / "config.yaml")
     return notes
+
+
+def _stated_settings(command: str | None, config: str | Path | Config | None) -> tuple[Config, str | None, list[str]]:
+    """What the user says the model was trained with: settings, how to call their source, and notes on them.
+
+    Without a command or a config they are the published defaults, and the source is None.
+    """
+    if command is not None:
+        settings, notes = import_command(command)
+        superseded = ("text encoder:", "--normalize", "--log_scale")  # said anew, of the imported run
+        return settings, "the command", [note for note in notes if not note.startswith(superseded)]
+    if config is not None:
+        settings = config.model_copy(deep=True) if isinstance(config, Config) else load_config(config)
+        return settings, "the config", []
+    return import_command("")[0], None, []
 
 
 def _no_normalizer(shapes: Shapes) -> Normalizer:

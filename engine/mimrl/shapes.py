@@ -40,23 +40,23 @@ class Shapes:
 
     def settings(self, assumed: Config) -> dict[str, Any]:
         """{our key: value} of everything that shapes determine; where they leave a choice, `assumed` makes it."""
-        found: dict[str, Any] = {"model.d_common": self.d_common, "model.encoder": self.encoder}
-        found |= self._cubemlp()
-        found |= self._compose(found["model.cubemlp.d_outs"][-1], assumed)
+        inferred: dict[str, Any] = {"model.d_common": self.d_common, "model.encoder": self.encoder}
+        inferred |= self._cubemlp()
+        inferred |= self._compose(inferred["model.cubemlp.d_outs"][-1], assumed)
         last = max(int(name.split(".")[2]) for name in self.model if name.startswith("head.layers."))
-        found["model.num_class"] = self[f"head.layers.{last}.weight"][0]
-        found["model.task"] = "regression" if found["model.num_class"] == 1 else "classification"
+        inferred["model.num_class"] = self[f"head.layers.{last}.weight"][0]
+        inferred["model.task"] = "regression" if inferred["model.num_class"] == 1 else "classification"
         if self.objective:
             separate = "estimators.F_T.critic.g.0.weight" in self.objective
-            found["objective.critic"] = "separate" if separate else "concat"
-            found["objective.hidden"] = self[f"estimators.F_T.critic.{'g' if separate else 'f'}.0.weight"][0]
+            inferred["objective.critic"] = "separate" if separate else "concat"
+            inferred["objective.hidden"] = self[f"estimators.F_T.critic.{'g' if separate else 'f'}.0.weight"][0]
             if separate:
-                found["objective.embed"] = self["estimators.F_T.critic.g.6.weight"][0]
+                inferred["objective.embed"] = self["estimators.F_T.critic.g.6.weight"][0]
             if "estimators.F_T.baseline.mlp.0.weight" in self.objective:
-                found["objective.baseline"] = "unnormalized"
+                inferred["objective.baseline"] = "unnormalized"
             elif assumed.objective.baseline == "unnormalized":
-                found["objective.baseline"] = "constant"
-        return found
+                inferred["objective.baseline"] = "constant"
+        return inferred
 
     def _cubemlp(self) -> dict[str, Any]:
         blocks = 1 + max((int(n.split(".")[2]) for n in self.model if n.startswith("fusion.blocks.")), default=0)
@@ -69,7 +69,7 @@ class Shapes:
             d_outs.append(tuple(self[f"{b}.fc2.weight"][0] for b in block))
             norms.append(tuple(self[f"{b}.norm.weight"][0] for b in block))
             projected.append(f"{block[0]}.residual.weight" in self.model)
-        found = {
+        inferred = {
             "data.time_len": d_ins[0][0],
             "model.cubemlp.d_hiddens": d_hiddens,
             "model.cubemlp.d_outs": d_outs,
@@ -77,8 +77,8 @@ class Shapes:
             "model.cubemlp.bias": "fusion.blocks.0.time.fc1.bias" in self.model,
         }
         if d_ins != d_outs:  # where no axis changes its length, both places of the LayerNorm have the same size
-            found["model.cubemlp.ln_first"] = norms == d_ins
-        return found
+            inferred["model.cubemlp.ln_first"] = norms == d_ins
+        return inferred
 
     def _compose(self, cube: tuple[int, int, int], assumed: Config) -> dict[str, str]:
         """cat multiplies the width of the fused feature by the length of the axis; mean and sum look alike."""

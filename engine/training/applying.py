@@ -107,7 +107,7 @@ def open_split(run: Run, data: str | Path, split: str | None) -> tuple[str, Data
         if width != expected:
             raise ConfigError(
                 f"{data}: {kind}",
-                f"{width} features a frame",
+                f"{width} features per frame",
                 f"{expected}, as the run was trained with",
                 "Use its features.",
             )

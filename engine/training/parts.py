@@ -217,10 +217,10 @@ def _optimizers(
     """ "main": the text encoder at a rate of its own and the rest of the model. "estimators": the objective's."""
     lr, rate, trained = config.train.lr, config.text.lr_rate, parameter_groups(model, encoder)
     groups = [{"params": trained["main"]}, {"params": trained["text"], "lr": lr * rate if rate > 0 else lr}]
-    found = {"main": _optimizer(config, groups, lr)}
+    optimizers = {"main": _optimizer(config, groups, lr)}
     if estimators := list(objective.parameters()):
-        found["estimators"] = _optimizer(config, [{"params": estimators}], lr * config.train.mi_lr_rate)
-    return found
+        optimizers["estimators"] = _optimizer(config, [{"params": estimators}], lr * config.train.mi_lr_rate)
+    return optimizers
 
 
 def _optimizer(config: Config, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:

@@ -15,12 +15,12 @@ from engine.profile import part
 
 
 class Passes:
-    """A loader that reshuffles at every pass and whose order depends on nothing but seed, epoch and pass.
+    """Passes over a split. Each is shuffled anew; its order depends on seed, epoch and pass alone.
 
     Attributes:
-        waited: seconds that were spent waiting for batches since `set_epoch`.
+        waited: seconds spent waiting for batches since `set_epoch`.
         prepare: what is done to a batch before it moves to the device.
-        exact: a static step's batches also tell their widths without buckets.
+        exact: whether a static step's batches also tell their widths before rounding up to a bucket.
     """
 
     PASSES_PER_EPOCH = 1000
@@ -54,11 +54,11 @@ class Passes:
         return not self.loader.sampler.shuffle and self.loader.sampler.shard[1] == 1
 
     def batch_sizes(self) -> list[int]:
-        """Rows of every batch of the next pass."""
+        """The number of rows of every batch of the next pass."""
         return [len(rows) for rows in self.loader.sampler.batches(self._number())]
 
     def feed(self) -> Feed:
-        """The same passes for a static step: gathered in it where the split is resident, else copied into buffers."""
+        """The same passes for a static step. A resident split is gathered in it; others are copied to buffers."""
         if self.loader.kind == "resident" and not self.loader.draws_words:
             return ResidentFeed(self.loader, self._begin, self.exact)
         return CopyFeed(self._plain, self.device, buckets_of(self.loader), self.exact)

@@ -1,4 +1,4 @@
-"""Going on with a run: its newest checkpoint, and every part put back as it was."""
+"""Resuming a run: its newest checkpoint, and every part as it was then."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Saved = tuple[dict[str, Any], dict[str, Any]]
 
 
 def newest_checkpoint(out: Path, config: Config, arithmetic: dict[str, Any]) -> Saved | None:
-    """The newest undamaged checkpoint to go on from; None where no epoch was saved.
+    """The newest undamaged checkpoint; None if no epoch was saved.
 
     Raises:
         CheckpointError, ConfigError: it is damaged, has another form, or is of other settings.
@@ -104,7 +104,7 @@ def restore(files: RunFiles, saved: Saved) -> tuple[list[Record], FeatureBank]:
 
 
 def _restore_history(files: RunFiles, state: dict[str, Any], meta: dict[str, Any]) -> list[Record]:
-    """The records up to the checkpoint's epoch; what a stopped run wrote beyond is cut off."""
+    """The records up to the checkpoint's epoch. Later ones, which a stopped run may have written, are cut off."""
     path = files.out / HISTORY
     if "history" in state:  # older versions kept the records in the checkpoint
         history = json.loads(state["history"])
@@ -139,7 +139,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], whe
 
 
 def _scale_rates(optimizer: torch.optim.Optimizer, scheduler: Any, factor: float) -> None:
-    """Multiply an optimiser's learning rates, those that its schedule begins with included."""
+    """Multiply an optimiser's learning rates and the initial rates of its schedule."""
     if factor == 1:
         return
     for group in optimizer.param_groups:
@@ -151,9 +151,9 @@ def _scale_rates(optimizer: torch.optim.Optimizer, scheduler: Any, factor: float
 
 
 def finished_metrics(config: Config, folder: Path, dataset: Dataset) -> dict[str, Any] | None:
-    """metrics.json of a run in `folder` that has done all epochs of `config` on this data and lacks no file.
+    """The content of metrics.json, if the run in `folder` has done all epochs of `config` on this data.
 
-    None: it has to go on, which also tells what is wrong with it.
+    None if it has not, or if a file is missing or damaged. Resuming it then reports what is wrong.
     """
     needed = [CONFIG, METRICS, METRICS_CSV, HISTORY, NORMALIZER]
     needed += [f"predictions_{split}.csv" for split in dataset.splits if split != "train"]

@@ -221,7 +221,7 @@ class TrainingRun:
     def _train_epoch(
         self, epoch: int, bank: FeatureBank | None, on_batch: Callable[[str, int], None]
     ) -> tuple[EpochResult, FeatureBank]:
-        """Both stages, and where their time goes if that is asked."""
+        """Both stages, with a profile of their time where one was asked for."""
         parts, c = self.parts, self.config
         passes = parts.loaders["train"]
         passes.set_epoch(epoch)
@@ -239,7 +239,7 @@ class TrainingRun:
         return trained
 
     def _read_terms(self, record: Record, training: dict[str, Tensor]) -> None:
-        """Add what the terms read on all rows of a split at once, at the epoch's end: outside of the steps."""
+        """Add what the terms read on all rows of a split at once. No step of the training depends on it."""
         scored = self.parts.scored
         known = {"train": training} | {s: r.features for s, r in self.results.items() if s in scored}
         for split, features in known.items():

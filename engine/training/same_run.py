@@ -1,4 +1,4 @@
-"""Whether a run folder, settings and data belong together, and what may differ when a run goes on."""
+"""Whether a run folder, settings and data belong together, and what may differ when a run is resumed."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ FREE = {
     "data.label_scale",  # what is reported does not change the training
     "train.graphs",  # how the steps are launched changes no more than rounding
 }  # fmt: skip
-"""Settings, or sections of them, that may change when a run goes on."""
+"""Settings and sections that may change when a run is resumed."""
 ADVISED = {"train.lr", "train.clip_norm", "objective.on_degenerate"}
-"""Settings that may change, too, when a run goes on after an epoch after which it diverged."""
+"""Settings that may also change when a run is resumed after it diverged."""
 
 
 def settings_of(folder: Path, meta: dict[str, Any]) -> Config:
-    """The settings that a checkpoint was trained with; older versions kept them in config.yaml only."""
+    """The settings that a checkpoint was trained with. Older versions kept them only in config.yaml."""
     if "settings" not in meta:
         return load_config(folder / CONFIG).resolve()
     settings = meta["settings"]
@@ -41,13 +41,13 @@ def settings_of(folder: Path, meta: dict[str, Any]) -> Config:
 
 
 def differences(saved: Config, given: Config, free: set[str]) -> list[str]:
-    """`key=value, not value` of every setting that differs and is not free."""
+    """`key=value, not value` for every setting that differs and is not free."""
     x, y = _flat(saved.model_dump(mode="json"), free), _flat(given.model_dump(mode="json"), free)
     return [f"{key}={text_of(y.get(key))}, not {text_of(x.get(key))}" for key in {**x, **y} if x.get(key) != y.get(key)]
 
 
 def _flat(values: dict[str, Any], free: set[str], prefix: str = "") -> dict[str, Any]:
-    """`{section.key: value}`, the free ones left out."""
+    """{section.key: value} without the free ones."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if (name := prefix + key) in free:
@@ -57,13 +57,13 @@ def _flat(values: dict[str, Any], free: set[str], prefix: str = "") -> dict[str,
 
 
 def differing_splits(dataset: Dataset, meta: dict[str, Any]) -> list[str]:
-    """The splits whose content is not that of the run's data; older checkpoints do not tell."""
+    """The splits whose content differs from the run's data. Older checkpoints do not record it."""
     known = meta.get("data", dataset.fingerprints)
     return sorted(name for name in {*known, *dataset.fingerprints} if known.get(name) != dataset.fingerprints.get(name))
 
 
 def divergences(folder: Path) -> list[dict[str, Any]]:
-    """The last finished epoch before each time that a run diverged, and what was said."""
+    """For each time that a run diverged: the last finished epoch, and the error."""
     if not (folder / DIVERGED).is_file():
         return []
     verify(folder, DIVERGED)
@@ -97,7 +97,7 @@ def require_described(
     """Compare what a checkpoint says of its model with its tensors, before any memory is taken for the model.
 
     Args:
-        trained: whether it has to know its epoch, which an imported run may not.
+        trained: whether it must record its epoch. An imported run may not know it.
 
     Raises:
         CheckpointError, ConfigError: it has another form, or its tensors are not those of such a model.
@@ -122,7 +122,7 @@ def require_described(
 
 
 def arithmetic(device: torch.device, amp: str) -> dict[str, Any]:
-    """What the last digits of a run depend on beside its settings and data."""
+    """What the last digits of a run depend on, apart from its settings and data."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the step says it again
         products = str(autocast_dtype(amp, device) or torch.float32).removeprefix("torch.")
@@ -133,7 +133,7 @@ def arithmetic(device: torch.device, amp: str) -> dict[str, Any]:
 
 
 def warn_of_other_arithmetic(folder: Path, meta: dict[str, Any], now: dict[str, Any]) -> None:
-    """Name what a resumed run has other than before, which keeps it from ending bit-equal."""
+    """Warn about what changed since the run was stopped and keeps it from ending bit-equal."""
     before = meta.get("arithmetic", now)
     changed = [f"{k} {now.get(k)}, not {before.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]
     if changed:

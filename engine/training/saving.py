@@ -72,7 +72,7 @@ class RunFiles:
         improved: bool,
         wall_s: float,
     ) -> Callable[[], None]:
-        """Copy what an epoch leaves; calling what is returned writes it.
+        """Copy what an epoch leaves. The returned function writes it.
 
         Args:
             results: the epoch's evaluation by split.
@@ -120,7 +120,7 @@ class RunFiles:
         }
 
     def _save_best(self, meta: dict[str, Any], results: dict[str, EpochResult]) -> Callable[[], None]:
-        """As `save`, for the best model and its predictions."""
+        """Like `save`, for the best model and its predictions."""
         with self.parts.step.averaged():
             best = checkpoint.Snapshot(self.parts.weights())
         kept = {s: replace(r, prediction=r.prediction.to("cpu", copy=True)) for s, r in results.items()}
@@ -149,10 +149,10 @@ class RunFiles:
         )  # fmt: skip
 
     def complete(self, history: list[Record], ended: bool = False) -> None:
-        """Write the best model and its predictions where a run was stopped between its last epoch and these files.
+        """Write the best model and its predictions if the run was stopped after its last epoch but before these files.
 
-        Those of an earlier epoch cannot be made anew. A warning says so where the best model is damaged, and where it
-        is still another one when the run has ended.
+        Those of an earlier epoch cannot be made again. A warning says so if the best model is damaged, or if the run
+        has ended and the file still holds another epoch's model.
         """
         try:
             kept = checkpoint.load(self.out / BEST)[1]["epoch"]
