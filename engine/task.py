@@ -26,6 +26,7 @@ from engine.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
+    from engine.cli.command import Command
     from engine.config import Config, Section
     from engine.loaders.dataset import Dataset
     from engine.objective import Expression, Objective
@@ -160,6 +161,10 @@ class Task:
     def report_words(self) -> Words | None:
         """What the report says about its terms and features; None: nothing but their names."""
         return None
+
+    def commands(self) -> Sequence[Command]:
+        """Commands of its own for the command line."""
+        return ()
 
 
 def register_task(task: Task) -> Task:

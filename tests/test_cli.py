@@ -16,7 +16,9 @@ import pytest
 import yaml
 
 from engine import __version__
-from engine.cli import EXAMPLES, _parser, _settings, _split_seeds, _train_epilog, main
+from engine.cli import main
+from engine.cli.parser import EXAMPLES, build_parser, split_settings
+from engine.cli.training import split_seeds, train_epilog
 from engine.config import Config, common_keys, load_config, presets
 from engine.errors import DataError
 from engine.run_folder import FILES
@@ -391,17 +393,17 @@ def documented() -> list[str]:
     """Every `engine ...` line of the documentation's shell blocks and of the help texts."""
     pages = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
     blocks = [b for page in pages for b in re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]
-    lines = [line.strip() for text in (*blocks, EXAMPLES, _train_epilog()) for line in text.splitlines()]
+    lines = [line.strip() for text in (*blocks, EXAMPLES, train_epilog()) for line in text.splitlines()]
     return sorted({line for line in lines if line.startswith("engine ")})
 
 
 @pytest.mark.parametrize("line", documented())
 def test_documented_commands_are_accepted(line: str):
     words = shlex.split(line.split("   ")[0], comments=True)[1:]
-    arguments, rest = _parser().parse_known_args(words)
-    settings = _settings(arguments, rest)
+    arguments, rest = build_parser().parse_known_args(words)
+    settings = split_settings(arguments, rest)
     if settings:
-        load_config(getattr(arguments, "preset", None) or "mosi", _split_seeds(settings)[1])
+        load_config(getattr(arguments, "preset", None) or "mosi", split_seeds(settings)[1])
 
 
 def test_the_documentation_shows_every_command():

@@ -17,7 +17,7 @@ import torch
 
 from engine import checkpoint, run_folder, trainer
 from engine.cli import main
-from engine.config import load_config
+from engine.config import Config, load_config
 from engine.errors import CheckpointError, ConfigError, DataError, EngineError, OutputError
 from engine.report import read_run, render
 from engine.run_folder import Checksums, file_sum, owned, verify
@@ -451,7 +451,7 @@ def test_a_signal_ends_with_what_is_kept(config, tmp_path, capsys, monkeypatch, 
     by = "" if name == "SIGINT" else f" by {name}"
     go_on = f"engine train --resume --out '{run}'"
     assert capsys.readouterr().err == (
-        f"interrupted{by}: nothing was kept, for no epoch was finished. Begin again with: {go_on}\n"
+        f"interrupted{by}: nothing was kept, because no epoch was finished. Begin again with: {go_on}\n"
     )
     monkeypatch.setattr(Kill, "on_batch", lambda *a: None)
     monkeypatch.setattr(TrainingRun, "_callbacks", lambda self, history: [Kill(epoch=0)])
@@ -465,7 +465,7 @@ def test_a_signal_ends_with_what_is_kept(config, tmp_path, capsys, monkeypatch, 
 def test_a_signal_that_is_ignored_stays_so(monkeypatch, capsys):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        monkeypatch.setattr("engine.cli._show_config", lambda a, settings: os.kill(os.getpid(), signal.SIGHUP))
+        monkeypatch.setattr("engine.config.load_config", lambda *a: (os.kill(os.getpid(), signal.SIGHUP), Config())[1])
         assert main(["config", "--preset", "mosi"]) == 0
     finally:
         signal.signal(signal.SIGHUP, before)

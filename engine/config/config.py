@@ -49,7 +49,9 @@ class Config(Section):
     """
 
     preset: str = Field("", description="the preset this configuration started from")
-    task: str = Field(DEFAULT, description="what is trained: model, information terms, loss and metrics")
+    task: str = Field(
+        DEFAULT, description="what is trained: model, terms, loss and metrics; your own with --task module:attribute"
+    )
     mode: str = Field(
         "",
         validate_default=True,

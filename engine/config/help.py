@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from engine.config.config import Config
 from engine.config.section import COMMON, Section, is_section
-from engine.task import DEFAULT, find_task, task_names
+from engine.task import DEFAULT, TASKS, find_task
 
 
 class Key(NamedTuple):
@@ -32,7 +32,7 @@ def keys(task: str = DEFAULT) -> list[Key]:
     'preset'
     """
     defaults = {"task": task, "mode": find_task(task).modes[0]}
-    choices = {"task": " | ".join(task_names()), "mode": " | ".join(find_task(task).modes)}
+    choices = {"task": " | ".join(TASKS), "mode": " | ".join(find_task(task).modes)}
     return [
         key._replace(default=defaults.get(key.name, key.default), type=choices.get(key.name, key.type))
         for key in _keys(Config, task, "")

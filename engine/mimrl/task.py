@@ -12,6 +12,7 @@ from engine.task import Inputs, Task
 if TYPE_CHECKING:
     from torch import nn
 
+    from engine.cli.command import Command
     from engine.loaders.dataset import Dataset
     from engine.objective import Expression, Objective
 
@@ -83,6 +84,12 @@ class MIMRLTask(Task):
         cube = config.model.cubemlp
         width = max([config.model.d_common, *(shape[2] for shape in cube.d_hiddens + cube.d_outs)])
         return 4 * batch_size * config.data.time_len * len(config.data.modalities) * width
+
+    def commands(self) -> Sequence[Command]:
+        """`engine import` and `engine import-command`."""
+        from engine.mimrl.cli import COMMANDS
+
+        return COMMANDS
 
 
 MIMRL_TASK = MIMRLTask()
