@@ -16,7 +16,7 @@ declaration at the end, `mimrl_objective`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -35,6 +35,9 @@ from engine.readings import Reading
 
 MOST_PAIRED = 256
 """Rows that are read at once where every pair of rows costs a pass of a network: a few percent of an epoch of MOSI."""
+
+MakeEstimator = Callable[["Term", Mapping[str, int], ObjectiveConfig], nn.Module]
+"""Builds a term's estimator from the term, the features' widths and the estimators' settings."""
 
 Rows = Sequence[Tensor]
 """Product rows of one term: x, y and z, [rows, width] each."""
@@ -195,10 +198,13 @@ class Objective(nn.Module):
         expressions: what to maximise (negative weights minimise). Names must differ.
         dims: width of every feature named in an expression: features are float [B, width].
         discrete: features whose values are categories or few-valued labels; product rows conditioned on one of them are
-            drawn within strata of equal value instead of among nearest neighbours (with compat="none").
+            drawn within strata of equal value instead of among nearest neighbours.
         estimators: order and stage-1 weights of the estimators, as {term: weight}; default: every term with weight 1,
             in order of appearance, MI before CMI.
-        settings: estimators' settings; `compat` must be resolved ("none" or "mimrl").
+        settings: the estimators' settings.
+        make_estimator: builds a term's estimator from the term, `dims` and `settings`; by default
+            `default_estimator`, an `MIEstimator` or a `CMIEstimator`. See `replace` for how it is called.
+        shared_draws: whether terms of equal condition share their product rows.
 
     `estimators[term]` is a single term's estimator; estimators of one shape share their parameters, and `replace`,
     `freeze` and `split` take one out of them.
@@ -216,11 +222,13 @@ class Objective(nn.Module):
         discrete: Iterable[str] = (),
         estimators: Mapping[Term, float] | None = None,
         settings: ObjectiveConfig | None = None,
+        make_estimator: MakeEstimator | None = None,
+        shared_draws: bool = True,
     ):
         super().__init__()
         self.expressions = tuple(expressions)
-        self.settings = s = settings or ObjectiveConfig(compat="none")
-        self.discrete = frozenset(discrete)
+        self.settings = settings or ObjectiveConfig()
+        self.discrete, self.shared_draws = frozenset(discrete), shared_draws
         used = _terms(self.expressions)
         names = [e.name for e in self.expressions]
         if repeated := {n for n in names if names.count(n) > 1}:
@@ -253,7 +261,7 @@ class Objective(nn.Module):
         self._readers = {name: term for term, names in read.items() for name in names}
         self._conditional = tuple(str(t) for t in self.terms if t.given is not None)
         self.estimators = TermEstimators(
-            {t.key: _estimator(t, dims, s) for t in self.terms},
+            {t.key: (make_estimator or default_estimator)(t, dims, self.settings) for t in self.terms},
             {t.key: str(t) for t in self.terms},
             {t.key: names for t, names in read.items()},
         )
@@ -357,19 +365,12 @@ class Objective(nn.Module):
             generator: source of randomness, on the CPU.
 
         Returns:
-            {str(term): (x, y, z)}, [m·k, width] each. With compat="none" terms of equal condition share their draw.
+            {str(term): (x, y, z)}, [m·k, width] each.
 
         Raises:
             EstimatorError: the batch or the bank is too small for k_neighbor.
         """
-        reference = self.settings.compat == "mimrl"
-        sampler = ProductSampler(
-            bank if isinstance(bank, Bank) else Bank(bank),
-            self.settings.k_neighbor,
-            discrete=() if reference else self.discrete,
-            shared=not reference,
-        )
-        return sampler.draw([t for t in self.terms if t.given is not None], batch_size, generator)
+        return self._sampler(bank).draw([t for t in self.terms if t.given is not None], batch_size, generator)
 
     def sample_epoch(
         self, bank: Mapping[str, Tensor], batch_sizes: Sequence[int], generator: torch.Generator | None = None
@@ -388,14 +389,12 @@ class Objective(nn.Module):
         Raises:
             EstimatorError: the bank is too small for k_neighbor and a batch, or not finite.
         """
-        reference = self.settings.compat == "mimrl"
-        sampler = ProductSampler(
-            bank if isinstance(bank, Bank) else Bank(bank),
-            self.settings.k_neighbor,
-            discrete=() if reference else self.discrete,
-            shared=not reference,
-        )
-        return draw_epoch(sampler, [t for t in self.terms if t.given is not None], batch_sizes, generator)
+        conditional = [t for t in self.terms if t.given is not None]
+        return draw_epoch(self._sampler(bank), conditional, batch_sizes, generator)
+
+    def _sampler(self, bank: Mapping[str, Tensor]) -> ProductSampler:
+        bank = bank if isinstance(bank, Bank) else Bank(bank)
+        return ProductSampler(bank, self.settings.k_neighbor, discrete=self.discrete, shared=self.shared_draws)
 
     # -- readings ----------------------------------------------------------------------------------
 
@@ -517,7 +516,9 @@ def _terms(expressions: Sequence[Expression]) -> list[Term]:
     return sorted(seen, key=lambda term: term.given is not None)
 
 
-def _estimator(term: Term, dims: Mapping[str, int], s: ObjectiveConfig) -> nn.Module:
+def default_estimator(term: Term, dims: Mapping[str, int], settings: ObjectiveConfig) -> nn.Module:
+    """The estimator that an objective builds for a term: `MIEstimator`, or `CMIEstimator` for a conditional one."""
+    s = settings
     if term.given is None:
         return MIEstimator(
             dims[term.x],
@@ -527,7 +528,6 @@ def _estimator(term: Term, dims: Mapping[str, int], s: ObjectiveConfig) -> nn.Mo
             baseline=s.baseline,
             hidden=s.hidden,
             embed=s.embed,
-            compat=s.compat,
             alpha=s.alpha,
             smile_tau=s.smile_tau,
             ema_rate=s.ema_rate,
@@ -537,8 +537,6 @@ def _estimator(term: Term, dims: Mapping[str, int], s: ObjectiveConfig) -> nn.Mo
         max(dims[term.x], dims[term.y], dims[term.given]),
         hidden=s.hidden,
         estimator=s.cmi_estimator,
-        compat=s.compat,
-        last_activate=s.cmi_last_activate,
         on_degenerate=s.on_degenerate,
     )
 
@@ -591,12 +589,17 @@ def mimrl_objective(
         raise ConfigError("objective.c1", f"{len(settings.c1)} weights", f"{len(MIMRL_ESTIMATORS)}", "Give one a term.")
     if len(settings.c2) != 8:
         raise ConfigError("objective.c2", f"{len(settings.c2)} weights", "8", "Give one an expression.")
+    from engine.mimrl.published import published_estimator
+
+    published = settings.compat == "mimrl"
     absent = {m[0].upper() for m in MODALITIES if m not in modalities}
     weights = dict(zip(MIMRL_ESTIMATORS, settings.c1, strict=True))
     return Objective(
         without_features(mimrl_expressions(settings.c2), absent),
         dims={"F": fused_dim, "T": d_common, "A": d_common, "V": d_common, "C": 1},
-        discrete=("C",),
+        discrete=() if published else ("C",),
+        shared_draws=not published,
+        make_estimator=published_estimator if published else default_estimator,
         estimators={term: w for term, w in weights.items() if not absent & {term.x, term.y, term.given}},
         settings=settings,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ from engine.errors import EstimatorError
 from engine.kernels.arguments import exact_type
 from engine.kernels.critics import ACTIVATIONS, concat_infonce, concat_scores, mlp
 from engine.kernels.gradients import transformed, update_buffer
-from engine.kernels.mi_bounds import BOUNDS, bound_value, mimrl_mine_loss, update_log_ema
+from engine.kernels.mi_bounds import BOUNDS, bound_value, update_log_ema
 from engine.kernels.mi_bounds.reference import check_settings, full_precision
 from engine.kernels.registry import is_static
 
@@ -24,9 +24,6 @@ BASELINES = ("constant", "unnormalized", "gaussian")
 READINGS = ("ldr", "dv", "nwj")
 
 MODULES = {"relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "leakyrelu": nn.LeakyReLU, "tanh": nn.Tanh}
-
-# sigmoid of the published MIMRL code's alpha_logit of .01
-MIMRL_ALPHA = 1 / (1 + math.exp(-0.01))
 
 
 @dataclass
@@ -77,13 +74,17 @@ class Estimates:
     def apart(self) -> dict[str, Estimate]:
         """Every term's `Estimate`; its tensors are views of the vectors."""
         loss = -self.surrogate if self.loss is None else self.loss
-        parts = zip(*(_entries(t) for t in (self.surrogate.detach(), self.surrogate, loss)), strict=True)
+        parts = zip(*(scalars(t) for t in (self.surrogate.detach(), self.surrogate, loss)), strict=True)
         found = {name: Estimate(*of_one) for name, of_one in zip(self.names, parts, strict=True)}
         for n, (name, estimate) in enumerate(found.items()):
             if self.readings is not None:
-                estimate.details |= dict(zip(READINGS, _entries(self.readings[:, n]), strict=True))
+                estimate.details |= dict(zip(READINGS, scalars(self.readings[:, n]), strict=True))
             estimate.details |= self.details.get(name, {})
         return found
+
+
+Initialise = Callable[[nn.Linear], None]
+"""Sets the initial weights of a fresh layer in place."""
 
 
 class MIEstimator(nn.Module):
@@ -101,9 +102,6 @@ class MIEstimator(nn.Module):
             `LogBaseline`).
         hidden, embed, layers, activation: MLPs of `layers` + 1 hidden layers of width `hidden`; `embed` is the width of
             the separate critic's g and h.
-        compat: "none": the corrected bounds, the default. "mimrl": what the published MIMRL code computes: see
-            `bound_value`; MINE is minimised by that code's loss, the concat critic's scores come out transposed, and
-            `alpha` and `smile_tau` are that code's (.5025 and 1) whatever is given.
         alpha: interpolate: weight of the multi-sample baseline.
         smile_tau: smile: scores are clipped to +-tau in the partition function.
         ema_rate: mine: rate of the moving average of mean e^S, kept in the log domain in the buffer `log_ema`, which
@@ -112,8 +110,14 @@ class MIEstimator(nn.Module):
             value, surrogate and loss are 0 with zero gradients, and `details["skipped"]` is 1.
 
     All biases start at 0; weights are Xavier-uniform, which keeps the scores of standardised inputs of order 1 at the
-    start, where every bound still has a gradient. compat="mimrl" begins as that code does, with PyTorch's own weights.
+    start, where every bound still has a gradient.
+
+    A subclass may change how layers start (`initialise`), what scores give (`read_scores`) and what the estimator
+    minimises (`loss_of`). It then runs alone, unless its `group_key` says that a group computes the same.
     """
+
+    keeps_average = True
+    """Whether MINE's gradient is normalised by a moving average over batches."""
 
     def __init__(
         self,
@@ -126,26 +130,51 @@ class MIEstimator(nn.Module):
         embed: int = 128,
         layers: int = 2,
         activation: str = "relu",
-        compat: str = "none",
         alpha: float = 0.01,
         smile_tau: float = 5.0,
         ema_rate: float = 0.01,
         on_degenerate: str = "raise",
+        *,
+        compat: str = "none",
     ):
         super().__init__()
+        refuse_compat("MIEstimator", compat)
         _one_of("bound", bound, BOUNDS)
-        _one_of("compat", compat, ("none", "mimrl"))
         _one_of("on_degenerate", on_degenerate, ("raise", "skip"))
         check_settings("MIEstimator", alpha, smile_tau, ema_rate)
         self.dim_x, self.dim_y = dim_x, dim_y
-        self.bound, self.compat, self.on_degenerate = bound, compat, on_degenerate
-        self.alpha = MIMRL_ALPHA if compat == "mimrl" else alpha
-        self.smile_tau, self.ema_rate = smile_tau, ema_rate
-        self.critic = Critic(dim_x, dim_y, critic, hidden, embed, layers, activation, compat)
-        self.baseline = LogBaseline(dim_y, baseline, hidden, layers, activation, compat)
-        if bound == "mine" and compat == "none":
+        self.bound, self.on_degenerate = bound, on_degenerate
+        self.alpha, self.smile_tau, self.ema_rate = alpha, smile_tau, ema_rate
+        self.critic = Critic(dim_x, dim_y, critic, hidden, embed, layers, activation, self.initialise)
+        self.baseline = LogBaseline(dim_y, baseline, hidden, layers, activation, self.initialise)
+        if bound == "mine" and self.keeps_average:
             # -inf is the logarithm of an average that has not begun
             self.register_buffer("log_ema", torch.tensor(-math.inf))
+
+    @staticmethod
+    def initialise(layer: nn.Linear) -> None:
+        """Set the initial weights of a fresh layer of the critic or the baseline."""
+        xavier(layer)
+
+    @property
+    def group_key(self) -> tuple | None:
+        """Equal for estimators that one `MIGroup` may compute at once; None for one that runs alone.
+
+        A group computes the bounds of `engine.kernels.mi_bounds`, and the negated bound as the loss.
+        """
+        return self._settings() if type(self) is MIEstimator else None
+
+    def _settings(self) -> tuple:
+        return type(self), self.bound, self.alpha, self.smile_tau, self.ema_rate, self.on_degenerate
+
+    def read_scores(self, scores: Tensor, log_baseline: Tensor, log_ema: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(value, surrogate) of scores [B, B], as `bound_value` gives them."""
+        limits = {"alpha": self.alpha, "smile_tau": self.smile_tau}
+        return bound_value(scores, self.bound, log_baseline, log_ema=log_ema, **limits)
+
+    def loss_of(self, scores: Tensor, surrogate: Tensor) -> Tensor:
+        """What the estimator's own parameters minimise, 0-d."""
+        return -surrogate
 
     def forward(self, x: Tensor, y: Tensor) -> Estimate:
         """x [B, dim_x], y [B, dim_y], row i of both from the same sample.
@@ -172,17 +201,9 @@ class MIEstimator(nn.Module):
         if not finite(scores):
             return self._degenerate("non-finite scores", "finite scores", x, y)
         log_ema = None
-        if self.bound == "mine" and self.compat == "none":
+        if self.bound == "mine" and self.keeps_average:
             log_ema = update_log_ema(self.log_ema, scores, self.ema_rate)
-        value, surrogate = bound_value(
-            scores,
-            self.bound,
-            log_baseline,
-            alpha=self.alpha,
-            smile_tau=self.smile_tau,
-            log_ema=log_ema,
-            compat=self.compat,
-        )
+        value, surrogate = self.read_scores(scores, log_baseline, log_ema)
         if not finite(value):
             size = scores.detach().abs().max().item()
             return self._degenerate(
@@ -190,7 +211,7 @@ class MIEstimator(nn.Module):
             )
         if log_ema is not None and self.training:
             update_buffer("MINE's moving average", self.log_ema, log_ema)
-        loss = mimrl_mine_loss(scores) if self.bound == "mine" and self.compat == "mimrl" else -surrogate
+        loss = self.loss_of(scores, surrogate)
         value, surrogate, loss = (or_zero(t, self.on_degenerate) for t in (value, surrogate, loss))
         return Estimate(value, surrogate, loss)
 
@@ -224,8 +245,12 @@ class MIEstimator(nn.Module):
 class Critic(nn.Module):
     """Scores of every x against every y: `scores[i, j] = f(x_j, y_i)`, [B, B], fp32.
 
-    kind "separate": <h(y_i), g(x_j)>; "concat": f([x_j; y_i]). compat="mimrl" transposes the scores of "concat", as the
-    published MIMRL code does.
+    Args:
+        kind: "separate": <h(y_i), g(x_j)>; "concat": f([x_j; y_i]).
+        initialise: sets the initial weights of a layer.
+
+    Attributes:
+        transpose: whether the scores of "concat" are given transposed. False by default.
     """
 
     def __init__(
@@ -237,17 +262,16 @@ class Critic(nn.Module):
         embed: int = 128,
         layers: int = 2,
         activation: str = "relu",
-        compat: str = "none",
+        initialise: Initialise | None = None,
     ):
         super().__init__()
         _one_of("critic", kind, CRITICS)
-        self.kind, self.activation = kind, activation
-        self.transpose = kind == "concat" and compat == "mimrl"
+        self.kind, self.activation, self.transpose = kind, activation, False
         if kind == "separate":
-            self.g = build_mlp(dim_x, embed, hidden, layers, activation, compat)
-            self.h = build_mlp(dim_y, embed, hidden, layers, activation, compat)
+            self.g = build_mlp(dim_x, embed, hidden, layers, activation, initialise)
+            self.h = build_mlp(dim_y, embed, hidden, layers, activation, initialise)
         else:
-            self.f = build_mlp(dim_x + dim_y, 1, hidden, layers, activation, compat)
+            self.f = build_mlp(dim_x + dim_y, 1, hidden, layers, activation, initialise)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x [B, dim_x], y [B, dim_y] -> [B, B]."""
@@ -288,13 +312,13 @@ class LogBaseline(nn.Module):
         hidden: int = 256,
         layers: int = 2,
         activation: str = "relu",
-        compat: str = "none",
+        initialise: Initialise | None = None,
     ):
         super().__init__()
         _one_of("baseline", kind, BASELINES)
         self.kind, self.activation = kind, activation
         if kind == "unnormalized":
-            self.mlp = build_mlp(dim_y, 1, hidden, layers, activation, compat)
+            self.mlp = build_mlp(dim_y, 1, hidden, layers, activation, initialise)
 
     def forward(self, y: Tensor) -> Tensor:
         if self.kind == "unnormalized":
@@ -305,23 +329,22 @@ class LogBaseline(nn.Module):
         return y.new_zeros(len(y), 1)
 
 
-def build_mlp(
-    dim_in: int, dim_out: int, hidden: int, layers: int, activation: str, compat: str = "none", zero_bias: bool = True
-) -> nn.Sequential:
-    """`layers` + 1 hidden layers, Xavier-uniform weights; with compat="mimrl", weights as PyTorch makes them.
+def xavier(layer: nn.Linear) -> None:
+    """Xavier-uniform weights, and biases of 0."""
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
-    PyTorch's are 1/sqrt(3) of Xavier's where widths are equal: the scores of a separate critic, which pass eight
-    layers, begin 81 times smaller.
-    """
+
+def build_mlp(
+    dim_in: int, dim_out: int, hidden: int, layers: int, activation: str, initialise: Initialise | None = None
+) -> nn.Sequential:
+    """An MLP of `layers` + 1 hidden layers, each started by `initialise` (default: `xavier`)."""
     _one_of("activation", activation, tuple(ACTIVATIONS))
     widths = [dim_in] + [hidden] * (layers + 1) + [dim_out]
     modules: list[nn.Module] = []
     for width_in, width_out in pairwise(widths):
         linear = nn.Linear(width_in, width_out)
-        if compat == "none":
-            nn.init.xavier_uniform_(linear.weight)
-        if zero_bias:
-            nn.init.zeros_(linear.bias)
+        (initialise or xavier)(linear)
         modules += [linear, MODULES[activation]()]
     return nn.Sequential(*modules[:-1])
 
@@ -403,7 +426,7 @@ def or_zero(tensor: Tensor, on_degenerate: str) -> Tensor:
     return torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor))
 
 
-def _entries(vector: Tensor) -> list[Tensor]:
+def scalars(vector: Tensor) -> list[Tensor]:
     """x[0], x[1], ...: views, or copies where torch.compile would have to return views of one tensor."""
     parts = list(vector.unbind())
     return [part.clone() for part in parts] if torch.compiler.is_compiling() else parts
@@ -413,6 +436,14 @@ def zero_with_gradients(*tensors: Tensor) -> Tensor:
     """0, whose gradient is zero for every one of `tensors`, even for those that hold NaN or infinity."""
     total = sum(tensor.sum() for tensor in tensors)
     return torch.where(torch.zeros_like(total, dtype=torch.bool), total, torch.zeros_like(total))
+
+
+def refuse_compat(estimator: str, compat: str) -> None:
+    """Refuse the former option `compat` for anything but its default."""
+    if compat != "none":
+        raise EstimatorError(
+            f"{estimator}(compat=...)", repr(compat), "no such option", f"Use the class Published{estimator} instead."
+        )
 
 
 def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:

@@ -14,18 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels.cmi.op import classifier_logits, cmi
-from engine.kernels.cmi.reference import cmi_values, mimrl_classifier_loss, mimrl_cmi, mimrl_log_ratio
 from engine.kernels.critics.op import entries, grouped_mlp, infonce_of_towers
 from engine.kernels.gradients import update_buffer
 from engine.kernels.knn_product.op import ProductRows
 from engine.kernels.mi_bounds.op import mi_lower_bound
 from engine.model.cmi import CMIEstimator
-from engine.model.estimators import READINGS, Estimate, Estimates, MIEstimator, finite, mlp_layers, or_zero
+from engine.model.estimators import Estimate, Estimates, MIEstimator, finite, mlp_layers, or_zero
 
 Rows = Sequence[Tensor]
-
-# What compat="mimrl" computes in another way than the corrected bounds.
-DIFFERENT_IN_MIMRL = ("mine", "js", "smile", "interpolate")
 
 
 class StackedLinear(nn.Module):
@@ -161,12 +157,12 @@ class MIGroup(Group):
             self._entries["log_ema"] = [(name, "log_ema") for name in self.names]
 
     @staticmethod
-    def alike(estimator: MIEstimator) -> tuple | None:
+    def alike(estimator: nn.Module) -> tuple | None:
         """Equal for estimators that can form a group; None for those that cannot."""
         e = estimator
-        if e.critic.kind != "separate" or e.critic.activation != "relu" or e.baseline.kind != "constant":
+        if not isinstance(e, MIEstimator) or e.group_key is None:
             return None
-        if e.compat == "mimrl" and e.bound in DIFFERENT_IN_MIMRL:
+        if e.critic.kind != "separate" or e.critic.activation != "relu" or e.baseline.kind != "constant":
             return None
         towers = [mlp_layers(tower) for tower in (e.critic.g, e.critic.h)]
         if None in towers:
@@ -174,7 +170,7 @@ class MIGroup(Group):
         of_g, of_h = ([(len(layers[0][0]), *(w.shape for w, _ in layers[1:]))] for layers in towers)
         if of_g != of_h:
             return None
-        return (e.bound, e.compat, e.alpha, e.smile_tau, e.ema_rate, e.on_degenerate, *of_g)
+        return (e.group_key, *of_g)
 
     def arguments(self, features: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """What each estimator is called with."""
@@ -245,12 +241,12 @@ class CMIGroup(Group):
         )
 
     @staticmethod
-    def alike(estimator: CMIEstimator) -> tuple | None:
+    def alike(estimator: nn.Module) -> tuple | None:
         """Equal for estimators that can form a group; None for those that cannot."""
-        e, layers = estimator, mlp_layers(estimator.classifier)
-        if layers is None:
+        if not isinstance(estimator, CMIEstimator) or estimator.group_key is None:
             return None
-        return (e.dim, e.estimator, e.compat, e.last_activate, e.on_degenerate, *(w.shape for w, _ in layers))
+        layers = mlp_layers(estimator.classifier)
+        return None if layers is None else (estimator.group_key, *(w.shape for w, _ in layers))
 
     def arguments(self, features: Mapping[str, Tensor], products: Mapping[str, Rows]) -> dict[str, tuple[Rows, Rows]]:
         """What each estimator is called with."""
@@ -279,18 +275,18 @@ class CMIGroup(Group):
         k = max(ks)
         if len(ks) > 1 or not _fit(joint, self.slots, parts, k, self.example.dim):
             return None
-        count = len(parts[0][0])
-        if self.example.compat == "mimrl":
-            if count > len(joint[0]):
-                return None
-            if count < len(joint[0]):
-                joint = [j[:count] for j in joint]
+        used = self.example.joint_rows(len(joint[0]), len(parts[0][0]))
+        if used < len(joint[0]):
+            joint = [j[:used] for j in joint]
         first, *rest = ((layer.weight, layer.bias) for layer in self.layers)
         of_joint, of_product = classifier_logits(first, rest, joint, self.slots, parts, k)
         if not finite(of_joint, of_product):
             return None
         with torch.autocast(of_joint.device.type, enabled=False):
-            loss, surrogate, readings = _read(self.example, of_joint, of_product)
+            if type(self.example) is CMIEstimator:  # its `read_logits` is one kernel for all
+                loss, surrogate, readings = cmi(of_joint.squeeze(2), of_product.squeeze(2), self.example.estimator)
+            else:
+                loss, surrogate, readings = self.example.read_logits(of_joint, of_product)
         loss, surrogate = (or_zero(t, self.example.on_degenerate) for t in (loss, surrogate))
         return Estimates(self.names, surrogate, loss, readings)
 
@@ -306,13 +302,3 @@ def _fit(joint: Sequence[Tensor], slots: Sequence[Sequence[int]], parts: Sequenc
         for i, (part, s) in enumerate(zip(three, places, strict=True)):
             fits &= part.shape == (p if i == 0 else p // k, joint[s].shape[1]) and not part.requires_grad
     return fits
-
-
-def _read(example: CMIEstimator, joint: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [G], surrogate [G], and LDR, DV, NWJ [3, G], detached, of logits [G, b, out] and [G, b', out]."""
-    if example.compat == "none":
-        return cmi(joint.squeeze(2), product.squeeze(2), example.estimator)
-    loss = mimrl_classifier_loss(joint, product, example.last_activate)
-    joint, product = (mimrl_log_ratio(t, example.last_activate) for t in (joint, product))
-    values = cmi_values(joint.detach(), product.detach())
-    return loss, mimrl_cmi(joint, product), torch.stack([values[e] for e in READINGS])

@@ -1,14 +1,7 @@
 """Conditional mutual information from the logits of a classifier of joint against product rows."""
 
 from engine.kernels.cmi.op import CMI, classifier_logits, cmi
-from engine.kernels.cmi.reference import (
-    LOGIT_LIMIT,
-    classifier_loss,
-    cmi_values,
-    mimrl_classifier_loss,
-    mimrl_cmi,
-    mimrl_log_ratio,
-)
+from engine.kernels.cmi.reference import LOGIT_LIMIT, classifier_loss, cmi_values
 
 __all__ = [
     "CMI",
@@ -17,7 +10,4 @@ __all__ = [
     "classifier_loss",
     "cmi",
     "cmi_values",
-    "mimrl_classifier_loss",
-    "mimrl_cmi",
-    "mimrl_log_ratio",
 ]

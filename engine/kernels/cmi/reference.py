@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,10 +26,6 @@ from torch.nn import functional
 # Values are read from logits clamped to ±9.21: class probabilities within [1e-4, 1 − 1e-4] (Molavipour et al.). It
 # keeps e^t of a wrong, confident logit from deciding DV and NWJ alone, and caps LDR at 9.21 nats. Losses are unclamped.
 LOGIT_LIMIT = math.log((1 - 1e-4) / 1e-4)
-
-MIMRL_LOGIT_LIMIT = 10.0
-MIMRL_EPS = 1e-6
-MIMRL_TAU = 1e-4
 
 
 def tile(rows: Tensor, dim: int) -> Tensor:
@@ -86,36 +81,3 @@ def cmi_values(joint: Tensor, product: Tensor) -> dict[str, Tensor]:
     ldr = joint.mean(-1)
     log_mean = product.logsumexp(-1) - math.log(product.shape[-1])
     return {"ldr": ldr, "dv": ldr - log_mean, "nwj": 1 + ldr - log_mean.exp()}
-
-
-# -- what the published MIMRL code computes ---------------------------------------------------------------------------
-
-
-def _mimrl_probabilities(logits: Tensor, last_activate: Literal["sigmoid", "hardtanh"]) -> Tensor:
-    logits = logits.clamp(-MIMRL_LOGIT_LIMIT, MIMRL_LOGIT_LIMIT)
-    if last_activate == "sigmoid":
-        return torch.sigmoid(logits)
-    return functional.hardtanh(logits, MIMRL_TAU, 1 - MIMRL_TAU)
-
-
-def mimrl_classifier_loss(joint: Tensor, product: Tensor, last_activate: Literal["sigmoid", "hardtanh"]) -> Tensor:
-    """Mean BCE of two independent outputs, targets [1, 0] for joint [..., n, 2], [0, 1] for product logits; [...]."""
-    probabilities = _mimrl_probabilities(torch.cat([joint, product], -2), last_activate)
-    target = torch.zeros_like(probabilities)
-    target[..., : joint.shape[-2], 0].fill_(1)
-    target[..., joint.shape[-2] :, 1].fill_(1)
-    return functional.binary_cross_entropy(probabilities, target, reduction="none").mean((-2, -1))
-
-
-def mimrl_log_ratio(logits: Tensor, last_activate: Literal["sigmoid", "hardtanh"]) -> Tensor:
-    """log g / (1 − g + 1e-6) of the first output, [..., n, 2] -> [..., n]."""
-    g = _mimrl_probabilities(logits, last_activate)[..., 0]
-    return torch.log(g / (1 - g + MIMRL_EPS))
-
-
-def mimrl_cmi(joint: Tensor, product: Tensor) -> Tensor:
-    """1 + (Σ joint − Σ product) / 2n of n log ratios each, [..., n] -> [...].
-
-    With the exact ratio this is 1 + J/2, J = KL(p|q) + KL(q|p), not I(X;Y|Z): it reads 1 under independence.
-    """
-    return 1 + (joint.sum(-1) - product.sum(-1)) / (joint.shape[-1] + product.shape[-1])

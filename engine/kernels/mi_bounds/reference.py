@@ -7,10 +7,6 @@ exponentials of differences only.
 
 Sources: Barber & Agakov 2003 and Poole et al. 2019 (TUBA, NWJ, InfoNCE, interpolated), Donsker & Varadhan 1983 (DV),
 Belghazi et al. 2018 (MINE), Nowozin et al. 2016 (f-GAN JS), Song & Ermon 2020 (SMILE).
-
-`compat="mimrl"` computes what the published MIMRL code computes instead, faults included: JS is evaluated as NWJ at a
-critic trained for JS, SMILE's tau is always 1, the interpolated bound's marginal takes the baseline of the column, and
-its leave-one-out mean is unstable for dominant scores. MINE's loss of that code is `mimrl_mine_loss`.
 """
 
 from __future__ import annotations
@@ -35,7 +31,6 @@ def bound_value(
     alpha: float = 0.01,
     smile_tau: float = 5.0,
     log_ema: Tensor | None = None,
-    compat: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """One bound on I(X;Y) from one batch of scores.
 
@@ -47,7 +42,6 @@ def bound_value(
         smile_tau: smile: scores are clipped to +-tau in the partition function.
         log_ema: mine: 0-d, log of the moving average of mean e^S, this batch included (`update_log_ema`);
             None takes the batch alone, which makes it DV's gradient.
-        compat: "none" or "mimrl".
 
     Returns:
         `(value, surrogate)`, 0-d, in nats, numerically equal. `value` is detached. The gradient of `surrogate`, to be
@@ -75,7 +69,7 @@ def bound_value(
             value = _dv(scores)
         elif bound == "mine":
             value = _dv(scores)
-            if log_ema is not None and compat == "none":
+            if log_ema is not None:
                 log_mean = _off(scores).logsumexp((0, 1)) - log_pairs
                 objective = joint.mean() - (log_mean - log_ema.to(scores.dtype)).exp()
         elif bound == "tuba":
@@ -86,14 +80,13 @@ def bound_value(
             value = _js_fgan(scores)
         elif bound == "js":
             # the JS critic tends to log r, NWJ's to 1 + log r: the value is NWJ's at 1 + f
-            value = _nwj(scores) if compat == "mimrl" else _nwj(scores + 1)
+            value = _nwj(scores + 1)
             objective = _js_fgan(scores)
         elif bound == "smile":
-            tau = 1.0 if compat == "mimrl" else smile_tau
-            value = joint.mean() - (_off(scores.clamp(-tau, tau)).logsumexp((0, 1)) - log_pairs)
+            value = joint.mean() - (_off(scores.clamp(-smile_tau, smile_tau)).logsumexp((0, 1)) - log_pairs)
             objective = _js_fgan(scores)
         else:
-            value = (_interpolate_mimrl if compat == "mimrl" else _interpolate)(scores, a, alpha)
+            value = _interpolate(scores, a, alpha)
 
         if objective is None:
             return value.detach(), value
@@ -116,19 +109,6 @@ def update_log_ema(log_ema: Tensor, scores: Tensor, rate: float) -> Tensor:
             return log_mean
         mixed = torch.logaddexp(log_ema + math.log1p(-rate), log_mean + math.log(rate))
         return torch.where(log_ema == -math.inf, log_mean, mixed)
-
-
-def mimrl_mine_loss(scores: Tensor) -> Tensor:
-    """What the published MIMRL code minimises for MINE: mean D - E / ma, 0-d.
-
-    E = (1/B^2) sum over i != j of e^S, ma = .99 + .01 E held constant. The sign is wrong (minimising it lowers the
-    bound), the average is begun anew in every batch, and the mean counts the diagonal: kept for parity only.
-    """
-    with torch.autocast(scores.device.type, enabled=False):
-        scores = full_precision(scores)
-        log_e = _off(scores).logsumexp((0, 1)) - 2 * math.log(len(scores))
-        log_ma = torch.logaddexp(log_e.new_tensor(math.log(0.99)), log_e.detach() + math.log(0.01))
-        return scores.diagonal().mean() - (log_e - log_ma).exp()
 
 
 def bound_gradient(
@@ -365,19 +345,3 @@ def _mixture_log_weights(log_mean: Tensor, a: Tensor, alpha: float) -> tuple[Ten
     """log p and log(1 - p): the share of A that comes from the multi-sample baseline, and the rest."""
     odds = _log(alpha) + log_mean - _log(1 - alpha) - a
     return logsigmoid(odds), logsigmoid(-odds)
-
-
-def _interpolate_mimrl(scores: Tensor, a: Tensor, alpha: float) -> Tensor:
-    """The interpolated bound as the published MIMRL code has it: e^(S_ij - A_jj), row i with the baseline of y_j.
-
-    Its leave-one-out sum is S + log(expm1(d)), d = LSE - S, with d = 1 where d rounds to 0.
-    """
-    count = len(scores)
-    distance = scores.logsumexp(1, keepdim=True) - scores
-    distance = torch.where(distance == 0, 1.0, distance)
-    loo = scores + distance + (-torch.expm1(-distance)).log() - math.log(count - 1)
-    mixture = torch.logaddexp(_log(alpha) + loo, (_log(1 - alpha) + a)[:, None])
-    eye = torch.eye(count, dtype=torch.bool, device=scores.device)
-    pairs = count * (count - 1)
-    marginal = (_off(scores - mixture.diagonal()[None, :]).logsumexp((0, 1)) - math.log(pairs)).exp()
-    return 1 + scores.diagonal().mean() - mixture.masked_fill(eye, 0).sum() / pairs - marginal
