@@ -404,14 +404,18 @@ def _has_defaults(activation: nn.Module) -> bool:
     return all(getattr(activation, name, value) == value for name, value in defaults.items())
 
 
-def waits_for(tensor: Tensor) -> bool:
-    """Whether Python may look at values of `tensor`: a GPU would have to be waited for; a graph and vmap have none."""
+def readable(tensor: Tensor) -> bool:
+    """Whether Python may look at the values of `tensor` now.
+
+    It may not on a GPU, because the host would have to wait for it, nor within a graph or a transform of torch.func,
+    where there are no values yet.
+    """
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not (is_static() or transformed())
 
 
 def finite(*tensors: Tensor) -> bool:
-    """Whether all values are finite. True without a look where `waits_for` is not: a trainer then checks its means."""
-    return not waits_for(tensors[0]) or all(_all_finite(t.detach()) for t in tensors)
+    """Whether all values are finite, as far as they are `readable`. Where they are not, a trainer checks its means."""
+    return not readable(tensors[0]) or all(_all_finite(t.detach()) for t in tensors)
 
 
 def _all_finite(tensor: Tensor) -> bool:
@@ -420,8 +424,11 @@ def _all_finite(tensor: Tensor) -> bool:
 
 
 def or_zero(tensor: Tensor, on_degenerate: str) -> Tensor:
-    """With on_degenerate="skip" and unchecked values: 0 where not finite. (Gradients may still be NaN there.)"""
-    if on_degenerate == "raise" or waits_for(tensor):
+    """With on_degenerate="skip", 0 in place of values that are not finite, if `finite` could not look at them.
+
+    Gradients may still be NaN there.
+    """
+    if on_degenerate == "raise" or readable(tensor):
         return tensor
     return torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor))
 

@@ -1,11 +1,11 @@
 """Conditional mutual information from the logits of a classifier of joint against product rows."""
 
-from engine.kernels.cmi.op import CMI, classifier_logits, cmi
+from engine.kernels.cmi.op import CMIOutput, classifier_logits, cmi
 from engine.kernels.cmi.reference import LOGIT_LIMIT, classifier_loss, cmi_values
 
 __all__ = [
-    "CMI",
     "LOGIT_LIMIT",
+    "CMIOutput",
     "classifier_logits",
     "classifier_loss",
     "cmi",

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.aot import AotCase
-from engine.kernels.cmi import cpu
+from engine.kernels.cmi import batched
 from engine.kernels.mlp.triton import TILES, dot, layer_backward, layer_forward, load_grad, positive, precision_now
 
 # Rows up to which a step is launches and not arithmetic; above them library products take over.
@@ -147,9 +147,9 @@ def forward(
     product: Sequence[Tensor],
     k: int,
 ) -> list[Tensor]:
-    """As `cpu.forward`."""
+    """As `batched.forward`."""
     if algorithm(first, joint, product) == "products":
-        return cpu.forward(first, first_bias, rest, joint, slots, product, k)
+        return batched.forward(first, first_bias, rest, joint, slots, product, k)
     b, p = len(joint[0]), len(product[0])
     hidden = first.new_empty(len(first), b + p, first.shape[1])
     precision = precision_now()
@@ -181,9 +181,9 @@ def backward(
     row_grads: bool,
     weight_grads: bool,
 ) -> list[Tensor]:
-    """As `cpu.backward`."""
+    """As `batched.backward`."""
     if algorithm(first, joint, product) == "products":
-        return cpu.backward(
+        return batched.backward(
             joint_grad, product_grad, first, rest, joint, slots, product, k, layers, row_grads, weight_grads
         )
     rows = joint_grad.shape[1] + (0 if product_grad is None else product_grad.shape[1])
@@ -197,7 +197,9 @@ def backward(
         of_weights.insert(0, own)
     of_weights.insert(0, _like_layer(first) if weight_grads else [])
     wide = _first_gradients(grad, first, joint, slots, product, k, of_weights[0], row_grads)
-    of_joint = [cpu.fold(found[None], j.shape[1])[0] for found, j in zip(wide, joint, strict=True)] if row_grads else []
+    of_joint = []
+    if row_grads:
+        of_joint = [batched.fold(grad[None], j.shape[1])[0] for grad, j in zip(wide, joint, strict=True)]
     return [*of_joint, *itertools.chain.from_iterable(of_weights)]
 
 
@@ -254,7 +256,7 @@ def forward_launches(
 ) -> int:  # fmt: skip
     if algorithm(first, joint, product) == "fused":
         return 1 + len(rest) // 2
-    widths = [[joint[slots[3 * run.start + i]].shape[1] for i in range(3)] for run in cpu.runs(joint, slots)]
+    widths = [[joint[slots[3 * run.start + i]].shape[1] for i in range(3)] for run in batched.runs(joint, slots)]
     each = sum(6 + sum(1 + _folds(first, width) for width in three) for three in widths)
     # a product that begins with a bias copies it first
     return each + 3 * (len(rest) // 2) + 2
@@ -274,14 +276,14 @@ def backward_launches(
         total += len(joint) + sum(1 + _folds(first, joint[s].shape[1]) for s in slots)
     if weight_grads:
         total += 1
-        for run in cpu.runs(joint, slots):
+        for run in batched.runs(joint, slots):
             widths = [joint[slots[3 * run.start + i]].shape[1] for i in range(3)]
             total += 3 + 2 * both + sum((3 if w == 1 else 2) + (w not in (1, dim)) for w in widths)
     return total
 
 
 def _folds(first: Tensor, width: int) -> int:
-    """Launches of `cpu.fold`."""
+    """Launches of `batched.fold`."""
     dim = first.shape[2] // 3
     return 0 if width == dim else 1 + 2 * (dim % width > 0)
 

@@ -26,7 +26,7 @@ from engine.kernels.registry import backend_for, call, lazy, register
 ESTIMATORS = ("ldr", "dv", "nwj")
 
 
-class CMI(NamedTuple):
+class CMIOutput(NamedTuple):
     """What classifiers' logits say, in nats.
 
     Attributes:
@@ -80,7 +80,7 @@ def classifier_logits(
         return _Classify.apply(len(joint), places, k, flat, *joint, *(w.contiguous() for w in weights))
 
 
-def cmi(joint: Tensor, product: Tensor, estimator: str = "ldr", limit: float = LOGIT_LIMIT) -> CMI:
+def cmi(joint: Tensor, product: Tensor, estimator: str = "ldr", limit: float = LOGIT_LIMIT) -> CMIOutput:
     """Loss and values of classifiers' logits; see `engine.kernels.cmi.reference` for the formulas.
 
     Args:
@@ -110,10 +110,10 @@ def cmi(joint: Tensor, product: Tensor, estimator: str = "ldr", limit: float = L
         if backend_for(joint) == "reference":
             values = reference.cmi_values(joint.clamp(-limit, limit), product.clamp(-limit, limit))
             loss = reference.classifier_loss(joint, product)
-            return CMI(loss, values[estimator], torch.stack([values[e].detach() for e in ESTIMATORS]))
+            return CMIOutput(loss, values[estimator], torch.stack([values[e].detach() for e in ESTIMATORS]))
         flat = joint.reshape(-1, joint.shape[-1]).contiguous(), product.reshape(-1, product.shape[-1]).contiguous()
         loss, value, readings = _Read.apply(*flat, which, limit)
-        return CMI(loss.reshape(lead), value.reshape(lead), readings.reshape(3, *lead))
+        return CMIOutput(loss.reshape(lead), value.reshape(lead), readings.reshape(3, *lead))
 
 
 class _Classify(torch.autograd.Function):
@@ -238,7 +238,7 @@ def _register(name: str, function: str, schema: str, fake, cuda: str) -> None:
     register(
         name,
         schema,
-        cpu=lazy(f"{folder}.cpu", function),
+        cpu=lazy(f"{folder}.batched", function),
         cuda=lazy(f"{folder}.{cuda}", function),
         fake=fake,
         launches=lazy(f"{folder}.{cuda}", f"{function}_launches"),

@@ -1,13 +1,15 @@
-"""Classifiers of joint against product rows, all at once, by torch's batched products. Also what runs on a GPU.
+"""Classifiers of joint against product rows, all at once, by torch's batched products.
 
-What is saved against one classifier after another on rows written out:
+This is the CPU backend. On a GPU it runs where the fused kernels do not apply: many rows, or another type than fp32.
 
-- a feature of few columns, such as a label, is not repeated to the classifier's width: its columns of the first layer
-  are added up instead (of a label 128 become one);
-- y and z of product rows enter the first layer once a query, not once a row;
-- gradients of features that several classifiers read are accumulated where they arise;
-- nothing is computed that is not wanted: no weight gradients where weights are frozen, and no product rows in the
-  backward pass where their logits have no gradient (LDR).
+Compared with one classifier after another on rows written out, it saves four things:
+
+- A feature of few columns, such as a label, is not repeated to the classifier's width. Its columns of the first layer
+  are added up instead, so that 128 columns of a label become one.
+- y and z of product rows enter the first layer once per query, not once per row.
+- Gradients of features that several classifiers read are accumulated in place.
+- Only wanted gradients are computed: none of frozen weights, and none of product rows where their logits have no
+  gradient (LDR).
 """
 
 from __future__ import annotations
