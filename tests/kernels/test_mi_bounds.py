@@ -12,6 +12,7 @@ from engine.kernels.mi_bounds import (
     leave_one_out,
     update_log_ema,
 )
+from engine.kernels.mi_bounds.reference import infonce_of_scores
 from engine.mimrl.published import published_bound
 
 FORMULAS = (bound_value, published_bound)
@@ -251,3 +252,16 @@ def test_misuse_is_told_in_one_line(scores, bound, log_baseline, told):
     with pytest.raises(EstimatorError, match=told) as caught:
         bound_value(scores, bound, log_baseline)
     assert "\n" not in str(caught.value)
+
+
+def test_infonce_of_scores_is_the_softmax_loss():
+    scores = draw(6)[0][:, :4][None].repeat(2, 1, 1) * torch.tensor([1.0, 2.0])[:, None, None]
+    positives = torch.tensor([0, 1, 2, 3, 0, 2])
+    losses = infonce_of_scores(scores, positives)
+    log_p = scores.log_softmax(2)
+    expected = torch.stack([-log_p[:, i, p] for i, p in enumerate(positives.tolist())], 1)
+    torch.testing.assert_close(losses, expected)
+    scores[0, 1, 1] = math.inf
+    assert infonce_of_scores(scores, positives)[0, 1] == 0
+    square = draw(6)[0]
+    assert math.log(6) - infonce_of_scores(square).mean() == bound_value(square, "infonce")[0]

@@ -63,8 +63,7 @@ def bound_value(
         objective = None  # whose gradient stands in for the value's own
 
         if bound == "infonce":
-            # D_i - logaddexp(R_i, D_i), in the form that stays right for an infinite diagonal
-            value = math.log(count) - softplus(_row_lse(scores) - joint).mean()
+            value = math.log(count) - infonce_of_scores(scores).mean()
         elif bound == "dv":
             value = _dv(scores)
         elif bound == "mine":
@@ -192,19 +191,33 @@ def embedding_scores(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
         return scale * torch.matmul(full_precision(q), full_precision(k).transpose(1, 2))
 
 
+def infonce_of_scores(scores: Tensor, positives: Tensor | None = None) -> Tensor:
+    """InfoNCE loss of every row, -log softmax of its scores at its positive: [..., B, M] -> [..., B].
+
+    softplus(R_i - D_i), where D_i is the positive's score and R_i the LSE of the others. Unlike LSE_i - D_i this form
+    stays right for an infinite D_i.
+
+    Args:
+        positives: int64 [B], the column of each row's positive; by default the row's own number.
+    """
+    rows, columns = scores.shape[-2:]
+    if positives is None:
+        positives = torch.arange(rows, device=scores.device)
+    is_positive = torch.arange(columns, device=scores.device) == positives[:, None]
+    rest = scores.masked_fill(is_positive, -math.inf).logsumexp(-1)
+    joint = scores.gather(-1, positives.expand(scores.shape[:-1])[..., None])[..., 0]
+    return softplus(rest - joint)
+
+
 def infonce_losses(
     q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, symmetric: bool
 ) -> Tensor:
-    """InfoNCE loss of every row, [G, B]: D_i - LSE_j S_ij, negated. Arguments as for `op.infonce`, with groups."""
+    """InfoNCE loss of every row of embeddings, [G, B]. Arguments as for `op.infonce`, with groups."""
     scores = embedding_scores(q, k, scale)
-    rows = torch.arange(q.shape[1], device=q.device)
     if exclude_self:
         scores = scores.masked_fill(torch.eye(*scores.shape[1:], dtype=torch.bool, device=q.device), -math.inf)
-    joint = scores[:, rows, rows if positives is None else positives]
-    losses = scores.logsumexp(2) - joint
-    if symmetric:
-        losses = (losses + scores.logsumexp(1) - joint) / 2
-    return losses
+    losses = infonce_of_scores(scores, positives)
+    return (losses + infonce_of_scores(scores.mT)) / 2 if symmetric else losses
 
 
 def check_positives(positives: Tensor, columns: int, exclude_self: bool) -> None:
