@@ -28,10 +28,28 @@ TEXTS = {
 
 @dataclass(frozen=True)
 class Reading:
-    """A term or an expression read on many rows, in nats; `ceiling`: what it cannot exceed, None where nothing is."""
+    """A term or an expression estimated on many rows, in nats.
+
+    Attributes:
+        value: the estimate; NaN where the term was skipped.
+        ceiling: the largest value that the estimator can give on these rows; None where it has no such limit.
+    """
 
     value: float
     ceiling: float | None = None
+
+    @classmethod
+    def of_sum(cls, parts: Sequence[tuple[float, Reading]]) -> Reading:
+        """The reading of Σ coefficient · reading.
+
+        It has a ceiling where every part has one and no part is subtracted.
+
+        >>> Reading.of_sum([(1.0, Reading(2.0, 3.5)), (0.5, Reading(1.0, 4.0))])
+        Reading(value=2.5, ceiling=5.5)
+        """
+        parts = [(c, reading) for c, reading in parts if c != 0]
+        ceilings = [c * r.ceiling for c, r in parts if c > 0 and r.ceiling is not None]
+        return cls(sum(c * r.value for c, r in parts), sum(ceilings) if len(ceilings) == len(parts) else None)
 
 
 def mark(term: str, value: float | None, ceiling: float | None) -> str:
