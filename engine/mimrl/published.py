@@ -162,7 +162,7 @@ def published_estimator(term: Term, dims: Mapping[str, int], settings: Objective
         max(dims[term.x], dims[term.y], dims[term.given]),
         hidden=s.hidden,
         estimator=s.cmi_estimator,
-        last_activate=s.cmi_last_activate,
+        last_activate=getattr(s, "cmi_last_activate", "sigmoid"),
         on_degenerate=s.on_degenerate,
     )
 

@@ -110,7 +110,7 @@ class CubeBlock(nn.Module):
 
 
 class CubeMLP(nn.Module):
-    """The fusion encoder of CubeMLP and MIMRL (Sun et al., ACM MM 2022).
+    """The fusion encoder of CubeMLP (Sun et al., ACM MM 2022).
 
     Args:
         d_in: lengths (time, modality, channel) of the input cube.

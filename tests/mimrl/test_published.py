@@ -1,6 +1,7 @@
 """What the published code computes differently: its bounds, its classifier's reading, and how its estimators group."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,12 +128,14 @@ def test_unknown_last_activation():
 # -- in an objective -------------------------------------------------------------------------------------------------
 
 
-def published_objective(**settings) -> Objective:
+def published_objective(last_activate: str = "sigmoid", **settings) -> Objective:
+    def make(term, dims, settings):
+        return published_estimator(term, dims, SimpleNamespace(**dict(settings) | {"cmi_last_activate": last_activate}))
+
     torch.manual_seed(0)
     settings = ObjectiveConfig(hidden=16, embed=8, k_neighbor=2, **settings)
     terms = [MI("A", "B"), MI("A", "C"), CMI("A", "B", given="C"), CMI("B", "A", given="C")]
-    widths = {"A": 4, "B": 4, "C": 1}
-    return Objective(terms, widths, settings=settings, make_estimator=published_estimator, shared_draws=False)
+    return Objective(terms, {"A": 4, "B": 4, "C": 1}, settings=settings, make_estimator=make, shared_draws=False)
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -143,7 +146,7 @@ def test_groups_where_the_bound_is_the_general_one(bound: str):
     assert kinds == ([CMIGroup] if alone else [MIGroup, CMIGroup])
 
 
-@pytest.mark.parametrize("settings", [{}, {"bound": "smile"}, {"cmi_last_activate": "hardtanh"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"bound": "smile"}, {"last_activate": "hardtanh"}], ids=str)
 def test_groups_give_what_the_estimators_give(settings: dict):
     objective = published_objective(**settings)
     rows = {name: draw(12, width, seed=width, dtype=torch.float32) for name, width in (("A", 4), ("B", 4), ("C", 1))}

@@ -289,7 +289,7 @@ def _folds(first: Tensor, width: int) -> int:
 
 
 def aot_cases() -> list[AotCase]:
-    """MIMRL's six classifiers in every precision, with weights' gradients alone and with all."""
+    """Six classifiers of four features in every precision, with weights' gradients alone and with all."""
     widths = tuple(1 if s == 3 else 128 for s in (1, 3, 0, 0, 1, 3, 2, 3, 0, 0, 2, 3, 0, 3, 1, 0, 3, 2))
     rows, sizes = ("*fp32",) * 18, {"b": "i32", "rows": "i32", "k": "i32"}
     found = []
