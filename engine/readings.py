@@ -144,8 +144,8 @@ def print_rows(console: Any, history: Sequence[Mapping[str, Any]], best: int | N
 
 
 def _group(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = values.get(key)
-    return found if isinstance(found, Mapping) else {}
+    group = values.get(key)
+    return group if isinstance(group, Mapping) else {}
 
 
 def _number(value: Any) -> float | None:

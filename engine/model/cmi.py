@@ -28,18 +28,24 @@ ESTIMATORS = READINGS
 class CMIEstimator(nn.Module):
     """An estimate of I(X;Y|Z) with its trainable classifier, MLP(3·dim → hidden → hidden → hidden → logit), ReLU.
 
-    The classifier runs once a call; its logits give the loss (binary cross-entropy) and the values (see
-    `engine.kernels.cmi`). Values are read from logits clamped to ±`LOGIT_LIMIT`: LDR cannot exceed 9.21 nats, NWJ
-    10.21, DV 18.42, and rows beyond the limit have no gradient in the surrogate. The loss uses the logits as they are.
-    Gradients reach the joint rows and, where they require grad, the product rows. Values may be negative and are never
-    clipped.
+    The classifier runs once per call. Its logits give the loss (binary cross-entropy) and the values (see
+    `engine.kernels.cmi`). The loss uses the logits as they are. Values are read from logits clamped to ±`LOGIT_LIMIT`,
+    so that LDR cannot exceed 9.21 nats, NWJ 10.21 and DV 18.42. Rows beyond the limit have no gradient in the
+    surrogate. Gradients reach the joint rows, and the product rows if they require grad. Values may be negative and are
+    never clipped.
+
+    >>> estimator = CMIEstimator(dim=8)
+    >>> joint, product = ([torch.randn(n, 8) for _ in range(3)] for n in (32, 30))
+    >>> sorted(estimator(joint, product).details)
+    ['dv', 'ldr', 'nwj']
 
     Args:
-        dim: width to which x, y and z are brought by repeating their columns (a label of one column fills `dim`).
+        dim: width of x, y and z for the classifier. Columns of narrower features are repeated up to it.
         hidden: width of the hidden layers.
-        estimator: which of "ldr", "dv", "nwj" is the value; the others are in `details`.
-        on_degenerate: a joint batch of one, no product rows, or non-finite logits: "raise" an EstimatorError, or
-            "skip": value, surrogate and loss are 0 with zero gradients, and `details["skipped"]` is 1.
+        estimator: which of "ldr", "dv" and "nwj" is the value. `details` holds all three.
+        on_degenerate: what to do with a joint batch of one, no product rows or non-finite logits. "raise" raises an
+            EstimatorError. "skip" gives 0 as value, surrogate and loss, with zero gradients, and
+            `details["skipped"]` = 1.
 
     Biases start at 0, weights Xavier-uniform. `state_dict` names: classifier.{0,2,4,6}.{weight,bias}.
 

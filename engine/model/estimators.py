@@ -28,13 +28,13 @@ MODULES = {"relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "leakyrelu": nn.Leak
 
 @dataclass
 class Estimate:
-    """One estimate from one batch; value and loss are told apart because their signs differ.
+    """One estimate from one batch. Value and loss are separate because their signs differ.
 
     Attributes:
         value: the estimate in nats, detached, 0-d.
-        surrogate: 0-d, numerically equal to `value`, carries the gradient that *increases* the information.
-        loss: 0-d, what the estimator's own parameters minimise.
-        details: detached extras by name; `details["skipped"]` = 1 where a degenerate batch was skipped.
+        surrogate: 0-d, numerically equal to `value`. Its gradient *increases* the information.
+        loss: 0-d, minimised by the estimator's own parameters.
+        details: detached extras by name. `details["skipped"]` = 1 where a degenerate batch was skipped.
     """
 
     value: Tensor
@@ -62,25 +62,25 @@ class Estimates:
     details: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, found: Mapping[str, Estimate]) -> Estimates:
+    def of(cls, estimates: Mapping[str, Estimate]) -> Estimates:
         """From estimates that were made one by one."""
         return cls(
-            list(found),
-            torch.stack([e.surrogate for e in found.values()]),
-            torch.stack([e.loss for e in found.values()]),
-            details={name: e.details for name, e in found.items()},
+            list(estimates),
+            torch.stack([e.surrogate for e in estimates.values()]),
+            torch.stack([e.loss for e in estimates.values()]),
+            details={name: e.details for name, e in estimates.items()},
         )
 
     def apart(self) -> dict[str, Estimate]:
-        """Every term's `Estimate`; its tensors are views of the vectors."""
+        """Each term's `Estimate`. Its tensors are views of the vectors."""
         loss = -self.surrogate if self.loss is None else self.loss
         parts = zip(*(scalars(t) for t in (self.surrogate.detach(), self.surrogate, loss)), strict=True)
-        found = {name: Estimate(*of_one) for name, of_one in zip(self.names, parts, strict=True)}
-        for n, (name, estimate) in enumerate(found.items()):
+        estimates = {name: Estimate(*of_one) for name, of_one in zip(self.names, parts, strict=True)}
+        for n, (name, estimate) in enumerate(estimates.items()):
             if self.readings is not None:
                 estimate.details |= dict(zip(READINGS, scalars(self.readings[:, n]), strict=True))
             estimate.details |= self.details.get(name, {})
-        return found
+        return estimates
 
 
 Initialise = Callable[[nn.Linear], None]
@@ -88,29 +88,35 @@ Initialise = Callable[[nn.Linear], None]
 
 
 class MIEstimator(nn.Module):
-    """A lower bound on (or, for DV, SMILE and JS, an estimate of) I(X;Y), with its trainable critic and log-baseline.
+    """An estimate of I(X;Y), with its trainable critic and log-baseline.
 
-    The bounds are defined in `engine.kernels.mi_bounds`. Values may be negative and are never clipped: a negative value
-    means a critic that is not trained yet. InfoNCE cannot exceed log B, the interpolated bound
-    1 + log((B - 1) / alpha).
+    The bounds are defined in `engine.kernels.mi_bounds`. DV, SMILE and JS are estimates without being bounds. Values
+    are never clipped; a negative value means that the critic is not trained yet. InfoNCE cannot exceed log B, and the
+    interpolated bound cannot exceed 1 + log((B - 1) / alpha).
+
+    >>> estimator = MIEstimator(dim_x=8, dim_y=4)
+    >>> estimate = estimator(torch.randn(32, 8), torch.randn(32, 4))
+    >>> estimate.loss.item() == -estimate.value.item()
+    True
 
     Args:
         dim_x, dim_y: widths of x and y.
         critic: "separate", h(y) g(x)^T, or "concat", f([x; y]) on all pairs.
         bound: one of `engine.kernels.mi_bounds.BOUNDS`.
-        baseline: log a(y), used by `tuba` and `interpolate`: "constant" (0), "unnormalized" (an MLP), "gaussian" (see
+        baseline: log a(y), used by `tuba` and `interpolate`: "constant" (0), "unnormalized" (an MLP) or "gaussian" (see
             `LogBaseline`).
-        hidden, embed, layers, activation: MLPs of `layers` + 1 hidden layers of width `hidden`; `embed` is the width of
-            the separate critic's g and h.
+        hidden, embed, layers, activation: the MLPs have `layers` + 1 hidden layers of width `hidden`. `embed` is the
+            output width of the separate critic's g and h.
         alpha: interpolate: weight of the multi-sample baseline.
         smile_tau: smile: scores are clipped to +-tau in the partition function.
-        ema_rate: mine: rate of the moving average of mean e^S, kept in the log domain in the buffer `log_ema`, which
-            state_dict carries. The first batch begins it; eval mode reads it without changing it.
-        on_degenerate: a batch of one, non-finite scores or a non-finite estimate: "raise" an EstimatorError, or "skip":
-            value, surrogate and loss are 0 with zero gradients, and `details["skipped"]` is 1.
+        ema_rate: mine: rate of the moving average of mean e^S. The buffer `log_ema` keeps its logarithm, and state_dict
+            carries it. The first batch starts the average; eval mode uses it without changing it.
+        on_degenerate: what to do with a batch of one, non-finite scores or a non-finite estimate. "raise" raises an
+            EstimatorError. "skip" gives 0 as value, surrogate and loss, with zero gradients, and
+            `details["skipped"]` = 1.
 
-    All biases start at 0; weights are Xavier-uniform, which keeps the scores of standardised inputs of order 1 at the
-    start, where every bound still has a gradient.
+    Biases start at 0 and weights Xavier-uniform. Scores of standardised inputs are then of order 1, where every bound
+    has a gradient.
 
     A subclass may change how layers start (`initialise`), what scores give (`read_scores`) and what the estimator
     minimises (`loss_of`). It then runs alone, unless its `group_key` says that a group computes the same.
@@ -177,7 +183,7 @@ class MIEstimator(nn.Module):
         return -surrogate
 
     def forward(self, x: Tensor, y: Tensor) -> Estimate:
-        """x [B, dim_x], y [B, dim_y], row i of both from the same sample.
+        """One estimate from x [B, dim_x] and y [B, dim_y]. Row i of both comes from the same sample.
 
         Raises:
             EstimatorError: shapes, types or devices that do not fit; a degenerate batch under on_degenerate="raise".
@@ -216,7 +222,7 @@ class MIEstimator(nn.Module):
         return Estimate(value, surrogate, loss)
 
     def reset_average(self) -> None:
-        """Forget MINE's moving average: the next batch begins it anew. Nothing to do for the other bounds."""
+        """Forget MINE's moving average, so that the next batch starts it anew. Other bounds have none."""
         if hasattr(self, "log_ema"):
             self.log_ema.fill_(-math.inf)
 
@@ -289,11 +295,11 @@ class Critic(nn.Module):
 
     @property
     def has_infonce(self) -> bool:
-        """Whether `infonce` applies: to the MLP of "concat", as it was built."""
+        """Whether `infonce` applies: "concat", with its MLP as it was built."""
         return self.kind == "concat" and mlp_layers(self.f, self.activation) is not None
 
     def infonce(self, x: Tensor, y: Tensor) -> Tensor:
-        """The InfoNCE bound of the scores of "concat", 0-d, without storing them; NaN if one is not finite."""
+        """The InfoNCE bound of "concat", 0-d, without storing the scores. NaN where a score is not finite."""
         layers = mlp_layers(self.f, self.activation)
         return concat_infonce(x, y, layers, self.activation, transpose=self.transpose)
 
@@ -302,7 +308,7 @@ class LogBaseline(nn.Module):
     """log a(y), [B, dim_y] -> [B, 1], fp32.
 
     kind "constant": 0. "unnormalized": an MLP. "gaussian": the sum over the columns of y of log N(y; 0, 1), without
-    parameters. It falls by .92 nats or more a column, so in many dimensions e^(S - log a) overflows: use it for few.
+    parameters. It falls by .92 nats or more per column, so e^(S - log a) overflows for a y of many columns.
     """
 
     def __init__(
@@ -352,8 +358,8 @@ def build_mlp(
 def mlp_layers(tower: nn.Module, activation: str = "relu") -> list[tuple[Tensor, Tensor]] | None:
     """(weight, bias) of each linear layer, for the functions of `engine.kernels.critics`.
 
-    None where `tower` is not, or no longer, what `build_mlp` makes: another module or activation, one layer more, a
-    hook. Such a tower has to be called.
+    None where `tower` is not, or no longer, what `build_mlp` makes: another module or activation, an extra layer, or a
+    hook. Such a tower must be called as a module.
     """
     if type(tower) is not nn.Sequential or _has_hooks(tower):
         return None
@@ -367,16 +373,16 @@ def mlp_layers(tower: nn.Module, activation: str = "relu") -> list[tuple[Tensor,
 
 
 def run_mlp(tower: nn.Module, x: Tensor, activation: str = "relu") -> Tensor:
-    """[B, d] -> [B, n], fp32 (fp64 for fp64): by the kernels' `mlp`, or by the module itself where it was changed."""
+    """[B, d] -> [B, n], fp32 (fp64 for fp64): by the kernels' `mlp`, or by the module itself if it was changed."""
     layers = mlp_layers(tower, activation)
     return full_precision(tower(x)) if layers is None else mlp(x, layers, activation)
 
 
 def own_type(where: str, estimator: nn.Module, *features: Tensor) -> list[Tensor]:
-    """Features as torch's layers multiply them with the estimator's parameters: whole numbers become that type.
+    """Features in the type of the estimator's parameters: whole numbers are converted.
 
     Raises:
-        EstimatorError: another floating type (but for autocast), complex numbers, or another device.
+        EstimatorError: another floating type outside of autocast, complex numbers, or another device.
     """
     own = next(estimator.parameters(), None)
     exact_type(where, *features, own, integers=True)
@@ -419,7 +425,7 @@ def finite(*tensors: Tensor) -> bool:
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    # one sum tells it; only a sum that overflows needs a second look
+    # the sum is finite unless a value is not, or the sum overflows
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
@@ -434,13 +440,13 @@ def or_zero(tensor: Tensor, on_degenerate: str) -> Tensor:
 
 
 def scalars(vector: Tensor) -> list[Tensor]:
-    """x[0], x[1], ...: views, or copies where torch.compile would have to return views of one tensor."""
+    """x[0], x[1], ... as views; as copies within torch.compile, which cannot return views of one tensor."""
     parts = list(vector.unbind())
     return [part.clone() for part in parts] if torch.compiler.is_compiling() else parts
 
 
 def zero_with_gradients(*tensors: Tensor) -> Tensor:
-    """0, whose gradient is zero for every one of `tensors`, even for those that hold NaN or infinity."""
+    """0 with a zero gradient for each of `tensors`, even for those that hold NaN or infinity."""
     total = sum(tensor.sum() for tensor in tensors)
     return torch.where(torch.zeros_like(total, dtype=torch.bool), total, torch.zeros_like(total))
 

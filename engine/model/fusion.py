@@ -114,7 +114,12 @@ _REGISTERED: dict[str, Callable[[Config], nn.Module]] = {}
 
 
 def register_fusion(name: str, factory: Callable[[Config], nn.Module]) -> None:
-    """Make `model.fusion: name` build `factory(config)`, a FusionEncoder. A name of your own may be registered again.
+    """Let `model.fusion: name` build `factory(config)`, a FusionEncoder. Registering a name again replaces the factory.
+
+    >>> register_fusion("small", lambda config: TensorFusion(config.model.d_common, factors=4))
+    >>> config = Config(model={"fusion": "small", "d_common": 8})
+    >>> make_fusion(config).dim
+    8
 
     Raises:
         ConfigError: the name is a built-in one.

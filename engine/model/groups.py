@@ -1,7 +1,7 @@
-"""Estimators of one shape as one module: every layer of all of them is one parameter, [N, out, in].
+"""Estimators of one shape as one module: each layer of all of them is one parameter, [N, out, in].
 
-A group costs a few large products in place of many small ones, and an optimiser sees a few large tensors in place of
-many small ones. The kernels take the parameters as they are: nothing is copied or put together in a step.
+A group computes a few large products instead of many small ones, and an optimiser updates a few large tensors. The
+kernels read these parameters directly; no step copies or stacks them.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ class StackedLinear(nn.Module):
 
 
 class Group(nn.Module):
-    """Several estimators of one shape and one setting, evaluated together. `MIGroup` and `CMIGroup` say how.
+    """Several estimators of one shape and one setting, computed together by `MIGroup` or `CMIGroup`.
 
-    A batch on which they cannot run together (a degenerate one, for instance) is given to one after the other, so that
-    results and errors are always those of the estimators themselves.
+    Where a batch cannot be computed together, such as a degenerate one, the estimators run one after another. Results
+    and errors are therefore always those of the single estimators.
 
     Args:
         estimators: by name; their values are copied.
-        features: for every estimator the names of the features that it reads.
+        features: the names of the features that each estimator reads.
     """
 
     def __init__(self, estimators: Mapping[str, nn.Module], features: Mapping[str, tuple[str, ...]]):
         super().__init__()
         self.names = list(estimators)
         self.features = [tuple(features[name]) for name in self.names]
-        # What each estimator is apart from its values. In a dict, so that they are not registered as submodules.
+        # The estimators without values. In a dict, so that they are not registered as submodules.
         self._templates = {name: copy.deepcopy(estimator).to("meta") for name, estimator in estimators.items()}
-        # For each parameter and buffer of the group what its entries are: (estimator, name in the estimator).
+        # For each parameter and buffer of the group: (estimator, name in the estimator) of every entry.
         self._entries: dict[str, list[tuple[str, str]]] = {}
 
     def _stack(self, name: str, layers: Sequence[tuple[str, str, nn.Linear]]) -> StackedLinear:
@@ -61,23 +61,23 @@ class Group(nn.Module):
 
     @property
     def example(self) -> Any:
-        """One of the estimators, without values: their settings are the same."""
+        """One of the estimators, without values. All have the same settings."""
         return self._templates[self.names[0]]
 
     # -- one estimator's part ----------------------------------------------------------------------
 
     def tensors(self, name: str, grads: bool = False) -> dict[str, Tensor | None]:
-        """One estimator's parameters and buffers under their names in it, as views; or views of their gradients."""
+        """One estimator's parameters and buffers (or gradients) as views, under the names that they have in it."""
         own = dict(self.named_buffers()) | dict(self.named_parameters())
         if grads:
             own = {stack: t.grad if isinstance(t, nn.Parameter) else None for stack, t in own.items()}
-        found: dict[str, Tensor | None] = {}
+        parts: dict[str, Tensor | None] = {}
         for stack, members in self._entries.items():
             whole = own[stack]
             for n, (estimator, part) in enumerate(members):
                 if estimator == name:
-                    found[part] = None if whole is None else whole[n]
-        return {part: found[part] for part in self._templates[name].state_dict()}
+                    parts[part] = None if whole is None else whole[n]
+        return {part: parts[part] for part in self._templates[name].state_dict()}
 
     def template(self, name: str) -> nn.Module:
         """One estimator without values."""
@@ -85,10 +85,10 @@ class Group(nn.Module):
 
     def copy_of(self, name: str) -> nn.Module:
         """One estimator as a module of its own, with a copy of its values."""
-        found = copy.deepcopy(self.template(name))
-        found.load_state_dict({part: t.detach().clone() for part, t in self.tensors(name).items()}, assign=True)
+        estimator = copy.deepcopy(self.template(name))
+        estimator.load_state_dict({part: t.detach().clone() for part, t in self.tensors(name).items()}, assign=True)
         learns = next(self.parameters()).requires_grad
-        return found.requires_grad_(learns)
+        return estimator.requires_grad_(learns)
 
     def run(self, name: str, *arguments: Any) -> Estimate:
         """One estimator's estimate; its gradients reach the group's parameters."""
@@ -98,12 +98,12 @@ class Group(nn.Module):
         return Estimates.of({name: self.run(name, *arguments[name]) for name in self.names})
 
     def restack(self, state: dict[str, Tensor], parts: str, prefix: str, absent: Iterable[str] = ()) -> None:
-        """Put the tensors of single estimators in a state dict together as this group has them.
+        """Stack the tensors of single estimators in a state dict as this group stacks them.
 
         Args:
-            state: changed in place; what is incomplete or misshapen is left as it is.
-            parts: what comes before the estimators' names in it.
-            prefix: what comes before the names of the group's own tensors.
+            state: changed in place. Incomplete or misshapen entries stay as they are.
+            parts: prefix of the estimators' names in `state`.
+            prefix: prefix of the group's own tensors.
             absent: estimators whose values are taken from the group itself.
         """
         own = self.state_dict()
@@ -112,18 +112,18 @@ class Group(nn.Module):
             given = [n for n, (estimator, _) in zip(names, members, strict=True) if estimator not in absent]
             if not all(n in state and state[n].shape == own[stack].shape[1:] for n in given):
                 continue
-            found = [state.pop(n) if n in given else own[stack][i] for i, n in enumerate(names)]
-            state[f"{prefix}{stack}"] = torch.stack([t.to(found[0]) for t in found])
+            single = [state.pop(n) if n in given else own[stack][i] for i, n in enumerate(names)]
+            state[f"{prefix}{stack}"] = torch.stack([t.to(single[0]) for t in single])
 
 
 class MIGroup(Group):
     """`MIEstimator`s with separate critics: all towers at once.
 
-    They run together if they have ReLU, a constant baseline and equal settings and widths of hidden layers; widths of
+    They run together if they have ReLU, a constant baseline, and equal settings and widths of hidden layers. Widths of
     x and y may differ. See `alike`.
 
-    Parameters: `first.{i}`, the first layers of the towers that read the i-th feature; `rest.{l}`, the further layers
-    of all towers, in the order of `first`. MINE: buffer `log_ema`, [estimators].
+    Parameters: `first.{i}` holds the first layers of the towers that read the i-th feature, `rest.{l}` the further
+    layers of all towers in the order of `first`. MINE has a buffer `log_ema`, [estimators].
     """
 
     def __init__(self, estimators: Mapping[str, MIEstimator], features: Mapping[str, tuple[str, str]]):
@@ -136,7 +136,7 @@ class MIGroup(Group):
             for which, of_tower in zip("gh", read, strict=True)
             if of_tower == source
         ]
-        # places of the towers of y, and of x, in the order of the estimators
+        # numbers of the towers of y, and of x, in the order of the estimators
         order = [tower[1:] for tower in towers]
         self.rows, self.columns = ([order.index((name, which)) for name in self.names] for which in "hg")
         linear = {
@@ -185,18 +185,18 @@ class MIGroup(Group):
         inputs = [features[source] for source in self.sources]
         value = self._together(inputs) if self._fits(inputs) else None
         if value is None:
-            found = self.one_by_one(self.arguments(features))
-            found.loss = None  # -surrogate, as of all estimators that can form a group
-            return found
+            estimates = self.one_by_one(self.arguments(features))
+            estimates.loss = None  # it is -surrogate for all estimators that can form a group
+            return estimates
         return Estimates(self.names, or_zero(value, self.example.on_degenerate))
 
     def _fits(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether the batch is one that the estimators accept; if not, they say themselves what is wrong."""
+        """Whether the estimators accept the batch. If not, they run one by one and raise their own errors."""
         rows, widths = len(inputs[0]), [layer.weight.shape[2] for layer in self.first]
         return rows >= 2 and all(x.shape == (rows, width) for x, width in zip(inputs, widths, strict=True))
 
     def _together(self, inputs: Sequence[Tensor]) -> Tensor | None:
-        """Values [estimators]; None where one of the estimators has something to say about the batch."""
+        """Values [estimators]; None where an estimator would find the batch degenerate."""
         e = self.example
         if e.bound == "infonce":
             stacks = [t for layers in (self.first, self.rest) for layer in layers for t in (layer.weight, layer.bias)]
@@ -211,7 +211,7 @@ class MIGroup(Group):
             value, log_ema = mi_lower_bound(q, k, log_ema=self.log_ema, ema_rate=e.ema_rate, **settings)
         else:
             value = mi_lower_bound(q, k, **settings)
-        # A non-finite score leaves no bound finite, except where a formula cuts it off: those look at the embeddings.
+        # A non-finite score makes every bound non-finite, unless its formula clips scores. So check embeddings, too.
         if not finite(value, embedded):
             return None
         if log_ema is not None and self.training:
@@ -222,9 +222,9 @@ class MIGroup(Group):
 class CMIGroup(Group):
     """`CMIEstimator`s of equal dim, hidden width and settings: all classifiers at once. See `alike`.
 
-    One by one run all of them where product rows require gradients or differ in number.
+    They run one by one where product rows require gradients or differ in number.
 
-    Parameters: `layers.{l}`, the l-th layer of all classifiers.
+    Parameters: `layers.{l}` holds the l-th layer of all classifiers.
     """
 
     def __init__(self, estimators: Mapping[str, CMIEstimator], features: Mapping[str, tuple[str, str, str]]):
@@ -260,7 +260,7 @@ class CMIGroup(Group):
 
         Args:
             features: [B, width] each, of the joint rows.
-            products: for every estimator its product rows (x, y, z); of `ProductRows` y and z are not repeated.
+            products: the product rows (x, y, z) of each estimator. y and z of `ProductRows` are not repeated.
 
         Raises:
             EstimatorError: as the estimators do.
@@ -292,7 +292,7 @@ class CMIGroup(Group):
 
 
 def _fit(joint: Sequence[Tensor], slots: Sequence[Sequence[int]], parts: Sequence[Rows], k: int, dim: int) -> bool:
-    """Whether the rows are such that the estimators can run together."""
+    """Whether the rows have the shapes with which the estimators can run together."""
     if any(t.dim() != 2 for t in joint) or any(len(three) != 3 or any(t.dim() != 2 for t in three) for three in parts):
         return False
     b, p = len(joint[0]), len(parts[0][0])

@@ -39,15 +39,15 @@ def lower(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor
     copied = [g for g in groups if len(g) > 1 or g[0].dtype != dtype]
     frozen = [g for g in copied if not any(t.requires_grad for t in g)]
     moving = [g for g in copied if any(t.requires_grad for t in g)]
-    found: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
     if frozen:
-        found |= zip(map(id, frozen), _copied(frozen, dtype), strict=True)
+        copies |= zip(map(id, frozen), _copied(frozen, dtype), strict=True)
     if moving and backend_for(moving[0][0]) == "reference":
-        found |= {id(g): torch.cat(g).to(dtype) for g in moving}
+        copies |= {id(g): torch.cat(g).to(dtype) for g in moving}
     elif moving:
         sizes = [len(g) for g in moving]
-        found |= zip(map(id, moving), _Lower.apply(dtype, sizes, *(t for g in moving for t in g)), strict=True)
-    return [found.get(id(g), g[0]) for g in groups]
+        copies |= zip(map(id, moving), _Lower.apply(dtype, sizes, *(t for g in moving for t in g)), strict=True)
+    return [copies.get(id(g), g[0]) for g in groups]
 
 
 def _copied(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:

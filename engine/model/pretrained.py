@@ -173,11 +173,11 @@ def known_code_only(source: str) -> Iterator[None]:
 
 def refuse_kernels(source: str, config: Any) -> None:
     """A configuration may name a repository whose compiled attention transformers would download and run."""
-    found = getattr(config, "_attn_implementation", None)
-    if isinstance(found, str) and "/" in found:
+    attention = getattr(config, "_attn_implementation", None)
+    if isinstance(attention, str) and "/" in attention:
         raise ConfigError(
             "text_encoder",
-            f"{source}, whose attention is the code of a repository ({found})",
+            f"{source}, whose attention is the code of a repository ({attention})",
             "an attention that transformers has itself, such as sdpa",
             "Take attn_implementation out of its config.json.",
         )

@@ -111,8 +111,8 @@ def backward(
         for i, (each, of_pre) in enumerate(((x, part), (y, once), (z, once))):
             # a product with one column is slow
             one = each.shape[2] == 1
-            found = (of_pre * each).sum(1)[:, :, None] if one else torch.bmm(of_pre.mT, each)
-            _unfold(found, _slot(of_first, run, i))
+            gradient = (of_pre * each).sum(1)[:, :, None] if one else torch.bmm(of_pre.mT, each)
+            _unfold(gradient, _slot(of_first, run, i))
     return [*of_joint, of_first, grad.sum(1), *of_rest]
 
 

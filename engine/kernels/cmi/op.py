@@ -140,12 +140,12 @@ class _Classify(torch.autograd.Function):
         if product_grad is not None:
             product_grad = product_grad.contiguous()
         with torch.autocast(first.device.type, enabled=False):
-            found = call(
+            gradients = call(
                 "cmi_backward", joint_grad.contiguous(), product_grad, first, rest, joint, ctx.places, product, ctx.k,
                 layers, *wanted,
             )  # fmt: skip
-        of_joint = found[:count] if wanted[0] else [None] * count
-        of_weights = found[count if wanted[0] else 0 :] if wanted[1] else [None] * (2 + 2 * depth)
+        of_joint = gradients[:count] if wanted[0] else [None] * count
+        of_weights = gradients[count if wanted[0] else 0 :] if wanted[1] else [None] * (2 + 2 * depth)
         return None, None, None, None, *of_joint, *of_weights
 
 
@@ -218,10 +218,10 @@ def _fake_forward(first, first_bias, rest, joint, slots, product, k):
 def _fake_backward(
     joint_grad, product_grad, first, rest, joint, slots, product, k, layers, row_grads, weight_grads
 ):  # fmt: skip
-    found = [torch.empty_like(j) for j in joint] if row_grads else []
+    gradients = [torch.empty_like(j) for j in joint] if row_grads else []
     if weight_grads:
-        found += [new for w in (first, *rest) for new in (torch.empty_like(w), w.new_empty(w.shape[:2]))]
-    return found
+        gradients += [new for w in (first, *rest) for new in (torch.empty_like(w), w.new_empty(w.shape[:2]))]
+    return gradients
 
 
 def _fake_read(joint, product, limit):
