@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.errors import EstimatorError
-from engine.kernels.cmi import cmi_values
+from engine.kernels.cmi import READINGS, cmi_values
 from engine.kernels.mi_bounds import bound_value
 from engine.kernels.mi_bounds.reference import full_precision
 from engine.model.cmi import CMIEstimator
-from engine.model.estimators import READINGS, MIEstimator
+from engine.model.estimators import MIEstimator, check_choice
 
 if TYPE_CHECKING:
     from engine.config import ObjectiveConfig
@@ -119,9 +119,7 @@ class PublishedCMIEstimator(CMIEstimator):
         last_activate: str = "sigmoid",
         on_degenerate: str = "raise",
     ):
-        if last_activate not in LAST_ACTIVATIONS:
-            expected = f"one of {', '.join(LAST_ACTIVATIONS)}"
-            raise EstimatorError("last_activate", repr(last_activate), expected, "Choose one of these.")
+        check_choice("last_activate", last_activate, LAST_ACTIVATIONS)
         super().__init__(dim, hidden, estimator, on_degenerate)
         self.last_activate = last_activate
 

@@ -6,23 +6,22 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import EstimatorError
-from engine.kernels.cmi import LOGIT_LIMIT, classifier_loss, cmi_values
+from engine.kernels.cmi import LOGIT_LIMIT, READINGS, classifier_loss, cmi_values
 from engine.model.estimators import (
-    READINGS,
     Estimate,
     build_mlp,
+    check_choice,
     finite,
     or_zero,
     own_type,
+    raise_or_skip,
     refuse_compat,
     run_mlp,
     scalars,
     xavier,
-    zero_with_gradients,
 )
 
 Rows = tuple[Tensor, Tensor, Tensor]
-ESTIMATORS = READINGS
 
 
 class CMIEstimator(nn.Module):
@@ -67,12 +66,8 @@ class CMIEstimator(nn.Module):
     ):
         super().__init__()
         refuse_compat("CMIEstimator", compat)
-        for what, value, choices in (
-            ("estimator", estimator, ESTIMATORS),
-            ("on_degenerate", on_degenerate, ("raise", "skip")),
-        ):
-            if value not in choices:
-                raise EstimatorError(what, repr(value), f"one of {', '.join(choices)}", "Choose one of these.")
+        check_choice("estimator", estimator, READINGS)
+        check_choice("on_degenerate", on_degenerate, ("raise", "skip"))
         self.dim, self.estimator, self.on_degenerate = dim, estimator, on_degenerate
         self.classifier = build_mlp(3 * dim, self.outputs, hidden, 2, "relu", self.initialise)
 
@@ -155,9 +150,4 @@ class CMIEstimator(nn.Module):
         return "conditional mutual information"
 
     def _degenerate(self, found: str, expected: str, joint: Rows, product: Rows) -> Estimate:
-        if self.on_degenerate == "raise":
-            raise EstimatorError(
-                self._where(), found, expected, 'Check the features and the learning rate, or set on_degenerate="skip".'
-            )
-        zero = zero_with_gradients(*joint, *product, *self.parameters())
-        return Estimate(zero.detach(), zero, zero, {"skipped": torch.ones((), device=zero.device)})
+        return raise_or_skip(self, self._where(), found, expected, *joint, *product)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from engine.errors import EstimatorError
 from engine.kernels.arguments import exact_type
+from engine.kernels.cmi import READINGS
 from engine.kernels.critics import ACTIVATIONS, concat_infonce, concat_scores, mlp
 from engine.kernels.gradients import transformed, update_buffer
 from engine.kernels.mi_bounds import BOUNDS, bound_value, update_log_ema
@@ -20,8 +21,6 @@ from engine.kernels.registry import is_static
 
 CRITICS = ("separate", "concat")
 BASELINES = ("constant", "unnormalized", "gaussian")
-
-READINGS = ("ldr", "dv", "nwj")
 
 MODULES = {"relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "leakyrelu": nn.LeakyReLU, "tanh": nn.Tanh}
 
@@ -145,8 +144,8 @@ class MIEstimator(nn.Module):
     ):
         super().__init__()
         refuse_compat("MIEstimator", compat)
-        _one_of("bound", bound, BOUNDS)
-        _one_of("on_degenerate", on_degenerate, ("raise", "skip"))
+        check_choice("bound", bound, BOUNDS)
+        check_choice("on_degenerate", on_degenerate, ("raise", "skip"))
         check_settings("MIEstimator", alpha, smile_tau, ema_rate)
         self.dim_x, self.dim_y = dim_x, dim_y
         self.bound, self.on_degenerate = bound, on_degenerate
@@ -239,13 +238,8 @@ class MIEstimator(nn.Module):
     def _where(self) -> str:
         return f"mutual information ({self.bound})"
 
-    def _degenerate(self, found: str, expected: str, x: Tensor, y: Tensor) -> Estimate:
-        if self.on_degenerate == "raise":
-            raise EstimatorError(
-                self._where(), found, expected, 'Check the features and the learning rate, or set on_degenerate="skip".'
-            )
-        zero = zero_with_gradients(x, y, *self.parameters())
-        return Estimate(zero.detach(), zero, zero, {"skipped": torch.ones((), device=x.device)})
+    def _degenerate(self, found: str, expected: str, *features: Tensor) -> Estimate:
+        return raise_or_skip(self, self._where(), found, expected, *features)
 
 
 class Critic(nn.Module):
@@ -271,7 +265,7 @@ class Critic(nn.Module):
         initialise: Initialise | None = None,
     ):
         super().__init__()
-        _one_of("critic", kind, CRITICS)
+        check_choice("critic", kind, CRITICS)
         self.kind, self.activation, self.transpose = kind, activation, False
         if kind == "separate":
             self.g = build_mlp(dim_x, embed, hidden, layers, activation, initialise)
@@ -321,7 +315,7 @@ class LogBaseline(nn.Module):
         initialise: Initialise | None = None,
     ):
         super().__init__()
-        _one_of("baseline", kind, BASELINES)
+        check_choice("baseline", kind, BASELINES)
         self.kind, self.activation = kind, activation
         if kind == "unnormalized":
             self.mlp = build_mlp(dim_y, 1, hidden, layers, activation, initialise)
@@ -345,7 +339,7 @@ def build_mlp(
     dim_in: int, dim_out: int, hidden: int, layers: int, activation: str, initialise: Initialise | None = None
 ) -> nn.Sequential:
     """An MLP of `layers` + 1 hidden layers, each started by `initialise` (default: `xavier`)."""
-    _one_of("activation", activation, tuple(ACTIVATIONS))
+    check_choice("activation", activation, tuple(ACTIVATIONS))
     widths = [dim_in] + [hidden] * (layers + 1) + [dim_out]
     modules: list[nn.Module] = []
     for width_in, width_out in pairwise(widths):
@@ -445,7 +439,17 @@ def scalars(vector: Tensor) -> list[Tensor]:
     return [part.clone() for part in parts] if torch.compiler.is_compiling() else parts
 
 
-def zero_with_gradients(*tensors: Tensor) -> Tensor:
+def raise_or_skip(estimator: nn.Module, where: str, found: str, expected: str, *features: Tensor) -> Estimate:
+    """What `on_degenerate` asks for: an EstimatorError, or an estimate of 0 with zero gradients."""
+    if estimator.on_degenerate == "raise":
+        raise EstimatorError(
+            where, found, expected, 'Check the features and the learning rate, or set on_degenerate="skip".'
+        )
+    zero = _zero_with_gradients(*features, *estimator.parameters())
+    return Estimate(zero.detach(), zero, zero, {"skipped": torch.ones((), device=zero.device)})
+
+
+def _zero_with_gradients(*tensors: Tensor) -> Tensor:
     """0 with a zero gradient for each of `tensors`, even for those that hold NaN or infinity."""
     total = sum(tensor.sum() for tensor in tensors)
     return torch.where(torch.zeros_like(total, dtype=torch.bool), total, torch.zeros_like(total))
@@ -459,6 +463,6 @@ def refuse_compat(estimator: str, compat: str) -> None:
         )
 
 
-def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise EstimatorError(what, repr(value), f"one of {', '.join(choices)}", "Choose one of these.")

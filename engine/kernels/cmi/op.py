@@ -19,11 +19,9 @@ from torch import Tensor
 from engine.errors import EstimatorError
 from engine.kernels.arguments import check_number, exact_type
 from engine.kernels.cmi import reference
-from engine.kernels.cmi.reference import LOGIT_LIMIT
+from engine.kernels.cmi.reference import LOGIT_LIMIT, READINGS
 from engine.kernels.gradients import differentiable_once
 from engine.kernels.registry import backend_for, call, lazy, register
-
-ESTIMATORS = ("ldr", "dv", "nwj")
 
 
 class CMIOutput(NamedTuple):
@@ -93,10 +91,8 @@ def cmi(joint: Tensor, product: Tensor, estimator: str = "ldr", limit: float = L
         EstimatorError: no rows, leading dimensions, types or devices that do not fit, an unknown estimator, or a limit
             that is not positive.
     """
-    if estimator not in ESTIMATORS:
-        raise EstimatorError(
-            "cmi", f"estimator {estimator!r}", f"one of {', '.join(ESTIMATORS)}", "Choose one of these."
-        )
+    if estimator not in READINGS:
+        raise EstimatorError("cmi", f"estimator {estimator!r}", f"one of {', '.join(READINGS)}", "Choose one of these.")
     dtype = exact_type("cmi", joint, product)
     check_number("cmi", "limit", limit, 0, above=True)
     lead = joint.shape[:-1]
@@ -105,12 +101,12 @@ def cmi(joint: Tensor, product: Tensor, estimator: str = "ldr", limit: float = L
             "cmi", f"logits {list(joint.shape)} and {list(product.shape)}", "[..., b] and [..., b'], b and b' >= 1",
             "Give the logits of joint and of product rows.",
         )  # fmt: skip
-    joint, product, which = _to(joint, dtype), _to(product, dtype), ESTIMATORS.index(estimator)
+    joint, product, which = _to(joint, dtype), _to(product, dtype), READINGS.index(estimator)
     with torch.autocast(joint.device.type, enabled=False):
         if backend_for(joint) == "reference":
             values = reference.cmi_values(joint.clamp(-limit, limit), product.clamp(-limit, limit))
             loss = reference.classifier_loss(joint, product)
-            return CMIOutput(loss, values[estimator], torch.stack([values[e].detach() for e in ESTIMATORS]))
+            return CMIOutput(loss, values[estimator], torch.stack([values[e].detach() for e in READINGS]))
         flat = joint.reshape(-1, joint.shape[-1]).contiguous(), product.reshape(-1, product.shape[-1]).contiguous()
         loss, value, readings = _Read.apply(*flat, which, limit)
         return CMIOutput(loss.reshape(lead), value.reshape(lead), readings.reshape(3, *lead))

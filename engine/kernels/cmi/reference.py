@@ -23,6 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+READINGS = ("ldr", "dv", "nwj")
+"""The estimates of I(X;Y|Z) that one classifier gives."""
+
 # Values are read from logits clamped to ±9.21: class probabilities within [1e-4, 1 − 1e-4] (Molavipour et al.). It
 # keeps e^t of a wrong, confident logit from deciding DV and NWJ alone, and caps LDR at 9.21 nats. Losses are unclamped.
 LOGIT_LIMIT = math.log((1 - 1e-4) / 1e-4)
