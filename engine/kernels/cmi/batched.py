@@ -39,7 +39,7 @@ def forward(
         joint: features [B, width <= dim].
         slots: of every classifier the places in `joint` of its x, y and z: 3·G integers.
         product: of every classifier x [P, width], y and z [P / k, width]: 3·G tensors.
-        k: product rows a query.
+        k: product rows per query.
     """
     b, p = len(joint[0]), len(product[0])
     hidden = first.new_empty(len(first), b + p, first.shape[1])

@@ -1,9 +1,9 @@
-"""Classifiers of joint against product rows on the GPU: one launch a layer forward, one a layer backward.
+"""Classifiers of joint against product rows on the GPU: one launch per layer, forward and backward.
 
-The first layer reads features where they are: a program of its kernel takes x, y and z of its rows from the joint
-features or from the product rows, product rows' y and z once a query, and a feature narrower than the classifier's one
-column after another as often as needed. Nothing is gathered, repeated or concatenated in memory. The further layers are
-`engine.kernels.mlp.triton`'s.
+The first layer reads features where they are. A program of its kernel takes x, y and z of its rows from the joint
+features or from the product rows, whose y and z are stored once per query. It repeats the columns of a feature narrower
+than dim as it reads them. Nothing is gathered, repeated or concatenated in memory. The further layers run in
+`engine.kernels.mlp.triton`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def _pick(place, joint, product, WIDTHS: tl.constexpr, PLACES: tl.constexpr):
 
 @triton.jit
 def _features(joint, product, r, b, rows, repeats, c, width, DIM: tl.constexpr):
-    """[r, c] of b joint rows and the product rows after them, each of which stands for `repeats` rows; columns repeat
-    until there are DIM."""
+    """[r, c] of b joint rows and the product rows after them. A product row stands for `repeats` rows, and columns
+    repeat up to DIM."""
     of_columns = (c % width)[None, :]
     live, is_joint = (r < rows)[:, None] & (c < DIM)[None, :], (r < b)[:, None]
     x = tl.load(joint + r[:, None] * width + of_columns, mask=live & is_joint, other=0.0)
@@ -133,7 +133,7 @@ def _first_backward(
 
 
 def algorithm(first: Tensor, joint: Sequence[Tensor], product: Sequence[Tensor]) -> str:
-    """How classifiers run: "fused", a launch a layer, or "products", library products."""
+    """How classifiers run: "fused", one launch per layer, or "products", library products."""
     few = joint[0].shape[0] + product[0].shape[0] <= FEW_ROWS and len(product) <= MOST_PLACES
     return "fused" if first.dtype == torch.float32 and few else "products"
 
@@ -239,7 +239,7 @@ def _rows(joint: Sequence[Tensor], slots: Sequence[int], product: Sequence[Tenso
 
 
 def _sizes(first: Tensor, joint: Sequence[Tensor], slots: Sequence[int]) -> tuple[tuple[int, ...], int, int, int]:
-    """Widths of the features in their places, how many places there are, the classifiers' own width, the hidden one."""
+    """Widths of the features in their places, the number of places, dim, and the hidden width."""
     return tuple(joint[s].shape[1] for s in slots), len(slots), first.shape[2] // 3, first.shape[1]
 
 

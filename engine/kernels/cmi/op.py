@@ -3,9 +3,9 @@
     joint, product = classifier_logits(first, rest, features, slots, products, k)   # G classifiers at once
     loss, value, readings = cmi(joint, product, "ldr")                              # one pass gives loss and values
 
-Both compute in fp32 (fp64 for fp64 inputs), also under autocast, and are bitwise deterministic for one number of
-threads. Gradients of gradients raise ConfigError, but for the reference's. On a GPU a layer of all classifiers is one
-launch, and so are loss and values.
+Both compute in fp32 (fp64 for fp64 inputs), also under autocast, and are bitwise deterministic for a fixed number of
+threads. Only the reference has second derivatives; the other backends raise ConfigError. On a GPU each layer of all
+classifiers is one launch, and loss and values are one more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from engine.kernels.registry import backend_for, call, lazy, register
 
 
 class CMIOutput(NamedTuple):
-    """What classifiers' logits say, in nats.
+    """Loss and estimates from classifiers' logits, in nats.
 
     Attributes:
         loss: [...], binary cross-entropy, which the classifiers minimise; differentiable.
@@ -48,16 +48,16 @@ def classifier_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits of G classifiers MLP([x; y; z]) of one shape, ReLU between the layers, on joint and on product rows.
 
-    Features narrower than dim count as repeated to it. Gradients reach weights, biases and joint features; product
-    rows are constants.
+    Features narrower than dim are treated as repeated up to it. Gradients reach weights, biases and joint features.
+    Product rows are constants.
 
     Args:
         first: weight [G, hidden, 3·dim], bias [G, hidden].
         rest: (weight [G, out, in], bias [G, out]), at least one.
         joint: features [B, width <= dim] each.
-        slots: of every classifier the places in `joint` of its x, y and z.
-        product: of every classifier x [P, width], and y, z [P / k, width]: each of their rows belongs to k rows of x.
-        k: product rows a query.
+        slots: the places in `joint` of each classifier's x, y and z.
+        product: each classifier's x [P, width], and y, z [P / k, width], whose rows belong to k rows of x each.
+        k: product rows per query.
 
     Returns:
         logits [G, B, out] of joint and [G, P, out] of product rows.
@@ -79,13 +79,17 @@ def classifier_logits(
 
 
 def cmi(joint: Tensor, product: Tensor, estimator: str = "ldr", limit: float = LOGIT_LIMIT) -> CMIOutput:
-    """Loss and values of classifiers' logits; see `engine.kernels.cmi.reference` for the formulas.
+    """Loss and values of classifiers' logits. `engine.kernels.cmi.reference` has the formulas.
+
+    >>> joint, product = torch.full((5,), 2.0), torch.full((4,), -3.0)
+    >>> cmi(joint, product, "dv").value
+    tensor(5.)
 
     Args:
-        joint, product: logits [..., b] and [..., b'] of joint and of product rows, b, b' >= 1: estimates of
+        joint, product: logits [..., b] and [..., b'] of joint and of product rows, b, b' >= 1. They estimate
             log p(x,y,z) − log p(x|z) p(y,z).
-        estimator: which of "ldr", "dv" and "nwj" `value` is.
-        limit: values are read from logits clamped to ±limit (the loss is not).
+        estimator: which of "ldr", "dv" and "nwj" is `value`.
+        limit: values are read from logits clamped to ±limit. The loss uses the logits as they are.
 
     Raises:
         EstimatorError: no rows, leading dimensions, types or devices that do not fit, an unknown estimator, or a limit

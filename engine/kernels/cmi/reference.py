@@ -7,9 +7,9 @@ estimate of log p/q, whose mean under p is I(X;Y|Z). Logits of b joint rows and 
     DV  = mean_p t − log mean_q e^t
     NWJ = 1 + mean_p t − mean_q e^t
 
-At the exact log ratio all three estimate the same number; with finite data DV and NWJ also take in the error of the
-product sample, LDR only what training made of it. Negative values are left as they are: the classifier has not learnt,
-or has overfitted.
+At the exact log ratio all three estimate the same number. With finite data DV and NWJ also have the error of the
+product sample, while LDR has it only through training. Negative values are kept: they mean that the classifier has not
+learnt, or has overfitted.
 
 Sources: Mukherjee, Asnani, Kannan 2019 (CCMI); Molavipour, Bassi, Skoglund 2021 (LDR, DV, NWJ from one classifier).
 """
@@ -26,8 +26,9 @@ from torch.nn import functional
 READINGS = ("ldr", "dv", "nwj")
 """The estimates of I(X;Y|Z) that one classifier gives."""
 
-# Values are read from logits clamped to ±9.21: class probabilities within [1e-4, 1 − 1e-4] (Molavipour et al.). It
-# keeps e^t of a wrong, confident logit from deciding DV and NWJ alone, and caps LDR at 9.21 nats. Losses are unclamped.
+# Values are read from logits clamped to ±9.21, which keeps class probabilities within [1e-4, 1 − 1e-4] (Molavipour et
+# al.). No confident but wrong logit can then dominate DV and NWJ, and LDR cannot exceed 9.21 nats. Losses use logits
+# as they are.
 LOGIT_LIMIT = math.log((1 - 1e-4) / 1e-4)
 
 
@@ -51,9 +52,9 @@ def classifier_logits(
         first, first_bias: the first layers, [G, hidden, 3·dim], [G, hidden].
         rest: weight, bias of the further layers, [G, out, in], [G, out].
         joint: features [B, width]; those narrower than dim are repeated to it.
-        slots: of every classifier the places in `joint` of its x, y and z: 3·G integers.
-        product: of every classifier x [P, width], y and z [P / k, width], each of whose rows belongs to k rows of x.
-        k: product rows a query.
+        slots: the places in `joint` of each classifier's x, y and z: 3·G integers.
+        product: each classifier's x [P, width], and y, z [P / k, width], whose rows belong to k rows of x each.
+        k: product rows per query.
     """
     dim, rows = first.shape[2] // 3, []
     for g in range(len(first)):
@@ -68,10 +69,10 @@ def classifier_logits(
 
 
 def classifier_loss(joint: Tensor, product: Tensor) -> Tensor:
-    """Mean binary cross-entropy of joint [..., b] and product [..., b'] logits, least where they are log p/q; [...].
+    """Mean binary cross-entropy [...] of joint [..., b] and product [..., b'] logits. Its minimum is at log p/q.
 
-    With b != b' the classifier's posterior log odds are log p/q + log b/b'. The constant is added here, so that the
-    logit itself stays the log ratio whatever the counts.
+    With b != b' the posterior log odds are log p/q + log b/b'. The constant is added here, so that the logit itself is
+    the log ratio for all counts.
     """
     b, p = joint.shape[-1], product.shape[-1]
     prior = math.log(b / p)

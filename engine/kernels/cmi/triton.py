@@ -1,4 +1,4 @@
-"""From classifiers' logits to loss and values on the GPU: one launch forward, one backward, a program a classifier.
+"""Loss and values from classifiers' logits on the GPU: one launch forward, one backward, one program per classifier.
 
 The classifiers themselves are in `classifiers`.
 """
@@ -149,7 +149,7 @@ def read_backward_launches(
 
 
 def _fits(joint: Tensor, limit: float) -> bool:
-    """The kernels sum in fp32, and exponentials relative to the limit vanish where it is large."""
+    """Whether the kernels apply. They sum in fp32, and a large limit makes exponentials relative to it vanish."""
     return joint.dtype == torch.float32 and 0 < limit <= 40
 
 

@@ -1,9 +1,9 @@
 """The nine variational bounds of mutual information as functions of a score matrix, in plain torch.
 
-Notation, everywhere: `scores[i, j] = f(x_j, y_i)`, rows are y, columns are x; the diagonal holds the joint samples, the
-M = B (B - 1) others stand for the product of the marginals. D_i = scores[i, i], R_i = LSE over j != i of scores[i, j],
-a_i = log a(y_i). All values are in nats. The arithmetic is fp32 (fp64 for fp64 scores), also under autocast, and takes
-exponentials of differences only.
+Notation, everywhere: `scores[i, j] = f(x_j, y_i)`, so that rows are y and columns are x. The diagonal holds the joint
+samples. The M = B (B - 1) other pairs stand for the product of the marginals. D_i = scores[i, i], R_i = LSE over j != i
+of scores[i, j], a_i = log a(y_i). All values are in nats. The arithmetic is fp32 (fp64 for fp64 scores), also under
+autocast, and takes exponentials of differences only. InfoNCE has one definition for all its forms, `infonce_of_scores`.
 
 Sources: Barber & Agakov 2003 and Poole et al. 2019 (TUBA, NWJ, InfoNCE, interpolated), Donsker & Varadhan 1983 (DV),
 Belghazi et al. 2018 (MINE), Nowozin et al. 2016 (f-GAN JS), Song & Ermon 2020 (SMILE).
@@ -40,13 +40,13 @@ def bound_value(
         log_baseline: [B, 1], log a(y_i); zero if None. Used by `tuba` and `interpolate` only.
         alpha: interpolate: weight in [0, 1] of the multi-sample baseline (1: InfoNCE-like, 0: TUBA).
         smile_tau: smile: scores are clipped to +-tau in the partition function.
-        log_ema: mine: 0-d, log of the moving average of mean e^S, this batch included (`update_log_ema`);
-            None takes the batch alone, which makes it DV's gradient.
+        log_ema: mine: 0-d, log of the moving average of mean e^S, this batch included (`update_log_ema`).
+            None takes this batch alone, which gives the gradient of DV.
 
     Returns:
-        `(value, surrogate)`, 0-d, in nats, numerically equal. `value` is detached. The gradient of `surrogate`, to be
-        *increased*, is the bound's own except for `js` and `smile` (gradient of `js_fgan`) and `mine` (the marginal
-        weights are normalised by the moving average).
+        `(value, surrogate)`, 0-d, in nats, numerically equal. `value` is detached. `surrogate` is to be increased. Its
+        gradient is the bound's own, except for `js` and `smile` (that of `js_fgan`) and `mine` (the moving average
+        normalises the marginal weights).
 
     Raises:
         EstimatorError: scores not [B, B] with B >= 2, a log-baseline not [B, 1], types or devices that do not fit, an
@@ -95,8 +95,8 @@ def bound_value(
 def update_log_ema(log_ema: Tensor, scores: Tensor, rate: float) -> Tensor:
     """log of (1 - rate) e^log_ema + rate * mean over i != j of e^scores[i, j]; detached, 0-d.
 
-    -inf stands for an average that has not begun: the first batch then *is* the average. Taking the current batch in
-    bounds MINE's marginal weight by 1/rate, whatever the scores do.
+    -inf stands for an average that has not started: the first batch then *is* the average. Because the average includes
+    the current batch, MINE's marginal weight cannot exceed 1/rate.
     """
     check_number("bound mine", "ema_rate", rate, 0, 1, above=True)
     with torch.autocast(scores.device.type, enabled=False):
@@ -118,7 +118,7 @@ def bound_gradient(
     alpha: float = 0.01,
     log_ema: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of `bound_value`'s surrogate in closed form, without autograd (corrected bounds).
+    """The gradient of `bound_value`'s surrogate in closed form, without autograd.
 
     Args: as for `bound_value`; SMILE's gradient does not depend on tau.
 
@@ -221,7 +221,7 @@ def infonce_losses(
 
 
 def check_positives(positives: Tensor, columns: int, exclude_self: bool) -> None:
-    """Refuse positives, int64 [B] on the CPU, that are no column, or that `exclude_self` leaves out."""
+    """Refuse positives, int64 [B] on the CPU, that are out of range or that `exclude_self` leaves out."""
     if not len(positives):
         return
     least, most = (int(v) for v in positives.aminmax())
@@ -237,7 +237,7 @@ def check_positives(positives: Tensor, columns: int, exclude_self: bool) -> None
 def cross_entropies(
     q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, symmetric: bool
 ) -> Tensor:
-    """`infonce_losses` by torch's cross-entropy: few kernels, where launching them is what takes the time."""
+    """`infonce_losses` by torch's cross-entropy, in few kernels: for sizes where launches take most of the time."""
     groups, rows, _ = q.shape
     with torch.autocast(q.device.type, enabled=False):
         scores = torch.matmul(scale * full_precision(q), full_precision(k).transpose(1, 2))
@@ -301,7 +301,10 @@ def _check(scores: Tensor, bound: str, log_baseline: Tensor | None) -> None:
         )
     if log_baseline is not None and log_baseline.shape != (len(scores), 1):
         raise EstimatorError(
-            where, f"log_baseline {list(log_baseline.shape)}", f"[{len(scores)}, 1]", "Give one value a row of scores."
+            where,
+            f"log_baseline {list(log_baseline.shape)}",
+            f"[{len(scores)}, 1]",
+            "Give one value per row of scores.",
         )
 
 
