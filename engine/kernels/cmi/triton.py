@@ -158,14 +158,14 @@ def aot_cases() -> list[AotCase]:
     sizes = {"b": "i32", "p": "i32"}
     common = {"LIMIT": 9.21, "BLOCK": BLOCK}
     outputs = {"loss_ptr": "*fp32", "values_ptr": "*fp32", "groups": "i32"}
-    cases = [AotCase("cmi.read/fp32", _read, pointers | outputs | sizes, common, WARPS)]
+    found = [AotCase("cmi.read/fp32", _read, pointers | outputs | sizes, common, WARPS)]
     for name, has_loss, has_value, which in (("loss", True, False, 0), ("ldr", False, True, 0), ("dv", True, True, 1)):
         grads = {"loss_grad_ptr": has_loss, "value_grad_ptr": has_value, "of_product_ptr": has_loss or which > 0}
         given = {key: "*fp32" for key, has in grads.items() if has} | {"of_joint_ptr": "*fp32"}
         absent = {key: None for key, has in grads.items() if not has}
         settings = {"HAS_LOSS": has_loss, "HAS_VALUE": has_value, "WHICH": which}
         constexprs = common | settings | absent
-        cases.append(
+        found.append(
             AotCase(f"cmi.read_backward/{name}/fp32", _read_backward, pointers | given | sizes, constexprs, WARPS)
         )
-    return cases + classifiers.aot_cases()
+    return found + classifiers.aot_cases()
