@@ -179,7 +179,7 @@ def _text_description(where: str, shapes: Shapes, text_encoder: str | None, note
         return json.loads(BertConfig(**sizes, num_attention_heads=heads).to_json_string(use_diff=False))
     from transformers import AutoConfig
 
-    from engine.model.text_encoder import load_pretrained
+    from engine.model.pretrained import load_pretrained
 
     given = load_pretrained(AutoConfig, text_encoder)
     for key, size in sizes.items():
