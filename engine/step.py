@@ -46,7 +46,7 @@ class TwoStageStep:
     Args:
         model: maps a batch's inputs to `(prediction [B, n], features {name: [B, width]})`.
         objective: the information terms, or None to train on the task loss alone.
-        task_loss: maps (prediction, target) to a 0-d loss.
+        task_loss: maps (prediction, target) to a 0-d loss; None for a step that only predicts, whose loss is 0.
         main_optimizer: over the model's parameters; None for a step that only evaluates.
         estimator_optimizer: over the objective's parameters; None without an objective, or to evaluate only.
         clip_value: clip every gradient element to ±clip_value, in both stages.
@@ -77,8 +77,8 @@ class TwoStageStep:
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective | None,
-        task_loss: Callable[[Tensor, Tensor], Tensor],
+        objective: Objective | None = None,
+        task_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         main_optimizer: torch.optim.Optimizer | None = None,
         estimator_optimizer: torch.optim.Optimizer | None = None,
         *,
@@ -214,7 +214,7 @@ class TwoStageStep:
         self, inputs: Any, target: Tensor, products: Mapping[str, Rows] | None, information: bool
     ) -> tuple[StepOutput, Tensor]:
         prediction, features = self.forward(inputs, target)
-        task = self.task_loss(prediction, target)
+        task = prediction.new_zeros(()) if self.task_loss is None else self.task_loss(prediction, target)
         terms = None
         loss = task
         if information:
