@@ -38,14 +38,14 @@ from torch.utils._pytree import tree_iter
 from bench import machine
 from bench.baselines import mimrl
 from bench.suites import cubemlp
-from engine.config import ObjectiveConfig
 from engine.kernels import dispatch, registry
 from engine.kernels.cmi import op as cmi
 from engine.kernels.critics import op as critics
 from engine.kernels.cube_mix.cpu import SHORT
 from engine.kernels.mi_bounds import op as mi_bounds
 from engine.kernels.mi_bounds import plan
-from engine.objective import mimrl_objective
+from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
+from engine.mimrl.terms import mimrl_objective
 
 BATCH, WIDTH = 128, 128
 PAGE = machine.ROOT / "docs" / "kernels.md"

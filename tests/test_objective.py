@@ -5,19 +5,11 @@ import math
 import pytest
 import torch
 
-from engine.config import ObjectiveConfig
 from engine.errors import ConfigError, EstimatorError
+from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
+from engine.mimrl.terms import MIMRL_ESTIMATORS, mimrl_expressions, mimrl_objective
 from engine.model.estimators import Estimate
-from engine.objective import (
-    CMI,
-    MI,
-    MIMRL_ESTIMATORS,
-    MOST_PAIRED,
-    Objective,
-    Term,
-    mimrl_expressions,
-    mimrl_objective,
-)
+from engine.objective import CMI, MI, MOST_PAIRED, Objective, Term
 
 SMALL = ObjectiveConfig(hidden=16, embed=8, compat="none")
 
@@ -29,7 +21,7 @@ def features(rows: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def small_mimrl(**changes) -> Objective:
-    return mimrl_objective(SMALL.model_copy(update=changes), 6, 6)
+    return mimrl_objective(ObjectiveConfig(**SMALL.model_dump(exclude_unset=True) | changes), 6, 6)
 
 
 class TestExpressions:

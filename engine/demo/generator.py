@@ -26,11 +26,11 @@ TOPIC_COUNT = 8
 class SequenceModel:
     """Frames of one modality: x_t = W latent + fluctuation_t + noise_t.
 
-    W is drawn once for all demo data. The fluctuation is a stationary AR(1) process a channel, so that neighbouring
+    W is drawn once for all demo data. The fluctuation is a stationary AR(1) process per channel, so that neighbouring
     frames resemble each other; the noise is white.
 
     Attributes:
-        width: features a frame.
+        width: features per frame.
         frames_per_word: mean length = words x this.
         memory: AR(1) coefficient.
         fluctuation: standard deviation of the AR(1) process.
@@ -45,7 +45,7 @@ class SequenceModel:
     mixing_seed: int
 
     def mixing(self) -> np.ndarray:
-        """W, float64 [3, width]: orthogonal rows of norm sqrt(width), so no latent is weaker heard than another."""
+        """W, float64 [3, width]: orthogonal rows of norm sqrt(width), so that all latents are equally strong."""
         drawn = np.random.default_rng(self.mixing_seed).standard_normal((self.width, 3))
         return np.linalg.qr(drawn)[0].T * np.sqrt(self.width)
 
