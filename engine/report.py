@@ -38,8 +38,8 @@ from engine.metrics import (
 from engine.readings import TEXTS, TermRow, best_rows, is_term, mark
 from engine.report_charts import escape, is_finite, lines, number, scatter, shape, truth
 from engine.run_folder import CONFIG, FEATURES, HISTORY, LARGEST, PREDICTIONS, TRUTH, verify
+from engine.vocabulary import SPLITS
 
-SPLITS = ("train", "valid", "test")
 MOST_DOTS = 1500
 """Dots a chart holds at most; more would be neither light nor legible."""
 

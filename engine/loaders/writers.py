@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-SPLITS = ("train", "valid", "test")
 LARGE = 1 << 26  # padded arrays from this many bytes on are built in a file
 TEXT_LENGTH = 50  # of aligned files and text features
 WHOLE = 1 << 30  # aligned lists are not cut
