@@ -73,7 +73,8 @@ class PublishedMIEstimator(MIEstimator):
 
     @property
     def group_key(self) -> tuple | None:
-        return None if self.bound in CHANGED_BOUNDS else self._settings()
+        alone = self.bound in CHANGED_BOUNDS or type(self) is not PublishedMIEstimator
+        return None if alone else self._settings()
 
     def read_scores(self, scores: Tensor, log_baseline: Tensor, log_ema: Tensor | None) -> tuple[Tensor, Tensor]:
         return published_bound(scores, self.bound, log_baseline, alpha=self.alpha)
@@ -115,8 +116,8 @@ class PublishedCMIEstimator(CMIEstimator):
         """Weights and biases stay as PyTorch makes them."""
 
     @property
-    def group_key(self) -> tuple:
-        return *self._settings(), self.last_activate
+    def group_key(self) -> tuple | None:
+        return (*self._settings(), self.last_activate) if type(self) is PublishedCMIEstimator else None
 
     def joint_rows(self, joint: int, product: int) -> int:
         if product > joint:
