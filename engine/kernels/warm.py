@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from engine.kernels import aot, registry
+from engine.errors import ConfigError
+from engine.kernels import registry
+from engine.kernels.registry import has_triton, interpreting
 
 log = logging.getLogger("engine")
 
@@ -26,35 +28,37 @@ log = logging.getLogger("engine")
 Job = tuple[str, Callable[[], Any]]
 
 
-def warm_up(run: Callable[[], Any] | None = None, *, arch: int | None = None, workers: int | None = None) -> int:
-    """Compile Triton kernels on several threads, into Triton's cache and this process.
+def warm_up(run: Callable[[], Any], *, workers: int | None = None) -> int:
+    """Compile the Triton kernels that a function needs, on several threads, into Triton's cache and this process.
 
-    What cannot be compiled is told in one warning, and left to the launch that needs it.
+    What cannot be compiled is named in one warning, and left to the launch that needs it.
 
     Args:
-        run: called once to learn which kernels it launches; no kernel runs, and their operations' results are zeros.
-            What else it changes stays changed. Needs a GPU.
-        arch: without `run`, compile what the ahead-of-time tests compile, for a GPU that need not be there: 90 is
-            compute capability 9.0. Default: the present GPU's. Those are typical sizes; a run of sizes that Triton
-            tells apart from them compiles its own.
-        workers: threads; default: one a core.
+        run: called once to learn which kernels it launches. No kernel runs, and the results of their operations are
+            zeros. Everything else that it changes stays changed. Needs a GPU.
+        workers: number of threads. Default: one per core.
 
     Returns:
-        the number of kernels compiled or found in the cache.
+        The number of kernels compiled or found in the cache.
 
     Raises:
-        ConfigError: no triton, or its interpreter in place of the compiler.
+        ConfigError: triton is missing, or its interpreter replaces the compiler.
     """
-    aot.require_compiler()
-    if run is not None:
-        with recording() as jobs:
-            run()
-    else:
-        if arch is None:
-            major, minor = torch.cuda.get_device_capability()
-            arch = 10 * major + minor
-        jobs = [(case.name, lambda case=case: aot.compiled(case, arch)) for case in aot.all_cases()]
+    require_compiler()
+    with recording() as jobs:
+        run()
     return compile_all(jobs, workers)
+
+
+def require_compiler() -> None:
+    """Raise ConfigError if triton is missing, or if its interpreter replaces the compiler."""
+    if not has_triton() or interpreting():
+        raise ConfigError(
+            "compiling Triton kernels",
+            "TRITON_INTERPRET=1" if has_triton() else "no triton",
+            "triton's compiler",
+            "Unset TRITON_INTERPRET." if has_triton() else "Install engine[triton].",
+        )
 
 
 @contextlib.contextmanager
