@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels.gradients import update_buffer
-from engine.kernels.mi_bounds.op import check_temperature, infonce, mi_lower_bound
+from engine.kernels.mi_bounds.embeddings import check_temperature
+from engine.kernels.mi_bounds.op import infonce, mi_lower_bound
 from engine.kernels.mi_bounds.reference import check_settings
 
 

@@ -133,6 +133,37 @@ def register(
     torch.library.register_autograd(f"engine::{name}", no_gradient(name), lib=LIB)
 
 
+def register_from(folder: str, prefix: str) -> Callable[..., None]:
+    """A shorter `register` for the operations of one folder whose host functions have one name in all its modules.
+
+    Args:
+        folder: the operation's package; CPU functions are in its `cpu.py`.
+        prefix: the operation of function "scores" is named PREFIXscores.
+
+    Returns:
+        A function (function, schema, cuda, fake, launches). `cuda` is the module of the Triton kernels' host functions,
+        or None. Without `launches`, that module's FUNCTION_launches gives them.
+    """
+
+    def add(
+        function: str,
+        schema: str,
+        cuda: str | None,
+        fake: Callable[..., Any],
+        launches: int | Callable[..., int] | None = None,
+    ) -> None:
+        register(
+            prefix + function,
+            schema,
+            cpu=lazy(f"{folder}.cpu", function),
+            cuda=None if cuda is None else lazy(f"{folder}.{cuda}", function),
+            fake=fake,
+            launches=lazy(f"{folder}.{cuda}", f"{function}_launches") if launches is None else launches,
+        )
+
+    return add
+
+
 def call(name: str, *args: Any) -> Any:
     """Run a registered operation on the backend of its first tensor; arguments are positional, as in its schema.
 

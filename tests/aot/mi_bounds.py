@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.kernels.mi_bounds import scores
+from engine.kernels.mi_bounds import scores, splitting
 from engine.kernels.mi_bounds import triton as fused
 from engine.kernels.mi_bounds.plan import MAX_WIDTH
 from engine.kernels.mi_bounds.tiles import KINDS, LSE
@@ -190,14 +190,14 @@ def _score_cases() -> list[AotCase]:
             )
     add(
         "split_rows",
-        scores._split_rows,
+        splitting._split_rows,
         {"x_ptr": "*fp32", "out_ptr": "*bf16", "rows": "i32", "width": "i32"},
         {},
-        scores.PIECES,
+        splitting.PIECES,
     )
     pieces = {f"{name}_ptr": "*fp32" for name in ("a", "b", "c", "out")}
     sizes = {"rows": "i32", "width": "i32", "group_step": "i32"}
-    add("fold", scores._fold, {**pieces, **sizes}, {"A": 3, "B": 2, "C": 1}, scores.PIECES)
+    add("fold", splitting._fold, {**pieces, **sizes}, {"A": 3, "B": 2, "C": 1}, splitting.PIECES)
     add(
         "score_rows/lse",
         scores._rows,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
-from engine.kernels.arguments import exact_type
+from engine.kernels.arguments import exact_type, wants_gradient
 from engine.kernels.critics import reference
 from engine.kernels.critics.plain import (
     FEW_ROWS,
@@ -33,7 +33,7 @@ from engine.kernels.critics.plan import concat_algorithm, tower_algorithm
 from engine.kernels.critics.reference import Layers
 from engine.kernels.gradients import differentiable_once
 from engine.kernels.mi_bounds.op import infonce
-from engine.kernels.registry import backend_for, call, lazy, log_size, register
+from engine.kernels.registry import backend_for, call, log_size, register_from
 
 
 def grouped_mlp(inputs: Sequence[Tensor], first: Layers, rest: Layers, activation: str = "relu") -> Tensor:
@@ -125,7 +125,7 @@ def _infonce_of_towers(
     inputs: Sequence[Tensor], stacks: Sequence[Tensor], rows: list[int], columns: list[int]
 ) -> Tensor:
     split = 2 * len(inputs)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *stacks)):
+    if wants_gradient(*inputs, *stacks):
         return _GroupedInfoNCE.apply(len(inputs), rows, columns, *inputs, *stacks)
     arguments = inputs[0], inputs[1:], stacks[:split], stacks[split:], rows, columns, False
     return log_size(len(inputs[0]), inputs[0]) - call("critics_grouped_infonce", *arguments)[0]
@@ -195,9 +195,13 @@ def concat_infonce(
         return log_size(len(x), losses) - losses.mean()
     with torch.autocast(x.device.type, enabled=False):
         flat = _flat(layers)
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *flat))):
+        if not wants_gradient(x, y, *flat):
             return log_size(len(x), x) - call("critics_concat_infonce", x, y, flat, transpose, False, False)[0].mean()
         return log_size(len(x), x) - _ConcatInfoNCE.apply(x, y, transpose, *flat)
+
+
+# Whether the inputs' gradients are wanted, and the layers'.
+Wanted = tuple[bool, bool]
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -212,17 +216,12 @@ class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     @differentiable_once("grouped_mlp")
     def backward(ctx, grad):
-        count, needs = ctx.count, ctx.needs_input_grad[1:]
-        state, *saved = ctx.saved_tensors
-        inputs, first, rest = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        wanted = any(needs[:count]), any(needs[count:])
         with torch.autocast(grad.device.type, enabled=False):
-            found = call("critics_mlp_backward", grad.contiguous(), inputs, first, rest, state, *wanted)
-        return None, *_grouped_pieces(found, inputs, (*first, *rest), wanted)
+            return None, *_of_towers("critics_mlp_backward", grad.contiguous(), ctx, ctx.needs_input_grad[1:])
 
 
 class _GroupedInfoNCE(torch.autograd.Function):
-    """Values; the gradients of the embeddings are computed forward."""
+    """Values of the bounds. The forward pass computes the gradients of the embeddings as well."""
 
     @staticmethod
     def forward(ctx, count, q, k, *tensors):
@@ -235,12 +234,21 @@ class _GroupedInfoNCE(torch.autograd.Function):
     @staticmethod
     @differentiable_once("grouped_infonce")
     def backward(ctx, grad):
-        count, needs = ctx.count, ctx.needs_input_grad[3:]
-        state, *saved = ctx.saved_tensors
-        inputs, first, rest = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        wanted = any(needs[:count]), any(needs[count:])
-        found = call("critics_grouped_infonce_backward", -grad, inputs, first, rest, state, *ctx.numbers, *wanted)
-        return None, None, None, *_grouped_pieces(found, inputs, (*first, *rest), wanted)
+        needs = ctx.needs_input_grad[3:]
+        return None, None, None, *_of_towers("critics_grouped_infonce_backward", -grad, ctx, needs, *ctx.numbers)
+
+
+def _of_towers(
+    operation: str, grad: Tensor, ctx, needs: Sequence[bool], *numbers: Sequence[int]
+) -> list[Tensor | None]:
+    """Gradients of inputs, weights and biases by a backward operation on towers."""
+    state, *saved = ctx.saved_tensors
+    count = ctx.count
+    inputs, first, rest = saved[:count], saved[count : 2 * count], saved[2 * count :]
+    wanted = any(needs[:count]), any(needs[count:])
+    gradients = call(operation, grad, inputs, first, rest, state, *numbers, *wanted)
+    weights = (*first, *rest)
+    return _pieces(gradients, grad_shapes(inputs, weights, *wanted), (count, 2 * len(weights)), wanted)
 
 
 class _ConcatScores(torch.autograd.Function):
@@ -255,8 +263,8 @@ class _ConcatScores(torch.autograd.Function):
         x, y, *layers = ctx.saved_tensors
         wanted = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:])
         with torch.autocast(grad.device.type, enabled=False):
-            found = call("critics_concat_backward", grad.contiguous(), x, y, layers, *wanted)
-        return tuple(_concat_pieces(found, x, y, layers, wanted))
+            gradients = call("critics_concat_backward", grad.contiguous(), x, y, layers, *wanted)
+        return tuple(_pieces(gradients, concat_shapes(x, y, layers, *wanted), (2, len(layers)), wanted))
 
 
 class _ConcatInfoNCE(torch.autograd.Function):
@@ -266,32 +274,32 @@ class _ConcatInfoNCE(torch.autograd.Function):
     def forward(ctx, x, y, transpose, *layers):
         needs = ctx.needs_input_grad
         ctx.wanted = any(needs[:2]), any(needs[3:])
-        losses, found = call("critics_concat_infonce", x, y, layers, transpose, *ctx.wanted)
-        ctx.save_for_backward(found, x, y, *layers)
+        losses, gradients = call("critics_concat_infonce", x, y, layers, transpose, *ctx.wanted)
+        ctx.save_for_backward(gradients, x, y, *layers)
         return losses.mean()
 
     @staticmethod
     @differentiable_once("concat_infonce")
     def backward(ctx, grad):
-        found, x, y, *layers = ctx.saved_tensors
-        of_x, of_y, *of_layers = _concat_pieces(found * grad, x, y, layers, ctx.wanted)
+        gradients, x, y, *layers = ctx.saved_tensors
+        shapes = concat_shapes(x, y, layers, *ctx.wanted)
+        of_x, of_y, *of_layers = _pieces(gradients * grad, shapes, (2, len(layers)), ctx.wanted)
         return of_x, of_y, None, *of_layers
 
 
-def _grouped_pieces(
-    found: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor], wanted: tuple[bool, bool]
+def _pieces(
+    gradients: Tensor, shapes: Sequence[torch.Size], counts: tuple[int, int], wanted: Wanted
 ) -> list[Tensor | None]:
-    pieces = pieces_of(found, grad_shapes(inputs, weights, *wanted))
-    of_inputs = pieces[: len(inputs)] if wanted[0] else [None] * len(inputs)
-    return [*of_inputs, *(pieces[len(inputs) if wanted[0] else 0 :] if wanted[1] else [None] * (2 * len(weights)))]
+    """Gradients of the inputs and of the layers out of one 1-d tensor, None for those that are not wanted.
 
-
-def _concat_pieces(
-    found: Tensor, x: Tensor, y: Tensor, layers: Sequence[Tensor], wanted: tuple[bool, bool]
-) -> list[Tensor | None]:
-    pieces = pieces_of(found, concat_shapes(x, y, layers, *wanted))
-    of_inputs = pieces[:2] if wanted[0] else [None, None]
-    return [*of_inputs, *(pieces[2 if wanted[0] else 0 :] if wanted[1] else [None] * len(layers))]
+    Args:
+        gradients: the wanted ones, one after another.
+        shapes: theirs.
+        counts: how many inputs there are, and how many tensors of layers.
+        wanted: whether those of the inputs are there, and those of the layers.
+    """
+    pieces = iter(pieces_of(gradients, shapes))
+    return [next(pieces) if there else None for count, there in zip(counts, wanted, strict=True) for _ in range(count)]
 
 
 def _towers_on(x: Tensor, activation: str) -> str:
@@ -431,66 +439,40 @@ def _fake_concat_infonce(x, y, layers, transpose, input_grads, weight_grads):
     return x.new_empty(x.shape[0]), _fake_concat_backward(None, x, y, layers, input_grads, weight_grads)
 
 
-def _register(name: str, function: str, schema: str, fake, cuda: str) -> None:
-    folder = "engine.kernels.critics"
-    register(
-        name,
-        schema,
-        cpu=lazy(f"{folder}.cpu", function),
-        cuda=lazy(f"{folder}.{cuda}", function),
-        fake=fake,
-        launches=lazy(f"{folder}.{cuda}", f"{function}_launches"),
-    )
+_add = register_from("engine.kernels.critics", "critics_")
+_GRADS = "bool input_grads, bool weight_grads"
+_MLPS = "Tensor x, Tensor[] more, Tensor[] first, Tensor[] rest"
+_MLPS_BACKWARD = "Tensor grad, Tensor[] inputs, Tensor[] first, Tensor[] rest, Tensor state"
 
-
-_register(
-    "critics_mlp_forward",
-    "mlp_forward",
-    "(Tensor x, Tensor[] more, Tensor[] first, Tensor[] rest) -> (Tensor, Tensor)",
-    _fake_mlp_forward,
-    "towers",
-)
-_register(
-    "critics_mlp_backward",
-    "mlp_backward",
-    "(Tensor grad, Tensor[] inputs, Tensor[] first, Tensor[] rest, Tensor state, bool input_grads,"
-    " bool weight_grads) -> Tensor",
-    _fake_mlp_backward,
-    "towers",
-)
-_register(
-    "critics_grouped_infonce",
+_add("mlp_forward", f"({_MLPS}) -> (Tensor, Tensor)", "towers", _fake_mlp_forward)
+_add("mlp_backward", f"({_MLPS_BACKWARD}, {_GRADS}) -> Tensor", "towers", _fake_mlp_backward)
+_add(
     "grouped_infonce",
-    "(Tensor x, Tensor[] more, Tensor[] first, Tensor[] rest, int[] q, int[] k, bool grads) -> (Tensor, Tensor)",
+    f"({_MLPS}, int[] q, int[] k, bool grads) -> (Tensor, Tensor)",
+    "towers",
     _fake_grouped_infonce,
-    "towers",
 )
-_register(
-    "critics_grouped_infonce_backward",
+_add(
     "grouped_infonce_backward",
-    "(Tensor grad, Tensor[] inputs, Tensor[] first, Tensor[] rest, Tensor state, int[] q, int[] k, bool input_grads,"
-    " bool weight_grads) -> Tensor",
-    _fake_grouped_infonce_backward,
+    f"({_MLPS_BACKWARD}, int[] q, int[] k, {_GRADS}) -> Tensor",
     "towers",
+    _fake_grouped_infonce_backward,
 )
-_register(
-    "critics_concat_forward",
+_add(
     "concat_forward",
     "(Tensor x, Tensor y, Tensor[] layers) -> Tensor",
+    "triton",
     lambda x, y, layers: x.new_empty(y.shape[0], x.shape[0]),
-    "triton",
 )
-_register(
-    "critics_concat_backward",
+_add(
     "concat_backward",
-    "(Tensor grad, Tensor x, Tensor y, Tensor[] layers, bool input_grads, bool weight_grads) -> Tensor",
+    f"(Tensor grad, Tensor x, Tensor y, Tensor[] layers, {_GRADS}) -> Tensor",
+    "triton",
     _fake_concat_backward,
-    "triton",
 )
-_register(
-    "critics_concat_infonce",
+_add(
     "concat_infonce",
-    "(Tensor x, Tensor y, Tensor[] layers, bool transpose, bool input_grads, bool weight_grads) -> (Tensor, Tensor)",
-    _fake_concat_infonce,
+    f"(Tensor x, Tensor y, Tensor[] layers, bool transpose, {_GRADS}) -> (Tensor, Tensor)",
     "triton",
+    _fake_concat_infonce,
 )

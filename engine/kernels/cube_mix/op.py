@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import registry
-from engine.kernels.arguments import exact_type
+from engine.kernels.arguments import exact_type, wants_gradient
 from engine.kernels.cube_mix import cpu, reference
 from engine.kernels.gradients import differentiable_once
 
@@ -125,7 +125,7 @@ def cube_block(
     x = _mix(x, 1, time, *settings, cpu.STORAGE.get(precision, torch.float32))
     batch, length, _, _ = x.shape
     rows = x.flatten(0, 1)
-    if _needs_gradient(x, *modality, *channel):
+    if wants_gradient(x, *modality, *channel):
         y = _CubePair.apply(rows, *settings, precision, *modality, *channel)
     else:
         y = _pair_forward(rows, (*modality, *channel), (*settings, precision), False)[0]
@@ -182,10 +182,6 @@ def _longest(weights: Weights) -> int:
     return max(*weights[0].shape, len(weights[2]))
 
 
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def _check(d_in: int, weights: tuple[Tensor | None, ...], activation: str, ln_first: bool) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
@@ -218,7 +214,7 @@ def _mix(
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     columns = x.reshape(math.prod(before), x.shape[axis], math.prod(after))
     settings = (activation, ln_first, eps, _precision(x) if on_triton(x) else "fp32")
-    if _needs_gradient(x, *weights):
+    if wants_gradient(x, *weights):
         y = _CubeMix.apply(columns, *settings, dtype, *weights)
     else:
         y = _forward(columns, weights, settings, dtype, False)[0]

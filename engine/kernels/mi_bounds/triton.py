@@ -359,7 +359,7 @@ def symmetric_statistics(q: Tensor, k: Tensor, scale: Tensor) -> tuple[Tensor, T
 def infonce(
     q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, gradients: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `op._InfoNCE` wants it. One product; two for `gradients` "rows"."""
+    """As `autograd.InfoNCE` wants it. One product; two for `gradients` "rows"."""
     (q, k), precision = _operands(q, k)
     groups, rows, width = q.shape
     (losses,) = rows_like(q, 1)
