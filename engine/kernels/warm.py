@@ -1,8 +1,8 @@
-"""Compiling Triton kernels side by side, before they are needed one after another.
+"""Compiling Triton kernels side by side, before a run needs them one after another.
 
-Triton compiles a kernel when it is first launched, one for every set of types and sizes that it tells apart, and keeps
-it in its cache on disk. A fresh machine waits half a minute for that. Which kernels a step needs is found by running it
-once without launching any: what they would have computed is zero then.
+Triton compiles a kernel at its first launch, once for every set of types and sizes that it tells apart, and keeps it in
+its cache on disk. On a fresh machine that takes half a minute. To learn which kernels a step needs, the step runs once
+without launching any; the results of its operations are zeros then.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ def warm_up(run: Callable[[], Any], *, workers: int | None = None) -> int:
 
     Raises:
         ConfigError: triton is missing, or its interpreter replaces the compiler.
+
+    Example:
+        >>> warm_up(lambda: step(batch))  # doctest: +SKIP
+        31
     """
     require_compiler()
     with recording() as jobs:
@@ -63,8 +67,11 @@ def require_compiler() -> None:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Job]]:
-    """Within the context the engine's kernels that this process has not compiled yet are neither compiled nor launched
-    but added to the list, each once, for `compile_all`; operations on CUDA return zeros."""
+    """A context in which the engine's kernels are recorded instead of compiled and launched.
+
+    Every kernel that this process has not compiled yet is added to the list once, for `compile_all`. Operations on CUDA
+    tensors return zeros.
+    """
     from triton import knobs
 
     jobs: list[Job] = []
@@ -89,10 +96,10 @@ def recording() -> Iterator[list[Job]]:
 
 
 def compile_all(jobs: Sequence[Job], workers: int | None = None) -> int:
-    """Run all jobs, and warn once of those that fail. Most of a compilation runs outside Python: threads do.
+    """Run all jobs on threads, and warn once about those that fail. Most of a compilation runs outside Python.
 
     Returns:
-        the number of jobs that succeeded.
+        The number of jobs that succeeded.
     """
     if not jobs:
         return 0
@@ -100,7 +107,7 @@ def compile_all(jobs: Sequence[Job], workers: int | None = None) -> int:
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     start = time.perf_counter()
     with ThreadPoolExecutor(workers, initializer=_begin, initargs=(device,)) as pool:
-        failed = [f for f in pool.map(_attempt, jobs) if f is not None]
+        failed = [reason for reason in pool.map(_attempt, jobs) if reason is not None]
     log.info(
         "kernels: %d compiled in %.1f s on %d threads", len(jobs) - len(failed), time.perf_counter() - start, workers
     )
@@ -113,13 +120,13 @@ def compile_all(jobs: Sequence[Job], workers: int | None = None) -> int:
 
 
 def _begin(device: int | None) -> None:
-    """A thread begins on device 0, whichever was chosen before."""
+    """Choose the device for a thread, which would begin on device 0."""
     if device is not None:
         torch.cuda.set_device(device)
 
 
 def _attempt(job: Job) -> str | None:
-    """Why a job failed, in one line, or None."""
+    """Why a job failed, in one line; None if it succeeded."""
     name, compile = job
     try:
         compile()

@@ -5,9 +5,9 @@
     concat_scores(x, y, layers)         f([x; y]) of all pairs in O(tile) memory, forward and backward
     concat_infonce(x, y, layers)        InfoNCE of these scores; the gradient comes out of the forward pass
 
-All compute in fp32 (fp64 for fp64 inputs), also under autocast, and are bitwise deterministic for one number of
-threads. Gradients of gradients raise ConfigError, but for the reference's. Hidden layers end in ReLU; other activations
-run as plain torch.
+All of them compute in fp32 (fp64 for fp64 inputs), also under autocast. They are bitwise deterministic for one number
+of threads. Gradients of gradients raise ConfigError, except by the reference. Hidden layers end in ReLU; with another
+activation plain torch runs.
 """
 
 from __future__ import annotations
@@ -37,23 +37,31 @@ from engine.kernels.registry import backend_for, call, log_size, register_from
 
 
 def grouped_mlp(inputs: Sequence[Tensor], first: Layers, rest: Layers, activation: str = "relu") -> Tensor:
-    """N MLPs of one shape at once; those that read the same input are one product in their first layer.
+    """Run N MLPs of one shape at once, such as the towers of several critics.
 
-    Only outputs of hidden layers are kept for the backward pass.
+    MLPs that read the same input are one product in their first layer. Only the outputs of hidden layers are kept for
+    the backward pass.
 
     Args:
-        inputs: [B, d_i] each.
-        first: for every input the first layers of the n_i MLPs that read it: (weight [n_i, hidden, d_i], bias
-            [n_i, hidden]).
-        rest: further layers, at least one, of all N = sum of n_i MLPs in the inputs' order: (weight [N, out, in], bias
-            [N, out]); the hidden layers have one width.
-        activation: between the layers; see `reference.ACTIVATIONS`.
+        inputs: Features [B, d_i] each, of any real dtype.
+        first: For every input, the first layers of the n_i MLPs that read it: weight [n_i, hidden, d_i] and bias
+            [n_i, hidden].
+        rest: The further layers, at least one, of all N = sum of n_i MLPs in the order of the inputs: weight
+            [N, out, in] and bias [N, out]. All hidden layers have one width.
+        activation: Between the layers: relu, elu, gelu, leakyrelu or tanh.
 
     Returns:
-        [N, B, out], fp32 (fp64 for fp64).
+        The outputs [N, B, out], float32 (float64 if any tensor is float64).
 
     Raises:
-        EstimatorError: shapes, types or devices that do not fit, or an unknown activation.
+        EstimatorError: Shapes, types or devices that do not fit, or an unknown activation.
+
+    Example:
+        >>> x, y = torch.randn(8, 3), torch.randn(8, 5)
+        >>> first = [(torch.randn(2, 16, 3), torch.zeros(2, 16)), (torch.randn(1, 16, 5), torch.zeros(1, 16))]
+        >>> last = (torch.randn(3, 4, 16), torch.zeros(3, 4))
+        >>> grouped_mlp([x, y], first, [last]).shape  # two MLPs of x, one of y
+        torch.Size([3, 8, 4])
     """
     inputs, first, rest = _exact_towers("grouped_mlp", inputs, first, rest, activation)
     backend = _towers_on(inputs[0], activation)
@@ -71,20 +79,36 @@ def grouped_infonce(
     columns: Sequence[int],
     activation: str = "relu",
 ) -> Tensor:
-    """InfoNCE bounds of several separate critics, to be maximised: log B + mean_i log softmax_j(<h(y_i), g(x_j)>).
+    """InfoNCE bounds of several separate critics at once, to be maximised.
 
-    On the CPU one pass gives embeddings, values and the scores' gradients; the [B, B] scores are never stored.
+    A separate critic scores a pair by the product of two embeddings, and its bound is
+    log B + mean over i of log softmax_j(<h(y_i), g(x_j)>) at j = i. On the CPU one pass gives embeddings, values and
+    the gradients of the scores, and the [B, B] scores are never stored.
 
     Args:
-        inputs, first, rest, activation: as for `grouped_mlp`; its MLPs are the critics' towers.
-        rows, columns: of every critic the number of the MLP that embeds y, and of the one that embeds x, in the order
-            of `grouped_mlp`'s output. Every MLP belongs to one critic.
+        inputs: Features, as for `grouped_mlp`, whose MLPs are the critics' towers.
+        first: As for `grouped_mlp`.
+        rest: As for `grouped_mlp`.
+        rows: For every critic, the number of the MLP that embeds y, in the order of `grouped_mlp`'s output.
+        columns: For every critic, the number of the MLP that embeds x. Every MLP belongs to exactly one critic.
+        activation: As for `grouped_mlp`.
 
     Returns:
-        [G], in nats, fp32 (fp64 for fp64). NaN where a score is not finite.
+        The bounds [G] in nats, float32 (float64 if any tensor is float64). NaN for a critic with a score that is not
+        finite.
 
     Raises:
-        EstimatorError: shapes, types, devices or numbers that do not fit; no rows; an unknown activation.
+        EstimatorError: Shapes, types, devices or numbers that do not fit, no rows, or an unknown activation.
+
+    Source:
+        van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018.
+
+    Example:
+        >>> x, y = torch.randn(8, 3), torch.randn(8, 5)
+        >>> first = [(torch.randn(1, 16, 3), torch.zeros(1, 16)), (torch.randn(1, 16, 5), torch.zeros(1, 16))]
+        >>> last = (torch.zeros(2, 4, 16), torch.zeros(2, 4))
+        >>> grouped_infonce([x, y], first, [last], rows=[1], columns=[0]).abs() < 1e-5  # equal scores tell nothing
+        tensor([True])
     """
     inputs, first, rest = _exact_towers("grouped_infonce", inputs, first, rest, activation)
     _check_rows("grouped_infonce", inputs[0])
@@ -107,11 +131,13 @@ def grouped_infonce(
 def infonce_of_towers(
     inputs: Sequence[Tensor], stacks: Sequence[Tensor], rows: list[int], columns: list[int]
 ) -> Tensor:
-    """`grouped_infonce` with ReLU for callers who have checked shapes: a small step notices what checks cost.
+    """`grouped_infonce` with ReLU, for callers who have checked the shapes: checks take time in a small step.
 
     Args:
+        inputs: As for `grouped_infonce`.
         stacks: weight, bias, weight, bias, ... of `first`, then of `rest`.
-        rows, columns: as for `grouped_infonce`.
+        rows: As for `grouped_infonce`.
+        columns: As for `grouped_infonce`.
     """
     if _towers_on(inputs[0], "relu") == "cpu":
         dtype = exact_type("grouped_infonce", *inputs, *stacks, integers=True)
@@ -132,7 +158,7 @@ def _infonce_of_towers(
 
 
 def entries(stack: Tensor, numbers: Sequence[int]) -> Tensor:
-    """stack[numbers]. A list as an index would be copied to the device: neighbours are a view, others one launch."""
+    """stack[numbers] without copying the list to the device: a view for neighbours, else one launch."""
     first = numbers[0]
     if list(numbers) == list(range(first, first + len(numbers))):
         return stack[first : first + len(numbers)]
@@ -141,22 +167,29 @@ def entries(stack: Tensor, numbers: Sequence[int]) -> Tensor:
 
 
 def concat_scores(x: Tensor, y: Tensor, layers: Layers, activation: str = "relu") -> Tensor:
-    """f([x; y]) on all pairs: `scores[i, j] = f([x_j; y_i])`. The pairs [B · M, dx + dy] are never formed.
+    """Scores of a concat critic, an MLP over [x; y], on all pairs: scores[i, j] = f([x_j; y_i]).
 
-    The first layer is split, W [x; y] = W_x x + W_y y; the hidden layers exist for one tile of pairs at a time, and the
-    backward pass computes them again.
+    The pairs [B · M, dx + dy] are never formed: the first layer is split, W [x; y] = W_x x + W_y y. The hidden layers
+    exist for one tile of pairs at a time, and the backward pass computes them again.
 
     Args:
-        x: [M, dx]. y: [B, dy].
-        layers: (weight [out, in], bias [out]), at least two; the first reads dx + dy, the last has one output, the
-            hidden layers have one width.
-        activation: between the layers; see `reference.ACTIVATIONS`.
+        x: [M, dx], of any real dtype.
+        y: [B, dy], of any real dtype.
+        layers: Weight [out, in] and bias [out] of at least two layers. The first reads dx + dy numbers, the last has
+            one output, and all hidden layers have one width.
+        activation: Between the layers: relu, elu, gelu, leakyrelu or tanh.
 
     Returns:
-        [B, M], fp32 (fp64 for fp64).
+        The scores [B, M], float32 (float64 if any tensor is float64).
 
     Raises:
-        EstimatorError: shapes, types or devices that do not fit, or an unknown activation.
+        EstimatorError: Shapes, types or devices that do not fit, or an unknown activation.
+
+    Example:
+        >>> x, y = torch.randn(6, 3), torch.randn(4, 5)
+        >>> layers = [(torch.randn(16, 8), torch.zeros(16)), (torch.randn(1, 16), torch.zeros(1))]
+        >>> concat_scores(x, y, layers).shape
+        torch.Size([4, 6])
     """
     x, y, layers = _exact_pairs("concat_scores", x, y, layers, activation)
     backend = _pairs_on(x, layers, activation)
@@ -169,20 +202,32 @@ def concat_scores(x: Tensor, y: Tensor, layers: Layers, activation: str = "relu"
 def concat_infonce(
     x: Tensor, y: Tensor, layers: Layers, activation: str = "relu", *, transpose: bool = False
 ) -> Tensor:
-    """The InfoNCE bound on I(X;Y) with the concat critic, to be maximised: log B + mean_i log softmax_j(S_ij) at j = i.
+    """The InfoNCE bound on I(X;Y) with a concat critic, to be maximised: log B + mean_i log softmax_j(S_ij) at j = i.
 
-    Scores are not stored: O(B) memory. On the CPU value and gradient take one pass over the pairs, a row at a time; on
-    the GPU the gradient takes a second one.
+    The scores are not stored: memory is O(B). On the CPU, value and gradient take one pass over the pairs, a row at a
+    time.
 
     Args:
-        x, y, layers, activation: as for `concat_scores`, x and y of B rows each.
-        transpose: of the transposed scores, softmax over y for every x.
+        x: [B, dx], as for `concat_scores`.
+        y: [B, dy], as for `concat_scores`.
+        layers: As for `concat_scores`.
+        activation: As for `concat_scores`.
+        transpose: Take the softmax over y for every x instead.
 
     Returns:
-        0-d, in nats, fp32 (fp64 for fp64). NaN where a score is not finite.
+        The bound in nats, 0-d, float32 (float64 if any tensor is float64). NaN if a score is not finite.
 
     Raises:
-        EstimatorError: shapes, types or devices that do not fit, or an unknown activation.
+        EstimatorError: Shapes, types or devices that do not fit, or an unknown activation.
+
+    Source:
+        van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018.
+
+    Example:
+        >>> x, y = torch.randn(6, 3), torch.randn(6, 5)
+        >>> layers = [(torch.randn(16, 8), torch.zeros(16)), (torch.zeros(1, 16), torch.zeros(1))]
+        >>> concat_infonce(x, y, layers).abs() < 1e-5  # equal scores tell nothing
+        tensor(True)
     """
     x, y, layers = _exact_pairs("concat_infonce", x, y, layers, activation)
     _check_rows("concat_infonce", x)
@@ -313,7 +358,7 @@ def _pairs_on(x: Tensor, layers: Layers, activation: str) -> str:
 
 
 def _backend(x: Tensor, operation: str, activation: str, algorithm: Callable[[], str]) -> str:
-    """The backend that runs; "reference" also where plain torch is the algorithm."""
+    """The backend that runs; "reference" also if plain torch is the chosen algorithm."""
     if activation != "relu":
         return "reference"
     backend = backend_for(x, operation)
@@ -330,7 +375,7 @@ def _flat(layers: Layers) -> list[Tensor]:
 def _exact_towers(
     where: str, inputs: Sequence[Tensor], first: Layers, rest: Layers, activation: str
 ) -> tuple[list[Tensor], Layers, Layers]:
-    """What `grouped_mlp` is given, checked and in the one type that it is computed in."""
+    """The arguments of `grouped_mlp`, checked and in one dtype."""
     _check_activation(where, activation)
     dtype = exact_type(where, *inputs, *_all(first), *_all(rest), integers=True)
     inputs = [_to(x, dtype) for x in inputs]
@@ -340,7 +385,7 @@ def _exact_towers(
 
 
 def _exact_pairs(where: str, x: Tensor, y: Tensor, layers: Layers, activation: str) -> tuple[Tensor, Tensor, Layers]:
-    """The same of `concat_scores`."""
+    """The arguments of `concat_scores`, checked and in one dtype."""
     _check_activation(where, activation)
     dtype = exact_type(where, x, y, *_all(layers), integers=True)
     x, y, layers = _to(x, dtype), _to(y, dtype), [(_to(w, dtype), _to(b, dtype)) for w, b in layers]
