@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.aot import AotCase
-from engine.kernels.cmi import batched, classifiers
+from engine.kernels.cmi import batched
 from engine.kernels.mi_bounds.tiles import sigmoid, softplus
 
 BLOCK, WARPS = 512, 4
@@ -141,21 +140,3 @@ def read_backward_launches(
 def _fits(joint: Tensor, limit: float) -> bool:
     """Whether the kernels apply. They sum in fp32, and a large limit makes exponentials relative to it vanish."""
     return joint.dtype == torch.float32 and 0 < limit <= 40
-
-
-def aot_cases() -> list[AotCase]:
-    pointers = {"joint_ptr": "*fp32", "product_ptr": "*fp32"}
-    sizes = {"b": "i32", "p": "i32"}
-    common = {"LIMIT": 9.21, "BLOCK": BLOCK}
-    outputs = {"loss_ptr": "*fp32", "values_ptr": "*fp32", "groups": "i32"}
-    found = [AotCase("cmi.read/fp32", _read, pointers | outputs | sizes, common, WARPS)]
-    for name, has_loss, has_value, which in (("loss", True, False, 0), ("ldr", False, True, 0), ("dv", True, True, 1)):
-        grads = {"loss_grad_ptr": has_loss, "value_grad_ptr": has_value, "of_product_ptr": has_loss or which > 0}
-        given = {key: "*fp32" for key, has in grads.items() if has} | {"of_joint_ptr": "*fp32"}
-        absent = {key: None for key, has in grads.items() if not has}
-        settings = {"HAS_LOSS": has_loss, "HAS_VALUE": has_value, "WHICH": which}
-        constexprs = common | settings | absent
-        found.append(
-            AotCase(f"cmi.read_backward/{name}/fp32", _read_backward, pointers | given | sizes, constexprs, WARPS)
-        )
-    return found + classifiers.aot_cases()

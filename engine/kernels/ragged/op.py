@@ -1,4 +1,4 @@
-"""Gathering and right-padding sequences that lie end to end, as an operation: no host work, no synchronisation.
+"""Gathering and right-padding sequences that lie end to end, as an operation without synchronisation.
 
 On CPU tensors a kernel compiled at first use (ragged.cpp) runs it, on CUDA tensors a Triton kernel.
 """
@@ -24,18 +24,24 @@ def pad(
     """Sequences `rows` of a ragged array as a right-padded batch. Bitwise the same on every backend.
 
     Args:
-        values: [total, d] or [total], float16, float32 or int32: all sequences end to end.
-        offsets: int64 [N + 1]; sequence i is `values[offsets[i]:offsets[i + 1]]`.
-        rows: int64 [B], each in 0..N-1; on a GPU they are not checked.
-        width: length of the batch's second axis, at least 1; longer sequences are cut to it.
-        fill: what padding holds.
-        closing: what the last place of a cut sequence of numbers holds (a text's closing token); -1 leaves it.
+        values: All sequences end to end, [total, d] or [total], float16, float32 or int32.
+        offsets: int64 [N + 1]. Sequence i is `values[offsets[i]:offsets[i + 1]]`.
+        rows: int64 [B], each from 0 to N - 1. On a GPU they are not checked.
+        width: Length of the batch's second axis, at least 1. Longer sequences are cut to it.
+        fill: Value of the padding.
+        closing: Last value of a sequence of numbers that was cut, such as a text's closing token. -1 keeps its own.
 
     Returns:
-        Padded [B, width, d] or [B, width], float32 (int64 for int32 values), and lengths int64 [B], at most `width`.
+        The batch [B, width, d] or [B, width], float32 (int64 for int32 values); and lengths int64 [B], at most `width`.
 
     Raises:
-        ValueError: wrong shapes or dtypes; on a CPU also rows out of range.
+        ValueError: Wrong shapes or dtypes; on a CPU also rows out of range.
+
+    Example:
+        >>> values, offsets = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 3])
+        >>> pad(values, offsets, torch.tensor([1, 0]), 2)[0]
+        tensor([[2., 3.],
+                [1., 0.]])
     """
     if values.dtype not in RESULT or values.ndim not in (1, 2) or (closing >= 0 and values.ndim != 1):
         raise ValueError(
