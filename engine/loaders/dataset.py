@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,30 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import MODALITIES, AugmentConfig, DataConfig
-from engine.errors import DataError, OutputError, printable
+from engine.config import AugmentConfig, DataConfig
+from engine.errors import DataError, printable
 from engine.kernels.ragged import Source
-from engine.loaders import formats
 from engine.loaders.augment import Augmentation
+from engine.loaders.cache import load_prepared
+from engine.loaders.content import SplitData, StoreData, require_modalities, require_text, tokenised
 from engine.loaders.formats import Choice
 from engine.loaders.loader import Kind, Loader, Padding, build, choose
 from engine.loaders.normalize import ColumnNormalizer, Normalizer
-from engine.loaders.ragged import LengthRule, Ragged, spooled
+from engine.loaders.problems import held_back, training_problems
+from engine.loaders.ragged import Ragged
 from engine.loaders.sampler import Lengths, Sampler, torchrun_shard
-from engine.loaders.store import (
-    SplitData,
-    StoreData,
-    cache_places,
-    describe_tokenizer,
-    fingerprint,
-    held_back,
-    is_store,
-    is_writable,
-    open_store,
-    prepare,
-    training_problems,
-    write_store,
-)
 from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
 
 Modality = Literal["audio", "vision"]
@@ -436,156 +423,6 @@ def choice_of(data: DataConfig) -> Choice:
     )
 
 
-def load_prepared(
-    path: str | Path,
-    rule: LengthRule | Literal["auto"],
-    tokenizer: Tokenizer | None,
-    expected: str | None = None,
-    choice: Choice | None = None,
-    training: bool = True,
-) -> StoreData:
-    """The content of `path`: of the store it names, or of the store made from it on first use.
-
-    Args:
-        rule: how padding is told from frames; auto is `recorded`. A store keeps the rule it was made with.
-        tokenizer: None asks for precomputed text features.
-        expected: name of the format that the user says it is.
-        choice: what to take where the data has several of a kind. A store keeps the choice it was made with.
-        training: whether the data has to be fit for training, or only for prediction.
-
-    Raises:
-        DataError: anything that keeps the data from being used.
-    """
-    if is_store(path):
-        return open_store(path)
-    rule = "recorded" if rule == "auto" else rule
-    source = formats.find_source(path, choice)
-    mark = fingerprint(source, csv_beside(source))
-    features = tokenizer is None and "text" in source.choice.modalities
-    settings = {"length_rule": rule, "features": features, "expected": expected, **asdict(source.choice)}
-    known = places = cache_places(source, settings)
-    if not training:  # what can be predicted need not be fit for training, so that it has places of its own
-        places = cache_places(source, settings | {"training": False})
-        known = known + places
-    for place in known:
-        if place.is_file():
-            try:
-                data = open_store(place)
-            except DataError:
-                continue  # a damaged or outdated cache is made again
-            if data.meta["fingerprint"] == mark:
-                return data
-    place = next((p for p in places if is_writable(p.parent)), None)
-    try:
-        data = read_source(source, rule, tokenizer, expected, mark, place and place.parent, training)
-        return data if place is None else open_store(write_store(place, data))
-    except OutputError as problem:
-        found = problem.found
-    except DataError as problem:
-        if not isinstance(problem.__cause__, OutputError):
-            raise
-        found = problem.found
-    # the disk is full, say: training can go on from memory
-    data = read_source(formats.find_source(path, choice), rule, tokenizer, expected, mark, None, training)
-    data.meta["notes"].append(f"the converted data could not be kept for the next run ({found})")
-    return data
-
-
-def read_source(
-    source: formats.Source,
-    rule: LengthRule,
-    tokenizer: Tokenizer | None,
-    expected: str | None,
-    mark: str,
-    spool: Path | None,
-    training: bool = True,
-) -> StoreData:
-    """Read foreign files. `spool`: folder for what is read, which is then mapped; None holds it in memory.
-
-    Raises:
-        DataError: anything that keeps the data from being used.
-        OutputError: no space in `spool`.
-    """
-    with spooled(spool):
-        reader = formats.choose_format(source, expected)
-    asked = source.choice.label_key
-    if training and asked not in ("auto", "classes") and not getattr(reader, "label_keys", False):
-        raise DataError(
-            str(source.path), f"a {reader.title} file, with data.label_key={asked}",
-            "an MMSA file, which has several sets of labels", "Leave data.label_key at auto.",
-        )  # fmt: skip
-    with spooled(spool):
-        raw = reader.read(source, rule, tokenizer is None and "text" in source.choice.modalities)
-    return prepare(source, raw, rule, tokenizer, mark, training)
-
-
-def csv_beside(source: formats.Source) -> list[Path]:
-    """The CSV files beside a source, which may hold its labels and texts."""
-    return formats.csv_files(next(iter(source.files.values())).parent)
-
-
-def require_text(data: StoreData, tokenizer: Tokenizer | None, where: str, text_encoder: str) -> None:
-    """Raise DataError unless every split has what the text encoder needs: transcripts, or precomputed features."""
-    for name, split in data.splits.items():
-        if tokenizer is None and split.features is None:
-            raise DataError(
-                f"{where}, {name}",
-                "no precomputed text features",
-                "them, as text_encoder=features says",
-                "Name a text encoder.",
-            )
-        if tokenizer is not None and split.text is None and split.tokens is None:
-            raise DataError(
-                f"{where}, {name}",
-                "no texts",
-                f"transcripts for the text encoder {text_encoder}",
-                "Use text_encoder=features, or leave text out of data.modalities.",
-            )
-
-
-def _require_modalities(data: StoreData, modalities: Sequence[str], where: str) -> None:
-    """Raise DataError unless a store was made with all of `modalities`."""
-    kept = data.meta.get("choice", {}).get("modalities", MODALITIES)
-    lacking = [m for m in modalities if m not in kept]
-    if lacking:
-        raise DataError(
-            where,
-            f"a store of {' and '.join(kept)}",
-            f"{' and '.join(lacking)} too, as data.modalities says",
-            f"Set data.modalities=[{', '.join(kept)}], or convert the original files with all of them.",
-        )
-
-
-def tokenised(data: StoreData, tokenizer: Tokenizer) -> StoreData:
-    """The same data with the tokens of `tokenizer`; made anew only where they are another tokeniser's.
-
-    Raises:
-        DataError: tokens that are not in the vocabulary, or of another one where there are no texts to make them anew.
-    """
-    made = data.meta.get("tokenizer") or {}
-    if made.get("fingerprint") == tokenizer.fingerprint and all(s.tokens is not None for s in data.splits.values()):
-        for name, split in data.splits.items():
-            split.check()
-            found = int(split.tokens.values.max(initial=0))
-            if found >= tokenizer.size or int(split.tokens.values.min(initial=0)) < 0:
-                raise DataError(
-                    f"{name}/tokens", f"token {found}", f"0 to {tokenizer.size - 1}, as {tokenizer.name} has them",
-                    "Convert the original files again.",
-                )  # fmt: skip
-        return data
-    for name, split in data.splits.items():
-        if split.text is None:
-            raise DataError(
-                f"{name}/tokens",
-                f"tokens of another vocabulary ({made.get('name', 'unknown')}) and no texts",
-                f"those of {tokenizer.name}",
-                "Convert the original files for this text encoder.",
-            )
-    draws = data.meta.get("draws_words", False)
-    splits = {n: replace(s, tokens=tokenizer.encode(s.text or [], draws)) for n, s in data.splits.items()}
-    return StoreData({**data.meta, "tokenizer": describe_tokenizer(tokenizer)}, splits)
-
-
 def open_dataset(
     path: str | Path,
     data: DataConfig,
@@ -621,7 +458,7 @@ def open_dataset(
     expected = expected or (None if data.format == "auto" else data.format)
     choice = choice_of(data)
     content = load_prepared(path, data.length_rule, tokenizer, expected, choice, training)
-    _require_modalities(content, data.modalities, str(path))
+    require_modalities(content, data.modalities, str(path))
     if "text" in data.modalities:
         require_text(content, tokenizer, str(path), text_encoder)
     found = training_problems(content.splits, str(path)) if training else []

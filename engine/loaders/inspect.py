@@ -11,18 +11,11 @@ import numpy as np
 
 from engine.errors import DataError, printable
 from engine.loaders import formats
-from engine.loaders.formats import SPLIT_ALIASES, Source, csv_header
+from engine.loaders.formats import SPLIT_ALIASES, DataFiles
+from engine.loaders.formats.tables import csv_header
+from engine.loaders.problems import level_widths, nan_words, problems, training_problems
 from engine.loaders.ragged import Ragged
-from engine.loaders.store import (
-    is_store,
-    level_widths,
-    nan_words,
-    open_store,
-    problems,
-    store_path,
-    training_problems,
-    verify_store,
-)
+from engine.loaders.store import is_store, open_store, store_path, verify_store
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -179,7 +172,7 @@ def _inspect_store(file: Path, verify: bool) -> InspectReport:
     return report
 
 
-def _layout(source: Source) -> dict[str, dict[str, str]]:
+def _layout(source: DataFiles) -> dict[str, dict[str, str]]:
     out: dict[str, dict[str, str]] = {}
     if source.kind == "hdf5":
         return {"files": {stem: f"{file.stat().st_size} bytes" for stem, file in source.files.items()}}

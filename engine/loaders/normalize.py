@@ -21,7 +21,7 @@ from engine.files import atomic_path, parse_json
 from engine.kernels.ragged.cpu import scale
 
 if TYPE_CHECKING:
-    from engine.loaders.store import SplitData
+    from engine.loaders.content import SplitData
 
 BLOCK = 1 << 16  # frames looked at together: bounds temporary copies of a memory-mapped array
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from engine.errors import DataError
-from engine.files import output_error
+from engine.loaders.spool import Joiner, release
 
 LengthRule = Literal["recorded", "all_zero", "sum_zero"]
 Side = Literal["left", "right"]
@@ -24,7 +17,6 @@ USUAL_CUT: Side = "right"  # where sequences that are longer than recorded are c
 BLOCK = 128  # samples looked at together: bounds the temporary copies of a padded array
 PADDED = 8  # sequences of one length, from which on zeros at their ends can be taken for padding
 STEPS = 256  # values of a column that float32 must tell apart
-SMALL, MAPPED = 1 << 16, 1 << 28  # bytes: files up to here are held in memory; files from here on are only mapped
 SHARED, ROOM = 64, 1 << 28  # frames of rows that share arrays: times the arrays' size, plus bytes
 
 
@@ -79,119 +71,6 @@ class Ragged:
             return cls(np.concatenate(pieces), offsets)
         empty = np.zeros((0,) if dim is None else (0, dim), dtype)
         return cls(np.concatenate([empty, *pieces]).astype(dtype, copy=False), offsets)
-
-
-_SPOOL: ContextVar[Path | None] = ContextVar("spool", default=None)
-
-
-@contextlib.contextmanager
-def spooled(folder: Path | None) -> Iterator[None]:
-    """Within the context, joined sequences are kept in unnamed files in `folder` and mapped, not held in memory.
-
-    The files vanish with the arrays, and with the process however it ends. None: they are held in memory.
-    """
-    token = _SPOOL.set(folder)
-    try:
-        yield
-    finally:
-        _SPOOL.reset(token)
-
-
-def _unnamed(folder: Path) -> IO[bytes]:
-    return tempfile.TemporaryFile(dir=folder)
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as cause:
-        raise output_error(folder, cause) from cause
-
-
-def steady(path: Path) -> mmap.mmap | bytes:
-    """The content of a file, whatever happens to the file from then on.
-
-    Reading a mapped file past the place where somebody has cut it off ends the process. So within `spooled` the file is
-    copied to an unnamed one, which is mapped; else it is read into memory, and mapped itself only from 256 MiB on.
-
-    Raises:
-        DataError: the file was written to meanwhile.
-        OSError: it cannot be read. OutputError: there is no space for the copy.
-    """
-    folder = _SPOOL.get()
-    with path.open("rb", buffering=0) as file:
-        before = os.fstat(file.fileno())
-        if before.st_size > SMALL and folder is not None:
-            with _writing(folder), _unnamed(folder) as copy:
-                _copy(file, copy)
-                done = copy.seek(0, os.SEEK_END)
-                data = mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ) if done else b""
-        elif before.st_size > MAPPED:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        else:
-            data = file.readall()
-        after = os.fstat(file.fileno())
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(data) != before.st_size:
-        raise DataError(
-            str(path), f"a file that was written to while it was read ({before.st_size} bytes, then {after.st_size})",
-            "a file that is whole", "Try again when nothing writes to it.",
-        )  # fmt: skip
-    return data
-
-
-def _copy(source: IO[bytes], target: IO[bytes]) -> None:
-    with contextlib.suppress(AttributeError, OSError):  # some file systems share the bytes, others cannot do this
-        while os.copy_file_range(source.fileno(), target.fileno(), 1 << 30):
-            pass
-    target.seek(0, os.SEEK_END)
-    shutil.copyfileobj(source, target, 1 << 20)
-    target.flush()
-
-
-class _Join:
-    """Sequences end to end, taken one by one.
-
-    Raises:
-        OutputError: there is no space for the spool.
-    """
-
-    def __init__(self, dim: int):
-        self._dim, self._lengths, self._pieces, self._folder = dim, [0], [], _SPOOL.get()
-        self._open, self._file = contextlib.ExitStack(), None
-        if self._folder is not None:
-            with _writing(self._folder):
-                self._file = self._open.enter_context(_unnamed(self._folder))
-
-    def add(self, frames: np.ndarray) -> None:
-        self._lengths.append(len(frames))
-        if self._file is None:
-            self._pieces.append(frames)
-            return
-        with _writing(self._folder):
-            self._file.write(np.ascontiguousarray(frames).data)
-
-    def ragged(self) -> Ragged:
-        offsets = np.cumsum(self._lengths, dtype=np.int64)
-        if self._file is None:
-            return Ragged(np.concatenate([np.zeros((0, self._dim), np.float32), *self._pieces]), offsets)
-        with _writing(self._folder), self._open:
-            self._file.flush()
-            return Ragged(np.memmap(self._file, np.float32, "r", shape=(int(offsets[-1]), self._dim)), offsets)
-
-
-def release(array: np.ndarray) -> None:
-    """Give back the memory of a view of a mapped file. Its pages are read from the file again if they are asked for."""
-    base: Any = array
-    while isinstance(base, np.ndarray) and base.base is not None:
-        base = base.base
-    base = base.obj if isinstance(base, memoryview) else base
-    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not array.flags.c_contiguous:
-        return
-    begin = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-    first, end = begin // mmap.PAGESIZE * mmap.PAGESIZE, begin + array.nbytes
-    if end > first:
-        base.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 @dataclass
@@ -329,7 +208,7 @@ def from_sequences(
     distinct = {id(a): a for a in arrays if a is not None}
     size = sum(a.nbytes for a in distinct.values())
     room, most = ROOM + SHARED * size, 16 * sum(a.size for a in distinct.values()) + (1 << 24)
-    clean, joined = _Cleaner(dim, ids, where), _Join(dim)
+    clean, joined = _Cleaner(dim, ids, where), Joiner(dim)
     missing: list[int] = []
     zeros: dict[tuple, int] = {}  # parts of arrays that are all zero -> values replaced to make them so
     zero, kept = np.zeros((1, dim), np.float32), 0
@@ -360,7 +239,7 @@ def from_sequences(
             "Check the feature extraction.",
         )
     found = side if side != usual else None
-    return Sequences(joined.ragged(), clean.nonfinite, missing, dropped, found, usual, clean.coarse())
+    return Sequences(Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, found, usual, clean.coarse())
 
 
 def _padding(arrays: list[np.ndarray | None]) -> tuple[Side | None, list[int]]:
@@ -505,7 +384,7 @@ def from_padded(
         side = _zero_side(used, usual)
         edge = used if side == "left" else used[:, ::-1]
         length = np.where(used.any(1), total - edge.argmax(1), 0)
-    clean, joined, missing = _Cleaner(dim, ids, where), _Join(dim), []
+    clean, joined, missing = _Cleaner(dim, ids, where), Joiner(dim), []
     for first in range(0, len(padded), BLOCK):
         block = padded[first : first + BLOCK]
         for row, n in enumerate(length[first : first + BLOCK].tolist(), first):
@@ -516,7 +395,7 @@ def from_padded(
             joined.add(frames)
         release(block)
     found = side if side != usual else None
-    return Sequences(joined.ragged(), clean.nonfinite, missing, dropped, found, usual, clean.coarse())
+    return Sequences(Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, found, usual, clean.coarse())
 
 
 def _look(padded: np.ndarray, rule: LengthRule) -> tuple[np.ndarray, np.ndarray]:

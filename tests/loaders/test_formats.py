@@ -10,7 +10,7 @@ import pytest
 from engine.config import DataConfig
 from engine.errors import DataError
 from engine.loaders import DataWarning, formats, open_dataset
-from engine.loaders.formats import Choice, RawDataset, find_source, read, register_format
+from engine.loaders.formats import Choice, RawDataset, find_source, read, register_format, registry
 from tests.loaders import writers
 from tests.loaders.test_text import small_tokenizer
 from tests.loaders.writers import SPLITS
@@ -543,7 +543,7 @@ def test_a_format_of_ones_own(tmp_path, data):
         def read(self, source, rule, features):
             return RawDataset(self.name, {}, notes=[rule])
 
-    before = dict(formats._FORMATS)
+    before = dict(registry._FORMATS)
     try:
         register_format(Text())
         path = tmp_path / "x.mine"
@@ -551,8 +551,8 @@ def test_a_format_of_ones_own(tmp_path, data):
         assert read(path, "all_zero")[1].notes == ["all_zero"]
         assert_holds(read(write(tmp_path / "m", "mmsa", data), "recorded")[1], data)  # others are still found
     finally:
-        formats._FORMATS.clear()
-        formats._FORMATS.update(before)
+        registry._FORMATS.clear()
+        registry._FORMATS.update(before)
 
 
 def test_find_source_messages(tmp_path, data):

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from engine.config import DataConfig
 from engine.errors import DataError
+from engine.loaders.content import SplitData
 from engine.loaders.normalize import ColumnNormalizer, Normalizer
 from engine.loaders.ragged import Ragged
-from engine.loaders.store import SplitData
 
 
 def columns(count=500, seed=0):

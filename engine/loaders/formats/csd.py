@@ -20,21 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import DataError
-from engine.loaders.formats import (
-    SPLIT_ALIASES,
-    SPLITS_FILE,
-    Choice,
-    RawDataset,
-    RawSplit,
-    Source,
-    check_splits,
-    csv_files,
-    csv_header,
-    listed,
-    present,
-    read_labels,
-)
-from engine.loaders.formats.tables import read_table
+from engine.loaders.formats.checks import SPLIT_ALIASES, check_splits, listed, present, read_labels
+from engine.loaders.formats.registry import RawDataset, RawSplit
+from engine.loaders.formats.source import SPLITS_FILE, Choice, DataFiles, csv_files
+from engine.loaders.formats.tables import csv_header, read_table
 from engine.loaders.hdf5 import CsdReader
 from engine.loaders.ragged import LengthRule, absent, from_sequences
 
@@ -68,10 +57,10 @@ class CSD:
     name = "csd"
     title = TITLE
 
-    def recognises(self, source: Source) -> bool:
+    def recognises(self, source: DataFiles) -> bool:
         return source.kind == "hdf5"
 
-    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+    def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
         data = RawDataset(self.name, {})
         with CsdReader() as reader:
             files = _sort(source, reader)
@@ -112,7 +101,7 @@ def needs_words(choice: Choice) -> bool:
     return "text" in choice.modalities or choice.align == "words"
 
 
-def _sort(source: Source, reader: CsdReader) -> dict[str, dict[str, Path]]:
+def _sort(source: DataFiles, reader: CsdReader) -> dict[str, dict[str, Path]]:
     """What each file is: kind -> name of the feature set -> file."""
     found: dict[str, dict[str, Path]] = {"words": {}, "label": {}, "audio": {}, "vision": {}, "text": {}, "other": {}}
     for stem, file in source.files.items():
@@ -155,7 +144,7 @@ def _sort(source: Source, reader: CsdReader) -> dict[str, dict[str, Path]]:
     return found
 
 
-def _segments(source: Source, reader: CsdReader, file: Path, notes: list[str]) -> tuple[list[str], list[_Segment]]:
+def _segments(source: DataFiles, reader: CsdReader, file: Path, notes: list[str]) -> tuple[list[str], list[_Segment]]:
     """The splits that are listed, and all segments of them."""
     split_of = _splits(source, notes)
     reader.open(file)
@@ -186,7 +175,7 @@ def _segments(source: Source, reader: CsdReader, file: Path, notes: list[str]) -
     return present(split_of.values()), out
 
 
-def _splits(source: Source, notes: list[str]) -> dict[str, str]:
+def _splits(source: DataFiles, notes: list[str]) -> dict[str, str]:
     """video -> train, valid or test."""
     folder = next(iter(source.files.values())).parent
     file = folder / SPLITS_FILE

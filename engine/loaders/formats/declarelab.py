@@ -18,17 +18,12 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
-from engine.loaders.formats import (
+from engine.loaders.formats.checks import (
     SPLIT_ALIASES,
     SPLITS,
-    RawDataset,
-    RawSplit,
-    Source,
     check_keys,
     check_rows,
     check_splits,
-    csv_files,
-    csv_header,
     may_be_labelled,
     nearest,
     note_keys,
@@ -37,7 +32,9 @@ from engine.loaders.formats import (
     to_text,
     unlabelled,
 )
-from engine.loaders.formats.tables import label_of, plain_number, read_table
+from engine.loaders.formats.registry import RawDataset, RawSplit
+from engine.loaders.formats.source import DataFiles, csv_files
+from engine.loaders.formats.tables import csv_header, label_of, plain_number, read_table
 from engine.loaders.ragged import LengthRule, absent, from_padded
 
 TITLE = "DeclareLab/MulT"
@@ -100,14 +97,14 @@ class DeclareLab:
     name = "declarelab"
     title = TITLE
 
-    def recognises(self, source: Source) -> bool:
+    def recognises(self, source: DataFiles) -> bool:
         splits = source.split_dict()
         first = next((v for k, v in splits.items() if k in SPLITS), None) if splits else None
         if not isinstance(first, dict) or looks_like_mmsa(first):
             return False
         return sum(bool(nearest(k, first)) for k in KEYS) >= 3
 
-    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+    def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
         splits = source.split_dict() or {}
         where = str(source.path)
         notes = check_splits(where, splits)
@@ -191,7 +188,7 @@ def _sentiment(values: Any, count: int, where: str, ids: list[str]) -> list[floa
     return read_labels(values, count, where, ids)[:, 0].tolist()
 
 
-def find_csv(source: Source) -> Path:
+def find_csv(source: DataFiles) -> Path:
     """The label CSV beside the pickle: one with columns video_id and text; of several, the one named most like it.
 
     Raises:
@@ -220,7 +217,7 @@ def _read_csv(path: Path) -> list[_Row]:
     return rows
 
 
-def _join(source: Source, samples: dict[str, list[_Sample]], notes: list[str]) -> dict[str, list[str]]:
+def _join(source: DataFiles, samples: dict[str, list[_Sample]], notes: list[str]) -> dict[str, list[str]]:
     """The transcript of every sample, by id where the CSV allows it, else by position; labels must agree."""
     path = find_csv(source)
     rows = _read_csv(path)

@@ -18,21 +18,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from engine.errors import DataError, EngineError
-from engine.loaders.formats import (
-    SPLIT_ALIASES,
-    SPLITS,
-    RawDataset,
-    RawSplit,
-    Source,
-    check_splits,
-    csv_header,
-    listed,
-    nearest,
-    present,
-    to_id,
-)
-from engine.loaders.formats.tables import label_of, read_table
-from engine.loaders.ragged import LengthRule, absent, from_sequences, steady
+from engine.loaders.formats.checks import SPLIT_ALIASES, SPLITS, check_splits, listed, nearest, present, to_id
+from engine.loaders.formats.registry import RawDataset, RawSplit
+from engine.loaders.formats.source import DataFiles
+from engine.loaders.formats.tables import csv_header, label_of, read_table
+from engine.loaders.ragged import LengthRule, absent, from_sequences
+from engine.loaders.spool import steady
 
 TITLE = "folder of arrays with a manifest.csv"
 COLUMNS = ("id", "split", "label", "audio", "vision", "text", "text_features")
@@ -43,13 +34,13 @@ class Manifest:
     name = "manifest"
     title = TITLE
 
-    def recognises(self, source: Source) -> bool:
+    def recognises(self, source: DataFiles) -> bool:
         if source.kind != "csv":
             return False
         columns = csv_header(next(iter(source.files.values())))
         return sum(bool(nearest(c, columns)) for c in COLUMNS) >= 3
 
-    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+    def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
         path = source.files[""]
         modalities = source.choice.modalities
         frames = [m for m in ("audio", "vision") if m in modalities]

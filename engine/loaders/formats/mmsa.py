@@ -13,11 +13,8 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
-from engine.loaders.formats import (
+from engine.loaders.formats.checks import (
     SPLITS,
-    RawDataset,
-    RawSplit,
-    Source,
     as_numbers,
     check_keys,
     check_rows,
@@ -32,6 +29,8 @@ from engine.loaders.formats import (
     unlabelled,
 )
 from engine.loaders.formats.declarelab import looks_like_mmsa
+from engine.loaders.formats.registry import RawDataset, RawSplit
+from engine.loaders.formats.source import DataFiles
 from engine.loaders.ragged import LengthRule, Side, absent, from_padded
 
 TITLE = "MMSA"
@@ -53,12 +52,12 @@ class MMSA:
     title = TITLE
     label_keys = True  # see `Choice.label_key`
 
-    def recognises(self, source: Source) -> bool:
+    def recognises(self, source: DataFiles) -> bool:
         splits = source.split_dict()
         first = next((v for k, v in splits.items() if k in SPLITS), None) if splits else None
         return isinstance(first, dict) and looks_like_mmsa(first)
 
-    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+    def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
         splits = source.split_dict() or {}
         where = str(source.path)
         notes = check_splits(where, splits)

@@ -16,20 +16,9 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
-from engine.loaders.formats import (
-    RawDataset,
-    RawSplit,
-    Source,
-    as_numbers,
-    check_rows,
-    check_splits,
-    first_rows,
-    present,
-    row_family,
-    splits_with_words,
-    to_id,
-    to_texts,
-)
+from engine.loaders.formats.checks import as_numbers, check_rows, check_splits, present, to_id, to_texts
+from engine.loaders.formats.registry import RawDataset, RawSplit, first_rows, row_family, splits_with_words
+from engine.loaders.formats.source import DataFiles
 from engine.loaders.formats.tuples import stacked_labels
 from engine.loaders.ragged import LengthRule, absent, from_sequences
 
@@ -45,10 +34,10 @@ class SDKRows:
     title = "list of CMU-SDK features (MIMRL)"
     row = "[[text, audio, vision], label, ..., segment]"
 
-    def recognises(self, source: Source) -> bool:
+    def recognises(self, source: DataFiles) -> bool:
         return first_rows(source) == self.name
 
-    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+    def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
         splits = source.split_dict() or {}
         source.notes += check_splits(str(source.path), splits)
         data = RawDataset(self.name, {}, cut=True)
@@ -57,7 +46,7 @@ class SDKRows:
         data.dtypes = {"audio": "float32", "vision": "float32"}
         return data
 
-    def _split(self, rows: Any, where: str, source: Source, features: bool) -> RawSplit:
+    def _split(self, rows: Any, where: str, source: DataFiles, features: bool) -> RawSplit:
         choice = source.choice
         check_rows(where, rows, self.title)
         ids, text, label, embedded, audio, vision = [], [], [], [], [], []
@@ -126,10 +115,10 @@ class AVEC2019:
     title = "list of AVEC2019 interviews (MIMRL)"
     row = "[text, mfcc, ege, ds, au, resnet, label]"
 
-    def recognises(self, source: Source) -> bool:
+    def recognises(self, source: DataFiles) -> bool:
         return first_rows(source) == self.name
 
-    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+    def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
         splits = splits_with_words(source, self.title, features)
         data = RawDataset(self.name, {}, draws_words=True, cut=True)
         for s in present(splits):
@@ -137,7 +126,7 @@ class AVEC2019:
         data.dtypes = {"audio": "float32", "vision": "float32"}
         return data
 
-    def _split(self, rows: Any, where: str, split: str, source: Source) -> RawSplit:
+    def _split(self, rows: Any, where: str, split: str, source: DataFiles) -> RawSplit:
         choice = source.choice
         count = check_rows(where, rows, self.title)
         names = (*AVEC_AUDIO, *AVEC_VISION)

@@ -15,21 +15,9 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
-from engine.loaders.formats import (
-    Choice,
-    RawDataset,
-    RawSplit,
-    Source,
-    as_numbers,
-    check_rows,
-    first_rows,
-    present,
-    read_labels,
-    row_family,
-    splits_with_words,
-    to_id,
-    to_texts,
-)
+from engine.loaders.formats.checks import as_numbers, check_rows, present, read_labels, to_id, to_texts
+from engine.loaders.formats.registry import RawDataset, RawSplit, first_rows, row_family, splits_with_words
+from engine.loaders.formats.source import Choice, DataFiles
 from engine.loaders.ragged import LengthRule, absent, from_sequences
 
 WIDEST_LABEL = 1000  # values of a row's label, of which one is chosen
@@ -41,10 +29,10 @@ class Tuples:
     inner = "(words, visual, acoustic, actual_words[, vlen, alen])"
     words = 3
 
-    def recognises(self, source: Source) -> bool:
+    def recognises(self, source: DataFiles) -> bool:
         return first_rows(source) == self.name
 
-    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+    def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
         splits = splits_with_words(source, self.title, features)
         data = RawDataset(self.name, {})
         for s in present(splits):
