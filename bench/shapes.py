@@ -1,10 +1,10 @@
-"""Generated data with the lengths of the field's data sets (`engine.loaders.synthetic`): what benchmarks run on."""
+"""Generated data with the lengths of the field's data sets: what benchmarks run on."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from engine.loaders.synthetic import MOSEI, MOSI, WORDS, Shape, Utterances, avec, mosei, mosi, utterances
+from engine.loaders.make_data.synthetic import MOSEI, MOSI, WORDS, Shape, Utterances, avec, mosei, mosi, utterances
 
 __all__ = ["MOSEI", "MOSI", "WORDS", "Shape", "Utterances", "avec", "mosei", "mosi", "utterances", "write_store"]
 

@@ -1,4 +1,4 @@
-"""Stores that are made on first use, and kept beside their source or in the user's cache folder."""
+"""Stores that are made on first use. They lie beside their source, or in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def load_prepared(
     choice: Choice | None = None,
     training: bool = True,
 ) -> StoreData:
-    """The content of `path`: of the store it names, or of the store made from it on first use.
+    """The content of `path`: that of the store which it names, or of the store that is made from it on first use.
 
     Args:
         rule: how padding is told from frames; auto is `recorded`. A store keeps the rule it was made with.
         tokenizer: None asks for precomputed text features.
         expected: name of the format that the user says it is.
-        choice: what to take where the data has several of a kind. A store keeps the choice it was made with.
-        training: whether the data has to be fit for training, or only for prediction.
+        choice: what to take if the data has several of a kind. A store keeps the choice it was made with.
+        training: whether the data must be fit for training, or only for prediction.
 
     Raises:
-        DataError: anything that keeps the data from being used.
+        DataError: the data cannot be used.
     """
     if is_store(path):
         return open_store(path)
@@ -47,7 +47,7 @@ def load_prepared(
     features = tokenizer is None and "text" in source.choice.modalities
     settings = {"length_rule": rule, "features": features, "expected": expected, **asdict(source.choice)}
     known = places = cache_places(source, settings)
-    if not training:  # what can be predicted need not be fit for training, so that it has places of its own
+    if not training:  # not all data that can be predicted is fit for training: it has its own places
         places = cache_places(source, settings | {"training": False})
         known = known + places
     for place in known:
@@ -63,19 +63,19 @@ def load_prepared(
         data = read_source(source, rule, tokenizer, expected, mark, place and place.parent, training)
         return data if place is None else open_store(write_store(place, data))
     except OutputError as problem:
-        found = problem.found
+        reason = problem.found
     except DataError as problem:
         if not isinstance(problem.__cause__, OutputError):
             raise
-        found = problem.found
-    # the disk is full, say: training can go on from memory
+        reason = problem.found
+    # for example, the disk is full: training can go on from memory
     data = read_source(find_source(path, choice), rule, tokenizer, expected, mark, None, training)
-    data.meta["notes"].append(f"the converted data could not be kept for the next run ({found})")
+    data.meta["notes"].append(f"the converted data could not be kept for the next run ({reason})")
     return data
 
 
 def cache_places(source: DataFiles, settings: dict[str, Any]) -> list[Path]:
-    """Where a store made on first use may lie: beside the source, else in the user's cache folder, if there is one."""
+    """Where a store that is made on first use may lie: beside the source, else in the user's cache folder, if any."""
     key = hashlib.sha256(json.dumps({**settings, "version": VERSION}, sort_keys=True).encode()).hexdigest()[:8]
     first = next(iter(source.files.values())).absolute()
     stem = first.stem if "" in source.files else source.path.absolute().stem
@@ -87,7 +87,7 @@ def cache_places(source: DataFiles, settings: dict[str, Any]) -> list[Path]:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether a file can be made in `folder` (permission bits do not tell on network and read-only file systems)."""
+    """Whether a file can be made in `folder`. It tries, because permission bits do not tell on network file systems."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -160,11 +160,9 @@ def tokenised(data: StoreData, tokenizer: Tokenizer) -> StoreData:
     for name, split in data.splits.items():
         if split.text is None:
             raise DataError(
-                f"{name}/tokens",
-                f"tokens of another vocabulary ({made.get('name', 'unknown')}) and no texts",
-                f"those of {tokenizer.name}",
-                "Convert the original files for this text encoder.",
-            )
+                f"{name}/tokens", f"tokens of another vocabulary ({made.get('name', 'unknown')}) and no texts",
+                f"those of {tokenizer.name}", "Convert the original files for this text encoder.",
+            )  # fmt: skip
     draws = data.meta.get("draws_words", False)
     splits = {n: replace(s, tokens=tokenizer.encode(s.text or [], draws)) for n, s in data.splits.items()}
     return StoreData({**data.meta, "tokenizer": describe_tokenizer(tokenizer)}, splits)
@@ -175,18 +173,14 @@ def require_text(data: StoreData, tokenizer: Tokenizer | None, where: str, text_
     for name, split in data.splits.items():
         if tokenizer is None and split.features is None:
             raise DataError(
-                f"{where}, {name}",
-                "no precomputed text features",
-                "them, as text_encoder=features says",
+                f"{where}, {name}", "no precomputed text features", "text features, as text_encoder=features says",
                 "Name a text encoder.",
-            )
+            )  # fmt: skip
         if tokenizer is not None and split.text is None and split.tokens is None:
             raise DataError(
-                f"{where}, {name}",
-                "no texts",
-                f"transcripts for the text encoder {text_encoder}",
+                f"{where}, {name}", "no texts", f"transcripts for the text encoder {text_encoder}",
                 "Use text_encoder=features, or leave text out of data.modalities.",
-            )
+            )  # fmt: skip
 
 
 def require_modalities(data: StoreData, modalities: Sequence[str], where: str) -> None:
@@ -195,8 +189,6 @@ def require_modalities(data: StoreData, modalities: Sequence[str], where: str) -
     lacking = [m for m in modalities if m not in kept]
     if lacking:
         raise DataError(
-            where,
-            f"a store of {' and '.join(kept)}",
-            f"{' and '.join(lacking)} too, as data.modalities says",
+            where, f"a store of {' and '.join(kept)}", f"{' and '.join(lacking)} too, as data.modalities says",
             f"Set data.modalities=[{', '.join(kept)}], or convert the original files with all of them.",
-        )
+        )  # fmt: skip

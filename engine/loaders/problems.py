@@ -1,4 +1,4 @@
-"""What keeps a data set from being used, and what is mended silently or with a note."""
+"""What keeps a data set from being used, and what is only noted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAN_WORDS = ("nan", "none", "null", "<na>", "n/a")
 
 
 def level_widths(raw: RawDataset) -> None:
-    """Give a split that lacks a modality in every sample the width that it has in the others."""
+    """A split that lacks a modality in every sample gets the width that the modality has in the other splits."""
     for modality in ("audio", "vision", "features"):
         parts = {n: p for n, s in raw.splits.items() if (p := getattr(s, modality)) is not None}
         present = [p.ragged.dim for p in parts.values() if len(p.missing) < len(p.ragged)]
@@ -27,7 +27,7 @@ def level_widths(raw: RawDataset) -> None:
 
 
 def nan_words(raw: RawDataset) -> list[str]:
-    """A note on texts that are the word which an empty cell often becomes, if there are any."""
+    """A note on texts that are a word such as nan, which an empty cell often becomes; else none."""
     counts = {n: sum(t.strip().lower() in NAN_WORDS for t in s.text or []) for n, s in raw.splits.items()}
     counts = {n: count for n, count in counts.items() if count}
     if not counts:
@@ -38,26 +38,24 @@ def nan_words(raw: RawDataset) -> list[str]:
 
 
 def training_problems(splits: Mapping[str, SplitData | RawSplit], where: str) -> list[DataError]:
-    """What keeps samples that can be predicted from being trained on: splits or labels that are missing.
+    """What keeps samples that can be predicted from being trained on: missing splits or labels.
 
-    The test split may have no label at all: it is held back.
+    The test split may have no label at all: then it is held back.
     """
     if len(splits) < len(SPLITS):
         return [missing_split(where, list(splits))]
-    found = []
+    errors = []
     for name, split in splits.items():
         gone = np.flatnonzero(np.isnan(split.label[:, 0]))
         if len(gone) and not (name == "test" and held_back(split)):
             row = int(gone[0])
-            found.append(
-                DataError(
-                    f"{where}, {name}, labels, row {row} (id {split.ids[row]})",
-                    f"label nan ({len(gone)} of {len(split.ids)} samples have none)",
-                    "a finite number" + (", or no label in the whole split" if name == "test" else ""),
-                    "Mend or remove the row.",
-                )
-            )
-    return found
+            errors.append(DataError(
+                f"{where}, {name}, labels, row {row} (id {split.ids[row]})",
+                f"label nan ({len(gone)} of {len(split.ids)} samples have none)",
+                "a finite number" + (", or no label in the whole split" if name == "test" else ""),
+                "Correct or remove the row.",
+            ))  # fmt: skip
+    return errors
 
 
 def held_back(split: SplitData | RawSplit) -> bool:
@@ -68,46 +66,38 @@ def held_back(split: SplitData | RawSplit) -> bool:
 def problems(
     raw: RawDataset, where: str, modalities: Sequence[str] = MODALITIES, training: bool = True
 ) -> list[DataError]:
-    """What keeps a data set from being used: duplicate ids, widths that differ between splits, and in training no texts
-    in a split, splits or labels that are missing."""
-    found = training_problems(raw.splits, where) if training else []
+    """What keeps a data set from being used: ids that occur twice, and widths that differ between splits.
+
+    Training also needs all splits, labels and texts.
+    """
+    errors = training_problems(raw.splits, where) if training else []
     seen: dict[str, tuple[str, int]] = {}
     for name, split in raw.splits.items():
         for row, sample in enumerate(split.ids):
             if sample in seen:
                 other, first = seen[sample]
-                found.append(
-                    DataError(
-                        f"{where}, {name}, row {row}",
-                        f"id {sample} a second time",
-                        f"every id once ({other}, row {first} has it)",
-                        "Remove one of them.",
-                    )
-                )
+                errors.append(DataError(
+                    f"{where}, {name}, row {row}", f"id {sample} a second time",
+                    f"every id once ({other}, row {first} has it)", "Remove one of them.",
+                ))  # fmt: skip
             else:
                 seen[sample] = (name, row)
         if _has_nothing(split):
-            found.append(
-                DataError(
-                    f"{where}, {name}", "no text, audio or vision in any sample", "one of them at least",
-                    "Check the feature extraction.",
-                )
-            )  # fmt: skip
-    found += _no_text(raw, where) if training else []
+            errors.append(DataError(
+                f"{where}, {name}", "no text, audio or vision in any sample", "one of them at least",
+                "Check the feature extraction.",
+            ))  # fmt: skip
+    errors += _no_text(raw, where) if training else []
     for modality in [m for m in ("audio", "vision") if m in modalities] + ["features"]:
         parts = {n: getattr(s, modality) for n, s in raw.splits.items()}
         dims = {n: p.ragged.dim for n, p in parts.items() if p is not None}
         if len(set(dims.values())) > 1:
             listed = ", ".join(f"{d} in {n}" for n, d in dims.items())
-            found.append(
-                DataError(
-                    f"{where}, {modality}",
-                    f"{listed} feature columns",
-                    "the same number in every split",
-                    "Extract all splits alike.",
-                )
-            )
-    return found
+            errors.append(DataError(
+                f"{where}, {modality}", f"{listed} feature columns", "the same number in every split",
+                "Extract all splits alike.",
+            ))  # fmt: skip
+    return errors
 
 
 def _silent(split: RawSplit) -> bool:
@@ -120,7 +110,7 @@ def _has_nothing(split: RawSplit) -> bool:
 
 
 def _no_text(raw: RawDataset, where: str) -> list[DataError]:
-    """A data set without a single text; one split may lack them, as it may lack audio or vision."""
+    """Errors of a data set without a single text. One split may lack texts, as it may lack audio or vision."""
     splits = raw.splits.values()
     if all(s.features is not None and len(s.features.missing) == len(s.ids) for s in splits):
         expected = "precomputed text features, as text_encoder=features says"

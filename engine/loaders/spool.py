@@ -17,16 +17,17 @@ import numpy as np
 from engine.errors import DataError
 from engine.files import output_error
 
-SMALL, MAPPED = 1 << 16, 1 << 28  # bytes: files up to here are read into memory; files from here on are only mapped
+SMALL, MAPPED = 1 << 16, 1 << 28  # bytes: smaller files are read into memory; larger ones are only mapped
 
 _SPOOL: ContextVar[Path | None] = ContextVar("spool", default=None)
 
 
 @contextlib.contextmanager
 def spooled(folder: Path | None) -> Iterator[None]:
-    """Within the context, joined sequences are kept in unnamed files in `folder` and mapped, not held in memory.
+    """Within the context, joined sequences are kept in unnamed files in `folder`, and mapped.
 
-    The files vanish with the arrays, and with the process however it ends. None: they are held in memory.
+    The files vanish with the arrays, and with the process however it ends. If `folder` is None, memory holds the
+    sequences.
     """
     token = _SPOOL.set(folder)
     try:
@@ -48,10 +49,10 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def steady(path: Path) -> mmap.mmap | bytes:
-    """The content of a file, whatever happens to the file from then on.
+    """The content of a file. It stays the same whatever happens to the file later.
 
-    Reading a mapped file past the place where somebody has cut it off ends the process. So within `spooled` the file is
-    copied to an unnamed one, which is mapped; else it is read into memory, and mapped itself only from 256 MiB on.
+    If somebody cuts off a mapped file, reading past its new end kills the process. So within `spooled` the file is
+    copied to an unnamed one, which is mapped. Else it is read into memory; a file of 256 MiB or more is mapped itself.
 
     Raises:
         DataError: the file was written to meanwhile.
@@ -79,7 +80,7 @@ def steady(path: Path) -> mmap.mmap | bytes:
 
 
 def _copy(source: IO[bytes], target: IO[bytes]) -> None:
-    with contextlib.suppress(AttributeError, OSError):  # some file systems share the bytes, others cannot do this
+    with contextlib.suppress(AttributeError, OSError):  # some file systems can share the bytes
         while os.copy_file_range(source.fileno(), target.fileno(), 1 << 30):
             pass
     target.seek(0, os.SEEK_END)
@@ -88,7 +89,7 @@ def _copy(source: IO[bytes], target: IO[bytes]) -> None:
 
 
 class Joiner:
-    """Sequences end to end, taken one by one.
+    """Puts sequences end to end, one by one.
 
     Raises:
         OutputError: there is no space for the spool.
@@ -120,7 +121,7 @@ class Joiner:
 
 
 def release(array: np.ndarray) -> None:
-    """Give back the memory of a view of a mapped file. Its pages are read from the file again if they are asked for."""
+    """Give back the memory of a view of a mapped file. If its pages are needed again, they are read from the file."""
     base: Any = array
     while isinstance(base, np.ndarray) and base.base is not None:
         base = base.base

@@ -1,16 +1,15 @@
-"""One ragged, memory-mapped store for every format: a safetensors file.
+"""The store: one ragged, memory-mapped safetensors file, whatever the format of the source.
 
-Tensors, for each split S:
+Tensors of each split S:
 
-- `S/label` float32 [N, 1], NaN where a sample has none;
+- `S/label` float32 [N, 1]; NaN where a sample has none;
 - `S/audio/values` float32 (or float16) [total, d] and `S/audio/offsets` int64 [N + 1]; the same for vision;
-- `S/tokens/values` int32 [total] and offsets: special tokens included, not cut;
+- `S/tokens/values` int32 [total] and offsets: with special tokens, not cut;
 - `S/ids/values` and `S/text/values` uint8 (UTF-8) and offsets;
-- `S/features/values` float32 (or float16) [total, d_t] and offsets, only where precomputed text features were asked
-  for.
+- `S/features/values` float32 (or float16) [total, d_t] and offsets: only if precomputed text features were asked for.
 
 The metadata entry `engine_store` is a JSON object: version, source format and fingerprint, length rule, tokeniser, what
-was cleaned, and a sha256 of every tensor; `engine convert` adds the sha256 of every source file.
+was cleaned, and a sha256 of every tensor. `engine convert` adds the sha256 of every source file.
 """
 
 from __future__ import annotations
@@ -36,18 +35,18 @@ from engine.loaders.formats.checks import SPLITS
 from engine.loaders.ragged import Ragged
 from engine.loaders.spool import release
 
-VERSION = 2  # 1: padding was taken to be where the format has it, whatever the zeros said
+VERSION = 2  # 1 took the padding to be at the format's side, whatever the zeros said
 KEY = "engine_store"
 FILE = "store.safetensors"
 HEADER_BYTES = 1 << 26  # the header holds one checksum per source file
-CHUNK = 1 << 24  # bytes that are written or summed at a time
+CHUNK = 1 << 24  # bytes that are written or hashed at a time
 
 _TYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "uint8": "U8"}
 _NUMPY = {name: np.dtype(kind) for kind, name in _TYPES.items()}
 
 
 def store_path(path: str | Path) -> Path:
-    """The store's file where `path` names a store or its folder, or would after writing."""
+    """The file of the store that `path` names, directly or by its folder. It need not be there yet."""
     path = user_path(path)
     return path if path.suffix == ".safetensors" else path / FILE
 
@@ -58,16 +57,16 @@ def is_store(path: str | Path) -> bool:
 
 
 def write_store(path: str | Path, data: StoreData, dtype: Literal["float32", "float16"] | None = None) -> Path:
-    """Write a store atomically; returns its file.
+    """Write a store atomically. Returns its file.
 
-    Arrays go to the file piece by piece: the safetensors library's writer would copy them all into memory first.
+    Arrays go to the file piece by piece; the safetensors library would first copy all of them into memory.
 
     Args:
-        dtype: of frames and text features; None keeps it.
+        dtype: of frames and text features; None keeps theirs.
 
     Raises:
-        DataError: the folder cannot be written to, there is no space, values that float16 cannot hold, or the store
-            that the data comes from has changed.
+        DataError: the folder cannot be written to, there is no space, float16 cannot hold a value, or the store that
+            the data comes from has changed.
     """
     path = store_path(path)
     tensors = {}
@@ -76,7 +75,7 @@ def write_store(path: str | Path, data: StoreData, dtype: Literal["float32", "fl
         tensors[key] = array, kind
     # widest types first, so that every tensor is aligned
     order = sorted(tensors, key=lambda k: -tensors[k][1].itemsize)
-    sums = dict.fromkeys(order, "0" * 64)  # known when all is written: the header gets room for them
+    sums = dict.fromkeys(order, "0" * 64)  # known when all is written; the header keeps room for them
     meta = {**data.meta, "checksums": sums}
     room = len(_header(meta, tensors, order))
     try:
@@ -98,7 +97,7 @@ def write_store(path: str | Path, data: StoreData, dtype: Literal["float32", "fl
 
 
 def no_room(problem: OutputError) -> DataError:
-    """A store could not be written: what to do."""
+    """The error of a store that could not be written."""
     return DataError(problem.where, problem.found, problem.expected, "Free space or name another place for the store.")
 
 
@@ -116,26 +115,26 @@ def _header(meta: dict[str, Any], tensors: dict[str, tuple[np.ndarray, np.dtype]
 
 
 def _pieces(array: np.ndarray, kind: np.dtype, where: str) -> Iterator[memoryview]:
-    """The bytes of an array as `kind`, piece by piece; memory of mapped files is given back."""
+    """The bytes of an array as `kind`, piece by piece. The memory of mapped files is given back."""
     rows = max(1, CHUNK // max(1, array[:1].nbytes))
     for start in range(0, len(array), rows):
         part = array[start : start + rows]
         with np.errstate(over="ignore"):
-            found = np.ascontiguousarray(part, kind)
-        if kind == np.float16 != array.dtype and not np.isfinite(found).all():
+            block = np.ascontiguousarray(part, kind)
+        if kind == np.float16 != array.dtype and not np.isfinite(block).all():
             raise DataError(
                 where, "values beyond ±65504, the range of float16", "values in its range", "Convert to fp32 instead."
             )
-        if found.size:
-            yield found.reshape(-1).view(np.uint8).data
+        if block.size:
+            yield block.reshape(-1).view(np.uint8).data
         release(part)
 
 
 class _File:
     """A mapped safetensors file of a store.
 
-    A mapping ends where its file was cut off, and reading past that end kills the process: `check` asks the system
-    whether the file is still the one that was opened. A file that another one has taken the place of stays readable.
+    If the file is cut off, reading past its new end kills the process. So `check` asks the system whether the file is
+    still the one that was opened. A file that was replaced by another one stays readable.
     """
 
     def __init__(self, path: Path):
@@ -159,16 +158,15 @@ class _File:
         return state.st_size, state.st_mtime_ns
 
     def check(self) -> None:
-        """Raise DataError unless the file is as it was opened."""
+        """Raise DataError if the file has changed since it was opened."""
         now = self._stat()
         if now != self._state:
             found = f"{now[0]} bytes" if now[0] != self._state[0] else "a later time of writing"
             raise DataError(
-                str(self.path),
-                f"a store that was written to while in use ({found})",
+                str(self.path), f"a store that was written to while in use ({found})",
                 f"the file as it was opened ({self._state[0]} bytes)",
                 "Run `engine inspect --verify` on it, or convert the data again, and start again.",
-            )
+            )  # fmt: skip
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -180,7 +178,7 @@ class _File:
         """A read-only view of a tensor.
 
         Raises:
-            KeyError: there is none. ValueError: of a type that a store does not have.
+            KeyError: there is no such tensor. ValueError: a store has no tensors of its type.
         """
         entry = self._entries[key]
         if entry["dtype"] not in _NUMPY:
@@ -196,7 +194,7 @@ class _File:
 
 
 class _Splits(Mapping):
-    """The splits of an open store, each read when it is first asked for."""
+    """The splits of an open store. Each one is read when it is first asked for."""
 
     def __init__(self, file: _File, names: list[str]):
         self._file, self._names = file, names
@@ -224,7 +222,7 @@ class _Splits(Mapping):
         if f"{key}/values" not in self._file:
             return None
         values, offsets = (self._file.tensor(f"{key}/{part}") for part in ("values", "offsets"))
-        offsets = np.array(offsets)  # only frames stay in the file: they alone are large, and read under `check`
+        offsets = np.array(offsets)  # only frames stay in the file; they are read under `check`
         if values.dtype.kind != "f":
             values = np.array(values)
         if offsets.ndim != 1 or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
@@ -269,10 +267,10 @@ def _damaged(path: Path, cause: object) -> DataError:
 
 
 def open_store(path: str | Path) -> StoreData:
-    """Open a store; its arrays are views of the mapped file.
+    """Open a store. Its arrays are views of the mapped file.
 
     Raises:
-        DataError: not a store, damaged, or of a later version.
+        DataError: it is not a store, is damaged, or is of another version.
     """
     return _open(store_path(path))[1]
 
@@ -285,11 +283,9 @@ def _open(path: Path) -> tuple[_File, StoreData]:
         _ = meta["counts"]
     except KeyError:
         raise DataError(
-            str(path),
-            "a safetensors file of another kind",
-            "a store made by `engine convert`",
+            str(path), "a safetensors file of another kind", "a store made by `engine convert`",
             "Name the data's own file.",
-        ) from None
+        ) from None  # fmt: skip
     except (OSError, SafetensorError, ValueError, TypeError, AttributeError, OverflowError) as cause:
         raise _damaged(path, cause) from None
     if version != VERSION:
@@ -309,7 +305,7 @@ def _open(path: Path) -> tuple[_File, StoreData]:
 
 
 def _described(meta: dict[str, Any]) -> bool:
-    """Whether a store's description holds what is read from it, in the types in which it was written."""
+    """Whether a store's description has all that is read from it, in the types in which it was written."""
     counts = meta["counts"]
     return (
         all(isinstance(meta.get(key), str) for key in ("format", "source", "fingerprint", "length_rule"))
@@ -328,10 +324,10 @@ def _described(meta: dict[str, Any]) -> bool:
 
 
 def verify_store(path: str | Path) -> list[str]:
-    """The tensors of a store whose checksum does not match; reads the whole file, without holding it in memory.
+    """The tensors of a store whose checksum does not match. Reads the whole file, piece by piece.
 
     Raises:
-        DataError: not a store, damaged, or written to meanwhile.
+        DataError: it is not a store, is damaged, or was written to meanwhile.
     """
     file, data = _open(store_path(path))
     sums = data.meta.get("checksums") or {}

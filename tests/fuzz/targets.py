@@ -22,14 +22,16 @@ import numpy as np
 
 from engine.config import DataConfig
 from engine.errors import EngineError
-from engine.loaders import formats, safe_pickle, writers
+from engine.loaders import formats, safe_pickle
 from engine.loaders.convert import prepare
 from engine.loaders.dataset import Dataset
 from engine.loaders.formats import SPLITS, Choice, DataFiles, RawDataset, csd
 from engine.loaders.hdf5 import CsdReader
+from engine.loaders.make_data import writers
+from engine.loaders.make_data.writers import Caps, Sample
 from engine.loaders.problems import problems
 from engine.loaders.store import open_store, verify_store, write_store
-from engine.loaders.writers import Caps, Sample
+from tests.loaders.writers import sdk
 
 RULES = ("recorded", "all_zero", "sum_zero")
 CAPS = Caps(3, 4, 4)
@@ -108,7 +110,7 @@ def contents(name: str) -> list[Any]:
         case "magbert":
             return [writers.magbert(data)]
         case "sdk":
-            return [writers.sdk(writers.aligned(data), sets, small=True) for sets in ("mosi", "mosei", "pom")]
+            return [sdk(writers.aligned(data), sets) for sets in ("mosi", "mosei", "pom")]
         case "avec2019":
             return [writers.avec2019(data)]
     raise KeyError(name)

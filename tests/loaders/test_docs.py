@@ -9,7 +9,7 @@ from engine.cli import main
 from engine.config import DataConfig, load_config
 from engine.loaders import formats, open_dataset
 from engine.loaders.formats import registry
-from engine.loaders.writers import WRITERS
+from engine.loaders.make_data.writers import WRITERS
 from tests.loaders import writers
 from tests.loaders.test_text import small_tokenizer
 

@@ -102,7 +102,7 @@ def test_saved_statistics_give_the_same_values(tmp_path, kind):
     other = split(1)
     for modality in ("audio", "vision"):
         values = getattr(other, modality).values
-        assert np.array_equal(loaded.apply(modality, values), fitted.apply(modality, values))
+        assert np.array_equal(getattr(loaded, modality).apply(values), getattr(fitted, modality).apply(values))
     assert set(fitted.state()) == {f"{m}.{k}" for m in ("audio", "vision") for k in ("low", "shift", "scale")}
 
 
@@ -117,7 +117,7 @@ def test_load_names_the_file(tmp_path):
 
 def test_other_width_is_an_error():
     with pytest.raises(DataError, match="2 feature columns; expected 3"):
-        Normalizer.fit(split(0), DataConfig()).apply("audio", np.ones((1, 2), np.float32))
+        Normalizer.fit(split(0), DataConfig()).audio.apply(np.ones((1, 2), np.float32))
 
 
 @pytest.mark.parametrize(

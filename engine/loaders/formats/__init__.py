@@ -1,4 +1,4 @@
-"""Readers of the formats users have. There is one module per format; the content decides, never the file's name.
+"""Readers of the formats users have: one module per format. The content decides which one reads a file, never its name.
 
 A new format is an object with the attributes of `Format`, given to `register_format`.
 """

@@ -1,6 +1,6 @@
 """Checks and conversions that all readers share: splits, keys, labels, texts and ids.
 
-Each raises a DataError that names the place, or returns what was found in one form.
+Each one returns its result in one form, or raises a DataError that names the place.
 """
 
 from __future__ import annotations
@@ -20,14 +20,22 @@ NAMED = 8  # names that a note lists
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names for a note, the first few of many."""
+    """Names for a note; of many, the first few.
+
+    >>> listed(["a", "b"])
+    'a, b'
+    """
     names = [name if len(name) <= 80 else f"{name[:80]}..." for name in names]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 
 
 def nearest(word: str, options: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """The option most like `word`, or none. Bounded: both may come from a damaged file."""
+    """The option most like `word`, or none. Lengths and counts are bounded: both may come from a damaged file.
+
+    >>> nearest("lables", ["labels", "id"])
+    ['labels']
+    """
     return difflib.get_close_matches(str(word)[:80], [str(o)[:80] for o in list(options)[:200]], 1, cutoff)
 
 
@@ -37,26 +45,26 @@ def present(splits: Iterable[str]) -> list[str]:
     return [s for s in SPLITS if s in splits]
 
 
-def check_splits(where: str, found: Iterable[str]) -> list[str]:
-    """Raise unless some of train, valid and test are there and none is misnamed; a note on splits that are not read.
+def check_splits(where: str, names: Iterable[str]) -> list[str]:
+    """A note on splits that are not read. Raises if none of train, valid and test is there, or if one is misnamed.
 
     Training asks for all three later.
     """
-    found = sorted(found, key=lambda s: SPLITS.index(s) if s in SPLITS else len(SPLITS))
-    missing = [s for s in SPLITS if s not in found]
-    extra = [s for s in found if s not in SPLITS]
+    names = sorted(names, key=lambda s: SPLITS.index(s) if s in SPLITS else len(SPLITS))
+    missing = [s for s in SPLITS if s not in names]
+    extra = [s for s in names if s not in SPLITS]
     if len(missing) == len(SPLITS) or any(nearest(s, extra, 0.5) for s in missing):
-        raise missing_split(where, found)
+        raise missing_split(where, names)
     return [f"splits that are not read: {listed(extra)}"] if extra else []
 
 
-def missing_split(where: str, found: list[str]) -> DataError:
-    """One of train, valid and test is not among `found`."""
-    missing, extra = [s for s in SPLITS if s not in found], [s for s in found if s not in SPLITS]
-    near = {s: names[0] for s in missing if (names := nearest(s, extra, 0.5))}
+def missing_split(where: str, names: list[str]) -> DataError:
+    """The error if one of train, valid and test is not among `names`."""
+    missing, extra = [s for s in SPLITS if s not in names], [s for s in names if s not in SPLITS]
+    near = {s: like[0] for s in missing if (like := nearest(s, extra, 0.5))}
     one = next(iter(near), missing[0])
     do = f"Rename {near[one]!r}." if near else "Write all three splits."
-    return DataError(where, f"splits {', '.join(found)}, no {one}", "train, valid (or dev) and test", do)
+    return DataError(where, f"splits {', '.join(names)}, no {one}", "train, valid (or dev) and test", do)
 
 
 _MODALITY_KEYS = ("audio", "vision", "text", "raw_text")
@@ -65,16 +73,18 @@ _MODALITY_KEYS = ("audio", "vision", "text", "raw_text")
 def check_keys(
     where: str, split: Any, required: Iterable[str], optional: Iterable[str], title: str, unread: Iterable[str] = ()
 ) -> list[str]:
-    """Raise for missing and misnamed keys of a split, suggesting the nearest names.
+    """Raise for missing and misnamed keys of a split, and suggest the nearest names.
 
     Args:
-        required, optional: keys that are read. unread: keys of the format that nothing here reads.
+        required, optional: keys that are read. unread: keys of the format that the engine does not read.
 
     Returns:
-        the unknown keys, which are not read.
+        The unknown keys, which are not read.
     """
     if not isinstance(split, dict):
-        raise DataError(where, f"a {type(split).__name__}", f"a dict, as {title} files have", "Write one dict a split.")
+        raise DataError(
+            where, f"a {type(split).__name__}", f"a dict, as {title} files have", "Write one dict per split."
+        )
     required, optional = list(required), list(optional)
     extra = [k for k in split if k not in required and k not in optional and k not in unread]
     for key in required:
@@ -83,11 +93,9 @@ def check_keys(
             do = f"Add {key!r}, or leave it out of data.modalities." if key in _MODALITY_KEYS else f"Add {key!r}."
             do = f"Rename {near[0]!r} to {key!r}." if near else do
             raise DataError(
-                where,
-                f"keys {', '.join(map(str, split))}; no {key!r}",
-                f"the keys of a {title} file: {', '.join(required)}",
-                do,
-            )
+                where, f"keys {', '.join(map(str, split))}; no {key!r}",
+                f"the keys of a {title} file: {', '.join(required)}", do,
+            )  # fmt: skip
     free = [k for k in required + optional if k not in split]
     for key in extra:
         near = nearest(key, free, 0.8)
@@ -100,38 +108,39 @@ def check_keys(
 
 def note_keys(extra: Mapping[str, list[str]]) -> list[str]:
     """A note on keys that are not read. `extra`: split -> its unknown keys."""
-    found: dict[str, list[str]] = {}
+    splits_of: dict[str, list[str]] = {}
     for split, keys in extra.items():
         for key in keys:
-            found.setdefault(key, []).append(split)
-    names = [key if len(splits) == len(extra) else f"{key} ({', '.join(splits)})" for key, splits in found.items()]
+            splits_of.setdefault(key, []).append(split)
+    names = [key if len(splits) == len(extra) else f"{key} ({', '.join(splits)})" for key, splits in splits_of.items()]
     return [f"keys that are not read: {listed(names)}"] if names else []
 
 
 def may_be_labelled(split: Any, key: str, known: Iterable[str]) -> bool:
-    """Whether a split has labels under `key`, or under an unknown name so like it that it is a mistake."""
+    """Whether a split has labels under `key`, or under an unknown name so similar that it must be a mistake."""
     known = set(known) - {key}
     return isinstance(split, dict) and bool(nearest(key, [k for k in split if k not in known], 0.5))
 
 
 def unlabelled(count: int) -> np.ndarray:
-    """Labels of samples that have none: NaN, float32 [count, 1]."""
+    """Labels of samples without labels: NaN, float32 [count, 1]."""
     return np.full((count, 1), np.nan, np.float32)
 
 
 def read_labels(
     values: Any, count: int, where: str, ids: list[str] | None = None, column: int | None = None
 ) -> np.ndarray:
-    """Labels as float32 [N, 1]; NaN stays: a sample without a label.
+    """Labels as float32 [N, 1]. A sample without a label keeps NaN.
 
     Args:
-        column: of labels with several; None takes the only one, or of 7 (the SDK's "All Labels") the first, sentiment.
+        column: which of several columns. None takes the only one, or the first of 7: sentiment in the SDK's "All
+            Labels".
 
     Raises:
         DataError: wrong shape or dtype, or an infinite label.
     """
-    label = as_numbers(values, where, "one number a row")
-    with np.errstate(over="ignore"):  # told below, with the row
+    label = as_numbers(values, where, "one number per row")
+    with np.errstate(over="ignore"):  # reported below, with the row
         label = label.astype(np.float32)
     columns = label.size // count if label.ndim and len(label) == count and label.size % count == 0 else 0
     flat = columns > 0 and max(label.shape[1:], default=1) == columns
@@ -139,27 +148,25 @@ def read_labels(
         asked = "" if column is None else f" with a column {column}, as data.label_column says"
         more = flat and columns not in (1, 7)
         raise DataError(
-            where,
-            f"labels of shape {label.shape}",
-            f"({count},), ({count}, 1), ({count}, 1, 1) or 7 columns{asked}",
-            "Name the column with data.label_column." if more else "Write one label a row.",
-        )
+            where, f"labels of shape {label.shape}", f"({count},), ({count}, 1), ({count}, 1, 1) or 7 columns{asked}",
+            "Name the column with data.label_column." if more else "Write one label per row.",
+        )  # fmt: skip
     label = label.reshape(count, -1)[:, [column or 0]]
     wrong = np.flatnonzero(np.isinf(label[:, 0]))
     if len(wrong):
         row = int(wrong[0])
         name = f" (id {ids[row]})" if ids else ""
         raise DataError(
-            f"{where}, row {row}{name}", f"label {label[row, 0]}", "a finite number", "Mend or remove the row."
+            f"{where}, row {row}{name}", f"label {label[row, 0]}", "a finite number", "Correct or remove the row."
         )
     return np.ascontiguousarray(label)
 
 
 def as_numbers(values: Any, where: str, expected: str) -> np.ndarray:
-    """`values` as an array of real numbers; lists are converted.
+    """`values` as an array of real numbers. Lists are converted.
 
     Raises:
-        DataError: something else, or lists of different lengths.
+        DataError: they are something else, or lists of different lengths.
     """
     if not isinstance(values, np.ndarray):
         try:
@@ -177,7 +184,7 @@ def as_numbers(values: Any, where: str, expected: str) -> np.ndarray:
 
 
 def check_rows(where: str, rows: Any, title: str) -> int:
-    """The number of rows; raise where there are none."""
+    """The number of rows. Raises if there are none."""
     count = len(rows) if hasattr(rows, "__len__") and getattr(rows, "ndim", 1) else 0
     if count == 0:
         raise DataError(
@@ -187,12 +194,12 @@ def check_rows(where: str, rows: Any, title: str) -> int:
 
 
 def to_text(value: Any, where: str = "text") -> str:
-    """A str of what may be bytes (as written by Python 2 or in numpy S arrays), without lone surrogates.
+    """Text without lone surrogates. Bytes are decoded: Python 2 and numpy's S arrays have them.
 
     An empty cell (None, or NaN as pandas leaves it) is an empty text. A number is its digits, without `.0`.
 
     Raises:
-        DataError: something that is neither text nor a finite number.
+        DataError: the value is neither text nor a finite number.
     """
     if value is None or (isinstance(value, (float, np.floating)) and np.isnan(value)):
         return ""
@@ -207,10 +214,10 @@ def to_text(value: Any, where: str = "text") -> str:
 
 
 def to_id(value: Any, where: str) -> str:
-    """`to_text` of the name of a sample.
+    """`to_text` of a sample's name.
 
     Raises:
-        DataError: it is empty, or the word that an empty cell becomes in a numpy array of text.
+        DataError: it is empty, or a word that numpy arrays of text have for an empty cell.
     """
     text = to_text(value, where)
     if not text.strip() or text in ("nan", "None"):
@@ -223,7 +230,7 @@ def to_texts(values: Any, where: str) -> list[str]:
     """`to_text` of every item of a list or array.
 
     Raises:
-        DataError: not a list or 1-D array of text, or numbers in every row.
+        DataError: it is not a list or 1-D array of text, or every row is a number.
     """
     values = _listed(values, where)
     texts = [to_text(value, f"{where}, row {row}") for row, value in enumerate(values)]
@@ -234,10 +241,10 @@ def to_texts(values: Any, where: str) -> list[str]:
 
 
 def to_ids(values: Any, where: str) -> list[str]:
-    """`to_id` of every item of a list or array; numbers are names too.
+    """`to_id` of every item of a list or array. Numbers may be names.
 
     Raises:
-        DataError: not a list or 1-D array, or an empty id.
+        DataError: it is not a list or 1-D array, or an id is empty.
     """
     return [to_id(value, f"{where}, row {row}") for row, value in enumerate(_listed(values, where))]
 
@@ -247,5 +254,5 @@ def _listed(values: Any, where: str) -> Any:
         values = values[:, 0]
     if not isinstance(values, (list, tuple)) and not (isinstance(values, np.ndarray) and values.ndim == 1):
         shape = f" of shape {values.shape}" if isinstance(values, np.ndarray) else ""
-        raise DataError(where, f"a {type(values).__name__}{shape}", "a list of text", "Write one str a row.")
+        raise DataError(where, f"a {type(values).__name__}{shape}", "a list of text", "Write one str per row.")
     return values

@@ -1,9 +1,11 @@
 """MMSA and MMSA-FET pickles: aligned_50, unaligned_50, SIMS unaligned_39.
 
 Layout: `d[split] = {raw_text (N,), id (N,), audio [N, La, da], vision [N, Lv, dv], regression_labels (N,)}` and
-optional keys; ids are `video$_$clip`; padded with zeros on the RIGHT, as a rule: MMSA-FET can pad on the left, which is
-found in the zeros. Unaligned files record lengths, which are not exact: frames after the recorded length are dropped
-and counted. `text` holds precomputed features [N, Lt, d_t], `text_bert` [N, 3, Lt] token ids, mask and types.
+optional keys. Ids are `video$_$clip`. As a rule, zeros on the RIGHT are padding. MMSA-FET can pad on the left: if the
+zeros lie there, that side is taken.
+
+Unaligned files record lengths, which are not exact: frames after the recorded length are dropped and counted. `text`
+holds precomputed features [N, Lt, d_t]; `text_bert` [N, 3, Lt] holds token ids, mask and types.
 """
 
 from __future__ import annotations
@@ -83,8 +85,9 @@ class MMSA:
             text = None if not kept else to_texts(split["raw_text"], f"{where}, {s}/raw_text")
             if text is not None and len(text) != count:
                 raise DataError(
-                    f"{where}, {s}/raw_text", f"{len(text)} texts", f"{count}, one a sample", "Write one text a sample."
-                )
+                    f"{where}, {s}/raw_text", f"{len(text)} texts", f"{count}, one per sample",
+                    "Write one text per sample.",
+                )  # fmt: skip
             mask, text_side = None, "right"
             if features and "text_bert" in split:
                 mask, text_side = _attended(split, count, f"{where}, {s}/text_bert")
@@ -115,7 +118,7 @@ def _labelled(split: Any) -> bool:
 
 
 def _absent(splits: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
-    """Split -> the modality it has no key of, spelt right or wrong: MMSA-FET leaves out what was not extracted."""
+    """Split -> the modality of which it has no key, spelt right or wrong. MMSA-FET omits what was not extracted."""
     out = {}
     for s in names:
         keys = list(splits[s]) if isinstance(splits[s], dict) else []
@@ -136,7 +139,7 @@ def _absence_notes(gone: dict[str, list[str]]) -> list[str]:
 
 
 def _label_key(splits: dict[str, Any], names: list[str], asked: str, where: str) -> str:
-    """The key of the labels that are meant."""
+    """The key of the labels that are asked for."""
     if asked == "auto":
         return "regression_labels"
     if asked == "classes":
@@ -163,17 +166,15 @@ def _lengths(split: dict[str, Any], modality: str, count: int, where: str) -> np
         )
         if wrong:
             raise DataError(
-                f"{where}/{key}",
-                f"{len(lengths)} values",
-                f"{count} whole numbers",
-                "Write one length a sample, or drop the key.",
-            )
+                f"{where}/{key}", f"{len(lengths)} values", f"{count} whole numbers",
+                "Write one length per sample, or drop the key.",
+            )  # fmt: skip
         return np.minimum(lengths, 1 << 31).astype(np.int64)
     return None
 
 
 def _attended(split: dict[str, Any], count: int, where: str) -> tuple[np.ndarray, Side]:
-    """Number of attended tokens, int64 [N], and the side of the padding: what the text features are valid for."""
+    """Number of attended tokens, int64 [N], and the side of the padding. Text features are valid for these tokens."""
     bert = as_numbers(split["text_bert"], where, f"({count}, 3, tokens)")
     if bert.ndim != 3 or bert.shape[:2] != (count, 3):
         raise DataError(

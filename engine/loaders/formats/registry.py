@@ -1,4 +1,4 @@
-"""The registry of readers, what a reader returns, and how the reader of some files is found."""
+"""The registry of readers: what a reader returns, and how the reader of given files is chosen."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class RawSplit:
     """One split as read from a foreign file, in file order.
 
     Attributes:
-        ids: N unique names, `<video>_<clip>` where the format has both.
-        text: N transcripts, or None where the format holds none.
+        ids: N unique names, `<video>_<clip>` if the format has both.
+        text: N transcripts, or None if the format holds none.
         label: float32 [N, n]; NaN where the data has none.
-        audio, vision: cleaned sequences; `absent` where the data need not hold them and does not.
-        features: precomputed text features, where they were asked for and the file has them.
+        audio, vision: cleaned sequences; `absent` if the data does not hold them and need not.
+        features: precomputed text features, if they were asked for and the file has them.
     """
 
     ids: list[str]
@@ -38,11 +38,14 @@ class RawSplit:
 
 @dataclass
 class RawDataset:
-    """What a reader returns: `splits` by name, those that there are, and remarks for the user in `notes`.
+    """What a reader returns.
 
-    `draws_words` says that each line of a text is a sentence of which one word, drawn at random, goes to the text
-    encoder, as AVEC2019's interviews are used. `cut` says that frames beyond `data.time_len` are left out before the
-    encoders, as the reference does with data that has a row a step or word.
+    Attributes:
+        splits: those that there are, by name.
+        notes: remarks for the user.
+        draws_words: each line of a text is a sentence, and the text encoder gets one random word of it (AVEC2019).
+        cut: frames beyond `data.time_len` are left out before the encoders. The reference does so with data that has
+            one row per step or word.
     """
 
     format: str
@@ -54,7 +57,7 @@ class RawDataset:
 
 
 class Format(Protocol):
-    """A reader. `name` is short and unique, `title` is what messages call it."""
+    """A reader. `name` is short and unique; messages call it by its `title`."""
 
     name: str
     title: str
@@ -64,10 +67,10 @@ class Format(Protocol):
         ...
 
     def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
-        """Read everything. `features` asks for precomputed text features as well.
+        """Read everything. `features` asks for precomputed text features too.
 
         Raises:
-            DataError: where the content is not as the format says.
+            DataError: the content is not as the format says.
         """
         ...
 
@@ -76,33 +79,35 @@ _FORMATS: dict[str, Format] = {}
 
 
 def register_format(reader: Format) -> None:
-    """Add a reader (or replace the one of the same name). Readers added later are asked first."""
+    """Add a reader, or replace the one of the same name. The reader that was added last is asked first."""
     _FORMATS.pop(reader.name, None)
     _FORMATS[reader.name] = reader
 
 
 def formats() -> tuple[Format, ...]:
-    """The known readers, in the order in which they are asked."""
+    """The known readers, in the order in which they are asked.
+
+    >>> [reader.name for reader in formats()][-1]
+    'declarelab'
+    """
     return tuple(reversed(_FORMATS.values()))
 
 
 def choose_format(source: DataFiles, expected: str | None = None) -> Format:
-    """The reader for `source`.
+    """The reader of `source`.
 
     Args:
-        expected: name of the format the user says it is, or None.
+        expected: name of the format that the user says it is, or None.
 
     Raises:
-        DataError: no reader recognises the content, or another one than `expected` does.
+        DataError: no reader recognises the content, or the one that does is not `expected`.
     """
     if expected is not None and expected not in _FORMATS:
         near = difflib.get_close_matches(expected, _FORMATS, 1)
         raise DataError(
-            "format",
-            f"{expected!r}",
-            f"one of {', '.join(_FORMATS)}",
+            "format", f"{expected!r}", f"one of {', '.join(_FORMATS)}",
             f"Did you mean {near[0]}?" if near else "Pick one.",
-        )
+        )  # fmt: skip
     reader = next((f for f in formats() if f.recognises(source)), None)
     if reader is None:
         known = "; ".join(f.title for f in _FORMATS.values())
@@ -110,16 +115,14 @@ def choose_format(source: DataFiles, expected: str | None = None) -> Format:
     if expected is not None and reader.name != expected:
         wanted = _FORMATS[expected]
         raise DataError(
-            str(source.path),
-            f"a {reader.title} file",
-            f"a {wanted.title} file",
+            str(source.path), f"a {reader.title} file", f"a {wanted.title} file",
             f"Use format {reader.name}, or another file.",
-        )
+        )  # fmt: skip
     return reader
 
 
 def describe(source: DataFiles) -> str:
-    """A few words on content that no reader recognises, naming the family where it is a known one."""
+    """A few words on content that no reader recognises. They name its family if that is known."""
     if source.kind == "hdf5":
         return "an HDF5 file that is not laid out as a .csd"
     if source.kind == "csv":
@@ -151,7 +154,11 @@ def _rows(rows: Any) -> str:
 
 
 def row_family(row: Any) -> str | None:
-    """Name of the format that a row of a pickled list belongs to, by its nesting alone."""
+    """Name of the format of a pickled list's row, judged by its nesting alone.
+
+    >>> row_family([(["so", "good"], [[0.1]], [[0.2]]), 1.0, "a_1"])
+    'magbert'
+    """
     if not isinstance(row, (list, tuple)) or not len(row):
         return None
     first = row[0]
@@ -168,14 +175,14 @@ def row_family(row: Any) -> str | None:
 
 
 def first_rows(source: DataFiles) -> str | None:
-    """`row_family` of the first row of the first split that has rows; None where splits are not lists of rows."""
+    """`row_family` of the first row of the first split that has rows; None if splits are not lists of rows."""
     splits = source.split_dict() or {}
     filled = [v for k, v in splits.items() if k in SPLITS and isinstance(v, (list, tuple)) and len(v)]
     return row_family(filled[0][0]) if filled else None
 
 
 def splits_with_words(source: DataFiles, title: str, features: bool) -> dict[str, Any]:
-    """The rows of every split of a format that holds words but no text features; raises where `features` are asked."""
+    """The rows of every split of a format that holds words but no text features. Raises if `features` are asked for."""
     splits = source.split_dict() or {}
     source.notes += check_splits(str(source.path), splits)
     if features:
@@ -204,7 +211,7 @@ def read(
 
 
 def remarks(source: DataFiles, raw: RawDataset) -> list[str]:
-    """All that the user should know of how a data set was read: what was skipped, where padding was, what was lost."""
+    """What the user should know of how a data set was read: what was skipped, where padding was, and what was lost."""
     notes = [*source.notes, *raw.notes]
     for name in ("audio", "vision", "features"):
         parts = {s: p for s, split in raw.splits.items() if (p := getattr(split, name)) is not None}

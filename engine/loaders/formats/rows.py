@@ -1,12 +1,13 @@
-"""Lists of rows as the published MIMRL code reads them, one file a split: CMU-SDK features and AVEC2019 interviews.
+"""Lists of rows as the published MIMRL code reads them, one file per split: CMU-SDK features and AVEC2019 interviews.
 
 - SDK (mosi, mosei): rows `[[text_features, audio_features, vision_features], label, label_2, label_7, segment]`; POM:
-  `[[...], label (18 traits), label_7, segment]`. Each of the three lists holds one array a feature set, word-aligned:
+  `[[...], label (18 traits), label_7, segment]`. Each of the three lists holds one array per feature set, word-aligned:
   text (words, glove, last_hidden, ...), audio (covarep, eb10, is09), vision (facet41, facet42, openface).
-- AVEC2019: rows `[text, mfcc, ege, ds, au, resnet, label]`, `text` an array of sentences, one a step, every feature set
-  with a row a step, label PHQ-8 / 25 in [0, 1].
+- AVEC2019: rows `[text, mfcc, ege, ds, au, resnet, label]`. `text` is an array of sentences, one per step. Every
+feature
+  set has one row per step. The label is PHQ-8 / 25, in [0, 1].
 
-Which feature sets are used is said by `data.audio_features` and `data.vision_features`.
+`data.audio_features` and `data.vision_features` choose the feature sets.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class SDKRows:
 
 
 def _names(kind: str, parts: Any, where: str) -> list[str]:
-    """Names of the feature sets of one modality, by how many there are."""
+    """Names of one modality's feature sets, by how many there are."""
     if not len(parts):
         raise DataError(where, f"no {kind} features", "at least one array", "Write every modality's features.")
     known = {"text": TEXT_SETS, "audio": AUDIO_SETS, "vision": VISION_SETS}[kind]
@@ -145,21 +146,17 @@ class AVEC2019:
                 frames = as_numbers(row[1 + names.index(name)], f"{at}, {name}", "numbers of shape (steps, features)")
                 if frames.shape[:1] != (len(sentences),):
                     raise DataError(
-                        f"{at}, {name}",
-                        f"shape {frames.shape}",
-                        f"a row for each of the {len(sentences)} sentences",
+                        f"{at}, {name}", f"shape {frames.shape}", f"a row for each of the {len(sentences)} sentences",
                         "Write text and features step by step.",
-                    )
+                    )  # fmt: skip
                 out.append(frames)
         labels = stacked_labels(label, where, ids, choice.label_column)
         beyond = np.flatnonzero((labels[:, 0] < 0) | (labels[:, 0] > PHQ_MOST))
         if len(beyond):
             raise DataError(
-                f"{where}, row {beyond[0]}",
-                f"label {labels[beyond[0], 0]:g}",
-                "PHQ-8 / 25, in [0, 1]",
+                f"{where}, row {beyond[0]}", f"label {labels[beyond[0], 0]:g}", "PHQ-8 / 25, in [0, 1]",
                 "Divide the scores by 25.",
-            )
+            )  # fmt: skip
         return RawSplit(
             ids,
             text,

@@ -19,20 +19,20 @@ from engine.loaders.formats.checks import SPLIT_ALIASES, SPLITS, check_splits, l
 MANIFEST = "manifest.csv"
 SPLITS_FILE = "splits.json"
 CSD = (".csd", ".hdf5", ".h5")
-COMPANIONS = ("thumbs.db", "desktop.ini")  # what file managers leave in folders, beside names that begin with a dot
+COMPANIONS = ("thumbs.db", "desktop.ini")  # file managers leave these in folders, and names that begin with a dot
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to take where the data has several of a kind; the settings `data.*` of the same names.
+    """What to take if the data has several of a kind: the settings `data.*` of the same names.
 
     Attributes:
         audio_features, vision_features, text_features: name of a feature set; "auto" is the reader's first.
         label_column: of labels with several columns; None is sentiment, the first of the SDK's seven.
-        align: .csd files: one row a word, or the frames of a segment as they are.
-        label_key: set of labels of an MMSA file; auto: regression_labels; classes: classification_labels, where it has
+        align: .csd files: one row per word, or the frames of a segment as they are.
+        label_key: set of labels of an MMSA file. auto: regression_labels. classes: classification_labels, if it has
             them.
-        modalities: of text, audio and vision those that the data has to hold.
+        modalities: those of text, audio and vision that the data must hold.
     """
 
     audio_features: str = "auto"
@@ -48,6 +48,9 @@ class Choice:
 
         Raises:
             DataError: it is not among them, or there are none.
+
+        >>> Choice(audio_features="eb10").of("audio", ["COVAREP", "EB10"], "data")
+        'EB10'
         """
         names, asked = list(names), getattr(self, f"{modality}_features")
         if not names:
@@ -59,23 +62,21 @@ class Choice:
         if not same:
             near = difflib.get_close_matches(asked, names, 1)
             raise DataError(
-                where,
-                f"no {modality} features {asked!r}",
-                f"one of {', '.join(names)}",
+                where, f"no {modality} features {asked!r}", f"one of {', '.join(names)}",
                 f"Set data.{modality}_features to {near[0] if near else 'one of them'}.",
-            )
+            )  # fmt: skip
         return same[0]
 
 
 @dataclass
 class DataFiles:
-    """What the user named: one file, a folder with one file a split, or one with a file a feature set (.csd).
+    """What the user named: one file, or a folder with one file per split or per feature set (.csd).
 
     Attributes:
         path: as named.
         files: the file under "", the files by split name, or .csd files by their stems.
-        choice: what to take where there is more than one of a kind.
-        parts: further files the data lies in, which are looked at only for whether they have changed.
+        choice: what to take if there is more than one of a kind.
+        parts: further files of the data. A change of these is noticed too.
         notes: remarks for the user on what is skipped.
     """
 
@@ -87,20 +88,20 @@ class DataFiles:
 
     @cached_property
     def head(self) -> bytes:
-        """The first 16 bytes of the (first) file, for formats that are not pickles."""
+        """The first 16 bytes of the (first) file. Formats that are not pickles are told by them."""
         with next(iter(self.files.values())).open("rb") as file:
             return file.read(16)
 
     @cached_property
     def kind(self) -> Literal["pickle", "hdf5", "csv"]:
-        """What the (first) file is by its first bytes; a CSV by its name, since it has no mark."""
+        """What the (first) file is, judged by its first bytes. A CSV has no mark, and is told by its name."""
         if self.head.startswith(b"\x89HDF\r\n\x1a\n"):
             return "hdf5"
         return "csv" if next(iter(self.files.values())).suffix.lower() == ".csv" else "pickle"
 
     @cached_property
     def content(self) -> Any:
-        """The unpickled object; for one file a split, a dict of them by split name.
+        """The unpickled object; for one file per split, a dict of them by split name.
 
         Raises:
             DataError: a file is not a pickle, is damaged, or is refused.
@@ -110,9 +111,9 @@ class DataFiles:
         return {name: safe_pickle.load(file) for name, file in self.files.items()}
 
     def split_dict(self) -> dict[str, Any] | None:
-        """The content by canonical split name, or None where it is not a dict of splits.
+        """The content by canonical split name, or None if it is not a dict of splits.
 
-        The dicts are copies (not what they hold), with text for keys that are byte strings.
+        The dicts are shallow copies. Keys that are byte strings become text.
 
         Raises:
             DataError: a split is there under two names.
@@ -120,17 +121,17 @@ class DataFiles:
         if self.kind != "pickle":
             return None
         if isinstance(self.content, dict):
-            found: dict[str, Any] = {}
+            splits: dict[str, Any] = {}
             for key, split in _text_keys(self.content).items():
                 name = SPLIT_ALIASES.get(key, key)
-                if name in found:
+                if name in splits:
                     raise DataError(
                         str(self.path), f"the split {name} under two names, one of them {key!r}", f"one {name} split",
                         "Remove one of them.",
                     )  # fmt: skip
-                found[name] = _text_keys(split) if isinstance(split, dict) else split
-            if set(found) & set(SPLITS):
-                return found
+                splits[name] = _text_keys(split) if isinstance(split, dict) else split
+            if set(splits) & set(SPLITS):
+                return splits
         alone = _split_named(self.files[""]) if "" in self.files else None
         if alone is None:
             return None
@@ -138,19 +139,19 @@ class DataFiles:
 
 
 def _text_keys(content: dict) -> dict[str, Any]:
-    """A copy of a dict with its keys as text."""
+    """A copy of a dict, with text for keys."""
     return {safe_pickle.decoded(k) if isinstance(k, bytes) else str(k): v for k, v in content.items()}
 
 
 def find_source(path: str | Path, choice: Choice | None = None) -> DataFiles:
     """The file or files that `path` names.
 
-    A folder may hold one pickle, one file a split (train, dev or valid, test, with a common prefix), .csd files, or a
+    A folder may hold one pickle, one file per split (train, dev or valid, test, with a common prefix), .csd files, or a
     manifest.csv. A path to one such split file or .csd file stands for all of them. Hidden files and what file managers
-    leave in folders are skipped, which `notes` of the source says.
+    leave in folders are skipped; the source's `notes` say so.
 
     Raises:
-        DataError: nothing there, or more than one candidate.
+        DataError: there is nothing, or more than one candidate.
     """
     path = user_path(path)
     source = _find(path, choice or Choice())
@@ -169,11 +170,9 @@ def _find(path: Path, choice: Choice) -> DataFiles:
             else difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1)
         )
         raise DataError(
-            str(path),
-            "nothing",
-            "a file or folder of features",
+            str(path), "nothing", "a file or folder of features",
             f"Did you mean {near[0]}?" if near else "Check the path.",
-        )
+        )  # fmt: skip
     if not path.is_file() and not path.is_dir():
         raise DataError(str(path), "neither a file nor a folder", "a file or folder of features", "Check the path.")
     folder = path if path.is_dir() else path.parent
@@ -208,7 +207,11 @@ def _find(path: Path, choice: Choice) -> DataFiles:
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a file is a companion that no user means: `.DS_Store`, `._x.pkl`, `Thumbs.db`."""
+    """Whether a file is a companion that no user means, such as `.DS_Store`, `._x.pkl`, `Thumbs.db`.
+
+    >>> is_hidden(Path("data/._x.pkl"))
+    True
+    """
     return path.name.startswith(".") or path.name.lower() in COMPANIONS
 
 
@@ -218,12 +221,12 @@ def _pickles(folder: Path) -> list[Path]:
 
 
 def _csd(folder: Path) -> dict[str, Path]:
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in CSD and p.is_file() and not is_hidden(p))
-    return {p.stem: p for p in found}
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in CSD and p.is_file() and not is_hidden(p))
+    return {p.stem: p for p in files}
 
 
 def csv_files(folder: Path) -> list[Path]:
-    """The CSV files of a folder, hidden ones left out."""
+    """The CSV files of a folder, without hidden ones."""
     return sorted(p for p in folder.glob("*.csv") if not is_hidden(p) and p.is_file())
 
 
@@ -240,13 +243,13 @@ _NAMED = re.compile(r"(|.*[^a-zA-Z])(train|valid|val|dev|test)")
 
 
 def _split_named(file: Path) -> str | None:
-    """The split that a file is named after."""
+    """The split after which a file is named."""
     named = _NAMED.fullmatch(file.stem)
     return SPLIT_ALIASES[named[2]] if named else None
 
 
 def _split_groups(folder: Path) -> dict[str, dict[str, Path]]:
-    """Files that are named after splits, by their common prefix; a group of one is no group."""
+    """Files that are named after splits, by their common prefix. A single file is no group."""
     groups: dict[str, dict[str, Path]] = {}
     for file in _pickles(folder):
         named = _NAMED.fullmatch(file.stem)

@@ -1,16 +1,18 @@
-"""Reading other people's pickles without running them.
+"""Reads other people's pickles without running them.
 
-A pickle is a program. The machine here executes only what builds numpy arrays, numbers, text and plain containers:
-every name a pickle asks for must be on `ALLOWED`, and what it gets under that name is a function of ours, never the
-real callable. Instructions cannot cost more than the file's own size accounts for: texts are counted when they are
-made, shared lists and texts each time they are referred to, nothing may hold itself, integers have at most 64 bits, and
-keys are text or real numbers, or short tuples of them, few of which may share a hash. An array of numbers may be shared
-by any number of rows and splits, since it is not copied.
+A pickle is a program. The machine here executes only what builds numpy arrays, numbers, text and plain containers.
+Every name that a pickle asks for must be in `ALLOWED`. What it gets under that name is a function of this package,
+never the real callable.
 
-Byte strings that Python 2 wrote become text: UTF-8, or Latin-1 where they are not that.
+Instructions cannot cost more than the file's own size accounts for. Texts count when they are made; shared lists and
+texts count at each reference. Nothing may hold itself. Integers have at most 64 bits. Keys are text, real numbers, or
+short tuples of them, and few of them may share a hash. An array of numbers is not copied, so any number of rows and
+splits may share it.
 
-Large array payloads are not copied: they become read-only views of the file's bytes, which are mapped from a copy or
-from the file itself, so that opening a 12 GB file costs what is later touched, not 12 GB of memory.
+Byte strings that Python 2 wrote become text: UTF-8, or Latin-1 if they are not UTF-8.
+
+Large arrays are not copied. They become read-only views of the file's bytes, which are mapped from a copy or from the
+file itself. So opening a 12 GB file costs as much memory as is later touched.
 """
 
 from __future__ import annotations
@@ -50,10 +52,13 @@ def loads(data: mmap.mmap | bytes) -> Any:
     """Unpickle bytes or a mapped file under the allow-list; see `load`.
 
     Raises:
-        Exception: of any kind for a damaged pickle; `load` makes them one `DataError`.
+        Exception: of any kind if the pickle is damaged. `load` turns all kinds into a `DataError`.
+
+    >>> loads(b"\\x80\\x03(K\\x01X\\x01\\x00\\x00\\x00at.")
+    (1, 'a')
     """
     collects = gc.isenabled()
-    gc.disable()  # it would look through millions of new lists again and again
+    gc.disable()  # it would search millions of new lists again and again
     try:
         return Settle(SHARING * len(data) + SPARE)(Machine(data).run())[0]
     finally:
@@ -67,8 +72,8 @@ def load(path: str | Path) -> Any:
     Large arrays of the result are read-only views of the file's bytes, see `engine.loaders.spool.steady`.
 
     Raises:
-        DataError: not a pickle, damaged or truncated, it asks for a name that is not in `ALLOWED`, or it is beyond a
-            limit, which the message tells.
+        DataError: it is not a pickle, is damaged or truncated, asks for a name that is not in `ALLOWED`, or exceeds a
+            limit, which the message names.
     """
     path = Path(path)
     expected = "a pickle of numpy arrays, text and plain containers"
@@ -113,5 +118,5 @@ def load(path: str | Path) -> Any:
         raise DataError(
             str(path), "a pickle larger than the free memory", expected, "Use a machine with more memory."
         ) from None
-    except Exception as cause:  # a damaged pickle can fail in any way: IndexError, ValueError, KeyError, TypeError, ...
+    except Exception as cause:  # a damaged pickle can raise anything: IndexError, ValueError, KeyError, TypeError, ...
         raise DataError(str(path), f"a damaged or foreign pickle ({cause})", expected, damaged) from None

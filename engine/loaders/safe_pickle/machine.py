@@ -55,7 +55,7 @@ class Machine:
         raise Limit(
             f"more than {MAX_STEPS} instructions",
             f"at most {MAX_STEPS}",
-            "Save numpy arrays: lists of numbers take an instruction a number.",
+            "Save numpy arrays: lists of numbers take one instruction per number.",
         )
 
     # -- reading arguments --
@@ -106,7 +106,7 @@ class Machine:
         self.stack.append(text_of(line.decode("raw-unicode-escape")))
 
     def hold(self, raw: bytes) -> None:
-        """Account for the memory of a text: that of two letters takes thirty times its place in the file."""
+        """Account for the memory of a text. A text of two letters takes thirty times its place in the file."""
         if len(raw) > 1:  # Python keeps one object for each of the shorter ones
             self.held += len(raw) + TEXT_BYTES
             if self.held > self.budget:
@@ -172,7 +172,7 @@ class Machine:
 
     @staticmethod
     def small(value: int) -> int:
-        if not -(1 << 63) <= value < 1 << 64:  # larger ones can be chosen such that all their hashes are equal
+        if not -(1 << 63) <= value < 1 << 64:  # larger ones can be chosen so that all their hashes are equal
             raise Limit("an integer of more than 64 bits", "integers of at most 64 bits")
         return value
 
@@ -251,7 +251,7 @@ class Machine:
         self.new(items)
 
     def put(self, index: int) -> None:
-        most = min(self.size, MAX_STEPS)  # whoever numbers what is written gets no further
+        most = min(self.size, MAX_STEPS)  # a pickle that numbers its memos one by one gets no further
         if not 0 <= index <= most:
             raise Limit(f"a memo of {index} entries", f"at most {most}")
         missing = index + 1 - len(self.memo)
@@ -302,8 +302,9 @@ class Machine:
         self.new(function.call(*arguments))
 
     def charge(self, arguments: tuple) -> None:
-        """Account for what a call copies. An argument may be an object that was read long ago: without an account, one
-        long string could be copied once an instruction.
+        """Account for what a call copies.
+
+        An argument may have been read long ago. Without this account, every instruction could copy one long string.
         """
         for a in arguments:
             if isinstance(a, (str, bytes, bytearray, memoryview)):

@@ -1,4 +1,4 @@
-"""The last step: stand-ins become what they stand for, and what the result holds is counted."""
+"""The last step: stand-ins become what they stand for, and the size of the result is counted."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _NUMBERS = {int, float, bool, type(None)}
 
 
 class Settle:
-    """Replaces stand-ins by what they stand for, and counts what the result holds, once a reference to it.
+    """Replaces stand-ins by what they stand for, and counts what the result holds, once per reference.
 
-    An array of numbers counts as a reference only: nobody copies it, however many rows share it.
+    An array of numbers counts as one reference only: nobody copies it, however many rows share it.
     """
 
     def __init__(self, limit: int):

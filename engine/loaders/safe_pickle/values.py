@@ -23,7 +23,11 @@ class ByteString(bytes):
 
 
 def decoded(raw: bytes) -> str:
-    """Text of bytes: UTF-8, or Latin-1 where they are not that."""
+    """Text of bytes: UTF-8, or Latin-1 if they are not UTF-8.
+
+    >>> decoded(b"caf\\xe9")
+    'café'
+    """
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -31,7 +35,7 @@ def decoded(raw: bytes) -> str:
 
 
 def text_of(text: str) -> str:
-    """`text` without lone surrogates, which could not be written to any file."""
+    """`text` without lone surrogates, which no file could hold."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -91,7 +95,7 @@ def _array(raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
         size = len(raw) if hasattr(raw, "__len__") else 0
         raise pickle.UnpicklingError(f"an array of shape {shape} and dtype {kind} with {size} bytes of data")
     if count == 0 or kind.itemsize == 0:
-        if max(shape, default=0) > 1 << 16 or count > 1 << 16:  # numpy gives elements of no width a width
+        if max(shape, default=0) > 1 << 16 or count > 1 << 16:  # numpy would give a width to elements of no width
             raise pickle.UnpicklingError(f"an array of shape {shape} without data")
         return np.zeros(shape, kind)
     array = np.frombuffer(raw, kind)
@@ -148,7 +152,7 @@ def _set(kind: type) -> Callable:
 
 
 def _key(value: Any) -> Any:
-    """`value` if it may be a key. Nested tuples may not: hashing one that is nested deeply overflows the stack."""
+    """`value` if it may be a key. Nested tuples may not: hashing deeply nested ones overflows the stack."""
     if isinstance(value, ByteString):
         return value.text()
     if value is None or isinstance(value, (str, bytes, int, float)):
@@ -165,21 +169,24 @@ def _key(value: Any) -> Any:
 
 
 class Hashes:
-    """Keys whose hashes an author can choose: of them, no more than `ONE_HASH` may share one.
+    """Counts keys whose hash an author can choose: no more than `ONE_HASH` of them may share one.
 
-    Python salts the hash of a text. That of a tuple of integers is known beforehand, and a dict of 70,000 tuples of one
-    hash takes minutes.
+    Python salts the hash of a text, but not that of a tuple of integers. A dict of 70,000 tuples of one hash takes
+    minutes.
     """
 
     def __init__(self) -> None:
-        self.first: tuple[dict[int, Any], ...] = {}, {}  # scalars, and tuples: numpy would compare the two by element
+        self.first: tuple[dict[int, Any], ...] = (
+            {},
+            {},
+        )  # scalars and tuples apart: numpy compares elements
         self.more: dict[tuple[bool, int], list[Any]] = {}
 
     def key(self, value: Any) -> Any:
         """`_key` of a value, counted.
 
         Raises:
-            Limit: it may not be a key, or is one too many of its hash.
+            Limit: it may not be a key, or too many keys share its hash.
         """
         value = _key(value)
         if type(value) is not tuple and not isinstance(value, np.generic):
@@ -198,7 +205,7 @@ def _ndarray(*_: Any) -> None:
 
 
 class Function:
-    """An allowed name. A wrapper, so that no result can hold the function itself."""
+    """An allowed name. It wraps the function, so that no result can hold the function itself."""
 
     __slots__ = ("call", "name")
 
