@@ -70,20 +70,6 @@ class SplitData:
             changes |= {"text": None, "tokens": None, "features": absent(len(self)).ragged}
         return replace(self, **changes, modalities=tuple(modalities)) if gone else self
 
-    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """The arrays that a store keeps, by name."""
-        yield "label", self.label
-        packed = {"ids": _packed(self.ids)}
-        if self.text is not None:
-            packed["text"] = _packed(self.text)
-        for key in ("audio", "vision", "tokens", "features"):
-            ragged = getattr(self, key)
-            if ragged is not None:
-                packed[key] = (ragged.values, ragged.offsets)
-        for key, (values, offsets) in packed.items():
-            yield f"{key}/values", values
-            yield f"{key}/offsets", offsets
-
 
 def _reopened(
     reopen: Callable[[], SplitData], tokens: Ragged | None, modalities: tuple[str, ...], dims: dict[str, int]
@@ -108,8 +94,17 @@ class StoreData:
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """The arrays that a store keeps, by `<split>/<name>`."""
         for name, split in self.splits.items():
-            for key, array in split.tensors():
-                yield f"{name}/{key}", array
+            yield f"{name}/label", split.label
+            packed = {"ids": _packed(split.ids)}
+            if split.text is not None:
+                packed["text"] = _packed(split.text)
+            for key in ("audio", "vision", "tokens", "features"):
+                ragged = getattr(split, key)
+                if ragged is not None:
+                    packed[key] = (ragged.values, ragged.offsets)
+            for key, (values, offsets) in packed.items():
+                yield f"{name}/{key}/values", values
+                yield f"{name}/{key}/offsets", offsets
 
     def fingerprints(self) -> dict[str, str]:
         """sha256 of each split's ids, texts, labels and features, whatever file or folder they came from.

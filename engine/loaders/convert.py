@@ -142,14 +142,10 @@ def prepare(
     for name, split in raw.splits.items():
         text = split.text
         splits[name] = SplitData(
-            split.ids,
-            text,
-            split.label,
-            split.audio.ragged,
-            split.vision.ragged,
+            split.ids, text, split.label, split.audio.ragged, split.vision.ragged,
             tokenizer.encode(text, raw.draws_words) if tokenizer is not None and text is not None else None,
             split.features.ragged if split.features else None,
-        )
+        )  # fmt: skip
         counts[name] = _counts(split)
     meta = {
         "version": VERSION,

@@ -233,14 +233,9 @@ def _as_trained(data: StoreData, normalizer: Normalizer) -> StoreData:
 def choice_of(data: DataConfig) -> Choice:
     """What the settings say to take if the data has several of a kind."""
     return Choice(
-        data.audio_features,
-        data.vision_features,
-        data.text_features,
-        data.label_column,
-        data.align,
-        data.label_key,
+        data.audio_features, data.vision_features, data.text_features, data.label_column, data.align, data.label_key,
         tuple(data.modalities),
-    )
+    )  # fmt: skip
 
 
 def open_dataset(

@@ -124,13 +124,9 @@ class CsdReader:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         environment.pop("HDF5_PLUGIN_PATH", None)
         self._child = subprocess.Popen(
-            [sys.executable, str(CHILD), str(self._memory)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            bufsize=0,
-        )
+            [sys.executable, str(CHILD), str(self._memory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env=environment, bufsize=0,
+        )  # fmt: skip
 
     def _more(self, end: float, most: int) -> bytes:
         with selectors.DefaultSelector() as wait:

@@ -252,12 +252,9 @@ def load_tokenizer(name: str) -> Tokenizer:
     bare = backend.encode("a", add_special_tokens=False).ids
     closing = frame[-1] if frame and (not bare or frame[-1] != bare[-1]) else -1
     return Tokenizer(
-        name,
-        hashlib.sha256(definition.encode()).hexdigest(),
-        backend.token_to_id(known[0]) if known else 0,
-        closing,
+        name, hashlib.sha256(definition.encode()).hexdigest(), backend.token_to_id(known[0]) if known else 0, closing,
         backend,
-    )
+    )  # fmt: skip
 
 
 def _declared_pad(folder: Path) -> str | None:

@@ -249,6 +249,8 @@ def test_csd_choices_and_splits(tmp_path, data):
     folder = writers.write_csd(tmp_path, data)
     (folder / "COVAREP.csd").rename(folder / "openSMILE_IS09.csd")  # the root's name tells as well
     assert read(folder, "recorded")[1].format == "csd"
+    with pytest.raises(DataError, match=r"found no text features; .*Name a text encoder"):
+        read(folder, "recorded", features=True)
     (folder / "FACET_4.1.csd").write_bytes((folder / "FACET_4.2.csd").read_bytes())
     with pytest.raises(DataError, match=r"several sets of vision features.*set data\.vision_features=FACET_4\.1"):
         read(folder, "recorded")

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from engine.config import DataConfig
 from engine.errors import DataError
+from engine.kernels import use_backend
+from engine.kernels.ragged import cpu
 from engine.loaders.content import SplitData
 from engine.loaders.normalize import ColumnNormalizer, Normalizer
 from engine.loaders.ragged import Ragged
@@ -91,6 +93,17 @@ def split(seed):
     x = columns(seed=seed)
     ragged = Ragged(x, np.array([0, 100, len(x)]))
     return SplitData(["a", "b"], None, np.zeros((2, 1), np.float32), ragged, Ragged(x[:, :2].copy(), ragged.offsets))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_the_reference_backend_gives_the_same_values_without_the_kernel(monkeypatch, dtype):
+    x = columns()
+    fitted = ColumnNormalizer.fit(x, "zscore", clip=1.5)
+    expected = fitted.apply(x, dtype)
+    monkeypatch.setattr(cpu, "scale", lambda *_: pytest.fail("the compiled kernel ran"))
+    with use_backend("reference"):
+        assert np.array_equal(fitted.apply(x, dtype), expected)
+    assert expected[1, 0] == dtype(np.clip((np.float64(x[1, 0]) - fitted.shift[0]) * fitted.scale[0], -1.5, 1.5))
 
 
 @pytest.mark.parametrize("kind", ["none", "zscore", "minmax"])

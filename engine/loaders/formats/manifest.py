@@ -69,13 +69,10 @@ class Manifest:
                 data.dtypes.setdefault(kind, str(arrays[0].dtype))
                 parts[kind] = from_sequences(arrays, ids, f"{path}, {s}, {kind}")
             data.splits[s] = RawSplit(
-                ids,
-                [r["text"] for r in own] if "text" in modalities and "text" in own[0] else None,
-                np.array([[r["number"]] for r in own], np.float32),
-                parts["audio"],
-                parts["vision"],
+                ids, [r["text"] for r in own] if "text" in modalities and "text" in own[0] else None,
+                np.array([[r["number"]] for r in own], np.float32), parts["audio"], parts["vision"],
                 parts.get("text_features"),
-            )
+            )  # fmt: skip
         return data
 
 

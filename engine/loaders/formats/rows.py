@@ -1,4 +1,4 @@
-"""Lists of rows as the published MIMRL code reads them, one file per split: CMU-SDK features and AVEC2019 interviews.
+"""Lists of rows in the layout of the reference, one file per split: CMU-SDK features and AVEC2019 interviews.
 
 - SDK (mosi, mosei): rows `[[text_features, audio_features, vision_features], label, label_2, label_7, segment]`; POM:
   `[[...], label (18 traits), label_7, segment]`. Each of the three lists holds one array per feature set, word-aligned:
@@ -82,13 +82,12 @@ class SDKRows:
                     frames = _part(parts[kind], number, f"{at}, {name}")
                     out.append(frames[None] if isinstance(frames, np.ndarray) and frames.ndim == 1 else frames)
         return RawSplit(
-            ids,
-            text if "text" in choice.modalities else None,
+            ids, text if "text" in choice.modalities else None,
             stacked_labels(label, where, ids, choice.label_column),
             from_sequences(audio, ids, f"{where}, {sets['audio'][0]}") if "audio" in sets else absent(len(ids)),
             from_sequences(vision, ids, f"{where}, {sets['vision'][0]}") if "vision" in sets else absent(len(ids)),
             from_sequences(embedded, ids, f"{where}, {sets['text'][0]}") if features else None,
-        )
+        )  # fmt: skip
 
 
 def _names(kind: str, parts: Any, where: str) -> list[str]:
@@ -158,9 +157,6 @@ class AVEC2019:
                 "Divide the scores by 25.",
             )  # fmt: skip
         return RawSplit(
-            ids,
-            text,
-            labels,
-            from_sequences(audio, ids, f"{where}, {audio_set}"),
+            ids, text, labels, from_sequences(audio, ids, f"{where}, {audio_set}"),
             from_sequences(vision, ids, f"{where}, {vision_set}"),
-        )
+        )  # fmt: skip

@@ -68,12 +68,10 @@ class Tuples:
                 recorded.append(_length(length, at))
         modalities = choice.modalities
         return RawSplit(
-            ids,
-            text if "text" in modalities else None,
-            stacked_labels(label, where, ids, choice.label_column),
+            ids, text if "text" in modalities else None, stacked_labels(label, where, ids, choice.label_column),
             from_sequences(acoustic, ids, f"{where}, acoustic", alen) if "audio" in modalities else absent(len(ids)),
             from_sequences(visual, ids, f"{where}, visual", vlen) if "vision" in modalities else absent(len(ids)),
-        )
+        )  # fmt: skip
 
 
 class MAGBert(Tuples):

@@ -32,20 +32,14 @@ from engine.loaders.spool import steady
 __all__ = ["ALLOWED", "LARGE", "decoded", "load", "loads"]
 
 _HEADS = (
-    (
-        (b"<!doctype", b"<html", b"<head", b"<?xml"),
-        "a web page, not the data",
-        "Download the file itself (the link led to a page).",
-    ),
+    ((b"<!doctype", b"<html", b"<head", b"<?xml"), "a web page, not the data",
+     "Download the file itself (the link led to a page)."),
     ((b"version https://git-lfs",), "a Git LFS pointer, not the data", "Fetch the real file with `git lfs pull`."),
-    (
-        (b"pk\x03\x04",),
-        "a zip archive or a torch.save file",
-        "Unpack it, or save its contents as numpy arrays in a pickle.",
-    ),
+    ((b"pk\x03\x04",), "a zip archive or a torch.save file",
+     "Unpack it, or save its contents as numpy arrays in a pickle."),
     ((b"\x1f\x8b",), "a gzip archive", "Unpack it first."),
     ((b"\x89hdf",), "an HDF5 file", "Give one of the formats that docs/formats.md lists."),
-)
+)  # fmt: skip
 
 
 def loads(data: mmap.mmap | bytes) -> Any:
