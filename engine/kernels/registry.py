@@ -246,6 +246,11 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
     return setting
 
 
+def setting() -> str:
+    """What `use_backend` or ENGINE_BACKEND chose: one of `BACKENDS`."""
+    return _setting
+
+
 def has_triton() -> bool:
     """Whether triton is installed; does not import it."""
     return _HAS_TRITON

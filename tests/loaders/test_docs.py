@@ -8,7 +8,8 @@ from pathlib import Path
 from engine.cli import main
 from engine.config import DataConfig, load_config
 from engine.loaders import formats, open_dataset
-from engine.loaders.writers import WRITERS
+from engine.loaders.formats import registry
+from engine.loaders.make_data.writers import WRITERS
 from tests.loaders import writers
 from tests.loaders.test_text import small_tokenizer
 
@@ -34,13 +35,13 @@ def test_a_format_of_ones_own(tmp_path):
             for s in rows:
                 row = {"split": split, "id": s.id, "text": s.text, "label": s.label}
                 print(json.dumps({**row, "audio": s.audio.tolist(), "vision": s.vision.tolist()}), file=file)
-    before = dict(formats._FORMATS)
+    before = dict(registry._FORMATS)
     try:
         exec(OWN, {})
         opened = open_dataset(path, DataConfig(), str(small_tokenizer(tmp_path / "encoder")))
     finally:
-        formats._FORMATS.clear()
-        formats._FORMATS.update(before)
+        registry._FORMATS.clear()
+        registry._FORMATS.update(before)
     assert opened.report.format == "lines"
     assert opened.splits["test"].ids == [s.id for s in data["test"]]
 

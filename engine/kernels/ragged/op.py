@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,6 +120,21 @@ def pad_batches(
         start += size
 
 
+def scale(values: np.ndarray, shift: np.ndarray, factor: np.ndarray, clip: float) -> np.ndarray:
+    """`(values - shift) * factor` in float64, cut to ±clip, as float32. Frames that are all zero stay so.
+
+    Bitwise the same on every backend. `use_backend("reference")` takes the formula in torch.
+
+    Args:
+        values: frames [n, d] of floats, on the host. shift, factor: float64 [d]. clip: infinity leaves values uncut.
+    """
+    scaled = cpu.scale(values, shift, factor, clip) if registry.setting() != "reference" else None
+    if scaled is None:
+        frames = torch.from_numpy(np.array(values, np.float32))
+        scaled = reference.scale(frames, torch.from_numpy(shift), torch.from_numpy(factor), clip).numpy()
+    return scaled
+
+
 def _padded(source: Source, rows: Tensor, width: int) -> Tensor:
     if source.values is None:
         length = (source.offsets[rows + 1] - source.offsets[rows]).clamp(max=source.most)
@@ -126,9 +142,7 @@ def _padded(source: Source, rows: Tensor, width: int) -> Tensor:
     cut = min(width, source.most)
     out, _ = pad(source.values, source.offsets, rows, cut, fill=source.fill, closing=source.closing)
     if source.scale is not None:
-        shift, factor, clip = source.scale
-        scaled = ((out.double() - shift) * factor).clamp(-clip, clip).float()
-        out = torch.where((out != 0).any(-1, keepdim=True), scaled, 0.0)
+        out = reference.scale(out, *source.scale)
     if cut == width:
         return out
     return torch.nn.functional.pad(out, (*[0] * (2 * out.dim() - 4), 0, width - cut), value=source.fill)
