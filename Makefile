@@ -52,8 +52,8 @@ lint: $(READY)
 
 # A user's code against the public API, strictly; then the package itself, less so ([tool.mypy] in pyproject.toml).
 types: $(READY)
-	$(BIN)/mypy --strict tests/docs/typed_usage.py
-	$(BIN)/mypy engine
+	$(BIN)/mypy --strict --follow-imports=silent tests/docs/typed_usage.py
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

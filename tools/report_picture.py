@@ -69,7 +69,8 @@ def picture(page: str, title: str) -> str:
     css += (
         f"text {{ font: 11px system-ui, sans-serif; fill: {colours['--muted']} }} .label {{ font-size: 12px }}"
         f" .title {{ font-size: 14px; font-weight: 600; fill: {colours['--text']} }}"
-        f" .head {{ font-size: 19px; font-weight: 600; fill: {colours['--text']} }} .card {{ fill: {colours['--card']}; stroke: {colours['--rule']} }}"
+        f" .head {{ font-size: 19px; font-weight: 600; fill: {colours['--text']} }}"
+        f" .card {{ fill: {colours['--card']}; stroke: {colours['--rule']} }}"
     )
     body = "".join(card(place, *chart(page, name)) for place, name in enumerate(CHARTS))
     width, height = 3 * (WIDTH + MARGIN) + 2 * MARGIN + 2 * HEIGHT - 12, TOP + 2 * (HEIGHT + MARGIN)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from engine import CMI, MI, Objective, TwoStageStep
+from engine import CMI, MI, MIEstimator, Objective, TwoStageStep
 from engine.config import ObjectiveConfig
 from engine.loaders.make_data import make_data
 from tests.loaders import writers
@@ -90,6 +90,6 @@ def _two_views(folder: Path) -> dict[str, Any]:
     return {
         "torch": torch, "model": model, "task_loss": nn.functional.mse_loss, "main_optimizer": optimizers[0],
         "estimator_optimizer": optimizers[1], "loader": loader, "n_train": rows, "bank": bank, "step": step,
-        "generator": generator, "number": 0, "module": nn.Identity(), "tower": nn.Linear(8, 8),
+        "generator": generator, "number": 0, "module": MIEstimator(8, 8), "tower": nn.Linear(8, 128),
         "TwoStageStep": TwoStageStep,
     }  # fmt: skip

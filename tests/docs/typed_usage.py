@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import engine
 from engine import CMI, MI, CMIEstimator, MIEstimator, Objective, TwoStageStep
 from engine.kernels import InfoNCE, MILowerBound, infonce, mi_lower_bound
+from engine.model.estimators import Estimate
 
 
 def train(data: Path, out: Path) -> float:
@@ -60,11 +61,10 @@ def measure(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> tuple[float, float]:
 
 
 def estimators(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    estimate = MIEstimator(8, 4)(x, y)
-    value: Tensor = estimate.value
-    classifier = CMIEstimator(8, 4, 1)
+    estimate: Estimate = MIEstimator(8, 4)(x, y)
+    classifier = CMIEstimator(8)
     assert isinstance(classifier, nn.Module)
-    return estimate.loss - value
+    return estimate.loss - estimate.value
 
 
 def kernels(q: Tensor, k: Tensor) -> Tensor:
@@ -74,9 +74,9 @@ def kernels(q: Tensor, k: Tensor) -> Tensor:
     mine = MILowerBound("mine")
     assert isinstance(mine, nn.Module)
     with engine.use_backend("reference"):
-        loss = loss + module(q, k)
+        more: Tensor = module(q, k)
     assert isinstance(bound, Tensor)
-    return loss
+    return loss + more
 
 
 def refuse(path: Path) -> str:
