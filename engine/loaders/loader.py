@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -66,16 +66,16 @@ class Loader:
         split: Split,
         sampler: Sampler,
         padding: Padding,
-        label: Tensor,
         device: torch.device | str = "cpu",
         augmentation: Augmentation | None = None,
         draw_words: bool = False,
+        task: Literal["regression", "classification"] = "regression",
         why: str = "",
     ):
         self.draws_words = draw_words and split.draws_words
         self.split, self.sampler, self.padding, self.why = split, sampler, padding, why
         self.device, self.augmentation = torch.device(device), augmentation
-        self.label = label.to(self.device)
+        self.label = split.labels(task).to(self.device)
         self._ids = np.array(split.ids, object)
         self._epoch, self._start, self._delivered = 0, 0, 0
 
