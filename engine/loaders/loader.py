@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from engine.errors import CheckpointError
 from engine.kernels.ragged import Source, pad_batches
 from engine.loaders.batch import Batch
 from engine.loaders.sampler import Sampler
+from engine.vocabulary import ModelTask
 
 if TYPE_CHECKING:
     from engine.loaders.augment import Augmentation
@@ -69,7 +70,7 @@ class Loader:
         device: torch.device | str = "cpu",
         augmentation: Augmentation | None = None,
         draw_words: bool = False,
-        task: Literal["regression", "classification"] = "regression",
+        task: ModelTask = "regression",
         why: str = "",
     ):
         self.draws_words = draw_words and split.draws_words
