@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from engine.vocabulary import SPLITS
+
 
 class Callback(Protocol):
     """Called by the trainer. Raising stops the run; the last finished epoch stays on disk."""
@@ -161,7 +163,7 @@ class TensorBoardCallback:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [(f"lr/{optimizer}", record[f"lr_{optimizer}"]) for optimizer in ("main", "estimators")]
-        for split in ("train", "valid", "test"):
+        for split in SPLITS:
             for name, value in record[split].items():
                 of_terms = value.items() if isinstance(value, dict) else [(None, value)]
                 values += [(f"{name}/{term}/{split}" if term else f"{name}/{split}", v) for term, v in of_terms]

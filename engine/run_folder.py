@@ -16,6 +16,7 @@ from typing import Any
 
 from engine.errors import CheckpointError, OutputError
 from engine.files import lock, output_error, parse_json, read_text, sweep_folder, write_json
+from engine.vocabulary import SPLITS
 
 CONFIG, METRICS, METRICS_CSV, HISTORY = "config.yaml", "metrics.json", "metrics.csv", "history.jsonl"
 BEST, LAST, PREVIOUS = "best.safetensors", "last.safetensors", "previous.safetensors"
@@ -24,7 +25,6 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 CHECKSUMS, LOCK = "checksums.json", ".lock"
 DIVERGED, TENSORBOARD = "diverged.json", "tensorboard"
 
-SPLITS = ("train", "valid", "test")
 PREDICTIONS = tuple(f"predictions_{split}.csv" for split in SPLITS)
 FEATURES = tuple(f"features_{split}.safetensors" for split in SPLITS)
 PROFILE = ("profile/shares.txt", "profile/shares.json", "profile/trace.json")

@@ -404,7 +404,7 @@ def test_a_task_has_sections_and_modes_of_its_own(narrow, tmp_path: Path):
         ("objective.c2=1", ["objective.c2: found an unknown key"]),
         ("model.width=0", ["model.width: found 0; expected a value >= 1"]),
         ("model.width=33", ["model.width: found 33; expected at most batch_size"]),
-        ("task=other", ["task: found 'other', which is not known here; expected one of mimrl, narrow"]),
+        ("task=other", ["task: found 'other', which is not known here; expected one of mimrl, mmim, narrow"]),
     ],
 )
 def test_mistakes_in_settings_of_a_task(narrow, tmp_path: Path, override: str, parts: list[str]):
@@ -436,7 +436,7 @@ def test_a_file_names_known_tasks_only(tmp_path: Path):
 
 
 def test_a_preset_belongs_to_a_task(narrow, tmp_path: Path):
-    assert {preset.task for preset in presets()} == {"mimrl"} and presets("narrow") == []
+    assert {preset.task for preset in presets()} == {"mimrl", "mmim"} and presets("narrow") == []
     with pytest.raises(ConfigError, match="no preset of that name for the task narrow"):
         narrow_config(content="task: narrow\npreset: mosi\n", folder=tmp_path)
 

@@ -14,8 +14,8 @@ import numpy as np
 from engine.demo.latents import LatentModel, true_information
 from engine.demo.sentences import make_sentence
 from engine.files import atomic_path, user_path, write_json, write_text
+from engine.vocabulary import SPLITS
 
-SPLITS = ("train", "valid", "test")
 LABEL_SCALE = 1.5  # label = C x LABEL_SCALE, cut to [-3, 3] and rounded to 0.2; a sentence's level likewise of T0
 LABEL_STEP = 0.2
 MISSING_SHARE = 0.02

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-SPLITS = ("train", "valid", "test")
+from engine.vocabulary import SPLITS as SPLITS
+
 LARGE = 1 << 26  # padded arrays from this many bytes on are built in a file
 TEXT_LENGTH = 50  # of aligned files and text features
 WHOLE = 1 << 30  # aligned lists are not cut

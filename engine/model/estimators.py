@@ -18,9 +18,7 @@ from engine.kernels.gradients import transformed, update_buffer
 from engine.kernels.mi_bounds import BOUNDS, bound_value, update_log_ema
 from engine.kernels.mi_bounds.reference import check_settings, full_precision
 from engine.kernels.registry import is_static
-
-CRITICS = ("separate", "concat")
-BASELINES = ("constant", "unnormalized", "gaussian")
+from engine.vocabulary import BASELINES, CRITICS
 
 MODULES = {"relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "leakyrelu": nn.LeakyReLU, "tanh": nn.Tanh}
 

@@ -25,6 +25,7 @@ from engine.task import Inputs, Task
 from engine.training.passes import Passes
 from engine.training.random_state import seed_all
 from engine.training.records import Selection
+from engine.vocabulary import SPLITS
 
 
 @dataclass
@@ -138,9 +139,9 @@ def assemble(
         predictor=predictor(model),
         optimizers=optimizers,
         schedulers={k: _scheduler(o, config.train.schedule, selection.higher_is_better) for k, o in optimizers.items()},
-        loaders={split: passes(split, split == "train") for split in ("train", "valid", "test")},
+        loaders={split: passes(split, split == "train") for split in SPLITS},
         unshuffled_train=passes("train", False),
-        scored=[s for s in ("train", "valid", "test") if not dataset.splits[s].label.isnan().any()],
+        scored=[s for s in SPLITS if not dataset.splits[s].label.isnan().any()],
         text_config=None if encoder is None else encoder.describe(),
         selection=selection,
     )  # fmt: skip

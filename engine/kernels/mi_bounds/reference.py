@@ -19,8 +19,7 @@ from torch.nn.functional import cross_entropy, logsigmoid, softplus
 
 from engine.errors import EstimatorError
 from engine.kernels.arguments import check_number, exact_type
-
-BOUNDS = ("infonce", "dv", "mine", "tuba", "nwj", "js", "js_fgan", "smile", "interpolate")
+from engine.vocabulary import BOUNDS
 
 
 def bound_value(
