@@ -12,19 +12,9 @@ from torch import Tensor
 
 from engine.kernels.aot import AotCase
 from engine.kernels.cmi import batched, classifiers
+from engine.kernels.mi_bounds.tiles import sigmoid, softplus
 
 BLOCK, WARPS = 512, 4
-
-
-@triton.jit
-def _softplus(x):
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def _sigmoid(x):
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
@@ -46,12 +36,12 @@ def _read(
     for start in range(0, b, BLOCK):
         n = start + tl.arange(0, BLOCK)
         t = tl.load(joint_ptr + group * b + n, mask=n < b, other=0.0)
-        loss += tl.where(n < b, _softplus(-t - prior), 0.0)
+        loss += tl.where(n < b, softplus(-t - prior), 0.0)
         ldr += _clamp(t, LIMIT)
     for start in range(0, p, BLOCK):
         n = start + tl.arange(0, BLOCK)
         t = tl.load(product_ptr + group * p + n, mask=n < p, other=0.0)
-        loss += tl.where(n < p, _softplus(t + prior), 0.0)
+        loss += tl.where(n < p, softplus(t + prior), 0.0)
         # relative to the limit, which no clamped logit exceeds
         exponentials += tl.where(n < p, tl.exp(_clamp(t, LIMIT) - LIMIT), 0.0)
     mean = tl.sum(ldr, 0) / b
@@ -79,7 +69,7 @@ def _read_backward(
     for start in range(0, b, BLOCK):
         n = start + tl.arange(0, BLOCK)
         t = tl.load(joint_ptr + group * b + n, mask=n < b, other=0.0)
-        grad = -loss_grad * _sigmoid(-t - prior)
+        grad = -loss_grad * sigmoid(-t - prior)
         if HAS_VALUE:
             grad += tl.where(tl.abs(t) <= LIMIT, value_grad / b, 0.0)
         tl.store(of_joint_ptr + group * b + n, grad, mask=n < b)
@@ -94,7 +84,7 @@ def _read_backward(
         for start in range(0, p, BLOCK):
             n = start + tl.arange(0, BLOCK)
             t = tl.load(product_ptr + group * p + n, mask=n < p, other=0.0)
-            grad = loss_grad * _sigmoid(t + prior)
+            grad = loss_grad * sigmoid(t + prior)
             if HAS_VALUE and WHICH > 0:
                 share = tl.exp(_clamp(t, LIMIT) - LIMIT) / total if WHICH == 1 else tl.exp(_clamp(t, LIMIT)) / p
                 grad -= tl.where(tl.abs(t) <= LIMIT, value_grad * share, 0.0)
