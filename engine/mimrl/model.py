@@ -156,7 +156,7 @@ class MIMRL(nn.Module):
             return self.text_projection(self._encode_text(batch))
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch with its texts packed, as `forward` reads them. It runs before a batch moves to a GPU or into a graph."""
+        """The batch with its texts packed, as `forward` reads them. It is called before the batch moves to a GPU."""
         return batch if self.faithful else with_packed_text(self.text_encoder, batch)
 
     @torch.no_grad()
