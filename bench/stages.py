@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from bench import shapes
+from engine.bank import FeatureBank
 from engine.config import Config, load_config
-from engine.step import FeatureBank, unpack
+from engine.passes import passes_of_epoch, unpack
 from engine.training.parts import Parts
 from engine.training.run import TrainingRun
 
@@ -64,7 +65,7 @@ def passes(parts: Parts) -> dict[str, tuple[Callable[[], Any], int]]:
     bank = epoch(parts, 1, epoch(parts, 0, None))
     batch, known, step, t = parts.config.batch_size, bank.tensors(), parts.step, parts.config.train
     fresh = t.stage1_features == "fresh"
-    sizes = [n for part in step.passes_of_epoch(loader, size, bank, batch, t.stage1_n, fresh) for n in part]
+    sizes = [n for part in passes_of_epoch(loader, size, bank, batch, t.stage1_n, fresh) for n in part]
 
     def nothing(stage: str, number: int) -> None:
         pass

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from engine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from engine.objective import Expression, Term
+    from engine.terms import Expression, Term
 
 TERMS = "objective.terms"
 WEIGHTS = "objective.estimator_weights"
@@ -256,7 +256,7 @@ class _Parser:
         return -value if negative else value
 
     def _atom(self) -> Expression | float:
-        from engine.objective import CMI, MI
+        from engine.terms import CMI, MI
 
         if self._peek() == "(":
             self._take("(")

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from engine.cli.command import Command
     from engine.config import Config, Section
     from engine.loaders.dataset import Dataset
-    from engine.objective import Expression, Objective
+    from engine.objective import Objective
     from engine.report.words import Words
+    from engine.terms import Expression
 
 DEFAULT = "mimrl"
 """The task of settings that name none."""

@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(tasks, "_REGISTERED", {})
     monkeypatch.delitem(sys.modules, "my_task", raising=False)
-    (code,) = blocks('python title="my_task.py"')
+    (code,) = blocks("python")
     (tmp_path / "my_task.py").write_text(code, encoding="utf-8")
     writers.dump(writers.mmsa(writers.samples(sizes=runs.SIZES)), tmp_path / "mosi_data_noalign.pkl")
     yield tmp_path

@@ -96,20 +96,23 @@ def import_checkpoint(
         notes.append("estimators: none in the checkpoint; the run's are untrained")
     notes += _import_notes(settings, inferred, source, unused, path, epoch)
 
-    write_json(out / "text_encoder" / "config.json", description)
     if text_encoder is not None:
         try:
             load_tokenizer(text_encoder).save(out)
         except DataError as problem:
             notes.append(f"tokenizer: {problem.found}; put its tokenizer.json into {out}")
-    weights = {"model": model.state_dict(), "objective": objective.state_dict()}
+    meta = {"epoch": epoch, "text_encoder": description, "imported_from": path.name}
+    _write_run(out, settings, {"model": model.state_dict(), "objective": objective.state_dict()}, meta, shapes)
+    return notes
+
+
+def _write_run(out: Path, settings: Config, state: dict[str, Any], meta: dict[str, Any], shapes: Shapes) -> None:
+    write_json(out / "text_encoder" / "config.json", meta["text_encoder"])
     widths = {"audio_dim": shapes.audio_dim, "vision_dim": shapes.vision_dim}
-    meta = {"epoch": epoch, **widths, "text_encoder": description, "imported_from": path.name}
-    checkpoint.save(out / "best.safetensors", weights, meta)
+    checkpoint.save(out / "best.safetensors", state, meta | widths)
     with Checksums(out).writing(NORMALIZER, *TOKENIZER):
         _no_normalizer(shapes).save(out / NORMALIZER)
     settings.save(out / "config.yaml")
-    return notes
 
 
 def _stated_settings(command: str | None, config: str | Path | Config | None) -> tuple[Config, str | None, list[str]]:
@@ -179,7 +182,7 @@ def _text_description(where: str, shapes: Shapes, text_encoder: str | None, note
         return json.loads(BertConfig(**sizes, num_attention_heads=heads).to_json_string(use_diff=False))
     from transformers import AutoConfig
 
-    from engine.model.text_encoder import load_pretrained
+    from engine.model.pretrained import load_pretrained
 
     given = load_pretrained(AutoConfig, text_encoder)
     for key, size in sizes.items():

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from engine.cli.command import Command
     from engine.loaders.dataset import Dataset
-    from engine.objective import Expression, Objective
+    from engine.objective import Objective
+    from engine.report.words import Words
+    from engine.terms import Expression
 
 
 class MIMRLTask(Task):
@@ -90,6 +92,11 @@ class MIMRLTask(Task):
         from engine.mimrl.cli import COMMANDS
 
         return COMMANDS
+
+    def report_words(self) -> Words:
+        from engine.mimrl.report import WORDS
+
+        return WORDS
 
 
 MIMRL_TASK = MIMRLTask()

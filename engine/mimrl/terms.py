@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from engine.expressions import parse_expression, parse_term, parse_terms, stage1_weights
 from engine.mimrl import settings as mimrl
-from engine.objective import Expression, Objective, Term, without_features
+from engine.mimrl.published import published_estimator
+from engine.objective import Objective, without_features
+from engine.terms import Expression, Term
 from engine.vocabulary import MODALITIES
 
 MIMRL_ESTIMATORS = tuple(parse_term(text) for text in mimrl.ESTIMATORS.values())
@@ -38,10 +40,13 @@ def mimrl_objective(
     Args:
         modalities: of text, audio and vision those that there are. Terms that name another are left out.
     """
+    published = settings.compat == "mimrl"
     return Objective(
         expressions_of(settings, modalities),
         dims={"F": fused_dim, "T": d_common, "A": d_common, "V": d_common, "C": 1},
-        discrete=("C",),
+        discrete=() if published else ("C",),
+        shared_draws=not published,
+        make_estimator=published_estimator if published else None,
         estimators=weights_of(settings, modalities),
         settings=settings,
     )

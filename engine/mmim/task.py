@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from engine.loaders.dataset import Dataset
-    from engine.objective import Expression
+    from engine.report.words import Words
+    from engine.terms import Expression
+
+TERMS = {
+    "I(T;A)": "shared by text and audio",
+    "I(T;V)": "shared by text and vision",
+    "I(F;T)": "what the fused feature keeps of text",
+    "I(F;A)": "what the fused feature keeps of audio",
+    "I(F;V)": "what the fused feature keeps of vision",
+}
+"""The terms, as the report explains them."""
 
 
 class MMIMTask(Task):
@@ -46,6 +56,11 @@ class MMIMTask(Task):
         if config.model.task == "regression":
             mean = float(dataset.splits["train"].label[:, 0].mean())
             model.head.layers[-1].bias.data.fill_(mean)
+
+    def report_words(self) -> Words:
+        from engine.report.words import Words
+
+        return Words(lambda settings: TERMS, {"F": "F, fused", "T": "T, text", "A": "A, audio", "V": "V, vision"})
 
 
 MMIM_TASK = MMIMTask()

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from engine import checks
+from engine.averages import EpochResult
+from engine.bank import FeatureBank
 from engine.config import Config, ScheduleConfig
 from engine.errors import ConfigError
 from engine.loaders.batch import Batch
@@ -18,7 +20,7 @@ from engine.loaders.dataset import Dataset
 from engine.model.text_encoder import load_text_encoder, text_encoder_from_config
 from engine.objective import Objective
 from engine.precision import autocast_dtype
-from engine.step import EpochResult, FeatureBank, TwoStageStep
+from engine.step import TwoStageStep
 from engine.task import Inputs, Task
 from engine.training.passes import Passes
 from engine.training.random_state import seed_all

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from engine import checks
 from engine.allocator import keep_memory
+from engine.averages import EpochResult
+from engine.bank import FeatureBank
 from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
 from engine.config import Config
 from engine.errors import ConfigError, DataError, EngineError, EstimatorError, OutputError
@@ -35,7 +37,6 @@ from engine.run_folder import (
     TOKENIZER,
     owned,
 )
-from engine.step import EpochResult, FeatureBank
 from engine.task import find_task
 from engine.training import resuming
 from engine.training.applying import own_tokenizer

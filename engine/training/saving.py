@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from engine import checkpoint, metrics
+from engine.averages import EpochResult
+from engine.bank import FeatureBank
 from engine.config import Config
 from engine.errors import CheckpointError, EngineError, EstimatorError
 from engine.files import append_text, write_json
@@ -34,7 +36,6 @@ from engine.run_folder import (
     TOKENIZER,
     Checksums,
 )
-from engine.step import EpochResult, FeatureBank
 from engine.training.parts import Parts
 from engine.training.random_state import random_state, unchanged_random_state
 from engine.training.records import Record, line_of

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from engine import losses
 from engine.config import Config
+from engine.graph_state import DeviceNumbers
 from engine.kernels import registry
 from engine.loaders.batch import Batch
 from engine.mimrl.model import build_model
 from engine.mimrl.names import engine_to_reference, split_reference_state
 from engine.mimrl.terms import MIMRL_ESTIMATORS, mimrl_objective
 from engine.model.text_encoder import text_encoder_from_config
-from engine.static import Held
 from engine.step import TwoStageStep
 from engine.training.parts import parameter_groups
 from tests.golden.common import assert_grad, assert_values, cases, load, part, recorded_parameters
@@ -69,7 +69,7 @@ def batch_of(step: dict[str, Tensor], static: bool = False) -> Batch:
 @contextlib.contextmanager
 def static_step(step: TwoStageStep):
     """What a static step's functions run in."""
-    step.held = Held(torch.device("cpu"))
+    step.held = DeviceNumbers(torch.device("cpu"))
     for optimizer in (step.main_optimizer, step.estimator_optimizer):
         step.held.refresh_rates(optimizer)
     with registry.static():

@@ -1,4 +1,4 @@
-"""From classifiers' logits to loss and values on the GPU: one launch forward, one backward, a program a classifier.
+"""Loss and values from classifiers' logits on the GPU: one launch forward, one backward, one program per classifier.
 
 The classifiers themselves are in `classifiers`.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.aot import AotCase
-from engine.kernels.cmi import classifiers, cpu
+from engine.kernels.cmi import batched, classifiers
 
 BLOCK, WARPS = 512, 4
 
@@ -102,9 +102,9 @@ def _read_backward(
 
 
 def read(joint: Tensor, product: Tensor, limit: float) -> list[Tensor]:
-    """As `cpu.read`."""
+    """As `batched.read`."""
     if not _fits(joint, limit):
-        return cpu.read(joint, product, limit)
+        return batched.read(joint, product, limit)
     joint, product = joint.contiguous(), product.contiguous()
     groups = len(joint)
     loss, values = joint.new_empty(groups), joint.new_empty(3, groups)
@@ -118,9 +118,9 @@ def read(joint: Tensor, product: Tensor, limit: float) -> list[Tensor]:
 def read_backward(
     joint: Tensor, product: Tensor, loss_grad: Tensor | None, value_grad: Tensor | None, which: int, limit: float
 ) -> list[Tensor]:
-    """As `cpu.read_backward`."""
+    """As `batched.read_backward`."""
     if not _fits(joint, limit):
-        return cpu.read_backward(joint, product, loss_grad, value_grad, which, limit)
+        return batched.read_backward(joint, product, loss_grad, value_grad, which, limit)
     joint, product = joint.contiguous(), product.contiguous()
     both = loss_grad is not None or which > 0
     of_joint = torch.empty_like(joint)
@@ -149,7 +149,7 @@ def read_backward_launches(
 
 
 def _fits(joint: Tensor, limit: float) -> bool:
-    """The kernels sum in fp32, and exponentials relative to the limit vanish where it is large."""
+    """Whether the kernels apply. They sum in fp32, and a large limit makes exponentials relative to it vanish."""
     return joint.dtype == torch.float32 and 0 < limit <= 40
 
 

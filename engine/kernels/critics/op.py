@@ -33,6 +33,7 @@ from engine.kernels.critics.plan import concat_algorithm, tower_algorithm
 from engine.kernels.critics.reference import Layers
 from engine.kernels.gradients import differentiable_once
 from engine.kernels.mi_bounds.op import infonce
+from engine.kernels.mi_bounds.reference import infonce_of_scores
 from engine.kernels.registry import backend_for, call, lazy, log_size, register
 
 
@@ -191,7 +192,7 @@ def concat_infonce(
     if _pairs_on(x, layers, activation) == "reference":
         scores = concat_scores(x, y, layers, activation)
         scores = scores.t() if transpose else scores
-        losses = -scores.log_softmax(1).diagonal() + (scores - scores).detach().sum(1)
+        losses = infonce_of_scores(scores) + (scores - scores).detach().sum(1)  # NaN where a score is not finite
         return log_size(len(x), losses) - losses.mean()
     with torch.autocast(x.device.type, enabled=False):
         flat = _flat(layers)

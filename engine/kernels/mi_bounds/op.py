@@ -160,7 +160,8 @@ def _own_negatives(q: Tensor, k: Tensor, negatives: Tensor, temperature: float |
         # sums, not matrix products: those may be of tf32 on a GPU
         q, keys = q.to(exact), torch.cat([k.to(exact)[..., None, :], negatives.to(exact)], -2)
         scores = scale * (q[..., None, :] * keys).sum(-1)
-        return scores.logsumexp(-1) - scores[..., 0]
+        first = torch.zeros(q.shape[-2], dtype=torch.int64, device=q.device)
+        return reference.infonce_of_scores(scores, positives=first)
 
 
 def _within(positives: Tensor, rows: int, columns: int, exclude_self: bool, scale: Tensor) -> tuple[Tensor, Tensor]:

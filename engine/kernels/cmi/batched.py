@@ -1,13 +1,15 @@
-"""Classifiers of joint against product rows, all at once, by torch's batched products. Also what runs on a GPU.
+"""Classifiers of joint against product rows, all at once, by torch's batched products.
 
-What is saved against one classifier after another on rows written out:
+This is the CPU backend. On a GPU it runs where the fused kernels do not apply: many rows, or another type than fp32.
 
-- a feature of few columns, such as a label, is not repeated to the classifier's width: its columns of the first layer
-  are added up instead (of a label 128 become one);
-- y and z of product rows enter the first layer once a query, not once a row;
-- gradients of features that several classifiers read are accumulated where they arise;
-- nothing is computed that is not wanted: no weight gradients where weights are frozen, and no product rows in the
-  backward pass where their logits have no gradient (LDR).
+Compared with one classifier after another on rows written out, it saves four things:
+
+- A feature of few columns, such as a label, is not repeated to the classifier's width. Its columns of the first layer
+  are added up instead, so that 128 columns of a label become one.
+- y and z of product rows enter the first layer once per query, not once per row.
+- Gradients of features that several classifiers read are accumulated in place.
+- Only wanted gradients are computed: none of frozen weights, and none of product rows where their logits have no
+  gradient (LDR).
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def forward(
         joint: features [B, width <= dim].
         slots: of every classifier the places in `joint` of its x, y and z: 3·G integers.
         product: of every classifier x [P, width], y and z [P / k, width]: 3·G tensors.
-        k: product rows a query.
+        k: product rows per query.
     """
     b, p = len(joint[0]), len(product[0])
     hidden = first.new_empty(len(first), b + p, first.shape[1])
@@ -109,8 +111,8 @@ def backward(
         for i, (each, of_pre) in enumerate(((x, part), (y, once), (z, once))):
             # a product with one column is slow
             one = each.shape[2] == 1
-            found = (of_pre * each).sum(1)[:, :, None] if one else torch.bmm(of_pre.mT, each)
-            _unfold(found, _slot(of_first, run, i))
+            gradient = (of_pre * each).sum(1)[:, :, None] if one else torch.bmm(of_pre.mT, each)
+            _unfold(gradient, _slot(of_first, run, i))
     return [*of_joint, of_first, grad.sum(1), *of_rest]
 
 
