@@ -1,6 +1,6 @@
 """Task losses: what stage 2 minimises besides the information terms.
 
-Values and gradients are those of the published MIMRL code. Where that code divides by zero, a rule holds here: RMSE at
+Values and gradients are those of the published code. Where that code divides by zero, a rule holds here: RMSE at
 zero error has a zero gradient; the CCC loss of two constants is 1 with a zero gradient, because the denominator has
 1e-10 added.
 """

@@ -131,7 +131,7 @@ def avec2019_metrics(prediction: ArrayLike, target: ArrayLike) -> Metrics:
     Returns:
         `ccc`: concordance correlation with population moments; 0 where one side is constant, NaN where both are the
         same constant.
-        `rmse_phq`, `mae_phq`: in points of PHQ-8, 25 times the error. The published MIMRL code scales only the RMSE.
+        `rmse_phq`, `mae_phq`: in points of PHQ-8, 25 times the error. The published code scales only the RMSE.
 
     Raises:
         DataError: as `regression_metrics`.

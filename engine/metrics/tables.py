@@ -29,7 +29,7 @@ reference_names: dict[str, str] = {
     "ccc": "ccc",
     "rmse_phq": "rmse_times_25",
 }
-"""Our names -> those in the logs of the published MIMRL code, whose MAE of AVEC2019 stays in [0, 1]."""
+"""Our names -> those in the logs of the published code, whose MAE of AVEC2019 stays in [0, 1]."""
 
 mmsa_names: dict[str, str] = {
     "mae": "MAE",
