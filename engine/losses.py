@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import ConfigError, DataError
-from engine.vocabulary import LOSSES, REGRESSION_LOSSES
+from engine.vocabulary import LOSSES, MODEL_TASKS, REGRESSION_LOSSES
 
 _ONE_OF_MANY = ("CE", "Focal")
 
@@ -42,8 +42,8 @@ def task_loss(name: str, num_class: int = 1, task: str | None = None) -> nn.Modu
     """
     if name not in LOSSES:
         raise ConfigError("train.loss", repr(name), " ".join(LOSSES), "Choose one of these.")
-    if task not in (None, "regression", "classification"):
-        raise ConfigError("model.task", repr(task), "regression or classification", "Choose one of these.")
+    if task not in (None, *MODEL_TASKS):
+        raise ConfigError("model.task", repr(task), " or ".join(MODEL_TASKS), "Choose one of these.")
     if num_class < 1:
         raise ConfigError("model.num_class", str(num_class), "at least 1", "Set it to the number of outputs.")
     kind = "regression" if name in REGRESSION_LOSSES else "classification"

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from engine.config import AugmentConfig
 from engine.loaders.batch import Batch
-from engine.vocabulary import MODALITIES
 
+MODALITIES = ("text", "audio", "vision")
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of splitmix64
 _WORD = 1 << 64
 _DROP, _MASK, _SPARE = 0, 3, 6  # numbers of the independent streams: one a modality for dropping and for masking

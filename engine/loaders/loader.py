@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,12 +24,12 @@ from engine.errors import CheckpointError, ConfigError
 from engine.kernels.ragged import Source, pad, pad_batches
 from engine.loaders.batch import Batch
 from engine.loaders.sampler import Sampler
-from engine.vocabulary import Loader as Kind
 
 if TYPE_CHECKING:
     from engine.loaders.augment import Augmentation
     from engine.loaders.dataset import Split
 
+Kind = Literal["auto", "resident", "dali", "torch"]
 FRAMES = ("audio", "vision")
 SHARE = 0.5  # of the free memory that `auto` gives to resident frames
 

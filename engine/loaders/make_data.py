@@ -10,7 +10,6 @@ from engine.errors import ConfigError, OutputError
 from engine.files import user_path
 from engine.loaders import synthetic
 from engine.loaders.writers import WRITERS, Data, Sample
-from engine.vocabulary import SPLITS
 
 COUNTS = {"mosi": (1284, 229, 686), "mosei": (16326, 1871, 4659), "avec2019": (163, 56, 56)}
 """Samples of train, valid and test in the real data sets."""
@@ -60,7 +59,7 @@ def samples(shape: str, sizes: list[int], seed: int = 0) -> Data:
     made = {"mosi": synthetic.mosi, "mosei": synthetic.mosei, "avec2019": synthetic.avec}[shape](n, seed)
     out: Data = {}
     row = 0
-    for split, size in zip(SPLITS, sizes, strict=True):
+    for split, size in zip(("train", "valid", "test"), sizes, strict=True):
         out[split] = []
         for i in range(size):
             text, more = made.text[row], {}

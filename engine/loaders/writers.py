@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.vocabulary import SPLITS as SPLITS
-
+SPLITS = ("train", "valid", "test")
 LARGE = 1 << 26  # padded arrays from this many bytes on are built in a file
 TEXT_LENGTH = 50  # of aligned files and text features
 WHOLE = 1 << 30  # aligned lists are not cut
