@@ -165,7 +165,7 @@ def test_one_row_of_several_emotions_as_a_label(tmp_path, tokenizer):
         split["labels"] = np.eye(2, dtype=np.int64)[np.zeros((len(split["labels"]), 4), int)]
     writers.write_csv(tmp_path / "label.csv", writers.label_rows(samples))
     path = writers.dump(content, tmp_path / "iemocap_data.pkl")
-    with pytest.raises(DataError, match=r"train/labels: found labels of shape \(7, 4, 2\); .*Write one label a row\.$"):
+    with pytest.raises(DataError, match=r"train/labels: found labels of shape \(7, 4, 2\); .* one label per row\.$"):
         opened(path, tokenizer)
     for split in content.values():  # the second of each pair says whether the emotion is there
         split["labels"] = split["labels"][:, :, 1] + np.arange(4)

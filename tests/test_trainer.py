@@ -15,7 +15,7 @@ from engine.callbacks import TensorBoardCallback
 from engine.config import Config
 from engine.errors import CheckpointError, ConfigError, DataError, EstimatorError, OutputError
 from engine.loaders.dataset import Dataset
-from engine.loaders.loader import has_dali
+from engine.loaders.kinds import has_dali
 from engine.model.text_encoder import TextEncoder, encode_padded
 from engine.objective import Objective
 from engine.training import run as training_run

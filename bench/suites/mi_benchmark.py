@@ -1,4 +1,4 @@
-"""How far `engine.estimate_mi` is from informations in closed form; see bench/mi for bmi's tasks and other packages."""
+"""How far `engine.estimate_mi` is from information in closed form; see bench/mi for bmi's tasks and other packages."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,8 @@ CHANGED_BOUNDS = ("mine", "js", "smile", "interpolate")
 class PublishedMIEstimator(MIEstimator):
     """`MIEstimator` as the published code has it. `alpha`, `smile_tau` and MINE's average cannot be set.
 
-    Args: as for `MIEstimator`.
+    Args:
+        dim_x, dim_y, critic, bound, options: as for `MIEstimator`.
 
     >>> PublishedMIEstimator(4, 3, bound="smile").smile_tau
     1.0
@@ -57,22 +58,8 @@ class PublishedMIEstimator(MIEstimator):
 
     keeps_average = False
 
-    def __init__(
-        self,
-        dim_x: int,
-        dim_y: int,
-        critic: str = "separate",
-        bound: str = "infonce",
-        baseline: str = "constant",
-        hidden: int = 256,
-        embed: int = 128,
-        layers: int = 2,
-        activation: str = "relu",
-        on_degenerate: str = "raise",
-    ):
-        sizes = {"hidden": hidden, "embed": embed, "layers": layers, "activation": activation}
-        limits = {"alpha": ALPHA, "smile_tau": SMILE_TAU}
-        super().__init__(dim_x, dim_y, critic, bound, baseline, **sizes, **limits, on_degenerate=on_degenerate)
+    def __init__(self, dim_x: int, dim_y: int, critic: str = "separate", bound: str = "infonce", **options: Any):
+        super().__init__(dim_x, dim_y, critic, bound, alpha=ALPHA, smile_tau=SMILE_TAU, **options)
         self.critic.transpose = critic == "concat"
 
     @staticmethod
@@ -86,7 +73,8 @@ class PublishedMIEstimator(MIEstimator):
 
     @property
     def group_key(self) -> tuple | None:
-        return None if self.bound in CHANGED_BOUNDS else self._settings()
+        alone = self.bound in CHANGED_BOUNDS or type(self) is not PublishedMIEstimator
+        return None if alone else self._settings()
 
     def read_scores(self, scores: Tensor, log_baseline: Tensor, log_ema: Tensor | None) -> tuple[Tensor, Tensor]:
         return published_bound(scores, self.bound, log_baseline, alpha=self.alpha)
@@ -128,8 +116,8 @@ class PublishedCMIEstimator(CMIEstimator):
         """Weights and biases stay as PyTorch makes them."""
 
     @property
-    def group_key(self) -> tuple:
-        return *self._settings(), self.last_activate
+    def group_key(self) -> tuple | None:
+        return (*self._settings(), self.last_activate) if type(self) is PublishedCMIEstimator else None
 
     def joint_rows(self, joint: int, product: int) -> int:
         if product > joint:

@@ -189,10 +189,7 @@ class MIEstimator(nn.Module):
         x, y = own_type(self._where(), self, x, y)
         if len(x) < 2:
             return self._degenerate(
-                f"a batch of {len(x)}",
-                "at least 2 samples: one alone has no product samples",
-                x,
-                y,
+                f"a batch of {len(x)}", "at least 2 samples: one alone has no product samples", x, y
             )
         if self.bound == "infonce" and self.critic.has_infonce:
             value = self.critic.infonce(x, y)

@@ -234,8 +234,7 @@ class CMIGroup(Group):
         places = [n for n, m in enumerate(self.example.classifier) if isinstance(m, nn.Linear)]
         self.layers = nn.ModuleList(
             self._stack(
-                f"layers.{level}",
-                [(name, f"classifier.{n}", e.classifier[n]) for name, e in estimators.items()],
+                f"layers.{level}", [(name, f"classifier.{n}", e.classifier[n]) for name, e in estimators.items()]
             )
             for level, n in enumerate(places)
         )

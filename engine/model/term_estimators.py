@@ -65,10 +65,7 @@ class TermEstimators(nn.Module):
     """
 
     def __init__(
-        self,
-        estimators: Mapping[str, nn.Module],
-        names: Mapping[str, str],
-        features: Mapping[str, tuple[str, ...]],
+        self, estimators: Mapping[str, nn.Module], names: Mapping[str, str], features: Mapping[str, tuple[str, ...]]
     ):
         super().__init__()
         self._names, self._features = dict(names), dict(features)

@@ -162,24 +162,3 @@ def test_groups_give_what_the_estimators_give(settings: dict):
         assert type(estimator) is (PublishedMIEstimator if term.given is None else PublishedCMIEstimator)
         for part in ("value", "loss"):
             torch.testing.assert_close(getattr(together[str(term)], part), getattr(single, part), rtol=1e-5, atol=1e-6)
-
-
-def test_a_subclass_that_changes_a_bound_runs_alone():
-    class Halved(PublishedMIEstimator):
-        @property
-        def group_key(self):
-            return None
-
-        def read_scores(self, scores, log_baseline, log_ema):
-            return tuple(0.5 * part for part in super().read_scores(scores, log_baseline, log_ema))
-
-    def halved(term, dims, settings):
-        torch.manual_seed(0)
-        return Halved(dims[term.x], dims[term.y], hidden=16, embed=8, critic="separate", bound="dv")
-
-    objective = Objective([MI("A", "B")], {"A": 4, "B": 4}, make_estimator=halved)
-    torch.manual_seed(0)
-    whole = PublishedMIEstimator(4, 4, hidden=16, embed=8, bound="dv")
-    a, b = draw(12, 4, dtype=torch.float32), draw(12, 4, seed=1, dtype=torch.float32)
-    assert len(objective.estimators.groups) == 0
-    assert objective.estimate({"A": a, "B": b})["I(A;B)"].value.item() == 0.5 * whole(a, b).value.item()

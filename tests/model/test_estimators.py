@@ -23,7 +23,7 @@ def batch(count: int = 12, dim_x: int = 4, dim_y: int = 3, seed: int = 0):
 @pytest.mark.parametrize("critic", ["separate", "concat"])
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_value_surrogate_and_loss(critic: str, baseline: str, bound: str, kind: type[MIEstimator]):
-    estimator = kind(4, 3, critic, bound, baseline, **SMALL)
+    estimator = kind(4, 3, critic, bound, baseline=baseline, **SMALL)
     x, y = batch()
     x.requires_grad_()
     estimate = estimator(x, y)

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.aot import AotCase
 from engine.kernels.cmi import batched
 from engine.kernels.mlp.triton import TILES, dot, layer_backward, layer_forward, load_grad, positive, precision_now
 
@@ -286,27 +285,3 @@ def _folds(first: Tensor, width: int) -> int:
     """Launches of `batched.fold`."""
     dim = first.shape[2] // 3
     return 0 if width == dim else 1 + 2 * (dim % width > 0)
-
-
-def aot_cases() -> list[AotCase]:
-    """MIMRL's six classifiers in every precision, with weights' gradients alone and with all."""
-    widths = tuple(1 if s == 3 else 128 for s in (1, 3, 0, 0, 1, 3, 2, 3, 0, 0, 2, 3, 0, 3, 1, 0, 3, 2))
-    rows, sizes = ("*fp32",) * 18, {"b": "i32", "rows": "i32", "k": "i32"}
-    found = []
-    for precision, (m, n, c, warps, stages) in TILES.items():
-        common = {"WIDTHS": widths, "PLACES": 18, "DIM": 128, "HIDDEN": 256, "PRECISION": precision}
-        common |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": c}
-        variant = "fp32" if precision == "tf32x3" else precision
-        pointers = {"joint": rows, "product": rows, "first_ptr": "*fp32"}
-        signature = pointers | {"bias_ptr": "*fp32", "out_ptr": "*fp32"} | sizes
-        found.append(AotCase(f"cmi.first_forward/{variant}", _first_forward, signature, common, warps, stages, True))
-        more = ("grad_ptr", "of_first_ptr", "of_bias_ptr")
-        m, n, c, warps, stages = FIRST_BACKWARD[precision]
-        common |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": c}
-        signature = pointers | dict.fromkeys(more, "*fp32") | {"of_joint": ("*fp32",) * 4} | sizes
-        signature |= {"weight_tiles": "i32", "row_tiles": "i32"}
-        for both in (False, True):
-            constexprs = common | {"USES": (1, 2, 4, 8), "SOURCES": 4, "WEIGHTS": True, "ROWS": both}
-            name = f"cmi.first_backward/{'all' if both else 'weights'}/{variant}"
-            found.append(AotCase(name, _first_backward, signature, constexprs, warps, stages, True, both))
-    return found

@@ -15,7 +15,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid, softplus
+from torch.nn.functional import cross_entropy, softplus
 
 from engine.errors import EstimatorError
 from engine.kernels.arguments import check_number, exact_type
@@ -107,66 +107,6 @@ def update_log_ema(log_ema: Tensor, scores: Tensor, rate: float) -> Tensor:
             return log_mean
         mixed = torch.logaddexp(log_ema + math.log1p(-rate), log_mean + math.log(rate))
         return torch.where(log_ema == -math.inf, log_mean, mixed)
-
-
-def bound_gradient(
-    scores: Tensor,
-    bound: str,
-    log_baseline: Tensor | None = None,
-    *,
-    alpha: float = 0.01,
-    log_ema: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The gradient of `bound_value`'s surrogate in closed form, without autograd.
-
-    Args: as for `bound_value`; SMILE's gradient does not depend on tau.
-
-    Returns:
-        gradient with respect to scores [B, B] and to log_baseline [B, 1] (zero where the bound does not use it).
-    """
-    _check(scores, bound, log_baseline)
-    scores = full_precision(scores.detach())
-    joint = scores.diagonal()
-    count = len(scores)
-    pairs = count * (count - 1)
-    log_pairs = math.log(pairs)
-    a = scores.new_zeros(count) if log_baseline is None else log_baseline.detach()[:, 0].to(scores.dtype)
-    off, rows = _off(scores), _row_lse(scores)
-    grad_a = torch.zeros_like(a)
-
-    if bound == "infonce":
-        p = (off - torch.logaddexp(rows, joint)[:, None]).exp()
-        grad = -p / count
-        on_diagonal = torch.sigmoid(rows - joint) / count
-    elif bound in ("js", "js_fgan", "smile"):
-        grad = -torch.sigmoid(off) / pairs
-        on_diagonal = torch.sigmoid(-joint) / count
-    elif bound == "interpolate":
-        loo = leave_one_out(scores)
-        loo.diagonal().copy_(rows)  # L_ii leaves out the joint sample: exact, whatever its score
-        log_p, log_rest = _mixture_log_weights(loo - math.log(count - 1), a[:, None], alpha)
-        log_m = (rows - math.log(count - 1)) - torch.logaddexp(
-            _log(alpha) + rows - math.log(count - 1), _log(1 - alpha) + a
-        )
-        mixed = leave_one_out(_off(log_p - loo))
-        marginal = (log_m + log_rest.diagonal())[:, None] + off - rows[:, None]
-        grad = -(scores + mixed).exp() / pairs - marginal.exp() / count
-        on_diagonal = 1 / count + grad.diagonal()
-        grad_a = -_off(log_rest).exp().sum(1) / pairs + (log_m + log_rest.diagonal()).exp() / count
-    else:
-        log_weight = {
-            "dv": lambda: off - off.logsumexp((0, 1)),
-            "mine": lambda: off - (off.logsumexp((0, 1)) if log_ema is None else log_pairs + log_ema),
-            "nwj": lambda: off - 1 - log_pairs,
-            "tuba": lambda: off - a[:, None] - log_pairs,
-        }[bound]()
-        grad = -log_weight.exp()
-        on_diagonal = torch.full_like(joint, 1 / count)
-        if bound == "tuba":
-            grad_a = -1 / count + (rows - a - log_pairs).exp()
-    grad = grad.clone()
-    grad.diagonal().copy_(on_diagonal)
-    return grad, grad_a[:, None]
 
 
 def leave_one_out(scores: Tensor) -> Tensor:
@@ -354,9 +294,3 @@ def _interpolate(scores: Tensor, a: Tensor, alpha: float) -> Tensor:
     log_mean = _row_lse(scores) - math.log(count - 1)
     log_marginal = -torch.logaddexp(torch.full_like(a, _log(alpha)), _log(1 - alpha) + a - log_mean)
     return 1 - excess.sum() / (count * (count - 1)) - log_marginal.exp().mean()
-
-
-def _mixture_log_weights(log_mean: Tensor, a: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """log p and log(1 - p): the share of A that comes from the multi-sample baseline, and the rest."""
-    odds = _log(alpha) + log_mean - _log(1 - alpha) - a
-    return logsigmoid(odds), logsigmoid(-odds)

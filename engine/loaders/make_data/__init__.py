@@ -1,4 +1,7 @@
-"""`engine make-data`: synthetic files of a data set's shape in any format, for benchmarks and for trying things out."""
+"""`engine make-data`: synthetic files of a data set's shape in any format, for benchmarks and for trials.
+
+Nothing that reads data imports this package.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ import numpy as np
 
 from engine.errors import ConfigError, OutputError
 from engine.files import user_path
-from engine.loaders import synthetic
-from engine.loaders.writers import WRITERS, Data, Sample
+from engine.loaders.make_data import synthetic
+from engine.loaders.make_data.writers import WRITERS, Data, Sample
+from engine.vocabulary import SPLITS
 
 COUNTS = {"mosi": (1284, 229, 686), "mosei": (16326, 1871, 4659), "avec2019": (163, 56, 56)}
 """Samples of train, valid and test in the real data sets."""
 
-CLIPS = 20  # segments a video
+CLIPS = 20  # segments per video
 
 
 def make_data(out: str | Path, shape: str, n: int | None = None, format: str | None = None, seed: int = 0) -> Path:
@@ -24,14 +28,14 @@ def make_data(out: str | Path, shape: str, n: int | None = None, format: str | N
         out: a new or empty folder.
         shape: mosi, mosei or avec2019.
         n: samples of the three splits together, in the real proportions; None is the real number.
-        format: a name of `engine.loaders.writers.WRITERS`; None is declarelab, or avec2019 for that shape.
+        format: a name of `engine.loaders.make_data.writers.WRITERS`; None is declarelab, or avec2019 for that shape.
         seed: equal seeds give equal files.
 
     Returns:
-        What to give to `--data`.
+        The path to give to `--data`.
 
     Raises:
-        ConfigError: unknown shape or format, too few samples, or a format that cannot hold the shape.
+        ConfigError: the shape or format is unknown, there are too few samples, or the format cannot hold the shape.
         OutputError: `out` is not an empty folder.
     """
     format = format or ("avec2019" if shape == "avec2019" else "declarelab")
@@ -59,7 +63,7 @@ def samples(shape: str, sizes: list[int], seed: int = 0) -> Data:
     made = {"mosi": synthetic.mosi, "mosei": synthetic.mosei, "avec2019": synthetic.avec}[shape](n, seed)
     out: Data = {}
     row = 0
-    for split, size in zip(("train", "valid", "test"), sizes, strict=True):
+    for split, size in zip(SPLITS, sizes, strict=True):
         out[split] = []
         for i in range(size):
             text, more = made.text[row], {}
@@ -76,7 +80,7 @@ def samples(shape: str, sizes: list[int], seed: int = 0) -> Data:
 
 
 def _interview(steps: int, rng: np.random.Generator) -> str:
-    """A sentence of 1 to 12 words a line."""
+    """One sentence of 1 to 12 words per line."""
     words = synthetic.WORDS
     return "\n".join(
         " ".join(words[i] for i in rng.integers(len(words), size=rng.integers(1, 13))) for _ in range(steps)

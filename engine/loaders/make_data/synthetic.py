@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Common words, most of one piece and some of two or three in the usual WordPiece vocabularies, so that a sentence of
-# w words has about 1.1 w tokens, as transcribed speech has.
+# Common words. In the usual WordPiece vocabularies most have one piece, some two or three. So a sentence of w words has
+# about 1.1 w tokens, as transcribed speech has.
 WORDS = """
 i you it he she we they the a and but so this that was is are were be been have had do did would could should will can
 not really very just about like know think feel thought liked loved hated enjoyed movie film story plot actors acting
@@ -30,7 +30,7 @@ misogynistic
 
 @dataclass(frozen=True)
 class Shape:
-    """Distribution of lengths and widths of one data set (see the module's text)."""
+    """Distribution of lengths, and widths, of one data set (see the module's text)."""
 
     name: str
     words_scale: float
@@ -79,7 +79,11 @@ class Utterances:
 
 
 def utterances(shape: Shape, n: int, seed: int = 0) -> Utterances:
-    """`n` samples of a shape; equal seeds give equal data."""
+    """`n` samples of a shape. Equal seeds give equal data.
+
+    >>> len(utterances(MOSI, 3).audio)
+    3
+    """
     rng = np.random.default_rng(seed)
     words = np.clip(rng.gamma(2.2, shape.words_scale, n).round(), 1, shape.words_max).astype(np.int64)
     audio = _frames(9 * words * rng.uniform(0.6, 1.4, n), shape.audio_max, shape.audio_dim, rng)

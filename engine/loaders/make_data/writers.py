@@ -1,6 +1,6 @@
-"""Writes samples in the exact layout of every format the readers know: for tests, and for `engine make-data`.
+"""Writes samples in the exact layout of every format that the readers know, for `engine make-data`.
 
-Each function of `WRITERS` takes a folder, samples by split and the data set's name, and returns the path to give to
+Each function in `WRITERS` takes a folder, samples by split and the data set's name. It returns the path to give to
 `--data`.
 """
 
@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-SPLITS = ("train", "valid", "test")
-LARGE = 1 << 26  # padded arrays from this many bytes on are built in a file
+from engine.vocabulary import SPLITS as SPLITS
+
+LARGE = 1 << 26  # bytes: larger padded arrays are built in a file
 TEXT_LENGTH = 50  # of aligned files and text features
 WHOLE = 1 << 30  # aligned lists are not cut
 
@@ -31,7 +32,7 @@ class Sample:
 
     Attributes:
         id: `<video>_<clip>`.
-        text: transcript; for AVEC2019 a sentence a line.
+        text: transcript; for AVEC2019 one sentence per line.
         audio, vision: float32 [frames, features].
         more: further feature sets by name, for formats that hold several.
     """
@@ -49,7 +50,7 @@ Data = dict[str, list[Sample]]
 
 @dataclass
 class Caps:
-    """Padded lengths; a sequence that is longer is cut, as the field's files are."""
+    """Padded lengths. A longer sequence is cut, as in the field's files."""
 
     audio: int = 375
     vision: int = 500
@@ -70,7 +71,7 @@ def pad(
     """Zero-padded [N, length, d]. On the left the last frames of a longer sequence are kept, on the right the first.
 
     Args:
-        scratch: folder for large arrays, which then do not take memory.
+        scratch: folder for large arrays, which then take no memory.
     """
     shape = (len(sequences), length, sequences[0].shape[1])
     if scratch is not None and np.prod(shape) * np.dtype(dtype).itemsize > LARGE:
@@ -88,7 +89,7 @@ def pad(
 
 
 def embedded(text: str, width: int, extra: int = 0) -> np.ndarray:
-    """A fixed random vector a word, and `extra` ones for the tokens around them: float32 [words + extra, width]."""
+    """A fixed random vector per word, and `extra` ones for the tokens around them: float32 [words + extra, width]."""
     words = text.split() + ["[SEP]"] * extra
     return np.stack([_vector(w, width) for w in words]) if words else np.zeros((0, width), np.float32)
 
@@ -99,7 +100,7 @@ def _vector(word: str, width: int) -> np.ndarray:
 
 
 def aligned(data: Data, most: int = TEXT_LENGTH) -> Data:
-    """The same samples with one row a word: frame i of a sequence of n words is its frame at the same fraction."""
+    """The same samples with one row per word: frame i of n words is the frame at the same fraction of the sequence."""
 
     def fit(frames: np.ndarray, words: int) -> np.ndarray:
         return frames[np.arange(words) * len(frames) // max(words, 1)]
@@ -182,7 +183,7 @@ def mmsa(
     caps: Caps | None = None,
     scratch: Path | None = None,
 ) -> dict:
-    """MMSA: unaligned with recorded lengths, or without; `features`: width of precomputed text."""
+    """MMSA: unaligned with recorded lengths, or without. `features`: width of precomputed text."""
     out, caps = {}, caps or Caps()
     for split, rows in data.items():
         out[split] = {
@@ -210,7 +211,7 @@ def mmsa(
 
 
 def mmsa_fet(data: Data) -> dict:
-    """MMSA-FET's output: float64, padded to mean + 3 deviations of the lengths, samples in no order, lists for ids."""
+    """MMSA-FET's output: float64, padded to mean + 3 deviations of the lengths, samples in no order, lists of ids."""
     out = {}
     order = np.random.default_rng(0)
     for split, rows in data.items():
@@ -226,7 +227,7 @@ def _fet_length(lengths: list[int]) -> int:
 
 
 def tuples(data: Data, fields: int = 6) -> dict[str, list]:
-    """One list a split: MMIM's rows (6 inner fields) or MISA's (4)."""
+    """One list per split: MMIM's rows (6 inner fields) or MISA's (4)."""
     out: dict[str, list] = {}
     for split, rows in data.items():
         out[split] = []
@@ -247,8 +248,8 @@ def magbert(data: Data) -> dict[str, list]:
     }
 
 
-def sdk(data: Data, sets: str = "mosi", small: bool = False) -> dict[str, list]:
-    """The published code's CMU-SDK lists. `sets`: mosi, mosei or pom; `small`: one column in the sets not used here."""
+def sdk(data: Data, sets: str = "mosi") -> dict[str, list]:
+    """The published code's CMU-SDK lists. `sets`: mosi or mosei."""
     more_audio = {"mosi": (1585, 384)}.get(sets, ())
     more_vision = {"mosi": (35, 430)}.get(sets, ())
     out: dict[str, list] = {}
@@ -258,18 +259,14 @@ def sdk(data: Data, sets: str = "mosi", small: bool = False) -> dict[str, list]:
             words = np.array(s.text.split())
 
             def fill(width: int, count: int = words.size) -> np.ndarray:
-                return np.ones((count, 1 if small else width), np.float32)
+                return np.ones((count, width), np.float32)
 
-            text = [words, *(embedded(s.text, 1 if small else d) for d in (300, 768, 768))]
-            text += [np.ones(1 if small else 768, np.float32), embedded(s.text, 1 if small else 768)]
-            parts = [text, [s.audio, *map(fill, more_audio)], [s.vision, *map(fill, more_vision)]]
+            text = [words, *(embedded(s.text, d) for d in (300, 768, 768)), np.ones(768, np.float32)]
+            parts = [
+                [*text, embedded(s.text, 768)], [s.audio, *map(fill, more_audio)], [s.vision, *map(fill, more_vision)],
+            ]  # fmt: skip
             seven = int(np.round(np.clip(s.label, -3, 3))) + 3
-            if sets == "pom":
-                traits = np.full(18, 4, np.float32)
-                traits[2] = s.label
-                out[split].append([parts, traits, seven, s.id])
-            else:
-                out[split].append([parts, float(s.label), int(s.label >= 0), seven, s.id])
+            out[split].append([parts, float(s.label), int(s.label >= 0), seven, s.id])
     return out
 
 
@@ -291,7 +288,7 @@ def avec2019(data: Data) -> dict[str, list]:
 
 
 def write_split_files(folder: Path, content: dict[str, list], prefix: str = "", valid: str = "valid") -> Path:
-    """One pickled list a split."""
+    """One pickled list per split."""
     for split, rows in content.items():
         dump(rows, folder / f"{prefix}{valid if split == 'valid' else split}.pkl")
     return folder
@@ -316,8 +313,8 @@ def write_mmsa(folder: Path, data: Data, name: str = "unaligned_50.pkl", **optio
 def write_csd(folder: Path, data: Data, word_s: float = 0.4, labels: int = 1) -> Path:
     """A folder of computational sequences: words, COVAREP, FACET and labels, with splits.json.
 
-    Every word lasts `word_s` seconds, a pause follows each segment, and the frames of a segment divide its time evenly.
-    `labels`: columns, 1 as in MOSI or 7 as in MOSEI.
+    Every word lasts `word_s` seconds, and a pause follows each segment. The frames of a segment divide its time evenly.
+    `labels`: number of columns, 1 as in MOSI or 7 as in MOSEI.
     """
     import h5py
 
