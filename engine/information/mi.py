@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine import vocabulary
 from engine.errors import EstimatorError
 from engine.information.columns import column_flags, copies, normal_scores, robust, varying
 from engine.information.critics import (
@@ -34,7 +35,7 @@ from engine.kernels.arguments import check_count, check_number
 from engine.samples import as_samples
 
 WHERE = "estimate_mi"
-BOUNDS = ("infonce", "dv", "mine", "nwj", "tuba", "interpolate", "js", "smile")
+BOUNDS = tuple(bound for bound in vocabulary.BOUNDS if bound != "js_fgan")  # js_fgan bounds another divergence
 FOLDS = 5
 LEAST_SAMPLES = 50
 GAUSSIAN = "gaussian"

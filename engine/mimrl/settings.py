@@ -10,7 +10,7 @@ from engine.config import Config, ModelConfig, ObjectiveConfig
 from engine.config.help import dash
 from engine.config.section import COMMON, LONGEST, WIDEST, Probability, Section, dashed, none, spread
 from engine.errors import ConfigError
-from engine.vocabulary import MODALITIES, Activation
+from engine.vocabulary import MODALITIES, Activation, Encoder
 
 TERMS = {
     "I(F;T)": "MI(F, T)",
@@ -44,7 +44,6 @@ ESTIMATORS = {
 
 C1, C2 = [1.0] * len(ESTIMATORS), [0.01] * len(TERMS)
 
-Encoder = Literal["gru", "lstm", "conv"]
 Compose = Literal["mean", "sum", "cat"]
 LastActivation = Literal["sigmoid", "hardtanh"]
 
