@@ -46,6 +46,7 @@ class CMIEstimator(nn.Module):
         on_degenerate: what to do with a joint batch of one, no product rows or non-finite logits. "raise" raises an
             EstimatorError. "skip" gives 0 as value, surrogate and loss, with zero gradients, and
             `details["skipped"]` = 1.
+        compat: no longer an option. Anything but "none" is refused, with the class to use instead.
 
     Biases start at 0, weights Xavier-uniform. `state_dict` names: classifier.{0,2,4,6}.{weight,bias}.
 

@@ -111,6 +111,7 @@ class MIEstimator(nn.Module):
         on_degenerate: what to do with a batch of one, non-finite scores or a non-finite estimate. "raise" raises an
             EstimatorError. "skip" gives 0 as value, surrogate and loss, with zero gradients, and
             `details["skipped"]` = 1.
+        compat: no longer an option. Anything but "none" is refused, with the class to use instead.
 
     Biases start at 0 and weights Xavier-uniform. Scores of standardised inputs are then of order 1, where every bound
     has a gradient.
