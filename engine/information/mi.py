@@ -35,7 +35,7 @@ from engine.kernels.mi_bounds import BOUNDS as ALL_BOUNDS
 from engine.samples import as_samples
 
 WHERE = "estimate_mi"
-BOUNDS = tuple(bound for bound in ALL_BOUNDS if bound != "js_fgan")  # which bounds another divergence
+BOUNDS = tuple(bound for bound in ALL_BOUNDS if bound != "js_fgan")  # js_fgan bounds another divergence
 FOLDS = 5
 LEAST_SAMPLES = 50
 GAUSSIAN = "gaussian"
