@@ -81,15 +81,15 @@ def train_baseline(config: Config, seed: int, out: Path) -> dict[str, Any]:
         history.append(record | {"wall_seconds": time.perf_counter() - start})
         write_text(out / HISTORY, "".join(json.dumps(r) + "\n" for r in history))
     best, oracle = (min(history, key=lambda r: r[split]["mae"]) for split in ("valid", "test"))
-    found = {
+    metrics = {
         "best_epoch": best["epoch"],
         "valid": best["valid"],
         "test": best["test"],
         "oracle_test": oracle["test"] | {"epoch": oracle["epoch"]},
         "wall_s": history[-1]["wall_seconds"],
     }
-    write_json(out / METRICS, found)
-    return found
+    write_json(out / METRICS, metrics)
+    return metrics
 
 
 def _rows(split: Any) -> list[tuple]:
@@ -103,8 +103,8 @@ def _rows(split: Any) -> list[tuple]:
 @torch.no_grad()
 def _evaluate(trainer: Any, batches: Any) -> metrics.Metrics:
     trainer.model.eval()
-    found = [(trainer.forward(batch)[0], batch["label"]) for batch in batches]
-    prediction, target = (torch.cat(column).numpy() for column in zip(*found, strict=True))
+    outputs = [(trainer.forward(batch)[0], batch["label"]) for batch in batches]
+    prediction, target = (torch.cat(column).numpy() for column in zip(*outputs, strict=True))
     return metrics.regression_metrics(prediction, target)
 
 
@@ -175,8 +175,8 @@ def main() -> None:
         first, last = (arguments.seeds.split("-") * 2)[:2]
         for seed in range(int(first), int(last) + 1):
             config = load_config("mosi", ["mode=faithful", f"data.path={arguments.data}"])
-            found = train_baseline(config, seed, arguments.out / f"seed{seed}")
-            print(f"seed {seed}: test MAE {found['test']['mae']:.4f}, {found['wall_s']:.0f} s", flush=True)
+            metrics = train_baseline(config, seed, arguments.out / f"seed{seed}")
+            print(f"seed {seed}: test MAE {metrics['test']['mae']:.4f}, {metrics['wall_s']:.0f} s", flush=True)
         return
     results = {name: collect(Path(folder)) for name, folder in (pair.split("=", 1) for pair in arguments.runs)}
     if arguments.out is not None:

@@ -94,13 +94,13 @@ def roots(base: str) -> Iterator[dict[str, Path]]:
         tree = folder / "worktree"
         subprocess.run([*git, "worktree", "add", "--detach", "--quiet", str(tree), base], check=True)
         try:
-            found = {}
+            folders = {}
             for side, source in (("here", machine.ROOT), ("base", tree)):
-                found[side] = folder / side
-                found[side].mkdir()
-                (found[side] / "engine").symlink_to(source / "engine")
-                (found[side] / "bench").symlink_to(machine.ROOT / "bench")
-            yield found
+                folders[side] = folder / side
+                folders[side].mkdir()
+                (folders[side] / "engine").symlink_to(source / "engine")
+                (folders[side] / "bench").symlink_to(machine.ROOT / "bench")
+            yield folders
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=True)
 

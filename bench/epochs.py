@@ -207,10 +207,10 @@ def _profiled(mode: str, samples: shapes.Utterances, setting: Setting) -> dict[s
         held_out = {name: samples.part(0, HELD_OUT) for name in ("valid", "test")}
         store = shapes.write_store(Path(folder) / "data", {"train": samples, **held_out})
         train(config(mode, store, setting, ("epochs=2",)), Path(folder) / "run", profile=True)
-        found = json.loads((Path(folder) / "run" / "profile" / "shares.json").read_text(encoding="utf-8"))
+        stages = json.loads((Path(folder) / "run" / "profile" / "shares.json").read_text(encoding="utf-8"))
     return {
         stage: {name: part["seconds"] * shares["of"] / shares["batches"] for name, part in shares["parts"].items()}
-        for stage, shares in found.items()
+        for stage, shares in stages.items()
     }
 
 
@@ -328,11 +328,11 @@ def gate_faithful(setting: Setting, steps: int = 3, rows: int = 16) -> None:
         ours = {term: products[name] for term, name in TERM.items()}
         with torch.no_grad():
             _, features = pair.step.forward(batch, batch.label)
-        found = pair.step.stage1(features, ours)
-        compared = [("stage 1 loss", found.loss, first_stage.total)]
+        output = pair.step.stage1(features, ours)
+        compared = [("stage 1 loss", output.loss, first_stage.total)]
         compared += [
             (f"stage 1 {term}", value, other)
-            for (term, value), other in zip(found.values.items(), first_stage.values, strict=True)
+            for (term, value), other in zip(output.values.items(), first_stage.values, strict=True)
         ]
         output = pair.step.stage2(batch, batch.label, ours)
         compared += [

@@ -42,10 +42,10 @@ def run_all(
         if subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.DEVNULL, env=os.environ).returncode != 0:
             failed.append(name)
             say(f"{name}: failed")
-    found = load_results(results)
-    for path in draw(found, results):
+    results_of = load_results(results)
+    for path in draw(results_of, results):
         say(f"drawn: {path}")
-    table = readme_table(found)
+    table = readme_table(results_of)
     print(table)
     if readme is not None:
         update_readme(readme, table)
@@ -54,7 +54,7 @@ def run_all(
 
 def load_results(folder: Path) -> dict[str, dict[str, Any]]:
     """{name: result} of the JSON files in `folder`, in the suites' order."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    found = {name: result for name, result in found.items() if "goals" in result}  # others are not suites'
-    order = [*NAMES, *sorted(set(found) - set(NAMES))]
-    return {name: found[name] for name in order if name in found}
+    contents = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    contents = {name: result for name, result in contents.items() if "goals" in result}  # others are not suites'
+    order = [*NAMES, *sorted(set(contents) - set(NAMES))]
+    return {name: contents[name] for name in order if name in contents}

@@ -54,18 +54,18 @@ def measured(
     context: Context, sides: dict[str, Callable[[], Any]], graphs: bool = True, traces: bool = True
 ) -> dict[str, Entry]:
     """{side: what was measured}. A side that fails is left out of the others' turns, and says why."""
-    clock, found, running = context.clock, {side: {} for side in sides}, {}
+    clock, entries, running = context.clock, {side: {} for side in sides}, {}
     for side, run in sides.items():
         try:
             run()
             running[side] = run
         except Exception as cause:
-            found[side]["failed"] = short(cause)
+            entries[side]["failed"] = short(cause)
     for side, ms in clock.interleaved(running, context.rounds).items():
-        found[side]["ms"] = ms
+        entries[side]["ms"] = ms
     replays = {}
     for side, run in running.items():
-        entry = found[side]
+        entry = entries[side]
         try:
             entry |= {"wall_ms": clock.wall(run, 3 if context.quick else 10), **(clock.traced(run) if traces else {})}
             if (peak := clock.peak_mib(run)) is not None:
@@ -78,8 +78,8 @@ def measured(
             except Exception as cause:
                 entry["graph_failed"] = short(cause)
     for side, ms in clock.interleaved(replays, context.rounds).items():
-        found[side]["graph_ms"] = ms
-    return found
+        entries[side]["graph_ms"] = ms
+    return entries
 
 
 # -- the step ---------------------------------------------------------------------------------------------------------
@@ -111,8 +111,8 @@ def step(mode: str, context: Context) -> Iterator[Entry]:
         yield from batches(mode, config, context)
         eagerly = stages.prepare(with_graphs(config, "off"), stages.BANK if not context.quick else 24)
         for stage in ("stage2", "stage1", "draw", "collect"):
-            found = measured(context, {"eager": eagerly[stage]}, graphs=stage in ("stage1", "stage2"))
-            yield {"row": f"{stage}_{mode}", "side": "uncaptured", "B": config.batch_size, **found["eager"]}
+            times = measured(context, {"eager": eagerly[stage]}, graphs=stage in ("stage1", "stage2"))
+            yield {"row": f"{stage}_{mode}", "side": "uncaptured", "B": config.batch_size, **times["eager"]}
 
 
 def with_graphs(config: Config, graphs: str) -> Config:
@@ -126,8 +126,8 @@ def batches(mode: str, config: Config, context: Context) -> Iterator[Entry]:
     for stage, (run, count) in stages.passes(trainer).items():
         entry = {"row": f"{stage}_{mode}", "side": "engine", "B": config.batch_size}
         try:
-            found = {"wall_ms": clock.wall(run, 1 if context.quick else 3), **clock.traced(run)}
-            yield entry | {key: number / count for key, number in found.items()}
+            times = {"wall_ms": clock.wall(run, 1 if context.quick else 3), **clock.traced(run)}
+            yield entry | {key: number / count for key, number in times.items()}
         except Exception as cause:
             yield entry | {"failed": short(cause)}
 
@@ -214,22 +214,22 @@ def exact_infonce(q: Tensor, k: Tensor, chunk: int = 2048) -> tuple[Tensor, Tens
 
 def libraries() -> tuple[dict[str, Callable], dict[str, str]]:
     """{side: loss of q and k} of the kernel libraries that are installed, and why the others are not there."""
-    found: dict[str, Callable] = {}
+    others: dict[str, Callable] = {}
     absent = {}
     try:
         from cut_cross_entropy import linear_cross_entropy
 
-        found["cce"] = lambda q, k: linear_cross_entropy(q, k, torch.arange(len(q), device=q.device), filter_eps=None)
+        others["cce"] = lambda q, k: linear_cross_entropy(q, k, torch.arange(len(q), device=q.device), filter_eps=None)
     except Exception as cause:
         absent["cce"] = short(cause)
     try:
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
         liger = LigerFusedLinearCrossEntropyLoss()
-        found["liger"] = lambda q, k: liger(k, q, torch.arange(len(q), device=q.device))
+        others["liger"] = lambda q, k: liger(k, q, torch.arange(len(q), device=q.device))
     except Exception as cause:
         absent["liger"] = short(cause)
-    return found, absent
+    return others, absent
 
 
 def infonce(context: Context) -> Iterator[Entry]:
@@ -276,8 +276,8 @@ def _infonce_case(context: Context, given: tuple[Tensor, Tensor], name: str, sid
 
             try:
                 value = run().detach()
-                found = (value, *(leaf.grad for leaf in leaves))
-                errors[side] = [error_of(f, e) for f, e in zip(found, exact, strict=True)]
+                result = (value, *(leaf.grad for leaf in leaves))
+                errors[side] = [error_of(f, e) for f, e in zip(result, exact, strict=True)]
                 if side == "engine" and not errors[side][0] <= RED[name]:
                     yield {**case, "side": side, "red": f"loss off by {errors[side][0]:.1e}", "error": errors[side]}
                     continue
@@ -351,12 +351,12 @@ def draws(context: Context) -> Iterator[Entry]:
         def brute(rows: dict = rows, asked: Tensor = asked) -> Any:
             return [torch.cdist(rows[n][asked], rows[n]).topk(knn.NEIGHBOURS, largest=False) for n in "TAV"]
 
-        found = measured(
+        times = measured(
             context,
             {"engine": lambda s=sampler, b=batch, g=generator: s.draw(knn.TERMS, b, g), "torch": brute},
             graphs=False,
         )
-        for side, entry in found.items():
+        for side, entry in times.items():
             yield {**case, "side": side, **entry}
         if not hasattr(knn_product, "draw_epoch"):
             continue
@@ -367,9 +367,9 @@ def draws(context: Context) -> Iterator[Entry]:
 
         try:
             drawn = whole()
-            found = measured(context, {"epoch": whole}, graphs=False)
-            found |= measured(context, {"take": lambda drawn=drawn: drawn.take(1)})
-            for side, entry in found.items():
+            times = measured(context, {"epoch": whole}, graphs=False)
+            times |= measured(context, {"take": lambda drawn=drawn: drawn.take(1)})
+            for side, entry in times.items():
                 yield {**case, "row": "epoch_draws" if side == "epoch" else "take_rows", "side": "engine", **entry}
         except Exception as cause:
             yield {**case, "row": "epoch_draws", "side": "engine", "failed": short(cause)}

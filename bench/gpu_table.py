@@ -75,8 +75,8 @@ LINES = (
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """{group: content} of the files that `bench.gpu` wrote into a folder."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    return {name: content for name, content in found.items() if isinstance(content, dict) and "entries" in content}
+    contents = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {name: content for name, content in contents.items() if isinstance(content, dict) and "entries" in content}
 
 
 def entries(results: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
@@ -90,17 +90,17 @@ def value(entry: Entry, figure: str) -> float | None:
     return entry.get(figure)
 
 
-def of_line(found: Iterable[Entry], line: Line) -> dict[str, Entry]:
+def of_line(measured: Iterable[Entry], line: Line) -> dict[str, Entry]:
     """{side: entry} of the entries that a line is about."""
-    return {e["side"]: e for e in found if all(e.get(k) == v for k, v in line.where.items())}
+    return {e["side"]: e for e in measured if all(e.get(k) == v for k, v in line.where.items())}
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The README's table: measured, floor, aim, and the other sides; why a row is missing."""
-    found = entries(results)
+    measured = entries(results)
     rows = ["| what | measured | floor | aim | others |", "|---|---|---|---|---|"]
     for line in LINES:
-        sides = of_line(found, line)
+        sides = of_line(measured, line)
         engine = sides.get("engine", {})
         number = value(engine, line.figure)
         show = _shown(line)

@@ -39,7 +39,7 @@ def pin_threads(threads: int) -> None:
 
 def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     """The machine without its name: processor, cores, threads in use, memory, system, and the GPU where one is used."""
-    found: dict[str, Any] = {
+    record: dict[str, Any] = {
         "processor": _processor(),
         "cores": cores(),
         "threads": threads,
@@ -49,19 +49,19 @@ def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     if device.startswith("cuda"):
         import torch
 
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+        record["gpu"] = torch.cuda.get_device_name(device)
+    return record
 
 
 def versions() -> dict[str, str]:
     """Python and the packages that decide a benchmark's speed."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def commit() -> str:

@@ -35,13 +35,13 @@ def extra_peak(name: str, side: str, setting: Setting, threads: int, repeats: in
     command = [sys.executable, "-m", "bench.memory", name, side, "--device", setting.device, "--threads", str(threads)]
     command += ["--quick"] if setting.quick else []
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    found = []
+    peaks = []
     for _ in range(repeats or (1 if setting.quick else 3)):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=machine.ROOT)
         if done.returncode != 0:
             raise RuntimeError(f"memory of {name}/{side}: {done.stderr.strip()[-1000:]}")
-        found.append(int(done.stdout.split()[-1]))
-    return max(LEAST, int(statistics.median(found)))
+        peaks.append(int(done.stdout.split()[-1]))
+    return max(LEAST, int(statistics.median(peaks)))
 
 
 def resident() -> tuple[int, int]:

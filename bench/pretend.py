@@ -448,13 +448,13 @@ class _Operations(TorchDispatchMode):
         if operation.cuda is None or (declared and not self.gpu.check):
             return count
         try:
-            found = launched_by_the_host_function(self.gpu, name, args)
+            launched = launched_by_the_host_function(self.gpu, name, args)
         except Exception as cause:
             seen.failed[name] = f"{type(cause).__name__}: {cause}"
             return count
-        if declared and found != count:
-            seen.differ[name] = count, found
-        return count if declared else found
+        if declared and launched != count:
+            seen.differ[name] = count, launched
+        return count if declared else launched
 
 
 def launched_by_the_host_function(gpu: PretendedGpu, name: str, args: tuple) -> int:
@@ -544,10 +544,10 @@ def _patches(gpu: PretendedGpu) -> list[Any]:
     run_backward = torch.autograd._engine_run_backward
 
     def grouped(lists: Any, with_indices: bool = False, _original: Callable = group) -> Any:
-        found = _original(lists, with_indices)
+        grouped = _original(lists, with_indices)
         return {
             (CPU if gpu.on_host(next(t for t in tensors[0] if t is not None)) else CUDA, dtype): (tensors, indices)
-            for (_, dtype), (tensors, indices) in found.items()
+            for (_, dtype), (tensors, indices) in grouped.items()
         }
 
     def backward(*args: Any, **kwargs: Any) -> Any:

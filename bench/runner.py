@@ -286,15 +286,15 @@ def _synchronize(device: str) -> None:
 
 def summary(numbers: list[float], samples: int = 0) -> dict[str, Any]:
     """Median, 20th and 80th percentile of the rounds, and the rounds themselves."""
-    found: dict[str, Any] = {
+    record: dict[str, Any] = {
         "median": statistics.median(numbers),
         "p20": quantile(numbers, 0.2),
         "p80": quantile(numbers, 0.8),
         "all": [float(f"{n:.6g}") for n in numbers],
     }
     if samples:
-        found["samples_per_second"] = samples / found["median"]
-    return found
+        record["samples_per_second"] = samples / record["median"]
+    return record
 
 
 def quantile(numbers: list[float], q: float) -> float:
@@ -306,9 +306,9 @@ def quantile(numbers: list[float], q: float) -> float:
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
-def assert_same_gradient(found: Any, expected: Any, what: str) -> None:
+def assert_same_gradient(gradient: Any, expected: Any, what: str) -> None:
     """Norm of the difference at most 1e-3 of the expected norm + 1e-4; for the gates of suites."""
-    difference, size = float((found - expected).norm()), float(expected.norm())
+    difference, size = float((gradient - expected).norm()), float(expected.norm())
     # written so that a NaN anywhere fails
     assert difference <= 1e-3 * size + 1e-4, f"gradient of {what}: |difference| {difference:.2e} of {size:.2e}"
 
@@ -318,9 +318,9 @@ def as_line(result: Mapping[str, Any]) -> str:
     return json.dumps(result, allow_nan=False)
 
 
-def meets(found: float, goal: float, key: str) -> bool:
+def meets(value: float, goal: float, key: str) -> bool:
     """Whether a figure reaches a goal: for a "value" less is better, for all others more."""
-    return found <= goal if key == "value" else found >= goal
+    return value <= goal if key == "value" else value >= goal
 
 
 def verdict(result: Mapping[str, Any]) -> list[str]:
@@ -329,8 +329,8 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
     for key, goal in result["goals"].items():
         if key not in result:
             continue
-        found = result[key]
-        aim, floor = (meets(found, goal[k], key) for k in ("aim", "floor"))
+        value = result[key]
+        aim, floor = (meets(value, goal[k], key) for k in ("aim", "floor"))
         word = "aim met" if aim else "floor met" if floor else "BELOW FLOOR"
-        lines.append(f"{key} {found:.4g} (floor {goal['floor']:.4g}, aim {goal['aim']:.4g}): {word}")
+        lines.append(f"{key} {value:.4g} (floor {goal['floor']:.4g}, aim {goal['aim']:.4g}): {word}")
     return lines

@@ -69,20 +69,20 @@ def _measured(config: Any, out: Path) -> dict[int, dict[str, float]]:
     """Epoch, from 1 -> milliseconds of "copy", "write" and "epoch", and bytes of each file."""
     from engine import trainer
 
-    found: dict[int, dict[str, float]] = {}
+    costs: dict[int, dict[str, float]] = {}
     save, ended = trainer._Trainer._save, [time.thread_time()]
 
     def timed(self: Any, history: list[dict[str, Any]], *rest: Any) -> Callable:
         epoch, start = len(history), time.thread_time()
         write = save(self, history, *rest)
-        found[epoch] = {"copy": 1e3 * (time.thread_time() - start), "epoch": 1e3 * (start - ended[-1])}
+        costs[epoch] = {"copy": 1e3 * (time.thread_time() - start), "epoch": 1e3 * (start - ended[-1])}
         ended.append(time.thread_time())
 
         def timed_write() -> None:
             start = time.thread_time()
             write()
-            found[epoch]["write"] = 1e3 * (time.thread_time() - start)
-            found[epoch] |= {n: (out / n).stat().st_size for n in FILES if (out / n).exists()}
+            costs[epoch]["write"] = 1e3 * (time.thread_time() - start)
+            costs[epoch] |= {n: (out / n).stat().st_size for n in FILES if (out / n).exists()}
 
         return timed_write
 
@@ -91,14 +91,14 @@ def _measured(config: Any, out: Path) -> dict[int, dict[str, float]]:
         trainer.train(config, out)
     finally:
         trainer._Trainer._save = save
-    return found
+    return costs
 
 
-def _print(run: str, found: dict[int, dict[str, float]], epochs: list[int]) -> None:
+def _print(run: str, costs: dict[int, dict[str, float]], epochs: list[int]) -> None:
     for epoch in epochs:
-        near = [found[e] for e in found if abs(e - epoch) <= NEAR]
+        near = [costs[e] for e in costs if abs(e - epoch) <= NEAR]
         times = [f"{statistics.median(one[key] for one in near):.1f}" for key in ("copy", "write", "epoch")]
-        sizes = [f"{found[epoch][name] / 1e3:.1f}" for name in FILES]
+        sizes = [f"{costs[epoch][name] / 1e3:.1f}" for name in FILES]
         print(f"| {run} | {epoch} | {' | '.join(times + sizes)} |", flush=True)
 
 

@@ -70,10 +70,10 @@ def _row(result: Mapping[str, Any], key: str, goal: Mapping[str, float] | None) 
     engine, baseline, others = "", "", ""
     if key in ("ratio", "memory_ratio"):
         sides = [result["engine"], result["baseline"]]
-        found = {
+        ratios = {
             OTHERS[name]: _times(result, side, key) for name, side in result.get("others", {}).items() if name in OTHERS
         }
-        others = ", ".join(f"{name} {value:.3g}×" for name, value in found.items() if value)
+        others = ", ".join(f"{name} {value:.3g}×" for name, value in ratios.items() if value)
         if key == "ratio":
             engine, baseline = (seconds(s["median"]) for s in sides)
         else:

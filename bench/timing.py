@@ -57,17 +57,17 @@ class Clock:
             first = number % len(order)
             for side in order[first:] + order[:first]:
                 times[side] += self._calls(sides[side], counts[side])
-        return {side: statistics.median(found) for side, found in times.items()}
+        return {side: statistics.median(each) for side, each in times.items()}
 
     def _calls(self, run: Run, count: int) -> list[float]:
         """Milliseconds of each of several calls, without waiting between them."""
         if not self.cuda:
-            found = []
+            milliseconds = []
             for _ in range(count):
                 start = time.perf_counter()
                 run()
-                found.append(1e3 * (time.perf_counter() - start))
-            return found
+                milliseconds.append(1e3 * (time.perf_counter() - start))
+            return milliseconds
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         self.synchronize()
         for start, end in events:
@@ -149,7 +149,7 @@ def union(spans: list[tuple[int, int]]) -> int:
     return total
 
 
-def error_of(found: torch.Tensor, exact: torch.Tensor) -> float:
+def error_of(result: torch.Tensor, exact: torch.Tensor) -> float:
     """Norm of the difference over the norm of what is right."""
     exact = exact.double()
-    return float((found.double() - exact).norm() / exact.norm().clamp(min=1e-300))
+    return float((result.double() - exact).norm() / exact.norm().clamp(min=1e-300))

@@ -76,11 +76,11 @@ def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[fl
 
 
 def gate(setting: Setting) -> None:
-    found = []
+    results = []
     for module, loss in zip(estimators(setting), (engine_loss, eager_loss), strict=True):
         x, y = features(33, setting)
         value = loss(module, x, y)
         value.backward()
-        found.append([value.detach(), x.grad, y.grad, *(p.grad for p in module.parameters())])
-    for a, b in zip(*found, strict=True):
+        results.append([value.detach(), x.grad, y.grad, *(p.grad for p in module.parameters())])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

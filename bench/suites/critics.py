@@ -91,15 +91,15 @@ class _Timed:
 
 def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
     """What the products alone would take, and on a CPU the seconds that a call spends in the compiled kernel."""
-    found = products(works["baseline"], statistics.median(numbers["engine"]), setting)
+    shares = products(works["baseline"], statistics.median(numbers["engine"]), setting)
     library = cpu.library(torch.float32)
     if setting.device != "cpu" or library is None:
-        return found
+        return shares
     calls, timed = 100, _Timed(library)
     with patch.object(cpu, "library", lambda dtype: timed):
         for _ in range(calls):
             works["engine"].run()
-    return {**found, "kernel_seconds": timed.seconds / calls}
+    return {**shares, "kernel_seconds": timed.seconds / calls}
 
 
 def gate(setting: Setting) -> None:

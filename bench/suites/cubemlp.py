@@ -62,9 +62,9 @@ def gate(setting: Setting) -> None:
     x = torch.randn(5, *SHAPE[0], device=setting.device)
     cotangent = torch.randn(5, *SHAPE[2][-1], device=setting.device)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    found, expected = ours(a), theirs(b)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    (found * cotangent).sum().backward()
+    result, expected = ours(a), theirs(b)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    (result * cotangent).sum().backward()
     (expected * cotangent).sum().backward()
     assert_same_gradient(a.grad, b.grad, "x")
     gradients = {name_in_engine(k): p.grad for k, p in theirs.named_parameters()}

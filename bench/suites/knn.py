@@ -73,8 +73,8 @@ def gate(setting: Setting) -> None:
     expected = mimrl.knn_product(rows["A"], rows["V"], rows["T"], 64, NEIGHBOURS, query)
     neighbour, _ = product_indices(rows["T"], 32, NEIGHBOURS, query=torch.tensor(query))
     repeated = torch.tensor(query).repeat_interleave(NEIGHBOURS)
-    found = (rows["A"][neighbour], rows["V"][repeated], rows["T"][repeated])
-    for a, b in zip(found, expected, strict=True):
+    drawn = (rows["A"][neighbour], rows["V"][repeated], rows["T"][repeated])
+    for a, b in zip(drawn, expected, strict=True):
         assert torch.equal(a.cpu(), b), "product rows differ from scikit-learn's"
     index = torch.arange(400.0, device=setting.device)[:, None]
     for mode in MODES.values():

@@ -93,8 +93,8 @@ def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[fl
         seconds = statistics.median(measure(small, calls, setting) for _ in range(len(numbers[side])))
         growth[kind] = (median[side] / works[side].samples) / (seconds / small.samples)
         small.close()
-    found = {"ratios": ratios, "growth": growth}
-    return found if setting.device != "cpu" else {**found, "dali_passing_seconds": _passing(setting)}
+    record = {"ratios": ratios, "growth": growth}
+    return record if setting.device != "cpu" else {**record, "dali_passing_seconds": _passing(setting)}
 
 
 def _passing(setting: Setting) -> float:
@@ -113,7 +113,7 @@ def _passing(setting: Setting) -> float:
 
     def run() -> None:
         for _ in range(math.ceil(count(setting) / BATCH)):
-            [torch.from_dlpack(found.as_tensor()) for found in pipeline.run()]
+            [torch.from_dlpack(part.as_tensor()) for part in pipeline.run()]
 
     run()
     return statistics.median(measure(Work(run), 1, setting) for _ in range(3))

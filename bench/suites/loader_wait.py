@@ -36,8 +36,8 @@ class TimedDataset:
         return getattr(self.dataset, name)
 
     def loader(self, split: str, *args: Any, **options: Any) -> Any:
-        found = self.dataset.loader(split, *args, **options)
-        return _TimedLoader(self, found) if split == "train" else found
+        loader = self.dataset.loader(split, *args, **options)
+        return _TimedLoader(self, loader) if split == "train" else loader
 
 
 class _TimedLoader:

@@ -51,9 +51,9 @@ def build(side: str, setting: Setting) -> Work:
 def gate(setting: Setting) -> None:
     """Gaussians of one nat read about one nat."""
     one = tasks.Task("gate", 1.0, tasks.pairs(tasks.correlation(1.0), 1), tasks.GAUSS)
-    found = run(one, QUICK_ROWS, 0)
-    assert "value" in found, found.get("error")
-    assert abs(found["value"] - 1.0) < 0.15, f"Gaussians of 1 nat: {found['value']:.3f}"
+    record = run(one, QUICK_ROWS, 0)
+    assert "value" in record, record.get("error")
+    assert abs(record["value"] - 1.0) < 0.15, f"Gaussians of 1 nat: {record['value']:.3f}"
 
 
 def details(setting: Setting, works: Mapping[str, Work], numbers: Mapping[str, list[float]]) -> dict[str, Any]:

@@ -83,8 +83,8 @@ def gate(setting: Setting) -> None:
         x, y = embeddings(257, setting)
         value = function(x, y)
         value.backward()
-        found = (value.detach(), x.grad, y.grad)
+        result = (value.detach(), x.grad, y.grad)
         if expected is not None:
-            for a, b in zip(found, expected, strict=True):
+            for a, b in zip(result, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-        expected = found
+        expected = result
