@@ -97,10 +97,10 @@ def of_line(measured: Iterable[Entry], line: Line) -> dict[str, Entry]:
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The README's table: measured, floor, aim, and the other sides; why a row is missing."""
-    measured = entries(results)
+    every = entries(results)
     rows = ["| what | measured | floor | aim | others |", "|---|---|---|---|---|"]
     for line in LINES:
-        sides = of_line(measured, line)
+        sides = of_line(every, line)
         engine = sides.get("engine", {})
         number = value(engine, line.figure)
         show = _shown(line)

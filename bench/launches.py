@@ -106,10 +106,10 @@ def table(seen: dict[str, dict[str, Seen]]) -> str:
     return "\n".join(lines)
 
 
-def detail(seen: dict[str, dict[str, Seen]]) -> str:
+def detail(seen_in: dict[str, dict[str, Seen]]) -> str:
     """Every stage by part and by operation, with its calls, and what involves the host."""
     lines = []
-    for mode, parts in seen.items():
+    for mode, parts in seen_in.items():
         for stage, seen in parts.items():
             lines.append(f"\n{mode} {stage}: {seen.launches} launches")
             lines.append("  " + ", ".join(f"{part} {n}" for part, n in seen.by_part.most_common()))

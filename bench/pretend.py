@@ -544,10 +544,10 @@ def _patches(gpu: PretendedGpu) -> list[Any]:
     run_backward = torch.autograd._engine_run_backward
 
     def grouped(lists: Any, with_indices: bool = False, _original: Callable = group) -> Any:
-        grouped = _original(lists, with_indices)
+        groups = _original(lists, with_indices)
         return {
             (CPU if gpu.on_host(next(t for t in tensors[0] if t is not None)) else CUDA, dtype): (tensors, indices)
-            for (_, dtype), (tensors, indices) in grouped.items()
+            for (_, dtype), (tensors, indices) in groups.items()
         }
 
     def backward(*args: Any, **kwargs: Any) -> Any:

@@ -53,7 +53,7 @@ def summary(runs: Sequence[Record]) -> dict[str, Any]:
     """What one method did on several tasks; the mean absolute error weighs every task alike."""
     tasks = _by(runs, "task")
     errors = [e for e in map(error, tasks.values()) if e is not None]
-    offs = [off(runs) for runs in tasks.values()]
+    offs = [off(of_task) for of_task in tasks.values()]
     return {
         "tasks": len(tasks),
         "runs": len(runs),
