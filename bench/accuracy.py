@@ -37,7 +37,7 @@ def train_baseline(config: Config, seed: int, out: Path) -> dict[str, Any]:
     """Train the eager baseline and write history.jsonl and metrics.json as `engine train` does; the metrics.
 
     Args:
-        config: preset mosi with data.path; only settings that the baseline has are heeded.
+        config: preset mosi with data.path; only the settings that the baseline has are used.
         out: folder of the run, made if it is not there.
     """
     from transformers import AutoModel
@@ -93,7 +93,7 @@ def train_baseline(config: Config, seed: int, out: Path) -> dict[str, Any]:
 
 
 def _rows(split: Any) -> list[tuple]:
-    """The published code's tuples."""
+    """Batches as tuples, as the published code takes them."""
     return [
         (([], split.vision[i], split.audio[i], split.text[i].split(), 0, 0), split.label[i : i + 1].numpy(), name)
         for i, name in enumerate(split.ids)
@@ -112,7 +112,7 @@ def _evaluate(trainer: Any, batches: Any) -> metrics.Metrics:
 
 
 def seconds_to(history: list[dict[str, Any]], valid_mae: float) -> float | None:
-    """Training seconds, without evaluation, until valid MAE is reached for the first time; None if it never is."""
+    """Training seconds, without evaluation, until a valid MAE is first reached; None if it never is."""
     total = 0.0
     for record in history:
         total += record["seconds"]
@@ -122,7 +122,7 @@ def seconds_to(history: list[dict[str, Any]], valid_mae: float) -> float | None:
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """Every seed's numbers and their mean and sample standard deviation."""
+    """The numbers of every seed, their mean and their sample standard deviation."""
     runs = {}
     for path in sorted(folder.glob(f"*/{METRICS}")):
         history = [json.loads(line) for line in (path.parent / HISTORY).read_text(encoding="utf-8").splitlines()]
@@ -139,7 +139,7 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown: one row a name, test metrics at the best-valid epoch as mean ± standard deviation over seeds.
+    """Markdown: one row per name, test metrics at the best-valid epoch as mean ± standard deviation over seeds.
 
     The last columns are the training seconds, without evaluation, of the slowest seed until a valid MAE.
     """

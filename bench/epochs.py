@@ -53,10 +53,10 @@ class _Stop(Exception):
 
 
 class EngineEpochs:
-    """`engine.train`, held at the end of every epoch until the next is asked for.
+    """`engine.train`, which waits at the end of every epoch until the next one is asked for.
 
     The time of an epoch is the trainer's own `seconds`: both stages with their loading, without evaluation and saving.
-    Epoch 0, which has no bank, is over when this is constructed.
+    Epoch 0, which has no bank, runs when this is constructed.
     """
 
     def __init__(self, settings: Config, dataset: Any = None):
@@ -126,7 +126,7 @@ def build_engine(
 
 
 def build_baseline(samples: shapes.Utterances, setting: Setting, text_encoder: str = "minilm", **changes: Any) -> Work:
-    """Epochs of the eager baseline on ready-made batches: its loading is not counted, to its advantage."""
+    """Epochs of the eager baseline on ready-made batches. Its loading is not counted, which is to its advantage."""
     from transformers import AutoModel
     from transformers.utils import logging
 
@@ -181,9 +181,9 @@ def build_gemm(setting: Setting) -> Work:
 def gemm_details(
     mode: str, samples: shapes.Utterances, setting: Setting, numbers: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """gemm_fraction and what it is made of, and on which parts an epoch of the engine spends its time.
+    """gemm_fraction with the figures it comes from, and the parts on which an epoch of the engine spends its time.
 
-    The parts' seconds are the profiler's, of a run beside those that count.
+    The seconds of the parts come from the profiler, in a separate run.
     """
     settings = config(mode, Path("unused"), setting).resolve()
     from engine.loaders.text import load_tokenizer
@@ -250,7 +250,7 @@ def tiny_batch(rows: int, seed: int, device: str = "cpu") -> Batch:
 
 
 def tiny_pair(mode: str, device: str = "cpu", text_padding: str = "zero") -> SimpleNamespace:
-    """An engine model with its step and a baseline with its trainer, of the same weights, both stepped by plain SGD."""
+    """An engine model with its step and a baseline with its trainer, with the same weights and plain SGD."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Every suite, each in a process of its own; then plots and the README's table from the results."""
+"""Run every suite in a process of its own; then draw plots and make the README's table from the results."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def run_all(
     readme: Path | None,
     say: Callable[[str], None],
 ) -> int:
-    """Measure the suites into `results`/NAME.json, draw, and print the table; the number of suites that failed.
+    """Measure the suites into `results`/NAME.json, draw plots and print the table. Returns the number of failed suites.
 
-    `readme`: a file between whose markers the table is put as well.
+    `readme`: a file that gets the table, too, between its markers.
     """
     from bench.plots import draw
     from bench.table import readme_table, update_readme

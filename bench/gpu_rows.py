@@ -1,4 +1,4 @@
-"""What `python -m bench.gpu` measures, the most important first: groups of rows, each a generator of entries.
+"""What `python -m bench.gpu` measures, in order of importance: groups of rows. Each group is a generator of entries.
 
 An entry is {"row", "side", the case's sizes and precision, and what was measured}: `ms` (median, the sides taking
 turns), `graph_ms` (the same work replayed as a CUDA graph), `wall_ms`, `device_ms`, `launches`, `extra_mib`, `error`;
@@ -53,7 +53,7 @@ def short(cause: BaseException) -> str:
 def measured(
     context: Context, sides: dict[str, Callable[[], Any]], graphs: bool = True, traces: bool = True
 ) -> dict[str, Entry]:
-    """{side: what was measured}. A side that fails is left out of the others' turns, and says why."""
+    """{side: what was measured}. A side that fails gives its reason, and the others go on without it."""
     clock, entries, running = context.clock, {side: {} for side in sides}, {}
     for side, run in sides.items():
         try:
@@ -120,7 +120,7 @@ def with_graphs(config: Config, graphs: str) -> Config:
 
 
 def batches(mode: str, config: Config, context: Context) -> Iterator[Entry]:
-    """A batch of each stage as training runs it: a whole pass by replayed graphs, over its batches."""
+    """Time per batch of each stage as training runs it: a whole pass of replayed graphs, divided by its batches."""
     clock = context.clock
     trainer = stages.ready(with_graphs(config, "auto" if clock.cuda else "emulate"))
     for stage, (run, count) in stages.passes(trainer).items():
@@ -155,7 +155,7 @@ def epoch(name: str, config: Config, context: Context, case: Entry) -> Iterator[
 
 
 def eager_epoch(context: Context) -> Iterator[Entry]:
-    """An epoch of the eager baseline on ready-made batches, in float32 as the published code has it."""
+    """An epoch of the eager baseline on ready-made batches, in float32 as in the published code."""
     if context.quick:
         yield {"row": "epoch_fast", "side": "baseline", "failed": "needs MiniLM: left out of quick runs"}
         return
@@ -184,7 +184,7 @@ RED = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 5e-3}
 
 
 def embeddings(rows: int, width: int, device: str) -> tuple[Tensor, Tensor]:
-    """q and k [rows, width] that know of each other, scores of order 1."""
+    """q and k [rows, width] that depend on each other, with scores of order 1."""
     generator = torch.Generator().manual_seed(0)
     k = torch.randn(rows, width, generator=generator)
     q = (k + torch.randn(rows, width, generator=generator)) / math.sqrt(2)
@@ -197,7 +197,7 @@ def dense(q: Tensor, k: Tensor) -> Tensor:
 
 
 def exact_infonce(q: Tensor, k: Tensor, chunk: int = 2048) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and gradients in float64, a chunk of rows at a time."""
+    """Loss and gradients in float64, one chunk of rows at a time."""
     q, k = q.double(), k.double()
     value, dq, dk = q.new_zeros(()), torch.empty_like(q), torch.zeros_like(k)
     for start in range(0, len(q), chunk):
@@ -213,7 +213,7 @@ def exact_infonce(q: Tensor, k: Tensor, chunk: int = 2048) -> tuple[Tensor, Tens
 
 
 def libraries() -> tuple[dict[str, Callable], dict[str, str]]:
-    """{side: loss of q and k} of the kernel libraries that are installed, and why the others are not there."""
+    """{side: loss of q and k} of the kernel libraries that are installed, and why the others are absent."""
     others: dict[str, Callable] = {}
     absent = {}
     try:
@@ -330,7 +330,7 @@ def _in_precision(run: Callable[[], Any], kind: str, context: Context) -> Callab
 
 
 def draws(context: Context) -> Iterator[Entry]:
-    """Six sets of product rows a batch; where it exists, a whole epoch of them and the rows of one batch of it."""
+    """Six sets of product rows per batch; and, on sides that can, a whole epoch of them and one batch of that."""
     from bench.suites import knn
     from engine.kernels import knn_product
 
@@ -376,7 +376,7 @@ def draws(context: Context) -> Iterator[Entry]:
 
 
 def ceilings(context: Context) -> Iterator[Entry]:
-    """What the chip can: products of 8192 in every precision, and copying."""
+    """The limits of the chip: products of 8192 in every precision, and copying."""
     size = 256 if context.quick else 8192
     for name in ("fp32",) if context.quick else ("bf16", "tf32", "fp32"):
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
@@ -414,7 +414,7 @@ def tune(context: Context) -> Iterator[Entry]:
 
 @dataclass(frozen=True)
 class Group:
-    """`most`: seconds it may take; `least`: with fewer left it is not begun."""
+    """`most`: seconds it may take. `least`: it does not start with fewer seconds left."""
 
     run: Callable[[Context], Iterator[Entry]]
     most: float

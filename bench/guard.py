@@ -1,4 +1,4 @@
-"""Counters of a two-stage step that do not depend on the machine's speed, held exactly.
+"""Counters of a two-stage step that do not depend on the machine's speed. They must not change.
 
     python -m bench.guard                                  compare with bench/guard.json; exit status 1 on a difference
     python -m bench.guard --update --reason "why"          accept the present counters
@@ -49,7 +49,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 class Counters(TorchDispatchMode):
-    """Counts while entered: operations by name, bytes of the storages they make, FLOPs."""
+    """Within the context it counts operations by name, the bytes of the storages they make, and FLOPs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class _Stop(Exception):
 
 
 class _SecondBatches:
-    """A callback that counts the second batch of both stages in epoch 1, the first with a bank, and stops there."""
+    """A callback that counts the second batch of both stages in epoch 1, the first with a bank, and then stops."""
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -181,7 +181,7 @@ def measure(modes: tuple[str, ...] = MODES) -> dict[str, dict[str, dict[str, Any
 
 
 def differences(recorded: dict[str, Any], measured: dict[str, Any]) -> list[str]:
-    """One line for every counter that differs, naming the operations where calls do."""
+    """One line for every counter that differs, with the operations whose calls differ."""
     lines = []
     for mode, stages in measured.items():
         for stage, counters in stages.items():
@@ -201,7 +201,7 @@ def differences(recorded: dict[str, Any], measured: dict[str, Any]) -> list[str]
 
 
 def measure_launches() -> dict[str, dict[str, int]]:
-    """{mode: {stage: GPU launches a batch}} of the flagship at B=32."""
+    """{mode: {stage: GPU launches per batch}} of the flagship at B=32."""
     from bench import launches
 
     return launches.numbers(launches.measure())
@@ -238,13 +238,13 @@ def environment() -> dict[str, str]:
 
 
 def other_environment(recorded: dict[str, Any]) -> list[str]:
-    """In what the environment differs from the one that the counters were recorded in."""
+    """The differences between this environment and that of the recorded counters."""
     known = recorded.get("environment", {})
     return [f"{k}: {v} (recorded: {known[k]})" for k, v in environment().items() if k in known and known[k] != v]
 
 
 def update(reason: str) -> list[str]:
-    """Record the present counters, and why they changed; returns what did."""
+    """Record the present counters and the reason of the change. Returns the differences."""
     recorded, measured, launched = load(), measure(), measure_launches()
     lines = differences(recorded["counters"], measured) + launch_differences(recorded.get("launches", {}), launched)
     recorded["counters"], recorded["launches"] = measured, launched
@@ -262,7 +262,7 @@ def measured_ratio(name: str, rounds: int = 3) -> float:
 
 
 def update_floors(reason: str, names: tuple[str, ...] = FLOOR_SUITES) -> dict[str, float]:
-    """Record floors of the quick suites' ratios: what is measured now x MARGIN."""
+    """Record floors of the quick suites' ratios: the present ratios times MARGIN."""
     floors = {name: round(MARGIN * measured_ratio(name), 2) for name in names}
     recorded = load()
     recorded["floors"] |= floors

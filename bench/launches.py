@@ -29,12 +29,12 @@ __all__ = ["HostTraffic", "HostTrafficError", "PretendedGpu", "Seen", "count", "
 
 
 def count(fn: Callable[[], Any], gpu: PretendedGpu | None = None, warm: bool = True) -> Seen:
-    """What one call of `fn` runs on a GPU.
+    """Launches of one call of `fn` on a GPU.
 
     Args:
         fn: anything to call; tensors made before count as on the GPU.
-        gpu: the entered context that `fn` was prepared in; None enters one for the call.
-        warm: call it once before counting: the first call prepares what later ones reuse.
+        gpu: the entered context that `fn` was prepared in; None makes one for the call.
+        warm: call it once before counting, because the first call prepares what later calls reuse.
     """
     if gpu is None:
         with PretendedGpu() as gpu:
@@ -47,7 +47,7 @@ def count(fn: Callable[[], Any], gpu: PretendedGpu | None = None, warm: bool = T
 
 
 def measure(modes: tuple[str, ...] = MODES, check: bool = False) -> dict[str, dict[str, Seen]]:
-    """{mode: {stage: what one batch of it runs}}. `check`: also what operations declare, see `Seen.differ`."""
+    """{mode: {stage: launches of one batch}}. `check`: also compare with what operations declare, see `Seen.differ`."""
     seen = {}
     for mode in modes:
         torch.manual_seed(0)
@@ -59,7 +59,7 @@ def measure(modes: tuple[str, ...] = MODES, check: bool = False) -> dict[str, di
 
 
 def of_epochs(trainer: Any, gpu: PretendedGpu) -> dict[str, Seen]:
-    """{stage: what its last batch runs} of the second epoch with a bank, of a run that was made in the context."""
+    """{stage: launches of its last batch} in the second epoch with a bank."""
     seen_in: dict[str, Seen] = {}
     graphs, bank = trainer.step.static.graphs, None
     run = graphs.run
@@ -84,7 +84,7 @@ def of_epochs(trainer: Any, gpu: PretendedGpu) -> dict[str, Seen]:
 
 
 def numbers(seen: dict[str, dict[str, Seen]]) -> dict[str, dict[str, int]]:
-    """{mode: {stage: launches}}; those of product rows apart, as "draw"."""
+    """{mode: {stage: launches}}. Product rows are counted apart, as "draw"."""
     return {mode: _numbers(parts) for mode, parts in seen.items()}
 
 
@@ -107,7 +107,7 @@ def table(seen: dict[str, dict[str, Seen]]) -> str:
 
 
 def detail(seen_in: dict[str, dict[str, Seen]]) -> str:
-    """Every stage by part and by operation, with its calls, and what involves the host."""
+    """Launches of every stage by part and by operation, with calls, and whatever involves the host."""
     lines = []
     for mode, parts in seen_in.items():
         for stage, seen in parts.items():

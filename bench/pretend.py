@@ -1,4 +1,4 @@
-"""A GPU that is not there: within the context CPU tensors answer that they are on `cuda`, and what runs is counted.
+"""A pretended GPU: within the context CPU tensors say that they are on `cuda`, and launches are counted.
 
     with PretendedGpu() as gpu:
         model.to("cuda")                  # nothing moves; from here on the model counts as on the GPU
@@ -6,9 +6,9 @@
             model(batch).sum().backward()
     print(seen.launches, seen.traffic)
 
-What code decides by the device (`x.is_cuda`, `x.device.type`, autocast's type, the backend of an operation) is decided
-as for CUDA, while the numbers are computed on the CPU. Tensors made before the context count as on the GPU; within it
-tensors are where the code puts them. So copies between the two, and reads of values by the host, are seen as well.
+Code that asks for the device (`x.is_cuda`, `x.device.type`, autocast's type, the backend of an operation) gets the
+answers of CUDA, while the CPU computes the numbers. Tensors made before the context count as on the GPU. Within it
+tensors are where the code puts them, so that copies and reads of values by the host are counted, too.
 
 Torch functions that a CPU runs by other operations than CUDA does (dropout, attention, recurrences) are each one
 operation here, with the launches that `bench.launches` gives them. Operations of the engine are counted by their own
@@ -43,12 +43,12 @@ WAITS = {
 
 
 class HostTrafficError(AssertionError):
-    """Something that waits for the GPU, copies from or to the host, or runs there, where nothing may."""
+    """Code waits for the GPU, copies from or to the host, or runs there, where this is not allowed."""
 
 
 @dataclass
 class Seen:
-    """What was run: launches by (part, operation), and what involved the host.
+    """What ran: launches by part and by operation, and whatever involved the host.
 
     Attributes:
         launches: GPU kernels, copies and fills, in all.
@@ -105,7 +105,7 @@ class PretendedGpu:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Seen]:
-        """Within this context what is run is counted."""
+        """Within the context launches are counted."""
         before, self.seen = self.seen, Seen()
         try:
             yield self.seen

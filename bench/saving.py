@@ -1,4 +1,4 @@
-"""What saving an epoch costs, in the second epoch and in the two thousandth: python -m bench.saving [--epochs N]
+"""The cost of saving an epoch, in the second epoch and in the two thousandth: python -m bench.saving [--epochs N]
 
 Two runs on generated data: one of tiny epochs, which shows whether the cost grows with the number of epochs, and a
 short one of the preset mosi, which shows what it is for a model of that size. "copy" is what training waits for;

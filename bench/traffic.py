@@ -1,4 +1,4 @@
-"""A model of what the flagship's step costs a GPU beside its products: launches, memory traffic, host synchronisations.
+"""A model of a GPU's work in the flagship's step beside its products: launches, traffic and synchronisations.
 
     python -m bench.traffic              the tables
     python -m bench.traffic --update     the tables of docs/kernels.md, from them and from tests/aot/budgets.json
@@ -137,7 +137,7 @@ class Count:
 
 
 class Counter(TorchDispatchMode):
-    """Counts while entered."""
+    """Counts within its context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,14 +170,14 @@ class Counter(TorchDispatchMode):
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes of different elements: expanded dimensions are read once."""
+    """Bytes of the distinct elements: an expanded dimension is read once."""
     shape = zip(tensor.shape, tensor.stride(), strict=True)
     return tensor.element_size() * math.prod(n if s else 1 for n, s in shape)
 
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Operations choose what they would choose for CUDA tensors."""
+    """Within the context operations choose as they would for CUDA tensors."""
     with ExitStack() as stack:
         for module in (registry, mi_bounds, critics, cmi):
             stack.enter_context(mock.patch.object(module, "backend_for", _triton))
@@ -192,7 +192,7 @@ Side = tuple[Callable[[], Tensor], torch.nn.Module]
 
 
 def parts() -> dict[str, tuple[Side, Side]]:
-    """For every part of the step what gives its loss, and whose gradients that has: eager baseline and engine."""
+    """For every part of the step its loss and the tensors that get gradients: eager baseline and engine."""
     from bench.runner import Setting
 
     torch.manual_seed(0)
@@ -245,13 +245,13 @@ def parts() -> dict[str, tuple[Side, Side]]:
 
 
 def leaf(value: Tensor) -> Tensor:
-    """The same values, with a gradient of its own that begins anew."""
+    """A tensor of the same values with a gradient of its own."""
     return value.detach().requires_grad_()
 
 
 @contextmanager
 def frozen(module: torch.nn.Module) -> Iterator[None]:
-    """Stage 2 of mode fast: no gradients of the estimators' own weights."""
+    """Within the context the estimators' weights get no gradients, as in stage 2 of mode fast."""
     for p in module.parameters():
         p.requires_grad_(False)
     yield
@@ -260,7 +260,7 @@ def frozen(module: torch.nn.Module) -> Iterator[None]:
 
 
 def measure() -> dict[str, tuple[Count, Count]]:
-    """{part: (eager, engine)}, each the second call: what a first one prepares is not counted."""
+    """{part: (eager, engine)}, counted in a second call. The first call's preparations are not counted."""
     counts_of = {}
     for name, both in parts().items():
         counts = []
@@ -318,7 +318,7 @@ NODE = 0.002  # milliseconds of a small kernel within a graph
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one InfoNCE, forward and backward: matrix products, bytes a pair, milliseconds."""
+    """The cost of one InfoNCE, forward and backward: matrix products, bytes per pair, milliseconds."""
 
     products: int
     pair_bytes: int
@@ -405,7 +405,7 @@ def operations() -> dict[str, tuple[float, Count]]:
 
 
 def operation_table(counted: dict[str, tuple[float, Count]]) -> str:
-    """Modelled: products and bytes at the chip's rates, one after the other, and its kernels' own time."""
+    """A table of modelled times: products and bytes at the chip's rates, one after the other, plus the launch times."""
     lines = [
         "| operation | products, GFLOP | MB | launches | precision | modelled, ms | measured | before | eager |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -422,7 +422,7 @@ def operation_table(counted: dict[str, tuple[float, Count]]) -> str:
 
 
 def dispatch_entries() -> list[dict[str, Any]]:
-    """Entries of the dispatch table: what was measured, and the rest modelled."""
+    """Entries of the dispatch table. Times that were not measured are modelled."""
     entries = []
     for operation in ("infonce", "mi_bound"):
         for precision in RATES:
@@ -451,7 +451,7 @@ def dispatch_entries() -> list[dict[str, Any]]:
 
 
 def kernel_table(budgets: dict[str, dict[str, int]]) -> str:
-    """One row a kernel: the most that any of its configurations takes."""
+    """One row per kernel, with the most that any of its configurations takes."""
     kernels: dict[str, dict[int, list[dict[str, int]]]] = {}
     for key, report in budgets.items():
         name, arch = key.split("@sm_")

@@ -1,4 +1,4 @@
-"""Memory and time of reading a large file of strangers once, into a store."""
+"""Memory and time of converting a large foreign file into a store."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ print(json.dumps({"seconds": time.perf_counter() - start, "peak": resident()[1] 
 
 @dataclass
 class Conversion(Work):
-    """`measured`: what the last call measured."""
+    """`measured`: figures of the last call."""
 
     measured: dict[str, float] = field(default_factory=dict)
 
@@ -72,7 +72,7 @@ def build(side: str, setting: Setting) -> Work:
 
 
 def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
-    """Of the last round: seconds, bytes of the file, of the memory and of the largest split's frames."""
+    """Seconds of the last round, and bytes of the file, of memory and of the largest split's frames."""
     measured = works["engine"].measured
     return {**measured, "bytes_per_second": measured["source_bytes"] / measured["seconds"]}
 

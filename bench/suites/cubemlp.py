@@ -22,12 +22,12 @@ SHAPE = ([100, 3, 128], [[50, 3, 128], [10, 3, 128]], [[50, 3, 128], [10, 3, 128
 
 
 def name_in_engine(name: str) -> str:
-    """A parameter of the baseline's CubeMLP under the engine's name."""
+    """The engine's name for a parameter of the baseline's CubeMLP."""
     return reference_to_engine(f"mlp_encoder.{name}").removeprefix("fusion.")
 
 
 def modules(setting: Setting) -> tuple[CubeMLP, nn.Module]:
-    """The engine's and the baseline's, of the same weights."""
+    """The engine's and the baseline's modules, with the same weights."""
     torch.manual_seed(0)
     d_in, d_hiddens, d_outs = SHAPE
     theirs = mimrl.CubeMLP(d_in, d_hiddens, d_outs, [True, True], "gelu", True, False)
@@ -53,7 +53,7 @@ def build(side: str, setting: Setting) -> Work:
 
 
 def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
-    """What the products alone would take."""
+    """Time of the matrix products alone."""
     return products(works["baseline"], statistics.median(numbers["engine"]), setting)
 
 

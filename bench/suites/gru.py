@@ -20,7 +20,7 @@ LONGEST = {"audio": 350, "vision": 310}
 
 
 class PackedGRU(nn.Module):
-    """What the reference does: a packed 2-layer bidirectional nn.GRU, directions summed, LayerNorm, ReLU."""
+    """The reference's encoder: a packed 2-layer bidirectional nn.GRU, sum of the directions, LayerNorm, ReLU."""
 
     def __init__(self, d_in: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""How far `engine.estimate_mi` is from informations in closed form; see bench/mi for bmi's tasks and other packages."""
+"""Errors of `engine.estimate_mi` where information has a closed form; see bench/mi for bmi's tasks and other packages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUICK_TASKS = ("own-independent-gauss-5d", "own-additive-0.3", "own-cross")
 
 
 class Estimates:
-    """A call estimates every task once, with a new seed, and gives the mean absolute error in nats."""
+    """Each call estimates every task once with a new seed, and returns the mean absolute error in nats."""
 
     def __init__(self, setting: Setting) -> None:
         known = tasks.tasks()
