@@ -1,4 +1,4 @@
-"""Errors of `engine.estimate_mi` where information has a closed form; see bench/mi for bmi's tasks and other packages."""
+"""Errors of `engine.estimate_mi` where information has a closed form. See bench/mi for other tasks and packages."""
 
 from __future__ import annotations
 
