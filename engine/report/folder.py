@@ -15,7 +15,6 @@ from engine.files import parse_json, read_text, user_path
 from engine.metrics import Predictions, read_predictions, scale_of, selection
 from engine.run_folder import CONFIG, FEATURES, HISTORY, LARGEST, PREDICTIONS, TRUTH, verify
 
-SPLITS = ("train", "valid", "test")
 MOST_SHOWN = 100
 """Most terms, estimators or classes that a page shows."""
 

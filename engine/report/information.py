@@ -6,9 +6,10 @@ import math
 
 from engine.readings import TEXTS, TermRow, best_rows, is_term, mark
 from engine.report.charts import escape, is_finite, lines, number, shape, truth
-from engine.report.folder import MOST_SHOWN, SPLITS, Run, part
+from engine.report.folder import MOST_SHOWN, Run, part
 from engine.report.pieces import card, epoch_legend, sign, table_of
 from engine.report.words import words_of
+from engine.vocabulary import SPLITS
 
 
 def information_section(run: Run) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.report.charts import escape, is_finite, lines
-from engine.report.folder import SPLITS, Run, part
+from engine.report.folder import Run, part
+from engine.vocabulary import SPLITS
 
 MOST_DOTS = 1500
 """Most dots of a chart. More would be neither light nor legible."""

@@ -10,9 +10,10 @@ import numpy as np
 
 from engine.metrics import metrics_for
 from engine.report.charts import escape, is_finite, number
-from engine.report.folder import MOST_SHOWN, SPLITS, Run, part
+from engine.report.folder import MOST_SHOWN, Run, part
 from engine.report.measures import METRICS, Metric
 from engine.report.pieces import at_best, card, chart_of, epoch_legend, table_of
+from engine.vocabulary import SPLITS
 
 
 def results_section(run: Run) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.errors import ConfigError
 from engine.report.folder import Run
+from engine.task import DEFAULT, find_task
 
 Settings = Mapping[str, Any]
 """The saved settings of a run, as they stand in its config.yaml."""
@@ -28,7 +30,8 @@ class Words:
 
 
 def words_of(run: Run) -> Words:
-    """The words of the run's task; none where it has no words or is not known here."""
-    from engine.mimrl.report import WORDS
-
-    return WORDS if run.setting("task", default="mimrl") == "mimrl" else Words()
+    """The words of the run's task; none if it has none or is not known here."""
+    try:
+        return find_task(str(run.setting("task", default=DEFAULT))).report_words() or Words()
+    except ConfigError:
+        return Words()

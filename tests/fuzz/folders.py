@@ -23,6 +23,9 @@ from engine.config import Config, load_config
 from engine.loaders.normalize import ColumnNormalizer, Normalizer
 from engine.report import read_run, render
 from engine.run_folder import CHECKSUMS, Checksums
+from engine.task import Inputs, find_task
+from engine.training.parts import build
+from engine.training.resuming import newest_checkpoint
 from tests.fuzz.targets import Finding, Target, edited, folder
 from tests.hostile.files import SCRIPT
 from tests.hostile.runs import resummed
@@ -74,17 +77,17 @@ def config() -> Target:
 
     def run(data: bytes) -> None:
         if data[:1] == b"\x00":
-            found = load_config("demo", [data[1:].decode("utf-8", "replace")])
+            settings = load_config("demo", [data[1:].decode("utf-8", "replace")])
         elif data[:1] == b"\x02":
             path.write_text(yaml.safe_dump(json.loads(as_json(edited(SETTINGS, iter(data[1:]))))), encoding="utf-8")
-            found = load_config(path)
+            settings = load_config(path)
         else:
             path.write_bytes(data)
-            found = load_config(path)
-        found.resolve()
+            settings = load_config(path)
+        settings.resolve()
         if len(data) % 16 == 0:  # a whole file takes longer than all else
-            path.write_text(found.to_yaml(), encoding="utf-8")
-            if load_config(path) != found:
+            path.write_text(settings.to_yaml(), encoding="utf-8")
+            if load_config(path) != settings:
                 raise Finding("settings that are not those that were saved")
 
     overrides = ["train.lr=5e-4", "data.clip=none", "model.cubemlp.d_outs=2-3-4=2-3-4", "objective.c1=[1, 2]"]
@@ -101,7 +104,7 @@ def _run_folder() -> Path:
     (place / "config.yaml").write_text(yaml.safe_dump(SETTINGS), encoding="utf-8")
     columns = ColumnNormalizer("zscore", False, 5.0, *(np.ones(3) for _ in range(3)))
     Normalizer(columns, columns).save(place / "normalizer.safetensors")
-    model, objective = trainer._build(settings, 3, 3, None)
+    model, objective = build(find_task("mimrl"), settings, Inputs(3, 3), None)
     meta = {"epoch": 0, "audio_dim": 3, "vision_dim": 3, "text_encoder": None, "data": {"train": "x"},
             "settings": settings.model_dump(mode="json"), "history": [0, 0]}  # fmt: skip
     state = {"model": model.state_dict(), "objective": objective.state_dict()}
@@ -152,9 +155,7 @@ def run_folder() -> Target:
         loaded = trainer.load_run(place)
         if not isinstance(loaded.meta["epoch"], (int, type(None))):
             raise Finding("an epoch that is no number")
-        fresh = trainer._Trainer(loaded.config, place, (), None)
-        fresh.sums = Checksums(place)
-        fresh._saved()
+        newest_checkpoint(place, loaded.config, {})
 
     return Target("run", seeds, run)
 
