@@ -31,7 +31,6 @@ from engine.information.neighbours import (
     standard_error,
 )
 from engine.kernels.arguments import check_count, check_number
-from engine.kernels.mi_bounds import BOUNDS as ALL_BOUNDS
 from engine.samples import as_samples
 
 WHERE = "estimate_mi"
