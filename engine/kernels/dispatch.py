@@ -170,8 +170,8 @@ def _choose(operation: str, precision: str, arch: int | None, sizes: Sizes) -> s
     if operation in _override:
         algorithm = _override[operation]
         if not known.candidates[algorithm](sizes):
-            found = f"{algorithm} for {', '.join(f'{k} {v}' for k, v in sizes.items())}"
-            raise ConfigError(f"dispatch of {operation}", found, "sizes that it takes", "Choose another algorithm.")
+            what = f"{algorithm} for {', '.join(f'{k} {v}' for k, v in sizes.items())}"
+            raise ConfigError(f"dispatch of {operation}", what, "sizes that it takes", "Choose another algorithm.")
         return algorithm
     algorithm = None if arch is None else _look_up(known, operation, precision, arch, sizes)
     if algorithm is None or algorithm not in known.candidates or not known.candidates[algorithm](sizes):
@@ -180,11 +180,11 @@ def _choose(operation: str, precision: str, arch: int | None, sizes: Sizes) -> s
 
 
 def _look_up(known: Operation, operation: str, precision: str, arch: int, sizes: Sizes) -> str | None:
-    found = _TABLE.get((operation, precision)) or (_TABLE.get((operation, "bf16")) if precision == "fp16" else None)
-    if not found:
+    entries = _TABLE.get((operation, precision)) or (_TABLE.get((operation, "bf16")) if precision == "fp16" else None)
+    if not entries:
         return None
-    nearest = min({a for a, _, _ in found}, key=lambda a: (abs(a - arch), a))
-    left = [(s, algorithm) for a, s, algorithm in found if a == nearest]
+    nearest = min({a for a, _, _ in entries}, key=lambda a: (abs(a - arch), a))
+    left = [(s, algorithm) for a, s, algorithm in entries if a == nearest]
     for name in known.order:
         kept = _nearest(sorted({s[name] for s, _ in left}), sizes[name])
         left = [(s, algorithm) for s, algorithm in left if s[name] == kept]
@@ -263,9 +263,9 @@ def measure(
             for algorithm, takes in known.candidates.items():
                 if takes(sizes):
                     with use(**{operation: algorithm}), _tf32(precision == "tf32"):
-                        found = _time(known.work(device, DTYPES[precision], sizes), milliseconds)
-                    if found is not None:
-                        times[algorithm] = round(found, 4)
+                        time = _time(known.work(device, DTYPES[precision], sizes), milliseconds)
+                    if time is not None:
+                        times[algorithm] = round(time, 4)
             if times:
                 entries.append(
                     {

@@ -103,8 +103,8 @@ def _cmi_backward(
 ) -> int:  # fmt: skip
     of_joint, of_product = _cmi_first(first, joint, slots, product)
     rows = joint[0][0] + (product[0][0] if product_grad is not None else 0)
-    found = (1 + weight_grads) * _linear(rows, rest) + row_grads * of_joint
-    return found + weight_grads * (of_joint + (of_product if product_grad is not None else 0))
+    total = (1 + weight_grads) * _linear(rows, rest) + row_grads * of_joint
+    return total + weight_grads * (of_joint + (of_product if product_grad is not None else 0))
 
 
 def _cube_mix_forward(

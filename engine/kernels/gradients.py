@@ -69,14 +69,14 @@ def differentiable_once(operation: str) -> Callable[[Callable[..., Any]], Callab
             if torch.compiler.is_compiling():
                 return backward(ctx, *grads)
             if transformed() or batched(*grads):
-                found = "a batch of gradients (is_grads_batched, vectorize), or forward-mode AD"
-                raise ConfigError(f"backward pass of {operation}", found, "one plain gradient", _REMEDY)
+                what = "a batch of gradients (is_grads_batched, vectorize), or forward-mode AD"
+                raise ConfigError(f"backward pass of {operation}", what, "one plain gradient", _REMEDY)
             if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
             anchors = _anchors(operation, ctx, grads)
             with torch.no_grad():
-                found = backward(ctx, *grads)
-            return _last(operation, anchors, found if isinstance(found, tuple) else (found,))
+                gradients = backward(ctx, *grads)
+            return _last(operation, anchors, gradients if isinstance(gradients, tuple) else (gradients,))
 
         wrapper.differentiable_once = True
         return wrapper
@@ -100,12 +100,12 @@ def _anchors(operation: str, ctx: Any, grads: tuple[Tensor | None, ...]) -> list
     return held
 
 
-def _last(operation: str, anchors: list[Tensor], found: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _last(operation: str, anchors: list[Tensor], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """The same gradients, whose own gradients are refused."""
-    if not anchors or all(g is None for g in found):
-        return found
-    left = iter(_Last.apply(operation, len(anchors), *anchors, *(g for g in found if g is not None)))
-    return tuple(None if g is None else next(left) for g in found)
+    if not anchors or all(g is None for g in gradients):
+        return gradients
+    left = iter(_Last.apply(operation, len(anchors), *anchors, *(g for g in gradients if g is not None)))
+    return tuple(None if g is None else next(left) for g in gradients)
 
 
 class _Last(torch.autograd.Function):

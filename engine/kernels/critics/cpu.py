@@ -196,9 +196,9 @@ def _mlp_backward(
     """`scale`: one factor an MLP, where `grad` is in the kernel's blocks."""
     inputs = [t.contiguous() for t in inputs]
     sizes = [math.prod(shape) for shape in plain.grad_shapes(inputs, (*first, *rest), input_grads, weight_grads)]
-    found = grad.new_empty(sum(sizes))
+    gradients = grad.new_empty(sum(sizes))
     # addresses, not views: making these would cost a small step more than the rest of this function
-    begin, width = found.data_ptr(), found.element_size()
+    begin, width = gradients.data_ptr(), gradients.element_size()
     places = [begin + width * at for at in itertools.accumulate(sizes[:-1], initial=0)] if sizes else []
     split = len(inputs) if input_grads else 0
     pairs = [[t for w in part for t in (w, None)] for part in (first, rest)]
@@ -208,7 +208,7 @@ def _mlp_backward(
         *_head(inputs, *pairs, state), None, torch.get_num_threads(), grad.data_ptr(), factors,
         addresses(places[:split]), addresses(places[split:]),
     )  # fmt: skip
-    return found
+    return gradients
 
 
 def _concat(

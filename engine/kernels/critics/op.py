@@ -123,8 +123,8 @@ def grouped_infonce(
         # many rows: scores are streamed, where the operation would store them
         embedded = grouped_mlp(inputs, first, rest, activation)
         q, k = entries(embedded, rows), entries(embedded, columns)
-        found = infonce(q, k)
-        return log_size(q.shape[1], found) - found
+        loss = infonce(q, k)
+        return log_size(q.shape[1], loss) - loss
     return _infonce_of_towers(inputs, [*_flat(first), *_flat(rest)], list(rows), list(columns))
 
 

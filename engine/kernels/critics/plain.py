@@ -61,8 +61,8 @@ def concat_shapes(
 def _concat_grads(
     x: Tensor, y: Tensor, layers: Sequence[Tensor], input_grads: bool, weight_grads: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    found, pieces = flat(x, concat_shapes(x, y, layers, input_grads, weight_grads))
-    return found, pieces[:2] if input_grads else [], pieces[2 if input_grads else 0 :]
+    gradients, pieces = flat(x, concat_shapes(x, y, layers, input_grads, weight_grads))
+    return gradients, pieces[:2] if input_grads else [], pieces[2 if input_grads else 0 :]
 
 
 def _split(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -124,11 +124,11 @@ def mlp_backward(
         state: from `mlp_forward`.
     """
     count, rows, _ = grad.shape
-    found, pieces = flat(grad, grad_shapes(inputs, (*first, *rest), input_grads, weight_grads))
+    gradients, pieces = flat(grad, grad_shapes(inputs, (*first, *rest), input_grads, weight_grads))
     of_inputs = pieces[: len(inputs)] if input_grads else []
     kept = layers_of(state, len(rest), count, rows, first[0].shape[1])
     _mlp_backward(grad, inputs, first, rest, kept, of_inputs, pieces[len(of_inputs) :])
-    return found
+    return gradients
 
 
 def grouped_infonce(
@@ -167,10 +167,10 @@ def grouped_infonce(
     grad.exp_().diagonal(dim1=1, dim2=2).sub_(1)
     grad.div_(rows)
     of_out = state[split : split + out.numel()].view(out.shape)
-    found = dict(zip(q, torch.bmm(grad, of_columns), strict=True)) | dict(
+    of_tower = dict(zip(q, torch.bmm(grad, of_columns), strict=True)) | dict(
         zip(k, torch.bmm(grad.mT, of_rows), strict=True)
     )
-    torch.stack([found[n] for n in range(count)], out=of_out)
+    torch.stack([of_tower[n] for n in range(count)], out=of_out)
     return losses, state
 
 
@@ -231,11 +231,11 @@ def concat_backward(
     grad: [B, M], of the scores. The hidden layers are computed again, a tile of pairs at a time.
     """
     of_x, of_y = _split(x, y, layers)
-    found, of_inputs, of_layers = _concat_grads(x, y, layers, input_grads, weight_grads)
+    gradients, of_inputs, of_layers = _concat_grads(x, y, layers, input_grads, weight_grads)
     sums_x, sums_y = torch.empty_like(of_x), torch.empty_like(of_y)
     (pairs or backward_pairs)(grad, of_x, of_y, layers[2:], sums_x, sums_y, of_layers[2:])
     _first_layer_grads(x, y, layers[0], sums_x, sums_y, of_inputs, of_layers)
-    return found
+    return gradients
 
 
 def concat_infonce(
@@ -258,14 +258,14 @@ def concat_infonce(
         Gradients of their mean, as `concat_backward` returns them.
     """
     of_x, of_y = _split(x, y, layers)
-    found, of_inputs, of_layers = _concat_grads(x, y, layers, input_grads, weight_grads)
+    gradients, of_inputs, of_layers = _concat_grads(x, y, layers, input_grads, weight_grads)
     losses = x.new_empty(len(x))
     wanted = input_grads or weight_grads
     sums_x, sums_y = (torch.empty_like(of_x), torch.empty_like(of_y)) if wanted else (None, None)
     (pairs or infonce_pairs)(of_x, of_y, layers[2:], transpose, losses, sums_x, sums_y, of_layers[2:])
     if wanted:
         _first_layer_grads(x, y, layers[0], sums_x, sums_y, of_inputs, of_layers)
-    return losses, found
+    return losses, gradients
 
 
 def layers_of(state: Tensor, layers: int, count: int, rows: int, hidden: int) -> Tensor:

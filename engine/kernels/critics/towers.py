@@ -24,11 +24,11 @@ WARPS = 4
 
 @triton.jit
 def _member(numbers: tl.constexpr, c, COUNT: tl.constexpr):
-    found = tl.cast(numbers[0], tl.int32)
+    member = tl.cast(numbers[0], tl.int32)
     for s in tl.static_range(1, COUNT):
         if c == s:
-            found = tl.cast(numbers[s], tl.int32)
-    return found
+            member = tl.cast(numbers[s], tl.int32)
+    return member
 
 
 @triton.jit
@@ -243,7 +243,7 @@ def _backward(
     """`plain.mlp_backward`, with every tower's gradient counted scale[places[tower]] times."""
     count, rows, _ = grad.shape
     inputs = [t.contiguous() for t in inputs]
-    found, pieces = plain.flat(grad, plain.grad_shapes(inputs, (*first, *rest), input_grads, weight_grads))
+    gradients, pieces = plain.flat(grad, plain.grad_shapes(inputs, (*first, *rest), input_grads, weight_grads))
     of_inputs = pieces[: len(inputs)] if input_grads else []
     of_weights, of_biases = pieces[len(of_inputs) :: 2], pieces[len(of_inputs) + 1 :: 2]
     hidden = plain.layers_of(state, len(rest), count, rows, first[0].shape[1])
@@ -257,7 +257,7 @@ def _backward(
         grad, scale, places = below, None, ()
     sections = slice(0, len(first))
     layer_backward(grad, inputs, first, of_weights[sections], of_biases[sections], of_inputs, shared=True)
-    return found
+    return gradients
 
 
 # -- launches; each takes the arguments of the function it is named after --

@@ -49,7 +49,7 @@ def nearest(z: Tensor, query: Tensor, key: Tensor, k: int, first: bool, isolate:
         int64 [T, m, k].
     """
     row = torch.arange(len(z), device=z.device)
-    found = query.new_empty(*query.shape, k)
+    neighbours = query.new_empty(*query.shape, k)
     z = wide(z)
     for t in range(len(query)):
         for block in torch.arange(query.shape[1], device=z.device).split(max(1, BLOCK // max(1, z.numel()))):
@@ -60,8 +60,8 @@ def nearest(z: Tensor, query: Tensor, key: Tensor, k: int, first: bool, isolate:
             if not first:
                 order = mix(key[t, block][:, None], row).argsort(dim=1, stable=True)
             nearest_first = torch.sort(distance.gather(1, order), dim=1, stable=True).indices[:, :k]
-            found[t, block] = order.gather(1, nearest_first)
-    return found
+            neighbours[t, block] = order.gather(1, nearest_first)
+    return neighbours
 
 
 def select(rows: Tensor, distance: Tensor, query: Tensor, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -84,10 +84,10 @@ def select(rows: Tensor, distance: Tensor, query: Tensor, key: Tensor, k: int) -
     gap = gap.masked_fill(taken.gather(1, near.flatten(1)).view_as(near), float("inf"))
     by_chance = (mix(key[..., None], near) << 31 | near).argsort(dim=-1)
     gap, nearest_first = torch.sort(gap.gather(-1, by_chance), dim=-1, stable=True)
-    found = near.gather(-1, by_chance).gather(-1, nearest_first[..., :k])
+    neighbours = near.gather(-1, by_chance).gather(-1, nearest_first[..., :k])
     if rows.shape[1] == len(rows):
-        return found, torch.zeros_like(taken[:, 0])
-    return found, (gap[..., k - 1] >= last).any(1)
+        return neighbours, torch.zeros_like(taken[:, 0])
+    return neighbours, (gap[..., k - 1] >= last).any(1)
 
 
 def nearest_on_line(ascending: Tensor, order: Tensor, query: Tensor, key: Tensor, k: int) -> Tensor:

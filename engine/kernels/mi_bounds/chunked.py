@@ -215,10 +215,10 @@ def mixture(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One product."""
     a = log_baseline.contiguous()
-    found, state = kernels.rows_like(q, 4), kernels.state_like(q)
+    statistics, state = kernels.rows_like(q, 4), kernels.state_like(q)
     for begin, scores, _ in _Chunks(_Pair(q, k), with_gradient=False):
-        kernels.mixture(scores, scale, a, alpha, begin, found, state)
-    return tuple(found)
+        kernels.mixture(scores, scale, a, alpha, begin, statistics, state)
+    return tuple(statistics)
 
 
 def mixture_gradients(
@@ -247,15 +247,15 @@ def in_range(
     largest `share` [G, n], comes to HALF_RANGE, and the factor [G, 1, 1] undoes that: fp16 would lose the gradients of
     a large batch.
     """
-    found = [contiguous(w) for w in weights]
+    scaled = [contiguous(w) for w in weights]
     if q.dtype != torch.float16:
-        return scale, found
-    peak = torch.stack([w.abs().amax(1) for w in found if w is not None]).amax(0)
+        return scale, scaled
+    peak = torch.stack([w.abs().amax(1) for w in scaled if w is not None]).amax(0)
     if share is not None:
         peak = peak * share().amax(1)
     range_ = HALF_RANGE / torch.where(peak > 0, peak, HALF_RANGE)
-    found = [None if w is None else w * range_[:, None] for w in found]
-    return (scale / range_)[:, None, None], found
+    scaled = [None if w is None else w * range_[:, None] for w in scaled]
+    return (scale / range_)[:, None, None], scaled
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -328,12 +328,12 @@ class _CompiledExponentials:
 
     def sums(self, weighted: Tensor, of_columns: Tensor) -> Tensor:
         """As there; both are contiguous."""
-        found = torch.empty_like(weighted)
-        library(found.dtype).mi_sums(
-            self._scores.data_ptr(), self._k.data_ptr(), weighted.data_ptr(), *self._sizes, found.data_ptr(),
+        of_rows = torch.empty_like(weighted)
+        library(of_rows.dtype).mi_sums(
+            self._scores.data_ptr(), self._k.data_ptr(), weighted.data_ptr(), *self._sizes, of_rows.data_ptr(),
             of_columns.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        return found
+        return of_rows
 
 
 def _exponential_blocks(
@@ -362,8 +362,8 @@ def _exponential_blocks(
         for begin in range(0, rows, step):
             block = q[group, begin : begin + step]
             own = begin if exclude_self else -1
-            found = _CompiledExponentials(begin, block, k[group], positives[begin : begin + step], own, buffer)
-            yield slice(group, group + 1), found
+            exponentials = _CompiledExponentials(begin, block, k[group], positives[begin : begin + step], own, buffer)
+            yield slice(group, group + 1), exponentials
 
 
 class _Mask:

@@ -255,10 +255,10 @@ def mi_lower_bound(
 def _square(where: str, scores: Tensor) -> Tensor:
     """Scores [G, B, B] in full precision; [B, B] is one group."""
     scores = full_precision(scores)
-    found = scores if scores.dim() == 3 else scores[None]
-    if found.dim() != 3 or found.shape[1] != found.shape[2]:
+    square = scores if scores.dim() == 3 else scores[None]
+    if square.dim() != 3 or square.shape[1] != square.shape[2]:
         raise EstimatorError(where, f"scores {list(scores.shape)}", "[B, B] or [G, B, B]", "Score all pairs.")
-    return found
+    return square
 
 
 def _log_baseline(where: str, first: Tensor, log_baseline: Tensor | None, one: bool) -> Tensor | None:

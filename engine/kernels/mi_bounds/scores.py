@@ -446,9 +446,9 @@ def score_gradients(scores: Tensor, row_weight: Tensor, row_shift: Tensor | None
 def score_mixture(scores: Tensor, log_baseline: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """cpu.score_mixture."""
     scores = scores.contiguous()
-    found = rows_like(scores, 4)
-    mixture(scores, None, log_baseline.contiguous(), alpha, 0, found, state_like(scores))
-    return tuple(found)
+    statistics = rows_like(scores, 4)
+    mixture(scores, None, log_baseline.contiguous(), alpha, 0, statistics, state_like(scores))
+    return tuple(statistics)
 
 
 def score_mixture_gradients(

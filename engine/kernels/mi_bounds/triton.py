@@ -327,8 +327,8 @@ GRADIENTS: dict[str, dict[str | int, Config]] = {
 
 def tile(configs: dict[str, dict[str | int, Config]], precision: str, rows: int, width: int, arch: int | None) -> dict:
     """Keywords of a launch for so many owned rows, all groups together."""
-    found = configs[precision]
-    block_m, block_n, block_d, warps, stages = found["few"] if rows < FEW_ROWS else found.get(arch, found["many"])
+    choices = configs[precision]
+    block_m, block_n, block_d, warps, stages = choices["few"] if rows < FEW_ROWS else choices.get(arch, choices["many"])
     block_w = max(16, triton.next_power_of_2(width))
     return {
         "WIDTH": width, "BLOCK_W": block_w, "BLOCK_D": min(block_d or block_w, block_w), "BLOCK_M": block_m,

@@ -95,14 +95,14 @@ class Batches:
         Args:
             lengths: int64, filled with the lengths of the last source's sequences.
         """
-        found = [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in self._shapes[number]]
+        batch = [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in self._shapes[number]]
         self._pad(
             len(self._sources), self._sources, self._sizes[number], self._rows.data_ptr() + 8 * self._starts[number],
             self._widths.ctypes.data + 8 * number * len(self._sources),
-            (ctypes.c_void_p * len(found))(*(out.data_ptr() for out in found)),
+            (ctypes.c_void_p * len(batch))(*(out.data_ptr() for out in batch)),
             None if lengths is None else lengths.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        return found
+        return batch
 
 
 class _Source(ctypes.Structure):

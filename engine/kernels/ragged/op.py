@@ -108,8 +108,8 @@ def pad_batches(
     """
     values = next(s.values for s in sources if s.values is not None)
     if registry.backend_for(values, "ragged_pad") == "cpu" and cpu.library() is not None:
-        found = [(s.values, s.offsets, s.fill, s.closing, s.most, s.scale) for s in sources]
-        batches = cpu.Batches(found, rows, sizes, widths)
+        given = [(s.values, s.offsets, s.fill, s.closing, s.most, s.scale) for s in sources]
+        batches = cpu.Batches(given, rows, sizes, widths)
         yield from map(batches.take, range(len(sizes)))
         return
     start = 0

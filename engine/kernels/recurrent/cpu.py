@@ -127,6 +127,6 @@ def check(x: Tensor, weights: Sequence[Tensor], cell: str) -> None:
     rows = GATES[cell] * hidden
     for i in range(0, len(weights), 4):
         expected = [(rows, features if i < 8 else 2 * hidden), (rows, hidden), (rows,), (rows,)]
-        found = [tuple(w.shape) for w in weights[i : i + 4]]
-        if found != expected:
-            raise ValueError(f"weights of layer {i // 8}: found shapes {found}, expected {expected}")
+        shapes = [tuple(w.shape) for w in weights[i : i + 4]]
+        if shapes != expected:
+            raise ValueError(f"weights of layer {i // 8}: found shapes {shapes}, expected {expected}")

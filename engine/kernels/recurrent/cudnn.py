@@ -55,8 +55,8 @@ class _Governed(torch.autograd.Function):
         y, wanted = ctx.inner
         with cudnn_as_matmul(ctx.tf32):
             retain = torch._C._autograd._get_current_graph_task_keep_graph()
-            found = iter(torch.autograd.grad(y, wanted, gradient, retain_graph=retain))
-        of_x, *of_weights = (next(found) if need else None for need in _needed(ctx))
+            gradients = iter(torch.autograd.grad(y, wanted, gradient, retain_graph=retain))
+        of_x, *of_weights = (next(gradients) if need else None for need in _needed(ctx))
         return of_x, None, None, None, *of_weights
 
 
