@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,31 +55,17 @@ def mlp_forward(
     return out, state
 
 
-def mlp_backward(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+def mlp_backward(grad: Tensor, *arguments: Any) -> Tensor:
     """As `plain.mlp_backward`."""
     if library(grad.dtype) is None:
-        return plain.mlp_backward(grad, inputs, first, rest, state, input_grads, weight_grads)
-    inputs = [t.contiguous() for t in inputs]
-    return _mlp_backward(grad, None, inputs, first, rest, state, input_grads, weight_grads)
+        return plain.mlp_backward(grad, *arguments)
+    return _mlp_backward(grad, None, *arguments)
 
 
 def grouped_infonce(
-    x: Tensor,
-    more: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    q: Sequence[int],
-    k: Sequence[int],
-    grads: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, more: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], q: Sequence[int],
+    k: Sequence[int], grads: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `plain.grouped_infonce`, a block of rows of the scores at a time."""
     if library(x.dtype) is None:
         return plain.grouped_infonce(x, more, first, rest, q, k, grads)
@@ -97,72 +84,41 @@ def grouped_infonce(
 
 
 def grouped_infonce_backward(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    q: Sequence[int],
-    k: Sequence[int],
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+    grad: Tensor, inputs: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], state: Tensor,
+    q: Sequence[int], k: Sequence[int], *wanted: bool,
+) -> Tensor:  # fmt: skip
     """As `plain.grouped_infonce_backward`."""
     if library(grad.dtype) is None:
-        return plain.grouped_infonce_backward(grad, inputs, first, rest, state, q, k, input_grads, weight_grads)
+        return plain.grouped_infonce_backward(grad, inputs, first, rest, state, q, k, *wanted)
     of_outputs = state[plain.state_size(inputs[0].shape[0], 2 * len(q), first[0].shape[1], len(rest)) :]
     of_critics = grad.tolist()
     factors = [of_critics[c] for c in plain.critic_of(q, k)]
-    return _mlp_backward(of_outputs, factors, inputs, first, rest, state, input_grads, weight_grads)
+    return _mlp_backward(of_outputs, factors, inputs, first, rest, state, *wanted)
 
 
 def concat_forward(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> Tensor:
     """As `plain.concat_forward`."""
-    return plain.concat_forward(x, y, layers, None if library(x.dtype) is None else _forward_pairs)
+    return plain.concat_forward(x, y, layers, None if library(x.dtype) is None else _concat)
 
 
-def concat_backward(
-    grad: Tensor, x: Tensor, y: Tensor, layers: Sequence[Tensor], input_grads: bool, weight_grads: bool
-) -> Tensor:
+def concat_backward(grad: Tensor, *arguments: Any) -> Tensor:
     """As `plain.concat_backward`."""
-    pairs = None if library(x.dtype) is None else _backward_pairs
-    return plain.concat_backward(grad, x, y, layers, input_grads, weight_grads, pairs)
+    return plain.concat_backward(grad, *arguments, None if library(grad.dtype) is None else _backward_pairs)
 
 
-def concat_infonce(
-    x: Tensor, y: Tensor, layers: Sequence[Tensor], transpose: bool, input_grads: bool, weight_grads: bool
-) -> tuple[Tensor, Tensor]:
+def concat_infonce(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """As `plain.concat_infonce`, in one pass over the pairs."""
-    pairs = None if library(x.dtype) is None else _infonce_pairs
-    return plain.concat_infonce(x, y, layers, transpose, input_grads, weight_grads, pairs)
+    return plain.concat_infonce(x, *arguments, None if library(x.dtype) is None else _infonce_pairs)
 
 
-def _forward_pairs(of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], scores: Tensor) -> None:
-    _concat(of_x, of_y, further, scores)
-
-
-def _backward_pairs(
-    grad: Tensor,
-    of_x: Tensor,
-    of_y: Tensor,
-    further: Sequence[Tensor],
-    sums_x: Tensor,
-    sums_y: Tensor,
-    of_weights: Sequence[Tensor],
-) -> None:
-    _concat(of_x, of_y, further, None, grad, sums_x, sums_y, of_weights)
+def _backward_pairs(grad: Tensor, of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], *sums: Any) -> None:
+    _concat(of_x, of_y, further, None, grad, *sums)
 
 
 def _infonce_pairs(
-    of_x: Tensor,
-    of_y: Tensor,
-    further: Sequence[Tensor],
-    transpose: bool,
-    losses: Tensor,
-    sums_x: Tensor | None,
-    sums_y: Tensor | None,
-    of_weights: Sequence[Tensor],
-) -> None:
+    of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], transpose: bool, losses: Tensor, sums_x: Tensor | None,
+    sums_y: Tensor | None, of_weights: Sequence[Tensor],
+) -> None:  # fmt: skip
     (of_row, sums_row), (of_column, sums_column) = ((of_x, sums_x), (of_y, sums_y))[:: 1 if transpose else -1]
     library(of_x.dtype).concat_loss(
         len(of_x), of_x.shape[1], len(further) // 2, of_row.data_ptr(), of_column.data_ptr(), pointers(further),
@@ -184,15 +140,9 @@ def _head(
 
 
 def _mlp_backward(
-    grad: Tensor,
-    scale: Sequence[float] | None,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+    grad: Tensor, scale: Sequence[float] | None, inputs: Sequence[Tensor], first: Sequence[Tensor],
+    rest: Sequence[Tensor], state: Tensor, input_grads: bool, weight_grads: bool,
+) -> Tensor:  # fmt: skip
     """`scale`: one factor an MLP, where `grad` is in the kernel's blocks."""
     inputs = [t.contiguous() for t in inputs]
     sizes = [math.prod(shape) for shape in plain.grad_shapes(inputs, (*first, *rest), input_grads, weight_grads)]
@@ -212,15 +162,9 @@ def _mlp_backward(
 
 
 def _concat(
-    of_x: Tensor,
-    of_y: Tensor,
-    further: Sequence[Tensor],
-    scores: Tensor | None,
-    grad: Tensor | None = None,
-    sums_x: Tensor | None = None,
-    sums_y: Tensor | None = None,
-    of_weights: Sequence[Tensor] = (),
-) -> None:
+    of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], scores: Tensor | None, grad: Tensor | None = None,
+    sums_x: Tensor | None = None, sums_y: Tensor | None = None, of_weights: Sequence[Tensor] = (),
+) -> None:  # fmt: skip
     library(of_x.dtype).concat(
         len(of_y), len(of_x), of_x.shape[1], len(further) // 2, of_y.data_ptr(), of_x.data_ptr(), pointers(further),
         pointer(scores), torch.get_num_threads(), pointer(grad), pointer(sums_y), pointer(sums_x),

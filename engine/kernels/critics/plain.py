@@ -72,14 +72,9 @@ def _split(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> tuple[Tensor, Tens
 
 
 def _first_layer_grads(
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    sums_x: Tensor,
-    sums_y: Tensor,
-    of_inputs: Sequence[Tensor],
+    x: Tensor, y: Tensor, weight: Tensor, sums_x: Tensor, sums_y: Tensor, of_inputs: Sequence[Tensor],
     of_layers: Sequence[Tensor],
-) -> None:
+) -> None:  # fmt: skip
     """From the gradients of the two parts of the first layer's output those of x, y and the layer's weight and bias."""
     width = x.shape[1]
     if of_inputs:
@@ -107,14 +102,9 @@ def mlp_forward(
 
 
 def mlp_backward(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+    grad: Tensor, inputs: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], state: Tensor,
+    input_grads: bool, weight_grads: bool,
+) -> Tensor:  # fmt: skip
     """Gradients of the inputs, then of weights and biases of `first` and `rest` in their order, one after another in
     one 1-d tensor; those not asked for are left out.
 
@@ -132,14 +122,9 @@ def mlp_backward(
 
 
 def grouped_infonce(
-    x: Tensor,
-    more: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    q: Sequence[int],
-    k: Sequence[int],
-    grads: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, more: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], q: Sequence[int],
+    k: Sequence[int], grads: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """InfoNCE of scores <q_i, k_j> of several pairs of MLPs.
 
     Args:
@@ -175,23 +160,23 @@ def grouped_infonce(
 
 
 def grouped_infonce_backward(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    q: Sequence[int],
-    k: Sequence[int],
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+    grad: Tensor, inputs: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], state: Tensor,
+    q: Sequence[int], k: Sequence[int], input_grads: bool, weight_grads: bool,
+) -> Tensor:  # fmt: skip
     """As `mlp_backward`, from the gradients [G] of the losses and the state of `grouped_infonce`."""
-    rows, count, width = len(inputs[0]), 2 * len(q), rest[-1].shape[1]
-    split = state_size(rows, count, first[0].shape[1], len(rest))
-    of_out = state[split : split + count * rows * width].view(count, rows, width)
     factors = grad.unbind()
+    of_out = output_gradients(inputs, first, rest, state, len(q))
     of_out = of_out * torch.stack([factors[c] for c in critic_of(q, k)])[:, None, None]
     return mlp_backward(of_out, inputs, first, rest, state, input_grads, weight_grads)
+
+
+def output_gradients(
+    inputs: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], state: Tensor, critics: int
+) -> Tensor:
+    """The gradients of all outputs, [N, B, n], which `grouped_infonce` left at the end of its state."""
+    rows, count, width = len(inputs[0]), 2 * critics, rest[-1].shape[1]
+    split = state_size(rows, count, first[0].shape[1], len(rest))
+    return state[split : split + count * rows * width].view(count, rows, width)
 
 
 def critic_of(q: Sequence[int], k: Sequence[int]) -> list[int]:
@@ -217,14 +202,9 @@ def concat_forward(x: Tensor, y: Tensor, layers: Sequence[Tensor], pairs: Callab
 
 
 def concat_backward(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    layers: Sequence[Tensor],
-    input_grads: bool,
-    weight_grads: bool,
+    grad: Tensor, x: Tensor, y: Tensor, layers: Sequence[Tensor], input_grads: bool, weight_grads: bool,
     pairs: Callable[..., None] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Gradients of x and y, then of `layers` in their order, one after another in one 1-d tensor; those not asked for
     are left out.
 
@@ -239,14 +219,9 @@ def concat_backward(
 
 
 def concat_infonce(
-    x: Tensor,
-    y: Tensor,
-    layers: Sequence[Tensor],
-    transpose: bool,
-    input_grads: bool,
-    weight_grads: bool,
+    x: Tensor, y: Tensor, layers: Sequence[Tensor], transpose: bool, input_grads: bool, weight_grads: bool,
     pairs: Callable[..., None] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """InfoNCE of the concat critic with its gradients.
 
     Args:
@@ -286,14 +261,9 @@ def _mlp_forward(
 
 
 def _mlp_backward(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    hidden: Tensor,
-    of_inputs: Sequence[Tensor],
-    of_weights: Sequence[Tensor],
-) -> None:
+    grad: Tensor, inputs: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], hidden: Tensor,
+    of_inputs: Sequence[Tensor], of_weights: Sequence[Tensor],
+) -> None:  # fmt: skip
     buffers = [torch.empty_like(hidden[0]) for _ in range(2)]
     of_first, of_rest = of_weights[: 2 * len(first)], of_weights[2 * len(first) :]
     for layer in range(len(rest) - 1, -1, -1):
@@ -326,14 +296,9 @@ def forward_pairs(of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], scores:
 
 
 def backward_pairs(
-    grad: Tensor,
-    of_x: Tensor,
-    of_y: Tensor,
-    further: Sequence[Tensor],
-    sums_x: Tensor,
-    sums_y: Tensor,
+    grad: Tensor, of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], sums_x: Tensor, sums_y: Tensor,
     of_weights: Sequence[Tensor],
-) -> None:
+) -> None:  # fmt: skip
     """Gradients of the two parts of the first layer's output and, where there are any, of the further layers."""
     weights, biases = further[::2], further[1::2]
     for total in (sums_x, sums_y, *of_weights):
@@ -358,15 +323,9 @@ def backward_pairs(
 
 
 def infonce_pairs(
-    of_x: Tensor,
-    of_y: Tensor,
-    further: Sequence[Tensor],
-    transpose: bool,
-    losses: Tensor,
-    sums_x: Tensor | None,
-    sums_y: Tensor | None,
-    of_weights: Sequence[Tensor],
-) -> None:
+    of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], transpose: bool, losses: Tensor, sums_x: Tensor | None,
+    sums_y: Tensor | None, of_weights: Sequence[Tensor],
+) -> None:  # fmt: skip
     """Losses of the rows and, with sums_x and sums_y, what `backward_pairs` gives for the gradients of their mean."""
     scores = of_x.new_empty(len(of_y), len(of_x))
     forward_pairs(of_x, of_y, further, scores)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -139,30 +140,17 @@ def mlp_forward(
     return out, state
 
 
-def mlp_backward(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+def mlp_backward(grad: Tensor, inputs: Sequence[Tensor], *arguments: Any) -> Tensor:
     """As `plain.mlp_backward`."""
     if _algorithm(inputs[0]) == "plain":
-        return plain.mlp_backward(grad, inputs, first, rest, state, input_grads, weight_grads)
-    return _backward(grad, None, (), inputs, first, rest, state, input_grads, weight_grads)
+        return plain.mlp_backward(grad, inputs, *arguments)
+    return _backward(grad, None, (), inputs, *arguments)
 
 
 def grouped_infonce(
-    x: Tensor,
-    more: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    q: Sequence[int],
-    k: Sequence[int],
-    grads: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, more: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], q: Sequence[int],
+    k: Sequence[int], grads: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `plain.grouped_infonce`."""
     if _algorithm(x) == "plain":
         return plain.grouped_infonce(x, more, first, rest, q, k, grads)
@@ -192,24 +180,14 @@ def grouped_infonce(
 
 
 def grouped_infonce_backward(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    q: Sequence[int],
-    k: Sequence[int],
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+    grad: Tensor, inputs: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], state: Tensor,
+    q: Sequence[int], k: Sequence[int], *wanted: bool,
+) -> Tensor:  # fmt: skip
     """As `plain.grouped_infonce_backward`."""
     if _algorithm(inputs[0]) == "plain":
-        return plain.grouped_infonce_backward(grad, inputs, first, rest, state, q, k, input_grads, weight_grads)
-    rows, count, width = len(inputs[0]), 2 * len(q), rest[-1].shape[1]
-    split = plain.state_size(rows, count, first[0].shape[1], len(rest))
-    of_out = state[split : split + count * rows * width].view(count, rows, width)
-    places = plain.critic_of(q, k)
-    return _backward(of_out, grad, places, inputs, first, rest, state, input_grads, weight_grads)
+        return plain.grouped_infonce_backward(grad, inputs, first, rest, state, q, k, *wanted)
+    of_out = plain.output_gradients(inputs, first, rest, state, len(q))
+    return _backward(of_out, grad, plain.critic_of(q, k), inputs, first, rest, state, *wanted)
 
 
 def _embed(
@@ -230,16 +208,9 @@ def _embed(
 
 
 def _backward(
-    grad: Tensor,
-    scale: Tensor | None,
-    places: Sequence[int],
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+    grad: Tensor, scale: Tensor | None, places: Sequence[int], inputs: Sequence[Tensor], first: Sequence[Tensor],
+    rest: Sequence[Tensor], state: Tensor, input_grads: bool, weight_grads: bool,
+) -> Tensor:  # fmt: skip
     """`plain.mlp_backward`, with every tower's gradient counted scale[places[tower]] times."""
     count, rows, _ = grad.shape
     inputs = [t.contiguous() for t in inputs]
@@ -280,19 +251,13 @@ def mlp_backward_launches(
     return len(rest) + bool(input_grads or weight_grads)
 
 
-def grouped_infonce_launches(
-    x: Tensor, more: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], q: Sequence[int],
-    k: Sequence[int], grads: bool,
-) -> int:  # fmt: skip
-    towers = mlp_forward_launches(x, more, first, rest)
-    if _algorithm(x) == "plain":
-        return towers + (14 if grads else 8)
-    return towers + 2
+def grouped_infonce_launches(x: Tensor, *arguments: Any) -> int:
+    *towers, _, _, grads = arguments
+    own = (14 if grads else 8) if _algorithm(x) == "plain" else 2
+    return mlp_forward_launches(x, *towers) + own
 
 
-def grouped_infonce_backward_launches(
-    grad: Tensor, inputs: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], state: Tensor,
-    q: Sequence[int], k: Sequence[int], input_grads: bool, weight_grads: bool,
-) -> int:  # fmt: skip
-    towers = mlp_backward_launches(grad, inputs, first, rest, state, input_grads, weight_grads)
+def grouped_infonce_backward_launches(grad: Tensor, inputs: Sequence[Tensor], *arguments: Any) -> int:
+    first, rest, state, _, _, *wanted = arguments
+    towers = mlp_backward_launches(grad, inputs, first, rest, state, *wanted)
     return towers + (2 if _algorithm(inputs[0]) == "plain" else 0)

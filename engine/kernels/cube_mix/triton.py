@@ -879,21 +879,9 @@ def _long_backward(
     splits = triton.cdiv(columns, run)
     parts = x.new_empty(splits, matrices, dtype=torch.float32)
     weights_kernel[(tiles, splits)](
-        x,
-        scale,
-        shift,
-        pre,
-        d1,
-        d2,
-        parts,
-        columns,
-        inner,
-        run,
-        **settings,
-        **blocks,
-        num_warps=WARPS,
+        x, scale, shift, pre, d1, d2, parts, columns, inner, run, **settings, **blocks, num_warps=WARPS,
         num_stages=STAGES,
-    )
+    )  # fmt: skip
     return dx, parts, vectors
 
 

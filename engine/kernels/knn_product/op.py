@@ -482,29 +482,21 @@ def check_terms(terms: Iterable[Any], bank: Mapping[str, Tensor]) -> None:
     """Refuse terms with features that the bank lacks."""
     for term in terms:
         if missing := [name for name in (term.x, term.y, term.given) if name not in bank]:
-            raise EstimatorError(
-                f"objective term {term}",
-                f"no feature {missing[0]!r} in the bank",
-                f"it among {sorted(bank)}",
-                "Add it.",
-            )
+            what = f"no feature {missing[0]!r} in the bank"
+            raise EstimatorError(f"objective term {term}", what, f"it among {sorted(bank)}", "Add it.")
 
 
 def check_bank(n: int, m: int, k: int) -> None:
+    """Refuse k and m that are no counts, and a bank of n rows that is too small for them."""
     if not (isinstance(k, Integral) and isinstance(m, Integral)) or k < 1 or m < 0:
-        raise EstimatorError(
-            "k_neighbor",
-            f"k_neighbor {k} and {m} queries",
-            "whole numbers, k_neighbor >= 1 and queries >= 0",
-            "Mend them.",
-        )
+        what, expected = f"k_neighbor {k} and {m} queries", "whole numbers, k_neighbor >= 1 and queries >= 0"
+        raise EstimatorError("k_neighbor", what, expected, "Mend them.")
     if n - m < k:
         raise EstimatorError(
-            "k_neighbor",
-            f"k_neighbor {k} with a bank of {n} rows of which {m} are queries",
+            "k_neighbor", f"k_neighbor {k} with a bank of {n} rows of which {m} are queries",
             f"at least {m + k} rows (queries + k_neighbor)",
             "Lower k_neighbor or the batch size, or use more training samples.",
-        )
+        )  # fmt: skip
 
 
 def _draw(n: int, draws: int, m: int, generator: torch.Generator | None, device: torch.device) -> Indices:

@@ -154,17 +154,9 @@ def symmetric_statistics(q: Tensor, k: Tensor, scale: Tensor) -> tuple[Tensor, T
 
 
 def gradients(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    positives: Tensor | None,
-    exclude_self: bool,
-    row_weight: Tensor,
-    row_shift: Tensor | None,
-    col_weight: Tensor | None,
-    col_shift: Tensor | None,
-    diagonal: Tensor,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, row_weight: Tensor,
+    row_shift: Tensor | None, col_weight: Tensor | None, col_shift: Tensor | None, diagonal: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Three products."""
     pair = _Pair(q, k)
     factor, (row_weight, col_weight, diagonal) = in_range(q, scale, row_weight, col_weight, diagonal)

@@ -76,17 +76,9 @@ def statistics(
 
 
 def gradients(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    positives: Tensor | None,
-    exclude_self: bool,
-    row_weight: Tensor,
-    row_shift: Tensor | None,
-    col_weight: Tensor | None,
-    col_shift: Tensor | None,
-    diagonal: Tensor,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, row_weight: Tensor,
+    row_shift: Tensor | None, col_weight: Tensor | None, col_shift: Tensor | None, diagonal: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of q and k, recomputing the scores.
 
     With dS_ij = -row_weight_i e^(S_ij - row_shift_i) - col_weight_j e^(S_ij - col_shift_j) (the second term only where
@@ -121,16 +113,9 @@ def gradients(
 
 
 def fused(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    positives: Tensor | None,
-    exclude_self: bool,
-    kind: str,
-    tau: float,
-    weighting: str,
-    offset: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, kind: str, tau: float,
+    weighting: str, offset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Statistics and, from the same scores, the products that the gradients consist of: no score is computed twice.
 
     The gradient of row i's other scores is, up to one factor a group that is known only when all rows are, proportional

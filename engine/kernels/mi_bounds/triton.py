@@ -386,17 +386,9 @@ def infonce_keys(
 
 
 def gradients(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    positives: Tensor | None,
-    exclude_self: bool,
-    row_weight: Tensor,
-    row_shift: Tensor | None,
-    col_weight: Tensor | None,
-    col_shift: Tensor | None,
-    diagonal: Tensor,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, row_weight: Tensor,
+    row_shift: Tensor | None, col_weight: Tensor | None, col_shift: Tensor | None, diagonal: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     (q, k), precision = _operands(q, k)
     factor, (row_weight, col_weight, diagonal) = in_range(q, scale, row_weight, col_weight, diagonal)
     row, column = (row_weight, contiguous(row_shift)), (col_weight, contiguous(col_shift))

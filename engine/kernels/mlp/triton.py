@@ -227,15 +227,9 @@ def _backward(
 
 
 def layer_forward(
-    inputs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    out: Tensor,
-    *,
-    shared: bool,
-    relu: bool,
-    second: Tensor | None = None,
-) -> None:
+    inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], out: Tensor, *, shared: bool,
+    relu: bool, second: Tensor | None = None,
+) -> None:  # fmt: skip
     """One layer of all MLPs of all sections. All tensors are fp32 and contiguous. One launch.
 
     Args:
@@ -259,18 +253,10 @@ def layer_forward(
 
 
 def layer_backward(
-    grad: Tensor,
-    below: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    of_weights: Sequence[Tensor],
-    of_biases: Sequence[Tensor],
-    of_below: Sequence[Tensor],
-    *,
-    shared: bool,
-    second: Tensor | None = None,
-    scale: Tensor | None = None,
-    places: Sequence[int] = (),
-) -> None:
+    grad: Tensor, below: Sequence[Tensor], weights: Sequence[Tensor], of_weights: Sequence[Tensor],
+    of_biases: Sequence[Tensor], of_below: Sequence[Tensor], *, shared: bool, second: Tensor | None = None,
+    scale: Tensor | None = None, places: Sequence[int] = (),
+) -> None:  # fmt: skip
     """Gradients of one layer of all MLPs. All tensors are fp32 and contiguous. One launch.
 
     Args:

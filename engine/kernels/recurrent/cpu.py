@@ -50,15 +50,9 @@ def forward(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str, tok
 
 
 def backward(
-    gradient: Tensor,
-    x: Tensor,
-    length: Tensor,
-    weights: Sequence[Tensor],
-    out: Tensor,
-    state: Tensor,
-    cell: str,
+    gradient: Tensor, x: Tensor, length: Tensor, weights: Sequence[Tensor], out: Tensor, state: Tensor, cell: str,
     input_gradient: bool,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """Gradients of the weights, in their order, and after them, where `input_gradient`, the one of x."""
     hidden, layers = weights[1].shape[1], len(weights) // 8
     x = x.contiguous()
@@ -92,17 +86,10 @@ def checked(length: Tensor, x: Tensor, tokens: int) -> Tensor:
 
 
 def _run(
-    x: Tensor,
-    length: Tensor,
-    weights: Sequence[Tensor],
-    out: Tensor,
-    state: Tensor,
-    cell: str,
-    gradient: Tensor | None = None,
-    dx: Tensor | None = None,
-    dweights: Sequence[Tensor] = (),
+    x: Tensor, length: Tensor, weights: Sequence[Tensor], out: Tensor, state: Tensor, cell: str,
+    gradient: Tensor | None = None, dx: Tensor | None = None, dweights: Sequence[Tensor] = (),
     work: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     loaded = library(x.dtype)
     if loaded is None:
         raise RuntimeError("the compiled recurrent kernel is not available on this machine")

@@ -118,15 +118,9 @@ def forward(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str, tok
 
 
 def backward(
-    gradient: Tensor,
-    x: Tensor,
-    length: Tensor,
-    weights: Sequence[Tensor],
-    out: Tensor,
-    state: Tensor,
-    cell: str,
+    gradient: Tensor, x: Tensor, length: Tensor, weights: Sequence[Tensor], out: Tensor, state: Tensor, cell: str,
     input_gradient: bool,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """Gradients of the weights, then of x where `input_gradient`. The forward pass is run again: cuDNN's own reserve
     cannot be an output of an operation, because a graph must know the sizes of those."""
     with torch.enable_grad(), cudnn_as_matmul():

@@ -122,15 +122,9 @@ def _fake_forward(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: st
 
 
 def _fake_backward(
-    gradient: Tensor,
-    x: Tensor,
-    length: Tensor,
-    weights: Sequence[Tensor],
-    out: Tensor,
-    state: Tensor,
-    cell: str,
+    gradient: Tensor, x: Tensor, length: Tensor, weights: Sequence[Tensor], out: Tensor, state: Tensor, cell: str,
     input_gradient: bool,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     gradients = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
     return [*gradients, x.new_empty(x.shape)] if input_gradient else gradients
 
