@@ -1,7 +1,7 @@
-"""Grouped MLPs and the concat critic on the CPU: host functions of critics.cpp, and plain torch where it cannot be had.
+"""Grouped MLPs and the concat critic on the CPU: host functions of critics.cpp, or plain torch without that library.
 
-Plain tensors in and out, fp32 or fp64, no autograd. All hidden layers end in ReLU, whose output tells its own
-derivative, so that nothing but the outputs is kept. One number of threads gives bitwise the same result every time.
+Plain tensors in and out, fp32 or fp64, no autograd. All hidden layers end in ReLU, whose derivative follows from its
+output, so only outputs are kept. The same number of threads gives bitwise the same result every time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SOURCE = Path(__file__).with_name("critics.cpp")
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernel for float32 or float64, compiled at its first use; None (logged once) where it cannot be had."""
+    """The kernel for float32 or float64, compiled at its first use; None (logged once) if it cannot be compiled."""
     address, size, count = build.POINTER, build.SIZE, build.INT
     grouped = [size, address, address, *[size] * 4, *[address] * 3]
     functions = {

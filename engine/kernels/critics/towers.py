@@ -2,7 +2,7 @@
 
 A layer of all towers is one launch each way (`engine.kernels.mlp.triton`). InfoNCE takes two launches more: the scores
 with their losses and derivatives, and the products that turn these into gradients of the embeddings. The scores' [G, B,
-B] derivatives are stored, which is why large batches run as `plain` does, by library products.
+B] derivatives are stored, so large batches run by library products, as in `plain`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _scores(
     loss = tl.maximum(difference, 0.0) + tl.log(1.0 + e) + check
     tl.store(loss_ptr + c.to(tl.int64) * rows + i, loss, mask=i < rows)
     if GRADS:
-        # the scores are read by other threads than those that stored them
+        # other threads read the scores than those that stored them
         tl.debug_barrier()
         diagonal = -tl.where(difference >= 0, 1.0, e) / (1.0 + e) + check
         for start in range(0, rows, BLOCK_N):

@@ -1,10 +1,10 @@
 """The concat critic on the GPU, for up to three hidden layers of up to 256; deeper and wider ones run as `plain`.
 
 A program takes a tile of pairs, BLOCK_I rows by BLOCK_J columns, through all layers. The first hidden layer is formed
-from its two parts where it is read, a slice of features at a time; the second exists a slice at a time as well, each
-used for the third as soon as it is there. So no pair's layers leave the chip in the forward pass.
+from its two parts when it is read, one slice of features at a time. The second exists one slice at a time as well, and
+each slice is used for the third at once. So the layers of a pair never leave the chip in the forward pass.
 
-InfoNCE streams the columns of a block of rows and keeps O(1) numbers a row. Backward passes go over slabs of pairs,
+InfoNCE streams the columns of a block of rows and keeps O(1) numbers per row. Backward passes go over slabs of pairs,
 whose layers are computed again; a slab's gradients are kept feature-major for the products over pairs that the weights'
 gradients are. Sums over tiles and slabs have a fixed order: no atomics, bitwise the same every time.
 
@@ -37,7 +37,7 @@ WEIGHT = {
     "bf16": (64, 64, 32, 8, 2),
 }
 TILE = 8  # rows, and columns, of the tiles of pairs that a slab consists of
-# Pairs of a slab: a 32nd of all of them, within these limits. Its buffers take 3 · hidden numbers a pair.
+# Pairs of a slab: a 32nd of all of them, within these limits. Its buffers take 3 · hidden numbers per pair.
 SLAB = (1 << 13, 1 << 16)
 SIDES = 16  # features of one program that adds a slab's pairs up
 SPLITS = 8  # runs of a slab's pairs whose weight gradients are summed apart

@@ -26,7 +26,7 @@ Argument = Tensor | str | bool | float | None
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernel for float32 or float64, compiled at its first use; None (logged once) where it cannot be had."""
+    """The kernel for float32 or float64, compiled at its first use; None (logged once) if it cannot be compiled."""
     head = [build.POINTER, build.DOUBLE, build.INT, build.POINTER]
     functions = {
         "cube_mix_forward": [*head, *[build.POINTER] * 3],

@@ -365,7 +365,7 @@ def _like(weights: Weights, x: Tensor, need_x: bool) -> list[Tensor]:
 
 
 def _copies(*tensors: Tensor | None) -> int:
-    """Launches for what is not contiguous."""
+    """Launches that copy tensors which are not contiguous."""
     return sum(t is not None and not t.is_contiguous() for t in tensors)
 
 

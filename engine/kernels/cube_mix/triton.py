@@ -4,18 +4,18 @@
 A column is one vector along the mixed axis of x [outer, d_in, inner]. A program owns a block of columns, whichever axis
 is mixed, so nothing is permuted.
 
-- Long axes multiply with `tl.dot`: one launch forward, three backward. The first leaves dx and the gradients of both
-  layers' outputs, the second multiplies those with their inputs into the gradients of the weights, the third adds what
-  the programs of the first two found.
-- Short axes (`cpu.SHORT`) hold a column in registers, one number a thread: one launch forward, two backward. Nothing is
-  kept for the backward pass.
+- Long axes multiply with `tl.dot`: one launch forward, three backward. The first gives dx and the gradients of both
+  layers' outputs. The second multiplies these with the layers' inputs into gradients of the weights. The third adds up
+  the parts that the programs of the first two wrote.
+- Short axes (`cpu.SHORT`) hold a column in registers, one number per thread: one launch forward, two backward. They
+  keep nothing for the backward pass.
 - `pair_*` mix a short modality axis and then the channels. Forward is one launch: a program mixes the modalities of
   whole rows, leaves them in memory and goes on with the channels of the same rows. Backward is that of the two axes,
   with one sum for both: four launches.
 
-There are no atomics. Every sum has a fixed order, so results are bitwise the same from run to run. Whether anything is
-kept, or dx is wanted, does not select another kernel: a compiler may fuse multiplications and additions differently in
-each, which would change the last bits.
+There are no atomics. Every sum has a fixed order, so results are bitwise the same in every run. One kernel serves both
+with and without a state to keep, and with and without dx: in two kernels the compiler might fuse multiplications and
+additions differently, which would change the last bits.
 
 `precision` is that of the products: fp32 (three tf32 products of split factors), tf32 (operands rounded to nearest),
 bf16 or fp16. LayerNorm and all sums are fp32. What is kept for the backward pass is stored in 16 bits where the
@@ -475,7 +475,7 @@ def _short_weights(
     D_IN: tl.constexpr, HIDDEN: tl.constexpr, D_OUT: tl.constexpr, LN_FIRST: tl.constexpr, BIAS1: tl.constexpr,
     BIAS2: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """All weights as scalars; what is missing has no elements."""
+    """All weights as scalars. A missing weight has no elements."""
     N: tl.constexpr = D_IN if LN_FIRST else D_OUT
     return (
         _scalars(fc1, HIDDEN * D_IN), _scalars(bias1, HIDDEN if BIAS1 else 0), _scalars(fc2, D_OUT * HIDDEN),
@@ -730,7 +730,7 @@ def _weight_blocks(precision: str) -> dict[str, int]:
 
 
 def _kept_parts(kept: Tensor, x: Tensor, sizes: dict[str, int], columns: int) -> tuple[Tensor, Tensor]:
-    """pre, centred: views of what is kept; x stands for what is not."""
+    """pre and centred: views of the kept numbers, or x if they are not kept."""
     hidden = sizes["HIDDEN"] * columns
     return (kept, kept[hidden:]) if len(kept) > hidden else (kept, x) if len(kept) else (x, x)
 

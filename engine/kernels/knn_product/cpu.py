@@ -1,15 +1,15 @@
-"""Neighbours on the CPU: a cheap product bounds all distances from below, and few rows are looked at closely.
+"""Neighbours on the CPU: a cheap product bounds all distances from below, and few rows are searched exactly.
 
-Prepared once for a bank: centred rows, rounded to int8 with a scale a row (where the processor multiplies int8 fast) or
-kept in float32, and the norm of what rounding took away. For a query q and a row b, rounded to q̂ and b̂, with
-residuals r = q − q̂ and s = b − b̂,
+Once for a bank, rows are centred. If the processor multiplies int8 fast, they are rounded to int8 with one scale per
+row, and the norms of the rounding errors are kept; else they stay in float32. For a query q and a row b, rounded to q̂
+and b̂, with residuals r = q − q̂ and s = b − b̂,
 
     |q − b|² = |q|² + |b|² − 2 q·b  >=  |q|² + |b|² − 2 (q̂·b̂ + |q||s| + |r||b̂|)
 
-so one product gives a lower bound for every row. Rows are searched in groups, those of least bound first, by exact
-distance in float64, until no bound is below the k-th distance found: the answer is exact whatever the product's
-precision, ties included, and in 128 dimensions some dozen rows a query are looked at. Where bounds say nothing (tight
-clusters far apart, many ties) the search visits more rows, at worst all.
+so one product gives a lower bound for every row. Groups of rows are searched by exact distance in float64, those of
+least bound first, until no bound is below the k-th distance. The answer is exact whatever the product's precision, ties
+included. In 128 dimensions the search visits some dozen rows per query. If the bounds tell little (tight clusters far
+apart, many ties), it visits more rows, at worst all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GROUP = 64  # rows that share one bound
 PRODUCTS = 1 << 23  # entries of one block of products: 32 MB
 ROWS = 8192  # rows prepared at a time, in float64
 
-# No NaN or infinity is assumed away: infinite distances mark what is not found yet.
+# NaN and infinity are allowed for: an infinite distance marks a neighbour that is not known yet.
 SUMS = {"reassoc", "contract", "nsz"}
 
 

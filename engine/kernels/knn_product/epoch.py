@@ -1,4 +1,4 @@
-"""Product rows of a whole epoch: queries, keys and neighbours of all batches at once, then one launch a batch.
+"""Product rows of a whole epoch: queries, keys and neighbours of all batches at once, then one launch per batch.
 
     epoch = draw_epoch(sampler, terms, [32] * 40 + [4], generator)  # at the epoch's beginning
     rows = epoch.take(number)                                       # batch `number`: {"I(T;A|C)": (x, y, z), ...}

@@ -1,9 +1,9 @@
 """Statistics and gradients of embeddings' score matrices on the GPU by library products. Signatures: cpu.py.
 
-A chunk of rows at a time: the library multiplies, one kernel (scores.py) turns the chunk's scores into what is kept of
-them, and in backward passes into the scores' gradient, which the library multiplies again. Whatever the width of the
-embeddings, that is one product in a forward pass and three in a backward pass; `infonce_mean` needs three in all. The
-sums over the rows, dk, are taken in fp32 in the order of the chunks. Results are bitwise the same every time.
+The work is done one chunk of rows at a time. The library multiplies. One kernel (scores.py) turns the chunk's scores
+into statistics, or in backward passes into the scores' gradient, which the library multiplies again. Whatever the width
+of the embeddings, that is one product in a forward pass and three in a backward pass; InfoNCE's mean needs three in
+all. The sums over the rows, dk, are taken in fp32 in the order of the chunks. Results are bitwise the same every time.
 
 Memory: `plan.CHUNK_BYTES` for a chunk (or what `plan.LEAST_ROWS` rows need, if that is more), and fp32 copies of dq and
 dk.
@@ -233,7 +233,7 @@ def mixture_gradients(
 def in_range(
     q: Tensor, scale: Tensor, *weights: Tensor | None, share: Callable[[], Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Weights [G, n] of a gradient as they are to be used, contiguous, and the factor of the products of embeddings.
+    """Weights [G, n] of a gradient, contiguous and in range, and the factor of the products of embeddings.
 
     The factor is `scale`. For fp16 weights are multiplied so that the largest gradient, the largest weight times the
     largest `share` [G, n], comes to HALF_RANGE, and the factor [G, 1, 1] undoes that: fp16 would lose the gradients of

@@ -1,10 +1,10 @@
 """Streaming statistics and gradients of score matrices on the CPU: blocks of rows in one reused buffer.
 
-What comes from exponentials of embeddings' scores is computed by mi_bounds.cpp, where it can be had.
+Statistics that are exponentials of embeddings' scores are computed by mi_bounds.cpp, if it can be compiled.
 
 Scores are S = scale * q k^T, q [G, B, d], k [G, C, d]; they exist one block of rows at a time, O(B · block) memory.
 For scores that are given as a matrix, the functions beginning with `score_` do the same. Host functions: plain tensors
-in and out, fp32 or fp64, no autograd. One number of threads gives bitwise the same result every time.
+in and out, fp32 or fp64, no autograd. The same number of threads gives bitwise the same result every time.
 
 Row i's positive is column `positives[i]` (i if None); it is left out of every statistic and has a gradient of its own.
 With `exclude_self`, column i does not exist for row i.
@@ -38,7 +38,7 @@ WHOLE = 16  # numbers: whole vectors there
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernel for float32 or float64, compiled at its first use; None (logged once) where it cannot be had."""
+    """The kernel for float32 or float64, compiled at its first use; None (logged once) if it cannot be compiled."""
     pointer, size, count = build.POINTER, build.SIZE, build.INT
     functions = {
         "mi_exponentials": [pointer, pointer, *[size] * 3, pointer, size, *[pointer] * 4, count],
@@ -118,8 +118,8 @@ def fused(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Statistics and, from the same scores, the products that the gradients consist of: no score is computed twice.
 
-    The gradient of row i's other scores is, up to one factor a group that is known only when all rows are, proportional
-    to e^(S_ij - R_i) e^(rho_i - M), with R_i the LSE of the row and M a running maximum of rho, or to sigmoid(S_ij).
+    The gradient of row i's other scores is proportional to e^(S_ij - R_i) e^(rho_i - M), with R_i the LSE of the row
+    and M a running maximum of rho, or to sigmoid(S_ij). Its factor, one per group, is known only when all rows are.
 
     Args:
         weighting: "softmax": rho_i = R_i - logaddexp(R_i, D_i) (InfoNCE); "offset": rho_i = R_i - offset_i;
@@ -168,7 +168,7 @@ def infonce(
     """InfoNCE's losses, its state, and the gradients of the sum of the losses that are asked for.
 
     Args:
-        algorithm: one of the GPU's; here it means nothing.
+        algorithm: one of the GPU's; not used here.
         gradients: "none", "rows" (dq) or "both".
 
     Returns:

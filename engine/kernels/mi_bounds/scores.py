@@ -1,7 +1,7 @@
 """GPU kernels over scores that are stored: a caller's matrix, or a chunk of rows of products (chunked.py).
 
-A chunk [G, n, M] holds the rows from `begin` on of G matrices [N, M]. `scale` is what its numbers still have to be
-multiplied by; None where they are scores already. Statistics are read and written by the rows' place in [G, N].
+A chunk [G, n, M] holds the rows from `begin` on of G matrices [N, M]. Its numbers times `scale` are
+the scores; None if they are scores already. Statistics are read and written by the rows' place in [G, N].
 No atomics: results are bitwise the same every time.
 """
 

@@ -92,16 +92,16 @@ def pad_batches(
 ) -> Iterator[list[Tensor]]:
     """Padded batches out of several ragged arrays, one after another: an epoch of a loader.
 
-    On a CPU a batch is one call of the kernel.
+    On a CPU, one call of the kernel makes one batch.
 
     Args:
-        sources: what is padded; the same sequences of each.
+        sources: what is padded. All hold the same sequences.
         rows: int64, of all batches end to end.
         sizes: rows of each batch.
-        widths: of each batch the widths of its tensors, one a source, at least 1.
+        widths: for each batch, the widths of its tensors, one per source, at least 1.
 
     Yields:
-        The batch's tensors, one a source.
+        The batch's tensors, one per source.
 
     Raises:
         ValueError: on a CPU, rows out of range.
