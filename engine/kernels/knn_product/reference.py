@@ -4,9 +4,9 @@ Isolated sampling (CCMI, Molavipour et al.): m queries are drawn without replace
 from k rows of like z among the rows that are *not* queries, so that no row serves both roles. "Like z" is the k nearest
 neighbours in z for a continuous condition, and an equal value of z for a discrete one.
 
-All chance comes from the queries and one integer key a query, both drawn beforehand (`engine.kernels.knn_product.op`).
-What follows from them is the same on every backend and device: which of several tied rows are taken is decided by a
-hash of the query's key and the row. T draws are answered at once; a draw isolates its own queries only.
+All randomness is in the queries and in one integer key per query, which are drawn beforehand (`op.py`). What follows
+from them is the same on every backend and device: a hash of the query's key and the row decides which of several tied
+rows are taken. T draws are answered at once, and a draw isolates its own queries only.
 Nothing here waits for a device, except `label_strata`, which is called once for a bank.
 """
 
