@@ -32,6 +32,7 @@ from engine.information.neighbours import (
 )
 from engine.kernels.arguments import check_count, check_number
 from engine.samples import as_samples
+from engine.vocabulary import BOUNDS as ALL_BOUNDS
 
 WHERE = "estimate_mi"
 BOUNDS = tuple(bound for bound in ALL_BOUNDS if bound != "js_fgan")  # js_fgan bounds another divergence
