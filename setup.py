@@ -5,6 +5,6 @@ from setuptools import find_packages, setup
 setup(
     packages=find_packages(include=["engine", "engine.*"]),
     package_data={
-        "engine": ["presets/*.yaml", "*.html", "py.typed", "kernels/*.h", "kernels/*.json", "kernels/*/*.cpp"]
+        "engine": ["*/presets/*.yaml", "report/*.html", "py.typed", "kernels/*.h", "kernels/*.json", "kernels/*/*.cpp"]
     },
 )

@@ -21,14 +21,16 @@ from bench import flops, shapes
 from bench.baselines import loader as reference_loader
 from bench.baselines import mimrl
 from bench.runner import Setting, Work
-from engine import compat, losses
+from engine import losses
 from engine.config import Config, load_config
 from engine.loaders.batch import Batch
-from engine.model.mimrl import build_model
+from engine.mimrl.model import build_model
+from engine.mimrl.names import split_reference_state
+from engine.mimrl.terms import MIMRL_ESTIMATORS, mimrl_objective
 from engine.model.text_encoder import text_encoder_from_config
-from engine.objective import MIMRL_ESTIMATORS, mimrl_objective
 from engine.step import TwoStageStep
 from engine.trainer import train
+from engine.training.parts import parameter_groups
 
 SAMPLES, QUICK_SAMPLES = 256, 32
 HELD_OUT = 4  # samples of valid and test, which are not timed
@@ -271,13 +273,13 @@ def tiny_pair(mode: str, device: str = "cpu", text_padding: str = "zero") -> Sim
     encoder = text_encoder_from_config({"model_type": "bert", **TINY_BERT})
     model = build_model(settings, TINY["d_in"][1], TINY["d_in"][2], encoder)
     objective = mimrl_objective(settings.objective, model.fused_dim, TINY["d_common"])
-    model_state, objective_state, _ = compat.split_reference_state(theirs.state_dict())
+    model_state, objective_state, _ = split_reference_state(theirs.state_dict())
     model.load_state_dict(model_state)
     if mode == "faithful":
         objective.load_state_dict(objective_state)
     for module in (model, objective, theirs):
         module.to(device)
-    groups = model.parameter_groups()
+    groups = parameter_groups(model, model.text_encoder)
     main = torch.optim.SGD([{"params": groups["main"]}, {"params": groups["text"], "lr": 0.05 * RATE}], lr=RATE)
     step = TwoStageStep(
         model,

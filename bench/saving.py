@@ -68,9 +68,10 @@ def mosi(folder: Path) -> Any:
 def _measured(config: Any, out: Path) -> dict[int, dict[str, float]]:
     """Epoch, from 1 -> milliseconds of "copy", "write" and "epoch", and bytes of each file."""
     from engine import trainer
+    from engine.training.saving import RunFiles
 
     found: dict[int, dict[str, float]] = {}
-    save, ended = trainer._Trainer._save, [time.thread_time()]
+    save, ended = RunFiles.save, [time.thread_time()]
 
     def timed(self: Any, history: list[dict[str, Any]], *rest: Any) -> Callable:
         epoch, start = len(history), time.thread_time()
@@ -86,11 +87,11 @@ def _measured(config: Any, out: Path) -> dict[int, dict[str, float]]:
 
         return timed_write
 
-    trainer._Trainer._save = timed
+    RunFiles.save = timed
     try:
         trainer.train(config, out)
     finally:
-        trainer._Trainer._save = save
+        RunFiles.save = save
     return found
 
 

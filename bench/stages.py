@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from bench import shapes
+from engine.bank import FeatureBank
 from engine.config import Config, load_config
-from engine.step import FeatureBank, unpack
-from engine.trainer import _Trainer
+from engine.passes import passes_of_epoch, unpack
+from engine.training.parts import Parts
+from engine.training.run import TrainingRun
 
 MODES = ("fast", "faithful")
 STAGES = ("stage1", "stage2", "draw", "collect")
@@ -36,35 +38,34 @@ def write_data(folder: Path, samples: shapes.Utterances, text_encoder: str = "mi
     return shapes.write_store(folder, {"train": samples, **held_out}, text_encoder)
 
 
-def ready(config: Config) -> _Trainer:
-    """A training run before its first epoch; nothing is written."""
+def ready(config: Config) -> Parts:
+    """The parts of a training run before its first epoch; nothing is written."""
     with tempfile.TemporaryDirectory(prefix="bench-stages-") as folder:
-        trainer = _Trainer(config, Path(folder) / "run", (), None)
-        trainer._open(resumed=False)
-        trainer._prepare()
-    return trainer
+        run = TrainingRun(config, Path(folder) / "run")
+        run.prepare()
+    return run.parts
 
 
-def epoch(trainer: _Trainer, number: int, bank: FeatureBank | None) -> FeatureBank:
+def epoch(parts: Parts, number: int, bank: FeatureBank | None) -> FeatureBank:
     """One epoch of both stages; returns the bank for the next. The first has no bank, and so no first stage."""
-    loader, c = trainer.loaders["train"], trainer.config
+    loader, c = parts.loaders["train"], parts.config
     loader.set_epoch(number)
-    return trainer.step.train_epoch(
-        loader, len(trainer.dataset.splits["train"]), bank, batch_size=c.batch_size, stage1_n=c.train.stage1_n,
+    return parts.step.train_epoch(
+        loader, len(parts.dataset.splits["train"]), bank, batch_size=c.batch_size, stage1_n=c.train.stage1_n,
         stage1_features=c.train.stage1_features,
     )[1]  # fmt: skip
 
 
-def passes(trainer: _Trainer) -> dict[str, tuple[Callable[[], Any], int]]:
+def passes(parts: Parts) -> dict[str, tuple[Callable[[], Any], int]]:
     """{stage: (what runs one pass of it, its batches)} of a run whose step is static; "draw": an epoch's product rows.
 
     Two epochs have been run: every shape has been met, and on a GPU captured.
     """
-    static, loader, size = trainer.step.static, trainer.loaders["train"], len(trainer.dataset.splits["train"])
-    bank = epoch(trainer, 1, epoch(trainer, 0, None))
-    batch, known, step, t = trainer.config.batch_size, bank.tensors(), trainer.step, trainer.config.train
+    static, loader, size = parts.step.static, parts.loaders["train"], len(parts.dataset.splits["train"])
+    bank = epoch(parts, 1, epoch(parts, 0, None))
+    batch, known, step, t = parts.config.batch_size, bank.tensors(), parts.step, parts.config.train
     fresh = t.stage1_features == "fresh"
-    sizes = [n for part in step.passes_of_epoch(loader, size, bank, batch, t.stage1_n, fresh) for n in part]
+    sizes = [n for part in passes_of_epoch(loader, size, bank, batch, t.stage1_n, fresh) for n in part]
 
     def nothing(stage: str, number: int) -> None:
         pass
@@ -79,11 +80,11 @@ def passes(trainer: _Trainer) -> dict[str, tuple[Callable[[], Any], int]]:
 
 def prepare(config: Config, bank_size: int = BANK) -> dict[str, Callable[[], Any]]:
     """{stage: what runs one batch of it eagerly}; the bank's features are random."""
-    trainer = ready(config)
-    loader = trainer.loaders["train"]
+    parts = ready(config)
+    loader = parts.loaders["train"]
     loader.set_epoch(0)
     inputs, target, _ = unpack(next(iter(loader)))
-    step, device, size = trainer.step, trainer.device, len(target)
+    step, device, size = parts.step, parts.device, len(target)
     features = step.features(inputs, target)
     bank = FeatureBank(bank_size)
     rows = {k: torch.randn(bank_size, *v.shape[1:], device=device) for k, v in features.items()}

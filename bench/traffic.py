@@ -20,7 +20,6 @@ was measured.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -38,18 +37,18 @@ from torch.utils._pytree import tree_iter
 from bench import machine
 from bench.baselines import mimrl
 from bench.suites import cubemlp
-from engine.config import ObjectiveConfig
 from engine.kernels import dispatch, registry
 from engine.kernels.cmi import op as cmi
 from engine.kernels.critics import op as critics
 from engine.kernels.cube_mix.cpu import SHORT
 from engine.kernels.mi_bounds import op as mi_bounds
 from engine.kernels.mi_bounds import plan
-from engine.objective import mimrl_objective
+from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
+from engine.mimrl.terms import mimrl_objective
+from tests.aot import budgets
 
 BATCH, WIDTH = 128, 128
 PAGE = machine.ROOT / "docs" / "kernels.md"
-BUDGETS = machine.ROOT / "tests" / "aot" / "budgets.json"
 ARCHS = (80, 90, 100)
 # Operations that compute nothing, beside views.
 NOTHING = ("empty", "new_empty", "_unsafe_view")
@@ -473,7 +472,7 @@ def update(page: Path = PAGE) -> None:
     """Put the tables between their markers."""
     text = page.read_text(encoding="utf-8")
     for name, table in (
-        ("kernels", kernel_table(json.loads(BUDGETS.read_text(encoding="utf-8")))),
+        ("kernels", kernel_table(budgets.newest())),
         ("traffic", traffic_table(measure())),
         ("infonce", infonce_table()),
         ("operations", operation_table(operations())),

@@ -1,4 +1,4 @@
-"""Mutual information objectives for multimodal models: estimators, two-stage training, and MIMRL built on them.
+"""Mutual information objectives for multimodal models: estimators, two-stage training, and tasks built on them.
 
 Every public name is imported when it is first used, so that `import engine` costs next to nothing and needs neither
 torch nor any optional package.
@@ -14,6 +14,8 @@ _HOME = {
     "train_seeds": "engine.trainer",
     "evaluate": "engine.trainer",
     "predict": "engine.trainer",
+    "Task": "engine.task",
+    "register_task": "engine.task",
     "Config": "engine.config",
     "load_config": "engine.config",
     "Objective": "engine.objective",
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from engine.objective import MI as MI
     from engine.objective import Objective as Objective
     from engine.step import TwoStageStep as TwoStageStep
+    from engine.task import Task as Task
+    from engine.task import register_task as register_task
     from engine.trainer import evaluate as evaluate
     from engine.trainer import predict as predict
     from engine.trainer import train as train

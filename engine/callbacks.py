@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from engine.vocabulary import SPLITS
+
 
 class Callback(Protocol):
     """Called by the trainer. Raising stops the run; the last finished epoch stays on disk."""
 
     def on_start(self, first_epoch: int, epochs: int, batches: dict[str, int]) -> None:
-        """Before the first epoch. `batches`: number of batches an epoch has of each stage."""
+        """Before the first epoch. `batches`: the number of batches per epoch, by stage."""
 
     def on_batch(self, stage: str, number: int) -> None:
         """After every batch of "collect", "stage1" or "stage2"."""
@@ -29,9 +31,9 @@ class Callback(Protocol):
 
 
 class OpenEnded:
-    """A text stream whose reader may go (`engine train | head`): what cannot be written any more is dropped.
+    """A text stream whose reader may close it, as in `engine train | head`.
 
-    A warning says so once.
+    What can no longer be written is dropped. A warning says so once.
     """
 
     def __init__(self, stream: IO[str], name: str):
@@ -49,7 +51,7 @@ class OpenEnded:
             getattr(self._stream, method)(*arguments)
         except OSError as cause:
             nowhere = Path(os.devnull).open("w")  # noqa: SIM115  (it stands in for the stream until the end)
-            with contextlib.suppress(OSError, ValueError):  # what is in its buffer has to go somewhere
+            with contextlib.suppress(OSError, ValueError):  # its buffer has to be written somewhere
                 os.dup2(nowhere.fileno(), self._stream.fileno())
             self._stream = nowhere
             warnings.warn(f"{self._name}: {cause.strerror}: the rest of it is lost", stacklevel=2)
@@ -59,7 +61,7 @@ class OpenEnded:
 
 
 class ProgressCallback:
-    """A live bar over the whole run with the time left, and one line an epoch."""
+    """A live bar over the whole run with the time left, and one line per epoch."""
 
     def __init__(self, metric: str):
         self.metric = metric
@@ -106,13 +108,12 @@ class ProgressCallback:
 class TensorBoardCallback:
     """Losses, information terms, estimators (nats) and metrics as scalars, for train, valid and test.
 
-    A run that goes on gets a new file with all of its epochs, which takes the place of the earlier ones: no point is
-    missing or there twice, wherever the run was stopped. Where a file cannot be written, a warning says so once, and
-    training goes on.
+    A resumed run gets a new file with all of its epochs, which replaces the earlier ones. So no point is missing or
+    doubled, wherever the run was stopped. If the file cannot be written, training goes on after one warning.
 
     Args:
-        folder: where the event files go; others' files in it stay.
-        history: the records of the epochs that the run has already.
+        folder: where the event files go. Other files in it stay.
+        history: the records of the epochs that are done.
     """
 
     SUFFIX = ".engine"
@@ -162,7 +163,7 @@ class TensorBoardCallback:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [(f"lr/{optimizer}", record[f"lr_{optimizer}"]) for optimizer in ("main", "estimators")]
-        for split in ("train", "valid", "test"):
+        for split in SPLITS:
             for name, value in record[split].items():
                 of_terms = value.items() if isinstance(value, dict) else [(None, value)]
                 values += [(f"{name}/{term}/{split}" if term else f"{name}/{split}", v) for term, v in of_terms]

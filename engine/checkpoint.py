@@ -48,14 +48,14 @@ def save(
 
     Args:
         path: file to write; by convention `*.safetensors`.
-        state: tree of dicts, lists and tuples with tensors and plain values as leaves. Tensors are saved from whatever
-            device they are on, in their own dtype; tensors that share memory are each written in full.
+        state: tree of dicts, lists and tuples with tensors and plain values as leaves. Tensors are saved from
+            any device, in their own dtype. Tensors that share memory are each written in full.
         meta: what describes the checkpoint (epoch, widths, …): plain values that JSON holds.
-        previous: where the checkpoint that was at `path` goes; None: it is removed.
+        previous: where to move the checkpoint that was at `path`; None: it is removed.
 
     Raises:
         OutputError: the folder cannot be written to, or the disk is full.
-        TypeError: the tree holds something else (a programming error, hence no `EngineError`).
+        TypeError: the tree holds something else. That is a programming error, so it is no `EngineError`.
     """
     Snapshot(state, copies=False).save(path, meta, previous)
 
@@ -65,7 +65,7 @@ class Snapshot:
 
     Args:
         state: as of the function `save`.
-        copies: whether its tensors get memory of their own, so that training may go on while another thread writes.
+        copies: whether to copy the tensors, so that training can go on while another thread writes.
     """
 
     def __init__(self, state: dict[Any, Any], copies: bool = True):
@@ -90,7 +90,7 @@ def write_tensors(
 ) -> None:
     """Write tensors on the CPU as a safetensors file, atomically.
 
-    safetensors writes a temporary file of its own, which would stay behind where the process is killed.
+    safetensors would write a temporary file of its own, which stays behind if the process is killed.
 
     Args:
         previous: as in `save`.

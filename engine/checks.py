@@ -1,4 +1,4 @@
-"""What can be checked before the first epoch: every problem is one line, and nothing is written yet."""
+"""Checks before the first epoch. Every problem is one line, and nothing has been written yet."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from engine.model.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
     from engine.loaders.dataset import Dataset, Split
+    from engine.objective import Objective
 
-HELD = 8  # tensors of the size of the fusion encoder's input that a step holds at the least
+HELD = 8  # tensors as large as the largest one that a step holds at least
 
 PLAIN = "MAE, Corr, CCC and RMSE"
 OTHERS = "mosi (classes of [-3, 3]) or sims (of [-1, 1])"
 
 
 def label_scale(config: Config, dataset: Dataset) -> str:
-    """The scale whose metrics a run reports: the declared one, "none" where none is known or the labels do not fit it.
+    """The scale whose metrics a run reports.
 
-    That only regression metrics are reported is told once, as DataWarning.
+    It is the declared scale, or "none" if no scale is known or the labels do not fit it. In that case a DataWarning
+    says once that only regression metrics are reported.
 
     Raises:
         ConfigError: labels outside the scale that `data.label_scale` names.
@@ -75,7 +77,7 @@ def _advice(scale: str, low: float, high: float) -> str:
 
 
 def evaluated_scale(config: Config, split: Split) -> str:
-    """The scale whose metrics `split` gets from a run: the run's, or "none", said once, where its labels leave it."""
+    """The scale for the metrics of `split`: the run's, or "none" with a warning if the labels leave that scale."""
     from engine.loaders.dataset import DataWarning
 
     declared, labels = config.data.label_scale, split.label[:, 0].numpy()
@@ -97,14 +99,14 @@ def _within(scale: str, low: float, high: float) -> bool:
 
 
 def _fits(scale: str, low: float, high: float) -> bool:
-    """Whether labels from `low` to `high` may be on `scale`. Sentiment has both signs, and MOSI's goes beyond +-1."""
+    """Whether labels from `low` to `high` can be of `scale`. Sentiment has both signs; MOSI's labels go beyond +-1."""
     if scale == "phq8":
         return _within(scale, low, high)
     return _within(scale, low, high) and low < 0 < high and (scale != "mosi" or max(-low, high) > 1)
 
 
 def last_batch(config: Config, dataset: Dataset) -> None:
-    """Tell, as DataWarning, that every epoch leaves one sample out: information terms need two in a batch."""
+    """Warn if every epoch leaves one sample out. Information terms need two samples in a batch."""
     from engine.loaders.dataset import DataWarning
 
     size, count = config.batch_size, len(dataset.splits["train"])
@@ -118,7 +120,7 @@ def last_batch(config: Config, dataset: Dataset) -> None:
 
 
 def class_numbers(config: Config, dataset: Dataset, splits: Iterable[str] | None = None) -> None:
-    """Raise DataError where a label is no class number below `model.num_class`; `splits`: all where None."""
+    """Raise DataError if a label is no class number below `model.num_class`. `splits`: None checks all."""
     if config.model.task != "classification":
         return
     for name in dataset.splits if splits is None else splits:
@@ -135,8 +137,17 @@ def class_numbers(config: Config, dataset: Dataset, splits: Iterable[str] | None
             )
 
 
-def text_fits(config: Config, dataset: Dataset, encoder: nn.Module, splits: Iterable[str] | None = None) -> None:
-    """Raise where the tokens of `splits` (None: all) are beyond the text encoder's vocabulary or positions.
+def text_fits(
+    config: Config,
+    dataset: Dataset,
+    encoder: nn.Module | None,
+    pad_tokens_to: int | None = None,
+    splits: Iterable[str] | None = None,
+) -> None:
+    """Raise if tokens of `splits` (None: all) exceed the text encoder's vocabulary or its number of positions.
+
+    Args:
+        pad_tokens_to: length to which every text is padded; None: to the longest of its batch.
 
     Raises:
         ConfigError: in one line, with the sample.
@@ -147,7 +158,7 @@ def text_fits(config: Config, dataset: Dataset, encoder: nn.Module, splits: Iter
         split = dataset.splits[name]
         if split.tokens is not None and len(split.tokens.values):
             _vocabulary(config, split, f"{name} split", encoder, dataset.pad_id)
-            _positions(config, split, f"{name} split", encoder)
+            _positions(config, split, f"{name} split", encoder, pad_tokens_to is not None)
 
 
 def _vocabulary(config: Config, split: Split, where: str, encoder: TextEncoder, pad: int) -> None:
@@ -165,13 +176,13 @@ def _vocabulary(config: Config, split: Split, where: str, encoder: TextEncoder, 
     )
 
 
-def _positions(config: Config, split: Split, where: str, encoder: TextEncoder) -> None:
+def _positions(config: Config, split: Split, where: str, encoder: TextEncoder, padded: bool) -> None:
     most, cap = encoder.positions, config.data.time_len
     if most is None or cap <= most:
         return
     lengths = split.tokens.lengths
     row = int(lengths.argmax())
-    if config.mode == "faithful" or split.draws_words:  # padded to the cap; or words are drawn anew
+    if padded or split.draws_words:  # padded to the cap; or words are drawn anew
         longest = f"texts of {cap} tokens"
     elif lengths[row] > most:
         longest = f"a text of {lengths[row]} tokens (id {split.ids[row]})"
@@ -183,34 +194,41 @@ def _positions(config: Config, split: Split, where: str, encoder: TextEncoder) -
     )  # fmt: skip
 
 
-def memory(config: Config, parts: Iterable[nn.Module], samples: int, device: torch.device) -> None:
-    """Raise ConfigError where training takes more memory than there is, for most of which mistyped sizes are to blame.
+def bank_size(config: Config, objective: Objective, samples: int) -> None:
+    """Raise ConfigError if a bank of `samples` rows is too small to draw product rows from."""
+    k, m = config.objective.k_neighbor, config.batch_size // config.objective.k_neighbor
+    if config.objective.enabled and objective.needs_products and samples - min(m, samples) < k:
+        raise ConfigError(
+            "objective.k_neighbor", f"{k} neighbours for {m} queries from a bank of {samples} training samples",
+            f"at least {m + k} training samples", "Lower objective.k_neighbor or batch_size.",
+        )  # fmt: skip
+
+
+def memory(config: Config, parts: Iterable[nn.Module], largest: int, device: torch.device) -> None:
+    """Raise ConfigError if training needs more memory than the machine has. Most such settings are mistyped sizes.
 
     Args:
         parts: modules that are trained; their tensors may be on the meta device.
-        samples: size of the training split, which bounds that of a batch.
+        largest: bytes of the largest tensor that a step holds several times.
     """
     have = _memory_of(device)
     if have is None:
         return
     trained = sum(p.numel() * 4 for part in parts for p in part.parameters() if p.requires_grad)
     weights = trained * (2 + 2 * (config.train.optimizer == "adam") + (config.train.average is not None))
-    width = max([config.model.d_common, *(s[2] for s in config.model.cubemlp.d_hiddens + config.model.cubemlp.d_outs)])
-    batch = min(config.batch_size, samples)
-    fused = 4 * batch * config.data.time_len * len(config.data.modalities) * width
-    need = weights + HELD * fused
+    need = weights + HELD * largest
     if need > have:
         raise ConfigError(
-            "model" if weights > HELD * fused else "data.time_len",
+            "model" if weights > HELD * largest else "data.time_len",
             f"settings that take about {need / 1e9:.0f} GB of memory ({weights / 1e9:.1f} for weights, gradients and "
-            f"optimiser; {HELD * fused / 1e9:.1f} for a batch of {batch} by {config.data.time_len} by {width})",
+            f"optimiser; {HELD * largest / 1e9:.1f} for a batch of {config.batch_size})",
             f"at most the {have / 1e9:.0f} GB of this machine",
-            "Lower model.d_common, the sizes of model.cubemlp, data.time_len or batch_size.",
+            "Lower the sizes in the section model, data.time_len or batch_size.",
         )
 
 
 def _memory_of(device: torch.device) -> int | None:
-    """Bytes of memory that a device has in all; None where nobody tells."""
+    """Total memory of a device in bytes; None if it is not known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -220,12 +238,13 @@ def _memory_of(device: torch.device) -> int | None:
 
 
 def disk_space(out: Path, model: nn.Module, objective: nn.Module, train: TrainConfig, present: Iterable[Path]) -> None:
-    """Raise OutputError where `out` has no room for the checkpoints of a run.
+    """Raise OutputError if `out` has no room for the checkpoints of a run.
 
-    The best model, the last checkpoint and the one before it stay, and a new one is written before the oldest goes.
+    A run keeps the best model, the last checkpoint and the one before it. A new checkpoint is written before the oldest
+    is removed.
 
     Args:
-        present: checkpoints that a run which goes on has already.
+        present: checkpoints that a resumed run already has.
     """
     tensors = [t for part in (model, objective) for t in part.state_dict().values()]
     best = sum(t.numel() * t.element_size() for t in tensors)

@@ -22,7 +22,7 @@ class Constant:
     """
 
     def __init__(self, numbers: Sequence[float] | Sequence[Sequence[float]]):
-        rows = isinstance(numbers[0], Sequence)
+        rows = len(numbers) > 0 and isinstance(numbers[0], Sequence)
         self.shape = (len(numbers), len(numbers[0])) if rows else (len(numbers),)
         self.numbers = tuple(float(x) for row in numbers for x in row) if rows else tuple(map(float, numbers))
         self._made: dict[Any, Tensor] = {}

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import ConfigError, DataError
+from engine.vocabulary import LOSSES, REGRESSION_LOSSES
 
-LOSSES = ("MAE", "MSE", "RMSE", "SIMSE", "CCC", "CE", "BCE", "Focal")
-_REGRESSION = ("MAE", "MSE", "RMSE", "SIMSE", "CCC")
 _ONE_OF_MANY = ("CE", "Focal")
 
 
@@ -43,9 +42,9 @@ def task_loss(name: str, num_class: int = 1, task: str | None = None) -> nn.Modu
         raise ConfigError("model.task", repr(task), "regression or classification", "Choose one of these.")
     if num_class < 1:
         raise ConfigError("model.num_class", str(num_class), "at least 1", "Set it to the number of outputs.")
-    kind = "regression" if name in _REGRESSION else "classification"
+    kind = "regression" if name in REGRESSION_LOSSES else "classification"
     if task is not None and task != kind:
-        fitting = " ".join(loss for loss in LOSSES if (loss in _REGRESSION) == (task == "regression"))
+        fitting = " ".join(loss for loss in LOSSES if (loss in REGRESSION_LOSSES) == (task == "regression"))
         raise ConfigError("train.loss", f"{name} with model.task={task}", fitting, "Change train.loss or model.task.")
     if kind == "regression" and num_class > 1 and task is None:
         raise ConfigError(

@@ -7,16 +7,15 @@
         dims={"Z": 64, "Y": 8, "S": 1},
     )
 
-`MI` and `CMI` build expressions; sums and differences of them are expressions again. An objective collects the distinct
-terms of its expressions, owns one estimator for each, and gives the two losses of two-stage training: `estimator_loss`
-(stage 1, moves the estimators) and `model_loss` (stage 2, moves the features). Nothing here knows of MIMRL but the
-declaration at the end, `mimrl_objective`.
+`MI` and `CMI` build expressions, and sums of expressions are expressions again (see `engine.terms`). An objective owns
+one estimator per distinct term and gives the two losses of two-stage training. Stage 1, `estimator_loss`, moves the
+estimators. Stage 2, `model_loss`, moves the features.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.config import MODALITIES, ObjectiveConfig
+from engine.config import ObjectiveConfig
 from engine.constant import Constant
 from engine.errors import ConfigError, EstimatorError
 from engine.kernels.knn_product import Bank, EpochProducts, ProductRows, ProductSampler, draw_epoch
@@ -32,124 +31,28 @@ from engine.model.cmi import CMIEstimator
 from engine.model.estimators import Estimate, MIEstimator
 from engine.model.term_estimators import TermEstimates, TermEstimators
 from engine.readings import Reading
+from engine.terms import CMI, MI, Expression, Sums, Term, distinct_terms
+
+__all__ = ["CMI", "MI", "Expression", "Objective", "ObjectiveOutput", "Sums", "Term", "default_estimator"]
 
 MOST_PAIRED = 256
-"""Rows that are read at once where every pair of rows costs a pass of a network: a few percent of an epoch of MOSI."""
+"""The most rows that are read at once where each pair of rows takes a pass of a network. It keeps reading cheap."""
+
+MakeEstimator = Callable[[Term, Mapping[str, int], ObjectiveConfig], nn.Module]
+"""Builds a term's estimator from the term, the features' widths and the estimators' settings."""
 
 Rows = Sequence[Tensor]
 """Product rows of one term: x, y and z, [rows, width] each."""
 
 
-@dataclass(frozen=True)
-class Term:
-    """One information quantity between named features: I(x;y), or I(x;y|given). In nats."""
-
-    x: str
-    y: str
-    given: str | None = None
-
-    def __str__(self) -> str:
-        return f"I({self.x};{self.y})" if self.given is None else f"I({self.x};{self.y}|{self.given})"
-
-    @property
-    def key(self) -> str:
-        """The term's estimator in `Objective.estimators` (module names may hold neither dots nor brackets)."""
-        if self.given is None:
-            return f"{self.x}_{self.y}"
-        if len(self.x) == len(self.y) == len(self.given) == 1:
-            return f"{self.x}{self.y}_{self.given}"
-        return f"{self.x}_{self.y}_given_{self.given}"
-
-
-@dataclass(frozen=True)
-class Expression:
-    """A weighted sum of terms, with the weight and the name under which an objective uses it.
-
-    `value = Σ coefficient · term`; an objective MAXIMISES `weight · value`. `w * expression` scales the weight, so that
-    the reported value stays in nats; within a sum, weights fold into the coefficients.
-    """
-
-    coefficients: tuple[tuple[Term, float], ...]
-    weight: float = 1.0
-    label: str | None = None
-
-    @property
-    def name(self) -> str:
-        if self.label is not None:
-            return self.label
-        parts = []
-        for term, coefficient in self.coefficients:
-            size = "" if abs(coefficient) == 1 else f"{abs(coefficient):g}·"
-            parts.append(f"{'-' if coefficient < 0 else '+'}{size}{term}")
-        return "".join(parts).removeprefix("+")
-
-    def named(self, label: str) -> Expression:
-        """The same expression, reported as `label`."""
-        return replace(self, label=label)
-
-    def _folded(self) -> dict[Term, float]:
-        return {term: self.weight * coefficient for term, coefficient in self.coefficients}
-
-    def __add__(self, other: Expression) -> Expression:
-        if not isinstance(other, Expression):
-            return NotImplemented
-        total = self._folded()
-        for term, coefficient in other._folded().items():
-            total[term] = total.get(term, 0.0) + coefficient
-        return Expression(tuple(total.items()))
-
-    def __sub__(self, other: Expression) -> Expression:
-        if not isinstance(other, Expression):
-            return NotImplemented
-        return self + -other
-
-    def __neg__(self) -> Expression:
-        return -1.0 * self
-
-    def __rmul__(self, factor: float) -> Expression:
-        return replace(self, weight=float(factor) * self.weight)
-
-    __mul__ = __rmul__
-
-
-def MI(x: str, y: str) -> Expression:
-    """Mutual information I(x;y) between two named features, in nats."""
-    return Expression(((Term(x, y), 1.0),))
-
-
-def CMI(x: str, y: str, *, given: str) -> Expression:
-    """Conditional mutual information I(x;y|given) between named features, in nats."""
-    return Expression(((Term(x, y, given), 1.0),))
-
-
-class Sums:
-    """The values of expressions from those of terms, as one matrix of coefficients.
-
-    Args:
-        expressions: sums of terms.
-        terms: all terms, in the order of their values.
-    """
-
-    def __init__(self, expressions: Sequence[Expression], terms: Sequence[Term]):
-        rows = [[dict(e.coefficients).get(term, 0.0) for term in terms] for e in expressions]
-        self.names = [e.name for e in expressions]
-        self._coefficients = Constant(rows)
-        self._used = Constant([[float(c != 0) for c in row] for row in rows])
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """[terms] -> [expressions]. What is not finite in one term spoils only the expressions that use it."""
-        used = self._used(values, torch.bool)
-        return torch.where(used, self._coefficients(values) * values, 0.0).sum(1)
-
-
 @dataclass
 class ObjectiveOutput:
-    """What one evaluation of an objective gives. All but `loss` is computed when it is first asked for.
+    """What one evaluation of an objective gives. All but `loss` is computed on first use.
 
     Attributes:
         loss: 0-d, to be minimised: the weighted sum of `losses`.
-        terms: the estimates as they were made, as vectors.
-        sums: in stage 2 what makes expressions of terms.
+        terms: the estimates of the terms, as vectors.
+        sums: computes expressions from terms; None in stage 1.
     """
 
     loss: Tensor
@@ -175,7 +78,7 @@ class ObjectiveOutput:
 
     @cached_property
     def losses(self) -> dict[str, Tensor]:
-        """0-d each, unweighted; by term in stage 1, by expression name in stage 2. They carry gradients."""
+        """0-d each, unweighted, with gradients: per term in stage 1, per expression in stage 2."""
         if self.sums is None:
             return {name: estimate.loss for name, estimate in self.estimates.items()}
         with torch.set_grad_enabled(self.loss.requires_grad):
@@ -192,16 +95,24 @@ class Objective(nn.Module):
     """Information terms on named features: the estimators they need and the two losses of two-stage training.
 
     Args:
-        expressions: what to maximise (negative weights minimise). Names must differ.
-        dims: width of every feature named in an expression: features are float [B, width].
-        discrete: features whose values are categories or few-valued labels; product rows conditioned on one of them are
-            drawn within strata of equal value instead of among nearest neighbours (with compat="none").
-        estimators: order and stage-1 weights of the estimators, as {term: weight}; default: every term with weight 1,
+        expressions: what to maximise. A negative weight minimises. Names must differ.
+        dims: the width of every feature that an expression names. Features are float [B, width].
+        discrete: features that hold categories or few-valued labels. Product rows given one of them are drawn within
+            strata of equal value instead of among nearest neighbours.
+        estimators: order and stage-1 weights of the estimators, as {term: weight}. By default every term has weight 1,
             in order of appearance, MI before CMI.
-        settings: estimators' settings; `compat` must be resolved ("none" or "mimrl").
+        settings: the estimators' settings.
+        make_estimator: builds a term's estimator from the term, `dims` and `settings`; by default
+            `default_estimator`, an `MIEstimator` or a `CMIEstimator`. See `replace` for how it is called.
+        shared_draws: whether terms of equal condition share their product rows.
 
-    `estimators[term]` is a single term's estimator; estimators of one shape share their parameters, and `replace`,
-    `freeze` and `split` take one out of them.
+    `estimators[term]` is the estimator of one term. Estimators of one shape share their parameters; `replace`, `freeze`
+    and `split` take one out.
+
+    >>> objective = Objective([MI("Z", "Y")], dims={"Z": 8, "Y": 2})
+    >>> features = {"Z": torch.randn(16, 8), "Y": torch.randn(16, 2)}
+    >>> objective.estimator_loss(features).names
+    ['I(Z;Y)']
 
     Raises:
         ConfigError: a feature without a width, two expressions of one name, a weight for an unused term or one that is
@@ -216,60 +127,38 @@ class Objective(nn.Module):
         discrete: Iterable[str] = (),
         estimators: Mapping[Term, float] | None = None,
         settings: ObjectiveConfig | None = None,
+        make_estimator: MakeEstimator | None = None,
+        shared_draws: bool = True,
     ):
         super().__init__()
         self.expressions = tuple(expressions)
-        self.settings = s = settings or ObjectiveConfig(compat="none")
-        self.discrete = frozenset(discrete)
-        used = _terms(self.expressions)
-        names = [e.name for e in self.expressions]
-        if repeated := {n for n in names if names.count(n) > 1}:
-            raise ConfigError(
-                "objective", f"several expressions named {sorted(repeated)}", "distinct names", "Call .named()."
-            )
+        self.settings = settings or ObjectiveConfig()
+        self.discrete, self.shared_draws = frozenset(discrete), shared_draws
         if estimators is None:
-            estimators = dict.fromkeys(used, 1.0)
-        if unused := [str(t) for t in estimators if t not in used]:
-            raise ConfigError(
-                "objective.estimators", f"{unused}", f"terms among {[str(t) for t in used]}", "Drop them."
-            )
-        if missing := [str(t) for t in used if t not in estimators]:
-            raise ConfigError("objective.estimators", f"no weight for {missing}", "one for every term", "Add them.")
+            estimators = dict.fromkeys(distinct_terms(self.expressions), 1.0)
+        _check(self.expressions, estimators, dims)
         self.stage1_weights = dict(estimators)
         self.terms = tuple(self.stage1_weights)
-        numbers = [c for e in self.expressions for c in e._folded().values()]
-        if wrong := [x for x in (*numbers, *self.stage1_weights.values()) if not math.isfinite(x)]:
-            raise ConfigError("objective", f"a weight of {wrong[0]}", "finite weights", "Mend it.")
-        for term in self.terms:
-            for feature in (term.x, term.y, term.given):
-                if feature is not None and feature not in dims:
-                    raise ConfigError(
-                        f"objective term {term}",
-                        f"no width for feature {feature!r}",
-                        f"one of {sorted(dims)}",
-                        "Add it to dims.",
-                    )
-        read = {t: (t.x, t.y) if t.given is None else (t.x, t.y, t.given) for t in self.terms}
-        self._readers = {name: term for term, names in read.items() for name in names}
-        self._conditional = tuple(str(t) for t in self.terms if t.given is not None)
+        self._readers = {name: term for term in self.terms for name in term.features}
+        self._conditional = tuple(t for t in self.terms if t.given is not None)
         self.estimators = TermEstimators(
-            {t.key: _estimator(t, dims, s) for t in self.terms},
+            {t.key: (make_estimator or default_estimator)(t, dims, self.settings) for t in self.terms},
             {t.key: str(t) for t in self.terms},
-            {t.key: names for t, names in read.items()},
+            {t.key: t.features for t in self.terms},
         )
         self._stage1: dict[tuple[int, ...], Constant] = {}
         self._sums = Sums(self.expressions, self.terms)
-        folded = [e._folded() for e in self.expressions]
+        folded = [e.folded() for e in self.expressions]
         self._stage2 = Constant([-sum(f.get(term, 0.0) for f in folded) for term in self.terms])
         self._make_constants()
 
     # -- single estimators -------------------------------------------------------------------------
 
     def split(self, term: Term | str) -> nn.Module:
-        """A term's estimator as a module of its own, to change as one likes: `MIEstimator` or `CMIEstimator`.
+        """Make a term's estimator a module of its own, which can be changed freely, and return it.
 
-        Estimators of one shape share tensors ([estimators, out, in]). This one leaves them: it has its own parameters
-        from now on, with the same values, which an optimiser has to be told of. The shared tensors stay as they are.
+        Estimators of one shape share tensors ([estimators, out, in]). This one leaves them: from now on it has its own
+        parameters, with the same values. Give them to the optimiser. The shared tensors stay as they are.
 
         Args:
             term: a `Term`, its name ("I(a;b)") or its key in `estimators` ("a_b").
@@ -280,39 +169,39 @@ class Objective(nn.Module):
         return self.estimators.split(term)
 
     def replace(self, term: Term | str, module: nn.Module) -> None:
-        """Use another module as a term's estimator, from now on. An optimiser has to be told of its parameters.
+        """Use another module as a term's estimator from now on. Give its parameters to the optimiser.
 
         Args:
             term: as for `split`.
-            module: called as `MIEstimator` is, module(x, y), or for a conditional term as `CMIEstimator` is,
-                module((x, y, z), (x, y, z)) with joint and product rows. It returns an `Estimate`.
+            module: returns an `Estimate`. It is called as module(x, y), like `MIEstimator`; for a conditional term as
+                module((x, y, z), (x, y, z)) with joint and product rows, like `CMIEstimator`.
 
         Raises:
-            ConfigError: there is no such term, or `module` is none.
+            ConfigError: there is no such term, or `module` is no module.
         """
         self.estimators.replace(term, module)
 
     def freeze(self, term: Term | str) -> nn.Module:
-        """Keep a term's estimator as it is: its parameters are never updated, whatever the optimiser's settings.
+        """Keep a term's estimator as it is: its parameters are never updated, whatever the optimiser does.
 
-        It is `split` off, and its parameters require no gradients. (MINE's moving average still follows the scores.)
-        `requires_grad_(True)` on the module that this returns frees it again.
+        The estimator is `split` off and its parameters require no gradients. MINE's moving average still follows the
+        scores. Call `requires_grad_(True)` on the returned module to train it again.
         """
         return self.split(term).requires_grad_(False)
 
     def estimator_state(self, grads: bool = False) -> dict[str, Tensor | None]:
-        """All parameters and buffers under the names that they have in single estimators, detached.
+        """All parameters and buffers, detached, under the names that they have in single estimators.
 
-        "estimators.a_b.critic.g.0.weight", and so on: names that do not depend on which estimators share tensors. Such
-        a state dict loads, too. The tensors are views; copy what is to be kept.
+        The names, such as "estimators.a_b.critic.g.0.weight", do not depend on which estimators share tensors, and
+        such a state dict can be loaded. The tensors are views: copy what you want to keep.
 
         Args:
-            grads: the gradients instead, None where there is none.
+            grads: give the gradients instead, None where there is none.
         """
         return {f"estimators.{name}": tensor for name, tensor in self.estimators.tensors(grads).items()}
 
     def _arranged(self) -> Constant:
-        """Weights of stage 1 for losses as the estimators give them, signs included."""
+        """The weights of stage 1 with the signs that the estimators' losses come with."""
         signs = self.estimators.signs
         if signs not in self._stage1:
             weights = self.stage1_weights.values()
@@ -326,7 +215,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _make_constants(self) -> None:
-        """On the device that the estimators are on, so that no step has to."""
+        """Put the constants on the estimators' device now, so that no step has to."""
         example = next(self.parameters(), None)
         if example is not None and not example.is_meta:
             values = example.new_zeros(len(self.terms))
@@ -337,11 +226,11 @@ class Objective(nn.Module):
     @property
     def needs_products(self) -> bool:
         """Whether any term is conditional, so that `estimator_loss` and `model_loss` need product rows."""
-        return any(t.given is not None for t in self.terms)
+        return bool(self._conditional)
 
     @property
     def min_batch(self) -> int:
-        """Smallest batch on which every term is defined: 2, or k_neighbor where product rows are needed."""
+        """The smallest batch on which every term is defined: 2, or k_neighbor where product rows are needed."""
         return max(2, self.settings.k_neighbor) if self.needs_products else 2
 
     def sample_products(
@@ -350,73 +239,63 @@ class Objective(nn.Module):
         """Draw rows of q(x,y,z) = p(x|z) p(y,z) for every conditional term from a bank of features.
 
         Args:
-            bank: features of N samples, [N, width] each, without gradients. Where many batches are drawn from one
-                bank, make it an `engine.kernels.knn_product.Bank`: what the search needs is then prepared once.
-            batch_size: number of joint rows they will be compared with; m = batch_size // k_neighbor queries of
+            bank: features of N samples, [N, width] each, without gradients. If you draw many batches from one bank,
+                make it an `engine.kernels.knn_product.Bank`, which prepares the search once.
+            batch_size: number of joint rows that they will be compared with. m = batch_size // k_neighbor queries of
                 k_neighbor rows each are drawn.
             generator: source of randomness, on the CPU.
 
         Returns:
-            {str(term): (x, y, z)}, [m·k, width] each. With compat="none" terms of equal condition share their draw.
+            {str(term): (x, y, z)}, [m·k, width] each. Terms of equal condition share their draw (`shared_draws`).
 
         Raises:
             EstimatorError: the batch or the bank is too small for k_neighbor.
         """
-        reference = self.settings.compat == "mimrl"
-        sampler = ProductSampler(
-            bank if isinstance(bank, Bank) else Bank(bank),
-            self.settings.k_neighbor,
-            discrete=() if reference else self.discrete,
-            shared=not reference,
-        )
-        return sampler.draw([t for t in self.terms if t.given is not None], batch_size, generator)
+        return self._sampler(bank).draw(self._conditional, batch_size, generator)
 
     def sample_epoch(
         self, bank: Mapping[str, Tensor], batch_sizes: Sequence[int], generator: torch.Generator | None = None
     ) -> EpochProducts:
-        """Draw the product rows of all batches of an epoch at once; `EpochProducts.take` gives those of one batch.
+        """Draw the product rows of all batches of an epoch at once. `EpochProducts.take` gives those of one batch.
 
-        For the same queries and keys the rows are those of `sample_products`; the random stream is another one.
+        For the same queries and keys the rows are those of `sample_products`, but its random stream is another one.
 
         Args:
             bank: features of N samples, [N, width] each, without gradients.
-            batch_sizes: joint rows of every batch, of several passes one after another. A batch smaller than
-                k_neighbor gets no rows.
-            generator: source of randomness. One on the CPU gives the same draws on every device, one on a GPU draws
+            batch_sizes: joint rows of every batch; several passes follow one another. A batch smaller than k_neighbor
+                gets no rows.
+            generator: source of randomness. On the CPU it gives the same draws for every device; on a GPU it draws
                 there.
 
         Raises:
             EstimatorError: the bank is too small for k_neighbor and a batch, or not finite.
         """
-        reference = self.settings.compat == "mimrl"
-        sampler = ProductSampler(
-            bank if isinstance(bank, Bank) else Bank(bank),
-            self.settings.k_neighbor,
-            discrete=() if reference else self.discrete,
-            shared=not reference,
-        )
-        return draw_epoch(sampler, [t for t in self.terms if t.given is not None], batch_sizes, generator)
+        return draw_epoch(self._sampler(bank), self._conditional, batch_sizes, generator)
+
+    def _sampler(self, bank: Mapping[str, Tensor]) -> ProductSampler:
+        bank = bank if isinstance(bank, Bank) else Bank(bank)
+        return ProductSampler(bank, self.settings.k_neighbor, discrete=self.discrete, shared=self.shared_draws)
 
     # -- readings ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def read(self, features: Mapping[str, Tensor], batch_size: int) -> dict[str, Reading]:
-        """All terms and expressions on all rows at once. It changes nothing and has random numbers of its own.
+        """Estimate all terms and expressions on all rows at once.
 
-        InfoNCE cannot read more than log(rows), in a batch as here; here the rows are many. Critics whose scores are
-        not streamed (concat critics, estimators that left their group) see `MOST_PAIRED` rows, evenly spread.
-        Conditional terms are read as DV on about as many product rows as rows, drawn from `features` in the portions
-        that batches draw.
+        InfoNCE cannot exceed log(rows). Many rows raise this ceiling. Critics that must store their scores (concat
+        critics, estimators that left their group) read `MOST_PAIRED` rows, evenly spread. Conditional terms are read as
+        DV, on about as many product rows as rows. The product rows are drawn from `features` in portions of the size
+        that batches draw. Reading changes no state and uses its own random numbers.
 
         Args:
             features: float [N, width] each, such as a bank's or those of an evaluated split.
-            batch_size: of training.
+            batch_size: the batch size of training.
 
         Returns:
-            {name: reading}, terms first; empty where N is too small to draw product rows. NaN where a term was skipped.
+            {name: reading}, terms first. Empty where N is too small to draw product rows; NaN where a term was skipped.
 
         Raises:
-            EstimatorError: a feature is missing; as in training, such as for an estimate that is not finite.
+            EstimatorError: a feature is missing, or an estimate fails as in training, such as by not being finite.
         """
         self._check_features(features)
         count = len(next(iter(features.values())))
@@ -430,27 +309,28 @@ class Objective(nn.Module):
         self.eval()
         try:
             products = self._many_products(features, size, read // size) if self.needs_products else None
-            found = self.estimators(rows, products).by_term
+            estimates = list(self.estimators(rows, products).by_term.values())
         finally:
             self.train(mode)
-        values = torch.stack([found[str(t)].details.get("dv", found[str(t)].value) for t in self.terms]).tolist()
-        terms = {
-            t: Reading(math.nan if "skipped" in found[str(t)].details else value, self._ceiling(t, read))
-            for t, value in zip(self.terms, values, strict=True)
+        values = torch.stack([e.details.get("dv", e.value) for e in estimates]).tolist()
+        readings = {
+            term: Reading(math.nan if "skipped" in estimate.details else value, self._ceiling(term, read))
+            for term, estimate, value in zip(self.terms, estimates, values, strict=True)
         }
-        return {str(t): reading for t, reading in terms.items()} | {e.name: _summed(e, terms) for e in self.expressions}
+        sums = {e.name: Reading.of_sum([(c, readings[t]) for t, c in e.coefficients]) for e in self.expressions}
+        return {str(term): reading for term, reading in readings.items()} | sums
 
     def _many_products(self, bank: Mapping[str, Tensor], size: int, draws: int) -> dict[str, ProductRows]:
-        """The product rows of many batches of one size, put together."""
+        """The product rows of `draws` batches of one size, put together."""
         epoch = self.sample_epoch(bank, [size] * draws, torch.Generator().manual_seed(0))
         parts = [epoch.take(number) for number in range(draws)]
         return {
-            term: ProductRows(*(torch.cat([getattr(p[term], part) for p in parts]) for part in "xyz"), epoch.k)
-            for term in self._conditional
+            str(t): ProductRows(*(torch.cat([getattr(p[str(t)], part) for p in parts]) for part in "xyz"), epoch.k)
+            for t in self._conditional
         }
 
     def _ceiling(self, term: Term, rows: int) -> float | None:
-        """The most that a term can read on so many rows; None where its estimator has no such limit, or is foreign."""
+        """The most that a term can read on so many rows. None where its estimator has no known limit."""
         estimator = self.estimators[term.key]
         match getattr(estimator, "bound", None):
             case "infonce":
@@ -475,7 +355,7 @@ class Objective(nn.Module):
     def _estimate(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> TermEstimates:
         self._check_features(features)
         for term in self._conditional:
-            if products is None or term not in products:
+            if products is None or str(term) not in products:
                 raise EstimatorError(
                     f"objective term {term}", "no product rows", "rows from Objective.sample_products",
                     "Pass products=.",
@@ -492,32 +372,43 @@ class Objective(nn.Module):
     def estimator_loss(
         self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None
     ) -> ObjectiveOutput:
-        """Stage 1: Σ weight · (the estimator's own loss). Pass detached features: only estimators should learn."""
-        found = self._estimate(features, products)
-        losses = found.losses()
-        return ObjectiveOutput(torch.dot(losses, self._arranged()(losses)), found)
+        """Stage 1: Σ weight · (the estimator's own loss). Pass detached features, so that only estimators learn."""
+        estimates = self._estimate(features, products)
+        losses = estimates.losses()
+        return ObjectiveOutput(torch.dot(losses, self._arranged()(losses)), estimates)
 
     def model_loss(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None) -> ObjectiveOutput:
         """Stage 2: −Σ weight · expression, with gradients to the features."""
-        found = self._estimate(features, products)
-        values = found.surrogates()
-        return ObjectiveOutput(torch.dot(values, self._stage2(values)), found, self._sums)
+        estimates = self._estimate(features, products)
+        values = estimates.surrogates()
+        return ObjectiveOutput(torch.dot(values, self._stage2(values)), estimates, self._sums)
 
 
-def _summed(expression: Expression, terms: Mapping[Term, Reading]) -> Reading:
-    """An expression's reading; it has a ceiling where all its terms have one and none is subtracted."""
-    parts = [(c, terms[t]) for t, c in expression.coefficients if c != 0]
-    limits = [c * r.ceiling for c, r in parts if c > 0 and r.ceiling is not None]
-    return Reading(sum(c * r.value for c, r in parts), sum(limits) if len(limits) == len(parts) else None)
+def _check(expressions: Sequence[Expression], weights: Mapping[Term, float], dims: Mapping[str, int]) -> None:
+    """Raise ConfigError where an objective's expressions, stage-1 weights and widths are at odds."""
+    used, names = distinct_terms(expressions), [e.name for e in expressions]
+    if repeated := {n for n in names if names.count(n) > 1}:
+        raise ConfigError(
+            "objective", f"several expressions named {sorted(repeated)}", "distinct names", "Call .named()."
+        )
+    if unused := [str(t) for t in weights if t not in used]:
+        raise ConfigError("objective.estimators", f"{unused}", f"terms among {[str(t) for t in used]}", "Drop them.")
+    if missing := [str(t) for t in used if t not in weights]:
+        raise ConfigError("objective.estimators", f"no weight for {missing}", "one for every term", "Add them.")
+    coefficients = [c for e in expressions for c in e.folded().values()]
+    if infinite := [x for x in (*coefficients, *weights.values()) if not math.isfinite(x)]:
+        raise ConfigError("objective", f"a weight of {infinite[0]}", "finite weights", "Correct it.")
+    for term in used:
+        if absent := [feature for feature in term.features if feature not in dims]:
+            raise ConfigError(
+                f"objective term {term}", f"no width for feature {absent[0]!r}", f"one of {sorted(dims)}",
+                "Add it to dims.",
+            )  # fmt: skip
 
 
-def _terms(expressions: Sequence[Expression]) -> list[Term]:
-    """Distinct terms in order of appearance, MI before CMI."""
-    seen = dict.fromkeys(term for e in expressions for term, _ in e.coefficients)
-    return sorted(seen, key=lambda term: term.given is not None)
-
-
-def _estimator(term: Term, dims: Mapping[str, int], s: ObjectiveConfig) -> nn.Module:
+def default_estimator(term: Term, dims: Mapping[str, int], settings: ObjectiveConfig) -> nn.Module:
+    """The estimator that an objective builds for a term: `MIEstimator`, or `CMIEstimator` for a conditional one."""
+    s = settings
     if term.given is None:
         return MIEstimator(
             dims[term.x],
@@ -527,7 +418,6 @@ def _estimator(term: Term, dims: Mapping[str, int], s: ObjectiveConfig) -> nn.Mo
             baseline=s.baseline,
             hidden=s.hidden,
             embed=s.embed,
-            compat=s.compat,
             alpha=s.alpha,
             smile_tau=s.smile_tau,
             ema_rate=s.ema_rate,
@@ -537,36 +427,8 @@ def _estimator(term: Term, dims: Mapping[str, int], s: ObjectiveConfig) -> nn.Mo
         max(dims[term.x], dims[term.y], dims[term.given]),
         hidden=s.hidden,
         estimator=s.cmi_estimator,
-        compat=s.compat,
-        last_activate=s.cmi_last_activate,
         on_degenerate=s.on_degenerate,
     )
-
-
-MIMRL_ESTIMATORS = (
-    *(Term("F", "T"), Term("F", "A"), Term("F", "V"), Term("T", "A"), Term("T", "V")),
-    *(Term("A", "C", "T"), Term("T", "A", "C"), Term("V", "C", "T"), Term("T", "V", "C")),
-    *(Term("T", "C", "A"), Term("T", "C", "V")),
-)
-"""MIMRL's eleven estimators in the order of `objective.c1`."""
-
-
-def mimrl_expressions(c2: Sequence[float]) -> list[Expression]:
-    """MIMRL's eight information terms, maximised with weights `c2`: fused, invariant, specific and complementary."""
-    ac_t, ta_c = CMI("A", "C", given="T"), CMI("T", "A", given="C")
-    vc_t, tv_c = CMI("V", "C", given="T"), CMI("T", "V", given="C")
-    tc_a, tc_v = CMI("T", "C", given="A"), CMI("T", "C", given="V")
-    terms = [
-        MI("F", "T"),
-        MI("F", "A"),
-        MI("F", "V"),
-        (MI("T", "A") + MI("T", "V")).named("inv"),
-        (tc_a + tc_v - ta_c - tv_c).named("spec_t"),
-        (ac_t - ta_c).named("spec_a"),
-        (vc_t - tv_c).named("spec_v"),
-        (ta_c + tv_c).named("comp"),
-    ]
-    return [c * term for c, term in zip(c2, terms, strict=True)]
 
 
 def without_features(expressions: Iterable[Expression], absent: Iterable[str]) -> list[Expression]:
@@ -577,26 +439,3 @@ def without_features(expressions: Iterable[Expression], absent: Iterable[str]) -
         for e in expressions
     ]
     return [e for e in kept if e.coefficients]
-
-
-def mimrl_objective(
-    settings: ObjectiveConfig, fused_dim: int, d_common: int, modalities: Sequence[str] = MODALITIES
-) -> Objective:
-    """The objective of MIMRL on features F [B, fused_dim], T, A, V [B, d_common] and label C [B, 1].
-
-    Args:
-        modalities: of text, audio and vision those that there are. Terms that name another are left out.
-    """
-    if len(settings.c1) != len(MIMRL_ESTIMATORS):
-        raise ConfigError("objective.c1", f"{len(settings.c1)} weights", f"{len(MIMRL_ESTIMATORS)}", "Give one a term.")
-    if len(settings.c2) != 8:
-        raise ConfigError("objective.c2", f"{len(settings.c2)} weights", "8", "Give one an expression.")
-    absent = {m[0].upper() for m in MODALITIES if m not in modalities}
-    weights = dict(zip(MIMRL_ESTIMATORS, settings.c1, strict=True))
-    return Objective(
-        without_features(mimrl_expressions(settings.c2), absent),
-        dims={"F": fused_dim, "T": d_common, "A": d_common, "V": d_common, "C": 1},
-        discrete=("C",),
-        estimators={term: w for term, w in weights.items() if not absent & {term.x, term.y, term.given}},
-        settings=settings,
-    )

@@ -1,4 +1,4 @@
-"""Information terms read on many rows at once, and what such a reading does not tell. All values are in nats."""
+"""Information terms estimated on many rows at once, and when not to trust such a reading. All values are in nats."""
 
 from __future__ import annotations
 
@@ -23,24 +23,45 @@ TEXTS = {
     "below 0": "Information is never negative. The estimator has not converged, or it has learnt its training rows by "
     "heart and fails on others. The number says nothing about the information.",
 }
-"""Why a marked reading is not to be taken at its word, by mark."""
+"""Why a marked reading cannot be trusted, by mark."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A term or an expression read on many rows, in nats; `ceiling`: what it cannot exceed, None where nothing is."""
+    """A term or an expression estimated on many rows, in nats.
+
+    Attributes:
+        value: the estimate; NaN where the term was skipped.
+        ceiling: the largest value that the estimator can give on these rows; None where it has no such limit.
+    """
 
     value: float
     ceiling: float | None = None
 
+    @classmethod
+    def of_sum(cls, parts: Sequence[tuple[float, Reading]]) -> Reading:
+        """The reading of Σ coefficient · reading.
+
+        It has a ceiling where every part has one and no part is subtracted.
+
+        >>> Reading.of_sum([(1.0, Reading(2.0, 3.5)), (0.5, Reading(1.0, 4.0))])
+        Reading(value=2.5, ceiling=5.5)
+        """
+        parts = [(c, reading) for c, reading in parts if c != 0]
+        ceilings = [c * r.ceiling for c, r in parts if c > 0 and r.ceiling is not None]
+        return cls(sum(c * r.value for c, r in parts), sum(ceilings) if len(ceilings) == len(parts) else None)
+
 
 def mark(term: str, value: float | None, ceiling: float | None) -> str:
-    """What keeps a reading from being taken at its word: a key of `TEXTS`, or "" where nothing does.
+    """Why a reading cannot be trusted: a key of `TEXTS`, or "" where it can.
+
+    >>> mark("I(T;A|C)", 0.1, None), mark("I(F;T)", 4.9, 5.5)
+    ('noise', 'at its ceiling')
 
     Args:
         term: its name, such as "I(T;A|C)".
-        value: None or NaN where there is none.
-        ceiling: of the reading, where it has one.
+        value: the reading; None or NaN where there is none.
+        ceiling: the reading's ceiling, if it has one.
     """
     if value is None or not math.isfinite(value):
         return ""
@@ -53,7 +74,7 @@ def mark(term: str, value: float | None, ceiling: float | None) -> str:
 
 @dataclass(frozen=True)
 class TermRow:
-    """One term at one epoch: the mean of what batches read of it, and what all rows read together. None: not there."""
+    """One term at one epoch: the mean of its batch readings, and its reading on all rows. None where there is none."""
 
     term: str
     split: str
@@ -67,10 +88,10 @@ class TermRow:
 
 
 def term_rows(record: Mapping[str, Any], splits: Sequence[str] = ("train", "valid")) -> list[TermRow]:
-    """The terms of a record of history.jsonl that was read on all rows, by term, then by split; none where it was not.
+    """The terms of a record of history.jsonl, by term and then by split. Empty where no rows were read together.
 
-    The batches' values are those of stage 2 or of evaluation; of a training term that is part of an expression only,
-    those of stage 1.
+    Batch readings come from stage 2 or from evaluation. A training term that occurs only within a sum has those of
+    stage 1.
     """
     parts = {split: _group(record, split) for split in splits}
     names = dict.fromkeys(name for part in parts.values() for name in _group(part, "bank") if is_term(name))
@@ -89,18 +110,18 @@ def term_rows(record: Mapping[str, Any], splits: Sequence[str] = ("train", "vali
 
 
 def best_rows(history: Sequence[Mapping[str, Any]], best: int | None) -> tuple[int | None, list[TermRow]]:
-    """The rows of the best epoch, or of the last one that was read on all rows where the best was not; and its number.
+    """The number and the rows of the best epoch, or of the last epoch read on all rows where the best one was not.
 
     Args:
         history: records of history.jsonl.
-        best: number of the best epoch, where it is known.
+        best: the number of the best epoch, if known.
     """
     ordered = sorted(history, key=lambda record: (record["epoch"] == best, record["epoch"]), reverse=True)
     return next(((r["epoch"], rows) for r in ordered if (rows := term_rows(r))), (None, []))
 
 
 def print_rows(console: Any, history: Sequence[Mapping[str, Any]], best: int | None) -> None:
-    """Print the terms of the best epoch on a rich console, with the reason of every mark; or nothing."""
+    """Print the terms of the best epoch on a rich console, and explain every mark. Without readings print nothing."""
     from rich import box
     from rich.table import Table
 
@@ -126,12 +147,12 @@ def print_rows(console: Any, history: Sequence[Mapping[str, Any]], best: int | N
 
 
 def _group(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = values.get(key)
-    return found if isinstance(found, Mapping) else {}
+    group = values.get(key)
+    return group if isinstance(group, Mapping) else {}
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None: a history may hold null, or what a stranger wrote there."""
+    """A finite number, or None. A history may hold null, or anything that a stranger wrote there."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -141,5 +162,9 @@ def _number(value: Any) -> float | None:
 
 
 def is_term(name: str) -> bool:
-    """Whether a name is that of a single term, I(x;y) or I(x;y|z), and not of a sum."""
+    """Whether a name is that of a single term, I(x;y) or I(x;y|z), and not of a sum.
+
+    >>> is_term("I(F;T)"), is_term("I(T;A)+I(T;V)")
+    (True, False)
+    """
     return name.startswith("I(") and name.find(")") == len(name) - 1

@@ -16,6 +16,7 @@ from typing import Any
 
 from engine.errors import CheckpointError, OutputError
 from engine.files import lock, output_error, parse_json, read_text, sweep_folder, write_json
+from engine.vocabulary import SPLITS
 
 CONFIG, METRICS, METRICS_CSV, HISTORY = "config.yaml", "metrics.json", "metrics.csv", "history.jsonl"
 BEST, LAST, PREVIOUS = "best.safetensors", "last.safetensors", "previous.safetensors"
@@ -24,7 +25,6 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 CHECKSUMS, LOCK = "checksums.json", ".lock"
 DIVERGED, TENSORBOARD = "diverged.json", "tensorboard"
 
-SPLITS = ("train", "valid", "test")
 PREDICTIONS = tuple(f"predictions_{split}.csv" for split in SPLITS)
 FEATURES = tuple(f"features_{split}.safetensors" for split in SPLITS)
 PROFILE = ("profile/shares.txt", "profile/shares.json", "profile/trace.json")
@@ -34,16 +34,15 @@ FILES = (
 )  # fmt: skip
 """Every file that a run writes, TensorBoard's excepted."""
 LARGEST = 1 << 27
-"""Bytes that a file of text may have to be read; a history has some 3,000 an epoch."""
+"""Longest text file that is read, in bytes. A history has about 3,000 per epoch."""
 MARKS = (CONFIG, METRICS, HISTORY, LAST, BEST)
-"""Each of them tells that a folder holds a run."""
+"""A folder with any of these files holds a run."""
 
 
 class Checksums:
     """The checksums of a folder's files, kept in `checksums.json`.
 
-    A file that is being written has the sum `None` there, so that a process that is killed at any moment leaves no sum
-    that is wrong.
+    While a file is being written its sum is `None`. So a process that is killed at any moment leaves no wrong sum.
 
     Raises:
         CheckpointError: the file is there and damaged.
@@ -54,7 +53,7 @@ class Checksums:
 
     @contextlib.contextmanager
     def writing(self, *names: str) -> Iterator[None]:
-        """Around a block that writes the files `names`; it may put a sum that it knows into `sums` itself."""
+        """A context in which the files `names` are written. The block may put a sum that it knows into `sums`."""
         self.sums |= dict.fromkeys(names)
         self._write()
         yield
@@ -66,7 +65,7 @@ class Checksums:
         self._write()
 
     def hold(self, name: str) -> bool:
-        """Whether a file is there and is what was written; one that has no checksum counts as that."""
+        """Whether a file exists and matches its checksum. A file without a checksum counts as matching."""
         path = self.folder / name
         if not path.is_file() or self.sums.get(name, 0) is None:
             return False
@@ -86,9 +85,9 @@ def file_sum(path: Path) -> tuple[int, int]:
 
 
 def verify(folder: Path, *names: str) -> None:
-    """Compare files with their checksums. A file that is missing is left to whoever reads it.
+    """Compare files with their checksums. Missing files are skipped.
 
-    Warns of a folder without checksums, as older versions wrote it, and of files whose writing was interrupted.
+    Warns about a folder without checksums, as older versions wrote it, and about files whose writing was interrupted.
 
     Raises:
         CheckpointError: a file, or checksums.json itself, is not what was written.
@@ -122,7 +121,7 @@ def _wrong(folder: Path, sums: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """File name -> [bytes, CRC-32], or None for one that was being written; None where the folder has no checksums."""
+    """{file name: [bytes, CRC-32], or None while it is written}. None if the folder has no checksums."""
     path = folder / CHECKSUMS
     try:
         content = parse_json(read_text(path, LARGEST))
@@ -142,7 +141,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def _are_sums(sums: Any) -> bool:
-    """Whether they are what `Checksums` writes."""
+    """Whether `sums` has the form that `Checksums` writes."""
     return isinstance(sums, dict) and all(
         s is None or (isinstance(s, list) and len(s) == 2 and all(type(n) is int for n in s)) for s in sums.values()
     )
@@ -154,9 +153,9 @@ def _sum_of_sums(sums: dict[str, Any]) -> int:
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Hold a run folder, made where it is missing, for this process alone; what killed runs left in it is removed.
+    """Lock a run folder for this process. The folder is made if it is missing; leftovers of killed runs are removed.
 
-    The system lets go of it when the process ends in whatever way.
+    The system releases the lock when the process ends, however it ends.
 
     Raises:
         OutputError: another process writes into it, or it cannot be made or written to.

@@ -1,18 +1,22 @@
-"""Tasks: what the engine trains. A task names the settings, the model, the information terms, the loss and the metrics.
+"""Tasks: what the engine trains. A task names the model, the information terms, the loss, the metrics and the settings.
 
     class Mine(Task):
         name = "mine"
+        terms = ("0.1 * MI(Z, A)",)
 
-        def model(self, config, inputs, text_encoder): ...
+        def model(self, config, inputs, text_encoder):
+            return MyModel(inputs.audio, text_encoder)
 
     engine.train(config, "runs/mine", task=Mine())
 
-The trainer asks a task for its parts and knows nothing else of the model. `find_task` finds a task by its name.
+The trainer asks a task for its parts and knows nothing else of the model. Settings and run folders give a task's name,
+which finds only tasks that the running program knows. `load_task` imports a task; only the user's own word calls it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -22,27 +26,29 @@ from engine.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
+    from engine.cli.command import Command
     from engine.config import Config, Section
     from engine.loaders.dataset import Dataset
     from engine.objective import Objective
+    from engine.report.words import Words
+    from engine.terms import Expression
 
 DEFAULT = "mimrl"
 """The task of settings that name none."""
 
-TASKS = {"mimrl": "engine.mimrl:MIMRL_TASK"}
-"""Where the tasks that come with the engine are, as module:attribute."""
+TASKS = {"mimrl": "engine.mimrl.task:MIMRL_TASK", "mmim": "engine.mmim.task:MMIM_TASK"}
+"""Where the engine's own tasks are, as module:attribute."""
+
+_REGISTERED: dict[str, Task] = {}
+"""Tasks that the running program registered."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Widths of a frame of each modality, 0 where the data has none of it.
-
-    `text` is the width of precomputed text features, and None where the text comes as tokens.
-    """
+    """Widths of a frame of audio and of vision; 0 where `data.modalities` leaves the modality out."""
 
     audio: int
     vision: int
-    text: int | None = None
 
 
 class Task:
@@ -51,14 +57,20 @@ class Task:
     Attributes:
         name: how settings, run folders and the command line call it.
         modes: values that the setting `mode` may have, the first one by default.
-        sections: settings of its own: {"model": a Section, "objective": a Section}. They replace the general ones.
+        sections: settings of its own, such as {"model": MyModelConfig}. They replace the general sections.
         presets: package that holds its presets, or None.
+        terms: information terms of settings that name none, as text ("0.1 * MI(Z, A)") or as expressions.
+        discrete: features whose values are categories or few-valued labels.
     """
 
     name: str = ""
     modes: tuple[str, ...] = ("fast",)
     sections: Mapping[str, type[Section]] = {}
     presets: str | None = None
+    terms: Sequence[str | Expression] = ()
+    discrete: Sequence[str] = ("C",)
+
+    # -- settings ----------------------------------------------------------------------------------
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where two settings of its own are at odds."""
@@ -66,19 +78,55 @@ class Task:
     def resolve(self, config: Config) -> None:
         """Replace every `auto` of its own settings in `config` by the value that it stands for."""
 
-    def open_data(self, config: Config, **options: Any) -> Dataset:
-        """The data that `config.data.path` names."""
+    # -- data --------------------------------------------------------------------------------------
+
+    def open_data(self, config: Config, path: str, **options: Any) -> Dataset:
+        """The data at `path`. `options`: as `engine.loaders.open_dataset` takes them."""
         from engine.loaders import open_dataset
 
-        return open_dataset(config.data.path, config.data, config.text_encoder, **options)
+        return open_dataset(path, config.data, config.text_encoder, **options)
+
+    def pad_tokens(self, config: Config) -> int | None:
+        """Length to which every text is padded. None: the longest text of the batch."""
+        return None
+
+    def exact_widths(self, config: Config) -> bool:
+        """Whether the model needs a batch's width before it was rounded up to one of a few lengths."""
+        return False
+
+    # -- the model and what trains it --------------------------------------------------------------
 
     def model(self, config: Config, inputs: Inputs, text_encoder: nn.Module | None) -> nn.Module:
-        """A fresh model: `model(batch)` gives predictions and named features, as `engine.model.ModelOutput`."""
-        raise NotImplementedError
+        """A fresh model. `model(batch)` gives a prediction [B, n] and named features {name: [B, width]}.
+
+        Its attribute `feature_dims` tells the widths of the features, {name: width}.
+        """
+        raise ConfigError(f"task {self.name}", "no method `model`", "a method that makes the model", "Define it.")
+
+    def expressions(self, config: Config) -> list[Expression]:
+        """The information terms: those of `objective.terms`, or else the task's own."""
+        from engine.expressions import parse_expression
+
+        texts = config.objective.terms or self.terms
+        return [parse_expression(text) if isinstance(text, str) else text for text in texts]
 
     def objective(self, config: Config, model: nn.Module) -> Objective:
-        """The information terms on the model's features; by default those of `objective.terms`."""
-        raise NotImplementedError
+        """Estimators of the information terms on the model's features. The label is the feature C."""
+        from engine.expressions import stage1_weights
+        from engine.objective import Objective
+
+        expressions, widths = self.expressions(config), getattr(model, "feature_dims", None)
+        if expressions and widths is None:
+            raise ConfigError(
+                f"task {self.name}", "a model without the attribute feature_dims", "{feature: width}", "Set it."
+            )
+        return Objective(
+            expressions,
+            dims={"C": 1, **(widths or {})},
+            discrete=self.discrete,
+            estimators=stage1_weights(expressions, config.objective.estimator_weights),
+            settings=config.objective,
+        )
 
     def loss(self, config: Config) -> nn.Module:
         """The task loss: (prediction, label) -> 0-d."""
@@ -89,22 +137,103 @@ class Task:
     def start(self, config: Config, model: nn.Module, dataset: Dataset) -> None:
         """Change a fresh model before its first epoch, such as its first prediction."""
 
-    def commands(self) -> Sequence[Any]:
+    def warnings(self, config: Config, objective: Objective) -> Sequence[str]:
+        """What to tell the user once before training, such as terms that are left out."""
+        return ()
+
+    def held_bytes(self, config: Config, batch_size: int) -> int:
+        """Bytes of the largest tensor that a training step holds several times. 0: not known before the run."""
+        return 0
+
+    # -- what is reported --------------------------------------------------------------------------
+
+    def metrics(self, config: Config) -> Callable[..., dict[str, float]]:
+        """(predictions, labels) as arrays -> {name: value}."""
+        from engine.metrics import metrics_for
+
+        return metrics_for(config.data.dataset, config.model.task, config.data.label_scale)
+
+    def selection(self, config: Config) -> tuple[str, bool]:
+        """The metric that chooses the best epoch, and whether higher is better."""
+        from engine.metrics import selection
+
+        return selection(config.data.dataset, config.model.task, config.data.label_scale)
+
+    def report_words(self) -> Words | None:
+        """What the report says about its terms and features; None: nothing but their names."""
+        return None
+
+    def commands(self) -> Sequence[Command]:
         """Commands of its own for the command line."""
         return ()
 
 
-def find_task(name: str) -> Task:
-    """A task by its name, or as `module:attribute` of one that is not the engine's own.
+def register_task(task: Task) -> Task:
+    """Make a task known by its name, so that settings and run folders find it.
+
+    >>> class Mine(Task):
+    ...     name = "mine"
+    >>> register_task(Mine()) is find_task("mine")
+    True
 
     Raises:
-        ConfigError: there is no such task.
+        ConfigError: it has no name, or the name of one of the engine's own tasks.
     """
-    place = TASKS.get(name, name)
-    module, colon, attribute = place.partition(":")
-    if not colon:
-        raise ConfigError("task", repr(name), f"one of {', '.join(TASKS)}, or module:attribute", "Name a task.")
+    if not isinstance(task, Task) or not re.fullmatch(r"[A-Za-z][\w-]{0,63}", task.name):
+        found = f"the name {task.name!r}" if isinstance(task, Task) else type(task).__name__
+        raise ConfigError("task", found, "an instance of Task with a name such as my_task", "Set its `name`.")
+    if task.name in TASKS and task is not find_task(task.name):
+        raise ConfigError("task", f"another task named {task.name!r}", "a name that is free", "Rename the task.")
+    if task.name not in TASKS:
+        _REGISTERED[task.name] = task
+    return task
+
+
+def task_names() -> list[str]:
+    """Names of the known tasks: the engine's own, then the registered ones."""
+    return [*TASKS, *_REGISTERED]
+
+
+def find_task(name: str) -> Task:
+    """A known task by its name. Nothing but the engine's own modules is imported.
+
+    >>> find_task("mimrl").name
+    'mimrl'
+
+    Raises:
+        ConfigError: no task of that name is known.
+    """
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if name not in TASKS:
+        raise ConfigError(
+            "task",
+            f"{name!r}, which is not known here",
+            f"one of {', '.join(task_names())}",
+            "Name a task of your own with --task module:attribute, or as task= in Python.",
+        )
+    return _imported(TASKS[name])
+
+
+def load_task(place: str | Task) -> Task:
+    """A task that the user named: a `Task`, a known name, or `module:attribute`, which is imported and registered.
+
+    >>> load_task("mimrl").name
+    'mimrl'
+
+    Raises:
+        ConfigError: it cannot be imported, or is no task.
+    """
+    if isinstance(place, Task):
+        return register_task(place)
+    return register_task(_imported(place)) if ":" in place else find_task(place)
+
+
+def _imported(place: str) -> Any:
+    """The attribute of `module:attribute`."""
+    module, _, attribute = place.partition(":")
     try:
         return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as cause:
-        raise ConfigError("task", f"{name!r} ({cause})", "a task that can be imported", "Check the name.") from cause
+    except (ImportError, AttributeError, ValueError) as cause:
+        problem = " ".join(str(cause).split())
+        raise ConfigError(f"task {place!r}", problem, "a module and its attribute", "Check the name.") from cause

@@ -14,6 +14,8 @@ from engine.config import Config
 from engine.errors import ConfigError, DataError, OutputError
 from engine.loaders import DataWarning
 from engine.loaders.ragged import Ragged
+from engine.mimrl.task import MIMRL_TASK
+from engine.step import TwoStageStep
 from tests.loaders import writers
 from tests.test_trainer import SIZES, changed, config, data, history, text_encoder  # noqa: F401
 
@@ -127,9 +129,9 @@ class TestText:
         )
         with pytest.raises(ConfigError, match=found):
             checks.text_fits(settings, texts(2, 21), encoder())
-        for other in (changed(settings, mode="faithful"), settings):
+        for padded, draws in ((30, False), (None, True)):
             with pytest.raises(ConfigError, match="found texts of 30 tokens"):
-                checks.text_fits(other, texts(2, draws=other is settings), encoder())
+                checks.text_fits(settings, texts(2, draws=draws), encoder(), padded)
 
     def test_vocabulary(self):
         checks.text_fits(Config(), texts(3, token=39), encoder())
@@ -160,11 +162,11 @@ def test_disk_space(tmp_path, monkeypatch):
 
 
 def test_a_run_that_fails_before_its_first_epoch_leaves_the_folder_free(config, tmp_path, monkeypatch):  # noqa: F811
-    work = trainer.TwoStageStep.train_epoch
-    monkeypatch.setattr(trainer.TwoStageStep, "train_epoch", lambda *a, **k: 1 / 0)
+    work = TwoStageStep.train_epoch
+    monkeypatch.setattr(TwoStageStep, "train_epoch", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.train(config, tmp_path / "run")
-    monkeypatch.setattr(trainer.TwoStageStep, "train_epoch", work)
+    monkeypatch.setattr(TwoStageStep, "train_epoch", work)
     trainer.train(changed(config, epochs=1), tmp_path / "run")
     assert len(history(tmp_path / "run")) == 1
 
@@ -268,10 +270,10 @@ def test_memory_is_estimated_before_it_is_taken(monkeypatch):
     model = nn.Linear(999, 1000, device="meta")
     weights, held = 4 * 4 * 10**6, 8 * 4 * 10 * 100 * 3 * 128  # the widest of d_common and CubeMLP's channels is 128
     monkeypatch.setattr(checks, "_memory_of", lambda device: weights + held)
-    checks.memory(plain, [model], 50, torch.device("cpu"))
+    assert MIMRL_TASK.held_bytes(plain, 10) == held // 8
+    checks.memory(plain, [model], held // 8, torch.device("cpu"))
     monkeypatch.setattr(checks, "_memory_of", lambda device: weights + held - 1)
-    with pytest.raises(ConfigError, match=r"model: found settings that take about 0 GB .*batch of 10 by 100 by 128"):
-        checks.memory(plain, [model], 50, torch.device("cpu"))
-    checks.memory(plain, [model], 5, torch.device("cpu"))  # no batch is larger than the training split
+    with pytest.raises(ConfigError, match=r"model: found settings that take about 0 GB .*batch of 10\)"):
+        checks.memory(plain, [model], held // 8, torch.device("cpu"))
     monkeypatch.setattr(checks, "_memory_of", lambda device: None)
-    checks.memory(plain, [model], 50, torch.device("cpu"))
+    checks.memory(plain, [model], held // 8, torch.device("cpu"))

@@ -16,8 +16,10 @@ import pytest
 import yaml
 
 from engine import __version__
-from engine.cli import EXAMPLES, _parser, _settings, _split_seeds, _train_epilog, main
-from engine.config import COMMON_KEYS, Config, load_config, presets
+from engine.cli import main
+from engine.cli.parser import EXAMPLES, build_parser, split_settings
+from engine.cli.training import split_seeds, train_epilog
+from engine.config import Config, common_keys, load_config, presets
 from engine.errors import DataError
 from engine.run_folder import FILES
 
@@ -76,9 +78,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     module("engine.loaders.convert", convert=record("convert"))
     inspection = type("Inspection", (), {"render": lambda self: "format: a store [not markup]"})()
     module("engine.loaders.inspect", inspect_path=record("inspect_path", lambda path: inspection))
+    module("engine.mimrl.checkpoints", import_checkpoint=record("import_checkpoint", ["the optimiser is left out"]))
     module(
-        "engine.compat",
-        import_checkpoint=record("import_checkpoint", ["the optimiser is left out"]),
+        "engine.mimrl.commands",
         import_command=record("import_command", lambda text: (load_config("mosi"), ["--radius has no effect"])),
     )
     module("engine.report", write_report=record("write_report", lambda run: run / "report.html"))
@@ -370,10 +372,9 @@ def test_help_of_train_names_presets_and_keys(capsys):
         run("train", "--help")
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for name, summary in presets().items():
-        assert name in text and summary in text
-    defaults = {key: f"  {key} (" for key in COMMON_KEYS}
-    assert all(shown in text for shown in defaults.values())
+    for preset in presets():
+        assert preset.name in text and preset.summary in text
+    assert len(common_keys()) > 20 and all(f"  {key.name} (" in text for key in common_keys())
     assert "train.lr (0.001)" in text and "engine train --preset mosi --data" in text
 
 
@@ -392,17 +393,17 @@ def documented() -> list[str]:
     """Every `engine ...` line of the documentation's shell blocks and of the help texts."""
     pages = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
     blocks = [b for page in pages for b in re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]
-    lines = [line.strip() for text in (*blocks, EXAMPLES, _train_epilog()) for line in text.splitlines()]
+    lines = [line.strip() for text in (*blocks, EXAMPLES, train_epilog()) for line in text.splitlines()]
     return sorted({line for line in lines if line.startswith("engine ")})
 
 
 @pytest.mark.parametrize("line", documented())
 def test_documented_commands_are_accepted(line: str):
     words = shlex.split(line.split("   ")[0], comments=True)[1:]
-    arguments, rest = _parser().parse_known_args(words)
-    settings = _settings(arguments, rest)
+    arguments, rest = build_parser().parse_known_args(words)
+    settings = split_settings(arguments, rest)
     if settings:
-        load_config(getattr(arguments, "preset", None) or "mosi", _split_seeds(settings)[1])
+        load_config(getattr(arguments, "preset", None) or "mosi", split_seeds(settings)[1])
 
 
 def test_the_documentation_shows_every_command():

@@ -9,20 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from engine import checkpoint, compat
-from engine.compat import (
-    FLAGS,
-    engine_to_reference,
-    flag_table,
-    import_checkpoint,
-    import_command,
-    reference_to_engine,
-    render_command,
-    split_reference_state,
-)
+from engine import checkpoint
 from engine.config import Config, keys, load_config
 from engine.errors import CheckpointError, ConfigError, EngineError, OutputError
 from engine.loaders.batch import Batch
+from engine.mimrl.checkpoints import import_checkpoint
+from engine.mimrl.commands import DATASETS, FLAGS, flag_table, import_command, render_command
+from engine.mimrl.names import engine_to_reference, reference_to_engine, split_reference_state
 from tests.loaders.test_text import small_tokenizer
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "moving_from_mimrl.md"
@@ -283,10 +276,10 @@ class TestCommand:
         assert schedule.kind == kind
         assert getattr(schedule, key) == value
 
-    @pytest.mark.parametrize("dataset", compat.DATASETS)
+    @pytest.mark.parametrize("dataset", DATASETS)
     def test_every_data_set(self, dataset):
         config, notes = import_command(f"--dataset {dataset} --normalize 0-1-0")
-        assert config.data.dataset == compat.DATASETS[dataset]
+        assert config.data.dataset == DATASETS[dataset]
         assert config.data.normalize_audio == ("none" if "_Dec" in dataset else "minmax")
         if config.data.dataset == "custom" and "pom" not in dataset:
             assert any(f"--dataset {dataset}: unsupported" in note for note in notes)
@@ -321,7 +314,7 @@ class TestCommand:
         one_line(caught, *words)
 
     def test_documentation_holds_the_table(self):
-        assert flag_table() in DOCS.read_text(encoding="utf-8"), "regenerate it with engine.compat.flag_table()"
+        assert flag_table() in DOCS.read_text(encoding="utf-8"), "regenerate it with engine.mimrl.commands.flag_table()"
 
 
 BERT = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -337,9 +330,9 @@ def bert_folder(tmp_path_factory):
 
 def reference_state(command: str, seed: int = 0) -> tuple[dict[str, torch.Tensor], nn.Module]:
     """The model that the command describes: its state dict under the reference's names, and our model itself."""
-    from engine.model.mimrl import build_model
+    from engine.mimrl.model import build_model
+    from engine.mimrl.terms import mimrl_objective
     from engine.model.text_encoder import text_encoder_from_config
-    from engine.objective import mimrl_objective
 
     config = import_command(command)[0].resolve()
     torch.manual_seed(seed)

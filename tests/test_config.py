@@ -1,13 +1,29 @@
 """The configuration: presets, overrides, shorthand, and one-line errors for whatever is wrong."""
 
+import copy
+import pickle
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import Field
 
-from engine.config import COMMON_KEYS, Config, TrainConfig, keys, load_config, parse_yaml, presets
+import engine.task as task_module
+from engine.config import (
+    Config,
+    ModelConfig,
+    ObjectiveConfig,
+    TrainConfig,
+    common_keys,
+    key_table,
+    keys,
+    load_config,
+    parse_yaml,
+    presets,
+)
 from engine.errors import ConfigError, OutputError
+from engine.task import Task, register_task
 
 PROJECT = Path(__file__).resolve().parents[1]
 PRESETS = ("avec2019", "demo", "mosei", "mosi", "mosi-paper")
@@ -25,8 +41,8 @@ def error(*overrides: str, source: str | Path = "mosi") -> str:
 
 
 def test_presets_are_the_documented_ones():
-    assert tuple(sorted(presets())) == PRESETS
-    assert all(len(summary) > 20 for summary in presets().values())
+    assert tuple(sorted(preset.name for preset in presets("mimrl"))) == PRESETS
+    assert all(len(preset.summary) > 20 for preset in presets())
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -43,7 +59,7 @@ def test_round_trip(name: str, mode: str, tmp_path: Path):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_says_where_its_numbers_come_from(name: str):
-    assert "# Where the numbers come from: " in (PROJECT / f"engine/presets/{name}.yaml").read_text()
+    assert "# Where the numbers come from: " in (PROJECT / f"engine/mimrl/presets/{name}.yaml").read_text()
 
 
 def test_mosi_recipe():
@@ -168,7 +184,7 @@ def test_the_last_override_holds_and_siblings_stay():
 @pytest.mark.parametrize(
     "override, parts",
     [
-        ("lr=1", ["lr: found an unknown key", "expected one of preset, mode, seed", "Did you mean train.lr?"]),
+        ("lr=1", ["lr: found an unknown key", "expected one of preset, task, mode, seed", "Did you mean train.lr?"]),
         ("train.lrr=1", ["train.lrr: found an unknown key", "expected one of loss, stage1_n", "mean train.lr"]),
         ("train.lr.x=1", ["expected no key below train.lr"]),
         ("trainer.lr=1", ["trainer: found an unknown key", "train"]),
@@ -268,23 +284,23 @@ def test_every_key_is_described_and_settable():
         assert key.description, key.name
         if key.name not in ("preset", "data.path"):
             load_config("mosi", [f"{key.name}={key.default}"])
-    assert set(COMMON_KEYS) <= {key.name for key in keys()}
+    assert {"mode", "train.lr", "model.fusion", "objective.terms"} < {key.name for key in common_keys()}
 
 
 def test_keys_are_the_leaves_of_the_yaml():
     def leaves(values: dict, prefix: str = "") -> list[str]:
         found = []
         for name, value in values.items():
-            found += leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+            group = isinstance(value, dict) and value
+            found += leaves(value, f"{prefix}{name}.") if group else [prefix + name]
         return found
 
     assert leaves(yaml.safe_load(Config().to_yaml())) == [key.name for key in keys()]
 
 
-def test_documentation_lists_every_key_with_its_default():
-    page = (PROJECT / "docs/config.md").read_text()
-    for key in keys():
-        assert f"| `{key.name}` | `{key.default or '(empty)'}` |" in page, key.name
+def test_documentation_holds_the_table_of_keys():
+    """Print a new one with: python -c "from engine.config import key_table; print(key_table())"."""
+    assert key_table() in (PROJECT / "docs/config.md").read_text()
 
 
 # -- settings that a stranger wrote --
@@ -325,3 +341,143 @@ def test_aliases_and_merges_in_earnest_are_read(tmp_path):
         "base": {"x": 1, "y": 2},
         "more": {"x": 1, "y": 3},
     }
+
+
+# -- tasks with settings of their own --
+
+
+class WidthConfig(ModelConfig):
+    width: int = Field(64, ge=1, description="width of the only layer")
+
+
+class Narrow(Task):
+    name = "narrow"
+    modes = ("plain", "fancy")
+    sections = {"model": WidthConfig}  # noqa: RUF012
+
+    def check(self, config: Config) -> None:
+        if config.model.width > config.batch_size:
+            raise ConfigError("model.width", str(config.model.width), "at most batch_size", "Lower it.")
+
+    def resolve(self, config: Config) -> None:
+        if config.mode == "fancy" and config.train.average == "auto":
+            config.train.average = 0.5
+
+
+@pytest.fixture
+def narrow(monkeypatch) -> str:
+    monkeypatch.setattr(task_module, "_REGISTERED", {})
+    return register_task(Narrow()).name
+
+
+def narrow_config(*overrides: str, content: str = "task: narrow\nmodel: {width: 8}\n", folder: Path) -> Config:
+    (folder / "narrow.yaml").write_text(content)
+    return load_config(folder / "narrow.yaml", overrides)
+
+
+def test_a_task_has_sections_and_modes_of_its_own(narrow, tmp_path: Path):
+    config = narrow_config("model.width=9", folder=tmp_path)
+    assert (config.model, config.mode) == (WidthConfig(width=9), "plain")
+    assert type(config.objective) is ObjectiveConfig and not hasattr(config.objective, "c2")
+    for twin in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), config.model_copy(deep=True)):
+        assert twin == config and type(twin.model) is WidthConfig
+    config.save(tmp_path / "saved.yaml")
+    assert "width: 9" in config.to_yaml() and load_config(tmp_path / "saved.yaml") == config
+    assert load_config(tmp_path / "saved.yaml", ["mode=fancy"]).resolve().train.average == 0.5
+    assert [key.name for key in keys("narrow") if key.name.startswith("model.")] == [
+        "model.task",
+        "model.num_class",
+        "model.width",
+    ]
+    assert next(key.type for key in keys("narrow") if key.name == "mode") == "plain | fancy"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("mode=fast", ["mode: found fast; expected one of plain, fancy"]),
+        (
+            "model.widht=3",
+            ["model.widht: found an unknown key; expected one of task, num_class, width", "model.width?"],
+        ),
+        ("model.fusion=tfn", ["model.fusion: found an unknown key"]),
+        ("objective.c2=1", ["objective.c2: found an unknown key"]),
+        ("model.width=0", ["model.width: found 0; expected a value >= 1"]),
+        ("model.width=33", ["model.width: found 33; expected at most batch_size"]),
+        ("task=other", ["task: found 'other', which is not known here; expected one of mimrl, mmim, narrow"]),
+    ],
+)
+def test_mistakes_in_settings_of_a_task(narrow, tmp_path: Path, override: str, parts: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        narrow_config(override, folder=tmp_path)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_assignment_to_settings_of_a_task(narrow):
+    config = Config(task="narrow", model={"width": 4})
+    with pytest.raises(ConfigError, match="width: found 0"):
+        config.model.width = 0
+    with pytest.raises(ConfigError, match=r"model\.width: found 99; expected at most batch_size"):
+        config.model = {"width": 99}
+    config.model = {"width": 5}
+    with pytest.raises(ConfigError, match="a MIMRLModelConfig of another task"):
+        config.model = Config().model
+    with pytest.raises(ConfigError, match="task: found 'mimrl' with the section model of another task"):
+        config.task = "mimrl"
+    assert (config.task, config.model) == ("narrow", WidthConfig(width=5))
+
+
+def test_a_file_names_known_tasks_only(tmp_path: Path):
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    for place in ("evil:TASK", "tests.test_config:Narrow", "narrow"):
+        with pytest.raises(ConfigError, match="which is not known here"):
+            narrow_config(content=f"task: {place}\n", folder=tmp_path)
+
+
+def test_a_preset_belongs_to_a_task(narrow, tmp_path: Path):
+    assert {preset.task for preset in presets()} == {"mimrl", "mmim"} and presets("narrow") == []
+    with pytest.raises(ConfigError, match="no preset of that name for the task narrow"):
+        narrow_config(content="task: narrow\npreset: mosi\n", folder=tmp_path)
+
+
+def test_a_section_of_a_task_extends_the_general_one(narrow, monkeypatch):
+    monkeypatch.setattr(Narrow, "sections", {"model": TrainConfig})
+    with pytest.raises(ConfigError, match="expected a subclass of ModelConfig"):
+        Config(task="narrow")
+
+
+# -- information terms --
+
+
+def test_terms_take_the_place_of_the_vectors(tmp_path: Path):
+    config = load_config("mosi", ["objective.terms=['0.1 * MI(F, T)', 'inv = MI(T, A)']"])
+    assert config.objective.terms == ["0.1 * MI(F, T)", "inv = MI(T, A)"]
+    assert (config.objective.c1, config.objective.c2) == (None, None)
+    config.save(tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert load_config("mosi", ["objective.terms=2 * MI(F, T)"]).objective.terms == ["2 * MI(F, T)"]
+    config = Config()
+    config.objective.estimator_weights = {"MI(F, T)": 2}
+    assert (config.objective.c1, config.objective.c2) == (None, [0.01] * 8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["objective.terms=MI(F, T)", "objective.c2=0.1"], "objective.terms: found objective.c2 beside it"),
+        (["objective.terms=MI(F, T)", "objective.c1=1"], "objective.terms: found objective.c1 beside it"),
+        (["objective.estimator_weights={'MI(F, T)': 1}", "objective.c1=1"], "objective.c1 beside it"),
+        (["objective.c2=none"], "objective.c2: found none and no objective.terms"),
+        (["objective.terms=MI(F T)"], "objective.terms[0]: found 'T' at character 6"),
+        (["objective.terms=MI(F, X)"], "objective.terms: found the feature X in MI(F, X); expected F, T, A, V or C"),
+        (
+            ["objective.terms=MI(F, V)", "data.modalities=text,audio"],
+            "objective.terms: found the feature V in MI(F, V); expected F, T, A or C",
+        ),
+        (["objective.estimator_weights={'MI(F, T': 1}"], "objective.estimator_weights: found the end of 'MI(F, T'"),
+        (["objective.estimator_weights={'MI(F, C)': 1}"], "a weight for MI(F, C); expected a term in use: MI(F, T), "),
+    ],
+)
+def test_bad_terms(overrides: list[str], expected: str):
+    assert expected in error(*overrides)

@@ -177,7 +177,7 @@ class TestStorage:
         assert features["a"].grad.abs().sum() > 0
 
     def test_few_tensors(self):
-        from engine.objective import mimrl_objective
+        from engine.mimrl.terms import mimrl_objective
 
         assert len(list(mimrl_objective(SMALL, 6, 6).parameters())) == 22
 

@@ -10,13 +10,14 @@ import torch
 from safetensors import safe_open
 
 from engine import checkpoint, trainer
-from engine.config import Config, DataConfig, ObjectiveConfig
+from engine.config import Config, DataConfig
 from engine.errors import ConfigError, DataError
 from engine.loaders import open_dataset
 from engine.loaders.convert import convert
 from engine.loaders.formats import Choice
+from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
+from engine.mimrl.terms import mimrl_objective
 from engine.model.fusion import TensorFusion
-from engine.objective import mimrl_objective
 from tests import test_trainer as runs
 from tests.loaders import writers
 from tests.test_predict import same, table

@@ -5,19 +5,11 @@ import math
 import pytest
 import torch
 
-from engine.config import ObjectiveConfig
 from engine.errors import ConfigError, EstimatorError
-from engine.model.estimators import Estimate
-from engine.objective import (
-    CMI,
-    MI,
-    MIMRL_ESTIMATORS,
-    MOST_PAIRED,
-    Objective,
-    Term,
-    mimrl_expressions,
-    mimrl_objective,
-)
+from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
+from engine.mimrl.terms import MIMRL_ESTIMATORS, mimrl_expressions, mimrl_objective
+from engine.model.estimators import Estimate, MIEstimator
+from engine.objective import CMI, MI, MOST_PAIRED, Objective, Term
 
 SMALL = ObjectiveConfig(hidden=16, embed=8, compat="none")
 
@@ -29,7 +21,7 @@ def features(rows: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def small_mimrl(**changes) -> Objective:
-    return mimrl_objective(SMALL.model_copy(update=changes), 6, 6)
+    return mimrl_objective(ObjectiveConfig(**SMALL.model_dump(exclude_unset=True) | changes), 6, 6)
 
 
 class TestExpressions:
@@ -275,3 +267,42 @@ class TestReadings:
     def test_too_few_rows_for_product_rows_are_not_read(self):
         assert small_mimrl(k_neighbor=4).read(features(4), 12) == {}
         assert small_mimrl(k_neighbor=4).read(features(5), 12) != {}
+
+
+class TestMakeEstimator:
+    def test_a_subclass_runs_alone_and_keeps_what_it_changes(self):
+        class Halved(MIEstimator):
+            def read_scores(self, scores, log_baseline, log_ema):
+                return tuple(0.5 * part for part in super().read_scores(scores, log_baseline, log_ema))
+
+        def make(kind):
+            torch.manual_seed(0)
+            return kind(4, 4, bound="dv", hidden=16, embed=8)
+
+        objective = Objective([MI("A", "B")], {"A": 4, "B": 4}, make_estimator=lambda *_: make(Halved))
+        rows = {name: torch.randn(12, 4, generator=torch.Generator().manual_seed(n)) for n, name in enumerate("AB")}
+        assert len(objective.estimators.groups) == 0
+        expected = 0.5 * make(MIEstimator)(rows["A"], rows["B"]).value
+        assert objective.estimate(rows)["I(A;B)"].value == expected != 0
+
+    def test_any_module_that_gives_estimates_will_do(self):
+        class Mean(torch.nn.Module):
+            def __init__(self, width: int):
+                super().__init__()
+                self.scale = torch.nn.Parameter(torch.full((width,), 2.0))
+
+            def forward(self, x, y):
+                value = (self.scale * x * y).mean()
+                return Estimate(value.detach(), value, -value)
+
+        seen = []
+
+        def make(term, dims, settings):
+            seen.append((str(term), dims[term.x], settings.bound))
+            return Mean(dims[term.x])
+
+        settings = SMALL.model_copy(update={"bound": "dv"})
+        objective = Objective([3 * MI("A", "B")], {"A": 4, "B": 4}, settings=settings, make_estimator=make)
+        rows = {"A": torch.ones(5, 4), "B": torch.full((5, 4), 0.5)}
+        assert seen == [("I(A;B)", 4, "dv")]
+        assert objective.model_loss(rows).loss == -3.0

@@ -169,7 +169,10 @@ def test_dependencies_and_extras(wheel: Path):
 def test_wheel_works_where_it_is_unpacked(wheel: Path, tmp_path: Path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    code = "import engine, engine.config as c; print(engine.__file__, *c.presets()); c.load_config('mosi')"
+    code = (
+        "import engine, engine.config as c; print(engine.__file__, *(p.name for p in c.presets())); "
+        "c.load_config('mosi')"
+    )
     where, *names = python(code, cwd=tmp_path).split()
     assert Path(where) == tmp_path / "engine/__init__.py"
-    assert names == list(presets())
+    assert names == [preset.name for preset in presets()]

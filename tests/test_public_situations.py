@@ -22,6 +22,7 @@ from engine.kernels import infonce
 from engine.loaders import DataWarning, open_dataset
 from engine.loaders.convert import convert
 from engine.step import TwoStageStep
+from engine.training.records import parse_line
 from tests.loaders import writers
 from tests.loaders.test_text import small_tokenizer
 from tests.test_trainer import SIZES, changed, config, data, history, text_encoder  # noqa: F401
@@ -164,7 +165,7 @@ def test_one_row_of_several_emotions_as_a_label(tmp_path, tokenizer):
         split["labels"] = np.eye(2, dtype=np.int64)[np.zeros((len(split["labels"]), 4), int)]
     writers.write_csv(tmp_path / "label.csv", writers.label_rows(samples))
     path = writers.dump(content, tmp_path / "iemocap_data.pkl")
-    with pytest.raises(DataError, match=r"train/labels: found labels of shape \(7, 4, 2\); .*Write one label a row\.$"):
+    with pytest.raises(DataError, match=r"train/labels: found labels of shape \(7, 4, 2\); .* one label per row\.$"):
         opened(path, tokenizer)
     for split in content.values():  # the second of each pair says whether the emotion is there
         split["labels"] = split["labels"][:, :, 1] + np.arange(4)
@@ -218,7 +219,7 @@ def test_features_of_another_extractor_at_test(tmp_path, config, data):  # noqa:
         lambda: trainer.evaluate(tmp_path / "run", other),
         lambda: trainer.predict(tmp_path / "run", other, tmp_path / "p.csv"),
     ):
-        with pytest.raises(ConfigError, match=r"audio: found 10 features a frame; expected 5, as the run was trained"):
+        with pytest.raises(ConfigError, match=r"audio: found 10 features per frame; expected 5, as the run was"):
             use()
     assert not (tmp_path / "p.csv").exists()
 
@@ -309,7 +310,7 @@ def test_nan_in_the_log(tmp_path, config):  # noqa: F811
     assert [strict(line)["test"]["corr"] for line in lines] == [None, None]
     assert strict((tmp_path / "run" / "metrics.json").read_text())["test"]["corr"] is None
     assert (tmp_path / "run" / "report.html").exists()
-    back = json.loads(lines[0], object_hook=trainer._with_nan)["test"]  # what a resumed run compares with
+    back = parse_line(lines[0])["test"]  # what a resumed run compares with
     assert math.isnan(back["corr"]) and math.isfinite(back["mae"])
 
 

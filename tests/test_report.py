@@ -16,8 +16,10 @@ from engine.metrics import (
     regression_metrics,
     write_predictions,
 )
-from engine.report import TERMS, environment, principal_plane, read_run, render, write_report
-from engine.report_charts import number, ticks
+from engine.mimrl.report import TERMS
+from engine.report import environment, read_run, render, write_report
+from engine.report.charts import number, ticks
+from engine.report.features import principal_plane
 
 ESTIMATORS = (
     *("I(F;T)", "I(F;A)", "I(F;V)", "I(T;A)", "I(T;V)"),

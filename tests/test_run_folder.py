@@ -17,10 +17,12 @@ import torch
 
 from engine import checkpoint, run_folder, trainer
 from engine.cli import main
-from engine.config import load_config
+from engine.config import Config, load_config
 from engine.errors import CheckpointError, ConfigError, DataError, EngineError, OutputError
 from engine.report import read_run, render
 from engine.run_folder import Checksums, file_sum, owned, verify
+from engine.training import parts
+from engine.training.run import TrainingRun
 from tests.loaders import writers
 from tests.test_trainer import SIZES, changed, config, data, history, text_encoder, timeless  # noqa: F401
 
@@ -378,6 +380,8 @@ def test_a_folder_has_one_owner(config, tmp_path):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
+from engine.training import parts
+from engine.training.run import TrainingRun
 from engine.run_folder import owned
 with owned(Path(sys.argv[1])):
     Path(sys.argv[1], ".best.safetensors.x.part").touch()
@@ -441,16 +445,16 @@ def test_a_signal_ends_with_what_is_kept(config, tmp_path, capsys, monkeypatch, 
     changed(config, epochs=2).save(tmp_path / "mine.yaml")
     words = ["train", "--config", str(tmp_path / "mine.yaml"), "--out", str(run)]
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(trainer._Trainer, "_callbacks", lambda self, history: [Kill(batch=0)])
+    monkeypatch.setattr(TrainingRun, "_callbacks", lambda self, history: [Kill(batch=0)])
     monkeypatch.setattr(Kill, "on_batch", lambda *a: os.kill(os.getpid(), getattr(signal, name)))
     assert main(words) == 128 + getattr(signal, name)
     by = "" if name == "SIGINT" else f" by {name}"
     go_on = f"engine train --resume --out '{run}'"
     assert capsys.readouterr().err == (
-        f"interrupted{by}: nothing was kept, for no epoch was finished. Begin again with: {go_on}\n"
+        f"interrupted{by}: nothing was kept, because no epoch was finished. Begin again with: {go_on}\n"
     )
     monkeypatch.setattr(Kill, "on_batch", lambda *a: None)
-    monkeypatch.setattr(trainer._Trainer, "_callbacks", lambda self, history: [Kill(epoch=0)])
+    monkeypatch.setattr(TrainingRun, "_callbacks", lambda self, history: [Kill(epoch=0)])
     assert main(["train", "--resume", "--out", str(run)]) == 128 + getattr(signal, name)
     assert capsys.readouterr().err == f"interrupted{by}: kept 1 epoch in {run}. Go on with: {go_on}\n"
     assert signal.getsignal(signal.SIGTERM) is before
@@ -461,7 +465,7 @@ def test_a_signal_ends_with_what_is_kept(config, tmp_path, capsys, monkeypatch, 
 def test_a_signal_that_is_ignored_stays_so(monkeypatch, capsys):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        monkeypatch.setattr("engine.cli._show_config", lambda a, settings: os.kill(os.getpid(), signal.SIGHUP))
+        monkeypatch.setattr("engine.config.load_config", lambda *a: (os.kill(os.getpid(), signal.SIGHUP), Config())[1])
         assert main(["config", "--preset", "mosi"]) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -495,7 +499,7 @@ def changed_checkpoint(run: Path, name: str, **values) -> None:
 def test_a_checkpoint_that_describes_another_model_takes_no_memory(run, values, found, monkeypatch):
     """It is compared with its tensors while the model is made of none."""
     built = []
-    monkeypatch.setattr(trainer, "_build", lambda *a, build=trainer._build: built.append(build(*a)) or built[-1])
+    monkeypatch.setattr(parts, "build", lambda *a, build=parts.build: built.append(build(*a)) or built[-1])
     changed_checkpoint(run, "best.safetensors", **values)
     with pytest.raises(EngineError, match=found) as error:
         trainer.load_run(run)

@@ -8,9 +8,9 @@ from torch import nn
 
 from engine.config import ObjectiveConfig
 from engine.errors import ConfigError, EstimatorError
+from engine.graphs import CaptureWatch, GraphRunner, NotCapturable
 from engine.kernels import registry
 from engine.objective import CMI, MI, Objective
-from engine.static import Graphs, NotCapturable, Watch
 from engine.step import TwoStageStep
 from tests.test_step import TwoFeatures, batches
 
@@ -138,7 +138,7 @@ def test_a_change_between_epochs_takes_effect_and_is_noticed(change):
 
 def test_what_cannot_be_captured_is_run_once():
     """A step that was broken off and begun anew would train twice on its batch."""
-    graphs, calls = Graphs(torch.device("cpu"), capture=False, strict=False), []
+    graphs, calls = GraphRunner(torch.device("cpu"), capture=False, strict=False), []
 
     def reads():
         calls.append(torch.ones(1).item())
@@ -163,7 +163,7 @@ def test_graphs_are_forgotten_when_what_they_hold_changes():
         lambda: step.main_optimizer.load_state_dict(copy.deepcopy(step.main_optimizer.state_dict())),
     ):
         cleared = []
-        graphs.clear = lambda cleared=cleared: (cleared.append(1), Graphs.clear(graphs))
+        graphs.clear = lambda cleared=cleared: (cleared.append(1), GraphRunner.clear(graphs))
         run(step, 1)
         assert not cleared
         change()
@@ -286,7 +286,7 @@ def test_watch_lets_host_functions_of_cpu_kernels_look_at_values():
     values, offsets = torch.arange(6.0)[:, None], torch.tensor([0, 2, 6])
     from engine.kernels.ragged import pad
 
-    with Watch():
+    with CaptureWatch():
         assert pad(values, offsets, torch.tensor([1]), 4)[0].shape == (1, 4, 1)
         with pytest.raises(NotCapturable):
             values.sum().item()
@@ -294,7 +294,7 @@ def test_watch_lets_host_functions_of_cpu_kernels_look_at_values():
 
 def test_graphs_run_under_the_static_flag_and_watch_only_once():
     seen = []
-    graphs = Graphs(torch.device("cpu"), capture=False, strict=True)
+    graphs = GraphRunner(torch.device("cpu"), capture=False, strict=True)
     for _ in range(2):
         graphs.run("key", lambda: seen.append((registry.is_static(), torch._C._len_torch_dispatch_stack())))
     assert seen == [(True, 1), (True, 0)] and not registry.is_static()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from engine.config import ObjectiveConfig
+from engine.errors import ConfigError
 from engine.objective import CMI, MI, Objective
 from engine.step import FeatureBank, TwoStageStep
 
@@ -213,3 +214,29 @@ def test_averaged_weights_are_the_moving_average_and_leave_the_model_as_it_was()
             torch.testing.assert_close(a, p.detach())
         assert moved(own, step.model)
     assert not moved(own, step.model)
+
+
+@pytest.mark.parametrize("graphs", ["off", "emulate"])
+def test_a_step_without_optimisers_evaluates_as_one_with_them(graphs):
+    trained = make()
+    bank = trained.collect(batches(), N)
+    alone = TwoStageStep(trained.model, trained.objective, nn.functional.l1_loss, graphs=graphs)
+    trained.generator.manual_seed(0)  # so that both draw the same product rows
+    result, expected = alone.evaluate(batches(), bank), trained.evaluate(batches(), bank)
+    assert (result.loss, result.information) == (expected.loss, expected.information)
+    assert len(result.information) == 2
+
+
+@pytest.mark.parametrize("graphs", ["off", "emulate"])
+def test_training_without_an_optimiser_is_a_one_line_error(graphs):
+    step = make()
+    bank = step.collect(batches(), N)
+    step.main_optimizer = None
+    alone = TwoStageStep(step.model, step.objective, nn.functional.l1_loss, graphs=graphs)
+    with pytest.raises(ConfigError, match=r"no main_optimizer.*Pass main_optimizer="):
+        alone.train_epoch(batches(), N, None, batch_size=BATCH)
+    alone.main_optimizer = torch.optim.SGD(alone.model.parameters(), 0.1, fused=True)
+    with pytest.raises(ConfigError, match="no estimator_optimizer"):
+        alone.train_epoch(batches(), N, bank, batch_size=BATCH)
+    with pytest.raises(ConfigError, match="no main_optimizer"):
+        step.stage2(*batches()[0][:2], None, information=False)

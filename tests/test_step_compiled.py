@@ -172,7 +172,7 @@ def as_on_a_gpu(monkeypatch):
     def refused(self, *args, **kwargs):
         raise AssertionError("a tensor was sent to the host")
 
-    monkeypatch.setattr("engine.model.estimators.waits_for", lambda tensor: False)
+    monkeypatch.setattr("engine.model.estimators.readable", lambda tensor: False)
     monkeypatch.setattr("engine.model.encoders.available", lambda x: True)
     monkeypatch.setattr("engine.model.encoders.bidirectional", cudnn.bidirectional)
     for name in ("cpu", "numpy", "__bool__", "__index__"):
@@ -244,7 +244,7 @@ def test_a_step_whose_gradients_overflow_in_fp16_is_left_out(eager, bank):
 
 
 def test_values_that_no_step_could_check_are_checked_after_the_epoch(eager, monkeypatch):
-    monkeypatch.setattr("engine.model.estimators.waits_for", lambda tensor: False)
+    monkeypatch.setattr("engine.model.estimators.readable", lambda tensor: False)
     batches = [tiny_batch(16, 0)]
     _, bank = eager.train_epoch(batches, 16, None, batch_size=16)
     with torch.no_grad():

@@ -20,6 +20,8 @@ from engine.cli import main
 from engine.config import load_config
 from engine.errors import CheckpointError, ConfigError, DataError, EstimatorError, OutputError
 from engine.run_folder import owned
+from engine.training.records import Selection
+from engine.training.run import TrainingRun
 from tests.kills.content import content, curves, differing
 from tests.test_run_folder import Stop, flip
 from tests.test_trainer import changed, config, data, history, text_encoder  # noqa: F401
@@ -82,7 +84,7 @@ def test_a_restart_is_said(config, tmp_path):
 
 
 def test_a_damaged_best_model_is_said_at_once(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer._Trainer, "_better", lambda self, a, b, split: False)  # the first epoch stays the best
+    monkeypatch.setattr(Selection, "better", lambda self, a, b, split: False)  # the first epoch stays the best
     run, said = tmp_path / "run", r"best\.safetensors not of epoch 0, the best by validation, whose weights are gone"
     trainer.train(changed(config, epochs=2), run)
     flip(run / "best.safetensors", -1)
@@ -137,13 +139,13 @@ class Diverge:
     """Every epoch from `at` on fails as one with infinite weights would; the learning rates of the others are kept."""
 
     def __init__(self, monkeypatch, at, error):
-        self.at, self.error, self.rates, self.epoch = at, error, {}, trainer._Trainer._epoch
-        monkeypatch.setattr(trainer._Trainer, "_epoch", lambda *a: self(*a))
+        self.at, self.error, self.rates, self.epoch = at, error, {}, TrainingRun._epoch
+        monkeypatch.setattr(TrainingRun, "_epoch", lambda *a: self(*a))
 
     def __call__(self, run, epoch, bank, on_batch):
         if epoch >= self.at:
             raise self.error
-        self.rates[epoch] = [g["lr"] for o in run.optimizers.values() for g in o.param_groups]
+        self.rates[epoch] = [g["lr"] for o in run.parts.optimizers.values() for g in o.param_groups]
         return self.epoch(run, epoch, bank, on_batch)
 
 

@@ -15,9 +15,12 @@ from engine.callbacks import TensorBoardCallback
 from engine.config import Config
 from engine.errors import CheckpointError, ConfigError, DataError, EstimatorError, OutputError
 from engine.loaders.dataset import Dataset
-from engine.loaders.loader import has_dali
+from engine.loaders.kinds import has_dali
 from engine.model.text_encoder import TextEncoder, encode_padded
 from engine.objective import Objective
+from engine.training import run as training_run
+from engine.training import warming
+from engine.training.run import TrainingRun
 from tests.loaders import writers
 
 SIZES = {"train": 21, "valid": 6, "test": 9}
@@ -247,7 +250,7 @@ def test_reading_on_all_rows_changes_no_weight_and_no_other_number(config, tmp_p
     """With dropout, so that a number drawn from a stream of the training would be seen."""
     settings = changed(config, mode=mode, train={"graphs": graphs})
     trainer.train(settings, tmp_path / "read")
-    monkeypatch.setattr(trainer._Trainer, "_read_terms", lambda *ignored: None)
+    monkeypatch.setattr(TrainingRun, "_read_terms", lambda *ignored: None)
     trainer.train(settings, tmp_path / "unread")
     read, unread = (history(tmp_path / name) for name in ("read", "unread"))
     for record in read:
@@ -382,13 +385,13 @@ def test_evaluation_asks_for_its_device(config, data, tmp_path, monkeypatch):
 def test_compiling_kernels_beforehand_changes_nothing(config, tmp_path, monkeypatch, graphs):
     config = changed(config, train={"graphs": graphs})
     trainer.train(config, tmp_path / "plain")
-    tried, work = [], trainer._try_out
-    monkeypatch.setattr(trainer, "_compiles_kernels", lambda device: True)
-    monkeypatch.setattr(trainer, "_try_out", lambda *a: tried.append(work(*a)))
-    monkeypatch.setattr(trainer, "warm_up", lambda run: run())
+    tried, work = [], warming.try_out
+    monkeypatch.setattr(training_run, "compiles_kernels", lambda device: True)
+    monkeypatch.setattr(warming, "try_out", lambda *a: tried.append(work(*a)))
+    monkeypatch.setattr(warming, "warm_up", lambda run: run())
     trainer.train(config, tmp_path / "tried")
     assert len(tried) == 1
-    monkeypatch.setattr(trainer, "warm_up", lambda run: 1 / 0)
+    monkeypatch.setattr(warming, "warm_up", lambda run: 1 / 0)
     with pytest.warns(UserWarning, match="^kernels are compiled when first used: division by zero$"):
         trainer.train(config, tmp_path / "failed")
     expected = [timeless(r) for r in history(tmp_path / "plain")]

@@ -11,6 +11,7 @@ from torch import Tensor
 from bench.baselines import mimrl
 from bench.runner import Setting, Work, over_batches
 from engine import MIEstimator
+from engine.mimrl.published import PublishedMIEstimator
 
 TITLE = "concat critic + InfoNCE, B=256, forward and backward, against the tensor of all pairs"
 GOALS = {"ratio": (2.0, 1 / 0.35), "memory_ratio": (10.0, 30.0)}
@@ -29,10 +30,10 @@ def features(batch: int, setting: Setting) -> tuple[Tensor, Tensor]:
 
 
 def estimators(setting: Setting, hidden: int = HIDDEN) -> tuple[MIEstimator, mimrl.MIEstimator]:
-    """The engine's and the baseline's, of the same weights; compat="mimrl" orients scores as the baseline does."""
+    """The engine's and the baseline's, of the same weights; the published class orients scores as the baseline does."""
     torch.manual_seed(0)
     theirs = mimrl.MIEstimator(WIDTH, WIDTH, mimrl.settings(critic="concat", critic_hidden=hidden))
-    ours = MIEstimator(WIDTH, WIDTH, critic="concat", hidden=hidden, compat="mimrl")
+    ours = PublishedMIEstimator(WIDTH, WIDTH, critic="concat", hidden=hidden)
     state = theirs.critic_model.MLP_f.state_dict()
     ours.critic.f.load_state_dict(state)
     return ours.to(setting.device), theirs.to(setting.device)

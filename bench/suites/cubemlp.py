@@ -10,7 +10,7 @@ from torch import nn
 
 from bench.baselines import mimrl
 from bench.runner import Setting, Work, assert_same_gradient, products
-from engine.compat import reference_to_engine
+from engine.mimrl.names import reference_to_engine
 from engine.model.cubemlp import CubeMLP
 
 TITLE = "CubeMLP, 100-3-128 to 50-3-128 to 10-3-128, B=128, forward and backward, against eager"

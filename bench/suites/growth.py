@@ -20,10 +20,11 @@ from engine import losses
 from engine.allocator import keep_memory
 from engine.kernels.knn_product import Bank
 from engine.loaders import open_dataset
-from engine.model.mimrl import build_model
+from engine.mimrl.model import build_model
+from engine.mimrl.terms import mimrl_objective
 from engine.model.text_encoder import load_text_encoder
-from engine.objective import mimrl_objective
 from engine.step import TwoStageStep
+from engine.training.parts import parameter_groups
 
 TITLE = "time a sample: N=1,284 to 16,326 at B=32, and B=32 to 512 at N=1,284 (larger factor), mode fast"
 GOALS = {"value": (1.3, 1.0)}
@@ -62,7 +63,7 @@ class Point:
         objective = mimrl_objective(config.objective, model.fused_dim, width)
         for module in (model, objective):
             module.to(setting.device)
-        groups = model.parameter_groups()
+        groups = parameter_groups(model, model.text_encoder)
         self.step = TwoStageStep(
             model, objective, losses.task_loss("MAE", 1),
             torch.optim.Adam([*groups["main"], *groups["text"]], 1e-4, fused=True),

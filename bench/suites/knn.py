@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.baselines import mimrl
 from bench.runner import Setting, Work
 from engine.kernels.knn_product import Bank, ProductSampler, product_indices
-from engine.objective import MIMRL_ESTIMATORS
+from engine.mimrl.terms import MIMRL_ESTIMATORS
 
 TITLE = "six kNN product samples, N=16,326, d=128, B=128, k=2, against scikit-learn on the host"
 GOALS = {"ratio": (50.0, 100.0)}

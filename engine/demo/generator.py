@@ -14,8 +14,8 @@ import numpy as np
 from engine.demo.latents import LatentModel, true_information
 from engine.demo.sentences import make_sentence
 from engine.files import atomic_path, user_path, write_json, write_text
+from engine.vocabulary import SPLITS
 
-SPLITS = ("train", "valid", "test")
 LABEL_SCALE = 1.5  # label = C x LABEL_SCALE, cut to [-3, 3] and rounded to 0.2; a sentence's level likewise of T0
 LABEL_STEP = 0.2
 MISSING_SHARE = 0.02
@@ -26,11 +26,11 @@ TOPIC_COUNT = 8
 class SequenceModel:
     """Frames of one modality: x_t = W latent + fluctuation_t + noise_t.
 
-    W is drawn once for all demo data. The fluctuation is a stationary AR(1) process a channel, so that neighbouring
+    W is drawn once for all demo data. The fluctuation is a stationary AR(1) process per channel, so that neighbouring
     frames resemble each other; the noise is white.
 
     Attributes:
-        width: features a frame.
+        width: features per frame.
         frames_per_word: mean length = words x this.
         memory: AR(1) coefficient.
         fluctuation: standard deviation of the AR(1) process.
@@ -45,7 +45,7 @@ class SequenceModel:
     mixing_seed: int
 
     def mixing(self) -> np.ndarray:
-        """W, float64 [3, width]: orthogonal rows of norm sqrt(width), so no latent is weaker heard than another."""
+        """W, float64 [3, width]: orthogonal rows of norm sqrt(width), so that all latents are equally strong."""
         drawn = np.random.default_rng(self.mixing_seed).standard_normal((self.width, 3))
         return np.linalg.qr(drawn)[0].T * np.sqrt(self.width)
 

@@ -38,7 +38,7 @@ def compare_with_truth(
     """Estimate the information of raw latents, as a user would.
 
     Returns:
-        One row a term, in nats: {"name", "true", "estimates": {"estimate", "low", "high"}}; low and high are the
+        One row per term, in nats: {"name", "true", "estimates": {"estimate", "low", "high"}}; low and high are the
         interval's.
     """
     model = model or LatentModel()
@@ -49,11 +49,11 @@ def compare_with_truth(
         on_term(name)
         x, y, given = split_name(name)
         if given:
-            found = estimate_cmi(drawn[x], drawn[y], drawn[given], steps=steps, seed=seed)
+            estimate = estimate_cmi(drawn[x], drawn[y], drawn[given], steps=steps, seed=seed)
         else:
-            found = estimate_mi(drawn[x], drawn[y], steps=steps, seed=seed)
-        low, high = found.interval
+            estimate = estimate_mi(drawn[x], drawn[y], steps=steps, seed=seed)
+        low, high = estimate.interval
         rows.append(
-            {"name": name, "true": true[name], "estimates": {"estimate": found.value, "low": low, "high": high}}
+            {"name": name, "true": true[name], "estimates": {"estimate": estimate.value, "low": low, "high": high}}
         )
     return rows

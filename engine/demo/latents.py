@@ -107,7 +107,7 @@ def split_name(name: str) -> tuple[str, str, str]:
 def true_information(params: LatentModel | None = None) -> dict[str, float]:
     """Every estimator's and every derived term's true value for the raw latents, in nats.
 
-    Keys: the two MI and six CMI of MIMRL that need no fused feature, then inv, spec_t, spec_a, spec_v, comp.
+    Keys: the two MI and six CMI terms that need no fused feature, then inv, spec_t, spec_a, spec_v, comp.
     """
     sigma = (params or LatentModel()).covariance()
     true = {}
@@ -118,7 +118,7 @@ def true_information(params: LatentModel | None = None) -> dict[str, float]:
 
 
 def derived_terms(values: dict[str, float]) -> dict[str, float]:
-    """MIMRL's invariant, specific and complementary terms from the values of the eight estimators (nats)."""
+    """The invariant, specific and complementary terms from the values of the eight estimators (nats)."""
     i = values
     return {
         "inv": i["I(T;A)"] + i["I(T;V)"],

@@ -18,7 +18,8 @@ from engine.errors import ConfigError
 from engine.files import user_path, write_json
 from engine.readings import print_rows
 from engine.run_folder import TRUTH, Checksums
-from engine.trainer import choose_device, train
+from engine.trainer import train
+from engine.training.parts import choose_device
 
 
 def run_demo(out: str | Path, overrides: Iterable[str] = ()) -> None:
@@ -82,7 +83,7 @@ def information_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def terms_table(history: list[dict[str, Any]]) -> Table:
-    """The model's information terms and MAE on valid, one row an epoch; the first epoch has no terms yet."""
+    """The model's information terms and MAE on valid, one row per epoch. The first epoch has no terms yet."""
     names = list(history[-1]["valid"].get("information", {}))
     # Ten columns in 80 characters: no vertical lines, one space between.
     title = "Model: information terms on valid over the epochs (nats)"

@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
-from engine.information.columns import normal_scores, robust, varying
-from engine.information.estimate import Estimate
-from engine.information.likelihood import HALF_LOG_2PI, Density, Settings, fit
+from engine.information.columns import FEW_VALUES, column_flags, copies, normal_scores, robust, varying
+from engine.information.estimate import SIGMAS, Estimate, value_flags
+from engine.information.folds import TrainingSettings
+from engine.information.likelihood import HALF_LOG_2PI, Density, fit
 from engine.kernels.arguments import check_count, check_number
 from engine.samples import as_samples
 
 WHERE = "estimate_cmi"
 LEAST_SAMPLES = 50
 MANY_SAMPLES = 3000  # from here on three folds instead of five
-FEW_VALUES = 10  # columns with no more distinct values are read as categories, too
 MANY_CATEGORIES = 50  # the most joint values that are predicted as categories
 SMALL = 0.15  # nats; smaller values are compared with a null
-HEAVY = 30  # robust standard deviations from the median
 ERROR_SHARE = 0.75  # of a network's optimism that is error on unseen rows, on problems of known information
 LARGEST_ERROR = 0.1
 _NAMES = ("dv", "ldr", "nwj")
@@ -102,30 +101,26 @@ def estimate_cmi(
         check_count(WHERE, name, value)
     check_number(WHERE, "lr", lr, 0, above=True)
 
-    flags = _flags_of_columns(x, y, z)
+    flags = column_flags(torch.cat([x, y, z], 1), _read_by_rank(x, y, z, discrete))
     x, y, z = varying(x), varying(y), varying(z)
     if x.shape[1] == 0 or y.shape[1] == 0:
         readings = dict.fromkeys(_NAMES, 0.0)
         return Estimate(0.0, (0.0, 0.0), 0.0, "constant", readings, len(x), tuple(flags))
 
     generator = torch.Generator().manual_seed(seed)
-    settings = Settings(steps, batch_size, lr, hidden)
+    settings = TrainingSettings(steps, batch_size, lr, hidden)
     condition = _categories(z) if discrete else _designs(z)
-    group = _groups(x, y, z)
-    if int(group.max()) + 1 < len(x):
-        flags.append("repeated rows")
+    group = copies(torch.cat([x, y, z], 1))
     reading = _Reading(x, y, condition, group, settings, generator)
 
     readings = reading.readings()
     raw, error = readings["dv"], reading.standard_error
     value = reading.value
-    if 1.96 * error < raw < SMALL:
+    if SIGMAS * error < raw < SMALL:
         shuffled = y[_neighbour_shuffle(condition[0], k, generator)]
         readings["null"] = _Reading(x, shuffled, condition, group, settings, generator).value
         value -= max(readings["null"], 0)
-    flags += reading.flags()
-    flags += ["below zero"] if raw < 0 else []
-    flags += ["noise"] if value <= 1.96 * error else []
+    flags += [*reading.flags(), *value_flags(raw, value, error)]
     low, high = reading.interval()
     low -= max(readings.get("null", 0.0), 0.0)
     return Estimate(
@@ -138,7 +133,7 @@ def estimate_cmi(
         flags=tuple(flags),
         ceiling=reading.ceiling,
         pointwise=reading.pointwise,
-        history=reading.history(),
+        history=reading.best.density.history,
     )
 
 
@@ -165,7 +160,7 @@ class _Side:
         values: Tensor,
         condition: list[Tensor],
         fold: Tensor,
-        settings: Settings,
+        settings: TrainingSettings,
         generator: torch.Generator,
     ):
         folds = int(fold.max()) + 1
@@ -203,7 +198,7 @@ class _Direction:
         other: _Side,
         condition: list[Tensor],
         fold: Tensor,
-        settings: Settings,
+        settings: TrainingSettings,
         generator: torch.Generator,
     ):
         near, far = condition[0], condition[-1]
@@ -242,7 +237,7 @@ class _Reading:
         y: Tensor,
         z: list[Tensor],
         group: Tensor,
-        settings: Settings,
+        settings: TrainingSettings,
         generator: torch.Generator,
     ):
         folds = 3 if len(x) >= MANY_SAMPLES else 5
@@ -284,7 +279,7 @@ class _Reading:
     def interval(self) -> tuple[float, float]:
         """Sampling error; downwards what z may explain of both sides beyond what was learnt, upwards what the other
         side may explain beyond."""
-        margin = 1.96 * self.standard_error
+        margin = SIGMAS * self.standard_error
         low = self.best.value - margin - self.confounding
         return low, self.value + margin + self.best.density.overfit + self.attenuation
 
@@ -297,15 +292,6 @@ class _Reading:
         if self.best.density.overfit > max(0.1, 0.5 * self.value):
             flags.append("overfitted")
         return flags
-
-    def history(self) -> list[dict[str, Any]]:
-        density = self.best.density
-        return [
-            {"step": step, "training": training, "held_out": held_out}
-            for step, training, held_out in zip(
-                density.steps, density.training_curve.tolist(), density.curve.tolist(), strict=True
-            )
-        ]
 
 
 def _attenuation(value: float, *sides: _Side) -> float:
@@ -329,8 +315,9 @@ def _attenuation(value: float, *sides: _Side) -> float:
 
 def _unfinished(density: Density) -> bool:
     """Whether held-out rows still gained in the last fifth of the training."""
-    last = len(density.steps) - 1
-    return min(density.picks) > 0.8 * last and (density.curve[-1] - density.curve[int(0.8 * last)]).item() > 0.01
+    held_out = [check["held_out"] for check in density.history]
+    late = int(0.8 * (len(held_out) - 1))
+    return min(density.picks) > 0.8 * (len(held_out) - 1) and held_out[-1] - held_out[late] > 0.01
 
 
 # -- columns ----------------------------------------------------------------------------------------------------------
@@ -404,26 +391,11 @@ def _standardise(values: Tensor) -> Tensor:
     return (values - values.mean(0)) / torch.where(deviation > 0, deviation, 1.0)
 
 
-def _flags_of_columns(x: Tensor, y: Tensor, z: Tensor) -> list[str]:
-    values = torch.cat([x, y, z], 1)
-    flags = []
-    if (values.amax(0) == values.amin(0)).any():
-        flags.append("constant columns")
-    if (robust(values).abs() > HEAVY).any():
-        flags.append("heavy tails")
-    return flags
-
-
-def _groups(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """A number for each row, from 0, the same for copies.
-
-    Copies must not lie in several folds. Where no column is continuous, equal rows are no copies.
-    """
-    rows = torch.cat([x, y, z], 1)
-    continuous = any(len(column.unique()) > len(rows) / 20 and len(column.unique()) > FEW_VALUES for column in rows.T)
-    if not continuous:
-        return torch.arange(len(rows))
-    return rows.unique(dim=0, return_inverse=True)[1]
+def _read_by_rank(x: Tensor, y: Tensor, z: Tensor, discrete: bool) -> Tensor:
+    """The columns that are not read as categories: all of x or y unless all of it is, and those of z of many values."""
+    sides = [side for side in (x, y) if _as_categories(side) is None]
+    many = [len(column.unique()) > FEW_VALUES and not discrete for column in z.T]
+    return torch.cat([*sides, z[:, many]], 1)
 
 
 # -- null -------------------------------------------------------------------------------------------------------------

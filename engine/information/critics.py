@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad, relu, silu
 
 from engine.allocator import settle
+from engine.information.folds import FoldTrainer, Readings, TrainingSettings, batches_of
 from engine.information.gaussian import Canonical
 from engine.kernels.mi_bounds import bound_value
 
@@ -21,8 +21,8 @@ CHECK_STEPS = 50
 TRIAL_STEPS = 100
 WARM_UP = 20
 PATIENCE = 2  # checks without a better one before the learning rate falls
-DECAY = 0.3
-DECAYS = 3
+DECAY = 0.3  # factor by which it falls
+DECAYS = 3  # times that it falls before training ends
 CHECK_ROWS = 1024
 READ_ROWS = 4096
 # rows that each row is paired with by a critic of pairs: in training, at a check, at the end
@@ -33,14 +33,10 @@ WORTH_PAIRS = 0.01  # nats that a separate critic must have found before one of 
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Of the training: the bound to maximise, the most steps, rows a step, Adam's rate, width of the hidden layers."""
+class CriticSettings(TrainingSettings):
+    """Settings of the training of critics: `bound` is the one to maximise, `alpha` and `smile_tau` belong to it."""
 
     bound: str
-    steps: int
-    batch_size: int
-    lr: float
-    hidden: int
     alpha: float
     smile_tau: float
 
@@ -134,7 +130,7 @@ class Separate(nn.Module):
         y = self.tower_y.of_fold(fold, self.inputs.y[fold, rows])
         return torch.addmm(self.base.of_fold(fold, rows), x, y.T)
 
-    def loss(self, rows: Tensor, settings: Settings) -> Tensor:
+    def loss(self, rows: Tensor, settings: CriticSettings) -> Tensor:
         """Sum over the folds, so that no fold changes another's steps."""
         scores = self.scores(rows)
         if settings.bound == "infonce":
@@ -150,7 +146,9 @@ class Separate(nn.Module):
     def log_normaliser(self, fold: int, rows: Tensor) -> float:
         return log_mean_product(self.of_fold(fold, rows))
 
-    def read(self, fold: int, rows: Tensor, normaliser: float, settings: Settings) -> tuple[Tensor, dict[str, float]]:
+    def read(
+        self, fold: int, rows: Tensor, normaliser: float, settings: CriticSettings
+    ) -> tuple[Tensor, dict[str, float]]:
         """Shares of InfoNCE [B], and the mean of each reading on these rows, nats."""
         scores = self.of_fold(fold, rows)
         shares = infonce_shares(scores)
@@ -195,7 +193,7 @@ class Concatenated(nn.Module):
         values = relu(torch.baddbmm(self.second_bias[own], values, self.second[own]))
         return (values @ self.last[own]).view(len(rows), count, -1) + self.base.pairs(at, rows, partner)
 
-    def loss(self, rows: Tensor, settings: Settings) -> Tensor:
+    def loss(self, rows: Tensor, settings: CriticSettings) -> Tensor:
         """Sum over the folds."""
         rows = rows[:, : max(2, rows.shape[1] // 2)]
         distances = self._distances(rows.shape[1], TRAINED_PAIRS)
@@ -210,7 +208,9 @@ class Concatenated(nn.Module):
     def log_normaliser(self, fold: int, rows: Tensor) -> float:
         return 0.0  # for bounds that this critic is not trained by
 
-    def read(self, fold: int, rows: Tensor, normaliser: float, settings: Settings) -> tuple[Tensor, dict[str, float]]:
+    def read(
+        self, fold: int, rows: Tensor, normaliser: float, settings: CriticSettings
+    ) -> tuple[Tensor, dict[str, float]]:
         """Shares of InfoNCE [B], and the mean of each reading on these rows, nats."""
         distances = self._distances(len(rows), READ_PAIRS, even=True)
         scores = torch.cat([self.pairs(rows[None], part, fold)[0] for part in distances.split(CHUNK_PAIRS)], 1)
@@ -227,52 +227,17 @@ class Concatenated(nn.Module):
         return torch.cat([torch.zeros(1, dtype=torch.long), drawn])
 
 
-@dataclass
-class Run:
-    """One training: the critics, and at each check mean readings per fold [folds] and the weights."""
-
-    critics: Separate | Concatenated
-    optimizer: torch.optim.Optimizer
-    lr: float
-    steps: list[int] = field(default_factory=list)
-    training: list[Tensor] = field(default_factory=list)
-    held_out: list[Tensor] = field(default_factory=list)
-    states: list[dict[str, Tensor]] = field(default_factory=list)
-
-    def best(self) -> int:
-        return int(torch.stack(self.held_out).mean(1).argmax())
-
-    def gain(self) -> float:
-        """What the networks have added at their best to what they started from, on held-out rows."""
-        means = torch.stack(self.held_out).mean(1)
-        return (means.max() - means[0]).item()
-
-    def history(self) -> list[dict[str, float]]:
-        return [
-            {"step": step, "training": training.mean().item(), "held_out": held_out.mean().item()}
-            for step, training, held_out in zip(self.steps, self.training, self.held_out, strict=True)
-        ]
-
-    def restore(self, check: int) -> None:
-        self.critics.load_state_dict(self.states[check])
-
-    def choose(self, checks: list[int]) -> None:
-        """Give each fold the weights of its own check."""
-        chosen = {
-            name: torch.stack([self.states[check][name][fold] for fold, check in enumerate(checks)])
-            for name in self.states[0]
-        }
-        self.critics.load_state_dict(chosen)
+Critics = Separate | Concatenated
 
 
-class Training:
-    """Rows of the folds, and how to train critics on them.
+class CriticTraining:
+    """The folds of the rows, and how critics are trained on them.
 
     Args:
         fold: [N] integers from 0: the fold in which each row is held out.
     """
 
-    def __init__(self, fold: Tensor, settings: Settings, generator: torch.Generator):
+    def __init__(self, fold: Tensor, settings: CriticSettings, generator: torch.Generator):
         self.settings, self.generator = settings, generator
         settle()
         self.folds = int(fold.max()) + 1
@@ -285,73 +250,64 @@ class Training:
         self.checked_training = torch.stack([part[:rows] for part in self.training])
 
     @torch.no_grad()
-    def readings(self, critics: Separate | Concatenated | Base) -> tuple[Tensor, Tensor]:
-        """InfoNCE of each fold on training and on held-out rows, [folds] each, nats."""
+    def readings(self, critics: Critics | Base) -> Readings:
+        """InfoNCE of each fold on training and on held-out rows."""
         training, held_out = (
             torch.stack([critics.shares(f, rows).mean() for f, rows in enumerate(part)])
             for part in (self.checked_training, self.checked_held_out)
         )
         return training, held_out
 
-    def run(self, base: Base, candidates: list[tuple[type[Separate | Concatenated], Inputs]]) -> Run:
+    def train(self, base: Base, candidates: list[tuple[type[Critics], Inputs]]) -> tuple[Critics, FoldTrainer]:
         """Try each candidate for a while, then train on with the best one until it no longer improves."""
-        runs: list[tuple[Run, Iterator[Tensor]]] = []
+        tried: list[tuple[Critics, FoldTrainer]] = []
         for kind, inputs in candidates:
-            found = max((run.gain() for run, _ in runs), default=0.0)
-            if kind is Concatenated and found < WORTH_PAIRS:
+            gain = max((trainer.gain() for _, trainer in tried), default=0.0)
+            if kind is Concatenated and gain < WORTH_PAIRS:
                 continue
             critics = kind(base, inputs, self.settings.hidden, self.generator)
-            rate = self.settings.lr * kind.rate
-            run = Run(critics, torch.optim.AdamW(critics.parameters(), lr=rate, weight_decay=0.01), rate)
-            self._record(run, 0, self.readings(critics))
-            batches = self._batches()
-            self._train(run, batches, min(TRIAL_STEPS, self.settings.steps))
-            runs.append((run, batches))
-        run, batches = max(runs, key=lambda tried: tried[0].gain())
+            trainer = self._trainer(critics)
+            trainer.train(min(TRIAL_STEPS, self.settings.steps))
+            tried.append((critics, trainer))
+        critics, trainer = max(tried, key=lambda pair: pair[1].gain())
         waited, decays = 0, 0
-        while run.steps[-1] < self.settings.steps and decays < DECAYS:
-            before = run.best()
-            self._train(run, batches, min(CHECK_STEPS, self.settings.steps - run.steps[-1]))
-            waited = 0 if run.best() != before else waited + 1
-            if waited == PATIENCE or run.best() == 0:
-                run.restore(run.best())
-                for group in run.optimizer.param_groups:
-                    group["lr"] *= DECAY
+        while trainer.checks[-1].step < self.settings.steps and decays < DECAYS:
+            before = trainer.best()
+            trainer.train(min(CHECK_STEPS, self.settings.steps - trainer.checks[-1].step))
+            waited = 0 if trainer.best() != before else waited + 1
+            if waited == PATIENCE or trainer.best() == 0:
+                trainer.load([trainer.best()] * self.folds)
+                trainer.rate.decay()
                 waited, decays = 0, decays + 1
-        return run
+        return critics, trainer
 
-    def _train(self, run: Run, batches: Iterator[Tensor], steps: int) -> None:
-        first = run.steps[-1] + 1
-        for step in range(first, first + steps):
-            loss = run.critics.loss(next(batches), self.settings)
-            run.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(run.critics.parameters(), 10.0 * self.folds)
-            if step <= WARM_UP:
-                for group in run.optimizer.param_groups:
-                    group["lr"] = run.lr * step / WARM_UP
-            run.optimizer.step()
-            if step % CHECK_STEPS == 0 or step == first + steps - 1:
-                self._record(run, step, self.readings(run.critics))
-
-    def _record(self, run: Run, step: int, reading: tuple[Tensor, Tensor]) -> None:
-        run.steps.append(step)
-        run.training.append(reading[0])
-        run.held_out.append(reading[1].nan_to_num(-math.inf))
-        run.states.append({name: value.clone() for name, value in run.critics.state_dict().items()})
-
-    def _batches(self) -> Iterator[Tensor]:
-        """Rows [folds, batch_size] of each fold's training part, in passes over new orders."""
-        queues = [torch.empty(0, dtype=torch.long)] * self.folds
-        while True:
-            for f, rows in enumerate(self.training):
-                if len(queues[f]) < self.batch_size:
-                    queues[f] = rows[torch.randperm(len(rows), generator=self.generator)]
-            yield torch.stack([queue[: self.batch_size] for queue in queues])
-            queues = [queue[self.batch_size :] for queue in queues]
+    def _trainer(self, critics: Critics) -> FoldTrainer:
+        return FoldTrainer(
+            list(critics.parameters()),
+            loss=lambda rows: critics.loss(rows, self.settings),
+            read=lambda weights: self.readings(critics),
+            batches=batches_of(self.training, self.batch_size, self.generator),
+            rate=PlateauRate(self.settings.lr * critics.rate),
+            every=CHECK_STEPS,
+            weight_decay=0.01,
+            most_gradient=10.0 * self.folds,
+        )
 
 
-def bound_of(scores: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+class PlateauRate:
+    """A learning rate that rises in the first steps, and falls each time that held-out rows gain nothing."""
+
+    def __init__(self, lr: float):
+        self.lr = lr
+
+    def __call__(self, step: int) -> float:
+        return self.lr * step / WARM_UP if step <= WARM_UP else self.lr
+
+    def decay(self) -> None:
+        self.lr *= DECAY
+
+
+def bound_of(scores: Tensor, settings: CriticSettings) -> tuple[Tensor, Tensor]:
     """Value and surrogate of a bound, for scores [B, B] that tend to the log ratio (NWJ's optimum lies 1 above)."""
     shift = 1.0 if settings.bound == "nwj" else 0.0
     return bound_value(scores.T + shift, settings.bound, alpha=settings.alpha, smile_tau=settings.smile_tau)

@@ -14,6 +14,8 @@ from torch import Tensor
 from engine.errors import EstimatorError
 from engine.files import atomic_path
 
+SIGMAS = 1.96  # standard errors from an estimate to the ends of its interval
+
 ADVICE = {
     "saturated": "The estimate is near what this many samples can show. Believe 'at least', or give more samples.",
     "not converged": "The critic was still improving when training ended. Raise steps.",
@@ -138,6 +140,12 @@ class Estimate(Mapping[str, Any]):
 _FIELDS = (
     "value", "interval", "standard_error", "method", "readings", "samples", "flags", "ceiling", "history",
 )  # fmt: skip
+
+
+def value_flags(raw: float, lowest: float, error: float) -> list[str]:
+    """The flags of a value that may be none: of the raw reading, and of the lowest value that is thought likely."""
+    said = {"below zero": raw < 0, "noise": lowest <= SIGMAS * error}
+    return [flag for flag, is_so in said.items() if is_so]
 
 
 def _plain(value: Any) -> Any:

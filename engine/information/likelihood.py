@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from engine.information.folds import FoldTrainer, Readings, TrainingSettings, batches_of, best_on_others
+
 RIDGES = (1e-6, 1e-2, 1e-1)
 MORE_RIDGES = (1.0, 10.0, 100.0)  # for as many columns as a tenth of the rows, and more
 WIDE = 1200  # designs of more columns (and rows) are left out, but for the narrowest
@@ -29,16 +31,6 @@ LEAST_TAIL = 1e-9
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Of the networks' training: the largest number of steps, rows a step, rate of Adam, width of the hidden layers."""
-
-    steps: int
-    batch_size: int
-    lr: float
-    hidden: int
-
-
 @dataclass
 class Density:
     """What was learnt of log p(target | condition), less a reference; nats.
@@ -52,8 +44,7 @@ class Density:
         residual: [folds, N, ...] float64, for the model of each fold what the condition leaves unexplained: columns
             that are independent N(0, 1) whatever the condition, one for one with the target given the condition; or the
             categories with their probabilities, as in a target.
-        steps: after which the networks were checked; 0 is the regression.
-        curve, training_curve: mean at each check on unseen and on training rows.
+        history: one record per check of the networks, as in `Estimate.history`; the first is the regression.
         picks: the chosen check of each fold.
     """
 
@@ -63,9 +54,7 @@ class Density:
     degrees: float
     spread: float
     residual: Tensor
-    steps: list[int]
-    curve: Tensor
-    training_curve: Tensor
+    history: list[dict[str, float]]
     picks: list[int]
 
     @property
@@ -78,7 +67,7 @@ def fit(
     target: Tensor,
     designs: list[Tensor],
     fold: Tensor,
-    settings: Settings,
+    settings: TrainingSettings,
     generator: torch.Generator,
     *,
     categories: bool = False,
@@ -107,55 +96,120 @@ def fit(
     shift = torch.stack([-regressions[f].log_volume - reference[f] for f in folds])
 
     start = torch.stack([r.residual for r in regressions])
-    inputs = designs[0].float()
-    kind = _Classes if categories else _Mixtures
-    outputs = target.shape[2] - 1 if categories else target.shape[2]
-    model = kind(len(target), outputs, inputs.shape[2], settings.hidden, generator)
     first = torch.stack([regressions[f].log_density - reference[f] for f in folds])
-    run = _train(model, start.float(), inputs, training, held_out, first, shift, settings, generator)
+    kind, outputs = (_Classes, target.shape[2] - 1) if categories else (_Mixtures, target.shape[2])
+    network = kind(len(target), outputs, designs[0].shape[2], settings.hidden, generator)
+    networks = _Networks(network, start, designs[0].float(), shift)
+    trainer = _train(networks, training, held_out, first, settings, generator)
 
-    curves = torch.stack([torch.stack([values.mean() for values in check]) for check in run.held_out])
-    picks = [_best_of_others(curves, f) for f in folds]
+    picks = best_on_others(trainer.held_out)
+    weights = trainer.chosen(picks)
     regression, chosen = torch.empty(len(fold), dtype=torch.float64), torch.empty(len(fold), dtype=torch.float64)
+    read = networks.log_density(_padded(held_out), weights)
     for f, rows in enumerate(held_out):
         regression[rows] = first[f, rows]
-        chosen[rows] = run.held_out[picks[f]][f]
-    training_curves = torch.stack(run.training)
+        chosen[rows] = read[f, : len(rows)] if picks[f] else first[f, rows]
     return Density(
         regression=regression,
         chosen=chosen,
-        training=sum(training_curves[pick, f].item() for f, pick in enumerate(picks)) / len(folds),
+        training=sum(trainer.checks[pick].training[f].item() for f, pick in enumerate(picks)) / len(folds),
         degrees=sum(r.degrees for r in regressions) / len(folds),
         spread=sum(r.spread for r in regressions) / len(folds),
-        residual=_residual(model, start, inputs, run.parameters, picks),
-        steps=run.steps,
-        curve=curves.mean(1),
-        training_curve=training_curves.mean(1),
+        residual=networks.residual(weights, picks),
+        history=trainer.history(),
         picks=picks,
     )
 
 
-def _best_of_others(curve: Tensor, fold: int) -> int:
-    """The candidate [candidates, folds] that is best on the mean of the other folds."""
-    return int((curve.sum(1) - curve[:, fold]).argmax())
+class _Networks:
+    """The networks of all folds with what they see.
+
+    Args:
+        start: [folds, N, ...] float64, residuals of the regressions, from which the networks start.
+        inputs: [folds, N, p] float32, the condition.
+        shift: [folds, N], added to the networks' log densities.
+    """
+
+    def __init__(self, network: _Mixtures | _Classes, start: Tensor, inputs: Tensor, shift: Tensor):
+        self.network, self.start, self.inputs, self.shift = network, start, inputs, shift
+        self.residuals = start.float()
+        self.fold = torch.arange(len(start))[:, None]
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """Of rows [folds, B]."""
+        return -self.network.log_density(self.residuals[self.fold, rows], self.inputs[self.fold, rows]).mean(1).sum()
+
+    @torch.no_grad()
+    def log_density(self, rows: Tensor, weights: list[Tensor]) -> Tensor:
+        """[folds, B] float64 of rows [folds, B]."""
+        parts = [
+            self.network.log_density(self.residuals[self.fold, r], self.inputs[self.fold, r], weights)
+            for r in rows.split(READ_ROWS, 1)
+        ]
+        return torch.cat(parts, 1).double() + self.shift[self.fold, rows]
+
+    @torch.no_grad()
+    def residual(self, weights: list[Tensor], picks: list[int]) -> Tensor:
+        """What the condition leaves unexplained, [folds, N, ...]. A fold that picks check 0 takes its regression's."""
+        if not any(picks):
+            return self.start
+        parts = zip(self.start.split(READ_ROWS, 1), self.inputs.split(READ_ROWS, 1), strict=True)
+        residual = torch.cat([self.network.residual(e, c, weights) for e, c in parts], 1)
+        for f, pick in enumerate(picks):
+            if pick == 0:
+                residual[f] = self.start[f]
+        return residual
 
 
-@torch.no_grad()
-def _residual(
-    model: _Mixtures | _Classes, start: Tensor, inputs: Tensor, parameters: list[list[Tensor]], picks: list[int]
-) -> Tensor:
-    """Residuals [folds, N, ...] under each fold's chosen parameters; those of the regression are given."""
-    if not any(picks):
-        return start
-    # the parameters of check 0 are not kept; any others stand in, and what they give is not used
-    chosen = [torch.stack([parameters[max(pick, 1) - 1][p][f] for f, pick in enumerate(picks)])
-              for p in range(len(model.parameters))]  # fmt: skip
-    parts = zip(start.split(READ_ROWS, 1), inputs.split(READ_ROWS, 1), strict=True)
-    residual = torch.cat([model.residual(e, c, chosen) for e, c in parts], 1)
-    for f, pick in enumerate(picks):
-        if pick == 0:
-            residual[f] = start[f]
-    return residual
+def _train(
+    networks: _Networks,
+    training: list[Tensor],
+    held_out: list[Tensor],
+    first: Tensor,
+    settings: TrainingSettings,
+    generator: torch.Generator,
+) -> FoldTrainer:
+    """Train the networks until no fold gains any more on held-out rows.
+
+    Args:
+        first: [folds, N] log densities of the regressions, which are the readings before any step.
+    """
+    rows, every = min(map(len, training)), max(LEAST_BETWEEN, settings.steps // CHECKS)
+    order = [part[torch.randperm(len(part), generator=generator)[:rows]] for part in training]
+    known, padded = torch.stack(order)[:, :TRAINING_ROWS], _padded(held_out)
+
+    def read(weights: list[Tensor]) -> Readings:
+        values = networks.log_density(padded, weights)
+        unseen = torch.stack([values[f, : len(part)].mean() for f, part in enumerate(held_out)])
+        return networks.log_density(known, weights).mean(1), unseen
+
+    def rate(step: int) -> float:
+        return settings.lr * 0.5 * (1 + math.cos(math.pi * step / (settings.steps + 1))) * min(1, step / 20)
+
+    trainer = FoldTrainer(
+        networks.network.parameters,
+        networks.loss,
+        read,
+        batches_of(training, min(settings.batch_size, rows), generator),
+        rate,
+        every,
+        weight_decay=1e-4,
+        average=AVERAGE,
+        before=(first[networks.fold, known].mean(1), torch.stack([first[f, p].mean() for f, p in enumerate(held_out)])),
+    )
+    best, waited = trainer.checks[0].held_out, 0
+    while trainer.checks[-1].step < settings.steps and waited < PATIENCE:
+        trainer.train(min(every, settings.steps - trainer.checks[-1].step))
+        score = trainer.checks[-1].held_out
+        waited = 0 if (score > best + 1e-4).any() else waited + 1
+        best = torch.maximum(best, score)
+    return trainer
+
+
+def _padded(parts: list[Tensor]) -> Tensor:
+    """Rows of parts of several lengths as one tensor; shorter parts repeat their first row."""
+    longest = max(map(len, parts))
+    return torch.stack([torch.cat([part, part[:1].expand(longest - len(part))]) for part in parts])
 
 
 # -- Gaussian regressions ---------------------------------------------------------------------------------------------
@@ -190,7 +244,7 @@ def _regressions(
                 candidates.setdefault((d, *kind), {})[f] = regression
     complete = [by_fold for by_fold in candidates.values() if len(by_fold) == len(training)]
     score = torch.tensor([[r[f].log_density[held_out[f]].mean() for f in range(len(training))] for r in complete])
-    return [complete[_best_of_others(score, f)][f] for f in range(len(training))]
+    return [complete[pick][f] for f, pick in enumerate(best_on_others(score))]
 
 
 def _ridge_regressions(
@@ -331,81 +385,3 @@ class _Mixtures:
         out = torch.baddbmm(last_bias, hidden, last).unflatten(2, (self.dims, 3, self.components))
         log_weight, mean, log_sd = out.unbind(3)
         return log_weight.log_softmax(3), mean, log_sd.clamp(-7, 3)
-
-
-@dataclass
-class _Run:
-    """Of each check: held-out log densities of every network, their means over training rows [M], averaged parameters.
-
-    The first check, before any step, has no parameters.
-    """
-
-    held_out: list[list[Tensor]]
-    training: list[Tensor]
-    parameters: list[list[Tensor]]
-    steps: list[int]
-
-
-def _train(
-    model: _Mixtures | _Classes,
-    residuals: Tensor,
-    inputs: Tensor,
-    training: list[Tensor],
-    held_out: list[Tensor],
-    first: Tensor,
-    shift: Tensor,
-    settings: Settings,
-    generator: torch.Generator,
-) -> _Run:
-    """Train M networks at once, on residuals [M, N, d] given inputs [M, N, p], each on its own rows.
-
-    `first` [M, N] are the log densities before any step, `shift` [M, N] is added to those of the networks.
-    """
-    optimizer = torch.optim.AdamW(model.parameters, lr=settings.lr, weight_decay=1e-4, foreach=True)
-    average = [parameter.detach().clone() for parameter in model.parameters]
-    network = torch.arange(len(residuals))[:, None]
-    rows = min(len(part) for part in training)
-    size = min(settings.batch_size, rows)
-
-    def shuffled() -> Tensor:
-        return torch.stack([part[torch.randperm(len(part), generator=generator)[:rows]] for part in training])
-
-    @torch.no_grad()
-    def read(index: Tensor) -> Tensor:
-        parts = [
-            model.log_density(residuals[network, i], inputs[network, i], average) for i in index.split(READ_ROWS, 1)
-        ]
-        return torch.cat(parts, 1).double() + shift[network, index]
-
-    longest = max(len(part) for part in held_out)
-    padded = torch.stack([torch.cat([part, part[:1].expand(longest - len(part))]) for part in held_out])
-    known = shuffled()[:, :TRAINING_ROWS]
-    run = _Run([[first[m, part] for m, part in enumerate(held_out)]], [first[network, known].mean(1)], [], [0])
-    best, waited = torch.stack([part.mean() for part in run.held_out[0]]), 0
-    order, position = shuffled(), 0
-    for step in range(1, settings.steps + 1):
-        if position + size > rows:
-            order, position = shuffled(), 0
-        batch = order[:, position : position + size]
-        position += size
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * 0.5 * (1 + math.cos(math.pi * step / (settings.steps + 1))) * min(1, step / 20)
-        loss = -model.log_density(residuals[network, batch], inputs[network, batch]).mean(1).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(average, [p.detach() for p in model.parameters], max(1 - AVERAGE, 1 / (step + 1)))
-        if step % max(LEAST_BETWEEN, settings.steps // CHECKS) and step != settings.steps:
-            continue
-        values = read(padded)
-        run.held_out.append([values[m, : len(part)] for m, part in enumerate(held_out)])
-        run.training.append(read(known).mean(1))
-        run.parameters.append([parameter.clone() for parameter in average])
-        run.steps.append(step)
-        score = torch.stack([part.mean() for part in run.held_out[-1]])
-        waited = 0 if (score > best + 1e-4).any() else waited + 1
-        best = torch.maximum(best, score)
-        if waited == PATIENCE:
-            break
-    return run

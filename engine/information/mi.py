@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
-from engine.information.columns import normal_scores, robust, varying
+from engine.information.columns import column_flags, copies, normal_scores, robust, varying
 from engine.information.critics import (
     READ_PAIRS,
     Base,
     Concatenated,
+    Critics,
+    CriticSettings,
+    CriticTraining,
     Inputs,
-    Run,
     Separate,
-    Settings,
-    Training,
     blocks,
 )
-from engine.information.estimate import Estimate
+from engine.information.estimate import SIGMAS, Estimate, value_flags
+from engine.information.folds import best_on_others
 from engine.information.gaussian import canonical, least_correlation, sampling_bias
 from engine.information.neighbours import (
     counted_information,
@@ -36,10 +37,6 @@ WHERE = "estimate_mi"
 BOUNDS = ("infonce", "dv", "mine", "nwj", "tuba", "interpolate", "js", "smile")
 FOLDS = 5
 LEAST_SAMPLES = 50
-TIED_SHARE = 0.1  # a column of fewer distinct values a row is called discrete
-REPEATED_SHARE = 0.01
-HEAVY = 100.0  # robust standard deviations from the median
-SIGMAS = 1.96
 GAUSSIAN = "gaussian"
 MARGIN = 0.002  # by which a network must be better than none, as a share of 1 nat more than the reading
 NORMALISED = 0.05
@@ -52,7 +49,7 @@ DETECTABLE = 8.0
 UNLEARNT = 0.2  # of what the networks found: about what they still miss, on problems of known information
 PAIR_COLUMNS = 8  # of both sides, up to which critics of pairs are tried
 
-Candidate = tuple[type[Separate | Concatenated], Inputs]
+Candidate = tuple[type[Critics], Inputs]
 
 
 def estimate_mi(
@@ -127,34 +124,20 @@ def estimate_mi(
     check_number(WHERE, "alpha", alpha, 0, 1)
     check_number(WHERE, "smile_tau", smile_tau, 0, above=True)
 
-    flags = _flags(x, y)
+    both = torch.cat([x, y], 1)
+    flags = column_flags(both, both)
     x, y = varying(x), varying(y)
     if not x.shape[1] or not y.shape[1]:
-        return Estimate(0.0, (0.0, 0.0), 0.0, "nothing", {}, len(x), flags)
+        return Estimate(0.0, (0.0, 0.0), 0.0, "nothing", {}, len(x), tuple(flags))
     if bound == "auto" and (codes := _codes(x, y)) is not None:
         return _count(*codes, flags)
     if bound == "auto" and x.shape[1] == y.shape[1] == 1 and not {"discrete columns", "repeated rows"} & set(flags):
         return _measure_distances(x, y, flags)
-    settings = Settings("infonce" if bound == "auto" else bound, steps, batch_size, lr, hidden, alpha, smile_tau)
+    settings = CriticSettings(steps, batch_size, lr, hidden, "infonce" if bound == "auto" else bound, alpha, smile_tau)
     return _train_critics(x, y, settings, bound == "auto", flags, torch.Generator().manual_seed(seed))
 
 
 # -- looking at the columns -------------------------------------------------------------------------------------------
-
-
-def _flags(x: Tensor, y: Tensor) -> tuple[str, ...]:
-    both = torch.cat([x, y], 1)
-    changing = varying(both)
-    distinct = [len(column.unique()) for column in changing.T]
-    found = {
-        "constant columns": changing.shape[1] < both.shape[1],
-        "discrete columns": any(count < TIED_SHARE * len(both) for count in distinct),
-        "heavy tails": bool(changing.shape[1]) and robust(changing).abs().max().item() > HEAVY,
-        "repeated rows": bool(distinct)
-        and max(distinct) > TIED_SHARE * len(both)
-        and len(both.unique(dim=0)) < (1 - REPEATED_SHARE) * len(both),
-    }
-    return tuple(name for name, is_so in found.items() if is_so)
 
 
 def _codes(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -164,9 +147,9 @@ def _codes(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _folds(x: Tensor, y: Tensor, repeated: bool, generator: torch.Generator) -> Tensor:
-    """[N] the fold of each row. Copies of a row share one, or a held-out row would not be new."""
+    """The fold of each row, [N]. Copies of a row share a fold where `repeated`."""
     count = len(x)
-    row = torch.cat([x, y], 1).unique(dim=0, return_inverse=True)[1] if repeated else torch.arange(count)
+    row = copies(torch.cat([x, y], 1)) if repeated else torch.arange(count)
     fold = torch.randperm(int(row.max()) + 1, generator=generator)[row] % FOLDS
     if (least := int(fold.bincount(minlength=FOLDS).min())) < LEAST_SAMPLES / (2 * FOLDS):
         raise EstimatorError(
@@ -189,20 +172,20 @@ def _with_radius(values: Tensor) -> Tensor:
 # -- without training -------------------------------------------------------------------------------------------------
 
 
-def _count(x: Tensor, y: Tensor, flags: tuple[str, ...]) -> Estimate:
+def _count(x: Tensor, y: Tensor, flags: list[str]) -> Estimate:
     shares, bias = counted_information(x, y)
     raw = shares.mean().item()
-    error, flags = standard_error(shares), tuple(flag for flag in flags if flag not in ("discrete columns",))
+    error, flags = standard_error(shares), [flag for flag in flags if flag != "discrete columns"]  # not read by rank
     return _estimate(raw - bias, raw - bias, raw, error, "counts", {"counts": raw}, shares, flags)
 
 
-def _measure_distances(x: Tensor, y: Tensor, flags: tuple[str, ...]) -> Estimate:
+def _measure_distances(x: Tensor, y: Tensor, flags: list[str]) -> Estimate:
     scores = [normal_scores(values)[:, 0].double() for values in (x, y)]
     few, many = neighbour_information(*scores).values()
     error = standard_error(few)
     value, other = few.mean().item(), many.mean().item()
     ceiling = neighbour_ceiling(len(x))
-    flags = flags + ("saturated",) * (value > ceiling - 1)
+    flags = flags + ["saturated"] * (value > ceiling - 1)
     readings = {"neighbours": value, "more neighbours": other}
     # with more neighbours the estimate is less noisy and more biased: their difference shows the bias
     high = value + 2 * max(0.0, value - other)
@@ -213,22 +196,23 @@ def _measure_distances(x: Tensor, y: Tensor, flags: tuple[str, ...]) -> Estimate
 
 
 def _train_critics(
-    x: Tensor, y: Tensor, settings: Settings, auto: bool, flags: tuple[str, ...], generator: torch.Generator
+    x: Tensor, y: Tensor, settings: CriticSettings, auto: bool, flags: list[str], generator: torch.Generator
 ) -> Estimate:
-    training = Training(_folds(x, y, "repeated rows" in flags, generator), settings, generator)
+    training = CriticTraining(_folds(x, y, "repeated rows" in flags, generator), settings, generator)
     plain = normal_scores(x).double(), normal_scores(y).double()
     radial = _with_radius(x), _with_radius(y)
     base = _best_base(training, plain, radial)
     # edges lie straight in the values themselves, which ranks bend
     values = tuple(torch.cat([r, robust(v).asinh()], 1) for r, v in zip(radial, (x, y), strict=True))
-    run = training.run(base, _candidates(training, radial, values if settings.bound == "infonce" else None))
-    picks = _picks(torch.stack(run.held_out))
-    run.choose(picks)
-    unseen, seen, shares = _read(training, run, settings)
-    networks = any(run.steps[pick] for pick in picks)
+    candidates = _candidates(training, radial, values if settings.bound == "infonce" else None)
+    critics, trainer = training.train(base, candidates)
+    picks = best_on_others(trainer.held_out, MARGIN)
+    trainer.load(picks)
+    unseen, seen, shares = _read(training, critics, settings)
+    networks = any(picks)
 
     rows = min(len(block) for part in training.held_out for block in blocks(part))
-    if networks and isinstance(run.critics, Concatenated):
+    if networks and isinstance(critics, Concatenated):
         rows = min(rows, READ_PAIRS + 1)
     closed = _gaussian_information(*plain)
     saturated = unseen["infonce"] > math.log(rows) - SATURATION
@@ -240,20 +224,17 @@ def _train_critics(
         reading = "dv" if auto and saturated else settings.bound
         value = (unseen[reading] + seen[reading]) / 2
     optimism = max(0.0, seen[reading] - unseen[reading])
-    gain = max(0.0, unseen["infonce"] - run.held_out[0].mean().item())
+    gain = max(0.0, unseen["infonce"] - trainer.held_out[0].mean().item())
     low = min(unseen[reading], value)
     detectable = DETECTABLE * math.sqrt(x.shape[1] * y.shape[1]) / len(x)
     # the same critic's InfoNCE is a bound, too, and the one that needs no normaliser
     high = max(unseen[reading], unseen["infonce"], value, detectable) + optimism + UNLEARNT * gain
-    flags += tuple(
-        name
-        for name, is_so in {
-            "saturated": saturated,
-            "not converged": networks and run.steps[max(picks)] == settings.steps,
-            "overfitted": optimism > OVERFITTED * (1 + value),
-        }.items()
-        if is_so
-    )
+    said = {
+        "saturated": saturated,
+        "not converged": networks and trainer.checks[max(picks)].step == settings.steps,
+        "overfitted": optimism > OVERFITTED * (1 + value),
+    }
+    flags = flags + [flag for flag, is_so in said.items() if is_so]
     readings = {name: unseen[name] for name in dict.fromkeys(("infonce", "dv", settings.bound))}
     readings |= {"training": seen[reading], "gaussian": closed}
     ceilings = {"infonce": math.log(rows), "interpolate": 1 + math.log((rows - 1) / settings.alpha)}
@@ -262,12 +243,12 @@ def _train_critics(
         low,
         high,
         max(standard_error(shares), _spread(training, shares)),
-        base.name + f" + {run.critics.name} network" * networks,
+        base.name + f" + {critics.name} network" * networks,
         readings,
         shares,
         flags,
         ceilings.get(reading),
-        run.history(),
+        trainer.history(),
     )
 
 
@@ -278,23 +259,13 @@ def _gaussian_information(x: Tensor, y: Tensor) -> float:
     return fit.information - sampling_bias(len(x), dx, dy) if len(x) > dx + dy + 1 else math.nan
 
 
-def _picks(held_out: Tensor) -> list[int]:
-    """Each fold's check, by the other folds' held-out readings, [checks, folds]; 0 unless another is clearly better."""
-    picks = []
-    for f in range(held_out.shape[1]):
-        others = torch.cat([held_out[:, :f], held_out[:, f + 1 :]], 1).mean(1)
-        best = int(others.argmax())
-        picks.append(best if others[best] > others[0] + MARGIN * (1 + abs(others[0])) else 0)
-    return picks
-
-
-def _spread(training: Training, shares: Tensor) -> float:
+def _spread(training: CriticTraining, shares: Tensor) -> float:
     """Standard error of the mean over folds."""
     means = torch.stack([shares[rows].mean() for rows in training.held_out])
     return (means.std() / math.sqrt(training.folds)).item()
 
 
-def _best_base(training: Training, plain: tuple[Tensor, Tensor], radial: tuple[Tensor, Tensor]) -> Base:
+def _best_base(training: CriticTraining, plain: tuple[Tensor, Tensor], radial: tuple[Tensor, Tensor]) -> Base:
     """The Gaussian that reads most on held-out rows, or nothing."""
     samples, dims = len(plain[0]), plain[0].shape[1] + plain[1].shape[1]
     shrinkages = (0.0, *SHRINKAGES) if dims > MANY_COLUMNS * samples else (0.0,)
@@ -308,12 +279,12 @@ def _best_base(training: Training, plain: tuple[Tensor, Tensor], radial: tuple[T
     return max(bases, key=lambda base: training.readings(base)[1].mean().item())
 
 
-def _each_fold(columns: Tensor, training: Training) -> Tensor:
+def _each_fold(columns: Tensor, training: CriticTraining) -> Tensor:
     return columns.float().expand(training.folds, -1, -1)
 
 
 def _candidates(
-    training: Training, columns: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor] | None
+    training: CriticTraining, columns: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor] | None
 ) -> list[Candidate]:
     """Kinds of critics and their inputs.
 
@@ -336,7 +307,9 @@ def _candidates(
 
 
 @torch.no_grad()
-def _read(training: Training, run: Run, settings: Settings) -> tuple[dict[str, float], dict[str, float], Tensor]:
+def _read(
+    training: CriticTraining, critics: Critics, settings: CriticSettings
+) -> tuple[dict[str, float], dict[str, float], Tensor]:
     """Mean readings of critics that have not seen the rows, of critics that have, and shares of InfoNCE on the former.
 
     Both means are over all rows: their difference is the critics' optimism, and not the rows'.
@@ -344,10 +317,10 @@ def _read(training: Training, run: Run, settings: Settings) -> tuple[dict[str, f
     shares = torch.empty(sum(map(len, training.held_out)), dtype=torch.float64)
     sums: list[dict[str, float]] = [{}, {}]
     for f in range(training.folds):
-        normaliser = run.critics.log_normaliser(f, training.checked_training[f])
+        normaliser = critics.log_normaliser(f, training.checked_training[f])
         for side, part in enumerate((f, (f + 1) % training.folds)):
             for block in blocks(training.held_out[part]):
-                single, record = run.critics.read(f, block, normaliser, settings)
+                single, record = critics.read(f, block, normaliser, settings)
                 if side == 0:
                     shares[block] = single.double()
                 for name, value in record.items():
@@ -363,16 +336,13 @@ def _estimate(
     method: str,
     readings: dict[str, float],
     shares: Tensor,
-    flags: tuple[str, ...],
+    flags: list[str],
     ceiling: float | None = None,
     history: list[dict[str, Any]] | None = None,
 ) -> Estimate:
     """The result; low and high are readings that are thought to lie below and above the truth but for chance."""
     interval = max(0.0, low - SIGMAS * error), max(0.0, high + SIGMAS * error)
-    if value < 0:
-        flags += ("below zero",)
-    if low - SIGMAS * error <= 0:
-        flags += ("noise",)
+    flags = (*flags, *value_flags(value, low, error))
     return Estimate(
         max(0.0, value), interval, error, method, readings, len(shares), flags, ceiling, shares, history or []
     )

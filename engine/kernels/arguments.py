@@ -44,6 +44,11 @@ def exact_type(where: str, *tensors: Tensor | None, integers: bool = False) -> t
     return exact
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors requires a gradient that is being recorded."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def looks_at(tensor: Tensor) -> bool:
     """Whether values of `tensor` may be looked at: a GPU would have to be waited for, and a graph has none."""
     if torch.compiler.is_compiling() or transformed():

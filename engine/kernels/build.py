@@ -51,6 +51,21 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """Address of a tensor's numbers, None for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def addresses(places: Sequence[int | None]) -> ctypes.Array | None:
+    """An array of addresses for C; None if it is empty."""
+    return (ctypes.c_void_p * len(places))(*places) if places else None
+
+
+def pointers(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array | None:
+    """An array of tensors' addresses for C; None if it is empty."""
+    return addresses([pointer(tensor) for tensor in tensors])
+
+
 # shorthands for the argument types of `library`
 POINTER, SIZE, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 

@@ -1,4 +1,4 @@
-"""The operations that have parameters or state of their own, as modules."""
+"""Operations with parameters or state of their own, as modules."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels.gradients import update_buffer
-from engine.kernels.mi_bounds.op import check_temperature, infonce, mi_lower_bound
+from engine.kernels.mi_bounds.embeddings import check_temperature
+from engine.kernels.mi_bounds.op import infonce, mi_lower_bound
 from engine.kernels.mi_bounds.reference import check_settings
 
 
 class InfoNCE(nn.Module):
-    """`engine.kernels.infonce` with a temperature that is kept, and learned if `learnable`.
-
-        loss = InfoNCE(temperature=0.07, learnable=True, cosine=True, symmetric=True)(image, text)  # CLIP
+    """`engine.kernels.infonce` with a temperature that the module keeps, and learns if `learnable`.
 
     Args:
-        temperature: positive; at the start where it is learned.
-        learnable: makes its logarithm the parameter `log_temperature`.
-        cosine, symmetric, reduction: as for `infonce`.
+        temperature: A positive number; where it is learned, its value at the start.
+        learnable: Make its logarithm the parameter `log_temperature`.
+        cosine: As for `infonce`.
+        symmetric: As for `infonce`.
+        reduction: As for `infonce`.
 
     Raises:
-        EstimatorError: a temperature that is not one positive number; whatever `infonce` raises.
+        EstimatorError: A temperature that is not one positive number, or whatever `infonce` raises.
+
+    Example:
+        >>> clip = InfoNCE(temperature=0.07, learnable=True, cosine=True, symmetric=True)
+        >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
+        >>> clip(image, text).backward()
+        >>> clip.log_temperature.grad.shape
+        torch.Size([])
     """
 
     def __init__(
@@ -71,13 +79,24 @@ class InfoNCE(nn.Module):
 class MILowerBound(nn.Module):
     """`engine.kernels.mi_lower_bound` with MINE's moving average as state: the buffer `log_ema`, in state_dict.
 
-        value = MILowerBound("smile", smile_tau=5.0)(q, k)  # to be maximised
+    The first batch begins the average. Eval mode reads the average without changing it.
 
     Args:
-        bound, alpha, smile_tau, ema_rate: as for `mi_lower_bound`.
-        groups: critics at once, for `mine`; None for inputs without a first dimension of groups.
+        bound: As for `mi_lower_bound`.
+        alpha: As for `mi_lower_bound`.
+        smile_tau: As for `mi_lower_bound`.
+        ema_rate: As for `mi_lower_bound`.
+        groups: For mine: the number of critics; None for inputs without a first dimension of groups.
 
-    The first batch begins the average; eval mode reads it without changing it.
+    Raises:
+        EstimatorError: Numbers out of range, or whatever `mi_lower_bound` raises.
+
+    Example:
+        >>> mine = MILowerBound("mine")
+        >>> round(float(mine(5 * torch.eye(8))), 4)
+        5.0
+        >>> float(mine.log_ema)  # the mean of e^0
+        0.0
     """
 
     def __init__(

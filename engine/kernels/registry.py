@@ -1,7 +1,7 @@
 """Registration of the operations with torch, and the switch between their backends.
 
-Every operation is registered once under `torch.ops.engine` with one schema for all backends, so that torch.compile sees
-one opaque node and never a kernel. Backends of an operation:
+Every operation is registered once under `torch.ops.engine`, with one schema for all backends. So torch.compile sees one
+opaque node and never a kernel. Backends of an operation:
 
     reference  the formula in plain torch, differentiated by autograd: the specification the others are tested against
     cpu        fast CPU code with a hand-written backward
@@ -57,15 +57,24 @@ _blank = False
 class use_backend:
     """Choose the backend of all operations: "auto", "triton", "cpu" or "reference".
 
-    `use_backend("reference")` sets it for the process, `with use_backend("reference"):` for a block. The setting is one
-    for all threads, because torch runs backward passes in threads of its own. The environment variable ENGINE_BACKEND
-    sets it at the start.
+    `use_backend("reference")` chooses for the process, `with use_backend("reference"):` for a block. All threads share
+    the choice, because torch runs backward passes in threads of its own. The environment variable ENGINE_BACKEND gives
+    the choice at the start.
 
-    "auto" takes triton for CUDA tensors where triton is installed, cpu for CPU tensors, else reference. Within the
+    "auto" takes triton for CUDA tensors if triton is installed, cpu for CPU tensors, else reference. Within the
     transforms of torch.func and under forward-mode AD it takes reference.
 
+    Args:
+        name: The backend.
+
     Raises:
-        ConfigError: an unknown name, or "triton" where triton is not installed.
+        ConfigError: An unknown name, or "triton" without triton installed.
+
+    Example:
+        >>> x = torch.zeros(1)
+        >>> with use_backend("reference"):
+        ...     backend_for(x)
+        'reference'
     """
 
     def __init__(self, name: str):
@@ -83,7 +92,7 @@ class use_backend:
 
 @contextlib.contextmanager
 def blank_results() -> Iterator[None]:
-    """Within the context operations on CUDA tensors return zeros, whatever their kernels did: for `warm.recording`."""
+    """A context in which operations on CUDA tensors return zeros, whatever their kernels did; for `warm.recording`."""
     global _blank
     before, _blank = _blank, True
     try:
@@ -93,7 +102,7 @@ def blank_results() -> Iterator[None]:
 
 
 def lazy(module: str, function: str) -> Callable[..., Any]:
-    """`function` of `module`, imported at the first call: triton and numba are not imported before they are needed."""
+    """`function` of `module`, imported at the first call, so that triton and numba are imported only when needed."""
 
     def call_it(*args: Any) -> Any:
         return getattr(importlib.import_module(module), function)(*args)
@@ -118,10 +127,10 @@ def register(
         schema: torch schema without the name, such as "(Tensor q, float scale, Tensor? mask=None) -> (Tensor, Tensor)".
             Outputs are fresh tensors: neither inputs nor views of them.
         cpu: host function for CPU tensors.
-        cuda: host function of the Triton kernels; None where there is none. See `lazy`.
+        cuda: host function of the Triton kernels, or None. See `lazy`.
         fake: shapes and dtypes of the outputs for tensors without data.
-        launches: GPU kernels that one call launches, or a function of its arguments that gives their number; None
-            where it is not declared.
+        launches: number of GPU kernels that one call launches, or a function of its arguments that gives it. None: not
+            declared.
     """
     operation = _operations[name] = Operation(cpu, cuda, fake, launches)
     run = functools.partial(_run, operation)
@@ -133,11 +142,43 @@ def register(
     torch.library.register_autograd(f"engine::{name}", no_gradient(name), lib=LIB)
 
 
-def call(name: str, *args: Any) -> Any:
-    """Run a registered operation on the backend of its first tensor; arguments are positional, as in its schema.
+def register_from(folder: str, prefix: str) -> Callable[..., None]:
+    """A shorter `register` for the operations of one folder whose host functions have one name in all its modules.
 
-    In eager mode the host function is called directly: torch's dispatcher would cost more than a small operation does.
-    Under torch.compile, and under any dispatch mode (fake tensors, FLOP counters), it goes through torch.ops.engine.
+    Args:
+        folder: the operation's package; CPU functions are in its `cpu.py`.
+        prefix: the operation of function "scores" is named PREFIXscores.
+
+    Returns:
+        A function (function, schema, cuda, fake, launches). `cuda` is the module of the Triton kernels' host functions,
+        or None. Without `launches`, that module's FUNCTION_launches gives them.
+    """
+
+    def add(
+        function: str,
+        schema: str,
+        cuda: str | None,
+        fake: Callable[..., Any],
+        launches: int | Callable[..., int] | None = None,
+    ) -> None:
+        register(
+            prefix + function,
+            schema,
+            cpu=lazy(f"{folder}.cpu", function),
+            cuda=None if cuda is None else lazy(f"{folder}.{cuda}", function),
+            fake=fake,
+            launches=lazy(f"{folder}.{cuda}", f"{function}_launches") if launches is None else launches,
+        )
+
+    return add
+
+
+def call(name: str, *args: Any) -> Any:
+    """Run a registered operation on the backend of its first tensor. Arguments are positional, as in its schema.
+
+    In eager mode the host function is called directly, because torch's dispatcher would cost more than a small
+    operation. Under torch.compile, and under any dispatch mode (fake tensors, FLOP counters), the call goes through
+    torch.ops.engine.
     """
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return getattr(torch.ops.engine, name)(*args)
@@ -145,9 +186,9 @@ def call(name: str, *args: Any) -> Any:
 
 
 def launches(name: str, *args: Any) -> int:
-    """GPU kernels that `call(name, *args)` launches, as declared at registration (1 without a declaration).
+    """How many GPU kernels `call(name, *args)` launches, as declared at registration; 1 without a declaration.
 
-    Fake tensors will do.
+    The tensors may be fake.
     """
     declared = _operations[name].launches
     if declared is None:
@@ -161,10 +202,13 @@ def operation(name: str) -> Operation:
 
 
 def backend_for(tensor: Tensor, op: str | None = None) -> str:
-    """The backend an operation on `tensor` runs on: "triton", "cpu" or "reference".
+    """The backend that runs an operation on `tensor`: "triton", "cpu" or "reference".
 
-    A pure function of the tensor's device, of what is installed and of the setting. With `op`, "auto" avoids a backend
-    which that registered operation lacks.
+    It depends on the tensor's device, on what is installed and on the setting alone.
+
+    Args:
+        tensor: a tensor of the operation.
+        op: a registered operation; "auto" then avoids a backend that it lacks.
 
     Raises:
         ConfigError: the chosen backend cannot run on the tensor's device.
@@ -192,14 +236,19 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
     if setting == "cpu" and device != "cpu":
         raise ConfigError("backend cpu", f"a tensor on {device}", "a tensor on cpu", 'Move it, or use_backend("auto").')
     if setting == "triton" and not (has_kernels and has_triton() and (device == "cuda" or interpreting())):
-        found = f"a tensor on {device}" if has_triton() else "no triton"
+        what = f"a tensor on {device}" if has_triton() else "no triton"
         raise ConfigError(
             "backend triton",
-            found if has_kernels else f"{op}, which has no Triton kernel",
+            what if has_kernels else f"{op}, which has no Triton kernel",
             "triton installed and a tensor on cuda (or TRITON_INTERPRET=1 for tests on cpu)",
             'Move the tensor, install engine[triton], or use_backend("auto").',
         )
     return setting
+
+
+def setting() -> str:
+    """What `use_backend` or ENGINE_BACKEND chose: one of `BACKENDS`."""
+    return _setting
 
 
 def has_triton() -> bool:
@@ -212,7 +261,7 @@ _static = False
 
 @contextlib.contextmanager
 def static() -> Iterator[None]:
-    """A context in which nothing may look at values on the host, whatever the device: a static step's functions."""
+    """A context in which nothing may read values on the host, whatever the device: a static step's functions."""
     global _static
     before, _static = _static, True
     try:
@@ -232,7 +281,7 @@ def interpreting() -> bool:
 
 
 def log_size(size: int, like: Tensor) -> float | Tensor:
-    """log(size); in a graph as a tensor, because math.log would fix a dynamic size."""
+    """log(size). In a graph it is a tensor, because math.log would fix a dynamic size."""
     return like.new_full((), size).log() if torch.compiler.is_compiling() else math.log(size)
 
 

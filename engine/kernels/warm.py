@@ -1,8 +1,8 @@
-"""Compiling Triton kernels side by side, before they are needed one after another.
+"""Compiling Triton kernels side by side, before a run needs them one after another.
 
-Triton compiles a kernel when it is first launched, one for every set of types and sizes that it tells apart, and keeps
-it in its cache on disk. A fresh machine waits half a minute for that. Which kernels a step needs is found by running it
-once without launching any: what they would have computed is zero then.
+Triton compiles a kernel at its first launch, once for every set of types and sizes that it tells apart, and keeps it in
+its cache on disk. On a fresh machine that takes half a minute. To learn which kernels a step needs, the step runs once
+without launching any; the results of its operations are zeros then.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from engine.kernels import aot, registry
+from engine.errors import ConfigError
+from engine.kernels import registry
+from engine.kernels.registry import has_triton, interpreting
 
 log = logging.getLogger("engine")
 
@@ -26,41 +28,50 @@ log = logging.getLogger("engine")
 Job = tuple[str, Callable[[], Any]]
 
 
-def warm_up(run: Callable[[], Any] | None = None, *, arch: int | None = None, workers: int | None = None) -> int:
-    """Compile Triton kernels on several threads, into Triton's cache and this process.
+def warm_up(run: Callable[[], Any], *, workers: int | None = None) -> int:
+    """Compile the Triton kernels that a function needs, on several threads, into Triton's cache and this process.
 
-    What cannot be compiled is told in one warning, and left to the launch that needs it.
+    What cannot be compiled is named in one warning, and left to the launch that needs it.
 
     Args:
-        run: called once to learn which kernels it launches; no kernel runs, and their operations' results are zeros.
-            What else it changes stays changed. Needs a GPU.
-        arch: without `run`, compile what the ahead-of-time tests compile, for a GPU that need not be there: 90 is
-            compute capability 9.0. Default: the present GPU's. Those are typical sizes; a run of sizes that Triton
-            tells apart from them compiles its own.
-        workers: threads; default: one a core.
+        run: called once to learn which kernels it launches. No kernel runs, and the results of their operations are
+            zeros. Everything else that it changes stays changed. Needs a GPU.
+        workers: number of threads. Default: one per core.
 
     Returns:
-        the number of kernels compiled or found in the cache.
+        The number of kernels compiled or found in the cache.
 
     Raises:
-        ConfigError: no triton, or its interpreter in place of the compiler.
+        ConfigError: triton is missing, or its interpreter replaces the compiler.
+
+    Example:
+        >>> warm_up(lambda: step(batch))  # doctest: +SKIP
+        31
     """
-    aot.require_compiler()
-    if run is not None:
-        with recording() as jobs:
-            run()
-    else:
-        if arch is None:
-            major, minor = torch.cuda.get_device_capability()
-            arch = 10 * major + minor
-        jobs = [(case.name, lambda case=case: aot.compiled(case, arch)) for case in aot.all_cases()]
+    require_compiler()
+    with recording() as jobs:
+        run()
     return compile_all(jobs, workers)
+
+
+def require_compiler() -> None:
+    """Raise ConfigError if triton is missing, or if its interpreter replaces the compiler."""
+    if not has_triton() or interpreting():
+        raise ConfigError(
+            "compiling Triton kernels",
+            "TRITON_INTERPRET=1" if has_triton() else "no triton",
+            "triton's compiler",
+            "Unset TRITON_INTERPRET." if has_triton() else "Install engine[triton].",
+        )
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Job]]:
-    """Within the context the engine's kernels that this process has not compiled yet are neither compiled nor launched
-    but added to the list, each once, for `compile_all`; operations on CUDA return zeros."""
+    """A context in which the engine's kernels are recorded instead of compiled and launched.
+
+    Every kernel that this process has not compiled yet is added to the list once, for `compile_all`. Operations on CUDA
+    tensors return zeros.
+    """
     from triton import knobs
 
     jobs: list[Job] = []
@@ -85,10 +96,10 @@ def recording() -> Iterator[list[Job]]:
 
 
 def compile_all(jobs: Sequence[Job], workers: int | None = None) -> int:
-    """Run all jobs, and warn once of those that fail. Most of a compilation runs outside Python: threads do.
+    """Run all jobs on threads, and warn once about those that fail. Most of a compilation runs outside Python.
 
     Returns:
-        the number of jobs that succeeded.
+        The number of jobs that succeeded.
     """
     if not jobs:
         return 0
@@ -96,7 +107,7 @@ def compile_all(jobs: Sequence[Job], workers: int | None = None) -> int:
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     start = time.perf_counter()
     with ThreadPoolExecutor(workers, initializer=_begin, initargs=(device,)) as pool:
-        failed = [f for f in pool.map(_attempt, jobs) if f is not None]
+        failed = [reason for reason in pool.map(_attempt, jobs) if reason is not None]
     log.info(
         "kernels: %d compiled in %.1f s on %d threads", len(jobs) - len(failed), time.perf_counter() - start, workers
     )
@@ -109,13 +120,13 @@ def compile_all(jobs: Sequence[Job], workers: int | None = None) -> int:
 
 
 def _begin(device: int | None) -> None:
-    """A thread begins on device 0, whichever was chosen before."""
+    """Choose the device for a thread, which would begin on device 0."""
     if device is not None:
         torch.cuda.set_device(device)
 
 
 def _attempt(job: Job) -> str | None:
-    """Why a job failed, in one line, or None."""
+    """Why a job failed, in one line; None if it succeeded."""
     name, compile = job
     try:
         compile()

@@ -1,7 +1,7 @@
-"""Missing modalities and masked frames at random, on finished batches: the same whichever loader made them.
+"""Missing modalities and masked frames at random, drawn on finished batches, so that every loader gives the same.
 
-Every draw is a function of the seed, the epoch, the sample and the position alone, computed where the batch lies. It
-does not depend on the batch a sample is in, the order, the loader, the number of processes, or the device.
+A draw depends on the seed, the epoch, the sample and the position, and on nothing else: not on the batch, the order,
+the loader, the number of processes or the device. It is computed on the batch's device.
 """
 
 from __future__ import annotations
@@ -14,20 +14,24 @@ from torch import Tensor
 
 from engine.config import AugmentConfig
 from engine.loaders.batch import Batch
+from engine.vocabulary import MODALITIES
 
-MODALITIES = ("text", "audio", "vision")
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of splitmix64
 _WORD = 1 << 64
-_DROP, _MASK, _SPARE = 0, 3, 6  # numbers of the independent streams: one a modality for dropping and for masking
+_DROP, _MASK, _SPARE = (
+    0,
+    3,
+    6,
+)  # numbers of the independent streams: one per modality for dropping, one for masking, one more
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Augmentation of one loader.
+    """The augmentation of one loader.
 
     Attributes:
-        config: probabilities. seed: of all draws, together with the epoch.
-        empty: token ids of an empty text, such as [CLS] [SEP]; what a missing text becomes, and never masked.
+        config: probabilities. seed: together with the epoch, it decides all draws.
+        empty: token ids of an empty text, such as [CLS] [SEP]. A missing text becomes these; they are never masked.
         unknown: token id that a masked token becomes. pad_id: what fills token ids.
     """
 
@@ -38,17 +42,17 @@ class Augmentation:
     pad_id: int
     _rows: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    STREAMS = 7  # independent streams of random numbers: dropping and masking of three modalities, and sparing one
+    STREAMS = 7  # random streams: three modalities are dropped and masked, and one is spared
 
     def keys(self, epoch: int) -> list[int]:
-        """What an epoch's draws depend on beside the sample and the position: one int64 a stream."""
+        """One int64 per stream. An epoch's draws depend on these, the sample and the position."""
         return [_key(self.seed, epoch, stream) for stream in range(self.STREAMS)]
 
     def apply(self, batch: Batch, keys: Sequence[int] | Tensor) -> Batch:
-        """The batch as an epoch's draws leave it; the one given is not changed.
+        """A new batch with an epoch's draws applied.
 
         Args:
-            keys: from `keys(epoch)`, as numbers or as int64 [STREAMS] on the batch's device.
+            keys: what `keys(epoch)` gives, as numbers or as int64 [STREAMS] on the batch's device.
         """
         c = self.config
         rates = {"text": (c.drop_text, c.mask_text), "audio": (c.drop_audio, c.mask_audio)}
@@ -63,15 +67,15 @@ class Augmentation:
         return batch
 
     def _dropped(self, rates: list[float], index: Tensor, keys: Sequence[int] | Tensor) -> Tensor:
-        """bool [B, 3]; where all three fall, one that is drawn evenly stays."""
+        """bool [B, 3]. Where all three would go, one of them, drawn evenly, stays."""
         drawn = [self._chance(keys[_DROP + i], rate, index) for i, rate in enumerate(rates)]
-        found = torch.stack(drawn, 1)
+        dropped = torch.stack(drawn, 1)
         spared = (_bits(keys[_SPARE], index) >> 1 & 0x3FFFFFFF) % len(MODALITIES)
         kept = torch.arange(len(MODALITIES), device=index.device) == spared[:, None]
-        return found & ~(found.all(1, keepdim=True) & kept)
+        return dropped & ~(dropped.all(1, keepdim=True) & kept)
 
     def _masked(self, number: int, rate: float, batch: Batch, name: str, keys: Sequence[int] | Tensor) -> Tensor:
-        """bool [B, L] of positions."""
+        """Masked positions, bool [B, L]."""
         length = batch.token_mask.shape[1] if name == "text" else getattr(batch, name).shape[1]
         place = torch.arange(length, device=batch.index.device)
         return self._chance(keys[_MASK + number], rate, batch.index[:, None], place)
@@ -98,7 +102,7 @@ class Augmentation:
             for token in self.empty:
                 special |= ids == token
             return replace(batch, token_ids=ids.masked_fill(masked & (mask != 0) & ~special, self.unknown))
-        # a missing text is an empty one: its special tokens, or one frame of zeros
+        # a missing text becomes an empty one: its special tokens, or one frame of zeros
         kept = [] if ids is None else list(self.empty[: ids.shape[1]])
         here = torch.arange(mask.shape[1], device=mask.device) < max(1, len(kept))
         mask = torch.where(dropped[:, None], here.to(mask.dtype), mask)
@@ -108,7 +112,7 @@ class Augmentation:
         return replace(batch, token_mask=mask, token_ids=torch.where(dropped[:, None], row, ids))
 
     def _empty_text(self, ids: Tensor) -> Tensor:
-        """An empty text as wide as ids [B, L], made once a width: a static step may copy nothing from the host."""
+        """An empty text as wide as ids [B, L]. Made once per width: a static step may copy nothing from the host."""
         key = (ids.shape[1], ids.device)
         if key not in self._rows:
             kept = list(self.empty[: ids.shape[1]])
@@ -118,12 +122,12 @@ class Augmentation:
 
 
 def _signed(word: int) -> int:
-    """The int64 of the same 64 bits."""
+    """The int64 with the same 64 bits."""
     return (word + (_WORD >> 1)) % _WORD - (_WORD >> 1)
 
 
 def _key(*numbers: int) -> int:
-    """64 bits, as int64, that depend on all numbers and their order."""
+    """64 bits, as int64, that depend on all numbers and on their order."""
     state = 0
     for number in numbers:
         state = (state + number * _GOLDEN + _GOLDEN) % _WORD
@@ -134,12 +138,12 @@ def _key(*numbers: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64's mixing of int64 tensors, which wrap around; shifts are of unsigned numbers."""
+    """splitmix64's mixing. int64 tensors wrap around; the masks make the shifts unsigned."""
     x = (x ^ (x >> 30 & 2**34 - 1)) * _signed(_FIRST)
     x = (x ^ (x >> 27 & 2**37 - 1)) * _signed(_SECOND)
     return x ^ (x >> 31 & 2**33 - 1)
 
 
 def _bits(key: int | Tensor, index: Tensor) -> Tensor:
-    """64 random bits a sample, int64 of the shape of `index`."""
+    """64 random bits per sample, int64 of the shape of `index`."""
     return _mix(_mix(index * _signed(_GOLDEN) + key))

@@ -1,57 +1,57 @@
-"""`engine convert`: foreign data to a store."""
+"""From foreign files to the content of a store; and `engine convert`, which writes that store."""
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from engine import __version__
 from engine.errors import DataError, OutputError
 from engine.files import sweep
 from engine.loaders import formats
-from engine.loaders.dataset import csv_beside, read_source, require_text, tokenised
-from engine.loaders.formats import Choice
-from engine.loaders.store import (
-    StoreData,
-    fingerprint,
-    is_store,
-    no_room,
-    open_store,
-    source_sums,
-    store_path,
-    write_store,
-)
-from engine.loaders.text import PRECOMPUTED, load_tokenizer
+from engine.loaders.content import SplitData, StoreData, describe_tokenizer, require_text, tokenised
+from engine.loaders.formats import Choice, DataFiles, RawDataset, RawSplit, remarks
+from engine.loaders.problems import level_widths, nan_words, problems
+from engine.loaders.ragged import LengthRule
+from engine.loaders.spool import spooled
+from engine.loaders.store import CHUNK, VERSION, is_store, no_room, open_store, store_path, write_store
+from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
+from engine.vocabulary import LengthRule as LengthRuleSetting
+
+HEAD_BYTES = 1 << 20
 
 
 def convert(
     src: str | Path,
     dst: str | Path,
     text_encoder: str = "minilm",
-    length_rule: Literal["auto", "recorded", "all_zero", "sum_zero"] = "auto",
+    length_rule: LengthRuleSetting = "auto",
     expected: str | None = None,
     choice: Choice | None = None,
     dtype: Literal["float32", "float16"] | None = None,
 ) -> Path:
-    """Write the data of `src` as a store, texts tokenised for `text_encoder`.
+    """Write the data of `src` as a store, with texts tokenised for `text_encoder`.
 
-    What is read goes to unnamed files beside the store until it is written: memory holds a block of samples at a time.
-    A conversion that is interrupted leaves no store, and the next one removes what it left.
+    Memory holds one block of samples at a time: what is read waits in unnamed files beside the store until it is
+    written. An interrupted conversion leaves no store, and the next one removes what it left.
 
     Args:
-        src: a file or folder of any format, or a store (its texts are tokenised anew).
+        src: a file or folder of any format, or a store, whose texts are tokenised anew.
         dst: a name ending in .safetensors, or a folder that gets store.safetensors.
-        text_encoder: whose tokeniser to apply; `features` keeps precomputed text features instead.
-        length_rule: auto is `recorded`, or the rule of `src` where it is a store.
+        text_encoder: the encoder whose tokeniser is applied; `features` keeps precomputed text features instead.
+        length_rule: auto is `recorded`, or the rule of `src` if that is a store.
         expected: name of the format that the user says it is.
-        choice: what to take where the data has several of a kind.
-        dtype: of frames and text features; None is float32, or that of `src` where it is a store. float16 halves the
+        choice: what to take if the data has several of a kind.
+        dtype: of frames and text features; None is float32, or that of `src` if that is a store. float16 halves the
             file and rounds values to 11 bits.
 
     Returns:
         The store's file.
 
     Raises:
-        DataError: anything that keeps the data from being used or the store from being written.
+        DataError: the data cannot be used, or the store cannot be written.
     """
     needs_text = "text" in (choice or Choice()).modalities
     tokenizer = load_tokenizer(text_encoder) if needs_text and text_encoder != PRECOMPUTED else None
@@ -79,11 +79,138 @@ def _opened(src: str | Path, target: Path, length_rule: str) -> StoreData:
     made = data.meta["length_rule"]
     if length_rule not in ("auto", made):
         raise DataError(
-            str(src),
-            f"a store made by length rule {made}",
-            f"rule {length_rule}",
+            str(src), f"a store made by length rule {made}", f"rule {length_rule}",
             "Convert the original files instead.",
-        )
+        )  # fmt: skip
     if store_path(src).resolve() == target.resolve():
         raise DataError(str(target), "source and destination the same", "another destination", "Choose another name.")
     return data
+
+
+def read_source(
+    source: DataFiles,
+    rule: LengthRule,
+    tokenizer: Tokenizer | None,
+    expected: str | None,
+    mark: str,
+    spool: Path | None,
+    training: bool = True,
+) -> StoreData:
+    """Read foreign files.
+
+    Args:
+        spool: folder for what is read, which is then mapped; None keeps it in memory.
+
+    Raises:
+        DataError: the data cannot be used.
+        OutputError: there is no space in `spool`.
+    """
+    with spooled(spool):
+        reader = formats.choose_format(source, expected)
+    asked = source.choice.label_key
+    if training and asked not in ("auto", "classes") and not getattr(reader, "label_keys", False):
+        raise DataError(
+            str(source.path), f"a {reader.title} file, with data.label_key={asked}",
+            "an MMSA file, which has several sets of labels", "Leave data.label_key at auto.",
+        )  # fmt: skip
+    with spooled(spool):
+        raw = reader.read(source, rule, tokenizer is None and "text" in source.choice.modalities)
+    return prepare(source, raw, rule, tokenizer, mark, training)
+
+
+def prepare(
+    source: DataFiles,
+    raw: RawDataset,
+    rule: LengthRule,
+    tokenizer: Tokenizer | None,
+    mark: str,
+    training: bool = True,
+) -> StoreData:
+    """Check what a reader returned, and make it the content of a store.
+
+    Args:
+        mark: the source's fingerprint.
+        training: whether the data must be fit for training, or only for prediction.
+
+    Raises:
+        DataError: see `problems`.
+    """
+    level_widths(raw)
+    errors = problems(raw, str(source.path), source.choice.modalities, training)
+    if errors:
+        raise errors[0]
+    splits, counts = {}, {}
+    for name, split in raw.splits.items():
+        text = split.text
+        splits[name] = SplitData(
+            split.ids, text, split.label, split.audio.ragged, split.vision.ragged,
+            tokenizer.encode(text, raw.draws_words) if tokenizer is not None and text is not None else None,
+            split.features.ragged if split.features else None,
+        )  # fmt: skip
+        counts[name] = _counts(split)
+    meta = {
+        "version": VERSION,
+        "engine": __version__,
+        "format": raw.format,
+        "source": source.path.name,
+        "fingerprint": mark,
+        "length_rule": rule,
+        "tokenizer": describe_tokenizer(tokenizer),
+        "dtypes": raw.dtypes,
+        "choice": asdict(source.choice),
+        "draws_words": raw.draws_words,
+        "cut": raw.cut,
+        "counts": counts,
+        "notes": remarks(source, raw) + nan_words(raw),
+    }
+    return StoreData(meta, splits)
+
+
+def _counts(split: RawSplit) -> dict[str, Any]:
+    """What a store records of the cleaning of a split."""
+    frames = {"audio": split.audio, "vision": split.vision}
+    return {
+        "samples": len(split.ids),
+        "nonfinite": {m: part.nonfinite for m, part in frames.items()},
+        "dropped": {m: part.dropped for m, part in frames.items()},
+        "missing": {
+            **{m: len(part.missing) for m, part in frames.items()},
+            "text": sum(not t.strip() for t in split.text) if split.text is not None else 0,
+            "features": len(split.features.missing) if split.features else 0,
+        },
+    }
+
+
+def csv_beside(source: DataFiles) -> list[Path]:
+    """The CSV files beside a source. They may hold its labels and texts."""
+    return formats.csv_files(next(iter(source.files.values())).parent)
+
+
+def fingerprint(source: DataFiles, beside: list[Path]) -> str:
+    """A mark that changes whenever a source file changes.
+
+    It is the sha256 of names, sizes, times and the first MiB of the source's files and of `beside`. The source may have
+    one further part per sample; only names, sizes and times of these count.
+    """
+    digest = hashlib.sha256()
+    for part in source.parts:
+        state = part.stat()
+        digest.update(f"{part} {state.st_size} {state.st_mtime_ns} ".encode())
+    for file in [*source.files.values(), *beside]:
+        state = file.stat()
+        digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns} ".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(HEAD_BYTES))
+    return digest.hexdigest()
+
+
+def source_sums(source: DataFiles, beside: list[Path]) -> dict[str, str]:
+    """sha256 of every file that data was read from, by name. Publishers of data sets name them too."""
+    sums = {}
+    for path in [*source.files.values(), *source.parts, *beside]:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(CHUNK):
+                digest.update(piece)
+        sums[path.name] = digest.hexdigest()
+    return sums

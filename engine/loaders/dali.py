@@ -1,13 +1,12 @@
-"""The DALI loader: an NVIDIA DALI pipeline reads the store through an external source, normalises, pads and prefetches.
+"""The DALI loader: an NVIDIA DALI pipeline takes normalised frames from the split, pads them and prefetches.
 
-For sets that do not fit on the device. Without a GPU DALI's CPU pipeline runs.
+It is for sets that do not fit on the device. Without a GPU, DALI's CPU pipeline runs.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,15 @@ from torch import Tensor
 
 from engine.loaders.batch import Batch
 from engine.loaders.loader import FRAMES, Loader, checked
-from engine.loaders.normalize import ColumnNormalizer
 
-AHEAD = 2  # batches that the pipeline prepares ahead
+AHEAD = 2  # batches that the pipeline prepares in advance
 
 
 class DaliLoader(Loader):
     """See `Loader`. The pipeline is built at the first iteration and kept.
 
     Args:
-        workers: DALI's threads; default: 2.
+        workers: DALI's threads; None is 2.
     """
 
     kind = "dali"
@@ -40,22 +38,22 @@ class DaliLoader(Loader):
     def _batches(self, pieces: list[Tensor]) -> Iterator[Batch]:
         self._rewind()
         self._waiting.extend(piece.numpy() for piece in pieces)
-        # Tokens are small. Precomputed features may not fit on the device either: they are padded in this process.
+        # Tokens are small. Precomputed features may not fit on the device: they are padded in this process.
         small = self.device.type == "cuda" and self.split.tokens is not None
-        held = partial(self.split.tensors, device=self.device) if small else self.split.mapped
-        return checked(self._gathered(pieces, self._frames(len(pieces)), held), self.split.check)
+        text = self.split.source("text", self.device if small else None, self._draw())
+        return checked(self._padded(pieces, self._frames(len(pieces)), text), self.split.check)
 
     def _frames(self, batches: int) -> Iterator[list[Tensor]]:
         for _ in range(batches):
             self._finished = False
-            found = [torch.from_dlpack(part.as_tensor()) for part in self._pipeline.run()]
-            # On a GPU DALI does not wait for torch's stream before it uses a batch's memory again.
-            yield [part.clone() for part in found] if self.device.type == "cuda" else found
+            padded = [torch.from_dlpack(part.as_tensor()) for part in self._pipeline.run()]
+            # On a GPU, DALI reuses a batch's memory without waiting for torch's stream.
+            yield [part.clone() for part in padded] if self.device.type == "cuda" else padded
 
     # -- the pipeline --
 
     def _rewind(self) -> None:
-        """Ready for an epoch: what an iteration that was not finished had ordered is thrown away."""
+        """Make ready for an epoch. What an unfinished iteration had ordered is thrown away."""
         if self._pipeline is None:
             self._pipeline = self._build()
         elif not self._finished:
@@ -68,17 +66,12 @@ class DaliLoader(Loader):
         self._finished = True
 
     def _read(self) -> tuple[list[np.ndarray], ...]:
-        """Frames of the next batch, a list of arrays for each modality."""
+        """Frames of the next batch: one list of arrays per modality."""
         if not self._waiting:
             raise StopIteration
         rows = self._waiting.popleft()
-        return tuple(self._rows(key, rows) for key in FRAMES)
-
-    def _rows(self, key: str, rows: np.ndarray) -> list[np.ndarray]:
-        if not _in_numpy(self.split.normalizer(key)):
-            return self.split.views(key, rows)  # DALI copies them
-        raw = self.split.gather(key, rows)
-        return np.split(raw.values.astype(np.float32, copy=False), raw.offsets[1:-1])
+        frames = (self.split.rows(key, rows) for key in FRAMES)  # DALI copies them
+        return tuple([piece.astype(np.float32, copy=False) for piece in pieces] for pieces in frames)
 
     def _build(self) -> Any:
         from nvidia.dali import fn, types
@@ -94,43 +87,14 @@ class DaliLoader(Loader):
             num_threads=self._threads,
             device_id=device,
             prefetch_queue_depth=AHEAD,
-            exec_dynamic=True,  # a batch keeps its memory as long as somebody has it
+            exec_dynamic=True,  # a batch keeps its memory while something refers to it
         ) as pipeline:
             frames = fn.external_source(
                 source=self._read, num_outputs=len(FRAMES), batch=True, dtype=types.FLOAT, ndim=2,
             )  # fmt: skip
             if gpu:
                 frames = [node.gpu() for node in frames]
-            outputs = []
-            for key, node in zip(FRAMES, frames, strict=True):
-                column = self.split.normalizer(key)
-                if not _in_numpy(column):
-                    node = _normalised(node, column)
-                if self.split.precision == "float16":
-                    node = fn.cast(fn.cast(node, dtype=types.FLOAT16), dtype=types.FLOAT)
-                outputs.append(fn.pad(node, axes=[0], fill_value=0))
+            outputs = [fn.pad(node, axes=[0], fill_value=0) for node in frames]
             pipeline.set_outputs(*outputs)
         pipeline.build()
         return pipeline
-
-
-def _in_numpy(column: ColumnNormalizer) -> bool:
-    """Logarithms are numpy's: DALI's may differ in the last bit."""
-    return column.log
-
-
-def _normalised(node: Any, column: ColumnNormalizer) -> Any:
-    """`ColumnNormalizer.apply` as DALI operations, in float64 as there."""
-    from nvidia.dali import fn, math, types
-
-    if column.kind == "none":
-        return node
-    # DALI would round a float64 constant to float32: the bits go in as integers
-    bits = (np.ascontiguousarray(a[None], np.float64).view(np.int32) for a in (column.shift, column.scale))
-    shift, scale = (fn.reinterpret(types.Constant(b), dtype=types.FLOAT64) for b in bits)
-    scaled = (fn.cast(node, dtype=types.FLOAT64) - shift) * scale
-    if column.kind == "zscore" and column.clip is not None:
-        scaled = math.clamp(scaled, types.Constant(-float(column.clip), dtype=types.FLOAT64),
-                            types.Constant(float(column.clip), dtype=types.FLOAT64))  # fmt: skip
-    present = fn.reductions.max(math.abs(node), axes=[1], keep_dims=True) > 0
-    return fn.cast(scaled * present, dtype=types.FLOAT)

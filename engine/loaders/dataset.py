@@ -1,58 +1,44 @@
-"""From a path to normalised batches: the only thing a trainer needs of this package."""
+"""From a path to normalised batches. A trainer needs nothing else of this package."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from engine.config import MODALITIES, AugmentConfig, DataConfig
-from engine.errors import DataError, OutputError, printable
-from engine.kernels.ragged import Source
-from engine.loaders import formats
+from engine.config import AugmentConfig, DataConfig
+from engine.errors import printable
 from engine.loaders.augment import Augmentation
+from engine.loaders.cache import load_prepared
+from engine.loaders.content import StoreData, require_modalities, require_text, tokenised
 from engine.loaders.formats import Choice
-from engine.loaders.loader import Kind, Loader, Padding, build, choose
-from engine.loaders.normalize import ColumnNormalizer, Normalizer
-from engine.loaders.ragged import LengthRule, Ragged, spooled
+from engine.loaders.kinds import Kind, build, choose
+from engine.loaders.loader import Loader, Padding
+from engine.loaders.normalize import Normalizer
+from engine.loaders.problems import held_back, training_problems
 from engine.loaders.sampler import Lengths, Sampler, torchrun_shard
-from engine.loaders.store import (
-    SplitData,
-    StoreData,
-    cache_places,
-    describe_tokenizer,
-    fingerprint,
-    held_back,
-    is_store,
-    is_writable,
-    open_store,
-    prepare,
-    training_problems,
-    write_store,
-)
+from engine.loaders.split import Split
 from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
+from engine.vocabulary import ModelTask
 
-Modality = Literal["audio", "vision"]
-UNKNOWN_SHARE = 0.1  # of tokens: above it the text encoder is hardly the right one
+UNKNOWN_SHARE = 0.1  # of tokens: with more, the text encoder is hardly the right one
 
 log = logging.getLogger("engine")
 
 
 class DataWarning(UserWarning):
-    """Something in the data that is handled, and that the user should know of."""
+    """Something in the data that is handled, but that the user should know."""
 
 
 @dataclass
 class DataReport:
-    """What was met while reading.
+    """What was met while the data was read.
 
     Attributes:
         format, source: what was read.
@@ -71,7 +57,7 @@ class DataReport:
     unknown: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """Sentences for the user; none where nothing was met."""
+        """Sentences for the user; none if there is nothing to say."""
         out = []
         for modality in ("audio", "vision", "text", "features"):
             gone = {s: m[modality] for s, m in self.missing.items() if m.get(modality)}
@@ -96,156 +82,8 @@ def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {n}" for name, n in counts.items())
 
 
-class Split:
-    """One split, normalised, in file order.
-
-    Attributes:
-        ids: N names. text: N transcripts ("" where the data has none).
-        label: float32 [N, 1]; NaN where a sample has none.
-        tokens: ragged int32 or None; features: ragged float32 or None.
-        precision: dtype of normalised frames, "float32" or "float16".
-    """
-
-    def __init__(
-        self,
-        data: SplitData,
-        normalizer: Normalizer,
-        tokenizer: Tokenizer | None,
-        draws_words: bool = False,
-        cut: int | None = None,
-        precision: str = "float32",
-    ):
-        self._data, self._normalizer, self._cut, self.precision = data, normalizer, cut, precision
-        self._draws_with = tokenizer if draws_words else None
-        self._drawn: tuple[tuple[int, int], Ragged] | None = None
-        self._kept: dict[str, Ragged] = {}  # frames cut to `cut`
-        self._tensors: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
-        tokenised = tokenizer is not None
-        self.ids = data.ids
-        self.text = data.text if data.text is not None else [""] * len(data)
-        self.label = torch.from_numpy(np.array(data.label, np.float32))
-        self.tokens = data.tokens if tokenised else None
-        self.features = None if tokenised else data.features
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def draws_words(self) -> bool:
-        """Whether `text_rows` depends on `draw`."""
-        return self._draws_with is not None
-
-    def text_rows(self, draw: tuple[int, int] | None = None) -> Ragged:
-        """Tokens or text features; where the data draws words (AVEC2019), those of `draw` = (seed, epoch)."""
-        if self.tokens is None:
-            self._data.check()
-            return self.features
-        if self._draws_with is None or draw is None:
-            return self.tokens
-        if self._drawn is None or self._drawn[0] != draw:
-            self._drawn = (draw, self._draws_with.encode(self.text, True, *draw))
-        return self._drawn[1]
-
-    @cached_property
-    def audio(self) -> Ragged:
-        """Normalised frames in memory, made on first use."""
-        return self._frames("audio")
-
-    @cached_property
-    def vision(self) -> Ragged:
-        """Normalised frames in memory, made on first use."""
-        return self._frames("vision")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Another process makes its own tensors."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("audio", "vision")} | {"_tensors": {}}
-
-    def _frames(self, key: Modality) -> Ragged:
-        raw = self._raw(key)
-        dtype = np.float16 if self.precision == "float16" else np.float32
-        return Ragged(self._normalizer.apply(key, raw.values, dtype, self._data.check), np.asarray(raw.offsets))
-
-    def _raw(self, key: Modality) -> Ragged:
-        stored = getattr(self._data, key)
-        if self._cut is None:
-            return stored
-        if key not in self._kept:
-            self._kept[key] = stored.cut(self._cut)
-        return self._kept[key]
-
-    def normalizer(self, key: Modality) -> ColumnNormalizer:
-        """The statistics of a modality."""
-        return getattr(self._normalizer, key)
-
-    def lengths(self, key: Modality) -> np.ndarray:
-        """Frames of every sample, int64 [N]."""
-        return self._raw(key).lengths
-
-    def gather(self, key: Modality, rows: np.ndarray) -> Ragged:
-        """Frames of some samples, read now, normalised and in this split's precision.
-
-        Raises:
-            DataError: the store has changed since it was opened.
-        """
-        self._data.check()
-        raw = self._raw(key).take(rows)
-        self._data.check()
-        dtype = np.float16 if self.precision == "float16" else np.float32
-        return Ragged(self._normalizer.apply(key, raw.values, dtype), raw.offsets)
-
-    def source(self, key: Modality) -> Source | None:
-        """Frames as stored, to be normalised where they are padded; None where numpy must do that.
-
-        The caller asks `check` before they are read and after it.
-
-        Raises:
-            DataError: another number of columns than on train.
-        """
-        column = self.normalizer(key)
-        if column.log or self.precision == "float16":
-            return None
-        raw = self._raw(key)
-        return Source(*_viewed(raw), scale=column.linear(raw.values))
-
-    def mapped(self, key: Literal["tokens", "features"]) -> tuple[Tensor, Tensor]:
-        """Values and offsets where they lie, mapped from the store or not."""
-        return _viewed(getattr(self, key))
-
-    def check(self) -> None:
-        """Raise DataError where the store has changed since it was opened."""
-        self._data.check()
-
-    def views(self, key: Modality, rows: np.ndarray) -> list[np.ndarray]:
-        """Frames of some samples as stored, float32, to be copied at once.
-
-        Raises:
-            DataError: the store has changed since it was opened.
-        """
-        self._data.check()
-        raw = self._raw(key)
-        return [raw[i].astype(np.float32, copy=False) for i in rows.tolist()]
-
-    def tensors(self, key: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Values and offsets of `audio`, `vision`, `tokens` or `features` on a device, put there on first use."""
-        if (key, device) not in self._tensors:
-            ragged = getattr(self, key)
-            self._data.check()
-            values, offsets = (torch.from_numpy(_owned(a)) for a in (ragged.values, ragged.offsets))
-            self._data.check()
-            self._tensors[key, device] = values.to(device), offsets.to(device)
-        return self._tensors[key, device]
-
-    @property
-    def frame_bytes(self) -> int:
-        """Memory that the resident loader needs for this split; 0 where it has it already."""
-        if any(key == "audio" for key, _ in self._tensors) or "audio" in self.__dict__:
-            return 0
-        size = 2 if self.precision == "float16" else 4
-        return sum(self._raw(k).values.size for k in ("audio", "vision")) * size
-
-
 def _beyond(data: StoreData, most: int) -> list[str]:
-    """Notes on the frames that are cut off after `most`."""
+    """Notes on the frames that are cut off after the first `most`."""
     notes = []
     for key in ("audio", "vision"):
         lost = {n: int(np.maximum(getattr(s, key).lengths - most, 0).sum()) for n, s in data.splits.items()}
@@ -255,44 +93,14 @@ def _beyond(data: StoreData, most: int) -> list[str]:
     return notes
 
 
-def _viewed(ragged: Ragged) -> tuple[Tensor, Tensor]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns of arrays that are read-only: nobody writes to these
-        return torch.from_numpy(ragged.values), torch.from_numpy(ragged.offsets)
-
-
-def _owned(array: np.ndarray) -> np.ndarray:
-    """The array, or a copy of it where it is a view of a mapped file (read-only), which may change or end."""
-    return array if array.flags.writeable else np.array(array)
-
-
-def _label(split: Split, task: Literal["regression", "classification"]) -> Tensor:
-    return split.label if task == "regression" else _classes(split)
-
-
-def _classes(split: Split) -> Tensor:
-    """Class numbers, int64 [N]; -1 where a sample has none."""
-    label = split.label[:, 0].nan_to_num(-1.0)
-    wrong = torch.nonzero(~split.label[:, 0].isnan() & ((label != label.round()) | (label < 0)))
-    if len(wrong):
-        row = int(wrong[0])
-        raise DataError(
-            f"label, row {row} (id {split.ids[row]})",
-            f"{float(label[row]):g}",
-            "a class number 0, 1, 2, ...",
-            "Use model.task=regression, or name the labels that hold classes (data.label_key, data.label_column).",
-        )
-    return label.long()
-
-
 class Dataset:
     """An open data set.
 
     Attributes:
-        splits: "train", "valid", "test" -> Split, those that there are.
-        audio_dim, vision_dim, text_dim: feature columns; text_dim is 0 unless text features are precomputed. Those of a
-            modality that is not in data.modalities are 0.
-        tokenizer: whose tokens the texts have; None without tokens.
+        splits: those of "train", "valid" and "test" that there are -> Split.
+        audio_dim, vision_dim, text_dim: feature columns; 0 for a modality that is not in data.modalities. text_dim is 0
+            unless text features are precomputed.
+        tokenizer: made the tokens of the texts; None without tokens.
         normalizer: the statistics in use.
         report: what was replaced or missing.
         pad_id, closing_id, time_len: of the tokens in batches.
@@ -303,7 +111,7 @@ class Dataset:
         tokenizer = tokenizer if "text" in modalities else None
         data = StoreData(meta, {name: split.only(modalities) for name, split in data.splits.items()})
         self.time_len, self.tokenizer = config.time_len, tokenizer
-        # without a training split (in prediction) there are statistics, and any split has the widths
+        # prediction has no training split, but statistics; any split has the widths
         train = data.splits.get("train") or next(iter(data.splits.values()))
         train.check()
         self.normalizer = normalizer or Normalizer.fit(train, config)
@@ -360,7 +168,7 @@ class Dataset:
         pad_tokens_to: int | None = None,
         drop_last: bool = False,
         drop_singleton: bool = False,
-        task: Literal["regression", "classification"] = "regression",
+        task: ModelTask = "regression",
         draw_words: bool = False,
         *,
         device: torch.device | str = "cpu",
@@ -374,22 +182,22 @@ class Dataset:
 
         Args:
             shuffle: False keeps file order.
-            seed: of the shuffled order, together with the epoch.
+            seed: together with the epoch, it decides the shuffled order.
             pad_tokens_to: width of the token tensor; None pads to the longest of the batch.
-            drop_last: leave out a short last batch. drop_singleton: leave it out where it is one sample.
+            drop_last: leave out a last batch that is short. drop_singleton: leave out a last batch of one sample.
             task: classification gives int64 labels [B].
-            draw_words: where the data draws one word a sentence (AVEC2019), draw anew every epoch, as training does;
-                False gives the fixed draw of evaluation.
+            draw_words: some data (AVEC2019) gives one word per sentence to the text encoder. True draws them anew in
+                every epoch, as training does; False takes the fixed draw of evaluation.
             device: where the batches' tensors are.
-            kind: auto picks by memory; every kind gives the same batches.
-            workers: processes of the torch loader, threads of the DALI one; None lets it choose.
+            kind: auto decides by memory. Every kind gives the same batches.
+            workers: processes of the torch loader, or threads of the DALI loader; None lets it choose.
             max_padding: see `Sampler`.
             shard: (rank, world size) of this process, or "torchrun" to take it from the environment.
-            augment: random changes of the samples, by `seed` and epoch; None, or all chances 0: none.
+            augment: random changes of the samples, which depend on `seed` and epoch. None: no changes.
 
         Raises:
             DataError: task is classification and a label is not a class number.
-            ConfigError: kind dali where DALI is not installed; torchrun's environment is not one.
+            ConfigError: kind is dali and DALI is not installed, or the environment is not torchrun's.
         """
         data, device = self.splits[split], torch.device(device)
         lengths = None
@@ -408,13 +216,13 @@ class Dataset:
         if augment is not None and any(augment.model_dump().values()):
             augmentation = Augmentation(augment, seed, self._empty, self._unknown, self.pad_id)
         return build(
-            chosen, data, sampler, padding, _label(data, task), device=device, draw_words=draw_words, why=why,
+            chosen, data, sampler, padding, data.labels(task), device=device, draw_words=draw_words, why=why,
             workers=workers, augmentation=augmentation,
         )  # fmt: skip
 
 
 def _as_trained(data: StoreData, normalizer: Normalizer) -> StoreData:
-    """The same data, a modality that a split lacks in every sample as wide as in the run's training data."""
+    """The same data. A modality that all samples of a split lack gets the width that it had in training."""
     splits = {}
     for name, split in data.splits.items():
         missing = data.meta["counts"][name]["missing"]
@@ -424,166 +232,11 @@ def _as_trained(data: StoreData, normalizer: Normalizer) -> StoreData:
 
 
 def choice_of(data: DataConfig) -> Choice:
-    """What the settings say to take where the data has several of a kind."""
+    """What the settings say to take if the data has several of a kind."""
     return Choice(
-        data.audio_features,
-        data.vision_features,
-        data.text_features,
-        data.label_column,
-        data.align,
-        data.label_key,
+        data.audio_features, data.vision_features, data.text_features, data.label_column, data.align, data.label_key,
         tuple(data.modalities),
-    )
-
-
-def load_prepared(
-    path: str | Path,
-    rule: LengthRule | Literal["auto"],
-    tokenizer: Tokenizer | None,
-    expected: str | None = None,
-    choice: Choice | None = None,
-    training: bool = True,
-) -> StoreData:
-    """The content of `path`: of the store it names, or of the store made from it on first use.
-
-    Args:
-        rule: how padding is told from frames; auto is `recorded`. A store keeps the rule it was made with.
-        tokenizer: None asks for precomputed text features.
-        expected: name of the format that the user says it is.
-        choice: what to take where the data has several of a kind. A store keeps the choice it was made with.
-        training: whether the data has to be fit for training, or only for prediction.
-
-    Raises:
-        DataError: anything that keeps the data from being used.
-    """
-    if is_store(path):
-        return open_store(path)
-    rule = "recorded" if rule == "auto" else rule
-    source = formats.find_source(path, choice)
-    mark = fingerprint(source, csv_beside(source))
-    features = tokenizer is None and "text" in source.choice.modalities
-    settings = {"length_rule": rule, "features": features, "expected": expected, **asdict(source.choice)}
-    known = places = cache_places(source, settings)
-    if not training:  # what can be predicted need not be fit for training, so that it has places of its own
-        places = cache_places(source, settings | {"training": False})
-        known = known + places
-    for place in known:
-        if place.is_file():
-            try:
-                data = open_store(place)
-            except DataError:
-                continue  # a damaged or outdated cache is made again
-            if data.meta["fingerprint"] == mark:
-                return data
-    place = next((p for p in places if is_writable(p.parent)), None)
-    try:
-        data = read_source(source, rule, tokenizer, expected, mark, place and place.parent, training)
-        return data if place is None else open_store(write_store(place, data))
-    except OutputError as problem:
-        found = problem.found
-    except DataError as problem:
-        if not isinstance(problem.__cause__, OutputError):
-            raise
-        found = problem.found
-    # the disk is full, say: training can go on from memory
-    data = read_source(formats.find_source(path, choice), rule, tokenizer, expected, mark, None, training)
-    data.meta["notes"].append(f"the converted data could not be kept for the next run ({found})")
-    return data
-
-
-def read_source(
-    source: formats.Source,
-    rule: LengthRule,
-    tokenizer: Tokenizer | None,
-    expected: str | None,
-    mark: str,
-    spool: Path | None,
-    training: bool = True,
-) -> StoreData:
-    """Read foreign files. `spool`: folder for what is read, which is then mapped; None holds it in memory.
-
-    Raises:
-        DataError: anything that keeps the data from being used.
-        OutputError: no space in `spool`.
-    """
-    with spooled(spool):
-        reader = formats.choose_format(source, expected)
-    asked = source.choice.label_key
-    if training and asked not in ("auto", "classes") and not getattr(reader, "label_keys", False):
-        raise DataError(
-            str(source.path), f"a {reader.title} file, with data.label_key={asked}",
-            "an MMSA file, which has several sets of labels", "Leave data.label_key at auto.",
-        )  # fmt: skip
-    with spooled(spool):
-        raw = reader.read(source, rule, tokenizer is None and "text" in source.choice.modalities)
-    return prepare(source, raw, rule, tokenizer, mark, training)
-
-
-def csv_beside(source: formats.Source) -> list[Path]:
-    """The CSV files beside a source, which may hold its labels and texts."""
-    return formats.csv_files(next(iter(source.files.values())).parent)
-
-
-def require_text(data: StoreData, tokenizer: Tokenizer | None, where: str, text_encoder: str) -> None:
-    """Raise DataError unless every split has what the text encoder needs: transcripts, or precomputed features."""
-    for name, split in data.splits.items():
-        if tokenizer is None and split.features is None:
-            raise DataError(
-                f"{where}, {name}",
-                "no precomputed text features",
-                "them, as text_encoder=features says",
-                "Name a text encoder.",
-            )
-        if tokenizer is not None and split.text is None and split.tokens is None:
-            raise DataError(
-                f"{where}, {name}",
-                "no texts",
-                f"transcripts for the text encoder {text_encoder}",
-                "Use text_encoder=features, or leave text out of data.modalities.",
-            )
-
-
-def _require_modalities(data: StoreData, modalities: Sequence[str], where: str) -> None:
-    """Raise DataError unless a store was made with all of `modalities`."""
-    kept = data.meta.get("choice", {}).get("modalities", MODALITIES)
-    lacking = [m for m in modalities if m not in kept]
-    if lacking:
-        raise DataError(
-            where,
-            f"a store of {' and '.join(kept)}",
-            f"{' and '.join(lacking)} too, as data.modalities says",
-            f"Set data.modalities=[{', '.join(kept)}], or convert the original files with all of them.",
-        )
-
-
-def tokenised(data: StoreData, tokenizer: Tokenizer) -> StoreData:
-    """The same data with the tokens of `tokenizer`; made anew only where they are another tokeniser's.
-
-    Raises:
-        DataError: tokens that are not in the vocabulary, or of another one where there are no texts to make them anew.
-    """
-    made = data.meta.get("tokenizer") or {}
-    if made.get("fingerprint") == tokenizer.fingerprint and all(s.tokens is not None for s in data.splits.values()):
-        for name, split in data.splits.items():
-            split.check()
-            found = int(split.tokens.values.max(initial=0))
-            if found >= tokenizer.size or int(split.tokens.values.min(initial=0)) < 0:
-                raise DataError(
-                    f"{name}/tokens", f"token {found}", f"0 to {tokenizer.size - 1}, as {tokenizer.name} has them",
-                    "Convert the original files again.",
-                )  # fmt: skip
-        return data
-    for name, split in data.splits.items():
-        if split.text is None:
-            raise DataError(
-                f"{name}/tokens",
-                f"tokens of another vocabulary ({made.get('name', 'unknown')}) and no texts",
-                f"those of {tokenizer.name}",
-                "Convert the original files for this text encoder.",
-            )
-    draws = data.meta.get("draws_words", False)
-    splits = {n: replace(s, tokens=tokenizer.encode(s.text or [], draws)) for n, s in data.splits.items()}
-    return StoreData({**data.meta, "tokenizer": describe_tokenizer(tokenizer)}, splits)
+    )  # fmt: skip
 
 
 def open_dataset(
@@ -596,23 +249,23 @@ def open_dataset(
     tokenizer: Tokenizer | None = None,
     training: bool = True,
 ) -> Dataset:
-    """Open a data set for training or evaluation.
+    """Open a data set for training, evaluation or prediction.
 
-    Foreign formats are converted on first use; the store is kept beside the source, or in the user's cache folder where
-    that cannot be written to. What was replaced or is missing is told once, as DataWarning.
+    Foreign formats are converted on first use. The store is kept beside the source, or in the user's cache folder if
+    that place cannot be written to. What was replaced or is missing is told once, as DataWarning.
 
     Args:
         path: a file or folder of any format, or a store.
-        data: modalities, length rule, normalisation and time_len are used.
-        text_encoder: whose tokeniser to apply; `features` uses precomputed text features.
-        normalizer: statistics to use instead of fitting on this data's training split.
+        data: settings; modalities, length rule, normalisation and time_len are used.
+        text_encoder: the encoder whose tokeniser is applied; `features` takes precomputed text features.
+        normalizer: statistics to use; None fits them on this data's training split.
         expected: name of the format that the user says it is.
-        tokenizer: to use instead of looking for that of `text_encoder`.
-        training: False opens data that is only to be predicted: one split will do, labels may be missing (NaN), and
-            `normalizer` has to be given.
+        tokenizer: is used instead of that of `text_encoder`.
+        training: False opens data that is only predicted. One split will do, labels may be missing (NaN), and
+            `normalizer` must be given.
 
     Raises:
-        DataError: anything that keeps the data from being used.
+        DataError: the data cannot be used.
     """
     if text_encoder == PRECOMPUTED or "text" not in data.modalities:
         tokenizer = None
@@ -621,26 +274,14 @@ def open_dataset(
     expected = expected or (None if data.format == "auto" else data.format)
     choice = choice_of(data)
     content = load_prepared(path, data.length_rule, tokenizer, expected, choice, training)
-    _require_modalities(content, data.modalities, str(path))
+    require_modalities(content, data.modalities, str(path))
     if "text" in data.modalities:
         require_text(content, tokenizer, str(path), text_encoder)
-    found = training_problems(content.splits, str(path)) if training else []
-    if found:
-        raise found[0]
+    errors = training_problems(content.splits, str(path)) if training else []
+    if errors:
+        raise errors[0]
     dataset = Dataset(content, data, tokenizer, normalizer)
-    made = content.meta["length_rule"]
-    if made != data.length_rule and data.length_rule != "auto":
-        dataset.report.notes.append(
-            f"the store was made by length rule {made}, not {data.length_rule}: convert the original files again"
-        )
-    made = asdict(Choice()) | content.meta.get("choice", {})
-    for name, value in asdict(choice).items():
-        if name == "label_key" and value == "classes" and content.meta["format"] != "mmsa":
-            continue  # there is one set of labels, whatever they are
-        if name != "modalities" and value != getattr(Choice(), name) and made[name] != value:
-            dataset.report.notes.append(
-                f"the store was made with {name} {made[name]}, not {value}: convert the original files again"
-            )
+    dataset.report.notes += _differences(content.meta, data.length_rule, choice)
     if training and held_back(content.splits["test"]):
         dataset.report.notes.append(
             "the test split has no labels: it is predicted, and the run is evaluated on the valid split only"
@@ -648,3 +289,17 @@ def open_dataset(
     for line in dataset.report.lines():
         warnings.warn(printable(f"{path}: {line}"), DataWarning, stacklevel=2)
     return dataset
+
+
+def _differences(meta: dict[str, Any], length_rule: str, choice: Choice) -> list[str]:
+    """Notes on settings that a store was not made with."""
+    again, notes, rule = "convert the original files again", [], meta["length_rule"]
+    if length_rule not in (rule, "auto"):
+        notes.append(f"the store was made by length rule {rule}, not {length_rule}: {again}")
+    made = asdict(Choice()) | meta.get("choice", {})
+    for name, value in asdict(choice).items():
+        if name == "label_key" and value == "classes" and meta["format"] != "mmsa":
+            continue  # other formats have one set of labels
+        if name != "modalities" and value != getattr(Choice(), name) and made[name] != value:
+            notes.append(f"the store was made with {name} {made[name]}, not {value}: {again}")
+    return notes

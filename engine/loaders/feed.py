@@ -1,8 +1,8 @@
-"""Where a static step reads its batches: buffers whose addresses and shapes do not change while it is replayed.
+"""Where a static step reads its batches: buffers whose addresses and shapes stay the same while the step is replayed.
 
-`ResidentFeed` gathers and pads a batch by its row numbers, out of a split that lies on the device. `CopyFeed` copies
-the finished batches of any loader into buffers. Both pad to one of a few buckets of widths, so that a step has few
-shapes, and both name a batch's shape by a key: (rows, ...).
+`ResidentFeed` gathers and pads a batch by its row numbers, from a split that lies on the device. `CopyFeed` copies the
+finished batches of any loader into buffers. Both pad to one of a few widths (buckets), so that a step has few shapes.
+Both name a batch's shape by a key: (rows, ...).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.nn.functional import pad as pad_tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from engine.errors import ConfigError
-from engine.kernels.ragged import pad
+from engine.kernels.ragged import Source, pad
 from engine.loaders.batch import Batch
 from engine.loaders.loader import FRAMES, Loader, widths
 
 BUCKETS = 4
-ROUNDED_TO = 8  # widths that are multiples of it suit tensor cores and fused attention
-SAMPLED_EPOCHS = 4  # how many epochs' batches the buckets are chosen from
+ROUNDED_TO = 8  # tensor cores and fused attention like widths that are multiples of it
+SAMPLED_EPOCHS = 4  # the buckets are chosen from the batches of so many epochs
 
 Key = tuple[Hashable, ...]
 
@@ -33,19 +33,23 @@ class Feed(Protocol):
     """One training set as static batches."""
 
     def steps(self) -> Iterator[Key]:
-        """One pass: the key of every batch, yielded once its data can be read. The key's first entry is its rows."""
+        """One pass. Yields the key of every batch once its data can be read; the key's first entry is the number of
+        rows.
+        """
 
     def batch(self, key: Key, number: Tensor) -> tuple[Any, Tensor, Tensor]:
-        """(inputs, target, index) of the pass's batch `number` (int64 [1], on the device), for use inside a graph."""
+        """(inputs, target, index) of the pass's batch `number` (int64 [1], on the device). May be called inside a
+        graph.
+        """
 
 
 class Buckets:
-    """A few combinations of widths, each of which holds all smaller ones.
+    """A few combinations of widths. Each one holds all smaller ones.
 
     Args:
         longest: int64 [batches, m], the longest of m sequences in each of some typical batches.
         most: int64 [m], the longest that can occur.
-        count: number of buckets at most.
+        count: largest number of buckets.
     """
 
     def __init__(self, longest: np.ndarray, most: np.ndarray, count: int = BUCKETS):
@@ -61,7 +65,7 @@ class Buckets:
         """The number of the smallest bucket that holds sequences of these lengths.
 
         Raises:
-            ConfigError: none does.
+            ConfigError: no bucket does.
         """
         longest = list(longest)
         fits = (np.array(longest) <= self.levels).all(1)
@@ -86,7 +90,7 @@ def buckets_of(loader: Loader) -> Buckets:
 
 
 def _lengths(loader: Loader) -> list[np.ndarray]:
-    """Of every sample the positions of its text (a fixed width where there is one), audio and vision."""
+    """Positions of every sample's text (a fixed width, if there is one), audio and vision."""
     split, padding = loader.split, loader.padding
     text = np.clip(split.text_rows().lengths, 1, padding.time_len)
     if padding.text_width is not None:
@@ -99,16 +103,15 @@ class ResidentFeed:
 
     Args:
         loader: a resident loader.
-        begin: starts a pass and returns (its batches' rows, the number of the loader's epoch).
-        exact: also give the widths that a batch would have without buckets: the published mathematics depend on them.
+        begin: starts a pass and returns its batches' rows and the number of the loader's epoch.
+        exact: also give the widths that a batch would have without buckets. The published mathematics depend on them.
     """
 
     def __init__(self, loader: Loader, begin: Callable[[], tuple[list[Tensor], int]], exact: bool = False):
         self._loader, self._begin, self._exact = loader, begin, exact
         split, device = loader.split, loader.device
-        self._tokenised = split.tokens is not None
-        self._frames = [split.tensors(key, device) for key in FRAMES]
-        self._text = split.tensors("tokens" if self._tokenised else "features", device)
+        self._frames = [split.source(key, device) for key in FRAMES]
+        self._text, _ = loader.padding.text(split.source("text", device))
         self._lengths = np.stack(_lengths(loader), 1)
         self._buckets = buckets_of(loader)
         size = loader.sampler.batch_size
@@ -133,30 +136,29 @@ class ResidentFeed:
         size, bucket = key
         rows = self._order.index_select(0, number)[0, :size]
         text_width, *frame_widths = self._buckets.levels[bucket].tolist()
-        (audio, audio_length), (vision, vision_length) = (
-            pad(*source, rows, width) for source, width in zip(self._frames, frame_widths, strict=True)
-        )
-        padding = self._loader.padding
-        fill, closing = (padding.pad_id, padding.closing_id) if self._tokenised else (0, -1)
-        cut = min(text_width, padding.time_len)
-        text, text_length = pad(*self._text, rows, cut, fill=fill, closing=closing)
-        if cut < text_width:
-            text = pad_tensor(text, (*[0] * (2 * text.dim() - 4), 0, text_width - cut), value=fill)
+        audio, vision = (_padded(source, rows, width) for source, width in zip(self._frames, frame_widths, strict=True))
+        text, text_length = _padded(self._text, rows, text_width)
         mask = (torch.arange(text_width, device=rows.device) < text_length[:, None]).long()
         label = self._loader.label.index_select(0, rows)
-        token_ids, features = (text, None) if self._tokenised else (None, text)
-        batch = Batch(
-            rows, [""] * size, label, token_ids, mask, features, audio, audio_length, vision, vision_length, static=True
-        )
+        batch = Batch.of(rows, [""] * size, label, (text, mask), audio, vision, static=True)
         if self._exact:
-            batch.audio_width, batch.vision_width = audio_length.amax(), vision_length.amax()
+            batch.audio_width, batch.vision_width = batch.audio_length.amax(), batch.vision_length.amax()
         if self._keys is not None:
             batch = self._loader.augmentation.apply(batch, self._keys)
         return batch, batch.label, batch.index
 
 
+def _padded(source: Source, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Sequences `rows` padded to `width`, and their lengths. Nothing is read on the host."""
+    cut = min(width, source.most)
+    out, length = pad(source.values, source.offsets, rows, cut, fill=source.fill, closing=source.closing)
+    if cut < width:
+        out = pad_tensor(out, (*[0] * (2 * out.dim() - 4), 0, width - cut), value=source.fill)
+    return out, length
+
+
 class CopyFeed:
-    """Batches of any loader, copied into one set of buffers a shape.
+    """Batches of any loader, copied into one set of buffers per shape.
 
     Args:
         batches: starts a pass: an iterable of `Batch` or (inputs, target, index), inputs a tensor or a nest of them.
@@ -199,19 +201,19 @@ class CopyFeed:
         return key
 
     def _take_batch(self, batch: Batch) -> Key:
-        found = [(batch.text if batch.token_ids is None else batch.token_ids).shape[1]]
-        found += [batch.audio.shape[1], batch.vision.shape[1]]
-        bucket = None if self._buckets is None else self._buckets.of(found)
+        widest = [(batch.text if batch.token_ids is None else batch.token_ids).shape[1]]
+        widest += [batch.audio.shape[1], batch.vision.shape[1]]
+        bucket = None if self._buckets is None else self._buckets.of(widest)
         size = len(batch)
-        key = (size, *found) if bucket is None else (size, bucket)
-        text_width, audio_width, vision_width = found if bucket is None else self._buckets.levels[bucket].tolist()
+        key = (size, *widest) if bucket is None else (size, bucket)
+        text_width, audio_width, vision_width = widest if bucket is None else self._buckets.levels[bucket].tolist()
         width = {
             "token_ids": text_width, "token_mask": text_width, "text": text_width, "audio": audio_width,
             "vision": vision_width,
         }  # fmt: skip
         tensors = {f.name: t for f in fields(batch) if isinstance(t := getattr(batch, f.name), Tensor)}
         if self._exact:
-            lengths = {"audio_width": found[1], "vision_width": found[2]}
+            lengths = {"audio_width": widest[1], "vision_width": widest[2]}
             tensors |= {name: torch.tensor(n) for name, n in lengths.items()}
         if key not in self._held:
             held = {

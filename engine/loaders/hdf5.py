@@ -1,4 +1,4 @@
-"""Reading CMU-SDK .csd files (HDF5) through a child process, so that no file can crash or exhaust this one."""
+"""Reads CMU-SDK .csd files (HDF5) in a child process, so that no file can crash or exhaust this one."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ LONGEST_HEADER = 1 << 28
 
 
 class _Gone(Exception):
-    """The child ended or fell silent; the text says which."""
+    """The child ended or gave no answer; the text says which."""
 
 
 class CsdReader:
-    """Opens .csd files one after another in one child process, which is started anew if a file has crashed it.
+    """Opens .csd files one after another in one child process. If a file crashes it, it is started anew.
 
     Attributes (of the file opened last):
         root: name of its computational sequence. kind: numbers or words. videos: names, in the file's order.
@@ -58,7 +58,7 @@ class CsdReader:
         """Open a file.
 
         Raises:
-            DataError: h5py is not installed; the file is damaged, is no .csd, refers to other files, or crashed or
+            DataError: h5py is not installed; or the file is damaged, is no .csd, refers to other files, or crashed or
                 stalled the library.
         """
         self._path = Path(path).absolute()
@@ -71,7 +71,7 @@ class CsdReader:
         return self
 
     def video(self, name: str) -> tuple[np.ndarray, np.ndarray | list[str]]:
-        """Intervals float64 [n, 2] in seconds, and features float32 or float64 [n, d] or n words, of one video.
+        """One video's intervals float64 [n, 2] in seconds, and its features float32 or float64 [n, d] or n words.
 
         Raises:
             DataError: as `open`.
@@ -120,17 +120,13 @@ class CsdReader:
             raise DataError(
                 str(self._path), "an HDF5 file, and no h5py to read it with", "the package h5py", "pip install h5py"
             )
-        # one thread: the child's limit of address space leaves no room for the stacks of many
+        # one thread: the child's address space has no room for the stacks of many
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         environment.pop("HDF5_PLUGIN_PATH", None)
         self._child = subprocess.Popen(
-            [sys.executable, str(CHILD), str(self._memory)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            bufsize=0,
-        )
+            [sys.executable, str(CHILD), str(self._memory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env=environment, bufsize=0,
+        )  # fmt: skip
 
     def _more(self, end: float, most: int) -> bytes:
         with selectors.DefaultSelector() as wait:

@@ -1,11 +1,11 @@
-"""The process that parses HDF5, apart from the one that trains: libhdf5 can crash on a hostile file.
+"""The process that parses HDF5. It is not the one that trains, because libhdf5 can crash on a hostile file.
 
-Run as a script by `engine.loaders.hdf5`, with a limit of memory in bytes as its argument. It reads requests from stdin,
-one JSON array a line, and answers on stdout with a JSON object in one line, then the bytes it announces:
+`engine.loaders.hdf5` runs it as a script, with a limit of memory in bytes as its argument. It reads requests from
+stdin, one JSON array per line. It answers on stdout with a JSON object in one line, then the bytes that this announces:
 
 - `["open", path]` -> `{"root", "videos": [name, ...], "kind": "numbers"|"words"}`, for a CMU-SDK .csd file;
 - `["video", name]` -> `{"shape": [n, d], "dtype", "size"}`, then intervals float64 [n, 2] and features [n, d] (float64
-  where the file has 8 bytes a value, else float32), or for words `{"words": [...], "size"}` and the intervals.
+  if the file has 8 bytes per value, else float32); for words `{"words": [...], "size"}`, then the intervals.
 
 An answer `{"error": [found, expected]}` says why a file is refused. Links that leave their place, data kept in other
 files, and filters that need a plugin are refused: reading a file must not open others.
@@ -34,7 +34,7 @@ class Refused(Exception):
 
 
 def child(group, name, kind):
-    """A member of a group that is really in this file."""
+    """A member of a group that really is in this file."""
     link = group.get(name, getlink=True)
     if not isinstance(link, h5py.HardLink):
         found = "nothing" if link is None else f"a {type(link).__name__}"
@@ -52,7 +52,7 @@ def names(group):
 
 
 def values(dataset, size):
-    """The whole of a dataset that the file itself accounts for."""
+    """A whole dataset, no larger than the file can account for."""
     where = dataset.name[:200]
     if dataset.is_virtual or dataset.external:
         raise Refused(f"data of {where} in other files", "data in this file")
@@ -85,7 +85,7 @@ class Csd:
         self.data = child(child(self.file, self.root, h5py.Group), "data", h5py.Group)
         self.videos = names(self.data)
         if not self.videos:
-            raise Refused("no videos", "one group a video")
+            raise Refused("no videos", "one group per video")
         first = child(child(self.data, self.videos[0], h5py.Group), "features", h5py.Dataset)
         text = first.dtype.kind == "S" or h5py.check_string_dtype(first.dtype) is not None
         self.kind = "words" if text else "numbers"
@@ -109,7 +109,7 @@ class Csd:
             body = np.ascontiguousarray(features, dtype).tobytes()
             return {"shape": list(features.shape), "dtype": dtype}, intervals.tobytes() + body
         if features.shape[1] != 1:
-            raise Refused(f"{features.shape[1]} words a row in {name}"[:300], "one")
+            raise Refused(f"{features.shape[1]} words per row in {name}"[:300], "one")
         text = [w.decode("utf-8", "replace") if isinstance(w, bytes) else str(w) for w in features[:, 0].tolist()]
         return {"words": text}, intervals.tobytes()
 
@@ -131,7 +131,7 @@ def main():
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ImportError, ValueError, OSError):  # not on this system
+    except (ImportError, ValueError, OSError):  # this system has no such limits
         pass
     opened = []
     for line in sys.stdin.buffer:
@@ -142,7 +142,7 @@ def main():
             header = {"error": list(cause.args)}
         except MemoryError:
             header = {"error": ["more data than the memory allowed for it", "a .csd file of the CMU-SDK"]}
-        except Exception as cause:  # whatever the library makes of a damaged file
+        except Exception as cause:  # the library raises anything for a damaged file
             header = {
                 "error": [f"a damaged file ({str(cause)[:300] or type(cause).__name__})", "a .csd file of the CMU-SDK"]
             }

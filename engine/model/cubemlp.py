@@ -27,7 +27,7 @@ _ACTIVATIONS = {
 
 
 def make_activation(name: str) -> nn.Module:
-    """The activation called `name` in `model.cubemlp.activate`; ConfigError where there is none."""
+    """The activation that `model.cubemlp.activate` calls `name`. ConfigError where there is none."""
     if name not in _ACTIVATIONS:
         raise ConfigError(
             "model.cubemlp.activate", repr(name), "one of " + ", ".join(_ACTIVATIONS), "Choose one of these."
@@ -110,15 +110,15 @@ class CubeBlock(nn.Module):
 
 
 class CubeMLP(nn.Module):
-    """The fusion encoder of CubeMLP and MIMRL (Sun et al., ACM MM 2022).
+    """The fusion encoder of CubeMLP (Sun et al., ACM MM 2022).
 
     Args:
         d_in: lengths (time, modality, channel) of the input cube.
-        d_hiddens, d_outs: one (time, modality, channel) triple a block.
+        d_hiddens, d_outs: one (time, modality, channel) triple per block.
         activate: elu gelu hardshrink hardtanh leakyrelu prelu relu rrelu tanh (rrelu is random in training).
         bias: whether the two Linears of every mix have a bias. The residual projection has none.
         ln_first: LayerNorm on the MLP's input instead of on the sum.
-        res_project: one flag a block; False means an identity residual, for which d_in must equal d_out.
+        res_project: one flag per block. False means an identity residual, for which d_in must equal d_out.
         dropout: of the (time, modality, channel) mixes.
 
     Raises:
@@ -149,8 +149,8 @@ class CubeMLP(nn.Module):
     def start_as_average(self) -> None:
         """Set a fresh model's residual projections to averages: output k is the mean of the k-th stretch of inputs.
 
-        Where an axis keeps its length that is the identity. The stack then starts near a mean over time, instead of at
-        random mixtures of positions and modalities that a first epoch is spent on undoing.
+        Where an axis keeps its length, this is the identity. The stack then starts near a mean over time. Random
+        projections would mix positions and modalities, which costs a first epoch to undo.
         """
         for block in self.blocks:
             for axis in AXES:
@@ -172,7 +172,7 @@ class CubeMLP(nn.Module):
                 raise ConfigError(
                     f"{key}.{name}",
                     f"{len(value)} entries",
-                    f"one a block, {len(d_outs)} as in {key}.d_outs",
+                    f"one per block, {len(d_outs)} as in {key}.d_outs",
                     "Give d_hiddens, d_outs and res_project the same number of entries.",
                 )
         if not d_outs:
@@ -201,7 +201,7 @@ class CubeMLP(nn.Module):
             d_before = d_out
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, *d_in] -> [B, *d_out]; ConfigError where an axis of x has another length than d_in."""
+        """[B, *d_in] -> [B, *d_out]. ConfigError where the lengths of x's axes differ from d_in."""
         if tuple(x.shape[1:]) != self.d_in:
             wrong = next((a for a, n, m in zip(AXES, x.shape[1:], self.d_in, strict=False) if n != m), AXES[0])
             raise ConfigError(
@@ -216,7 +216,11 @@ class CubeMLP(nn.Module):
 
 
 def compose(x: Tensor, dim: int, how: str) -> Tensor:
-    """Remove axis `dim` of x by mean, sum, or cat: cat lays the slices one after another along the last axis."""
+    """Remove axis `dim` of x by mean, sum, or cat. cat lays the slices end to end along the last axis.
+
+    >>> compose(torch.ones(4, 3, 2), 1, "cat").shape
+    torch.Size([4, 6])
+    """
     if how == "mean":
         return x.mean(dim)
     if how == "sum":

@@ -23,20 +23,25 @@ def length_mask(length: Tensor, size: int) -> Tensor:
 def nonzero_length(x: Tensor) -> Tensor:
     """int64 [B]: the number of frames of x [B, L, d] whose absolute sum is not 0, at least 1.
 
-    The reference's rule. A zero frame inside a sequence makes it one too short: the LAST frame is lost, not that one.
+    This is the rule of the published code. A zero frame inside a sequence makes the length one too short, so that the
+    LAST frame is lost, not the zero one.
     """
     return (x.abs().sum(-1) != 0).sum(1).clamp(min=1)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x [B, L, d] over the positions where mask (bool [B, L]) is true -> [B, d]; 0 where there are none."""
+    """Mean of x [B, L, d] over the positions where mask (bool [B, L]) is true -> [B, d]. 0 where there are none.
+
+    >>> masked_mean(torch.tensor([[[2.0], [4.0], [9.0]]]), torch.tensor([[True, True, False]]))
+    tensor([[3.]])
+    """
     weight = mask.to(x.dtype)
     # on a GPU a sum is fewer launches than a product, and autocast does not round it to 16 bits
     total = (x * weight[..., None]).sum(1) if x.is_cuda else torch.einsum("bld,bl->bd", x, weight)
     return total / weight.sum(1, keepdim=True).clamp(min=1)
 
 
-# Modules as torch.nn has them, but for their type: torch.compile refuses to look at an instance of nn.GRU or nn.LSTM.
+# torch.compile does not trace instances of nn.GRU or nn.LSTM. These are the same modules with another type.
 class GRU(nn.RNNBase):
     def __init__(self, *sizes: int, **options: Any):
         super().__init__("GRU", *sizes, **options)
@@ -57,7 +62,7 @@ class LSTM(nn.RNNBase):
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """conv, of kernel 3 and padding 1, over x [B, L, d] -> [B, L, d_out], as one matrix product.
 
-    Its precision is that of all products then. cuDNN's convolutions round to TF32 by a setting of their own.
+    It then has the precision of all products. cuDNN's convolutions have a setting of their own, which allows TF32.
     """
     windows = F.pad(x, (0, 0, 1, 1)).unfold(1, 3, 1)  # [B, L, d, 3]
     return F.linear(windows.flatten(2), conv.weight.flatten(1), conv.bias)
@@ -71,9 +76,9 @@ class SequenceEncoder(nn.Module):
 
     Args:
         kind: gru, lstm or conv. d_in: width of a frame. d_out: the common width.
-        zero_padding: True treats rows past the valid length as absent: the convolution reads zeros there and the output
-            is zero there, so that a row's result does not depend on the width it is padded to. False is the reference:
-            the convolution reads what is there and a padded row of a recurrent encoder is ReLU(LayerNorm's bias).
+        zero_padding: True treats frames past the valid length as absent. The convolution reads zeros there and the
+            output is zero there, so that a result does not depend on the padded width. False is what the published
+            code does: the convolution reads the padding, and a recurrent encoder gives ReLU(LayerNorm's bias) there.
     """
 
     def __init__(self, kind: str, d_in: int, d_out: int, zero_padding: bool = True):

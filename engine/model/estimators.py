@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -12,32 +12,26 @@ from torch import Tensor, nn
 
 from engine.errors import EstimatorError
 from engine.kernels.arguments import exact_type
+from engine.kernels.cmi import READINGS
 from engine.kernels.critics import ACTIVATIONS, concat_infonce, concat_scores, mlp
 from engine.kernels.gradients import transformed, update_buffer
-from engine.kernels.mi_bounds import BOUNDS, bound_value, mimrl_mine_loss, update_log_ema
+from engine.kernels.mi_bounds import BOUNDS, bound_value, update_log_ema
 from engine.kernels.mi_bounds.reference import check_settings, full_precision
 from engine.kernels.registry import is_static
-
-CRITICS = ("separate", "concat")
-BASELINES = ("constant", "unnormalized", "gaussian")
-
-READINGS = ("ldr", "dv", "nwj")
+from engine.vocabulary import BASELINES, CRITICS
 
 MODULES = {"relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "leakyrelu": nn.LeakyReLU, "tanh": nn.Tanh}
-
-# sigmoid of the published MIMRL code's alpha_logit of .01
-MIMRL_ALPHA = 1 / (1 + math.exp(-0.01))
 
 
 @dataclass
 class Estimate:
-    """One estimate from one batch; value and loss are told apart because their signs differ.
+    """One estimate from one batch. Value and loss are separate because their signs differ.
 
     Attributes:
         value: the estimate in nats, detached, 0-d.
-        surrogate: 0-d, numerically equal to `value`, carries the gradient that *increases* the information.
-        loss: 0-d, what the estimator's own parameters minimise.
-        details: detached extras by name; `details["skipped"]` = 1 where a degenerate batch was skipped.
+        surrogate: 0-d, numerically equal to `value`. Its gradient *increases* the information.
+        loss: 0-d, minimised by the estimator's own parameters.
+        details: detached extras by name. `details["skipped"]` = 1 where a degenerate batch was skipped.
     """
 
     value: Tensor
@@ -65,55 +59,68 @@ class Estimates:
     details: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, found: Mapping[str, Estimate]) -> Estimates:
+    def of(cls, estimates: Mapping[str, Estimate]) -> Estimates:
         """From estimates that were made one by one."""
         return cls(
-            list(found),
-            torch.stack([e.surrogate for e in found.values()]),
-            torch.stack([e.loss for e in found.values()]),
-            details={name: e.details for name, e in found.items()},
+            list(estimates),
+            torch.stack([e.surrogate for e in estimates.values()]),
+            torch.stack([e.loss for e in estimates.values()]),
+            details={name: e.details for name, e in estimates.items()},
         )
 
     def apart(self) -> dict[str, Estimate]:
-        """Every term's `Estimate`; its tensors are views of the vectors."""
+        """Each term's `Estimate`. Its tensors are views of the vectors."""
         loss = -self.surrogate if self.loss is None else self.loss
-        parts = zip(*(_entries(t) for t in (self.surrogate.detach(), self.surrogate, loss)), strict=True)
-        found = {name: Estimate(*of_one) for name, of_one in zip(self.names, parts, strict=True)}
-        for n, (name, estimate) in enumerate(found.items()):
+        parts = zip(*(scalars(t) for t in (self.surrogate.detach(), self.surrogate, loss)), strict=True)
+        estimates = {name: Estimate(*of_one) for name, of_one in zip(self.names, parts, strict=True)}
+        for n, (name, estimate) in enumerate(estimates.items()):
             if self.readings is not None:
-                estimate.details |= dict(zip(READINGS, _entries(self.readings[:, n]), strict=True))
+                estimate.details |= dict(zip(READINGS, scalars(self.readings[:, n]), strict=True))
             estimate.details |= self.details.get(name, {})
-        return found
+        return estimates
+
+
+Initialise = Callable[[nn.Linear], None]
+"""Sets the initial weights of a fresh layer in place."""
 
 
 class MIEstimator(nn.Module):
-    """A lower bound on (or, for DV, SMILE and JS, an estimate of) I(X;Y), with its trainable critic and log-baseline.
+    """An estimate of I(X;Y), with its trainable critic and log-baseline.
 
-    The bounds are defined in `engine.kernels.mi_bounds`. Values may be negative and are never clipped: a negative value
-    means a critic that is not trained yet. InfoNCE cannot exceed log B, the interpolated bound
-    1 + log((B - 1) / alpha).
+    The bounds are defined in `engine.kernels.mi_bounds`. DV, SMILE and JS are estimates without being bounds. Values
+    are never clipped; a negative value means that the critic is not trained yet. InfoNCE cannot exceed log B, and the
+    interpolated bound cannot exceed 1 + log((B - 1) / alpha).
+
+    >>> estimator = MIEstimator(dim_x=8, dim_y=4)
+    >>> estimate = estimator(torch.randn(32, 8), torch.randn(32, 4))
+    >>> estimate.loss.item() == -estimate.value.item()
+    True
 
     Args:
         dim_x, dim_y: widths of x and y.
         critic: "separate", h(y) g(x)^T, or "concat", f([x; y]) on all pairs.
         bound: one of `engine.kernels.mi_bounds.BOUNDS`.
-        baseline: log a(y), used by `tuba` and `interpolate`: "constant" (0), "unnormalized" (an MLP), "gaussian" (see
+        baseline: log a(y), used by `tuba` and `interpolate`: "constant" (0), "unnormalized" (an MLP) or "gaussian" (see
             `LogBaseline`).
-        hidden, embed, layers, activation: MLPs of `layers` + 1 hidden layers of width `hidden`; `embed` is the width of
-            the separate critic's g and h.
-        compat: "none": the corrected bounds, the default. "mimrl": what the published MIMRL code computes: see
-            `bound_value`; MINE is minimised by that code's loss, the concat critic's scores come out transposed, and
-            `alpha` and `smile_tau` are that code's (.5025 and 1) whatever is given.
+        hidden, embed, layers, activation: the MLPs have `layers` + 1 hidden layers of width `hidden`. `embed` is the
+            output width of the separate critic's g and h.
         alpha: interpolate: weight of the multi-sample baseline.
         smile_tau: smile: scores are clipped to +-tau in the partition function.
-        ema_rate: mine: rate of the moving average of mean e^S, kept in the log domain in the buffer `log_ema`, which
-            state_dict carries. The first batch begins it; eval mode reads it without changing it.
-        on_degenerate: a batch of one, non-finite scores or a non-finite estimate: "raise" an EstimatorError, or "skip":
-            value, surrogate and loss are 0 with zero gradients, and `details["skipped"]` is 1.
+        ema_rate: mine: rate of the moving average of mean e^S. The buffer `log_ema` keeps its logarithm, and state_dict
+            carries it. The first batch starts the average; eval mode uses it without changing it.
+        on_degenerate: what to do with a batch of one, non-finite scores or a non-finite estimate. "raise" raises an
+            EstimatorError. "skip" gives 0 as value, surrogate and loss, with zero gradients, and
+            `details["skipped"]` = 1.
 
-    All biases start at 0; weights are Xavier-uniform, which keeps the scores of standardised inputs of order 1 at the
-    start, where every bound still has a gradient. compat="mimrl" begins as that code does, with PyTorch's own weights.
+    Biases start at 0 and weights Xavier-uniform. Scores of standardised inputs are then of order 1, where every bound
+    has a gradient.
+
+    A subclass may change how layers start (`initialise`), what scores give (`read_scores`) and what the estimator
+    minimises (`loss_of`). It then runs alone, unless its `group_key` says that a group computes the same.
     """
+
+    keeps_average = True
+    """Whether MINE's gradient is normalised by a moving average over batches."""
 
     def __init__(
         self,
@@ -126,29 +133,54 @@ class MIEstimator(nn.Module):
         embed: int = 128,
         layers: int = 2,
         activation: str = "relu",
-        compat: str = "none",
         alpha: float = 0.01,
         smile_tau: float = 5.0,
         ema_rate: float = 0.01,
         on_degenerate: str = "raise",
+        *,
+        compat: str = "none",
     ):
         super().__init__()
-        _one_of("bound", bound, BOUNDS)
-        _one_of("compat", compat, ("none", "mimrl"))
-        _one_of("on_degenerate", on_degenerate, ("raise", "skip"))
+        refuse_compat("MIEstimator", compat)
+        check_choice("bound", bound, BOUNDS)
+        check_choice("on_degenerate", on_degenerate, ("raise", "skip"))
         check_settings("MIEstimator", alpha, smile_tau, ema_rate)
         self.dim_x, self.dim_y = dim_x, dim_y
-        self.bound, self.compat, self.on_degenerate = bound, compat, on_degenerate
-        self.alpha = MIMRL_ALPHA if compat == "mimrl" else alpha
-        self.smile_tau, self.ema_rate = smile_tau, ema_rate
-        self.critic = Critic(dim_x, dim_y, critic, hidden, embed, layers, activation, compat)
-        self.baseline = LogBaseline(dim_y, baseline, hidden, layers, activation, compat)
-        if bound == "mine" and compat == "none":
+        self.bound, self.on_degenerate = bound, on_degenerate
+        self.alpha, self.smile_tau, self.ema_rate = alpha, smile_tau, ema_rate
+        self.critic = Critic(dim_x, dim_y, critic, hidden, embed, layers, activation, self.initialise)
+        self.baseline = LogBaseline(dim_y, baseline, hidden, layers, activation, self.initialise)
+        if bound == "mine" and self.keeps_average:
             # -inf is the logarithm of an average that has not begun
             self.register_buffer("log_ema", torch.tensor(-math.inf))
 
+    @staticmethod
+    def initialise(layer: nn.Linear) -> None:
+        """Set the initial weights of a fresh layer of the critic or the baseline."""
+        xavier(layer)
+
+    @property
+    def group_key(self) -> tuple | None:
+        """Equal for estimators that one `MIGroup` may compute at once; None for one that runs alone.
+
+        A group computes the bounds of `engine.kernels.mi_bounds`, and the negated bound as the loss.
+        """
+        return self._settings() if type(self) is MIEstimator else None
+
+    def _settings(self) -> tuple:
+        return type(self), self.bound, self.alpha, self.smile_tau, self.ema_rate, self.on_degenerate
+
+    def read_scores(self, scores: Tensor, log_baseline: Tensor, log_ema: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(value, surrogate) of scores [B, B], as `bound_value` gives them."""
+        limits = {"alpha": self.alpha, "smile_tau": self.smile_tau}
+        return bound_value(scores, self.bound, log_baseline, log_ema=log_ema, **limits)
+
+    def loss_of(self, scores: Tensor, surrogate: Tensor) -> Tensor:
+        """What the estimator's own parameters minimise, 0-d."""
+        return -surrogate
+
     def forward(self, x: Tensor, y: Tensor) -> Estimate:
-        """x [B, dim_x], y [B, dim_y], row i of both from the same sample.
+        """One estimate from x [B, dim_x] and y [B, dim_y]. Row i of both comes from the same sample.
 
         Raises:
             EstimatorError: shapes, types or devices that do not fit; a degenerate batch under on_degenerate="raise".
@@ -157,10 +189,7 @@ class MIEstimator(nn.Module):
         x, y = own_type(self._where(), self, x, y)
         if len(x) < 2:
             return self._degenerate(
-                f"a batch of {len(x)}",
-                "at least 2 samples: one alone has no product samples",
-                x,
-                y,
+                f"a batch of {len(x)}", "at least 2 samples: one alone has no product samples", x, y
             )
         if self.bound == "infonce" and self.critic.has_infonce:
             value = self.critic.infonce(x, y)
@@ -172,17 +201,9 @@ class MIEstimator(nn.Module):
         if not finite(scores):
             return self._degenerate("non-finite scores", "finite scores", x, y)
         log_ema = None
-        if self.bound == "mine" and self.compat == "none":
+        if self.bound == "mine" and self.keeps_average:
             log_ema = update_log_ema(self.log_ema, scores, self.ema_rate)
-        value, surrogate = bound_value(
-            scores,
-            self.bound,
-            log_baseline,
-            alpha=self.alpha,
-            smile_tau=self.smile_tau,
-            log_ema=log_ema,
-            compat=self.compat,
-        )
+        value, surrogate = self.read_scores(scores, log_baseline, log_ema)
         if not finite(value):
             size = scores.detach().abs().max().item()
             return self._degenerate(
@@ -190,12 +211,12 @@ class MIEstimator(nn.Module):
             )
         if log_ema is not None and self.training:
             update_buffer("MINE's moving average", self.log_ema, log_ema)
-        loss = mimrl_mine_loss(scores) if self.bound == "mine" and self.compat == "mimrl" else -surrogate
+        loss = self.loss_of(scores, surrogate)
         value, surrogate, loss = (or_zero(t, self.on_degenerate) for t in (value, surrogate, loss))
         return Estimate(value, surrogate, loss)
 
     def reset_average(self) -> None:
-        """Forget MINE's moving average: the next batch begins it anew. Nothing to do for the other bounds."""
+        """Forget MINE's moving average, so that the next batch starts it anew. Other bounds have none."""
         if hasattr(self, "log_ema"):
             self.log_ema.fill_(-math.inf)
 
@@ -212,20 +233,19 @@ class MIEstimator(nn.Module):
     def _where(self) -> str:
         return f"mutual information ({self.bound})"
 
-    def _degenerate(self, found: str, expected: str, x: Tensor, y: Tensor) -> Estimate:
-        if self.on_degenerate == "raise":
-            raise EstimatorError(
-                self._where(), found, expected, 'Check the features and the learning rate, or set on_degenerate="skip".'
-            )
-        zero = zero_with_gradients(x, y, *self.parameters())
-        return Estimate(zero.detach(), zero, zero, {"skipped": torch.ones((), device=x.device)})
+    def _degenerate(self, found: str, expected: str, *features: Tensor) -> Estimate:
+        return raise_or_skip(self, self._where(), found, expected, *features)
 
 
 class Critic(nn.Module):
     """Scores of every x against every y: `scores[i, j] = f(x_j, y_i)`, [B, B], fp32.
 
-    kind "separate": <h(y_i), g(x_j)>; "concat": f([x_j; y_i]). compat="mimrl" transposes the scores of "concat", as the
-    published MIMRL code does.
+    Args:
+        kind: "separate": <h(y_i), g(x_j)>; "concat": f([x_j; y_i]).
+        initialise: sets the initial weights of a layer.
+
+    Attributes:
+        transpose: whether the scores of "concat" are given transposed. False by default.
     """
 
     def __init__(
@@ -237,17 +257,16 @@ class Critic(nn.Module):
         embed: int = 128,
         layers: int = 2,
         activation: str = "relu",
-        compat: str = "none",
+        initialise: Initialise | None = None,
     ):
         super().__init__()
-        _one_of("critic", kind, CRITICS)
-        self.kind, self.activation = kind, activation
-        self.transpose = kind == "concat" and compat == "mimrl"
+        check_choice("critic", kind, CRITICS)
+        self.kind, self.activation, self.transpose = kind, activation, False
         if kind == "separate":
-            self.g = build_mlp(dim_x, embed, hidden, layers, activation, compat)
-            self.h = build_mlp(dim_y, embed, hidden, layers, activation, compat)
+            self.g = build_mlp(dim_x, embed, hidden, layers, activation, initialise)
+            self.h = build_mlp(dim_y, embed, hidden, layers, activation, initialise)
         else:
-            self.f = build_mlp(dim_x + dim_y, 1, hidden, layers, activation, compat)
+            self.f = build_mlp(dim_x + dim_y, 1, hidden, layers, activation, initialise)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x [B, dim_x], y [B, dim_y] -> [B, B]."""
@@ -265,11 +284,11 @@ class Critic(nn.Module):
 
     @property
     def has_infonce(self) -> bool:
-        """Whether `infonce` applies: to the MLP of "concat", as it was built."""
+        """Whether `infonce` applies: "concat", with its MLP as it was built."""
         return self.kind == "concat" and mlp_layers(self.f, self.activation) is not None
 
     def infonce(self, x: Tensor, y: Tensor) -> Tensor:
-        """The InfoNCE bound of the scores of "concat", 0-d, without storing them; NaN if one is not finite."""
+        """The InfoNCE bound of "concat", 0-d, without storing the scores. NaN where a score is not finite."""
         layers = mlp_layers(self.f, self.activation)
         return concat_infonce(x, y, layers, self.activation, transpose=self.transpose)
 
@@ -278,7 +297,7 @@ class LogBaseline(nn.Module):
     """log a(y), [B, dim_y] -> [B, 1], fp32.
 
     kind "constant": 0. "unnormalized": an MLP. "gaussian": the sum over the columns of y of log N(y; 0, 1), without
-    parameters. It falls by .92 nats or more a column, so in many dimensions e^(S - log a) overflows: use it for few.
+    parameters. It falls by .92 nats or more per column, so e^(S - log a) overflows for a y of many columns.
     """
 
     def __init__(
@@ -288,13 +307,13 @@ class LogBaseline(nn.Module):
         hidden: int = 256,
         layers: int = 2,
         activation: str = "relu",
-        compat: str = "none",
+        initialise: Initialise | None = None,
     ):
         super().__init__()
-        _one_of("baseline", kind, BASELINES)
+        check_choice("baseline", kind, BASELINES)
         self.kind, self.activation = kind, activation
         if kind == "unnormalized":
-            self.mlp = build_mlp(dim_y, 1, hidden, layers, activation, compat)
+            self.mlp = build_mlp(dim_y, 1, hidden, layers, activation, initialise)
 
     def forward(self, y: Tensor) -> Tensor:
         if self.kind == "unnormalized":
@@ -305,23 +324,22 @@ class LogBaseline(nn.Module):
         return y.new_zeros(len(y), 1)
 
 
-def build_mlp(
-    dim_in: int, dim_out: int, hidden: int, layers: int, activation: str, compat: str = "none", zero_bias: bool = True
-) -> nn.Sequential:
-    """`layers` + 1 hidden layers, Xavier-uniform weights; with compat="mimrl", weights as PyTorch makes them.
+def xavier(layer: nn.Linear) -> None:
+    """Xavier-uniform weights, and biases of 0."""
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
-    PyTorch's are 1/sqrt(3) of Xavier's where widths are equal: the scores of a separate critic, which pass eight
-    layers, begin 81 times smaller.
-    """
-    _one_of("activation", activation, tuple(ACTIVATIONS))
+
+def build_mlp(
+    dim_in: int, dim_out: int, hidden: int, layers: int, activation: str, initialise: Initialise | None = None
+) -> nn.Sequential:
+    """An MLP of `layers` + 1 hidden layers, each started by `initialise` (default: `xavier`)."""
+    check_choice("activation", activation, tuple(ACTIVATIONS))
     widths = [dim_in] + [hidden] * (layers + 1) + [dim_out]
     modules: list[nn.Module] = []
     for width_in, width_out in pairwise(widths):
         linear = nn.Linear(width_in, width_out)
-        if compat == "none":
-            nn.init.xavier_uniform_(linear.weight)
-        if zero_bias:
-            nn.init.zeros_(linear.bias)
+        (initialise or xavier)(linear)
         modules += [linear, MODULES[activation]()]
     return nn.Sequential(*modules[:-1])
 
@@ -329,8 +347,8 @@ def build_mlp(
 def mlp_layers(tower: nn.Module, activation: str = "relu") -> list[tuple[Tensor, Tensor]] | None:
     """(weight, bias) of each linear layer, for the functions of `engine.kernels.critics`.
 
-    None where `tower` is not, or no longer, what `build_mlp` makes: another module or activation, one layer more, a
-    hook. Such a tower has to be called.
+    None where `tower` is not, or no longer, what `build_mlp` makes: another module or activation, an extra layer, or a
+    hook. Such a tower must be called as a module.
     """
     if type(tower) is not nn.Sequential or _has_hooks(tower):
         return None
@@ -344,16 +362,16 @@ def mlp_layers(tower: nn.Module, activation: str = "relu") -> list[tuple[Tensor,
 
 
 def run_mlp(tower: nn.Module, x: Tensor, activation: str = "relu") -> Tensor:
-    """[B, d] -> [B, n], fp32 (fp64 for fp64): by the kernels' `mlp`, or by the module itself where it was changed."""
+    """[B, d] -> [B, n], fp32 (fp64 for fp64): by the kernels' `mlp`, or by the module itself if it was changed."""
     layers = mlp_layers(tower, activation)
     return full_precision(tower(x)) if layers is None else mlp(x, layers, activation)
 
 
 def own_type(where: str, estimator: nn.Module, *features: Tensor) -> list[Tensor]:
-    """Features as torch's layers multiply them with the estimator's parameters: whole numbers become that type.
+    """Features in the type of the estimator's parameters: whole numbers are converted.
 
     Raises:
-        EstimatorError: another floating type (but for autocast), complex numbers, or another device.
+        EstimatorError: another floating type outside of autocast, complex numbers, or another device.
     """
     own = next(estimator.parameters(), None)
     exact_type(where, *features, own, integers=True)
@@ -381,40 +399,65 @@ def _has_defaults(activation: nn.Module) -> bool:
     return all(getattr(activation, name, value) == value for name, value in defaults.items())
 
 
-def waits_for(tensor: Tensor) -> bool:
-    """Whether Python may look at values of `tensor`: a GPU would have to be waited for; a graph and vmap have none."""
+def readable(tensor: Tensor) -> bool:
+    """Whether Python may look at the values of `tensor` now.
+
+    It may not on a GPU, because the host would have to wait for it, nor within a graph or a transform of torch.func,
+    where there are no values yet.
+    """
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not (is_static() or transformed())
 
 
 def finite(*tensors: Tensor) -> bool:
-    """Whether all values are finite. True without a look where `waits_for` is not: a trainer then checks its means."""
-    return not waits_for(tensors[0]) or all(_all_finite(t.detach()) for t in tensors)
+    """Whether all values are finite, as far as they are `readable`. Where they are not, a trainer checks its means."""
+    return not readable(tensors[0]) or all(_all_finite(t.detach()) for t in tensors)
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    # one sum tells it; only a sum that overflows needs a second look
+    # the sum is finite unless a value is not, or the sum overflows
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def or_zero(tensor: Tensor, on_degenerate: str) -> Tensor:
-    """With on_degenerate="skip" and unchecked values: 0 where not finite. (Gradients may still be NaN there.)"""
-    if on_degenerate == "raise" or waits_for(tensor):
+    """With on_degenerate="skip", 0 in place of values that are not finite, if `finite` could not look at them.
+
+    Gradients may still be NaN there.
+    """
+    if on_degenerate == "raise" or readable(tensor):
         return tensor
     return torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor))
 
 
-def _entries(vector: Tensor) -> list[Tensor]:
-    """x[0], x[1], ...: views, or copies where torch.compile would have to return views of one tensor."""
+def scalars(vector: Tensor) -> list[Tensor]:
+    """x[0], x[1], ... as views; as copies within torch.compile, which cannot return views of one tensor."""
     parts = list(vector.unbind())
     return [part.clone() for part in parts] if torch.compiler.is_compiling() else parts
 
 
-def zero_with_gradients(*tensors: Tensor) -> Tensor:
-    """0, whose gradient is zero for every one of `tensors`, even for those that hold NaN or infinity."""
+def raise_or_skip(estimator: nn.Module, where: str, found: str, expected: str, *features: Tensor) -> Estimate:
+    """What `on_degenerate` asks for: an EstimatorError, or an estimate of 0 with zero gradients."""
+    if estimator.on_degenerate == "raise":
+        raise EstimatorError(
+            where, found, expected, 'Check the features and the learning rate, or set on_degenerate="skip".'
+        )
+    zero = _zero_with_gradients(*features, *estimator.parameters())
+    return Estimate(zero.detach(), zero, zero, {"skipped": torch.ones((), device=zero.device)})
+
+
+def _zero_with_gradients(*tensors: Tensor) -> Tensor:
+    """0 with a zero gradient for each of `tensors`, even for those that hold NaN or infinity."""
     total = sum(tensor.sum() for tensor in tensors)
     return torch.where(torch.zeros_like(total, dtype=torch.bool), total, torch.zeros_like(total))
 
 
-def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
+def refuse_compat(estimator: str, compat: str) -> None:
+    """Refuse the former option `compat` for anything but its default."""
+    if compat != "none":
+        raise EstimatorError(
+            f"{estimator}(compat=...)", repr(compat), "no such option", f"Use the class Published{estimator} instead."
+        )
+
+
+def check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise EstimatorError(what, repr(value), f"one of {', '.join(choices)}", "Choose one of these.")

@@ -1,9 +1,9 @@
 """BERT's and Electra's layers in few launches, from the parameters of the Hugging Face model that owns them.
 
-A layer is eight kernels forward: one product for query, key and value, `attention`, three more products, and between
-them `add_norm` twice and `bias_gelu`. In float32, for long texts and for wide heads torch's attention runs instead.
-Hidden states stay in the parameters' type, float32, beside a copy in autocast's type for the product that follows. All
-weights are cast at once (`engine.model.lowered`).
+A layer takes eight kernels forward: one product for query, key and value, `attention`, three more products, and between
+them `add_norm` twice and `bias_gelu`. In float32, for long texts and for wide heads, torch's attention runs instead.
+Hidden states keep the parameters' type, float32. The product that follows reads a copy in autocast's type. All weights
+are cast at once (`engine.model.lowered`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALIGNED = 16  # torch's attention copies a bias whose rows do not begin at multi
 
 
 class Weights(NamedTuple):
-    """A layer's factors in the products' type; query's, key's and value's are one."""
+    """The weights of a layer in the products' type. Those of query, key and value are one tensor."""
 
     qkv: Tensor
     out: Tensor
@@ -35,7 +35,7 @@ class Weights(NamedTuple):
 
 
 def fusable(model: nn.Module) -> bool:
-    """Whether `last_hidden_state` can stand for this model: BERT or Electra as an encoder, with GELU.
+    """Whether `last_hidden_state` can compute this model: BERT or Electra as an encoder, with GELU.
 
     False where a part was replaced or parametrised, has a hook, or is checkpointed.
     """
@@ -53,10 +53,10 @@ def fusable(model: nn.Module) -> bool:
 
 
 def last_hidden_state(model: nn.Module, token_ids: Tensor, bias: Tensor, position: Tensor | None = None) -> Tensor:
-    """The hidden states of the last layer; in training with dropout, from one seed that is drawn on the device.
+    """The hidden states of the last layer. In training, dropout uses one seed that is drawn on the device.
 
-    Products run in autocast's type where autocast is on, everything else in the parameters' type. Nothing is read back,
-    and no size depends on values: a CUDA graph can hold it.
+    Products run in autocast's type where autocast is on, everything else in the parameters' type. Nothing is read back
+    and no size depends on values, so that a CUDA graph can hold it.
 
     Args:
         model: for which `fusable` holds.

@@ -1,4 +1,4 @@
-"""Fusion encoders: aligned sequences, one a modality, to one feature. CubeMLP is one; register_fusion adds yours."""
+"""Fusion encoders: from one aligned sequence per modality to one feature. `register_fusion` adds your own."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from engine.model.encoders import masked_mean
 
 
 class FusionEncoder(Protocol):
-    """What a fusion encoder is: an nn.Module with a `dim` and this forward.
+    """The interface of a fusion encoder: an nn.Module with a `dim` and this forward.
 
-    A sample's result must not depend on the other rows of the batch.
+    The result for a sample must not depend on the other rows of the batch.
     """
 
     dim: int
@@ -25,14 +25,14 @@ class FusionEncoder(Protocol):
     def __call__(self, x: Tensor, mask: Tensor) -> Tensor:
         """x float32 [B, L, K, D], mask bool [B, L, K], true at valid positions -> [B, dim].
 
-        K counts data.modalities: text, audio and vision, or fewer of them, in this order. L is data.time_len. In fast
-        mode x is zero where mask is false; text holds the sentence's mean there, unless model.text_padding is zero.
+        K is the number of data.modalities: of text, audio and vision, in this order. L is data.time_len. In fast mode x
+        is zero where mask is false. Text holds the mean of the sentence there, unless model.text_padding is zero.
         """
         ...
 
 
 class CubeMLPFusion(CubeMLP):
-    """CubeMLP, then the modality axis and the time axis removed, each by mean, sum or cat. It reads no mask."""
+    """CubeMLP, whose modality and time axes are then removed by mean, sum or cat. It reads no mask."""
 
     def __init__(self, *args, compose_k: str = "mean", compose_t: str = "mean", **kwargs):
         super().__init__(*args, **kwargs)
@@ -46,10 +46,10 @@ class CubeMLPFusion(CubeMLP):
 
 
 class TensorFusion(nn.Module):
-    """Tensor fusion (Zadeh et al., EMNLP 2017) on masked means: all products of up to one factor a modality.
+    """Tensor fusion (Zadeh et al., EMNLP 2017) on masked means: all products of up to one factor per modality.
 
-    Each modality's mean is projected to `factors` values; the outer product of [1; t], [1; a], [1; v] holds every
-    unimodal, bimodal and trimodal product, and one Linear maps it to `dim`. With fewer modalities it is of those.
+    The mean of each modality is projected to `factors` values. The outer product of [1; t], [1; a] and [1; v] holds
+    every unimodal, bimodal and trimodal product, and one Linear maps it to `dim`. Absent modalities are left out.
     """
 
     def __init__(self, dim: int, modalities: int = 3, factors: int = 16):
@@ -114,7 +114,12 @@ _REGISTERED: dict[str, Callable[[Config], nn.Module]] = {}
 
 
 def register_fusion(name: str, factory: Callable[[Config], nn.Module]) -> None:
-    """Make `model.fusion: name` build `factory(config)`, a FusionEncoder. A name of your own may be registered again.
+    """Let `model.fusion: name` build `factory(config)`, a FusionEncoder. Registering a name again replaces the factory.
+
+    >>> register_fusion("small", lambda config: TensorFusion(config.model.d_common, factors=4))
+    >>> config = Config(model={"fusion": "small", "d_common": 8})
+    >>> make_fusion(config).dim
+    8
 
     Raises:
         ConfigError: the name is a built-in one.
@@ -125,7 +130,7 @@ def register_fusion(name: str, factory: Callable[[Config], nn.Module]) -> None:
 
 
 def make_fusion(config: Config) -> nn.Module:
-    """The fusion encoder that `model.fusion` names; ConfigError where none has that name or it lacks `dim`."""
+    """The fusion encoder that `model.fusion` names. ConfigError where there is none of that name or it has no `dim`."""
     factories = BUILT_IN | _REGISTERED
     name = config.model.fusion
     if name not in factories:

@@ -1,7 +1,7 @@
-"""Estimators of one shape as one module: every layer of all of them is one parameter, [N, out, in].
+"""Estimators of one shape as one module: each layer of all of them is one parameter, [N, out, in].
 
-A group costs a few large products in place of many small ones, and an optimiser sees a few large tensors in place of
-many small ones. The kernels take the parameters as they are: nothing is copied or put together in a step.
+A group computes a few large products instead of many small ones, and an optimiser updates a few large tensors. The
+kernels read these parameters directly; no step copies or stacks them.
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels.cmi.op import classifier_logits, cmi
-from engine.kernels.cmi.reference import cmi_values, mimrl_classifier_loss, mimrl_cmi, mimrl_log_ratio
 from engine.kernels.critics.op import entries, grouped_mlp, infonce_of_towers
 from engine.kernels.gradients import update_buffer
 from engine.kernels.knn_product.op import ProductRows
 from engine.kernels.mi_bounds.op import mi_lower_bound
 from engine.model.cmi import CMIEstimator
-from engine.model.estimators import READINGS, Estimate, Estimates, MIEstimator, finite, mlp_layers, or_zero
+from engine.model.estimators import Estimate, Estimates, MIEstimator, finite, mlp_layers, or_zero
 
 Rows = Sequence[Tensor]
-
-# What compat="mimrl" computes in another way than the corrected bounds.
-DIFFERENT_IN_MIMRL = ("mine", "js", "smile", "interpolate")
 
 
 class StackedLinear(nn.Module):
@@ -38,23 +34,23 @@ class StackedLinear(nn.Module):
 
 
 class Group(nn.Module):
-    """Several estimators of one shape and one setting, evaluated together. `MIGroup` and `CMIGroup` say how.
+    """Several estimators of one shape and one setting, computed together by `MIGroup` or `CMIGroup`.
 
-    A batch on which they cannot run together (a degenerate one, for instance) is given to one after the other, so that
-    results and errors are always those of the estimators themselves.
+    Where a batch cannot be computed together, such as a degenerate one, the estimators run one after another. Results
+    and errors are therefore always those of the single estimators.
 
     Args:
         estimators: by name; their values are copied.
-        features: for every estimator the names of the features that it reads.
+        features: the names of the features that each estimator reads.
     """
 
     def __init__(self, estimators: Mapping[str, nn.Module], features: Mapping[str, tuple[str, ...]]):
         super().__init__()
         self.names = list(estimators)
         self.features = [tuple(features[name]) for name in self.names]
-        # What each estimator is apart from its values. In a dict, so that they are not registered as submodules.
+        # The estimators without values. In a dict, so that they are not registered as submodules.
         self._templates = {name: copy.deepcopy(estimator).to("meta") for name, estimator in estimators.items()}
-        # For each parameter and buffer of the group what its entries are: (estimator, name in the estimator).
+        # For each parameter and buffer of the group: (estimator, name in the estimator) of every entry.
         self._entries: dict[str, list[tuple[str, str]]] = {}
 
     def _stack(self, name: str, layers: Sequence[tuple[str, str, nn.Linear]]) -> StackedLinear:
@@ -65,23 +61,23 @@ class Group(nn.Module):
 
     @property
     def example(self) -> Any:
-        """One of the estimators, without values: their settings are the same."""
+        """One of the estimators, without values. All have the same settings."""
         return self._templates[self.names[0]]
 
     # -- one estimator's part ----------------------------------------------------------------------
 
     def tensors(self, name: str, grads: bool = False) -> dict[str, Tensor | None]:
-        """One estimator's parameters and buffers under their names in it, as views; or views of their gradients."""
+        """One estimator's parameters and buffers (or gradients) as views, under the names that they have in it."""
         own = dict(self.named_buffers()) | dict(self.named_parameters())
         if grads:
             own = {stack: t.grad if isinstance(t, nn.Parameter) else None for stack, t in own.items()}
-        found: dict[str, Tensor | None] = {}
+        parts: dict[str, Tensor | None] = {}
         for stack, members in self._entries.items():
             whole = own[stack]
             for n, (estimator, part) in enumerate(members):
                 if estimator == name:
-                    found[part] = None if whole is None else whole[n]
-        return {part: found[part] for part in self._templates[name].state_dict()}
+                    parts[part] = None if whole is None else whole[n]
+        return {part: parts[part] for part in self._templates[name].state_dict()}
 
     def template(self, name: str) -> nn.Module:
         """One estimator without values."""
@@ -89,10 +85,10 @@ class Group(nn.Module):
 
     def copy_of(self, name: str) -> nn.Module:
         """One estimator as a module of its own, with a copy of its values."""
-        found = copy.deepcopy(self.template(name))
-        found.load_state_dict({part: t.detach().clone() for part, t in self.tensors(name).items()}, assign=True)
+        estimator = copy.deepcopy(self.template(name))
+        estimator.load_state_dict({part: t.detach().clone() for part, t in self.tensors(name).items()}, assign=True)
         learns = next(self.parameters()).requires_grad
-        return found.requires_grad_(learns)
+        return estimator.requires_grad_(learns)
 
     def run(self, name: str, *arguments: Any) -> Estimate:
         """One estimator's estimate; its gradients reach the group's parameters."""
@@ -102,12 +98,12 @@ class Group(nn.Module):
         return Estimates.of({name: self.run(name, *arguments[name]) for name in self.names})
 
     def restack(self, state: dict[str, Tensor], parts: str, prefix: str, absent: Iterable[str] = ()) -> None:
-        """Put the tensors of single estimators in a state dict together as this group has them.
+        """Stack the tensors of single estimators in a state dict as this group stacks them.
 
         Args:
-            state: changed in place; what is incomplete or misshapen is left as it is.
-            parts: what comes before the estimators' names in it.
-            prefix: what comes before the names of the group's own tensors.
+            state: changed in place. Incomplete or misshapen entries stay as they are.
+            parts: prefix of the estimators' names in `state`.
+            prefix: prefix of the group's own tensors.
             absent: estimators whose values are taken from the group itself.
         """
         own = self.state_dict()
@@ -116,18 +112,18 @@ class Group(nn.Module):
             given = [n for n, (estimator, _) in zip(names, members, strict=True) if estimator not in absent]
             if not all(n in state and state[n].shape == own[stack].shape[1:] for n in given):
                 continue
-            found = [state.pop(n) if n in given else own[stack][i] for i, n in enumerate(names)]
-            state[f"{prefix}{stack}"] = torch.stack([t.to(found[0]) for t in found])
+            single = [state.pop(n) if n in given else own[stack][i] for i, n in enumerate(names)]
+            state[f"{prefix}{stack}"] = torch.stack([t.to(single[0]) for t in single])
 
 
 class MIGroup(Group):
     """`MIEstimator`s with separate critics: all towers at once.
 
-    They run together if they have ReLU, a constant baseline and equal settings and widths of hidden layers; widths of
+    They run together if they have ReLU, a constant baseline, and equal settings and widths of hidden layers. Widths of
     x and y may differ. See `alike`.
 
-    Parameters: `first.{i}`, the first layers of the towers that read the i-th feature; `rest.{l}`, the further layers
-    of all towers, in the order of `first`. MINE: buffer `log_ema`, [estimators].
+    Parameters: `first.{i}` holds the first layers of the towers that read the i-th feature, `rest.{l}` the further
+    layers of all towers in the order of `first`. MINE has a buffer `log_ema`, [estimators].
     """
 
     def __init__(self, estimators: Mapping[str, MIEstimator], features: Mapping[str, tuple[str, str]]):
@@ -140,7 +136,7 @@ class MIGroup(Group):
             for which, of_tower in zip("gh", read, strict=True)
             if of_tower == source
         ]
-        # places of the towers of y, and of x, in the order of the estimators
+        # numbers of the towers of y, and of x, in the order of the estimators
         order = [tower[1:] for tower in towers]
         self.rows, self.columns = ([order.index((name, which)) for name in self.names] for which in "hg")
         linear = {
@@ -161,12 +157,12 @@ class MIGroup(Group):
             self._entries["log_ema"] = [(name, "log_ema") for name in self.names]
 
     @staticmethod
-    def alike(estimator: MIEstimator) -> tuple | None:
+    def alike(estimator: nn.Module) -> tuple | None:
         """Equal for estimators that can form a group; None for those that cannot."""
         e = estimator
-        if e.critic.kind != "separate" or e.critic.activation != "relu" or e.baseline.kind != "constant":
+        if not isinstance(e, MIEstimator) or e.group_key is None:
             return None
-        if e.compat == "mimrl" and e.bound in DIFFERENT_IN_MIMRL:
+        if e.critic.kind != "separate" or e.critic.activation != "relu" or e.baseline.kind != "constant":
             return None
         towers = [mlp_layers(tower) for tower in (e.critic.g, e.critic.h)]
         if None in towers:
@@ -174,7 +170,7 @@ class MIGroup(Group):
         of_g, of_h = ([(len(layers[0][0]), *(w.shape for w, _ in layers[1:]))] for layers in towers)
         if of_g != of_h:
             return None
-        return (e.bound, e.compat, e.alpha, e.smile_tau, e.ema_rate, e.on_degenerate, *of_g)
+        return (e.group_key, *of_g)
 
     def arguments(self, features: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """What each estimator is called with."""
@@ -189,18 +185,18 @@ class MIGroup(Group):
         inputs = [features[source] for source in self.sources]
         value = self._together(inputs) if self._fits(inputs) else None
         if value is None:
-            found = self.one_by_one(self.arguments(features))
-            found.loss = None  # -surrogate, as of all estimators that can form a group
-            return found
+            estimates = self.one_by_one(self.arguments(features))
+            estimates.loss = None  # it is -surrogate for all estimators that can form a group
+            return estimates
         return Estimates(self.names, or_zero(value, self.example.on_degenerate))
 
     def _fits(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether the batch is one that the estimators accept; if not, they say themselves what is wrong."""
+        """Whether the estimators accept the batch. If not, they run one by one and raise their own errors."""
         rows, widths = len(inputs[0]), [layer.weight.shape[2] for layer in self.first]
         return rows >= 2 and all(x.shape == (rows, width) for x, width in zip(inputs, widths, strict=True))
 
     def _together(self, inputs: Sequence[Tensor]) -> Tensor | None:
-        """Values [estimators]; None where one of the estimators has something to say about the batch."""
+        """Values [estimators]; None where an estimator would find the batch degenerate."""
         e = self.example
         if e.bound == "infonce":
             stacks = [t for layers in (self.first, self.rest) for layer in layers for t in (layer.weight, layer.bias)]
@@ -215,7 +211,7 @@ class MIGroup(Group):
             value, log_ema = mi_lower_bound(q, k, log_ema=self.log_ema, ema_rate=e.ema_rate, **settings)
         else:
             value = mi_lower_bound(q, k, **settings)
-        # A non-finite score leaves no bound finite, except where a formula cuts it off: those look at the embeddings.
+        # A non-finite score makes every bound non-finite, unless its formula clips scores. So check embeddings, too.
         if not finite(value, embedded):
             return None
         if log_ema is not None and self.training:
@@ -226,9 +222,9 @@ class MIGroup(Group):
 class CMIGroup(Group):
     """`CMIEstimator`s of equal dim, hidden width and settings: all classifiers at once. See `alike`.
 
-    One by one run all of them where product rows require gradients or differ in number.
+    They run one by one where product rows require gradients or differ in number.
 
-    Parameters: `layers.{l}`, the l-th layer of all classifiers.
+    Parameters: `layers.{l}` holds the l-th layer of all classifiers.
     """
 
     def __init__(self, estimators: Mapping[str, CMIEstimator], features: Mapping[str, tuple[str, str, str]]):
@@ -238,19 +234,18 @@ class CMIGroup(Group):
         places = [n for n, m in enumerate(self.example.classifier) if isinstance(m, nn.Linear)]
         self.layers = nn.ModuleList(
             self._stack(
-                f"layers.{level}",
-                [(name, f"classifier.{n}", e.classifier[n]) for name, e in estimators.items()],
+                f"layers.{level}", [(name, f"classifier.{n}", e.classifier[n]) for name, e in estimators.items()]
             )
             for level, n in enumerate(places)
         )
 
     @staticmethod
-    def alike(estimator: CMIEstimator) -> tuple | None:
+    def alike(estimator: nn.Module) -> tuple | None:
         """Equal for estimators that can form a group; None for those that cannot."""
-        e, layers = estimator, mlp_layers(estimator.classifier)
-        if layers is None:
+        if not isinstance(estimator, CMIEstimator) or estimator.group_key is None:
             return None
-        return (e.dim, e.estimator, e.compat, e.last_activate, e.on_degenerate, *(w.shape for w, _ in layers))
+        layers = mlp_layers(estimator.classifier)
+        return None if layers is None else (estimator.group_key, *(w.shape for w, _ in layers))
 
     def arguments(self, features: Mapping[str, Tensor], products: Mapping[str, Rows]) -> dict[str, tuple[Rows, Rows]]:
         """What each estimator is called with."""
@@ -264,7 +259,7 @@ class CMIGroup(Group):
 
         Args:
             features: [B, width] each, of the joint rows.
-            products: for every estimator its product rows (x, y, z); of `ProductRows` y and z are not repeated.
+            products: the product rows (x, y, z) of each estimator. y and z of `ProductRows` are not repeated.
 
         Raises:
             EstimatorError: as the estimators do.
@@ -279,24 +274,24 @@ class CMIGroup(Group):
         k = max(ks)
         if len(ks) > 1 or not _fit(joint, self.slots, parts, k, self.example.dim):
             return None
-        count = len(parts[0][0])
-        if self.example.compat == "mimrl":
-            if count > len(joint[0]):
-                return None
-            if count < len(joint[0]):
-                joint = [j[:count] for j in joint]
+        used = self.example.joint_rows(len(joint[0]), len(parts[0][0]))
+        if used < len(joint[0]):
+            joint = [j[:used] for j in joint]
         first, *rest = ((layer.weight, layer.bias) for layer in self.layers)
         of_joint, of_product = classifier_logits(first, rest, joint, self.slots, parts, k)
         if not finite(of_joint, of_product):
             return None
         with torch.autocast(of_joint.device.type, enabled=False):
-            loss, surrogate, readings = _read(self.example, of_joint, of_product)
+            if type(self.example) is CMIEstimator:  # its `read_logits` is one kernel for all
+                loss, surrogate, readings = cmi(of_joint.squeeze(2), of_product.squeeze(2), self.example.estimator)
+            else:
+                loss, surrogate, readings = self.example.read_logits(of_joint, of_product)
         loss, surrogate = (or_zero(t, self.example.on_degenerate) for t in (loss, surrogate))
         return Estimates(self.names, surrogate, loss, readings)
 
 
 def _fit(joint: Sequence[Tensor], slots: Sequence[Sequence[int]], parts: Sequence[Rows], k: int, dim: int) -> bool:
-    """Whether the rows are such that the estimators can run together."""
+    """Whether the rows have the shapes with which the estimators can run together."""
     if any(t.dim() != 2 for t in joint) or any(len(three) != 3 or any(t.dim() != 2 for t in three) for three in parts):
         return False
     b, p = len(joint[0]), len(parts[0][0])
@@ -306,13 +301,3 @@ def _fit(joint: Sequence[Tensor], slots: Sequence[Sequence[int]], parts: Sequenc
         for i, (part, s) in enumerate(zip(three, places, strict=True)):
             fits &= part.shape == (p if i == 0 else p // k, joint[s].shape[1]) and not part.requires_grad
     return fits
-
-
-def _read(example: CMIEstimator, joint: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [G], surrogate [G], and LDR, DV, NWJ [3, G], detached, of logits [G, b, out] and [G, b', out]."""
-    if example.compat == "none":
-        return cmi(joint.squeeze(2), product.squeeze(2), example.estimator)
-    loss = mimrl_classifier_loss(joint, product, example.last_activate)
-    joint, product = (mimrl_log_ratio(t, example.last_activate) for t in (joint, product))
-    values = cmi_values(joint.detach(), product.detach())
-    return loss, mimrl_cmi(joint, product), torch.stack([values[e] for e in READINGS])

@@ -12,8 +12,9 @@ class Head(nn.Module):
     """Fused feature to prediction: Linear(c -> n) for c <= 128, else Linear(c -> 128), ReLU, Dropout, Linear(128 -> n).
 
     Args:
-        dim: c. n: values to regress, or classes (the prediction is then their logits).
-        dropout: of the wide head; the narrow one has none.
+        dim: the width c.
+        n: the number of values to regress, or of classes (the prediction is then their logits).
+        dropout: rate of the wide head. The narrow head has none.
     """
 
     def __init__(self, dim: int, n: int, dropout: float = 0.0):
@@ -30,7 +31,11 @@ class Head(nn.Module):
 
 
 def make_head(dim: int, task: str, num_class: int, dropout: float = 0.0) -> Head:
-    """The head of a task; ConfigError for a classification into fewer than two classes."""
+    """The head of a task. ConfigError for a classification into fewer than two classes.
+
+    >>> len(make_head(64, "regression", 1).layers), len(make_head(256, "regression", 1).layers)
+    (1, 4)
+    """
     if task == "classification" and num_class < 2:
         raise ConfigError(
             "model.num_class", str(num_class), "at least 2 for model.task=classification", "Set model.num_class."

@@ -1,7 +1,7 @@
 """Parameters in autocast's type, all cast at once.
 
-Autocast casts every weight of every Linear by itself, in every forward pass and again for its gradient. `lower` casts
-them in one foreach operation each way. The cast is part of the forward pass, so a changed parameter is never old.
+Autocast casts each weight of each Linear separately in every forward pass, and casts its gradient again. `lower` casts
+all of them in one foreach operation each way. The cast is part of the forward pass, so it always sees current values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LOW = (torch.float16, torch.bfloat16)
 
 
 def autocast_type(device: torch.device) -> torch.dtype | None:
-    """The 16-bit type in which autocast multiplies on `device` just now; None where it does not."""
+    """The 16-bit type in which autocast multiplies on `device` now. None where autocast is off or of another type."""
     if not torch.is_autocast_enabled(device.type):
         return None
     dtype = torch.get_autocast_dtype(device.type)
@@ -26,28 +26,28 @@ def autocast_type(device: torch.device) -> torch.dtype | None:
 
 
 def lower(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
-    """Each group's tensors end to end along axis 0, in `dtype`, differentiable; all copied by one foreach operation.
+    """Each group's tensors end to end along axis 0, in `dtype`, differentiable. One foreach operation copies all.
 
-    A group of one tensor that has the type already is that tensor itself. Gradients come back in the tensors' own type,
-    as autocast's do: formed in `dtype`, then cast, by one foreach operation.
+    A group of one tensor that already has the type is that tensor itself. As with autocast, gradients are formed in
+    `dtype` and then cast to the tensors' own type, by one foreach operation.
 
     Args:
-        groups: tensors that differ in axis 0 at most. Such as the weights of query, key and value, which one product
-            then multiplies; or single weights.
+        groups: tensors that differ at most in axis 0: the weights of query, key and value, which one product then
+            multiplies, or single weights.
     """
     groups = [tuple(group) for group in groups]
     copied = [g for g in groups if len(g) > 1 or g[0].dtype != dtype]
     frozen = [g for g in copied if not any(t.requires_grad for t in g)]
     moving = [g for g in copied if any(t.requires_grad for t in g)]
-    found: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
     if frozen:
-        found |= zip(map(id, frozen), _copied(frozen, dtype), strict=True)
+        copies |= zip(map(id, frozen), _copied(frozen, dtype), strict=True)
     if moving and backend_for(moving[0][0]) == "reference":
-        found |= {id(g): torch.cat(g).to(dtype) for g in moving}
+        copies |= {id(g): torch.cat(g).to(dtype) for g in moving}
     elif moving:
         sizes = [len(g) for g in moving]
-        found |= zip(map(id, moving), _Lower.apply(dtype, sizes, *(t for g in moving for t in g)), strict=True)
-    return [found.get(id(g), g[0]) for g in groups]
+        copies |= zip(map(id, moving), _Lower.apply(dtype, sizes, *(t for g in moving for t in g)), strict=True)
+    return [copies.get(id(g), g[0]) for g in groups]
 
 
 def _copied(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The estimators of an objective's terms: those of one shape in groups, the others as modules of their own."""
+"""The estimators of an objective's terms. Those of one shape form groups; the others are modules of their own."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.model.cmi import CMIEstimator
-from engine.model.estimators import Estimate, Estimates, MIEstimator
+from engine.model.estimators import Estimate, Estimates
 from engine.model.groups import CMIGroup, Group, MIGroup, Rows
 
 
 @dataclass
 class TermEstimates:
-    """What `TermEstimators` found on one batch: estimates of all terms, in parts.
+    """The estimates of all terms on one batch, in parts.
 
     Attributes:
-        names: of all terms, in their order.
-        parts: one a group, then one a single estimator.
-        pieces: (part, start, stop), which entries of the parts make up the vector of all terms.
+        names: the names of all terms, in their order.
+        parts: one per group, then one per single estimator.
+        pieces: (part, start, stop): the entries of the parts that make up the vector of all terms.
     """
 
     names: Sequence[str]
@@ -40,35 +39,33 @@ class TermEstimates:
 
     @cached_property
     def by_term(self) -> dict[str, Estimate]:
-        found = {name: estimate for part in self.parts for name, estimate in part.apart().items()}
-        return {name: found[name] for name in self.names}
+        estimates = {name: estimate for part in self.parts for name, estimate in part.apart().items()}
+        return {name: estimates[name] for name in self.names}
 
     def _joined(self, vectors: Sequence[Tensor]) -> Tensor:
-        found = [
+        pieces = [
             vectors[part] if (start, stop) == (0, len(vectors[part])) else vectors[part][start:stop]
             for part, start, stop in self.pieces
         ]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 class TermEstimators(nn.Module):
-    """One estimator for every term, by the term's key.
+    """One estimator per term, by the term's key.
 
-    Estimators of one shape form a group, whose parameters are one tensor for each layer (see `engine.model.groups`);
-    the others are submodules under their keys. `estimators[key]` is an `EstimatorView` of an estimator in a group, and
-    the module itself otherwise. Old state dicts, with one entry for each estimator's parameter, load as well.
+    Estimators of one shape form a group, whose parameters are one tensor per layer (see `engine.model.groups`). The
+    others are submodules under their keys. `estimators[key]` is an `EstimatorView` for an estimator in a group, and the
+    module itself otherwise. State dicts with one entry per estimator and parameter can be loaded, too.
 
     Args:
-        estimators: by key, in the order of the terms: `MIEstimator`s and `CMIEstimator`s.
-        names: of the terms, by key.
-        features: for every term the names of the features that it reads: x, y or x, y, z.
+        estimators: by key, in the order of the terms. Any module may take the place of an `MIEstimator` or
+            `CMIEstimator`; see `Objective.replace`.
+        names: the terms' names, by key.
+        features: the names of the features that each term reads: x, y or x, y, z.
     """
 
     def __init__(
-        self,
-        estimators: Mapping[str, MIEstimator | CMIEstimator],
-        names: Mapping[str, str],
-        features: Mapping[str, tuple[str, ...]],
+        self, estimators: Mapping[str, nn.Module], names: Mapping[str, str], features: Mapping[str, tuple[str, ...]]
     ):
         super().__init__()
         self._names, self._features = dict(names), dict(features)
@@ -97,10 +94,10 @@ class TermEstimators(nn.Module):
         parts = []
         rows = {} if products is None else {k: products[n] for k, n in self._names.items() if n in products}
         for group in self.groups:
-            found = group(features) if isinstance(group, MIGroup) else group(features, rows)
-            found.names = [self._names[key] for key in found.names]
-            found.details = {self._names[key]: of_one for key, of_one in found.details.items()}
-            parts.append(found)
+            estimates = group(features) if isinstance(group, MIGroup) else group(features, rows)
+            estimates.names = [self._names[key] for key in estimates.names]
+            estimates.details = {self._names[key]: of_one for key, of_one in estimates.details.items()}
+            parts.append(estimates)
         for key in self._alone:
             given = tuple(features[f] for f in self._features[key])
             estimate = self._modules[key](*given) if len(given) == 2 else self._modules[key](given, tuple(rows[key]))
@@ -109,16 +106,16 @@ class TermEstimators(nn.Module):
 
     @property
     def signs(self) -> tuple[int, ...]:
-        """For every term ±1: its loss is that times its entry of `TermEstimates.losses`."""
+        """±1 per term. The term's loss is this times its entry of `TermEstimates.losses`."""
         return self._signs
 
     @property
     def streams(self) -> bool:
-        """Whether all unconditional terms are in groups, which never store the scores of all pairs of rows."""
+        """Whether all unconditional terms are in groups. Groups never store the scores of all pairs of rows."""
         return not any(len(self._features[key]) == 2 for key in self._alone)
 
     def _arrange(self) -> None:
-        """Where each term's entry stands: called when an estimator has left its group."""
+        """Note where each term's entry stands. Called again whenever an estimator leaves its group."""
         self._alone = [key for key in self._names if key in self._modules]
         groups = [g for g in self.groups if any(key not in self._alone for key in g.names)]
         if len(groups) < len(self.groups):
@@ -140,16 +137,16 @@ class TermEstimators(nn.Module):
 
     def key(self, term: Any) -> str:
         """The key of a term, given as its key, its name or a `Term`."""
-        found = next((key for key, name in self._names.items() if str(term) in (key, name)), None)
-        if found is None:
+        known = next((key for key, name in self._names.items() if str(term) in (key, name)), None)
+        if known is None:
             raise ConfigError("objective", f"no term {term}", f"one of {list(self._names.values())}", "Name a term.")
-        return found
+        return known
 
     def split(self, term: Any) -> nn.Module:
-        """Take an estimator out of its group, with a copy of its values; where it has none, the module itself.
+        """Take an estimator out of its group, with a copy of its values. One without a group is returned as it is.
 
-        The group keeps its tensors, so that optimisers of them stay right; the estimator's entries in them are computed
-        but no longer used.
+        The group keeps its tensors, so that their optimisers stay valid. It still computes the estimator's entries, but
+        nothing uses them.
         """
         key = self.key(term)
         group = self._group_of(key)
@@ -170,8 +167,8 @@ class TermEstimators(nn.Module):
         self._arrange()
 
     def tensors(self, grads: bool = False) -> dict[str, Tensor | None]:
-        """All parameters and buffers under the names that they have in single estimators; or their gradients."""
-        found: dict[str, Tensor | None] = {}
+        """All parameters and buffers (or their gradients) under the names that they have in single estimators."""
+        tensors: dict[str, Tensor | None] = {}
         for key in self._names:
             group = self._group_of(key)
             if group is not None:
@@ -179,8 +176,8 @@ class TermEstimators(nn.Module):
             else:
                 own = self._modules[key].state_dict(keep_vars=True)
                 own = {name: t.grad for name, t in own.items()} if grads else own
-            found |= {f"{key}.{name}": None if t is None else t.detach() for name, t in own.items()}
-        return found
+            tensors |= {f"{key}.{name}": None if t is None else t.detach() for name, t in own.items()}
+        return tensors
 
     def _group_of(self, key: str) -> Group | None:
         return None if key in self._modules else next(group for group in self.groups if key in group.names)
@@ -219,10 +216,10 @@ class TermEstimators(nn.Module):
 class EstimatorView:
     """One estimator of a group, or a part of it, as if it were a module of its own.
 
-    It can be called, and its tensors are views of the group's parameters: `view.critic.g[0].weight` may be read, and
-    changed in place under `torch.no_grad()`. They are no leaves: gradients are those of the group's parameters (see
-    `Objective.estimator_state`). Whatever is *set* on it (a tower, an activation, a setting) takes the estimator out of
-    its group first, as `Objective.split` does, and is set on the module that this makes.
+    It can be called. Its tensors are views of the group's parameters: `view.critic.g[0].weight` can be read, or changed
+    in place under `torch.no_grad()`. The views are no leaves; gradients belong to the group's parameters (see
+    `Objective.estimator_state`). Setting an attribute (a tower, an activation, a setting) first takes the estimator out
+    of its group, as `Objective.split` does, and then sets it on that module.
     """
 
     __slots__ = ("_key", "_owner", "_path")

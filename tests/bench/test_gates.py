@@ -23,10 +23,10 @@ def test_twenty_faithful_steps_equal_the_baseline():
 def test_faithful_mode_starts_as_the_baseline():
     """Fresh parameters of both have the same constants and the same spread, estimators' weights among them."""
     from bench.baselines import mimrl
-    from engine import compat
     from engine.config import Config
-    from engine.model.mimrl import build_model
-    from engine.objective import mimrl_objective
+    from engine.mimrl.model import build_model
+    from engine.mimrl.names import split_reference_state
+    from engine.mimrl.terms import mimrl_objective
 
     torch.manual_seed(0)
     width, shapes = 128, [(20, 3, 128), (10, 3, 128)]
@@ -39,7 +39,7 @@ def test_faithful_mode_starts_as_the_baseline():
     model = build_model(settings, 5, 20, text)
     objective = mimrl_objective(settings.objective, model.fused_dim, width)
     ours = model.state_dict() | objective.estimator_state()
-    expected = {k: v for part in compat.split_reference_state(theirs.state_dict())[:2] for k, v in part.items()}
+    expected = {k: v for part in split_reference_state(theirs.state_dict())[:2] for k, v in part.items()}
     assert set(ours) == set(expected)
     for name, fresh in expected.items():
         found = ours[name]
@@ -52,7 +52,8 @@ def test_faithful_mode_starts_as_the_baseline():
 
 
 def test_a_wrong_estimate_turns_the_gates_red(monkeypatch):
-    from engine.model.mimrl import MIMRL, ModelOutput
+    from engine.mimrl.model import MIMRL
+    from engine.model.output import ModelOutput
 
     forward = MIMRL.forward
 

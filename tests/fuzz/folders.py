@@ -23,6 +23,9 @@ from engine.config import Config, load_config
 from engine.loaders.normalize import ColumnNormalizer, Normalizer
 from engine.report import read_run, render
 from engine.run_folder import CHECKSUMS, Checksums
+from engine.task import Inputs, find_task
+from engine.training.parts import build
+from engine.training.resuming import newest_checkpoint
 from tests.fuzz.targets import Finding, Target, edited, folder
 from tests.hostile.files import SCRIPT
 from tests.hostile.runs import resummed
@@ -101,7 +104,7 @@ def _run_folder() -> Path:
     (place / "config.yaml").write_text(yaml.safe_dump(SETTINGS), encoding="utf-8")
     columns = ColumnNormalizer("zscore", False, 5.0, *(np.ones(3) for _ in range(3)))
     Normalizer(columns, columns).save(place / "normalizer.safetensors")
-    model, objective = trainer._build(settings, 3, 3, None)
+    model, objective = build(find_task("mimrl"), settings, Inputs(3, 3), None)
     meta = {"epoch": 0, "audio_dim": 3, "vision_dim": 3, "text_encoder": None, "data": {"train": "x"},
             "settings": settings.model_dump(mode="json"), "history": [0, 0]}  # fmt: skip
     state = {"model": model.state_dict(), "objective": objective.state_dict()}
@@ -152,9 +155,7 @@ def run_folder() -> Target:
         loaded = trainer.load_run(place)
         if not isinstance(loaded.meta["epoch"], (int, type(None))):
             raise Finding("an epoch that is no number")
-        fresh = trainer._Trainer(loaded.config, place, (), None)
-        fresh.sums = Checksums(place)
-        fresh._saved()
+        newest_checkpoint(place, loaded.config, {})
 
     return Target("run", seeds, run)
 

@@ -22,12 +22,16 @@ import numpy as np
 
 from engine.config import DataConfig
 from engine.errors import EngineError
-from engine.loaders import formats, safe_pickle, writers
+from engine.loaders import formats, safe_pickle
+from engine.loaders.convert import prepare
 from engine.loaders.dataset import Dataset
-from engine.loaders.formats import SPLITS, Choice, RawDataset, Source, csd
+from engine.loaders.formats import SPLITS, Choice, DataFiles, RawDataset, csd
 from engine.loaders.hdf5 import CsdReader
-from engine.loaders.store import open_store, prepare, problems, verify_store, write_store
-from engine.loaders.writers import Caps, Sample
+from engine.loaders.make_data import writers
+from engine.loaders.make_data.writers import Caps, Sample
+from engine.loaders.problems import problems
+from engine.loaders.store import open_store, verify_store, write_store
+from tests.loaders.writers import sdk
 
 RULES = ("recorded", "all_zero", "sum_zero")
 CAPS = Caps(3, 4, 4)
@@ -106,7 +110,7 @@ def contents(name: str) -> list[Any]:
         case "magbert":
             return [writers.magbert(data)]
         case "sdk":
-            return [writers.sdk(writers.aligned(data), sets, small=True) for sets in ("mosi", "mosei", "pom")]
+            return [sdk(writers.aligned(data), sets) for sets in ("mosi", "mosei", "pom")]
         case "avec2019":
             return [writers.avec2019(data)]
     raise KeyError(name)
@@ -244,7 +248,7 @@ def _pickle_reader(name: str) -> Target:
     def run(data: bytes) -> None:
         setting = data[-1] if data else 0
         rule, features, choice = _settings(setting)
-        source = Source(path, {"": path}, choice)
+        source = DataFiles(path, {"": path}, choice)
         if data[:1] == b"\x80":
             path.write_bytes(data)
         else:
@@ -304,7 +308,7 @@ def _label_csv() -> Target:
     def run(data: bytes) -> None:
         table.write_bytes(data)
         path = pickles[len(data) % 2]
-        source = Source(path, {"": path})
+        source = DataFiles(path, {"": path})
         content = {split: dict(parts) for split, parts in loaded[len(data) % 2].items()}  # readers take it apart
         source.__dict__.update(content=content, kind="pickle")
         check(reader.read(source, "recorded", False), str(path))
@@ -334,7 +338,7 @@ def _manifest(part: str) -> Target:
 
     def run(data: bytes) -> None:
         target.write_bytes(data)
-        source = Source(place / "manifest.csv", {"": place / "manifest.csv"})
+        source = DataFiles(place / "manifest.csv", {"": place / "manifest.csv"})
         if reader.recognises(source):
             check(reader.read(source, "recorded", bool(data) and data[-1] % 2 == 1), str(place))
 
@@ -378,7 +382,7 @@ def _csd() -> Target:
         try:
             files = {p.stem: p for p in sorted(place.glob("*.csd"))}
             align = "segments" if data and data[0] > 127 else "words"
-            source = Source(place, files, Choice(align=align))
+            source = DataFiles(place, files, Choice(align=align))
             if reader.recognises(source):
                 check(reader.read(source, "recorded", False), str(place))
         finally:
@@ -394,7 +398,7 @@ def _store() -> Target:
     def seeds() -> list[bytes]:
         out = []
         for name in ("mmsa", "avec2019"):
-            source = Source(writers.dump(contents(name)[0], place / f"{name}.pkl"), {"": place / f"{name}.pkl"})
+            source = DataFiles(writers.dump(contents(name)[0], place / f"{name}.pkl"), {"": place / f"{name}.pkl"})
             reader = next(f for f in formats.formats() if f.name == name)
             raw = reader.read(source, "recorded", name == "mmsa")
             out.append(write_store(path, prepare(source, raw, "recorded", None, "mark")).read_bytes())

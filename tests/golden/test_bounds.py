@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from engine.kernels.mi_bounds import BOUNDS, bound_value, mimrl_mine_loss
+from engine.kernels.mi_bounds import BOUNDS
+from engine.mimrl.published import mine_loss, published_bound
 from tests.golden.common import assert_grad, assert_values, cases, load
 
 
@@ -15,9 +16,7 @@ def test_bound(name: str, info: dict, bound: str):
     log_baseline = recorded["log_baseline"].requires_grad_()
     alpha = 1 / (1 + math.exp(-info["alpha_logit"]))
 
-    value, surrogate = bound_value(
-        scores, bound, log_baseline, alpha=alpha, smile_tau=info["smile_clip"], compat="mimrl"
-    )
+    value, surrogate = published_bound(scores, bound, log_baseline, alpha=alpha)
     grad_scores, grad_baseline = torch.autograd.grad(surrogate, (scores, log_baseline), allow_unused=True)
 
     assert_values(value, recorded[f"{bound}.value"], "value")
@@ -31,6 +30,6 @@ def test_bound(name: str, info: dict, bound: str):
 def test_mine_loss(name: str, info: dict):
     recorded = load(name)
     scores = recorded["scores"].requires_grad_()
-    loss = mimrl_mine_loss(scores)
+    loss = mine_loss(scores)
     assert_values(loss, recorded["mine.loss"], "loss")
     assert_grad(torch.autograd.grad(loss, scores)[0], recorded["mine.loss_grad_scores"], "loss_grad_scores")

@@ -1,15 +1,15 @@
-"""The conditional estimator in compat="mimrl" against the recordings: value, loss and all gradients."""
+"""The published conditional estimator against the recordings: value, loss and all gradients."""
 
 import pytest
 import torch
 
-from engine.model.cmi import CMIEstimator
+from engine.mimrl.published import PublishedCMIEstimator
 from tests.golden.common import assert_grad, assert_values, cases, load, part
 
 
 def recorded_estimate(name: str, info: dict):
     recorded = load(name)
-    model = CMIEstimator(info["embed_dim"], info["hidden_dim"], compat="mimrl", last_activate=info["last_activate"])
+    model = PublishedCMIEstimator(info["embed_dim"], info["hidden_dim"], last_activate=info["last_activate"])
     parameters = {key.replace("classifier.mlp.", "classifier."): v for key, v in part(recorded, "param.").items()}
     model.load_state_dict(parameters)
     joint = tuple(recorded[key].requires_grad_() for key in ("x", "y", "z"))

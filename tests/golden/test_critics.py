@@ -1,5 +1,6 @@
 import torch
 
+from engine.mimrl.published import PublishedMIEstimator
 from engine.model.estimators import Critic
 from tests.golden.common import assert_grad, assert_values, cases, load, part
 
@@ -7,7 +8,7 @@ from tests.golden.common import assert_grad, assert_values, cases, load, part
 @cases("critic_")
 def test_critic(name: str, info: dict):
     recorded = load(name)
-    critic = Critic(
+    critic = PublishedMIEstimator(
         info["dx"],
         info["dy"],
         info["critic"],
@@ -15,8 +16,7 @@ def test_critic(name: str, info: dict):
         embed=info["embed_dim"],
         layers=info["layers"],
         activation=info["activation"],
-        compat="mimrl",
-    )
+    ).critic
     critic.load_state_dict({key.removeprefix("MLP_"): value for key, value in part(recorded, "param.").items()})
     x, y = recorded["x"].requires_grad_(), recorded["y"].requires_grad_()
 

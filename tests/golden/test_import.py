@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from engine.compat import import_checkpoint
 from engine.config import load_config
+from engine.mimrl.checkpoints import import_checkpoint
 from engine.trainer import load_run
 from tests.golden.common import assert_values, cases, load, part, recorded_parameters
 from tests.golden.test_model import batch_of

@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import compat, losses
+from engine import losses
 from engine.config import Config
+from engine.graph_state import DeviceNumbers
 from engine.kernels import registry
 from engine.loaders.batch import Batch
-from engine.model.mimrl import build_model
+from engine.mimrl.model import build_model
+from engine.mimrl.names import engine_to_reference, split_reference_state
+from engine.mimrl.terms import MIMRL_ESTIMATORS, mimrl_objective
 from engine.model.text_encoder import text_encoder_from_config
-from engine.objective import MIMRL_ESTIMATORS, mimrl_objective
-from engine.static import Held
 from engine.step import TwoStageStep
+from engine.training.parts import parameter_groups
 from tests.golden.common import assert_grad, assert_values, cases, load, part, recorded_parameters
 
 REFERENCE_TERM = {str(t): f"{t.x}{t.y}_{t.given}".lower() for t in MIMRL_ESTIMATORS if t.given is not None}
@@ -67,7 +69,7 @@ def batch_of(step: dict[str, Tensor], static: bool = False) -> Batch:
 @contextlib.contextmanager
 def static_step(step: TwoStageStep):
     """What a static step's functions run in."""
-    step.held = Held(torch.device("cpu"))
+    step.held = DeviceNumbers(torch.device("cpu"))
     for optimizer in (step.main_optimizer, step.estimator_optimizer):
         step.held.refresh_rates(optimizer)
     with registry.static():
@@ -88,12 +90,12 @@ class Replay:
         encoder = text_encoder_from_config({"model_type": "bert"} | info["bert"])
         self.model = build_model(config, audio_dim, vision_dim, encoder)
         self.objective = mimrl_objective(config.objective, self.model.fused_dim, config.model.d_common)
-        model, objective, unused = compat.split_reference_state(recorded_parameters(info))
+        model, objective, unused = split_reference_state(recorded_parameters(info))
         assert not unused
         self.model.load_state_dict(model)
         self.objective.load_state_dict(objective)
         sgd = info["sgd"]
-        groups = self.model.parameter_groups()
+        groups = parameter_groups(self.model, self.model.text_encoder)
         main = torch.optim.SGD(
             [{"params": groups["main"]}, {"params": groups["text"], "lr": sgd["lr_text"]}],
             lr=sgd["lr_main"], momentum=sgd["momentum"], fused=True,
@@ -106,7 +108,7 @@ class Replay:
             self.model, self.objective, losses.task_loss("MAE", 1), main, estimators, clip_value=sgd["clip_grad_value"]
         )
         for name, parameter in self.model.named_parameters():
-            parameter.register_post_accumulate_grad_hook(self._keep(compat.engine_to_reference(name)))
+            parameter.register_post_accumulate_grad_hook(self._keep(engine_to_reference(name)))
         for parameter in self.objective.parameters():
             parameter.register_post_accumulate_grad_hook(self._keep_estimators)
 
@@ -119,7 +121,7 @@ class Replay:
     def _keep_estimators(self, _: nn.Parameter) -> None:
         for name, gradient in self.objective.estimator_state(grads=True).items():
             if gradient is not None:
-                self.gradients[compat.engine_to_reference(name)] = gradient.clone()
+                self.gradients[engine_to_reference(name)] = gradient.clone()
 
 
 @pytest.mark.parametrize("graphs", ["off", "emulate"])

@@ -131,7 +131,7 @@ def _patches() -> Iterator[Any]:
             continue
         if getattr(module, "backend_for", None) is registry.backend_for:
             yield mock.patch.object(module, "backend_for", backend_for)
-        if name.startswith("engine.kernels.") and name.endswith(".cpu"):
+        if name.startswith("engine.kernels.") and name.endswith((".cpu", ".batched")):
             for key, value in vars(module).items():
                 if isinstance(value, types.FunctionType) and value.__module__ == name and not key.startswith("_"):
                     yield mock.patch.object(module, key, on_the_host(value))

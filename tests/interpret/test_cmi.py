@@ -8,7 +8,7 @@ from tests.interpret.guards import Guards, require_interpreter
 
 require_interpreter()
 
-from engine.kernels.cmi import classifiers, cmi, cpu, triton
+from engine.kernels.cmi import batched, classifiers, cmi, triton
 from tests.kernels.test_knn_cmi_op import leaves, problem, rebuilt, run
 
 
@@ -25,7 +25,7 @@ def test_as_torch(groups, b, p, which):
     """Values and gradients, with and without the gradient of either output, against fp64."""
     joint, product, limit = logits(groups, b, 1), logits(groups, p, 2), 5.0
     joint[0, 0] = limit  # at the limit the gradient is still there
-    exact = cpu.read(joint.double(), product.double(), limit)
+    exact = batched.read(joint.double(), product.double(), limit)
     grads = [torch.linspace(*ends, groups).to(joint.device) for ends in ((0.5, -1.0), (1.0, 2.0))]
     with Guards() as guards:
         a, c = guards.input(joint), guards.input(product)
@@ -40,7 +40,7 @@ def test_as_torch(groups, b, p, which):
         torch.testing.assert_close(f.double(), e, rtol=1e-5, atol=1e-5)
     for chosen, pieces in backward:
         wide = [None if g is None else g.double() for g in chosen]
-        expected = cpu.read_backward(joint.double(), product.double(), *wide, which, limit)
+        expected = batched.read_backward(joint.double(), product.double(), *wide, which, limit)
         if len(expected) < len(pieces):
             expected.append(torch.zeros_like(product).double())
         for f, e in zip(pieces, expected, strict=True):
@@ -72,7 +72,7 @@ def test_other_limits_and_dtypes_run_as_torch():
     joint, product = logits(2, 5, 1), logits(2, 4, 2)
     for wide, limit in ((joint.double(), 9.0), (joint, 1e3)):
         found = triton.read(wide, product.to(wide.dtype), limit)
-        assert all(same(a, b) for a, b in zip(found, cpu.read(wide, product.to(wide.dtype), limit), strict=True))
+        assert all(same(a, b) for a, b in zip(found, batched.read(wide, product.to(wide.dtype), limit), strict=True))
 
 
 # -- classifiers ------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_classifiers_as_torch(widths, b, m, k, dim, hidden, out):
     first, bias, rest, places, rows = flat(layers, slots, product)
     double = [t.double() for t in (first, bias)], [[t.double() for t in part] for part in (rest, joint, rows)]
     (wide_first, wide_bias), (wide_rest, wide_joint, wide_rows) = double
-    exact = cpu.forward(wide_first, wide_bias, wide_rest, wide_joint, places, wide_rows, k)
+    exact = batched.forward(wide_first, wide_bias, wide_rest, wide_joint, places, wide_rows, k)
     grads = [torch.linspace(-1, 1, t.numel()).view_as(t) for t in exact[:2]]
     with Guards() as guards:
         first, bias = guards.input(first), guards.input(bias)
@@ -119,7 +119,7 @@ def test_classifiers_as_torch(widths, b, m, k, dim, hidden, out):
     for f, e in zip(found, exact, strict=True):
         torch.testing.assert_close(f.double(), e, rtol=1e-5, atol=1e-5)
     for two, wanted, pieces in backward:
-        expected = cpu.backward(
+        expected = batched.backward(
             grads[0].double(), grads[1].double() if two else None, wide_first, wide_rest[::2], wide_joint, places,
             wide_rows, k, exact[2:], *wanted,
         )  # fmt: skip

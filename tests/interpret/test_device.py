@@ -9,7 +9,7 @@ from tests.interpret.guards import require_interpreter
 require_interpreter()
 
 from engine.kernels import registry
-from engine.kernels.cmi import cpu
+from engine.kernels.cmi import batched
 from engine.kernels.registry import use_backend
 
 pytestmark = pytest.mark.skipif(device.on_gpu(), reason="of the help itself: it needs no GPU")
@@ -49,11 +49,11 @@ def test_host_functions_take_copies(monkeypatch):
 def test_the_backend_of_the_cpu_runs_there_too(elsewhere):
     with use_backend("cpu"):
         assert registry.backend_for(torch.zeros(1)) == "cpu"
-    assert cpu.read.__wrapped__.__module__ == "engine.kernels.cmi.cpu"
+    assert batched.read.__wrapped__.__module__ == "engine.kernels.cmi.batched"
 
 
 def test_everything_is_as_before_afterwards():
-    assert registry.backend_for(torch.zeros(1)) == "triton" and not hasattr(cpu.read, "__wrapped__")
+    assert registry.backend_for(torch.zeros(1)) == "triton" and not hasattr(batched.read, "__wrapped__")
     assert torch.zeros(1).is_cpu
 
 

@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from engine.errors import ConfigError
 from engine.kernels import dispatch, infonce, mi_lower_bound, registry, use_backend
-from engine.kernels.mi_bounds import chunked, cpu, plan, tiles
+from engine.kernels.mi_bounds import chunked, cpu, plan, splitting, tiles
 from engine.kernels.mi_bounds import scores as score_kernels
 from engine.kernels.mi_bounds import triton as fused
 from tests.kernels.mi_cases import (
@@ -368,7 +368,7 @@ class TestSplit:
     def test_parts_add_up(self):
         x = torch.randn(2, 5, 130, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 9, 130)
         with Guards() as guards:
-            parts = score_kernels.split(guards.input(x))
+            parts = splitting.split(guards.input(x))
         high, middle, low = parts.double().split(130, 2)
         assert parts.dtype == torch.bfloat16
         assert ((high + middle + low - x.double()).abs() <= 2.0**-23 * x.abs()).all()
@@ -378,7 +378,7 @@ class TestSplit:
         pieces = [torch.randn(2, 21, n * 9, generator=torch.Generator().manual_seed(n)) for n in (3, 2, 1)]
         whole = torch.full((2, 50, 9), math.nan)
         with Guards() as guards:
-            score_kernels.fold([guards.input(p) for p in pieces], whole[:, 20:41])
+            splitting.fold([guards.input(p) for p in pieces], whole[:, 20:41])
         expected = sum(p.unflatten(2, (-1, 9)).sum(2) for p in pieces)
         torch.testing.assert_close(whole[:, 20:41], expected)
         assert whole[:, :20].isnan().all() and whole[:, 41:].isnan().all()

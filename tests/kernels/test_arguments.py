@@ -28,7 +28,7 @@ from engine.kernels import (
 from engine.kernels.critics.op import infonce_of_towers
 from engine.kernels.dropout.op import dropout
 from engine.kernels.knn_product import Bank, label_strata, product_indices, stratified_product_indices
-from engine.kernels.mi_bounds import op
+from engine.kernels.mi_bounds import embeddings
 from engine.kernels.mi_bounds.reference import BOUNDS
 from engine.kernels.ragged.op import pad
 from engine.kernels.recurrent.op import bidirectional, parameters
@@ -123,7 +123,7 @@ class TestTemperature:
     @pytest.mark.parametrize("wrong", [0.0, -0.1, math.nan, math.inf])
     def test_not_looked_at_it_gives_nan(self, wrong: float, backend: str, monkeypatch):
         """As on a GPU, where looking would wait."""
-        monkeypatch.setattr(op, "looks_at", lambda tensor: False)
+        monkeypatch.setattr(embeddings, "looks_at", lambda tensor: False)
         wrong, right = torch.tensor(wrong), torch.tensor(0.5, requires_grad=True)
         q, k = (t.clone().requires_grad_() for t in (Q, K))
         for given in ({}, {"symmetric": True}, {"reduction": "none"}, {"negatives": K[None].expand(8, 8, 4)}):
@@ -182,7 +182,7 @@ class TestLabels:
 
     @pytest.mark.parametrize("wrong", [-1, 8, 3], ids=["below", "above", "excluded"])
     def test_not_looked_at_they_give_nan(self, wrong: int, monkeypatch):
-        monkeypatch.setattr(op, "looks_at", lambda tensor: False)
+        monkeypatch.setattr(embeddings, "looks_at", lambda tensor: False)
         positives = POSITIVES.clone()
         positives[3] = wrong
         with use_backend("reference"):

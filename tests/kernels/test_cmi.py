@@ -5,14 +5,7 @@ import math
 import pytest
 import torch
 
-from engine.kernels.cmi import (
-    LOGIT_LIMIT,
-    classifier_loss,
-    cmi_values,
-    mimrl_classifier_loss,
-    mimrl_cmi,
-    mimrl_log_ratio,
-)
+from engine.kernels.cmi import LOGIT_LIMIT, classifier_loss, cmi_values
 
 
 def logits(n: int, seed: int, *columns: int) -> torch.Tensor:
@@ -87,30 +80,3 @@ def test_gradients(name):
 
 def test_limit():
     assert torch.sigmoid(torch.tensor(LOGIT_LIMIT, dtype=torch.float64)).item() == pytest.approx(1 - 1e-4)
-
-
-# -- the published code's reading -------------------------------------------------------------------------------------
-
-
-def test_mimrl_value_is_one_plus_half_the_symmetrised_divergence():
-    """p = (.8, .2), q = (.5, .5), exact ratio: J = .3 log 1.6 − .3 log .4; and 1 where nothing is to be told apart."""
-    ratio = torch.tensor([1.6, 0.4], dtype=torch.float64).log()
-    joint, product = ratio[[0] * 8 + [1] * 2], ratio[[0] * 5 + [1] * 5]
-    assert mimrl_cmi(joint, product).item() == pytest.approx(1 + 0.5 * (0.3 * math.log(1.6) - 0.3 * math.log(0.4)))
-    assert mimrl_cmi(joint * 0, product * 0).item() == 1.0
-
-
-@pytest.mark.parametrize("last_activate", ["sigmoid", "hardtanh"])
-def test_mimrl_loss_by_hand(last_activate):
-    joint, product = logits(3, 8, 2), logits(3, 9, 2)
-    g = [torch.sigmoid(t) if last_activate == "sigmoid" else t.clamp(1e-4, 1 - 1e-4) for t in (joint, product)]
-    joint_part = g[0][:, 0].log() + (1 - g[0][:, 1]).log()
-    product_part = (1 - g[1][:, 0]).log() + g[1][:, 1].log()
-    expected = -(joint_part.sum() + product_part.sum()) / 12
-    torch.testing.assert_close(mimrl_classifier_loss(joint, product, last_activate), expected)
-
-
-def test_mimrl_log_ratio():
-    t = torch.tensor([[0.0, 5.0], [2.0, 5.0], [30.0, 5.0]], dtype=torch.float64)
-    g = torch.sigmoid(torch.tensor([0.0, 2.0, 10.0], dtype=torch.float64))
-    torch.testing.assert_close(mimrl_log_ratio(t, "sigmoid"), (g / (1 - g + 1e-6)).log())

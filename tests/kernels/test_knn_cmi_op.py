@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from engine.config import ObjectiveConfig
 from engine.errors import EstimatorError
-from engine.kernels.cmi import classifier_logits, cmi, reference
-from engine.kernels.cmi import cpu as cmi_cpu
+from engine.kernels.cmi import batched, classifier_logits, cmi, reference
 from engine.kernels.knn_product import Bank, ProductRows, ProductSampler, knn_product_samples, product_indices
 from engine.kernels.knn_product import cpu as knn_cpu
 from engine.kernels.knn_product import reference as knn_reference
 from engine.kernels.knn_product.op import Line, Space
 from engine.kernels.registry import use_backend
+from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
+from engine.mimrl.terms import mimrl_objective
 from engine.model.cmi import CMIEstimator
 from engine.model.groups import CMIGroup
-from engine.objective import Term, mimrl_objective
+from engine.objective import Term
 
 TERMS = [
     Term("A", "C", "T"), Term("T", "A", "C"), Term("V", "C", "T"), Term("T", "V", "C"), Term("T", "C", "A"),
@@ -309,8 +309,8 @@ def test_non_contiguous_features_and_weights():
 def test_nothing_is_computed_that_is_not_wanted(monkeypatch):
     """Frozen weights: no weight gradients. Detached rows: none of rows. LDR: product rows stay out of backward."""
     layers, joint, slots, product, k = problem(dtype=torch.float32)
-    seen, backward = [], cmi_cpu.backward
-    monkeypatch.setattr(cmi_cpu, "backward", lambda *a: seen.append((a[1] is not None, a[-2], a[-1])) or backward(*a))
+    seen, backward = [], batched.backward
+    monkeypatch.setattr(batched, "backward", lambda *a: seen.append((a[1] is not None, a[-2], a[-1])) or backward(*a))
     for rows, weights, which, expected in (
         (True, False, "value", (False, True, False)),
         (False, True, "loss", (True, False, True)),

@@ -8,14 +8,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.config import ObjectiveConfig
 from engine.errors import EstimatorError
 from engine.kernels import registry
 from engine.kernels.knn_product import Bank, ProductSampler, draw_epoch, reference
 from engine.kernels.knn_product import epoch as module
 from engine.kernels.knn_product.op import Line
 from engine.kernels.registry import use_backend
-from engine.objective import Term, mimrl_objective
+from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
+from engine.mimrl.terms import mimrl_objective
+from engine.objective import Term
 from tests.kernels.test_knn_cmi_op import TERMS, features, seeded, spread
 
 KINDS = ["normal", "grid", "constant", "clusters"]

@@ -95,7 +95,7 @@ class Place:
     def finish(self, out: Path, kind: str, what: str) -> str | None:
         """Resume a run and compare it with the uninterrupted one; what is wrong with it."""
         ended = self.engine(self.words(out, *[SEEDS] * (kind == SEEDS), resume=True))
-        if ended.code == 2 and "neither --preset nor --config" in ended.output:  # killed before it had a folder
+        if ended.code == 2 and "none of --preset, --config and --task" in ended.output:  # killed before it had a folder
             ended = self.engine(self.words(out, *WORDS[kind]))
         if ended.code != 0 or "Traceback" in ended.output:
             return f"{what}: resumed with exit code {ended.code}: {ended.output.strip()[-500:]}"

@@ -270,7 +270,7 @@ CSV_CASES = {
         lambda rows: [rows[1], rows[0], *rows[2:]],
         ["label.csv, line 2", "label", "in its order"],
     ),
-    "mosei_fewer_rows": ("mosei", lambda rows: rows[:-1], ["13 rows", "14, one a sample"]),
+    "mosei_fewer_rows": ("mosei", lambda rows: rows[:-1], ["13 rows", "14, one per sample"]),
 }
 
 
@@ -321,7 +321,7 @@ TUPLE_CASES = {
     ),
     "other_width": (
         lambda r: spoil_row(r, "test", 1, lambda x: ((x[0][0], x[0][1], np.ones((2, 9)), *x[0][3:]), *x[1:])),
-        ["test, acoustic, row 1", "9 features a frame", "5 as in the rows before"],
+        ["test, acoustic, row 1", "9 features per frame", "5 as in the rows before"],
     ),
     "labels_differ": (
         lambda r: spoil_row(r, "valid", 1, lambda x: (x[0], np.ones((1, 7)), x[2])),
@@ -425,7 +425,7 @@ SDK_CASES = {
     ),
     "frames_1d_of_another_width": (
         lambda r: spoil_row(r, "valid", 1, lambda x: [[x[0][0], [np.ones(9)], x[0][2]], *x[1:]]),
-        ["valid, covarep, row 1", "9 features a frame"],
+        ["valid, covarep, row 1", "9 features per frame"],
     ),
     "label_nan": (
         lambda r: spoil_row(r, "valid", 1, lambda x: [x[0], float("nan"), *x[2:]]),
@@ -443,7 +443,7 @@ SDK_CASES = {
 @pytest.mark.parametrize("case", SDK_CASES)
 def test_sdk_lists(tmp_path, data, tokenizer, case):
     spoil, parts = SDK_CASES[case]
-    for split, rows in spoil(writers.sdk(data, "mosei", small=True)).items():
+    for split, rows in spoil(writers.sdk(data, "mosei")).items():
         writers.dump(rows, tmp_path / "in" / f"mosei_{split}.pkl")
     fails(tmp_path / "in", tokenizer, *parts)
 
@@ -536,7 +536,7 @@ MANIFEST_CASES = {
     "no_file": (rewrite(lambda t: t.replace(FIRST, "audio/none.npy")), ["no file 'audio/none.npy'"]),
     "pickled_objects": (put(FIRST, np.array([None, 1], object)), ["v_ideo0_0.npy", "a .npy file of numbers"]),
     "one_dimension": (put(FIRST, np.ones(5)), ["v_ideo0_0.npy", "shape (5,)"]),
-    "other_width": (put(FIRST, np.ones((2, 9))), ["train, audio, row 1 (id v_ideo0_1)", "5 features a frame"]),
+    "other_width": (put(FIRST, np.ones((2, 9))), ["train, audio, row 1 (id v_ideo0_1)", "5 features per frame"]),
     "header_beyond_the_file": (
 put(FIRST, npy_header("(1000000000000, 9)")),
         ["v_ideo0_0.npy", "a .npy file of numbers"],
@@ -557,10 +557,10 @@ def test_manifest(tmp_path, data, tokenizer, case):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("1,2,3,4,5\n1,2,x,4,5\n", ["v_ideo0_0.csv, line 2", "no number"]),
+        ("1,2,3,4,5\n1,2,x,4,5\n", ["v_ideo0_0.csv, line 2", "not a number"]),
         ("1,2,3,4,5\n1,2,3,4\n", ["v_ideo0_0.csv, line 2", "4 cells", "5 as in the first row"]),
-        ("1,2\n", ["row 1 (id v_ideo0_1)", "5 features a frame"]),
-        ("1,2,x,4,5\n1,2,3,4,5\n", ["v_ideo0_0.csv, line 1", "no number"]),
+        ("1,2\n", ["row 1 (id v_ideo0_1)", "5 features per frame"]),
+        ("1,2,x,4,5\n1,2,3,4,5\n", ["v_ideo0_0.csv, line 1", "not a number"]),
         (",0,1,2,3,4\n0,1,2,3,4,5\n", ["v_ideo0_0.csv, line 1", "without a name", "without its index"]),
     ],
 )

@@ -231,10 +231,10 @@ def test_no_home_directory(homeless, tmp_path, data, tokenizer, monkeypatch):
 
 
 def test_no_home_directory_and_a_folder_without_permission(homeless, tmp_path, data, tokenizer, monkeypatch):
-    from engine.loaders import dataset
+    from engine.loaders import cache
 
     path = writers.dump(writers.mmsa(data), tmp_path / "in" / "x.pkl")
-    monkeypatch.setattr(dataset, "is_writable", lambda folder: False)
+    monkeypatch.setattr(cache, "is_writable", lambda folder: False)
     assert_same_frames(open_dataset(path, CONFIG, tokenizer), data)
     assert os.listdir(path.parent) == ["x.pkl"]
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from engine.loaders import formats
-from engine.loaders.writers import WRITERS
+from engine.loaders.make_data.writers import WRITERS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = (DOCS / "data.md").read_text(encoding="utf-8")

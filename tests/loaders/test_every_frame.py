@@ -11,8 +11,8 @@ from engine.config import DataConfig
 from engine.loaders import DataWarning, open_dataset
 from engine.loaders.convert import convert
 from engine.loaders.formats import Choice, read
+from engine.loaders.make_data.writers import WRITERS, Sample, pad
 from engine.loaders.store import open_store
-from engine.loaders.writers import WRITERS, Sample, pad
 from tests.loaders import writers
 from tests.loaders.test_text import small_tokenizer
 from tests.loaders.writers import SPLITS

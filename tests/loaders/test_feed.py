@@ -8,7 +8,7 @@ from engine.config import AugmentConfig
 from engine.errors import ConfigError
 from engine.loaders import open_dataset
 from engine.loaders.feed import Buckets, CopyFeed, ResidentFeed, buckets_of
-from engine.trainer import _Passes
+from engine.training.passes import Passes
 from tests.loaders import writers
 
 SIZES = {"train": 29, "valid": 4, "test": 4}
@@ -26,7 +26,7 @@ def dataset(tmp_path_factory):
 
 def passes(dataset, exact=False, **settings):
     loader = dataset.loader("train", 8, shuffle=True, seed=3, drop_singleton=True, **settings)
-    return _Passes(loader, torch.device("cpu"), lambda batch: batch, exact)
+    return Passes(loader, torch.device("cpu"), lambda batch: batch, exact)
 
 
 def static_batches(feed):

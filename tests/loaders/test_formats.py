@@ -10,7 +10,7 @@ import pytest
 from engine.config import DataConfig
 from engine.errors import DataError
 from engine.loaders import DataWarning, formats, open_dataset
-from engine.loaders.formats import Choice, RawDataset, find_source, read, register_format
+from engine.loaders.formats import Choice, RawDataset, find_source, read, register_format, registry
 from tests.loaders import writers
 from tests.loaders.test_text import small_tokenizer
 from tests.loaders.writers import SPLITS
@@ -63,7 +63,7 @@ def write(folder, family, data):
     if family == "magbert":
         return writers.dump(writers.magbert(data), folder / "mosi.pkl")
     if family in ("sdk", "sdk_mosei"):
-        return writers.write_split_files(folder, writers.sdk(data, family[4:] or "mosi", small=True), prefix="mosi_")
+        return writers.write_split_files(folder, writers.sdk(data, family[4:] or "mosi"), prefix="mosi_")
     if family == "manifest":
         return writers.write_manifest(folder, data)
     if family == "manifest_csv":
@@ -118,7 +118,7 @@ def test_same_named_files_of_different_families_are_told_apart(tmp_path, data):
     talks = writers.interviews()
     made = {
         "tuples": writers.write_tuples(tmp_path / "tuples", data),
-        "sdk": writers.write_split_files(tmp_path / "sdk", writers.sdk(data, small=True), valid="dev"),
+        "sdk": writers.write_split_files(tmp_path / "sdk", writers.sdk(data), valid="dev"),
         "avec2019": writers.write_split_files(tmp_path / "avec", writers.avec2019(talks), valid="dev"),
         "magbert": writers.write_split_files(
             tmp_path / "mag", {"valid" if k == "dev" else k: v for k, v in writers.magbert(data).items()}, valid="dev"
@@ -154,11 +154,11 @@ def test_avec2019(tmp_path):
 
 
 def test_sdk_lists_hold_several_feature_sets(tmp_path, data):
-    folder = writers.write_split_files(tmp_path, writers.sdk(data, small=True))
+    folder = writers.write_split_files(tmp_path, writers.sdk(data))
     other = read(folder, "recorded", choice=Choice("IS09", "openface"))[1].splits["train"]
     assert (other.audio.ragged.dim, other.vision.ragged.dim) == (1, 1)
     assert other.audio.ragged.lengths.tolist() == [len(s.text.split()) for s in data["train"]]
-    rows = writers.sdk(data, small=True)["train"]
+    rows = writers.sdk(data)["train"]
     for name, number in (("last_hidden", 2), ("glove", 1), ("auto", 2)):
         found = read(folder, "recorded", True, choice=Choice(text_features=name))[1].splits["train"].features
         assert all(np.array_equal(found.ragged[i], row[0][0][number]) for i, row in enumerate(rows))
@@ -167,7 +167,7 @@ def test_sdk_lists_hold_several_feature_sets(tmp_path, data):
 
 
 def test_pom_asks_which_trait(tmp_path, data):
-    folder = writers.write_split_files(tmp_path, writers.sdk(data, "pom", small=True), prefix="pom_")
+    folder = writers.write_split_files(tmp_path, writers.sdk(data, "pom"), prefix="pom_")
     with pytest.raises(DataError, match=r"labels of shape \(7, 18\).*data\.label_column"):
         read(folder, "recorded")
     assert_holds(read(folder, "recorded", choice=Choice(label_column=2))[1], data)
@@ -249,8 +249,10 @@ def test_csd_choices_and_splits(tmp_path, data):
     folder = writers.write_csd(tmp_path, data)
     (folder / "COVAREP.csd").rename(folder / "openSMILE_IS09.csd")  # the root's name tells as well
     assert read(folder, "recorded")[1].format == "csd"
+    with pytest.raises(DataError, match=r"found no text features; .*Name a text encoder"):
+        read(folder, "recorded", features=True)
     (folder / "FACET_4.1.csd").write_bytes((folder / "FACET_4.2.csd").read_bytes())
-    with pytest.raises(DataError, match=r"several sets of vision features.*Set data\.vision_features=FACET_4\.1"):
+    with pytest.raises(DataError, match=r"several sets of vision features.*set data\.vision_features=FACET_4\.1"):
         read(folder, "recorded")
     read(folder, "recorded", choice=Choice(vision_features="FACET_4.1"))
     (folder / "FACET_4.1.csd").unlink()
@@ -543,7 +545,7 @@ def test_a_format_of_ones_own(tmp_path, data):
         def read(self, source, rule, features):
             return RawDataset(self.name, {}, notes=[rule])
 
-    before = dict(formats._FORMATS)
+    before = dict(registry._FORMATS)
     try:
         register_format(Text())
         path = tmp_path / "x.mine"
@@ -551,8 +553,8 @@ def test_a_format_of_ones_own(tmp_path, data):
         assert read(path, "all_zero")[1].notes == ["all_zero"]
         assert_holds(read(write(tmp_path / "m", "mmsa", data), "recorded")[1], data)  # others are still found
     finally:
-        formats._FORMATS.clear()
-        formats._FORMATS.update(before)
+        registry._FORMATS.clear()
+        registry._FORMATS.update(before)
 
 
 def test_find_source_messages(tmp_path, data):

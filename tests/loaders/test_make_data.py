@@ -8,8 +8,8 @@ from engine.errors import ConfigError, OutputError
 from engine.loaders.convert import convert
 from engine.loaders.formats import read
 from engine.loaders.make_data import COUNTS, make_data, samples
+from engine.loaders.make_data.writers import WRITERS
 from engine.loaders.store import open_store
-from engine.loaders.writers import WRITERS
 from tests.loaders.test_text import small_tokenizer
 
 
@@ -54,7 +54,7 @@ def test_equal_seeds_give_equal_files(tmp_path, shape):
 
 
 def test_large_arrays_are_built_in_files(tmp_path, monkeypatch):
-    from engine.loaders import writers
+    from engine.loaders.make_data import writers
 
     whole = make_data(tmp_path / "a", "mosi", 9).read_bytes()
     monkeypatch.setattr(writers, "LARGE", 100)

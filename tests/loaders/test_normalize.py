@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from engine.config import DataConfig
 from engine.errors import DataError
+from engine.kernels import use_backend
+from engine.kernels.ragged import cpu
+from engine.loaders.content import SplitData
 from engine.loaders.normalize import ColumnNormalizer, Normalizer
 from engine.loaders.ragged import Ragged
-from engine.loaders.store import SplitData
 
 
 def columns(count=500, seed=0):
@@ -93,6 +95,17 @@ def split(seed):
     return SplitData(["a", "b"], None, np.zeros((2, 1), np.float32), ragged, Ragged(x[:, :2].copy(), ragged.offsets))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_the_reference_backend_gives_the_same_values_without_the_kernel(monkeypatch, dtype):
+    x = columns()
+    fitted = ColumnNormalizer.fit(x, "zscore", clip=1.5)
+    expected = fitted.apply(x, dtype)
+    monkeypatch.setattr(cpu, "scale", lambda *_: pytest.fail("the compiled kernel ran"))
+    with use_backend("reference"):
+        assert np.array_equal(fitted.apply(x, dtype), expected)
+    assert expected[1, 0] == dtype(np.clip((np.float64(x[1, 0]) - fitted.shift[0]) * fitted.scale[0], -1.5, 1.5))
+
+
 @pytest.mark.parametrize("kind", ["none", "zscore", "minmax"])
 def test_saved_statistics_give_the_same_values(tmp_path, kind):
     config = DataConfig(normalize_audio=kind, log_vision=True, clip=None if kind == "none" else 3)
@@ -102,7 +115,7 @@ def test_saved_statistics_give_the_same_values(tmp_path, kind):
     other = split(1)
     for modality in ("audio", "vision"):
         values = getattr(other, modality).values
-        assert np.array_equal(loaded.apply(modality, values), fitted.apply(modality, values))
+        assert np.array_equal(getattr(loaded, modality).apply(values), getattr(fitted, modality).apply(values))
     assert set(fitted.state()) == {f"{m}.{k}" for m in ("audio", "vision") for k in ("low", "shift", "scale")}
 
 
@@ -117,7 +130,7 @@ def test_load_names_the_file(tmp_path):
 
 def test_other_width_is_an_error():
     with pytest.raises(DataError, match="2 feature columns; expected 3"):
-        Normalizer.fit(split(0), DataConfig()).apply("audio", np.ones((1, 2), np.float32))
+        Normalizer.fit(split(0), DataConfig()).audio.apply(np.ones((1, 2), np.float32))
 
 
 @pytest.mark.parametrize(

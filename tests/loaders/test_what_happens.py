@@ -33,7 +33,7 @@ MADE = {
     "mmsa": writers.mmsa,
     "tuples": writers.tuples,
     "magbert": writers.magbert,
-    "sdk": lambda data: writers.sdk(data, small=True),
+    "sdk": lambda data: writers.sdk(data),
     "avec2019": writers.avec2019,
 }
 """Families that are pickles -> what makes their content."""

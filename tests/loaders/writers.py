@@ -4,8 +4,8 @@ from functools import partial
 
 import numpy as np
 
-from engine.loaders import writers
-from engine.loaders.writers import (
+from engine.loaders.make_data import writers
+from engine.loaders.make_data.writers import (
     SPLITS,
     Caps,
     Sample,
@@ -16,7 +16,6 @@ from engine.loaders.writers import (
     magbert,
     mmsa_fet,
     pad,
-    sdk,
     tuples,
     write_csd,
     write_csv,
@@ -71,6 +70,19 @@ def interviews(seed: int = 0, sizes: dict[str, int] = SIZES) -> dict[str, list[S
             audio, vision = parts.pop("mfcc"), parts.pop("au")
             out[split].append(Sample(f"{split}_{i}", text, float(rng.integers(25) / 25), audio, vision, parts))
     return out
+
+
+def sdk(data: dict[str, list[Sample]], sets: str = "mosi") -> dict[str, list]:
+    """CMU-SDK lists of `sets` (mosi, mosei or pom), with one column in the feature sets that are not the first."""
+    content = writers.sdk(data, "mosei" if sets == "pom" else sets)
+    for rows in content.values():
+        for row in rows:
+            row[0] = [[parts[0], *(part[..., :1] for part in parts[1:])] for parts in row[0]]
+            if sets == "pom":  # 18 traits, and no label of two classes
+                traits = np.full(18, 4, np.float32)
+                traits[2] = row[1]
+                row[1:3] = [traits]
+    return content
 
 
 def write_tuples(folder, data, fields: int = 6, dev: str = "dev", prefix: str = ""):

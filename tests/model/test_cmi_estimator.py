@@ -7,6 +7,7 @@ import torch
 
 from engine.errors import EstimatorError
 from engine.kernels.cmi import LOGIT_LIMIT
+from engine.mimrl.published import PublishedCMIEstimator
 from engine.model.cmi import CMIEstimator
 
 
@@ -15,20 +16,23 @@ def rows(n: int, widths=(8, 8, 8), seed: int = 0) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(n, width, generator=generator) for width in widths)
 
 
-def estimator(**options) -> CMIEstimator:
+KINDS = (CMIEstimator, PublishedCMIEstimator)
+
+
+def estimator(kind: type[CMIEstimator] = CMIEstimator, **options) -> CMIEstimator:
     torch.manual_seed(0)
-    return CMIEstimator(**{"dim": 8, "hidden": 16, **options})
+    return kind(**{"dim": 8, "hidden": 16, **options})
 
 
-@pytest.mark.parametrize("compat", ["none", "mimrl"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("which", ["ldr", "dv", "nwj"])
-def test_estimate(compat, which):
-    estimate = estimator(estimator=which, compat=compat)(rows(6), rows(4, seed=1))
+def test_estimate(kind, which):
+    estimate = estimator(kind, estimator=which)(rows(6), rows(4, seed=1))
     assert estimate.value.shape == estimate.surrogate.shape == estimate.loss.shape == ()
     assert not estimate.value.requires_grad and torch.equal(estimate.value, estimate.surrogate)
     assert set(estimate.details) == {"ldr", "dv", "nwj"}
     assert not any(v.requires_grad for v in estimate.details.values())
-    if compat == "none":
+    if kind is CMIEstimator:
         assert torch.equal(estimate.value, estimate.details[which])
 
 
@@ -59,7 +63,6 @@ def test_names_and_start():
     model = estimator()
     assert list(model.state_dict()) == [f"classifier.{i}.{p}" for i in (0, 2, 4, 6) for p in ("weight", "bias")]
     assert model.classifier[0].weight.shape == (16, 24) and model.classifier[6].weight.shape == (1, 16)
-    assert CMIEstimator(8, 16, compat="mimrl").classifier[6].weight.shape == (2, 16)
     assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
 
 
@@ -85,19 +88,10 @@ def test_values_are_clamped_and_losses_are_not():
     assert model.classifier[6].bias.grad.item() == pytest.approx(0.4)
 
 
-def test_mimrl_cuts_the_joint_rows():
-    model = estimator(compat="mimrl")
-    joint, product = rows(10), rows(8, seed=1)
-    whole, cut = model(joint, product), model(tuple(part[:8] for part in joint), product)
-    assert torch.equal(whole.value, cut.value) and torch.equal(whole.loss, cut.loss)
-    with pytest.raises(EstimatorError, match="12 product rows beside 10 joint rows"):
-        model(joint, rows(12))
-
-
 def test_untrained_constant_classifier_reads_nothing():
     """All logits equal: 0 nats by the corrected estimator, 1 by the published one."""
-    for compat, expected in (("none", 0.0), ("mimrl", 1.0)):
-        model = estimator(compat=compat)
+    for kind, expected in zip(KINDS, (0.0, 1.0), strict=True):
+        model = estimator(kind)
         for p in model.parameters():
             torch.nn.init.zeros_(p)
         estimate = model(rows(6), rows(6, seed=1))
@@ -130,21 +124,21 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("compat", ["none", "mimrl"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
-def test_degenerate_batches_raise_one_line(case, compat):
+def test_degenerate_batches_raise_one_line(case, kind):
     joint, product, found = CASES[case]
     with pytest.raises(EstimatorError, match=found) as caught:
-        estimator(compat=compat)(joint, product)
+        estimator(kind)(joint, product)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("compat", ["none", "mimrl"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
-def test_degenerate_batches_are_skipped_on_request(case, compat):
+def test_degenerate_batches_are_skipped_on_request(case, kind):
     joint, product, _ = CASES[case]
     joint = tuple(part.clone().requires_grad_() for part in joint)
-    model = estimator(compat=compat, on_degenerate="skip")
+    model = estimator(kind, on_degenerate="skip")
     estimate = model(joint, product)
     assert estimate.details["skipped"] == 1
     assert estimate.value == estimate.surrogate == estimate.loss == 0
@@ -168,7 +162,13 @@ def test_shapes_that_do_not_fit(joint, product):
         estimator()(joint, product)
 
 
-@pytest.mark.parametrize("option", ["estimator", "compat", "last_activate", "on_degenerate"])
+@pytest.mark.parametrize("option", ["estimator", "on_degenerate"])
 def test_unknown_option(option):
     with pytest.raises(EstimatorError, match=f"{option}.*'other'"):
         CMIEstimator(**{option: "other"})
+
+
+def test_the_former_option_names_the_class_to_use():
+    with pytest.raises(EstimatorError, match="PublishedCMIEstimator") as caught:
+        CMIEstimator(compat="mimrl")
+    assert "\n" not in str(caught.value)

@@ -5,9 +5,11 @@ import torch
 
 from engine.errors import EstimatorError
 from engine.kernels.mi_bounds import BOUNDS
-from engine.model.estimators import BASELINES, MIMRL_ALPHA, Critic, LogBaseline, MIEstimator
+from engine.mimrl.published import PublishedMIEstimator
+from engine.model.estimators import BASELINES, LogBaseline, MIEstimator
 
 SMALL = {"hidden": 16, "embed": 8}
+KINDS = (MIEstimator, PublishedMIEstimator)
 
 
 def batch(count: int = 12, dim_x: int = 4, dim_y: int = 3, seed: int = 0):
@@ -16,18 +18,18 @@ def batch(count: int = 12, dim_x: int = 4, dim_y: int = 3, seed: int = 0):
     return x, x[:, :dim_y] + 0.5 * torch.randn(count, dim_y, generator=generator)
 
 
-@pytest.mark.parametrize("compat", ["none", "mimrl"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("critic", ["separate", "concat"])
 @pytest.mark.parametrize("baseline", BASELINES)
-def test_value_surrogate_and_loss(critic: str, baseline: str, bound: str, compat: str):
-    estimator = MIEstimator(4, 3, critic, bound, baseline, compat=compat, **SMALL)
+def test_value_surrogate_and_loss(critic: str, baseline: str, bound: str, kind: type[MIEstimator]):
+    estimator = kind(4, 3, critic, bound, baseline=baseline, **SMALL)
     x, y = batch()
     x.requires_grad_()
     estimate = estimator(x, y)
     assert estimate.value.shape == estimate.surrogate.shape == estimate.loss.shape == ()
     assert not estimate.value.requires_grad and estimate.surrogate.item() == estimate.value.item()
-    if (bound, compat) != ("mine", "mimrl"):
+    if (bound, kind) != ("mine", PublishedMIEstimator):
         assert estimate.loss.item() == -estimate.value.item()
     estimate.loss.backward()
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
@@ -60,16 +62,16 @@ def test_start():
 
 @pytest.mark.parametrize("kind", ["separate", "concat"])
 def test_one_orientation(kind: str):
-    """Changing y_i changes row i alone; in compat the concat critic alone is transposed."""
-    for compat in ("none", "mimrl"):
-        critic = Critic(4, 3, kind, compat=compat, **SMALL)
+    """Changing y_i changes row i alone; the published concat critic alone is transposed."""
+    for estimator in KINDS:
+        critic = estimator(4, 3, kind, **SMALL).critic
         x, y = batch(6)
         moved = y.clone()
         moved[2] += 1
         changed = (critic(x, moved) - critic(x, y)).abs() > 1e-6
         by_row = torch.zeros(6, 6, dtype=torch.bool)
         by_row[2] = True
-        transposed = kind == "concat" and compat == "mimrl"
+        transposed = kind == "concat" and estimator is PublishedMIEstimator
         assert torch.equal(changed, by_row.t() if transposed else by_row)
 
 
@@ -82,11 +84,6 @@ def test_baselines():
     assert not list(LogBaseline(3, "constant").parameters()) and not list(LogBaseline(3, "gaussian").parameters())
 
 
-def test_compat_uses_the_published_constants():
-    estimator = MIEstimator(4, 3, bound="interpolate", compat="mimrl", alpha=0.9)
-    assert estimator.alpha == MIMRL_ALPHA == pytest.approx(0.5025, abs=1e-4)
-
-
 def bad_batches():
     x, y = batch(4)
     holed = x.clone()
@@ -96,10 +93,10 @@ def bad_batches():
 
 @pytest.mark.parametrize("what", ["one", "nan", "inf", "overflow"])
 @pytest.mark.parametrize("bound", BOUNDS)
-@pytest.mark.parametrize("compat", ["none", "mimrl"])
-def test_degenerate_batches(what: str, bound: str, compat: str):
+@pytest.mark.parametrize("kind", KINDS)
+def test_degenerate_batches(what: str, bound: str, kind: type[MIEstimator]):
     x, y = bad_batches()[what]
-    estimator = MIEstimator(4, 3, bound=bound, baseline="unnormalized", compat=compat, **SMALL)
+    estimator = kind(4, 3, bound=bound, baseline="unnormalized", **SMALL)
     with pytest.raises(EstimatorError) as caught:
         estimator(x, y)
     assert "\n" not in str(caught.value)
@@ -132,9 +129,16 @@ def test_shapes_are_checked():
     for wrong in ((y, x), (x, y[:5]), (x[None], y[None])):
         with pytest.raises(EstimatorError, match="mutual information"):
             estimator(*wrong)
-    for setting in ({"bound": "kl"}, {"critic": "bilinear"}, {"baseline": "zero"}, {"compat": "old"}):
+    for setting in ({"bound": "kl"}, {"critic": "bilinear"}, {"baseline": "zero"}):
         with pytest.raises(EstimatorError, match="one of"):
             MIEstimator(4, 3, **setting)
+
+
+def test_the_former_option_names_the_class_to_use():
+    with pytest.raises(EstimatorError, match="PublishedMIEstimator") as caught:
+        MIEstimator(4, 3, compat="mimrl")
+    assert "\n" not in str(caught.value)
+    assert MIEstimator(4, 3, compat="none").bound == "infonce"
 
 
 def test_mine_average_is_state():
@@ -185,7 +189,3 @@ def train(steps: int = 200, **setting) -> float:
 def test_short_training_comes_near_the_truth(bound: str):
     truth = -math.log(0.6)
     assert 0.75 * truth < train(bound=bound, baseline="unnormalized") < 1.1 * truth
-
-
-def test_published_mine_loss_trains_downwards():
-    assert train(100, bound="mine", compat="mimrl") < -1

@@ -251,7 +251,7 @@ def test_eval_mode_keeps_mines_average():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"critic": "concat"}, {"activation": "tanh"}, {"baseline": "unnormalized"}, {"compat": "mimrl", "bound": "js"}],
+    [{"critic": "concat"}, {"activation": "tanh"}, {"baseline": "unnormalized"}],
 )
 def test_others_form_no_group(settings: dict):
     assert all(MIGroup.alike(e) is None for e in estimators(**settings).values())

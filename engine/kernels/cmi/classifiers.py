@@ -1,9 +1,9 @@
-"""Classifiers of joint against product rows on the GPU: one launch a layer forward, one a layer backward.
+"""Classifiers of joint against product rows on the GPU: one launch per layer, forward and backward.
 
-The first layer reads features where they are: a program of its kernel takes x, y and z of its rows from the joint
-features or from the product rows, product rows' y and z once a query, and a feature narrower than the classifier's one
-column after another as often as needed. Nothing is gathered, repeated or concatenated in memory. The further layers are
-`engine.kernels.mlp.triton`'s.
+The first layer reads features where they are. A program of its kernel takes x, y and z of its rows from the joint
+features or from the product rows, whose y and z are stored once per query. It repeats the columns of a feature narrower
+than dim as it reads them. Nothing is gathered, repeated or concatenated in memory. The further layers run in
+`engine.kernels.mlp.triton`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.aot import AotCase
-from engine.kernels.cmi import cpu
+from engine.kernels.cmi import batched
 from engine.kernels.mlp.triton import TILES, dot, layer_backward, layer_forward, load_grad, positive, precision_now
 
 # Rows up to which a step is launches and not arithmetic; above them library products take over.
@@ -39,8 +38,8 @@ def _pick(place, joint, product, WIDTHS: tl.constexpr, PLACES: tl.constexpr):
 
 @triton.jit
 def _features(joint, product, r, b, rows, repeats, c, width, DIM: tl.constexpr):
-    """[r, c] of b joint rows and the product rows after them, each of which stands for `repeats` rows; columns repeat
-    until there are DIM."""
+    """[r, c] of b joint rows and the product rows after them. A product row stands for `repeats` rows, and columns
+    repeat up to DIM."""
     of_columns = (c % width)[None, :]
     live, is_joint = (r < rows)[:, None] & (c < DIM)[None, :], (r < b)[:, None]
     x = tl.load(joint + r[:, None] * width + of_columns, mask=live & is_joint, other=0.0)
@@ -133,7 +132,7 @@ def _first_backward(
 
 
 def algorithm(first: Tensor, joint: Sequence[Tensor], product: Sequence[Tensor]) -> str:
-    """How classifiers run: "fused", a launch a layer, or "products", library products."""
+    """How classifiers run: "fused", one launch per layer, or "products", library products."""
     few = joint[0].shape[0] + product[0].shape[0] <= FEW_ROWS and len(product) <= MOST_PLACES
     return "fused" if first.dtype == torch.float32 and few else "products"
 
@@ -147,9 +146,9 @@ def forward(
     product: Sequence[Tensor],
     k: int,
 ) -> list[Tensor]:
-    """As `cpu.forward`."""
+    """As `batched.forward`."""
     if algorithm(first, joint, product) == "products":
-        return cpu.forward(first, first_bias, rest, joint, slots, product, k)
+        return batched.forward(first, first_bias, rest, joint, slots, product, k)
     b, p = len(joint[0]), len(product[0])
     hidden = first.new_empty(len(first), b + p, first.shape[1])
     precision = precision_now()
@@ -181,9 +180,9 @@ def backward(
     row_grads: bool,
     weight_grads: bool,
 ) -> list[Tensor]:
-    """As `cpu.backward`."""
+    """As `batched.backward`."""
     if algorithm(first, joint, product) == "products":
-        return cpu.backward(
+        return batched.backward(
             joint_grad, product_grad, first, rest, joint, slots, product, k, layers, row_grads, weight_grads
         )
     rows = joint_grad.shape[1] + (0 if product_grad is None else product_grad.shape[1])
@@ -197,7 +196,9 @@ def backward(
         of_weights.insert(0, own)
     of_weights.insert(0, _like_layer(first) if weight_grads else [])
     wide = _first_gradients(grad, first, joint, slots, product, k, of_weights[0], row_grads)
-    of_joint = [cpu.fold(found[None], j.shape[1])[0] for found, j in zip(wide, joint, strict=True)] if row_grads else []
+    of_joint = []
+    if row_grads:
+        of_joint = [batched.fold(grad[None], j.shape[1])[0] for grad, j in zip(wide, joint, strict=True)]
     return [*of_joint, *itertools.chain.from_iterable(of_weights)]
 
 
@@ -237,7 +238,7 @@ def _rows(joint: Sequence[Tensor], slots: Sequence[int], product: Sequence[Tenso
 
 
 def _sizes(first: Tensor, joint: Sequence[Tensor], slots: Sequence[int]) -> tuple[tuple[int, ...], int, int, int]:
-    """Widths of the features in their places, how many places there are, the classifiers' own width, the hidden one."""
+    """Widths of the features in their places, the number of places, dim, and the hidden width."""
     return tuple(joint[s].shape[1] for s in slots), len(slots), first.shape[2] // 3, first.shape[1]
 
 
@@ -254,7 +255,7 @@ def forward_launches(
 ) -> int:  # fmt: skip
     if algorithm(first, joint, product) == "fused":
         return 1 + len(rest) // 2
-    widths = [[joint[slots[3 * run.start + i]].shape[1] for i in range(3)] for run in cpu.runs(joint, slots)]
+    widths = [[joint[slots[3 * run.start + i]].shape[1] for i in range(3)] for run in batched.runs(joint, slots)]
     each = sum(6 + sum(1 + _folds(first, width) for width in three) for three in widths)
     # a product that begins with a bias copies it first
     return each + 3 * (len(rest) // 2) + 2
@@ -274,37 +275,13 @@ def backward_launches(
         total += len(joint) + sum(1 + _folds(first, joint[s].shape[1]) for s in slots)
     if weight_grads:
         total += 1
-        for run in cpu.runs(joint, slots):
+        for run in batched.runs(joint, slots):
             widths = [joint[slots[3 * run.start + i]].shape[1] for i in range(3)]
             total += 3 + 2 * both + sum((3 if w == 1 else 2) + (w not in (1, dim)) for w in widths)
     return total
 
 
 def _folds(first: Tensor, width: int) -> int:
-    """Launches of `cpu.fold`."""
+    """Launches of `batched.fold`."""
     dim = first.shape[2] // 3
     return 0 if width == dim else 1 + 2 * (dim % width > 0)
-
-
-def aot_cases() -> list[AotCase]:
-    """MIMRL's six classifiers in every precision, with weights' gradients alone and with all."""
-    widths = tuple(1 if s == 3 else 128 for s in (1, 3, 0, 0, 1, 3, 2, 3, 0, 0, 2, 3, 0, 3, 1, 0, 3, 2))
-    rows, sizes = ("*fp32",) * 18, {"b": "i32", "rows": "i32", "k": "i32"}
-    found = []
-    for precision, (m, n, c, warps, stages) in TILES.items():
-        common = {"WIDTHS": widths, "PLACES": 18, "DIM": 128, "HIDDEN": 256, "PRECISION": precision}
-        common |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": c}
-        variant = "fp32" if precision == "tf32x3" else precision
-        pointers = {"joint": rows, "product": rows, "first_ptr": "*fp32"}
-        signature = pointers | {"bias_ptr": "*fp32", "out_ptr": "*fp32"} | sizes
-        found.append(AotCase(f"cmi.first_forward/{variant}", _first_forward, signature, common, warps, stages, True))
-        more = ("grad_ptr", "of_first_ptr", "of_bias_ptr")
-        m, n, c, warps, stages = FIRST_BACKWARD[precision]
-        common |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": c}
-        signature = pointers | dict.fromkeys(more, "*fp32") | {"of_joint": ("*fp32",) * 4} | sizes
-        signature |= {"weight_tiles": "i32", "row_tiles": "i32"}
-        for both in (False, True):
-            constexprs = common | {"USES": (1, 2, 4, 8), "SOURCES": 4, "WEIGHTS": True, "ROWS": both}
-            name = f"cmi.first_backward/{'all' if both else 'weights'}/{variant}"
-            found.append(AotCase(name, _first_backward, signature, constexprs, warps, stages, True, both))
-    return found

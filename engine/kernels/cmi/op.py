@@ -3,9 +3,9 @@
     joint, product = classifier_logits(first, rest, features, slots, products, k)   # G classifiers at once
     loss, value, readings = cmi(joint, product, "ldr")                              # one pass gives loss and values
 
-Both compute in fp32 (fp64 for fp64 inputs), also under autocast, and are bitwise deterministic for one number of
-threads. Gradients of gradients raise ConfigError, but for the reference's. On a GPU a layer of all classifiers is one
-launch, and so are loss and values.
+Both compute in fp32 (fp64 for fp64 inputs), also under autocast, and are bitwise deterministic for a fixed number of
+threads. Only the reference has second derivatives; the other backends raise ConfigError. On a GPU each layer of all
+classifiers is one launch, and loss and values are one more.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from torch import Tensor
 from engine.errors import EstimatorError
 from engine.kernels.arguments import check_number, exact_type
 from engine.kernels.cmi import reference
-from engine.kernels.cmi.reference import LOGIT_LIMIT
+from engine.kernels.cmi.reference import LOGIT_LIMIT, READINGS
 from engine.kernels.gradients import differentiable_once
 from engine.kernels.registry import backend_for, call, lazy, register
 
-ESTIMATORS = ("ldr", "dv", "nwj")
 
-
-class CMI(NamedTuple):
-    """What classifiers' logits say, in nats.
+class CMIOutput(NamedTuple):
+    """Loss and estimates from classifiers' logits, in nats.
 
     Attributes:
         loss: [...], binary cross-entropy, which the classifiers minimise; differentiable.
@@ -50,16 +48,16 @@ def classifier_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits of G classifiers MLP([x; y; z]) of one shape, ReLU between the layers, on joint and on product rows.
 
-    Features narrower than dim count as repeated to it. Gradients reach weights, biases and joint features; product
-    rows are constants.
+    Features narrower than dim are treated as repeated up to it. Gradients reach weights, biases and joint features.
+    Product rows are constants.
 
     Args:
         first: weight [G, hidden, 3·dim], bias [G, hidden].
         rest: (weight [G, out, in], bias [G, out]), at least one.
         joint: features [B, width <= dim] each.
-        slots: of every classifier the places in `joint` of its x, y and z.
-        product: of every classifier x [P, width], and y, z [P / k, width]: each of their rows belongs to k rows of x.
-        k: product rows a query.
+        slots: the places in `joint` of each classifier's x, y and z.
+        product: each classifier's x [P, width], and y, z [P / k, width], whose rows belong to k rows of x each.
+        k: product rows per query.
 
     Returns:
         logits [G, B, out] of joint and [G, P, out] of product rows.
@@ -80,23 +78,25 @@ def classifier_logits(
         return _Classify.apply(len(joint), places, k, flat, *joint, *(w.contiguous() for w in weights))
 
 
-def cmi(joint: Tensor, product: Tensor, estimator: str = "ldr", limit: float = LOGIT_LIMIT) -> CMI:
-    """Loss and values of classifiers' logits; see `engine.kernels.cmi.reference` for the formulas.
+def cmi(joint: Tensor, product: Tensor, estimator: str = "ldr", limit: float = LOGIT_LIMIT) -> CMIOutput:
+    """Loss and values of classifiers' logits. `engine.kernels.cmi.reference` has the formulas.
+
+    >>> joint, product = torch.full((5,), 2.0), torch.full((4,), -3.0)
+    >>> cmi(joint, product, "dv").value
+    tensor(5.)
 
     Args:
-        joint, product: logits [..., b] and [..., b'] of joint and of product rows, b, b' >= 1: estimates of
+        joint, product: logits [..., b] and [..., b'] of joint and of product rows, b, b' >= 1. They estimate
             log p(x,y,z) − log p(x|z) p(y,z).
-        estimator: which of "ldr", "dv" and "nwj" `value` is.
-        limit: values are read from logits clamped to ±limit (the loss is not).
+        estimator: which of "ldr", "dv" and "nwj" is `value`.
+        limit: values are read from logits clamped to ±limit. The loss uses the logits as they are.
 
     Raises:
         EstimatorError: no rows, leading dimensions, types or devices that do not fit, an unknown estimator, or a limit
             that is not positive.
     """
-    if estimator not in ESTIMATORS:
-        raise EstimatorError(
-            "cmi", f"estimator {estimator!r}", f"one of {', '.join(ESTIMATORS)}", "Choose one of these."
-        )
+    if estimator not in READINGS:
+        raise EstimatorError("cmi", f"estimator {estimator!r}", f"one of {', '.join(READINGS)}", "Choose one of these.")
     dtype = exact_type("cmi", joint, product)
     check_number("cmi", "limit", limit, 0, above=True)
     lead = joint.shape[:-1]
@@ -105,15 +105,15 @@ def cmi(joint: Tensor, product: Tensor, estimator: str = "ldr", limit: float = L
             "cmi", f"logits {list(joint.shape)} and {list(product.shape)}", "[..., b] and [..., b'], b and b' >= 1",
             "Give the logits of joint and of product rows.",
         )  # fmt: skip
-    joint, product, which = _to(joint, dtype), _to(product, dtype), ESTIMATORS.index(estimator)
+    joint, product, which = _to(joint, dtype), _to(product, dtype), READINGS.index(estimator)
     with torch.autocast(joint.device.type, enabled=False):
         if backend_for(joint) == "reference":
             values = reference.cmi_values(joint.clamp(-limit, limit), product.clamp(-limit, limit))
             loss = reference.classifier_loss(joint, product)
-            return CMI(loss, values[estimator], torch.stack([values[e].detach() for e in ESTIMATORS]))
+            return CMIOutput(loss, values[estimator], torch.stack([values[e].detach() for e in READINGS]))
         flat = joint.reshape(-1, joint.shape[-1]).contiguous(), product.reshape(-1, product.shape[-1]).contiguous()
         loss, value, readings = _Read.apply(*flat, which, limit)
-        return CMI(loss.reshape(lead), value.reshape(lead), readings.reshape(3, *lead))
+        return CMIOutput(loss.reshape(lead), value.reshape(lead), readings.reshape(3, *lead))
 
 
 class _Classify(torch.autograd.Function):
@@ -140,12 +140,12 @@ class _Classify(torch.autograd.Function):
         if product_grad is not None:
             product_grad = product_grad.contiguous()
         with torch.autocast(first.device.type, enabled=False):
-            found = call(
+            gradients = call(
                 "cmi_backward", joint_grad.contiguous(), product_grad, first, rest, joint, ctx.places, product, ctx.k,
                 layers, *wanted,
             )  # fmt: skip
-        of_joint = found[:count] if wanted[0] else [None] * count
-        of_weights = found[count if wanted[0] else 0 :] if wanted[1] else [None] * (2 + 2 * depth)
+        of_joint = gradients[:count] if wanted[0] else [None] * count
+        of_weights = gradients[count if wanted[0] else 0 :] if wanted[1] else [None] * (2 + 2 * depth)
         return None, None, None, None, *of_joint, *of_weights
 
 
@@ -218,10 +218,10 @@ def _fake_forward(first, first_bias, rest, joint, slots, product, k):
 def _fake_backward(
     joint_grad, product_grad, first, rest, joint, slots, product, k, layers, row_grads, weight_grads
 ):  # fmt: skip
-    found = [torch.empty_like(j) for j in joint] if row_grads else []
+    gradients = [torch.empty_like(j) for j in joint] if row_grads else []
     if weight_grads:
-        found += [new for w in (first, *rest) for new in (torch.empty_like(w), w.new_empty(w.shape[:2]))]
-    return found
+        gradients += [new for w in (first, *rest) for new in (torch.empty_like(w), w.new_empty(w.shape[:2]))]
+    return gradients
 
 
 def _fake_read(joint, product, limit):
@@ -238,7 +238,7 @@ def _register(name: str, function: str, schema: str, fake, cuda: str) -> None:
     register(
         name,
         schema,
-        cpu=lazy(f"{folder}.cpu", function),
+        cpu=lazy(f"{folder}.batched", function),
         cuda=lazy(f"{folder}.{cuda}", function),
         fake=fake,
         launches=lazy(f"{folder}.{cuda}", f"{function}_launches"),

@@ -7,9 +7,9 @@ estimate of log p/q, whose mean under p is I(X;Y|Z). Logits of b joint rows and 
     DV  = mean_p t − log mean_q e^t
     NWJ = 1 + mean_p t − mean_q e^t
 
-At the exact log ratio all three estimate the same number; with finite data DV and NWJ also take in the error of the
-product sample, LDR only what training made of it. Negative values are left as they are: the classifier has not learnt,
-or has overfitted.
+At the exact log ratio all three estimate the same number. With finite data DV and NWJ also have the error of the
+product sample, while LDR has it only through training. Negative values are kept: they mean that the classifier has not
+learnt, or has overfitted.
 
 Sources: Mukherjee, Asnani, Kannan 2019 (CCMI); Molavipour, Bassi, Skoglund 2021 (LDR, DV, NWJ from one classifier).
 """
@@ -18,19 +18,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Values are read from logits clamped to ±9.21: class probabilities within [1e-4, 1 − 1e-4] (Molavipour et al.). It
-# keeps e^t of a wrong, confident logit from deciding DV and NWJ alone, and caps LDR at 9.21 nats. Losses are unclamped.
-LOGIT_LIMIT = math.log((1 - 1e-4) / 1e-4)
+READINGS = ("ldr", "dv", "nwj")
+"""The estimates of I(X;Y|Z) that one classifier gives."""
 
-MIMRL_LOGIT_LIMIT = 10.0
-MIMRL_EPS = 1e-6
-MIMRL_TAU = 1e-4
+# Values are read from logits clamped to ±9.21, which keeps class probabilities within [1e-4, 1 − 1e-4] (Molavipour et
+# al.). No confident but wrong logit can then dominate DV and NWJ, and LDR cannot exceed 9.21 nats. Losses use logits
+# as they are.
+LOGIT_LIMIT = math.log((1 - 1e-4) / 1e-4)
 
 
 def tile(rows: Tensor, dim: int) -> Tensor:
@@ -53,9 +52,9 @@ def classifier_logits(
         first, first_bias: the first layers, [G, hidden, 3·dim], [G, hidden].
         rest: weight, bias of the further layers, [G, out, in], [G, out].
         joint: features [B, width]; those narrower than dim are repeated to it.
-        slots: of every classifier the places in `joint` of its x, y and z: 3·G integers.
-        product: of every classifier x [P, width], y and z [P / k, width], each of whose rows belongs to k rows of x.
-        k: product rows a query.
+        slots: the places in `joint` of each classifier's x, y and z: 3·G integers.
+        product: each classifier's x [P, width], and y, z [P / k, width], whose rows belong to k rows of x each.
+        k: product rows per query.
     """
     dim, rows = first.shape[2] // 3, []
     for g in range(len(first)):
@@ -70,10 +69,10 @@ def classifier_logits(
 
 
 def classifier_loss(joint: Tensor, product: Tensor) -> Tensor:
-    """Mean binary cross-entropy of joint [..., b] and product [..., b'] logits, least where they are log p/q; [...].
+    """Mean binary cross-entropy [...] of joint [..., b] and product [..., b'] logits. Its minimum is at log p/q.
 
-    With b != b' the classifier's posterior log odds are log p/q + log b/b'. The constant is added here, so that the
-    logit itself stays the log ratio whatever the counts.
+    With b != b' the posterior log odds are log p/q + log b/b'. The constant is added here, so that the logit itself is
+    the log ratio for all counts.
     """
     b, p = joint.shape[-1], product.shape[-1]
     prior = math.log(b / p)
@@ -86,36 +85,3 @@ def cmi_values(joint: Tensor, product: Tensor) -> dict[str, Tensor]:
     ldr = joint.mean(-1)
     log_mean = product.logsumexp(-1) - math.log(product.shape[-1])
     return {"ldr": ldr, "dv": ldr - log_mean, "nwj": 1 + ldr - log_mean.exp()}
-
-
-# -- what the published MIMRL code computes ---------------------------------------------------------------------------
-
-
-def _mimrl_probabilities(logits: Tensor, last_activate: Literal["sigmoid", "hardtanh"]) -> Tensor:
-    logits = logits.clamp(-MIMRL_LOGIT_LIMIT, MIMRL_LOGIT_LIMIT)
-    if last_activate == "sigmoid":
-        return torch.sigmoid(logits)
-    return functional.hardtanh(logits, MIMRL_TAU, 1 - MIMRL_TAU)
-
-
-def mimrl_classifier_loss(joint: Tensor, product: Tensor, last_activate: Literal["sigmoid", "hardtanh"]) -> Tensor:
-    """Mean BCE of two independent outputs, targets [1, 0] for joint [..., n, 2], [0, 1] for product logits; [...]."""
-    probabilities = _mimrl_probabilities(torch.cat([joint, product], -2), last_activate)
-    target = torch.zeros_like(probabilities)
-    target[..., : joint.shape[-2], 0].fill_(1)
-    target[..., joint.shape[-2] :, 1].fill_(1)
-    return functional.binary_cross_entropy(probabilities, target, reduction="none").mean((-2, -1))
-
-
-def mimrl_log_ratio(logits: Tensor, last_activate: Literal["sigmoid", "hardtanh"]) -> Tensor:
-    """log g / (1 − g + 1e-6) of the first output, [..., n, 2] -> [..., n]."""
-    g = _mimrl_probabilities(logits, last_activate)[..., 0]
-    return torch.log(g / (1 - g + MIMRL_EPS))
-
-
-def mimrl_cmi(joint: Tensor, product: Tensor) -> Tensor:
-    """1 + (Σ joint − Σ product) / 2n of n log ratios each, [..., n] -> [...].
-
-    With the exact ratio this is 1 + J/2, J = KL(p|q) + KL(q|p), not I(X;Y|Z): it reads 1 under independence.
-    """
-    return 1 + (joint.sum(-1) - product.sum(-1)) / (joint.shape[-1] + product.shape[-1])

@@ -1,4 +1,4 @@
-"""From classifiers' logits to loss and values on the GPU: one launch forward, one backward, a program a classifier.
+"""Loss and values from classifiers' logits on the GPU: one launch forward, one backward, one program per classifier.
 
 The classifiers themselves are in `classifiers`.
 """
@@ -10,21 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.aot import AotCase
-from engine.kernels.cmi import classifiers, cpu
+from engine.kernels.cmi import batched
+from engine.kernels.mi_bounds.tiles import sigmoid, softplus
 
 BLOCK, WARPS = 512, 4
-
-
-@triton.jit
-def _softplus(x):
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def _sigmoid(x):
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
@@ -46,12 +35,12 @@ def _read(
     for start in range(0, b, BLOCK):
         n = start + tl.arange(0, BLOCK)
         t = tl.load(joint_ptr + group * b + n, mask=n < b, other=0.0)
-        loss += tl.where(n < b, _softplus(-t - prior), 0.0)
+        loss += tl.where(n < b, softplus(-t - prior), 0.0)
         ldr += _clamp(t, LIMIT)
     for start in range(0, p, BLOCK):
         n = start + tl.arange(0, BLOCK)
         t = tl.load(product_ptr + group * p + n, mask=n < p, other=0.0)
-        loss += tl.where(n < p, _softplus(t + prior), 0.0)
+        loss += tl.where(n < p, softplus(t + prior), 0.0)
         # relative to the limit, which no clamped logit exceeds
         exponentials += tl.where(n < p, tl.exp(_clamp(t, LIMIT) - LIMIT), 0.0)
     mean = tl.sum(ldr, 0) / b
@@ -79,7 +68,7 @@ def _read_backward(
     for start in range(0, b, BLOCK):
         n = start + tl.arange(0, BLOCK)
         t = tl.load(joint_ptr + group * b + n, mask=n < b, other=0.0)
-        grad = -loss_grad * _sigmoid(-t - prior)
+        grad = -loss_grad * sigmoid(-t - prior)
         if HAS_VALUE:
             grad += tl.where(tl.abs(t) <= LIMIT, value_grad / b, 0.0)
         tl.store(of_joint_ptr + group * b + n, grad, mask=n < b)
@@ -94,7 +83,7 @@ def _read_backward(
         for start in range(0, p, BLOCK):
             n = start + tl.arange(0, BLOCK)
             t = tl.load(product_ptr + group * p + n, mask=n < p, other=0.0)
-            grad = loss_grad * _sigmoid(t + prior)
+            grad = loss_grad * sigmoid(t + prior)
             if HAS_VALUE and WHICH > 0:
                 share = tl.exp(_clamp(t, LIMIT) - LIMIT) / total if WHICH == 1 else tl.exp(_clamp(t, LIMIT)) / p
                 grad -= tl.where(tl.abs(t) <= LIMIT, value_grad * share, 0.0)
@@ -102,9 +91,9 @@ def _read_backward(
 
 
 def read(joint: Tensor, product: Tensor, limit: float) -> list[Tensor]:
-    """As `cpu.read`."""
+    """As `batched.read`."""
     if not _fits(joint, limit):
-        return cpu.read(joint, product, limit)
+        return batched.read(joint, product, limit)
     joint, product = joint.contiguous(), product.contiguous()
     groups = len(joint)
     loss, values = joint.new_empty(groups), joint.new_empty(3, groups)
@@ -118,9 +107,9 @@ def read(joint: Tensor, product: Tensor, limit: float) -> list[Tensor]:
 def read_backward(
     joint: Tensor, product: Tensor, loss_grad: Tensor | None, value_grad: Tensor | None, which: int, limit: float
 ) -> list[Tensor]:
-    """As `cpu.read_backward`."""
+    """As `batched.read_backward`."""
     if not _fits(joint, limit):
-        return cpu.read_backward(joint, product, loss_grad, value_grad, which, limit)
+        return batched.read_backward(joint, product, loss_grad, value_grad, which, limit)
     joint, product = joint.contiguous(), product.contiguous()
     both = loss_grad is not None or which > 0
     of_joint = torch.empty_like(joint)
@@ -149,23 +138,5 @@ def read_backward_launches(
 
 
 def _fits(joint: Tensor, limit: float) -> bool:
-    """The kernels sum in fp32, and exponentials relative to the limit vanish where it is large."""
+    """Whether the kernels apply. They sum in fp32, and a large limit makes exponentials relative to it vanish."""
     return joint.dtype == torch.float32 and 0 < limit <= 40
-
-
-def aot_cases() -> list[AotCase]:
-    pointers = {"joint_ptr": "*fp32", "product_ptr": "*fp32"}
-    sizes = {"b": "i32", "p": "i32"}
-    common = {"LIMIT": 9.21, "BLOCK": BLOCK}
-    outputs = {"loss_ptr": "*fp32", "values_ptr": "*fp32", "groups": "i32"}
-    found = [AotCase("cmi.read/fp32", _read, pointers | outputs | sizes, common, WARPS)]
-    for name, has_loss, has_value, which in (("loss", True, False, 0), ("ldr", False, True, 0), ("dv", True, True, 1)):
-        grads = {"loss_grad_ptr": has_loss, "value_grad_ptr": has_value, "of_product_ptr": has_loss or which > 0}
-        given = {key: "*fp32" for key, has in grads.items() if has} | {"of_joint_ptr": "*fp32"}
-        absent = {key: None for key, has in grads.items() if not has}
-        settings = {"HAS_LOSS": has_loss, "HAS_VALUE": has_value, "WHICH": which}
-        constexprs = common | settings | absent
-        found.append(
-            AotCase(f"cmi.read_backward/{name}/fp32", _read_backward, pointers | given | sizes, constexprs, WARPS)
-        )
-    return found + classifiers.aot_cases()

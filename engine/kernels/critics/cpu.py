@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import build
+from engine.kernels.build import addresses, pointer, pointers
 from engine.kernels.critics import plain
 
 SOURCE = Path(__file__).with_name("critics.cpp")
@@ -25,13 +26,13 @@ SOURCE = Path(__file__).with_name("critics.cpp")
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernel for float32 or float64, compiled at its first use; None (logged once) where it cannot be had."""
-    pointer, size, count = build.POINTER, build.SIZE, build.INT
-    grouped = [size, pointer, pointer, *[size] * 4, *[pointer] * 3]
+    address, size, count = build.POINTER, build.SIZE, build.INT
+    grouped = [size, address, address, *[size] * 4, *[address] * 3]
     functions = {
-        "grouped_mlp": [*grouped, pointer, count, *[pointer] * 4],
-        "grouped_infonce": [*grouped, size, *[pointer] * 5, count],
-        "concat": [*[size] * 4, *[pointer] * 4, count, *[pointer] * 4],
-        "concat_loss": [*[size] * 3, *[pointer] * 4, count, *[pointer] * 3],
+        "grouped_mlp": [*grouped, address, count, *[address] * 4],
+        "grouped_infonce": [*grouped, size, *[address] * 5, count],
+        "concat": [*[size] * 4, *[address] * 4, count, *[address] * 4],
+        "concat_loss": [*[size] * 3, *[address] * 4, count, *[address] * 3],
     }
     return build.library(SOURCE, dtype, functions, "plain torch runs")
 
@@ -48,7 +49,7 @@ def mlp_forward(
     out = x.new_empty(count, rows, width)
     state = x.new_empty(plain.state_size(rows, count, hidden, len(rest) // 2))
     library(x.dtype).grouped_mlp(
-        *_head(inputs, first, rest, state), _pointer(out), torch.get_num_threads(), None, None, None, None
+        *_head(inputs, first, rest, state), pointer(out), torch.get_num_threads(), None, None, None, None
     )
     return out, state
 
@@ -90,7 +91,7 @@ def grouped_infonce(
     numbers = ctypes.c_int64 * len(q)
     library(x.dtype).grouped_infonce(
         *_head(inputs, first, rest, state), len(q), numbers(*q), numbers(*k), losses.data_ptr(), outputs.data_ptr(),
-        _pointer(state[split:] if grads else None), torch.get_num_threads(),
+        pointer(state[split:] if grads else None), torch.get_num_threads(),
     )  # fmt: skip
     return losses, state if grads else x.new_empty(0)
 
@@ -164,8 +165,8 @@ def _infonce_pairs(
 ) -> None:
     (of_row, sums_row), (of_column, sums_column) = ((of_x, sums_x), (of_y, sums_y))[:: 1 if transpose else -1]
     library(of_x.dtype).concat_loss(
-        len(of_x), of_x.shape[1], len(further) // 2, of_row.data_ptr(), of_column.data_ptr(), _pointers(further),
-        losses.data_ptr(), torch.get_num_threads(), _pointer(sums_row), _pointer(sums_column), _pointers(of_weights),
+        len(of_x), of_x.shape[1], len(further) // 2, of_row.data_ptr(), of_column.data_ptr(), pointers(further),
+        losses.data_ptr(), torch.get_num_threads(), pointer(sums_row), pointer(sums_column), pointers(of_weights),
     )  # fmt: skip
 
 
@@ -177,7 +178,7 @@ def _head(
     weights = first[::2]
     return (
         len(inputs), sizes(*(w.shape[0] for w in weights)), sizes(*(x.shape[1] for x in inputs)), inputs[0].shape[0],
-        weights[0].shape[1], rest[-2].shape[1], len(rest) // 2, _pointers(inputs), _pointers([*first, *rest]),
+        weights[0].shape[1], rest[-2].shape[1], len(rest) // 2, pointers(inputs), pointers([*first, *rest]),
         state.data_ptr(),
     )  # fmt: skip
 
@@ -205,7 +206,7 @@ def _mlp_backward(
     factors = None if scale is None else (real * len(scale))(*scale)
     library(state.dtype).grouped_mlp(
         *_head(inputs, *pairs, state), None, torch.get_num_threads(), grad.data_ptr(), factors,
-        _addresses(places[:split]), _addresses(places[split:]),
+        addresses(places[:split]), addresses(places[split:]),
     )  # fmt: skip
     return found
 
@@ -221,19 +222,7 @@ def _concat(
     of_weights: Sequence[Tensor] = (),
 ) -> None:
     library(of_x.dtype).concat(
-        len(of_y), len(of_x), of_x.shape[1], len(further) // 2, of_y.data_ptr(), of_x.data_ptr(), _pointers(further),
-        _pointer(scores), torch.get_num_threads(), _pointer(grad), _pointer(sums_y), _pointer(sums_x),
-        _pointers(of_weights),
+        len(of_y), len(of_x), of_x.shape[1], len(further) // 2, of_y.data_ptr(), of_x.data_ptr(), pointers(further),
+        pointer(scores), torch.get_num_threads(), pointer(grad), pointer(sums_y), pointer(sums_x),
+        pointers(of_weights),
     )  # fmt: skip
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array | None:
-    return _addresses([_pointer(tensor) for tensor in tensors])
-
-
-def _addresses(places: Sequence[int | None]) -> ctypes.Array | None:
-    return (ctypes.c_void_p * len(places))(*places) if places else None

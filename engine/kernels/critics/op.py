@@ -5,9 +5,9 @@
     concat_scores(x, y, layers)         f([x; y]) of all pairs in O(tile) memory, forward and backward
     concat_infonce(x, y, layers)        InfoNCE of these scores; the gradient comes out of the forward pass
 
-All compute in fp32 (fp64 for fp64 inputs), also under autocast, and are bitwise deterministic for one number of
-threads. Gradients of gradients raise ConfigError, but for the reference's. Hidden layers end in ReLU; other activations
-run as plain torch.
+All of them compute in fp32 (fp64 for fp64 inputs), also under autocast. They are bitwise deterministic for one number
+of threads. Gradients of gradients raise ConfigError, except by the reference. Hidden layers end in ReLU; with another
+activation plain torch runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
-from engine.kernels.arguments import exact_type
+from engine.kernels.arguments import exact_type, wants_gradient
 from engine.kernels.critics import reference
 from engine.kernels.critics.plain import (
     FEW_ROWS,
@@ -33,27 +33,36 @@ from engine.kernels.critics.plan import concat_algorithm, tower_algorithm
 from engine.kernels.critics.reference import Layers
 from engine.kernels.gradients import differentiable_once
 from engine.kernels.mi_bounds.op import infonce
-from engine.kernels.registry import backend_for, call, lazy, log_size, register
+from engine.kernels.mi_bounds.reference import infonce_of_scores
+from engine.kernels.registry import backend_for, call, log_size, register_from
 
 
 def grouped_mlp(inputs: Sequence[Tensor], first: Layers, rest: Layers, activation: str = "relu") -> Tensor:
-    """N MLPs of one shape at once; those that read the same input are one product in their first layer.
+    """Run N MLPs of one shape at once, such as the towers of several critics.
 
-    Only outputs of hidden layers are kept for the backward pass.
+    MLPs that read the same input are one product in their first layer. Only the outputs of hidden layers are kept for
+    the backward pass.
 
     Args:
-        inputs: [B, d_i] each.
-        first: for every input the first layers of the n_i MLPs that read it: (weight [n_i, hidden, d_i], bias
-            [n_i, hidden]).
-        rest: further layers, at least one, of all N = sum of n_i MLPs in the inputs' order: (weight [N, out, in], bias
-            [N, out]); the hidden layers have one width.
-        activation: between the layers; see `reference.ACTIVATIONS`.
+        inputs: Features [B, d_i] each, of any real dtype.
+        first: For every input, the first layers of the n_i MLPs that read it: weight [n_i, hidden, d_i] and bias
+            [n_i, hidden].
+        rest: The further layers, at least one, of all N = sum of n_i MLPs in the order of the inputs: weight
+            [N, out, in] and bias [N, out]. All hidden layers have one width.
+        activation: Between the layers: relu, elu, gelu, leakyrelu or tanh.
 
     Returns:
-        [N, B, out], fp32 (fp64 for fp64).
+        The outputs [N, B, out], float32 (float64 if any tensor is float64).
 
     Raises:
-        EstimatorError: shapes, types or devices that do not fit, or an unknown activation.
+        EstimatorError: Shapes, types or devices that do not fit, or an unknown activation.
+
+    Example:
+        >>> x, y = torch.randn(8, 3), torch.randn(8, 5)
+        >>> first = [(torch.randn(2, 16, 3), torch.zeros(2, 16)), (torch.randn(1, 16, 5), torch.zeros(1, 16))]
+        >>> last = (torch.randn(3, 4, 16), torch.zeros(3, 4))
+        >>> grouped_mlp([x, y], first, [last]).shape  # two MLPs of x, one of y
+        torch.Size([3, 8, 4])
     """
     inputs, first, rest = _exact_towers("grouped_mlp", inputs, first, rest, activation)
     backend = _towers_on(inputs[0], activation)
@@ -71,20 +80,36 @@ def grouped_infonce(
     columns: Sequence[int],
     activation: str = "relu",
 ) -> Tensor:
-    """InfoNCE bounds of several separate critics, to be maximised: log B + mean_i log softmax_j(<h(y_i), g(x_j)>).
+    """InfoNCE bounds of several separate critics at once, to be maximised.
 
-    On the CPU one pass gives embeddings, values and the scores' gradients; the [B, B] scores are never stored.
+    A separate critic scores a pair by the product of two embeddings, and its bound is
+    log B + mean over i of log softmax_j(<h(y_i), g(x_j)>) at j = i. On the CPU one pass gives embeddings, values and
+    the gradients of the scores, and the [B, B] scores are never stored.
 
     Args:
-        inputs, first, rest, activation: as for `grouped_mlp`; its MLPs are the critics' towers.
-        rows, columns: of every critic the number of the MLP that embeds y, and of the one that embeds x, in the order
-            of `grouped_mlp`'s output. Every MLP belongs to one critic.
+        inputs: Features, as for `grouped_mlp`, whose MLPs are the critics' towers.
+        first: As for `grouped_mlp`.
+        rest: As for `grouped_mlp`.
+        rows: For every critic, the number of the MLP that embeds y, in the order of `grouped_mlp`'s output.
+        columns: For every critic, the number of the MLP that embeds x. Every MLP belongs to exactly one critic.
+        activation: As for `grouped_mlp`.
 
     Returns:
-        [G], in nats, fp32 (fp64 for fp64). NaN where a score is not finite.
+        The bounds [G] in nats, float32 (float64 if any tensor is float64). NaN for a critic with a score that is not
+        finite.
 
     Raises:
-        EstimatorError: shapes, types, devices or numbers that do not fit; no rows; an unknown activation.
+        EstimatorError: Shapes, types, devices or numbers that do not fit, no rows, or an unknown activation.
+
+    Source:
+        van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018.
+
+    Example:
+        >>> x, y = torch.randn(8, 3), torch.randn(8, 5)
+        >>> first = [(torch.randn(1, 16, 3), torch.zeros(1, 16)), (torch.randn(1, 16, 5), torch.zeros(1, 16))]
+        >>> last = (torch.zeros(2, 4, 16), torch.zeros(2, 4))
+        >>> grouped_infonce([x, y], first, [last], rows=[1], columns=[0]).abs() < 1e-5  # equal scores tell nothing
+        tensor([True])
     """
     inputs, first, rest = _exact_towers("grouped_infonce", inputs, first, rest, activation)
     _check_rows("grouped_infonce", inputs[0])
@@ -107,11 +132,13 @@ def grouped_infonce(
 def infonce_of_towers(
     inputs: Sequence[Tensor], stacks: Sequence[Tensor], rows: list[int], columns: list[int]
 ) -> Tensor:
-    """`grouped_infonce` with ReLU for callers who have checked shapes: a small step notices what checks cost.
+    """`grouped_infonce` with ReLU, for callers who have checked the shapes: checks take time in a small step.
 
     Args:
+        inputs: As for `grouped_infonce`.
         stacks: weight, bias, weight, bias, ... of `first`, then of `rest`.
-        rows, columns: as for `grouped_infonce`.
+        rows: As for `grouped_infonce`.
+        columns: As for `grouped_infonce`.
     """
     if _towers_on(inputs[0], "relu") == "cpu":
         dtype = exact_type("grouped_infonce", *inputs, *stacks, integers=True)
@@ -125,14 +152,14 @@ def _infonce_of_towers(
     inputs: Sequence[Tensor], stacks: Sequence[Tensor], rows: list[int], columns: list[int]
 ) -> Tensor:
     split = 2 * len(inputs)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *stacks)):
+    if wants_gradient(*inputs, *stacks):
         return _GroupedInfoNCE.apply(len(inputs), rows, columns, *inputs, *stacks)
     arguments = inputs[0], inputs[1:], stacks[:split], stacks[split:], rows, columns, False
     return log_size(len(inputs[0]), inputs[0]) - call("critics_grouped_infonce", *arguments)[0]
 
 
 def entries(stack: Tensor, numbers: Sequence[int]) -> Tensor:
-    """stack[numbers]. A list as an index would be copied to the device: neighbours are a view, others one launch."""
+    """stack[numbers] without copying the list to the device: a view for neighbours, else one launch."""
     first = numbers[0]
     if list(numbers) == list(range(first, first + len(numbers))):
         return stack[first : first + len(numbers)]
@@ -141,22 +168,29 @@ def entries(stack: Tensor, numbers: Sequence[int]) -> Tensor:
 
 
 def concat_scores(x: Tensor, y: Tensor, layers: Layers, activation: str = "relu") -> Tensor:
-    """f([x; y]) on all pairs: `scores[i, j] = f([x_j; y_i])`. The pairs [B · M, dx + dy] are never formed.
+    """Scores of a concat critic, an MLP over [x; y], on all pairs: scores[i, j] = f([x_j; y_i]).
 
-    The first layer is split, W [x; y] = W_x x + W_y y; the hidden layers exist for one tile of pairs at a time, and the
-    backward pass computes them again.
+    The pairs [B · M, dx + dy] are never formed: the first layer is split, W [x; y] = W_x x + W_y y. The hidden layers
+    exist for one tile of pairs at a time, and the backward pass computes them again.
 
     Args:
-        x: [M, dx]. y: [B, dy].
-        layers: (weight [out, in], bias [out]), at least two; the first reads dx + dy, the last has one output, the
-            hidden layers have one width.
-        activation: between the layers; see `reference.ACTIVATIONS`.
+        x: [M, dx], of any real dtype.
+        y: [B, dy], of any real dtype.
+        layers: Weight [out, in] and bias [out] of at least two layers. The first reads dx + dy numbers, the last has
+            one output, and all hidden layers have one width.
+        activation: Between the layers: relu, elu, gelu, leakyrelu or tanh.
 
     Returns:
-        [B, M], fp32 (fp64 for fp64).
+        The scores [B, M], float32 (float64 if any tensor is float64).
 
     Raises:
-        EstimatorError: shapes, types or devices that do not fit, or an unknown activation.
+        EstimatorError: Shapes, types or devices that do not fit, or an unknown activation.
+
+    Example:
+        >>> x, y = torch.randn(6, 3), torch.randn(4, 5)
+        >>> layers = [(torch.randn(16, 8), torch.zeros(16)), (torch.randn(1, 16), torch.zeros(1))]
+        >>> concat_scores(x, y, layers).shape
+        torch.Size([4, 6])
     """
     x, y, layers = _exact_pairs("concat_scores", x, y, layers, activation)
     backend = _pairs_on(x, layers, activation)
@@ -169,20 +203,32 @@ def concat_scores(x: Tensor, y: Tensor, layers: Layers, activation: str = "relu"
 def concat_infonce(
     x: Tensor, y: Tensor, layers: Layers, activation: str = "relu", *, transpose: bool = False
 ) -> Tensor:
-    """The InfoNCE bound on I(X;Y) with the concat critic, to be maximised: log B + mean_i log softmax_j(S_ij) at j = i.
+    """The InfoNCE bound on I(X;Y) with a concat critic, to be maximised: log B + mean_i log softmax_j(S_ij) at j = i.
 
-    Scores are not stored: O(B) memory. On the CPU value and gradient take one pass over the pairs, a row at a time; on
-    the GPU the gradient takes a second one.
+    The scores are not stored: memory is O(B). On the CPU, value and gradient take one pass over the pairs, a row at a
+    time.
 
     Args:
-        x, y, layers, activation: as for `concat_scores`, x and y of B rows each.
-        transpose: of the transposed scores, softmax over y for every x.
+        x: [B, dx], as for `concat_scores`.
+        y: [B, dy], as for `concat_scores`.
+        layers: As for `concat_scores`.
+        activation: As for `concat_scores`.
+        transpose: Take the softmax over y for every x instead.
 
     Returns:
-        0-d, in nats, fp32 (fp64 for fp64). NaN where a score is not finite.
+        The bound in nats, 0-d, float32 (float64 if any tensor is float64). NaN if a score is not finite.
 
     Raises:
-        EstimatorError: shapes, types or devices that do not fit, or an unknown activation.
+        EstimatorError: Shapes, types or devices that do not fit, or an unknown activation.
+
+    Source:
+        van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018.
+
+    Example:
+        >>> x, y = torch.randn(6, 3), torch.randn(6, 5)
+        >>> layers = [(torch.randn(16, 8), torch.zeros(16)), (torch.zeros(1, 16), torch.zeros(1))]
+        >>> concat_infonce(x, y, layers).abs() < 1e-5  # equal scores tell nothing
+        tensor(True)
     """
     x, y, layers = _exact_pairs("concat_infonce", x, y, layers, activation)
     _check_rows("concat_infonce", x)
@@ -191,13 +237,17 @@ def concat_infonce(
     if _pairs_on(x, layers, activation) == "reference":
         scores = concat_scores(x, y, layers, activation)
         scores = scores.t() if transpose else scores
-        losses = -scores.log_softmax(1).diagonal() + (scores - scores).detach().sum(1)
+        losses = infonce_of_scores(scores) + (scores - scores).detach().sum(1)  # NaN where a score is not finite
         return log_size(len(x), losses) - losses.mean()
     with torch.autocast(x.device.type, enabled=False):
         flat = _flat(layers)
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *flat))):
+        if not wants_gradient(x, y, *flat):
             return log_size(len(x), x) - call("critics_concat_infonce", x, y, flat, transpose, False, False)[0].mean()
         return log_size(len(x), x) - _ConcatInfoNCE.apply(x, y, transpose, *flat)
+
+
+# Whether the inputs' gradients are wanted, and the layers'.
+Wanted = tuple[bool, bool]
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -212,17 +262,12 @@ class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     @differentiable_once("grouped_mlp")
     def backward(ctx, grad):
-        count, needs = ctx.count, ctx.needs_input_grad[1:]
-        state, *saved = ctx.saved_tensors
-        inputs, first, rest = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        wanted = any(needs[:count]), any(needs[count:])
         with torch.autocast(grad.device.type, enabled=False):
-            found = call("critics_mlp_backward", grad.contiguous(), inputs, first, rest, state, *wanted)
-        return None, *_grouped_pieces(found, inputs, (*first, *rest), wanted)
+            return None, *_of_towers("critics_mlp_backward", grad.contiguous(), ctx, ctx.needs_input_grad[1:])
 
 
 class _GroupedInfoNCE(torch.autograd.Function):
-    """Values; the gradients of the embeddings are computed forward."""
+    """Values of the bounds. The forward pass computes the gradients of the embeddings as well."""
 
     @staticmethod
     def forward(ctx, count, q, k, *tensors):
@@ -235,12 +280,21 @@ class _GroupedInfoNCE(torch.autograd.Function):
     @staticmethod
     @differentiable_once("grouped_infonce")
     def backward(ctx, grad):
-        count, needs = ctx.count, ctx.needs_input_grad[3:]
-        state, *saved = ctx.saved_tensors
-        inputs, first, rest = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        wanted = any(needs[:count]), any(needs[count:])
-        found = call("critics_grouped_infonce_backward", -grad, inputs, first, rest, state, *ctx.numbers, *wanted)
-        return None, None, None, *_grouped_pieces(found, inputs, (*first, *rest), wanted)
+        needs = ctx.needs_input_grad[3:]
+        return None, None, None, *_of_towers("critics_grouped_infonce_backward", -grad, ctx, needs, *ctx.numbers)
+
+
+def _of_towers(
+    operation: str, grad: Tensor, ctx, needs: Sequence[bool], *numbers: Sequence[int]
+) -> list[Tensor | None]:
+    """Gradients of inputs, weights and biases by a backward operation on towers."""
+    state, *saved = ctx.saved_tensors
+    count = ctx.count
+    inputs, first, rest = saved[:count], saved[count : 2 * count], saved[2 * count :]
+    wanted = any(needs[:count]), any(needs[count:])
+    gradients = call(operation, grad, inputs, first, rest, state, *numbers, *wanted)
+    weights = (*first, *rest)
+    return _pieces(gradients, grad_shapes(inputs, weights, *wanted), (count, 2 * len(weights)), wanted)
 
 
 class _ConcatScores(torch.autograd.Function):
@@ -255,8 +309,8 @@ class _ConcatScores(torch.autograd.Function):
         x, y, *layers = ctx.saved_tensors
         wanted = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:])
         with torch.autocast(grad.device.type, enabled=False):
-            found = call("critics_concat_backward", grad.contiguous(), x, y, layers, *wanted)
-        return tuple(_concat_pieces(found, x, y, layers, wanted))
+            gradients = call("critics_concat_backward", grad.contiguous(), x, y, layers, *wanted)
+        return tuple(_pieces(gradients, concat_shapes(x, y, layers, *wanted), (2, len(layers)), wanted))
 
 
 class _ConcatInfoNCE(torch.autograd.Function):
@@ -266,32 +320,32 @@ class _ConcatInfoNCE(torch.autograd.Function):
     def forward(ctx, x, y, transpose, *layers):
         needs = ctx.needs_input_grad
         ctx.wanted = any(needs[:2]), any(needs[3:])
-        losses, found = call("critics_concat_infonce", x, y, layers, transpose, *ctx.wanted)
-        ctx.save_for_backward(found, x, y, *layers)
+        losses, gradients = call("critics_concat_infonce", x, y, layers, transpose, *ctx.wanted)
+        ctx.save_for_backward(gradients, x, y, *layers)
         return losses.mean()
 
     @staticmethod
     @differentiable_once("concat_infonce")
     def backward(ctx, grad):
-        found, x, y, *layers = ctx.saved_tensors
-        of_x, of_y, *of_layers = _concat_pieces(found * grad, x, y, layers, ctx.wanted)
+        gradients, x, y, *layers = ctx.saved_tensors
+        shapes = concat_shapes(x, y, layers, *ctx.wanted)
+        of_x, of_y, *of_layers = _pieces(gradients * grad, shapes, (2, len(layers)), ctx.wanted)
         return of_x, of_y, None, *of_layers
 
 
-def _grouped_pieces(
-    found: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor], wanted: tuple[bool, bool]
+def _pieces(
+    gradients: Tensor, shapes: Sequence[torch.Size], counts: tuple[int, int], wanted: Wanted
 ) -> list[Tensor | None]:
-    pieces = pieces_of(found, grad_shapes(inputs, weights, *wanted))
-    of_inputs = pieces[: len(inputs)] if wanted[0] else [None] * len(inputs)
-    return [*of_inputs, *(pieces[len(inputs) if wanted[0] else 0 :] if wanted[1] else [None] * (2 * len(weights)))]
+    """Gradients of the inputs and of the layers out of one 1-d tensor, None for those that are not wanted.
 
-
-def _concat_pieces(
-    found: Tensor, x: Tensor, y: Tensor, layers: Sequence[Tensor], wanted: tuple[bool, bool]
-) -> list[Tensor | None]:
-    pieces = pieces_of(found, concat_shapes(x, y, layers, *wanted))
-    of_inputs = pieces[:2] if wanted[0] else [None, None]
-    return [*of_inputs, *(pieces[2 if wanted[0] else 0 :] if wanted[1] else [None] * len(layers))]
+    Args:
+        gradients: the wanted ones, one after another.
+        shapes: theirs.
+        counts: how many inputs there are, and how many tensors of layers.
+        wanted: whether those of the inputs are there, and those of the layers.
+    """
+    pieces = iter(pieces_of(gradients, shapes))
+    return [next(pieces) if there else None for count, there in zip(counts, wanted, strict=True) for _ in range(count)]
 
 
 def _towers_on(x: Tensor, activation: str) -> str:
@@ -305,7 +359,7 @@ def _pairs_on(x: Tensor, layers: Layers, activation: str) -> str:
 
 
 def _backend(x: Tensor, operation: str, activation: str, algorithm: Callable[[], str]) -> str:
-    """The backend that runs; "reference" also where plain torch is the algorithm."""
+    """The backend that runs; "reference" also if plain torch is the chosen algorithm."""
     if activation != "relu":
         return "reference"
     backend = backend_for(x, operation)
@@ -322,7 +376,7 @@ def _flat(layers: Layers) -> list[Tensor]:
 def _exact_towers(
     where: str, inputs: Sequence[Tensor], first: Layers, rest: Layers, activation: str
 ) -> tuple[list[Tensor], Layers, Layers]:
-    """What `grouped_mlp` is given, checked and in the one type that it is computed in."""
+    """The arguments of `grouped_mlp`, checked and in one dtype."""
     _check_activation(where, activation)
     dtype = exact_type(where, *inputs, *_all(first), *_all(rest), integers=True)
     inputs = [_to(x, dtype) for x in inputs]
@@ -332,7 +386,7 @@ def _exact_towers(
 
 
 def _exact_pairs(where: str, x: Tensor, y: Tensor, layers: Layers, activation: str) -> tuple[Tensor, Tensor, Layers]:
-    """The same of `concat_scores`."""
+    """The arguments of `concat_scores`, checked and in one dtype."""
     _check_activation(where, activation)
     dtype = exact_type(where, x, y, *_all(layers), integers=True)
     x, y, layers = _to(x, dtype), _to(y, dtype), [(_to(w, dtype), _to(b, dtype)) for w, b in layers]
@@ -431,66 +485,40 @@ def _fake_concat_infonce(x, y, layers, transpose, input_grads, weight_grads):
     return x.new_empty(x.shape[0]), _fake_concat_backward(None, x, y, layers, input_grads, weight_grads)
 
 
-def _register(name: str, function: str, schema: str, fake, cuda: str) -> None:
-    folder = "engine.kernels.critics"
-    register(
-        name,
-        schema,
-        cpu=lazy(f"{folder}.cpu", function),
-        cuda=lazy(f"{folder}.{cuda}", function),
-        fake=fake,
-        launches=lazy(f"{folder}.{cuda}", f"{function}_launches"),
-    )
+_add = register_from("engine.kernels.critics", "critics_")
+_GRADS = "bool input_grads, bool weight_grads"
+_MLPS = "Tensor x, Tensor[] more, Tensor[] first, Tensor[] rest"
+_MLPS_BACKWARD = "Tensor grad, Tensor[] inputs, Tensor[] first, Tensor[] rest, Tensor state"
 
-
-_register(
-    "critics_mlp_forward",
-    "mlp_forward",
-    "(Tensor x, Tensor[] more, Tensor[] first, Tensor[] rest) -> (Tensor, Tensor)",
-    _fake_mlp_forward,
-    "towers",
-)
-_register(
-    "critics_mlp_backward",
-    "mlp_backward",
-    "(Tensor grad, Tensor[] inputs, Tensor[] first, Tensor[] rest, Tensor state, bool input_grads,"
-    " bool weight_grads) -> Tensor",
-    _fake_mlp_backward,
-    "towers",
-)
-_register(
-    "critics_grouped_infonce",
+_add("mlp_forward", f"({_MLPS}) -> (Tensor, Tensor)", "towers", _fake_mlp_forward)
+_add("mlp_backward", f"({_MLPS_BACKWARD}, {_GRADS}) -> Tensor", "towers", _fake_mlp_backward)
+_add(
     "grouped_infonce",
-    "(Tensor x, Tensor[] more, Tensor[] first, Tensor[] rest, int[] q, int[] k, bool grads) -> (Tensor, Tensor)",
+    f"({_MLPS}, int[] q, int[] k, bool grads) -> (Tensor, Tensor)",
+    "towers",
     _fake_grouped_infonce,
-    "towers",
 )
-_register(
-    "critics_grouped_infonce_backward",
+_add(
     "grouped_infonce_backward",
-    "(Tensor grad, Tensor[] inputs, Tensor[] first, Tensor[] rest, Tensor state, int[] q, int[] k, bool input_grads,"
-    " bool weight_grads) -> Tensor",
-    _fake_grouped_infonce_backward,
+    f"({_MLPS_BACKWARD}, int[] q, int[] k, {_GRADS}) -> Tensor",
     "towers",
+    _fake_grouped_infonce_backward,
 )
-_register(
-    "critics_concat_forward",
+_add(
     "concat_forward",
     "(Tensor x, Tensor y, Tensor[] layers) -> Tensor",
+    "triton",
     lambda x, y, layers: x.new_empty(y.shape[0], x.shape[0]),
-    "triton",
 )
-_register(
-    "critics_concat_backward",
+_add(
     "concat_backward",
-    "(Tensor grad, Tensor x, Tensor y, Tensor[] layers, bool input_grads, bool weight_grads) -> Tensor",
+    f"(Tensor grad, Tensor x, Tensor y, Tensor[] layers, {_GRADS}) -> Tensor",
+    "triton",
     _fake_concat_backward,
-    "triton",
 )
-_register(
-    "critics_concat_infonce",
+_add(
     "concat_infonce",
-    "(Tensor x, Tensor y, Tensor[] layers, bool transpose, bool input_grads, bool weight_grads) -> (Tensor, Tensor)",
-    _fake_concat_infonce,
+    f"(Tensor x, Tensor y, Tensor[] layers, bool transpose, {_GRADS}) -> (Tensor, Tensor)",
     "triton",
+    _fake_concat_infonce,
 )

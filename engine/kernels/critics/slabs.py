@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.aot import AotCase
 from engine.kernels.mlp.triton import positive, precision_now
 
 SLAB_NUMBERS = 1 << 22  # 16,384 pairs of 256 features
@@ -408,29 +407,3 @@ def _layers(depth: int, backward: bool) -> int:
 
 def _dtype() -> torch.dtype:
     return torch.bfloat16 if precision_now() == "bf16" else torch.float32
-
-
-def aot_cases() -> list[AotCase]:
-    """The flagship's critic, with layers in fp32 and in bf16."""
-    found = []
-    tile = {"PAIRS": PAIRS, "FEATURES": FEATURES}
-    cases = (
-        (_outer, tile, ("out_ptr",)),
-        (_bias_relu, tile, ("layer_ptr",)),
-        (_output, tile | {"HAS_BIAS": True}, ("layer_ptr",)),
-        (_losses, {"GRADS": True, "COLUMNS": COLUMNS}, ()),
-        (_output_backward, tile | {"BIAS": True}, ("layer_ptr", "grad_ptr")),
-        (_relu_backward, tile, ("layer_ptr", "grad_ptr")),
-        (_sides, tile, ("grad_ptr",)),
-    )
-    for kernel, constexprs, stored in cases:
-        for element in ("fp32", "bf16") if stored else ("fp32",):
-            signature = {}
-            for name in kernel.arg_names:
-                if name.endswith("_ptr"):
-                    signature[name] = f"*{element}" if name in stored else "*fp32"
-                elif name not in constexprs:
-                    signature[name] = "i32"
-            name = f"critics.slab_{kernel.__name__[1:]}/{element}"
-            found.append(AotCase(name, kernel, signature, constexprs, WARPS, 2))
-    return found

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.aot import AotCase
 from engine.kernels.critics import plain
 from engine.kernels.critics.plan import tower_algorithm
 from engine.kernels.mlp.triton import TILES, dot, layer_backward, layer_forward, precision_now
@@ -297,19 +296,3 @@ def grouped_infonce_backward_launches(
 ) -> int:  # fmt: skip
     towers = mlp_backward_launches(grad, inputs, first, rest, state, input_grads, weight_grads)
     return towers + (2 if _algorithm(inputs[0]) == "plain" else 0)
-
-
-def aot_cases() -> list[AotCase]:
-    """MIMRL's five critics in every precision."""
-    found = []
-    for precision, (m, n, k, warps, stages) in TILES.items():
-        constant = {"Q": (1, 3, 4, 6, 9), "K": (0, 2, 5, 7, 8), "CRITICS": 5, "WIDTH": 128, "PRECISION": precision}
-        variant = "fp32" if precision == "tf32x3" else precision
-        pointers = {"out_ptr": "*fp32", "slope_ptr": "*fp32", "loss_ptr": "*fp32", "rows": "i32"}
-        scores = constant | {"GRADS": True, "BLOCK_M": SCORE_ROWS, "BLOCK_N": SCORE_COLUMNS, "BLOCK_K": k}
-        found.append(AotCase(f"critics.grouped_scores/{variant}", _scores, pointers, scores, WARPS, stages, True))
-        products = constant | {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
-        pointers = pointers | {"of_out_ptr": "*fp32", "mean_ptr": "*fp32", "row_tiles": "i32", "column_tiles": "i32"}
-        name = f"critics.embedding_gradients/{variant}"
-        found.append(AotCase(name, _embedding_gradients, pointers, products, warps, stages, True))
-    return found

@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.aot import AotCase
-from engine.kernels.critics import plain, slabs, towers
+from engine.kernels.critics import plain, slabs
 from engine.kernels.critics.plan import concat_algorithm
 from engine.kernels.mlp.triton import PRECISIONS, dot, positive
 
@@ -546,59 +545,3 @@ def _buffer_dtype(precision: str) -> torch.dtype:
 
 def _precision() -> str:
     return PRECISIONS[torch.get_float32_matmul_precision()]
-
-
-# -- ahead-of-time cases --
-
-
-def aot_cases() -> list[AotCase]:
-    """The flagship's critic, three hidden layers of 256, in every precision; shallower ones in fp32."""
-    found = []
-    for precision in PRECISIONS.values():
-        for depth in (2, 1, 0) if precision == "tf32x3" else (2,):
-            dot, quick = depth > 0, precision != "tf32" and depth == 2
-            common = {"HIDDEN": 256, "DEPTH": depth, "PRECISION": precision, "BLOCK_H": 256}
-            name = f"{depth + 1}_layers/{'fp32' if precision == 'tf32x3' else precision}"
-            i, j, k, m, warps, stages = SCORES[precision]
-            blocks = {"BLOCK_I": i, "BLOCK_J": j, "BLOCK_K": k, "BLOCK_M": m}
-            for kernel in (_scores, _statistics):
-                found.append(_case(kernel, name, common | blocks, warps, stages, dot, quick))
-            p, k, m, warps, stages = TOP[precision]
-            for given in (False, True):
-                constexprs = common | {"GIVEN": given, "BLOCK": TILE, "BLOCK_P": p, "BLOCK_K": k, "BLOCK_M": m}
-                variant = f"{name.replace('/', '_given/') if given else name}"
-                found.append(_case(_top_backward, variant, constexprs, warps, stages, dot, quick and not given))
-        for first in (False, True):
-            name = f"{'first' if first else 'further'}/{'fp32' if precision == 'tf32x3' else precision}"
-            common = {"FIRST": first, "HIDDEN": 256, "BLOCK": TILE, "PRECISION": precision}
-            p, k, warps, stages = LAYER[precision]
-            blocks = {"BLOCK_H": 256, "BLOCK_P": p, "BLOCK_K": k}
-            found.append(_case(_layer_backward, name, common | blocks, warps, stages, True, quick))
-            o, n, s, warps, stages = WEIGHT[precision]
-            blocks = {"BLOCK_O": o, "BLOCK_N": n, "BLOCK_S": s}
-            found.append(_case(_weight_gradient, name, common | blocks, warps, stages, True, quick))
-    found.append(_case(_sides, "fp32", {"HIDDEN": 256, "BLOCK": TILE, "BLOCK_F": SIDES}, 4, 2, False, True))
-    return found + slabs.aot_cases() + towers.aot_cases()
-
-
-def _case(
-    kernel: object, variant: str, constexprs: dict[str, object], warps: int, stages: int, dot: bool, quick: bool
-) -> AotCase:
-    integers = (
-        "rows", "columns", "count", "row0", "column0", "row_tiles", "column_tiles", "slots", "run",
-    )  # fmt: skip
-    # a slab's buffers are of the products' type
-    half = constexprs.get("PRECISION") == "bf16"
-    buffers = {
-        "_top_backward": ("kept_ptr", "out_ptr"),
-        "_layer_backward": ("grad_ptr", "kept_ptr", "out_ptr"),
-        "_weight_gradient": ("grad_ptr", "below_ptr"),
-    }.get(kernel.__name__, ())
-    signature = {}
-    for name in kernel.arg_names:
-        if name not in constexprs:
-            element = "bf16" if half and name in buffers else "fp32"
-            signature[name] = "i32" if name in integers else f"*{element}"
-    return AotCase(
-        f"critics.{kernel.__name__[1:]}/{variant}", kernel, signature, constexprs, warps, stages, dot=dot, quick=quick
-    )

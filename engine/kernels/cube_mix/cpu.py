@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import build
+from engine.kernels.build import pointer, pointers
 
 SOURCE = Path(__file__).with_name("cube_mix.cpp")
 # In the order of the kernel's tables.
@@ -102,7 +103,7 @@ def backward(
         gradients = [None if w is None else torch.empty_like(w) for w in weights]
         head = _head(x, weights, activation, ln_first, eps, kept)
         library(x.dtype).cube_mix_backward(
-            *head, dy.data_ptr(), x.data_ptr(), kept.data_ptr(), _pointer(dx), _pointers(gradients)
+            *head, dy.data_ptr(), x.data_ptr(), kept.data_ptr(), pointer(dx), pointers(gradients)
         )
     return [g for g in (*gradients, dx) if g is not None]
 
@@ -134,18 +135,10 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
-    return (ctypes.c_void_p * len(tensors))(*map(_pointer, tensors))
-
-
 def _head(
     x: Tensor, weights: Sequence[Tensor | None], activation: str, ln_first: bool, eps: float, kept: Tensor
 ) -> tuple[object, ...]:
     outer, d_in, inner = x.shape
     hidden, d_out = weights[0].shape[0], weights[2].shape[0]
     numbers = (outer, inner, d_in, hidden, d_out, ACTIVATIONS.index(activation), int(ln_first), int(kept.numel() > 0))
-    return (ctypes.c_int64 * 8)(*numbers), eps, torch.get_num_threads(), _pointers(weights)
+    return (ctypes.c_int64 * 8)(*numbers), eps, torch.get_num_threads(), pointers(weights)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import registry
-from engine.kernels.arguments import exact_type
+from engine.kernels.arguments import exact_type, wants_gradient
 from engine.kernels.cube_mix import cpu, reference
 from engine.kernels.gradients import differentiable_once
 
@@ -47,34 +47,48 @@ def cube_mix(
     ln_first: bool = False,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Mix one axis of a cube with a residual two-layer perceptron and a LayerNorm.
+    """Mix one axis of a cube with a residual two-layer perceptron and a LayerNorm, as CubeMLP does.
 
-    With MLP(u) = fc2(activation(fc1(u))) and R the residual projection (the identity where it is None), along `axis`:
+    With MLP(u) = fc2(activation(fc1(u))) and the residual projection R, all along `axis`:
 
         ln_first=False:  y = LayerNorm(MLP(x) + R(x))
         ln_first=True:   y = MLP(LayerNorm(x)) + R(x)
 
-    The result is float32 (float64 for float64 x), under autocast too, and so are LayerNorm and all sums. Products are
-    float32 on the CPU. On a GPU they have the caller's precision: autocast's type where it is on; else tf32 where
-    torch's own products may be (`torch.set_float32_matmul_precision`); else float32, as three tf32 products of split
-    factors. Under autocast what is kept for the backward pass is of 16 bits there. Bitwise the same from run to run,
-    whatever the number of threads.
+    LayerNorm and all sums are float32 (float64 for float64 x), also under autocast. Products are float32 on the CPU.
+    On a GPU they follow the caller's precision: autocast's dtype if autocast is on, tf32 if torch's own products may
+    be tf32 (`torch.set_float32_matmul_precision`), else float32 as three tf32 products of split factors. Results are
+    bitwise the same in every run, whatever the number of threads.
 
     Args:
-        x: [B, l, k, d], or of any number of axes. `axis` is the one mixed; its length is d_in, the others are kept.
-        fc1_weight, fc1_bias: [d_hidden, d_in], [d_hidden]. fc2_weight, fc2_bias: [d_out, d_hidden], [d_out].
-        residual_weight: [d_out, d_in], or None for the identity (then d_in == d_out).
-        norm_weight, norm_bias: [d_out], or [d_in] with ln_first.
-        activation: gelu (exact), relu, tanh, leakyrelu, elu, hardtanh or hardshrink, as torch's with its defaults.
+        x: [B, l, k, d], or of any number of axes, of any floating dtype. The length of `axis` is d_in.
+        axis: The axis that is mixed. The others are kept.
+        fc1_weight: [d_hidden, d_in].
+        fc1_bias: [d_hidden] or None.
+        fc2_weight: [d_out, d_hidden].
+        fc2_bias: [d_out] or None.
+        residual_weight: R, [d_out, d_in]. None is the identity; then d_in must be d_out.
+        norm_weight: [d_out], or [d_in] with `ln_first`.
+        norm_bias: As norm_weight.
+        activation: gelu (exact), relu, tanh, leakyrelu, elu, hardtanh or hardshrink, with torch's defaults.
+        ln_first: Where LayerNorm stands, see above.
+        eps: Of LayerNorm.
 
     Returns:
-        x with the length of `axis` changed to d_out. Differentiable once in x and the weights.
+        x with the length of `axis` changed to d_out, float32 (float64 for float64 x). Differentiable once in x and in
+        the weights.
 
     Raises:
-        ValueError: an unknown activation; shapes that do not belong together.
-        EstimatorError: types other than floating ones, or tensors on several devices.
+        ValueError: An unknown activation, or shapes that do not belong together.
+        EstimatorError: Types other than floating ones, or tensors on several devices.
 
-    Source: Sun et al., CubeMLP, ACM MM 2022.
+    Source:
+        Sun et al., CubeMLP: An MLP-based Model for Multimodal Sentiment Analysis and Depression Estimation, ACM
+        Multimedia 2022.
+
+    Example:
+        >>> x, w, b = torch.randn(2, 10, 3, 4), torch.randn(10, 10), torch.zeros(10)
+        >>> cube_mix(x, 1, w, b, w, b, None, torch.ones(10), b).mean(1).abs().max() < 1e-5  # normalised along axis 1
+        tensor(True)
     """
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual_weight, norm_weight, norm_bias)
     exact_type("cube_mix", x, *weights)
@@ -97,19 +111,32 @@ def cube_block(
 ) -> Tensor:
     """Mix time, then modality, then channel: `cube_mix` along axes 1, 2 and 3.
 
-    On a GPU modality and channel are one operation if the modality axis is short (up to 8, in the layer too) and the
-    channels are not. Under autocast what goes from time to modality and on to channel is of autocast's type there.
+    On a GPU, modality and channel are one operation if the modality axis and its hidden layer are short (up to 8) and
+    the channels are not. Under autocast, what goes from one axis to the next has autocast's dtype there.
 
     Args:
-        x: [B, l, k, d].
-        time, modality, channel: the seven weights of each axis, in the order of `cube_mix`'s arguments.
-        activation, ln_first, eps: of all three, as in `cube_mix`.
+        x: [B, l, k, d], of any floating dtype.
+        time: The seven weights of axis 1, in the order of `cube_mix`'s arguments.
+        modality: Those of axis 2.
+        channel: Those of axis 3.
+        activation: Of all three, as for `cube_mix`.
+        ln_first: Of all three, as for `cube_mix`.
+        eps: Of all three, as for `cube_mix`.
 
     Returns:
-        [B, l_out, k_out, d_out], float32 (float64 for float64 x). Differentiable once in x and the weights.
+        [B, l_out, k_out, d_out], float32 (float64 for float64 x). Differentiable once in x and in the weights.
 
     Raises:
-        ValueError, EstimatorError: as `cube_mix`.
+        ValueError: As `cube_mix`, or x has other than four axes.
+        EstimatorError: As `cube_mix`.
+
+    Source:
+        Sun et al., CubeMLP, ACM Multimedia 2022.
+
+    Example:
+        >>> def weights(n): return (torch.eye(n), None, torch.eye(n), None, None, torch.ones(n), torch.zeros(n))
+        >>> cube_block(torch.randn(2, 10, 3, 4), weights(10), weights(3), weights(4)).shape
+        torch.Size([2, 10, 3, 4])
     """
     exact_type("cube_block", x, *time, *modality, *channel)
     if x.ndim != 4:
@@ -125,7 +152,7 @@ def cube_block(
     x = _mix(x, 1, time, *settings, cpu.STORAGE.get(precision, torch.float32))
     batch, length, _, _ = x.shape
     rows = x.flatten(0, 1)
-    if _needs_gradient(x, *modality, *channel):
+    if wants_gradient(x, *modality, *channel):
         y = _CubePair.apply(rows, *settings, precision, *modality, *channel)
     else:
         y = _pair_forward(rows, (*modality, *channel), (*settings, precision), False)[0]
@@ -133,8 +160,10 @@ def cube_block(
 
 
 def available(x: Tensor) -> bool:
-    """Whether a fast backend runs on tensors like x; the formula runs otherwise. The first call for CPU tensors
-    compiles the kernel (seconds, logged) unless it is kept from before."""
+    """Whether a fast backend runs on tensors like x. If not, the formula runs.
+
+    The first call for CPU tensors compiles the kernel, which takes seconds and is logged, unless it was kept.
+    """
     if x.dtype not in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type):
         return False
     backend = registry.backend_for(x, "cube_mix_forward")
@@ -178,12 +207,8 @@ def _precision(x: Tensor) -> str:
 
 
 def _longest(weights: Weights) -> int:
-    """Of an axis' input, hidden layer and output."""
+    """The largest of an axis' input, hidden layer and output."""
     return max(*weights[0].shape, len(weights[2]))
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _check(d_in: int, weights: tuple[Tensor | None, ...], activation: str, ln_first: bool) -> None:
@@ -218,7 +243,7 @@ def _mix(
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     columns = x.reshape(math.prod(before), x.shape[axis], math.prod(after))
     settings = (activation, ln_first, eps, _precision(x) if on_triton(x) else "fp32")
-    if _needs_gradient(x, *weights):
+    if wants_gradient(x, *weights):
         y = _CubeMix.apply(columns, *settings, dtype, *weights)
     else:
         y = _forward(columns, weights, settings, dtype, False)[0]
@@ -234,7 +259,7 @@ def _used(x: Tensor, weights: Weights) -> list[Tensor | None]:
 def _forward(
     x: Tensor, weights: Weights, settings: tuple[str, bool, float, str], dtype: torch.dtype, keep: bool
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """y; what the backward pass needs, nothing unless `keep`; x and the weights as they were used."""
+    """y; what the backward pass needs (nothing without `keep`); x and the weights as the kernel read them."""
     used = _used(x, weights)
     dtype = torch.float64 if x.dtype == torch.float64 else dtype
     return *registry.call("cube_mix_forward", *used, *settings, dtype, keep), used
@@ -243,7 +268,7 @@ def _forward(
 def _pair_forward(
     x: Tensor, weights: Weights, settings: tuple[str, bool, float, str], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
-    """The same of modality and channel, with the modalities mixed as second result."""
+    """The same of modality and channel. The second result is x with its modalities mixed."""
     used = _used(x, weights)
     return *registry.call("cube_pair_forward", *used, *settings, keep), used
 
@@ -290,7 +315,7 @@ class _CubePair(torch.autograd.Function):
 
 
 def _given_types(found: Sequence[Tensor], need_x: bool, dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
-    """x's gradient and then the weights', None where there is none, each of its tensor's type."""
+    """The gradient of x and those of the weights, each in its tensor's dtype, None for what has none."""
     of_weights = iter(found[:-1] if need_x else found)
     dx = found[-1].to(dtypes[0]) if need_x else None
     return [dx, *(None if d is None else next(of_weights).to(d) for d in dtypes[1:])]

@@ -2,9 +2,9 @@
 
     y = dropout(x, 0.1)          # in training; torch.manual_seed makes it repeatable
 
-torch draws a CPU mask number after number on one core, which costs more than the layers around it: an eighth of a
-two-stage epoch. Here a call draws one seed, every element's fate is a hash of the seed and its place, and nothing is
-kept for the backward pass but the seed. On a GPU torch's own fused dropout runs.
+On the CPU torch draws a mask number by number on one core. That costs more than the layers around it, an eighth of a
+two-stage epoch. Here a call draws one seed, and a hash of the seed and of an element's place decides about the element.
+Only the seed is kept for the backward pass. On a GPU torch's own fused dropout runs.
 """
 
 from __future__ import annotations
@@ -31,16 +31,23 @@ register(
 def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     """Zero each element with probability p and scale the others by 1 / (1 - p), as `torch.nn.functional.dropout`.
 
+    The mask depends on torch's default generator alone, not on the number of threads or the processor. It is not the
+    mask that torch's own dropout draws from the same seed.
+
     Args:
-        x: float tensor of any shape; float32, float64 and bfloat16 on the CPU take the compiled kernel.
-        p: in [0, 1].
+        x: Float tensor of any shape. On the CPU, float32, float64 and bfloat16 take the compiled kernel.
+        p: Probability, in [0, 1].
         training: False returns x itself.
+
+    Returns:
+        A tensor of x's shape and dtype.
 
     Raises:
         EstimatorError: p outside [0, 1].
 
-    The mask depends on torch's default generator alone: on neither the number of threads nor the processor. It is not
-    the mask that torch's own dropout draws from the same seed.
+    Example:
+        >>> dropout(torch.ones(1000), 0.5).unique()
+        tensor([0., 2.])
     """
     if not 0 <= p <= 1:
         raise EstimatorError("dropout", f"p = {p}", "a probability from 0 to 1", "Choose one such as 0.1.")
@@ -55,7 +62,7 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
 
 
 def _is_torchs(x: Tensor) -> bool:
-    """Whether torch's own dropout runs on tensors like x."""
+    """Whether torch's own dropout is used for tensors like x."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return True
     if backend_for(x) == "reference" or torch.compiler.is_compiling():

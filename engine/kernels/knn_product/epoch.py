@@ -41,7 +41,7 @@ TILE = 32  # queries that the GPU's search works on together: a draw of fewer co
 class EpochProducts:
     """Product rows of every batch of an epoch. Made by `draw_epoch`.
 
-    All tensors are kept at their addresses for as long as the object lives, so that a CUDA graph may read them.
+    All tensors keep their addresses while the object lives, so that a CUDA graph may read them.
 
     Args:
         bank: features of N samples, [N, ...] each, on one device.
@@ -94,16 +94,16 @@ class EpochProducts:
         """The rows of batch `number`, as `ProductSampler.draw` gives them. Nothing waits for a device.
 
         Args:
-            number: the batch's place in `batch_sizes`; or that as an int64 0-d tensor on the device, which is read when
-                the rows are taken: a captured CUDA graph takes those of the number it then finds. A GPU does not check
-                it: it must be in [0, steps). That this batch's size is `size` is checked nowhere.
-            size: the batch's size; needed with a tensor.
+            number: The batch's place in `batch_sizes`. Or the same as an int64 0-d tensor on the device, which is read
+                when the rows are taken, so that a replayed CUDA graph takes the batch that it names then. A GPU does
+                not check that it is in [0, steps), and nothing checks that this batch has `size` rows.
+            size: The batch's size. Required with a tensor.
 
         Returns:
-            {str(term): rows}; terms may share memory. Empty for a batch smaller than k.
+            {str(term): rows}. Terms may share memory. Empty for a batch smaller than k.
 
         Raises:
-            EstimatorError: no such batch, or a size that is not that batch's, or none's.
+            EstimatorError: No such batch, or a size that is not that batch's.
         """
         if isinstance(number, Tensor):
             known = self.batch_sizes
@@ -144,10 +144,10 @@ class EpochProducts:
 
     @torch.no_grad()
     def load(self, other: EpochProducts) -> None:
-        """Take over another epoch's draws and features, in place: what a captured graph reads from now on.
+        """Take over another epoch's draws and features in place, so that a captured graph reads them from now on.
 
         Raises:
-            EstimatorError: the other's terms, numbers of batches or shapes differ.
+            EstimatorError: The other epoch's terms, number of batches or shapes differ.
         """
         if not self.fits(other):
             raise EstimatorError(
@@ -184,15 +184,26 @@ def draw_epoch(
     """Draw the product rows of all batches of an epoch.
 
     Args:
-        sampler: what is drawn from, and how.
-        terms: with the attributes x, y and given, names of features.
-        batch_sizes: joint rows of every batch; m = size // k queries are drawn a draw. A batch smaller than k has none.
-        generator: source of randomness. With one on the CPU the draws are the same on every device; with one on a GPU
+        sampler: Says what is drawn from, and how.
+        terms: Objects with the attributes x, y and given, which are names of features.
+        batch_sizes: Joint rows of every batch; m = size // k queries are drawn for it, none if it is smaller than k.
+        generator: Source of randomness. With one on the CPU the draws are the same on every device. With one on a GPU
             they are made there.
 
+    Returns:
+        The draws of all batches. `take(number)` gives the rows of one batch.
+
     Raises:
-        EstimatorError: k below 1; the bank is too small for a batch; a condition that is not finite, or, among
-            `discrete`, of several columns.
+        EstimatorError: k is below 1, the bank is too small for a batch, a condition is not finite, or one of the
+            sampler's `discrete` has several columns.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from engine.kernels.knn_product import Bank
+        >>> sampler = ProductSampler(Bank({name: torch.randn(50, 4) for name in "TAV"}), k=2)
+        >>> epoch = draw_epoch(sampler, [SimpleNamespace(x="T", y="A", given="V")], batch_sizes=[20, 20, 10])
+        >>> [part.shape[0] for part in epoch.take(2).popitem()[1]]
+        [10, 10, 10]
     """
     k, bank, terms, sizes = sampler.k, sampler.bank, list(terms), [int(size) for size in batch_sizes]
     if k < 1:
@@ -262,7 +273,7 @@ def _first_distinct(drawn: Tensor, m: int) -> Tensor:
 
 
 def _neighbours(sampler: ProductSampler, given: str, query: Tensor, key: Tensor) -> Tensor:
-    """As `sampler.neighbours`, by whichever way costs less; int64 [draws, m] -> int64 [draws, m, k]."""
+    """As `sampler.neighbours`, by the cheaper of two ways; int64 [draws, m] -> int64 [draws, m, k]."""
     n = len(sampler.bank[given])
     if not sampler.on_a_line(given):
         space = sampler.bank.space(given)
@@ -274,8 +285,8 @@ def _neighbours(sampler: ProductSampler, given: str, query: Tensor, key: Tensor)
 def lists_pay(n: int, draws: int, m: int, backend: str) -> bool:
     """Whether listing the whole bank's neighbours costs less than searching every draw.
 
-    Both multiply queries with the bank; the lists have n queries, look for more neighbours of each, and are then read.
-    On a CPU a list was measured to cost two to nine times a search; for a GPU the ratio is modelled.
+    Both multiply queries with the bank. Lists have n queries, and more neighbours of each are looked for. On a CPU a
+    list was measured to cost two to nine times as much as a search; for a GPU the ratio is modelled.
     """
     if backend == "triton":
         return draws * max(m, TILE) > 2 * n
@@ -283,7 +294,7 @@ def lists_pay(n: int, draws: int, m: int, backend: str) -> bool:
 
 
 def from_lists(space: Space, query: Tensor, key: Tensor, k: int) -> Tensor:
-    """As `space.neighbours`, by way of lists of each row's nearest rows."""
+    """As `space.neighbours`, from lists of each row's nearest rows."""
     n = len(space.z)
     rows, distance = nearest_lists(space, min(n, 2 * k + 7))
     parts = [reference.select(rows, distance, *part, k) for part in _slices(n, query, key)]

@@ -1,14 +1,14 @@
 """Product samples p(x|z) p(y,z) from a bank of features: exact, isolated, seeded.
 
-    bank = Bank({"T": t, "A": a, "V": v, "C": label})        # once an epoch
+    bank = Bank({"T": t, "A": a, "V": v, "C": label})        # once per epoch
     sampler = ProductSampler(bank, k=2, discrete=("C",))
     rows = sampler.draw(terms, batch_size=128, generator=g)  # at every step: {"I(T;A|C)": (x, y, z), ...}
 
-or, for one draw from three tensors, `knn_product_samples(x, y, z, m, k)`.
+For one draw from three tensors there is `knn_product_samples(x, y, z, m, k)`.
 
-Distances are exact whatever precision training runs in. Random numbers come from the generator in one piece: the
-queries and one key a query. With a generator on the CPU a draw is the same on every device and backend, and nothing
-waits for a GPU (preparing a bank does, once).
+Distances are exact, whatever precision training runs in. All random numbers come from the generator in one piece: the
+queries, and one key per query. With a generator on the CPU, a draw is the same on every device and backend, and nothing
+waits for a GPU, except the preparation of a bank.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Indices = tuple[Tensor, Tensor]
 
 KEYS = 1 << 32
 
-# What the searches of scalars launch on a GPU, where they are torch's operations: each taken for one kernel.
+# Launches of the searches of scalars on a GPU. There they are torch's operations, each counted as one kernel.
 LINE_LAUNCHES, STRATA_LAUNCHES, DISTINCT_LAUNCHES = 75, 25, 25
 
 
@@ -85,6 +85,9 @@ register(
 class Space:
     """A bank's condition z [N, d], prepared for nearest neighbours in d dimensions.
 
+    Args:
+        z: [N, d], of any real dtype.
+
     Raises:
         EstimatorError: z is not finite.
     """
@@ -101,9 +104,9 @@ class Space:
         self._prepared: dict[str, tuple[Tensor, ...]] = {}
 
     def neighbours(self, query: Tensor, key: Tensor, k: int, ties: Ties = "random", isolate: bool = True) -> Tensor:
-        """The k nearest non-query rows of each query; query, key int64 [T, m] -> int64 [T, m, k].
+        """The k nearest non-query rows of each query; query and key int64 [T, m] -> int64 [T, m, k].
 
-        With `isolate=False` any row may be a neighbour, the query itself included.
+        With `isolate=False` any row may be a neighbour, even the query itself.
         """
         backend = backend_for(self.z, "knn_nearest")
         if backend == "reference":
@@ -161,15 +164,21 @@ class Line:
 
 
 class Bank(Mapping[str, Tensor]):
-    """Features of N samples, with what their use as a condition needs: made at the first use and kept.
+    """Features of N samples, from which product rows are drawn.
 
-    A mapping of the features themselves. They must not be changed in place afterwards; make a bank for every epoch.
+    The bank is a mapping of the features. What a feature needs as a condition is prepared at its first use and kept, so
+    features must not be changed in place afterwards. Make a new bank for every epoch.
 
     Args:
-        features: [N, width] each, on one device.
+        features: Name -> [N, width], all on one device.
 
     Raises:
-        EstimatorError: features of different numbers of rows, on several devices, or that are no tensors.
+        EstimatorError: Features of different numbers of rows, on several devices, or that are no tensors.
+
+    Example:
+        >>> bank = Bank({"T": torch.randn(50, 4), "A": torch.randn(50, 3)})
+        >>> bank["A"].shape
+        torch.Size([50, 3])
     """
 
     def __init__(self, features: Mapping[str, Tensor]):
@@ -219,12 +228,13 @@ class Bank(Mapping[str, Tensor]):
 class ProductRows(Sequence[Tensor]):
     """Rows of p(x|z) p(y,z): a sequence (x, y, z) of [m·k, width] each.
 
-    y and z are kept once a query; reading the sequence repeats them, k times each.
+    y and z are kept once per query. Reading the sequence repeats them k times each.
 
     Attributes:
-        x: [m·k, dx], query-major, the k rows of each query nearest first.
-        y, z: [m, dy], [m, dz], of the queries.
-        k: rows a query.
+        x: [m·k, dx], query by query, the k rows of each query nearest first.
+        y: [m, dy], of the queries.
+        z: [m, dz], of the queries.
+        k: Rows per query.
     """
 
     __slots__ = ("k", "x", "y", "z")
@@ -244,14 +254,22 @@ class ProductRows(Sequence[Tensor]):
 
 
 class ProductSampler:
-    """Draws product rows for many terms at once; terms of equal condition share one product with the bank.
+    """Draws product rows for many terms at once. Terms of equal condition share one search in the bank.
 
     Args:
-        bank: what is drawn from.
-        k: rows a query.
-        discrete: conditions within whose strata of equal value is drawn, instead of nearest neighbours.
-        shared: terms of equal condition share their queries and neighbours. Otherwise every term draws its own, as
-            the reference does; the distribution of each term's rows is the same.
+        bank: The features that rows are drawn from.
+        k: Rows per query.
+        discrete: Names of conditions for which rows are drawn within strata of equal value instead of among nearest
+            neighbours.
+        shared: Let terms of equal condition share their queries and neighbours. Otherwise every term draws its own.
+            The distribution of each term's rows is the same.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> bank = Bank({name: torch.randn(50, 4) for name in "TAV"})
+        >>> x, y, z = ProductSampler(bank, k=2).draw([SimpleNamespace(x="T", y="A", given="V")], 20).popitem()[1]
+        >>> x.shape, y.shape
+        (torch.Size([20, 4]), torch.Size([20, 4]))
     """
 
     def __init__(self, bank: Bank, k: int, discrete: Iterable[str] = (), shared: bool = True):
@@ -261,18 +279,20 @@ class ProductSampler:
     def draw(
         self, terms: Iterable[Any], batch_size: int, generator: torch.Generator | None = None
     ) -> dict[str, ProductRows]:
-        """Product rows of terms with the attributes x, y and given: names of features.
+        """Draw product rows for every term.
 
         Args:
-            batch_size: joint rows that they will be compared with; m = batch_size // k queries are drawn a term.
-            generator: source of randomness; on the CPU, or a GPU waits for nothing but its own.
+            terms: Objects with the attributes x, y and given, which are names of features.
+            batch_size: Number of joint rows that the product rows will be compared with; m = batch_size // k queries
+                are drawn per term.
+            generator: Source of randomness, best on the CPU.
 
         Returns:
             {str(term): rows}.
 
         Raises:
-            EstimatorError: the batch or the bank is too small for k; a condition that is not finite, or, among
-                `discrete`, of several columns.
+            EstimatorError: The batch or the bank is too small for k, a condition is not finite, or one of `discrete`
+                has several columns.
         """
         k = self.k
         m = batch_size // k if k > 0 else 0
@@ -320,21 +340,36 @@ class ProductSampler:
 def knn_product_samples(
     x: Tensor, y: Tensor, z: Tensor, m: int, k: int, generator: torch.Generator | None = None, discrete: bool = False
 ) -> ProductRows:
-    """m·k rows of p(x|z) p(y,z) from N samples of (x, y, z): see `product_indices`, `stratified_product_indices`.
+    """Draw m·k rows of p(x|z) p(y,z) from N samples of (x, y, z).
+
+    m queries are drawn without replacement. Each keeps its y and z, and takes x from k rows of like z among the rows
+    that are not queries: the nearest neighbours in z, or rows of equal z with `discrete`.
 
     Args:
-        x, y, z: [N, width] each.
-        m: number of queries.
-        k: rows a query.
-        generator: source of randomness.
-        discrete: draw within strata of equal z instead of among nearest neighbours.
+        x: [N, dx], of any real dtype.
+        y: [N, dy], of any real dtype.
+        z: [N, dz], finite.
+        m: Number of queries.
+        k: Rows per query.
+        generator: Source of randomness. Default: torch's own.
+        discrete: Draw within strata of equal z instead of among nearest neighbours; z then has one column.
 
     Returns:
-        a sequence (x, y, z), [m·k, width] each.
+        A sequence (x, y, z) of [m·k, width] each, in the dtypes of the samples.
 
     Raises:
-        EstimatorError: x, y and z of different numbers of rows or on several devices; fewer than k rows beside the m
-            queries; a z that is not finite, or, with `discrete`, of several columns.
+        EstimatorError: x, y and z of different numbers of rows or on several devices, fewer than k rows beside the m
+            queries, or a z that is not finite (or of several columns, with `discrete`).
+
+    Source:
+        Molavipour et al., Neural Estimators for Conditional Mutual Information Using Nearest Neighbors Sampling, IEEE
+        Transactions on Signal Processing 2021 (isolated sampling).
+
+    Example:
+        >>> x, y, z = (torch.randn(50, width) for width in (2, 3, 4))
+        >>> rows = knn_product_samples(x, y, z, m=10, k=2)
+        >>> [part.shape for part in rows]
+        [torch.Size([20, 2]), torch.Size([20, 3]), torch.Size([20, 4])]
     """
     exact_type("knn_product_samples", x, y, z, integers=True)
     if not len(x) == len(y) == len(z):
@@ -359,19 +394,24 @@ def product_indices(
     """Queries and their k nearest neighbours in z among the rows that are not queries (Euclidean, exact).
 
     Args:
-        z: the bank's condition, [N, dz] or [N], finite.
-        m: number of queries, usually batch size // k. 0 gives empty indices.
-        k: neighbours a query.
-        generator: source of the queries and of tie-breaking; of any device.
+        z: The bank's condition, [N, dz] or [N], finite.
+        m: Number of queries, usually batch size // k. 0 gives empty indices.
+        k: Neighbours per query.
+        generator: Source of the queries and of tie-breaking, on any device.
         query: int64 [m], distinct rows to use as queries instead of drawing them.
-        ties: which of several rows at the same distance as the k-th are taken: "random" (uniform; a label of seven
-            values would otherwise yield the same few rows in every call) or "first" (lowest row, deterministic).
+        ties: Which of several rows at the distance of the k-th are taken: "random" (uniform; a label of seven values
+            would otherwise give the same few rows in every call) or "first" (the lowest rows).
 
     Returns:
-        neighbour int64 [m·k], query-major (row i·k + r belongs to query i), nearest first; query int64 [m].
+        The neighbours, int64 [m·k], query by query and nearest first; and the queries, int64 [m].
 
     Raises:
-        EstimatorError: fewer than k rows are left beside the m queries; z is not finite.
+        EstimatorError: Fewer than k rows are left beside the m queries, or z is not finite.
+
+    Example:
+        >>> z = torch.tensor([0.0, 1.0, 2.0, 10.0])
+        >>> product_indices(z, 1, 2, query=torch.tensor([1]))[0].sort().values
+        tensor([0, 2])
     """
     check_bank(len(z), m, k)
     query, key = _query_and_key(query, len(z), m, generator, z.device)
@@ -395,30 +435,35 @@ def stratified_product_indices(
 ) -> Indices:
     """Queries and, for each, k rows drawn uniformly without replacement from the non-query rows of its stratum.
 
-    A stratum is the rows of equal label; one of <= k members is first merged with its nearest label. Where the draw of
-    the queries leaves a stratum fewer than k other rows, its queries take their k nearest other rows by label instead,
-    ties at random. No neighbour is ever a query.
+    A stratum holds the rows of equal label. One of k members or fewer is first merged with the nearest label. If the
+    queries leave a stratum fewer than k other rows, its queries take their k nearest other rows by label instead, ties
+    at random. No neighbour is ever a query.
 
     Args:
-        label: the bank's condition, float [N] or [N, 1], of few distinct values.
-        m: number of queries. 0 gives empty indices.
-        k: rows drawn for each query.
-        generator: source of the queries and of the draws.
+        label: The bank's condition, [N] or [N, 1], of few distinct values.
+        m: Number of queries. 0 gives empty indices.
+        k: Rows per query.
+        generator: Source of the queries and of the draws.
         query: int64 [m], distinct rows to use as queries instead of drawing them.
-        strata: from `label_strata(label, k)`, to save the search for them while the bank stays the same.
+        strata: From `label_strata(label, k)`, to compute them once for a bank.
 
     Returns:
-        neighbour int64 [m·k], query-major; query int64 [m].
+        The neighbours, int64 [m·k], query by query; and the queries, int64 [m].
 
     Raises:
-        EstimatorError: fewer than k rows are left beside the m queries; a label of several columns or not finite.
+        EstimatorError: Fewer than k rows are left beside the m queries, or a label of several columns or not finite.
+
+    Example:
+        >>> label = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+        >>> stratified_product_indices(label, 1, 2, query=torch.tensor([4]))[0].sort().values
+        tensor([3, 5])
     """
     label = Bank({"label": label}).line("label") if len(label) else Line(label)
     n = len(label.z)
     check_bank(n, m, k)
     if strata is not None and len(strata.order) != n:
-        found = f"strata of {len(strata.order)} rows for {n} labels"
-        raise EstimatorError("strata", found, "those of these labels", "Call label_strata again.")
+        what = f"strata of {len(strata.order)} rows for {n} labels"
+        raise EstimatorError("strata", what, "those of these labels", "Call label_strata again.")
     query, key = _query_and_key(query, n, m, generator, label.z.device)
     if m == 0:
         return query[0], query[0]
@@ -434,7 +479,7 @@ def product_rows(
 
 
 def check_terms(terms: Iterable[Any], bank: Mapping[str, Tensor]) -> None:
-    """Refuse terms of features that the bank has not."""
+    """Refuse terms with features that the bank lacks."""
     for term in terms:
         if missing := [name for name in (term.x, term.y, term.given) if name not in bank]:
             raise EstimatorError(
@@ -476,7 +521,7 @@ def _draw(n: int, draws: int, m: int, generator: torch.Generator | None, device:
 def _choose(n: int, m: int, generator: torch.Generator | None, source: torch.device) -> Tensor:
     """m distinct of n rows, every ordered choice equally likely."""
     if source.type == "cpu" and 4 * m < n:
-        # the first m distinct of uniform draws: a permutation of the whole bank costs more than all the rest
+        # the first m distinct of uniform draws; a permutation of the whole bank would cost more than all the rest
         chosen: dict[int, None] = {}
         while len(chosen) < m:
             chosen |= dict.fromkeys(torch.randint(n, (m + 8,), generator=generator).tolist())

@@ -16,8 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.aot import AotCase
-
 # Exact-float32 products take registers, not tensor cores: small tiles, many warps.
 BOUND = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
 RANK = {"BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
@@ -253,40 +251,3 @@ def take_kernel(
         inside = there[:, None] & (c < width)[None, :]
         value = tl.load(features + row[:, None] * width_of_all + column + c[None, :], mask=inside)
         tl.store(out + start + i.to(tl.int64)[:, None] * width + c[None, :], value, mask=inside)
-
-
-def aot_cases() -> list[AotCase]:
-    """The kernels at MIMRL's sizes, as lists of the bank take them, and at more neighbours."""
-    index = dict.fromkeys(("n", "m", "d", "parts"), "i32")
-    bound = {"coarse": "*fp32", "norm": "*fp32", "query": "*i64", "taken": "*i8", "bound": "*fp32", "row": "*i32"}
-    rank = {
-        "z": "*fp32", "unit": "*fp64", "query": "*i64", "key": "*i64", "taken": "*i8", "bound": "*fp32", "row": "*i32",
-        "found": "*i64",
-    }  # fmt: skip
-    take = {
-        "features": "*fp32",
-        "query": "*i64",
-        "neighbour": "*i64",
-        "counter": "*i64",
-        "plan": "*i64",
-        "out": "*fp32",
-    }
-    take |= dict.fromkeys(("width_of_all", "draws", "most", "m", "k"), "i32")
-    blocks = {key: value for key, value in TAKE.items() if key.isupper()}
-    cases = [AotCase("knn_product.take/fp32", take_kernel, take, blocks, num_warps=TAKE["num_warps"])]
-    for k in (2, 11, 20):
-        keep = triton.next_power_of_2(k)
-        size = max(CANDIDATES, keep)
-        sizes = {"K": k, "KEEP": keep, "PARTS": MOST_PARTS * size, "FIRST": False}
-        kernels = [(f"rank/k{k}", rank_kernel, rank | index, RANK, sizes)]
-        if k != 11:  # its candidates are as many as those of 2
-            kernels.append((f"bound/size{size}", bound_kernel, bound | index | {"tiles_each": "i32"}, BOUND, {}))
-        for name, kernel, signature, setting, more in kernels:
-            blocks = {key: value for key, value in setting.items() if key.isupper()}
-            cases.append(
-                AotCase(
-                    f"knn_product.{name}/fp32", kernel, signature, {"SIZE": size} | blocks | more,
-                    num_warps=setting["num_warps"], num_stages=setting["num_stages"], quick=k == 2,
-                )
-            )  # fmt: skip
-    return cases

@@ -1,10 +1,8 @@
 from engine.kernels.mi_bounds.reference import (
     BOUNDS,
-    bound_gradient,
     bound_value,
     leave_one_out,
-    mimrl_mine_loss,
     update_log_ema,
 )
 
-__all__ = ["BOUNDS", "bound_gradient", "bound_value", "leave_one_out", "mimrl_mine_loss", "update_log_ema"]
+__all__ = ["BOUNDS", "bound_value", "leave_one_out", "update_log_ema"]

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from engine.kernels.mi_bounds import plan
+from engine.kernels.mi_bounds import plan, splitting
 from engine.kernels.mi_bounds import scores as kernels
 from engine.kernels.mi_bounds.statistics import LSE, SHARE
 
@@ -48,7 +48,7 @@ class _Pair:
         self.split = plan.is_split(q, k)
         self.rows, columns = self.q, self.k
         if self.split:
-            self.q_parts, self.k_parts = kernels.split(self.q), kernels.split(self.k)
+            self.q_parts, self.k_parts = splitting.split(self.q), splitting.split(self.k)
             width = q.shape[2]
             pieces = [x.split(width, 2) for x in (self.q_parts, self.k_parts)]
             self.rows, columns = (torch.cat([p[pair[i]] for pair in plan.KEPT], 2) for i, p in enumerate(pieces))
@@ -110,11 +110,11 @@ class _Sums:
         for piece, count, rows, columns in zip(gradient, plan.COUNTS, of_rows, self.dk_parts, strict=True):
             _product(piece, self.pair.k_parts[..., : count * width], rows)
             _product(piece.transpose(1, 2), self.pair.q_parts[:, part, : count * width], columns, add=begin > 0)
-        kernels.fold(of_rows, self.dq[:, part])
+        splitting.fold(of_rows, self.dq[:, part])
 
     def total(self) -> tuple[Tensor, Tensor]:
         if self.pair.split:
-            kernels.fold(self.dk_parts, self.dk)
+            splitting.fold(self.dk_parts, self.dk)
         return self.dq, self.dk
 
     def scaled(self, factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ def gradients(
 def infonce(
     q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, gradients: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `op._InfoNCE` wants it. One product; three for `gradients` "both"."""
+    """As `autograd.InfoNCE` wants it. One product; three for `gradients` "both"."""
     pair = _Pair(q, k)
     (losses,) = kernels.rows_like(q, 1)
     state = torch.empty((4, *losses.shape), dtype=torch.float32, device=q.device)

@@ -464,7 +464,7 @@ def _mixture(blocks: Blocks, log_baseline: Tensor, alpha: float) -> tuple[Tensor
 def _mixture_gradient(
     scores: Tensor, begin: int, log_baseline: Tensor, alpha: float, rest: Tensor, weight: Tensor
 ) -> Tensor:
-    """dV / dS of a block of rows. Formula: reference.bound_gradient."""
+    """dV / dS of a block of rows: the derivative of the reference's interpolated bound."""
     end = begin + scores.shape[1]
     count = scores.shape[2]
     pairs = count * (count - 1)

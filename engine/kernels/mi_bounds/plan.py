@@ -8,7 +8,7 @@ eager    plain torch, all scores at once
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -166,3 +166,28 @@ def mixture_gradient_launches(q, k, *rest) -> int:
 
 def _chunks(q: Tensor, k: Tensor, with_gradient: bool) -> int:
     return chunks(q.shape[0], q.shape[1], k.shape[1], gradient_bytes(q, k) if with_gradient else 0)
+
+
+def _measured(operation: str) -> Callable[[torch.device, torch.dtype, dispatch.Sizes], Callable[[], None]]:
+    """What `dispatch.measure` times."""
+
+    def prepare(device: torch.device, dtype: torch.dtype, sizes: dispatch.Sizes) -> Callable[[], None]:
+        from engine.kernels.mi_bounds.op import infonce, mi_lower_bound
+
+        generator = torch.Generator(device).manual_seed(0)
+        shape = sizes["groups"], sizes["rows"], sizes["width"]
+        q = torch.randn(shape, generator=generator, device=device)
+        k = (q + torch.randn(shape, generator=generator, device=device)) / math.sqrt(2)
+        q, k = ((sizes["width"] ** -0.25 * x).to(dtype).requires_grad_() for x in (q, k))
+
+        def run() -> None:
+            result = infonce(q, k) if operation == "infonce" else mi_lower_bound(q, k, bound="dv")
+            torch.autograd.grad(result.sum(), (q, k))
+
+        return run
+
+    return prepare
+
+
+for _operation in ("infonce", "mi_bound"):
+    dispatch.register(_operation, ORDER, CANDIDATES, rule, work=_measured(_operation), classes=CLASSES)

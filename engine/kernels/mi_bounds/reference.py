@@ -1,16 +1,12 @@
 """The nine variational bounds of mutual information as functions of a score matrix, in plain torch.
 
-Notation, everywhere: `scores[i, j] = f(x_j, y_i)`, rows are y, columns are x; the diagonal holds the joint samples, the
-M = B (B - 1) others stand for the product of the marginals. D_i = scores[i, i], R_i = LSE over j != i of scores[i, j],
-a_i = log a(y_i). All values are in nats. The arithmetic is fp32 (fp64 for fp64 scores), also under autocast, and takes
-exponentials of differences only.
+Notation, everywhere: `scores[i, j] = f(x_j, y_i)`, so that rows are y and columns are x. The diagonal holds the joint
+samples. The M = B (B - 1) other pairs stand for the product of the marginals. D_i = scores[i, i], R_i = LSE over j != i
+of scores[i, j], a_i = log a(y_i). All values are in nats. The arithmetic is fp32 (fp64 for fp64 scores), also under
+autocast, and takes exponentials of differences only. InfoNCE has one definition for all its forms, `infonce_of_scores`.
 
 Sources: Barber & Agakov 2003 and Poole et al. 2019 (TUBA, NWJ, InfoNCE, interpolated), Donsker & Varadhan 1983 (DV),
 Belghazi et al. 2018 (MINE), Nowozin et al. 2016 (f-GAN JS), Song & Ermon 2020 (SMILE).
-
-`compat="mimrl"` computes what the published MIMRL code computes instead, faults included: JS is evaluated as NWJ at a
-critic trained for JS, SMILE's tau is always 1, the interpolated bound's marginal takes the baseline of the column, and
-its leave-one-out mean is unstable for dominant scores. MINE's loss of that code is `mimrl_mine_loss`.
 """
 
 from __future__ import annotations
@@ -19,12 +15,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid, softplus
+from torch.nn.functional import cross_entropy, softplus
 
 from engine.errors import EstimatorError
 from engine.kernels.arguments import check_number, exact_type
-
-BOUNDS = ("infonce", "dv", "mine", "tuba", "nwj", "js", "js_fgan", "smile", "interpolate")
+from engine.vocabulary import BOUNDS
 
 
 def bound_value(
@@ -35,7 +30,6 @@ def bound_value(
     alpha: float = 0.01,
     smile_tau: float = 5.0,
     log_ema: Tensor | None = None,
-    compat: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """One bound on I(X;Y) from one batch of scores.
 
@@ -45,14 +39,13 @@ def bound_value(
         log_baseline: [B, 1], log a(y_i); zero if None. Used by `tuba` and `interpolate` only.
         alpha: interpolate: weight in [0, 1] of the multi-sample baseline (1: InfoNCE-like, 0: TUBA).
         smile_tau: smile: scores are clipped to +-tau in the partition function.
-        log_ema: mine: 0-d, log of the moving average of mean e^S, this batch included (`update_log_ema`);
-            None takes the batch alone, which makes it DV's gradient.
-        compat: "none" or "mimrl".
+        log_ema: mine: 0-d, log of the moving average of mean e^S, this batch included (`update_log_ema`).
+            None takes this batch alone, which gives the gradient of DV.
 
     Returns:
-        `(value, surrogate)`, 0-d, in nats, numerically equal. `value` is detached. The gradient of `surrogate`, to be
-        *increased*, is the bound's own except for `js` and `smile` (gradient of `js_fgan`) and `mine` (the marginal
-        weights are normalised by the moving average).
+        `(value, surrogate)`, 0-d, in nats, numerically equal. `value` is detached. `surrogate` is to be increased. Its
+        gradient is the bound's own, except for `js` and `smile` (that of `js_fgan`) and `mine` (the moving average
+        normalises the marginal weights).
 
     Raises:
         EstimatorError: scores not [B, B] with B >= 2, a log-baseline not [B, 1], types or devices that do not fit, an
@@ -69,13 +62,12 @@ def bound_value(
         objective = None  # whose gradient stands in for the value's own
 
         if bound == "infonce":
-            # D_i - logaddexp(R_i, D_i), in the form that stays right for an infinite diagonal
-            value = math.log(count) - softplus(_row_lse(scores) - joint).mean()
+            value = math.log(count) - infonce_of_scores(scores).mean()
         elif bound == "dv":
             value = _dv(scores)
         elif bound == "mine":
             value = _dv(scores)
-            if log_ema is not None and compat == "none":
+            if log_ema is not None:
                 log_mean = _off(scores).logsumexp((0, 1)) - log_pairs
                 objective = joint.mean() - (log_mean - log_ema.to(scores.dtype)).exp()
         elif bound == "tuba":
@@ -86,14 +78,13 @@ def bound_value(
             value = _js_fgan(scores)
         elif bound == "js":
             # the JS critic tends to log r, NWJ's to 1 + log r: the value is NWJ's at 1 + f
-            value = _nwj(scores) if compat == "mimrl" else _nwj(scores + 1)
+            value = _nwj(scores + 1)
             objective = _js_fgan(scores)
         elif bound == "smile":
-            tau = 1.0 if compat == "mimrl" else smile_tau
-            value = joint.mean() - (_off(scores.clamp(-tau, tau)).logsumexp((0, 1)) - log_pairs)
+            value = joint.mean() - (_off(scores.clamp(-smile_tau, smile_tau)).logsumexp((0, 1)) - log_pairs)
             objective = _js_fgan(scores)
         else:
-            value = (_interpolate_mimrl if compat == "mimrl" else _interpolate)(scores, a, alpha)
+            value = _interpolate(scores, a, alpha)
 
         if objective is None:
             return value.detach(), value
@@ -103,8 +94,8 @@ def bound_value(
 def update_log_ema(log_ema: Tensor, scores: Tensor, rate: float) -> Tensor:
     """log of (1 - rate) e^log_ema + rate * mean over i != j of e^scores[i, j]; detached, 0-d.
 
-    -inf stands for an average that has not begun: the first batch then *is* the average. Taking the current batch in
-    bounds MINE's marginal weight by 1/rate, whatever the scores do.
+    -inf stands for an average that has not started: the first batch then *is* the average. Because the average includes
+    the current batch, MINE's marginal weight cannot exceed 1/rate.
     """
     check_number("bound mine", "ema_rate", rate, 0, 1, above=True)
     with torch.autocast(scores.device.type, enabled=False):
@@ -116,79 +107,6 @@ def update_log_ema(log_ema: Tensor, scores: Tensor, rate: float) -> Tensor:
             return log_mean
         mixed = torch.logaddexp(log_ema + math.log1p(-rate), log_mean + math.log(rate))
         return torch.where(log_ema == -math.inf, log_mean, mixed)
-
-
-def mimrl_mine_loss(scores: Tensor) -> Tensor:
-    """What the published MIMRL code minimises for MINE: mean D - E / ma, 0-d.
-
-    E = (1/B^2) sum over i != j of e^S, ma = .99 + .01 E held constant. The sign is wrong (minimising it lowers the
-    bound), the average is begun anew in every batch, and the mean counts the diagonal: kept for parity only.
-    """
-    with torch.autocast(scores.device.type, enabled=False):
-        scores = full_precision(scores)
-        log_e = _off(scores).logsumexp((0, 1)) - 2 * math.log(len(scores))
-        log_ma = torch.logaddexp(log_e.new_tensor(math.log(0.99)), log_e.detach() + math.log(0.01))
-        return scores.diagonal().mean() - (log_e - log_ma).exp()
-
-
-def bound_gradient(
-    scores: Tensor,
-    bound: str,
-    log_baseline: Tensor | None = None,
-    *,
-    alpha: float = 0.01,
-    log_ema: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The gradient of `bound_value`'s surrogate in closed form, without autograd (corrected bounds).
-
-    Args: as for `bound_value`; SMILE's gradient does not depend on tau.
-
-    Returns:
-        gradient with respect to scores [B, B] and to log_baseline [B, 1] (zero where the bound does not use it).
-    """
-    _check(scores, bound, log_baseline)
-    scores = full_precision(scores.detach())
-    joint = scores.diagonal()
-    count = len(scores)
-    pairs = count * (count - 1)
-    log_pairs = math.log(pairs)
-    a = scores.new_zeros(count) if log_baseline is None else log_baseline.detach()[:, 0].to(scores.dtype)
-    off, rows = _off(scores), _row_lse(scores)
-    grad_a = torch.zeros_like(a)
-
-    if bound == "infonce":
-        p = (off - torch.logaddexp(rows, joint)[:, None]).exp()
-        grad = -p / count
-        on_diagonal = torch.sigmoid(rows - joint) / count
-    elif bound in ("js", "js_fgan", "smile"):
-        grad = -torch.sigmoid(off) / pairs
-        on_diagonal = torch.sigmoid(-joint) / count
-    elif bound == "interpolate":
-        loo = leave_one_out(scores)
-        loo.diagonal().copy_(rows)  # L_ii leaves out the joint sample: exact, whatever its score
-        log_p, log_rest = _mixture_log_weights(loo - math.log(count - 1), a[:, None], alpha)
-        log_m = (rows - math.log(count - 1)) - torch.logaddexp(
-            _log(alpha) + rows - math.log(count - 1), _log(1 - alpha) + a
-        )
-        mixed = leave_one_out(_off(log_p - loo))
-        marginal = (log_m + log_rest.diagonal())[:, None] + off - rows[:, None]
-        grad = -(scores + mixed).exp() / pairs - marginal.exp() / count
-        on_diagonal = 1 / count + grad.diagonal()
-        grad_a = -_off(log_rest).exp().sum(1) / pairs + (log_m + log_rest.diagonal()).exp() / count
-    else:
-        log_weight = {
-            "dv": lambda: off - off.logsumexp((0, 1)),
-            "mine": lambda: off - (off.logsumexp((0, 1)) if log_ema is None else log_pairs + log_ema),
-            "nwj": lambda: off - 1 - log_pairs,
-            "tuba": lambda: off - a[:, None] - log_pairs,
-        }[bound]()
-        grad = -log_weight.exp()
-        on_diagonal = torch.full_like(joint, 1 / count)
-        if bound == "tuba":
-            grad_a = -1 / count + (rows - a - log_pairs).exp()
-    grad = grad.clone()
-    grad.diagonal().copy_(on_diagonal)
-    return grad, grad_a[:, None]
 
 
 def leave_one_out(scores: Tensor) -> Tensor:
@@ -212,23 +130,37 @@ def embedding_scores(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
         return scale * torch.matmul(full_precision(q), full_precision(k).transpose(1, 2))
 
 
+def infonce_of_scores(scores: Tensor, positives: Tensor | None = None) -> Tensor:
+    """InfoNCE loss of every row, -log softmax of its scores at its positive: [..., B, M] -> [..., B].
+
+    softplus(R_i - D_i), where D_i is the positive's score and R_i the LSE of the others. Unlike LSE_i - D_i this form
+    stays right for an infinite D_i.
+
+    Args:
+        positives: int64 [B], the column of each row's positive; by default the row's own number.
+    """
+    rows, columns = scores.shape[-2:]
+    if positives is None:
+        positives = torch.arange(rows, device=scores.device)
+    is_positive = torch.arange(columns, device=scores.device) == positives[:, None]
+    rest = scores.masked_fill(is_positive, -math.inf).logsumexp(-1)
+    joint = scores.gather(-1, positives.expand(scores.shape[:-1])[..., None])[..., 0]
+    return softplus(rest - joint)
+
+
 def infonce_losses(
     q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, symmetric: bool
 ) -> Tensor:
-    """InfoNCE loss of every row, [G, B]: D_i - LSE_j S_ij, negated. Arguments as for `op.infonce`, with groups."""
+    """InfoNCE loss of every row of embeddings, [G, B]. Arguments as for `op.infonce`, with groups."""
     scores = embedding_scores(q, k, scale)
-    rows = torch.arange(q.shape[1], device=q.device)
     if exclude_self:
         scores = scores.masked_fill(torch.eye(*scores.shape[1:], dtype=torch.bool, device=q.device), -math.inf)
-    joint = scores[:, rows, rows if positives is None else positives]
-    losses = scores.logsumexp(2) - joint
-    if symmetric:
-        losses = (losses + scores.logsumexp(1) - joint) / 2
-    return losses
+    losses = infonce_of_scores(scores, positives)
+    return (losses + infonce_of_scores(scores.mT)) / 2 if symmetric else losses
 
 
 def check_positives(positives: Tensor, columns: int, exclude_self: bool) -> None:
-    """Refuse positives, int64 [B] on the CPU, that are no column, or that `exclude_self` leaves out."""
+    """Refuse positives, int64 [B] on the CPU, that are out of range or that `exclude_self` leaves out."""
     if not len(positives):
         return
     least, most = (int(v) for v in positives.aminmax())
@@ -244,7 +176,7 @@ def check_positives(positives: Tensor, columns: int, exclude_self: bool) -> None
 def cross_entropies(
     q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, symmetric: bool
 ) -> Tensor:
-    """`infonce_losses` by torch's cross-entropy: few kernels, where launching them is what takes the time."""
+    """`infonce_losses` by torch's cross-entropy, in few kernels: for sizes where launches take most of the time."""
     groups, rows, _ = q.shape
     with torch.autocast(q.device.type, enabled=False):
         scores = torch.matmul(scale * full_precision(q), full_precision(k).transpose(1, 2))
@@ -308,7 +240,10 @@ def _check(scores: Tensor, bound: str, log_baseline: Tensor | None) -> None:
         )
     if log_baseline is not None and log_baseline.shape != (len(scores), 1):
         raise EstimatorError(
-            where, f"log_baseline {list(log_baseline.shape)}", f"[{len(scores)}, 1]", "Give one value a row of scores."
+            where,
+            f"log_baseline {list(log_baseline.shape)}",
+            f"[{len(scores)}, 1]",
+            "Give one value per row of scores.",
         )
 
 
@@ -359,25 +294,3 @@ def _interpolate(scores: Tensor, a: Tensor, alpha: float) -> Tensor:
     log_mean = _row_lse(scores) - math.log(count - 1)
     log_marginal = -torch.logaddexp(torch.full_like(a, _log(alpha)), _log(1 - alpha) + a - log_mean)
     return 1 - excess.sum() / (count * (count - 1)) - log_marginal.exp().mean()
-
-
-def _mixture_log_weights(log_mean: Tensor, a: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """log p and log(1 - p): the share of A that comes from the multi-sample baseline, and the rest."""
-    odds = _log(alpha) + log_mean - _log(1 - alpha) - a
-    return logsigmoid(odds), logsigmoid(-odds)
-
-
-def _interpolate_mimrl(scores: Tensor, a: Tensor, alpha: float) -> Tensor:
-    """The interpolated bound as the published MIMRL code has it: e^(S_ij - A_jj), row i with the baseline of y_j.
-
-    Its leave-one-out sum is S + log(expm1(d)), d = LSE - S, with d = 1 where d rounds to 0.
-    """
-    count = len(scores)
-    distance = scores.logsumexp(1, keepdim=True) - scores
-    distance = torch.where(distance == 0, 1.0, distance)
-    loo = scores + distance + (-torch.expm1(-distance)).log() - math.log(count - 1)
-    mixture = torch.logaddexp(_log(alpha) + loo, (_log(1 - alpha) + a)[:, None])
-    eye = torch.eye(count, dtype=torch.bool, device=scores.device)
-    pairs = count * (count - 1)
-    marginal = (_off(scores - mixture.diagonal()[None, :]).logsumexp((0, 1)) - math.log(pairs)).exp()
-    return 1 + scores.diagonal().mean() - mixture.masked_fill(eye, 0).sum() / pairs - marginal

@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.aot import AotCase
+from engine.kernels.mi_bounds.splitting import three_parts
 from engine.kernels.mi_bounds.statistics import log_weights
 from engine.kernels.mi_bounds.tiles import (
     KINDS,
-    LSE,
     finite,
     infonce_row,
     leave_one_out,
@@ -34,7 +33,6 @@ CELLS = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
 COLUMNS = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4}
 MIXTURE = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
 MIXTURE_CELLS = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
-PIECES = {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4}
 
 # Parts that a chunk's rows are split into for statistics of the columns, so that there are programs enough.
 PARTS = 8
@@ -49,60 +47,15 @@ def _load(scores_ptr, scale_ptr, cell, mask, SCALED: tl.constexpr):
 
 
 @triton.jit
-def _split(x):
-    """fp32 as the sum of three numbers of bf16, the largest first."""
-    high = x.to(tl.bfloat16)
-    rest = x - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
 def _store(out_ptr, cell, value, mask, plane, SPLIT: tl.constexpr):
     """A gradient in the type of `out`, or its parts, `plane` cells apart."""
     if SPLIT:
-        high, middle, low = _split(value)
+        high, middle, low = three_parts(value)
         tl.store(out_ptr + cell, high, mask=mask)
         tl.store(out_ptr + plane + cell, middle, mask=mask)
         tl.store(out_ptr + 2 * plane + cell, low, mask=mask)
     else:
         tl.store(out_ptr + cell, value.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _split_rows(x_ptr, out_ptr, rows, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The three parts of x [rows, width] next to each other, [rows, 3 width]. Grid: (row blocks, width blocks)."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (row < rows)[:, None] & (column < width)[None, :]
-    first = row.to(tl.int64)[:, None] * width + column[None, :]
-    place = first + 2 * row.to(tl.int64)[:, None] * width
-    high, middle, low = _split(tl.load(x_ptr + first, mask=mask, other=0.0))
-    tl.store(out_ptr + place, high, mask=mask)
-    tl.store(out_ptr + place + width, middle, mask=mask)
-    tl.store(out_ptr + place + 2 * width, low, mask=mask)
-
-
-@triton.jit
-def _fold(
-    a_ptr, b_ptr, c_ptr, out_ptr, rows, width, group_step,
-    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The sum of the pieces of a [G, rows, A width], b [.., B width] and c [.., C width], the smallest first, into out,
-    whose groups lie `group_step` apart. Grid: (row blocks, width blocks, groups)."""
-    group = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (row < rows)[:, None] & (column < width)[None, :]
-    place = (group * rows + row)[:, None] * width
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in tl.static_range(C):
-        total += tl.load(c_ptr + C * place + (C - 1 - i) * width + column[None, :], mask=mask, other=0.0)
-    for i in tl.static_range(B):
-        total += tl.load(b_ptr + B * place + (B - 1 - i) * width + column[None, :], mask=mask, other=0.0)
-    for i in tl.static_range(A):
-        total += tl.load(a_ptr + A * place + (A - 1 - i) * width + column[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + group * group_step + row.to(tl.int64)[:, None] * width + column[None, :], total, mask=mask)
 
 
 @triton.jit
@@ -468,23 +421,6 @@ def mixture_gradients(
     )  # fmt: skip
 
 
-def split(x: Tensor) -> Tensor:
-    """The parts of fp32 x [G, N, d] in bf16, [G, N, 3 d]: they add up to x, the largest first."""
-    groups, rows, width = x.shape
-    out = torch.empty(groups, rows, 3 * width, dtype=torch.bfloat16, device=x.device)
-    grid = (triton.cdiv(groups * rows, PIECES["BLOCK_M"]), triton.cdiv(width, PIECES["BLOCK_N"]))
-    _split_rows[grid](x, out, groups * rows, width, **PIECES)
-    return out
-
-
-def fold(pieces: list[Tensor], out: Tensor) -> None:
-    """Write into out [G, n, d] the sum of all blocks of width d of three tensors [G, n, count d]."""
-    groups, rows, width = out.shape
-    counts = [p.shape[2] // width for p in pieces]
-    grid = (triton.cdiv(rows, PIECES["BLOCK_M"]), triton.cdiv(width, PIECES["BLOCK_N"]), groups)
-    _fold[grid](*pieces, out, rows, width, out.stride(0), *counts, **PIECES)
-
-
 def _is_split(out: Tensor | None) -> bool:
     """Whether a gradient is written as its parts, [3, G, n, M]."""
     return out is not None and out.ndim == 4
@@ -541,115 +477,3 @@ def _log_weights(alpha: float) -> tuple[float, float]:
     # far beyond any score instead of infinite, so that sums with it stay defined
     log_alpha, log_beta = log_weights(alpha)
     return max(log_alpha, -1e30), max(log_beta, -1e30)
-
-
-def aot_cases() -> list[AotCase]:
-    """The kernels over stored scores, as the host functions launch them."""
-    cases = []
-    chunk = {"scores_ptr": "*fp32", "scale_ptr": "*fp32", "begin": "i32", "height": "i32"}
-    given = {"scores_ptr": "*fp32", "begin": "i32", "height": "i32"}
-    plain = {"positives_ptr": None, "HAS_POSITIVES": False, "EXCLUDE_SELF": False}
-    log_alpha, log_beta = _log_weights(0.01)
-    weights = {"LOG_ALPHA": log_alpha, "LOG_BETA": log_beta}
-
-    def add(name: str, kernel, signature: dict, constexprs: dict, config: dict, quick: bool = True):
-        blocks = {key: value for key, value in config.items() if key.startswith("BLOCK")}
-        launch = {key: value for key, value in config.items() if key.startswith("num")}
-        cases.append(AotCase(f"mi_bounds.{name}", kernel, signature, {**constexprs, **blocks}, quick=quick, **launch))
-
-    rows_and_columns = {"rows": "i32", "columns": "i32"}
-    for kind in KINDS:
-        add(
-            f"chunk_rows/{kind}",
-            _rows,
-            {**chunk, "joint_ptr": "*fp32", "rest_ptr": "*fp32", **rows_and_columns},
-            {**plain, "KIND": KINDS[kind], "TAU": 5.0, "SCALED": True},
-            ROWS,
-            kind == "lse",
-        )
-    for name, out in (("values", None), ("fp32", "*fp32"), ("bf16", "*bf16"), ("split", "*bf16")):
-        add(
-            f"chunk_infonce/{name}",
-            _infonce_rows,
-            {
-                **chunk, "losses_ptr": "*fp32", "state_ptr": "*fp32", **rows_and_columns, "slots": "i32",
-                "plane": "i32", **({"out_ptr": out} if out else {}),
-            },
-            {
-                **plain, "WITH_GRADIENT": out is not None, "SPLIT": name == "split", "FACTOR": 1.0,
-                **({} if out else {"out_ptr": None}),
-            },
-            GRADIENT_ROWS if out else ROWS,
-        )  # fmt: skip
-    for is_first in (True, False):
-        add(
-            f"chunk_columns/{'first' if is_first else 'next'}",
-            _columns,
-            {**chunk, "parts_ptr": "*fp32", "columns": "i32", "part_height": "i32", "slots": "i32"},
-            {"IS_FIRST": is_first},
-            COLUMNS,
-        )
-    add(
-        "merge_parts",
-        _merge_parts,
-        {"parts_ptr": "*fp32", "out_ptr": "*fp32", "columns": "i32", "slots": "i32"},
-        {"PARTS": PARTS},
-        {key: value for key, value in COLUMNS.items() if key != "BLOCK_M"},
-    )
-    both = {"row_weight_ptr": "*fp32", "diagonal_ptr": "*fp32"}
-    row_shift, column = {"row_shift_ptr": "*fp32"}, {"col_weight_ptr": "*fp32", "col_shift_ptr": "*fp32"}
-    for name, source, shifted, has_columns, out in (
-        ("chunk_gradients/exponential/fp32", chunk, True, False, "*fp32"),
-        ("chunk_gradients/exponential/bf16", chunk, True, False, "*bf16"),
-        ("chunk_gradients/exponential/split", chunk, True, False, "*bf16"),
-        ("chunk_gradients/symmetric/bf16", chunk, True, True, "*bf16"),
-        ("chunk_gradients/sigmoid/bf16", chunk, False, False, "*bf16"),
-        ("score_gradients/exponential", given, True, False, "*fp32"),
-        ("score_gradients/sigmoid", given, False, False, "*fp32"),
-    ):
-        present = {**both, **(row_shift if shifted else {}), **(column if has_columns else {})}
-        absent = {key: None for key in (*row_shift, *column) if key not in present}
-        if source is given:
-            absent["scale_ptr"] = None
-        add(
-            name,
-            _gradients,
-            {**source, **present, "out_ptr": out, **rows_and_columns, "plane": "i32"},
-            {
-                **plain, **absent, "IS_SIGMOID": not shifted, "HAS_COLUMNS": has_columns, "SCALED": source is chunk,
-                "SPLIT": name.endswith("split"),
-            },
-            CELLS,
-        )  # fmt: skip
-    state = {"baseline_ptr": "*fp32", "state_ptr": "*fp32", "count": "i32", "slots": "i32"}
-    for name, source in (("chunk", chunk), ("score", given)):
-        scaled = {"SCALED": True} if source is chunk else {"SCALED": False, "scale_ptr": None}
-        outputs = {f"{what}_ptr": "*fp32" for what in ("joint", "rest", "excess", "shares")}
-        add(f"{name}_mixture", _mixture, {**source, **state, **outputs}, {**weights, **scaled}, MIXTURE)
-        more = {"marginal_ptr": "*fp32", "grad_ptr": "*fp32"}
-        for out in ("fp32", "bf16", "split") if source is chunk else ("fp32",):
-            add(
-                f"{name}_mixture_gradients/{out}",
-                _mixture_gradients,
-                {**source, **state, **more, "out_ptr": "*bf16" if out == "split" else f"*{out}", "plane": "i32"},
-                {**weights, **scaled, "SPLIT": out == "split"},
-                MIXTURE_CELLS,
-            )
-    add(
-        "split_rows",
-        _split_rows,
-        {"x_ptr": "*fp32", "out_ptr": "*bf16", "rows": "i32", "width": "i32"},
-        {},
-        PIECES,
-    )
-    pieces = {f"{name}_ptr": "*fp32" for name in ("a", "b", "c", "out")}
-    sizes = {"rows": "i32", "width": "i32", "group_step": "i32"}
-    add("fold", _fold, {**pieces, **sizes}, {"A": 3, "B": 2, "C": 1}, PIECES)
-    add(
-        "score_rows/lse",
-        _rows,
-        {**given, "joint_ptr": "*fp32", "rest_ptr": "*fp32", **rows_and_columns},
-        {**plain, "scale_ptr": None, "KIND": LSE, "TAU": 5.0, "SCALED": False},
-        ROWS,
-    )
-    return cases

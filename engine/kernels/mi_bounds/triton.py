@@ -19,11 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.aot import ARCHS, AotCase
 from engine.kernels.dispatch import architecture
-from engine.kernels.mi_bounds import scores
 from engine.kernels.mi_bounds.chunked import contiguous, in_range
-from engine.kernels.mi_bounds.plan import MAX_WIDTH
 from engine.kernels.mi_bounds.scores import rows_like
 from engine.kernels.mi_bounds.statistics import LSE, SHARE
 from engine.kernels.mi_bounds.tiles import KINDS, LN_2, LOG2_E, finite, infonce_row, sigmoid, softplus
@@ -362,7 +359,7 @@ def symmetric_statistics(q: Tensor, k: Tensor, scale: Tensor) -> tuple[Tensor, T
 def infonce(
     q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, gradients: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `op._InfoNCE` wants it. One product; two for `gradients` "rows"."""
+    """As `autograd.InfoNCE` wants it. One product; two for `gradients` "rows"."""
     (q, k), precision = _operands(q, k)
     groups, rows, width = q.shape
     (losses,) = rows_like(q, 1)
@@ -438,86 +435,3 @@ def _rounded(x: Tensor) -> Tensor:
     out = torch.empty_like(x)
     _round[triton.cdiv(x.numel(), ROUND_BLOCK),](x, out, x.numel(), BLOCK=ROUND_BLOCK)
     return out
-
-
-def aot_cases() -> list[AotCase]:
-    """Every kernel in fp32 (tf32x3), tf32 and bf16, in the configurations that the host functions launch."""
-    cases = []
-    pointers = {"q_ptr": "*{}", "k_ptr": "*{}", "scale_ptr": "*fp32"}
-    sizes = {"rows": "i32", "columns": "i32"}
-    no_positives = {"positives_ptr": None, "EXCLUDE_SELF": False}
-    sides_of = {
-        "rows": (True, False, False, True, False),
-        "columns": (False, True, False, False, False),
-        "keys": (False, True, False, False, True),
-        "symmetric": (True, True, False, True, False),
-        "sigmoid": (True, False, True, True, False),
-    }
-
-    def add(name: str, kernel, signature: dict, constexprs: dict, configs: dict, quick: bool):
-        typed = {key: kind.format(element) for key, kind in signature.items()}
-        found = configs["half" if dtype == "bf16" else dtype]
-        for size in found:
-            # those of one architecture are compiled for it alone, the others where they are launched
-            archs = (size,) if isinstance(size, int) else tuple(a for a in ARCHS if size == "few" or a not in found)
-            if size != "many" or found["few"] != found["many"]:
-                rows = 1 if size == "few" else FEW_ROWS
-                config = tile(configs, "half" if dtype == "bf16" else dtype, rows, MAX_WIDTH, archs[0])
-                launch = {key: config.pop(key) for key in ("num_warps", "num_stages")}
-                label = f"sm{size}" if isinstance(size, int) else size
-                cases.append(
-                    AotCase(
-                        f"mi_bounds.{name}/{dtype}/{label}", kernel, typed, {**dot, **constexprs, **config}, dot=True,
-                        quick=quick, archs=archs, **launch,
-                    )
-                )  # fmt: skip
-
-    for dtype, input_precision in (("fp32", "tf32x3"), ("tf32", "tf32"), ("bf16", "ieee")):
-        element = "bf16" if dtype == "bf16" else "fp32"
-        dot = {"PRECISION": input_precision, "UPCAST": False}
-        rounds = {"ROUND": dtype == "tf32"}
-        for kind in KINDS:
-            add(
-                f"statistics/{kind}",
-                _statistics,
-                {**pointers, "joint_ptr": "*fp32", "rest_ptr": "*fp32", **sizes},
-                {"KIND": KINDS[kind], "TAU": 5.0},
-                STATISTICS,
-                dtype == "bf16" and kind == "lse",
-            )
-        outputs = {"losses_ptr": "*fp32", "state_ptr": "*fp32", "pull_ptr": "*fp32"}
-        for pull in (False, True):
-            add(
-                f"infonce/{'rows' if pull else 'values'}",
-                _infonce,
-                {**pointers, **outputs, **sizes, "slots": "i32"},
-                {**no_positives, **rounds, "HAS_POSITIVES": False, "PULL": pull},
-                INFONCE,
-                dtype != "tf32" and pull,
-            )
-        for variant, (has_own, has_other, is_sigmoid, owns_rows, is_share) in sides_of.items():
-            found, absent = {"diagonal_ptr": "*fp32"}, {}
-            for side, has in (("own", has_own), ("other", has_other)):
-                for what in ("weight", "shift"):
-                    if has and not (is_sigmoid and what == "shift"):
-                        found[f"{side}_{what}_ptr"] = "*fp32"
-                    else:
-                        absent[f"{side}_{what}_ptr"] = None
-            add(
-                f"gradients/{variant}",
-                _gradients,
-                {
-                    "own_ptr": "*{}", "other_ptr": "*{}", "scale_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": "*{}",
-                    **found, "own_count": "i32", "other_count": "i32",
-                },
-                {
-                    **no_positives, **absent, **rounds, "HAS_OWN": has_own, "HAS_OTHER": has_other,
-                    "IS_SIGMOID": is_sigmoid, "OWNS_ROWS": owns_rows, "IS_SHARE": is_share, "HAS_FACTORS": False,
-                    "POSITIVES": DIAGONAL,
-                },
-                GRADIENTS,
-                dtype != "tf32" and variant in ("rows", "keys"),
-            )  # fmt: skip
-    signature = {"x_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32"}
-    cases.append(AotCase("mi_bounds.round", _round, signature, {"BLOCK": ROUND_BLOCK}))
-    return cases + scores.aot_cases()

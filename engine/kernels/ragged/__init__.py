@@ -1,5 +1,5 @@
 """Batches out of sequences that lie end to end: gathered and right-padded where they are."""
 
-from engine.kernels.ragged.op import Source, pad, pad_batches
+from engine.kernels.ragged.op import Source, pad, pad_batches, scale
 
-__all__ = ["Source", "pad", "pad_batches"]
+__all__ = ["Source", "pad", "pad_batches", "scale"]

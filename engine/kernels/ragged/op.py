@@ -1,4 +1,4 @@
-"""Gathering and right-padding sequences that lie end to end, as an operation: no host work, no synchronisation.
+"""Gathering and right-padding sequences that lie end to end, as an operation without synchronisation.
 
 On CPU tensors a kernel compiled at first use (ragged.cpp) runs it, on CUDA tensors a Triton kernel.
 """
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,18 +25,24 @@ def pad(
     """Sequences `rows` of a ragged array as a right-padded batch. Bitwise the same on every backend.
 
     Args:
-        values: [total, d] or [total], float16, float32 or int32: all sequences end to end.
-        offsets: int64 [N + 1]; sequence i is `values[offsets[i]:offsets[i + 1]]`.
-        rows: int64 [B], each in 0..N-1; on a GPU they are not checked.
-        width: length of the batch's second axis, at least 1; longer sequences are cut to it.
-        fill: what padding holds.
-        closing: what the last place of a cut sequence of numbers holds (a text's closing token); -1 leaves it.
+        values: All sequences end to end, [total, d] or [total], float16, float32 or int32.
+        offsets: int64 [N + 1]. Sequence i is `values[offsets[i]:offsets[i + 1]]`.
+        rows: int64 [B], each from 0 to N - 1. On a GPU they are not checked.
+        width: Length of the batch's second axis, at least 1. Longer sequences are cut to it.
+        fill: Value of the padding.
+        closing: Last value of a sequence of numbers that was cut, such as a text's closing token. -1 keeps its own.
 
     Returns:
-        Padded [B, width, d] or [B, width], float32 (int64 for int32 values), and lengths int64 [B], at most `width`.
+        The batch [B, width, d] or [B, width], float32 (int64 for int32 values); and lengths int64 [B], at most `width`.
 
     Raises:
-        ValueError: wrong shapes or dtypes; on a CPU also rows out of range.
+        ValueError: Wrong shapes or dtypes; on a CPU also rows out of range.
+
+    Example:
+        >>> values, offsets = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 3])
+        >>> pad(values, offsets, torch.tensor([1, 0]), 2)[0]
+        tensor([[2., 3.],
+                [1., 0.]])
     """
     if values.dtype not in RESULT or values.ndim not in (1, 2) or (closing >= 0 and values.ndim != 1):
         raise ValueError(
@@ -113,6 +120,21 @@ def pad_batches(
         start += size
 
 
+def scale(values: np.ndarray, shift: np.ndarray, factor: np.ndarray, clip: float) -> np.ndarray:
+    """`(values - shift) * factor` in float64, cut to ±clip, as float32. Frames that are all zero stay so.
+
+    Bitwise the same on every backend. `use_backend("reference")` takes the formula in torch.
+
+    Args:
+        values: frames [n, d] of floats, on the host. shift, factor: float64 [d]. clip: infinity leaves values uncut.
+    """
+    scaled = cpu.scale(values, shift, factor, clip) if registry.setting() != "reference" else None
+    if scaled is None:
+        frames = torch.from_numpy(np.array(values, np.float32))
+        scaled = reference.scale(frames, torch.from_numpy(shift), torch.from_numpy(factor), clip).numpy()
+    return scaled
+
+
 def _padded(source: Source, rows: Tensor, width: int) -> Tensor:
     if source.values is None:
         length = (source.offsets[rows + 1] - source.offsets[rows]).clamp(max=source.most)
@@ -120,9 +142,7 @@ def _padded(source: Source, rows: Tensor, width: int) -> Tensor:
     cut = min(width, source.most)
     out, _ = pad(source.values, source.offsets, rows, cut, fill=source.fill, closing=source.closing)
     if source.scale is not None:
-        shift, factor, clip = source.scale
-        scaled = ((out.double() - shift) * factor).clamp(-clip, clip).float()
-        out = torch.where((out != 0).any(-1, keepdim=True), scaled, 0.0)
+        out = reference.scale(out, *source.scale)
     if cut == width:
         return out
     return torch.nn.functional.pad(out, (*[0] * (2 * out.dim() - 4), 0, width - cut), value=source.fill)

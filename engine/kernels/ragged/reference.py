@@ -4,6 +4,12 @@ import torch
 from torch import Tensor
 
 
+def scale(values: Tensor, shift: Tensor, factor: Tensor, clip: float) -> Tensor:
+    """See `op.scale`."""
+    scaled = ((values.double() - shift) * factor).clamp(-clip, clip).float()
+    return torch.where((values != 0).any(-1, keepdim=True), scaled, 0.0)
+
+
 def pad(values: Tensor, offsets: Tensor, rows: Tensor, width: int, fill: int, closing: int) -> tuple[Tensor, Tensor]:
     """See `op.pad`. values [total, d] or [total] -> [B, width, d] or [B, width], lengths [B]."""
     start = offsets[rows]

@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.aot import AotCase
-
 WARPS = 4
 
 
@@ -54,15 +52,3 @@ def pad_kernel(
         cut = (closing >= 0) & (n < whole)
         v = tl.where(((t == n - 1) & cut)[:, None], tl.full([1, 1], 0, out.dtype.element_ty) + closing, v)
         tl.store(out + to + c, v, mask=(t < width)[:, None] & (c < d))
-
-
-def aot_cases() -> list[AotCase]:
-    """Frames of both precisions at MOSEI's widths, and tokens."""
-    cases = []
-    for name, kind, d in (("fp32", "fp32", 74), ("fp16", "fp16", 35), ("int32", "i32", 1)):
-        signature = {
-            "values": f"*{kind}", "offsets": "*i64", "rows": "*i64", "out": "*i64" if kind == "i32" else "*fp32",
-            "lengths": "*i64", "width": "i32", "d": "i32", "fill": "i32", "closing": "i32",
-        }  # fmt: skip
-        cases.append(AotCase(f"ragged.pad/d{d}/{name}", pad_kernel, signature, _blocks(d), num_warps=WARPS))
-    return cases

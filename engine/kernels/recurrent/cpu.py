@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.errors import DataError
 from engine.kernels import build
+from engine.kernels.build import pointer, pointers
 from engine.kernels.recurrent.reference import GATES
 
 SOURCE = Path(__file__).with_name("recurrent.cpp")
@@ -22,8 +23,8 @@ SLOTS = {"gru": 4, "lstm": 5}  # values kept per unit, token and direction for t
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernel for float32 or float64, compiled at its first use; None (logged once) where it cannot be had."""
-    pointer, size, count = build.POINTER, build.SIZE, build.INT
-    functions = {"recurrent": [count, count, *[size] * 4, *[pointer] * 5, count, *[pointer] * 4]}
+    address, size, count = build.POINTER, build.SIZE, build.INT
+    functions = {"recurrent": [count, count, *[size] * 4, *[address] * 5, count, *[address] * 4]}
     return build.library(SOURCE, dtype, functions, "torch.nn.GRU and LSTM run")
 
 
@@ -111,30 +112,11 @@ def _run(
             d.zero_()
         return
 
-    def pointers(tensors: Sequence[Tensor]) -> ctypes.Array | None:
-        return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors)) if tensors else None
-
-    def pointer(tensor: Tensor | None) -> int | None:
-        return None if tensor is None else tensor.data_ptr()
-
     loaded.recurrent(
-        int(cell == "lstm"),
-        len(weights) // 8,
-        batch,
-        width,
-        features,
-        weights[1].shape[1],
-        length.data_ptr(),
-        x.data_ptr(),
-        pointers(weights),
-        out.data_ptr(),
-        state.data_ptr(),
-        torch.get_num_threads(),
-        pointer(gradient),
-        pointer(dx),
-        pointers(dweights),
-        pointer(work),
-    )
+        int(cell == "lstm"), len(weights) // 8, batch, width, features, weights[1].shape[1], length.data_ptr(),
+        x.data_ptr(), pointers(weights), out.data_ptr(), state.data_ptr(), torch.get_num_threads(), pointer(gradient),
+        pointer(dx), pointers(dweights), pointer(work),
+    )  # fmt: skip
 
 
 def check(x: Tensor, weights: Sequence[Tensor], cell: str) -> None:

@@ -22,8 +22,11 @@ WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def parameters(module: nn.RNNBase) -> list[Tensor] | None:
-    """The weights of a module in the operation's order; None where it is not one the operation computes: bidirectional,
-    batch first, with biases, without projections and without dropout between the layers."""
+    """The weights of a module in the operation's order, or None if the operation does not compute such a module.
+
+    It computes modules that are bidirectional and batch first, with biases, without projections and without dropout
+    between the layers.
+    """
     if not (module.bidirectional and module.batch_first and module.bias) or module.proj_size:
         return None
     if module.dropout and module.training and module.num_layers > 1:
@@ -33,8 +36,11 @@ def parameters(module: nn.RNNBase) -> list[Tensor] | None:
 
 
 def available(x: Tensor) -> bool:
-    """Whether the compiled kernel runs on tensors like x: a CPU tensor, a backend that is not the reference, and a
-    library that could be compiled and loaded. The first call compiles (seconds, logged) unless a library is kept."""
+    """Whether the compiled kernel runs on tensors like x.
+
+    That needs a CPU tensor, a backend other than the reference, and a library that could be compiled and loaded. The
+    first call compiles it, which takes seconds and is logged, unless it was kept.
+    """
     if x.device.type != "cpu" or registry.backend_for(x, "recurrent_forward") != "cpu":
         return False
     return _compiled(x.dtype)
@@ -46,24 +52,29 @@ def _compiled(dtype: torch.dtype) -> bool:
 
 
 def bidirectional(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str) -> Tensor:
-    """Hidden states of the last layer, both directions side by side, as torch.nn.GRU and LSTM return them packed.
+    """Hidden states of a bidirectional GRU's or LSTM's last layer, as torch.nn computes them on a packed batch.
 
-    A row's result depends on that row alone, bit for bit, and on no number of threads. Runs in float32 (float64 for
-    float64 x), under autocast too; there a GPU may round operands of products to TF32.
+    The result of a row depends on that row alone, bit for bit, and not on the number of threads. The computation is
+    float32 (float64 if any tensor is float64), also under autocast; there a GPU may round operands of products to TF32.
 
     Args:
-        x: [B, L, d], right-padded; what lies past a row's length is not read.
-        length: int64 [B], 1 <= length <= L.
-        weights: per layer and direction input [GH, d], hidden [GH, H] and their biases [GH]; see `parameters`.
+        x: [B, L, d], right-padded, of any floating dtype. Frames past a row's length are not read.
+        length: int64 [B], from 1 to L.
+        weights: Per layer and direction: input [GH, d], hidden [GH, H] and their biases [GH]; see `parameters`.
         cell: "gru" or "lstm".
 
     Returns:
-        [B, L, 2H], zero past a row's length. Differentiable once in x and the weights.
+        [B, L, 2H], both directions side by side, zero past a row's length. Differentiable once in x and in the weights.
 
     Raises:
-        DataError: lengths out of range.
-        ValueError: shapes that do not belong together.
-        EstimatorError: types other than floating ones, or tensors on several devices.
+        DataError: Lengths out of range.
+        ValueError: Shapes that do not belong together.
+        EstimatorError: Types other than floating ones, or tensors on several devices.
+
+    Example:
+        >>> gru = torch.nn.GRU(4, 6, bidirectional=True, batch_first=True)
+        >>> bidirectional(torch.randn(2, 5, 4), torch.tensor([5, 3]), parameters(gru), "gru").shape
+        torch.Size([2, 5, 12])
     """
     dtype = exact_type("the recurrence", x, *weights)
     cpu.check(x, weights, cell)

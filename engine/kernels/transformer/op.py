@@ -4,9 +4,9 @@
     y, low = add_norm(x, weight, shift, bias=b, residual=r, seed=seed, p=0.1)
     z = bias_gelu(x, b)
 
-A product's bias belongs to the operation behind it, so that the bias's gradient comes out of a kernel that has its
-numbers at hand anyway. Dropout's mask is a function of a seed on the device, of the call's number and of the place
-(`engine.kernels.dropout.reference`): nothing is stored, and a captured CUDA graph draws a new seed at each replay.
+A product's bias is added by the operation that follows the product, whose kernel has the numbers for the bias's
+gradient anyway. Dropout's mask is a function of a seed on the device, of the call's number and of the place
+(`engine.kernels.dropout.reference`). No mask is stored, and a captured CUDA graph draws a new seed at each replay.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LONGEST, HEAD = 64, 64  # tokens of a text, and width of a head, that one progra
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """int64 [1] on `device`, from torch's default generator: one serves all calls of a forward pass."""
+    """A seed, int64 [1] on `device`, from torch's default generator. One serves all calls of a forward pass."""
     return torch.randint(SEEDS, (1,), device=device)
 
 
@@ -44,24 +44,32 @@ def add_norm(
     number: int = 0,
     low: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """LayerNorm(residual + dropout(x + bias)) over the last axis; with `after`, dropout of the LayerNorm instead.
+    """LayerNorm(residual + dropout(x + bias)) over the last axis; `after`: dropout(LayerNorm(residual + x + bias)).
 
     Args:
         x: [N, C], float16, bfloat16, float32 or float64.
-        weight, shift: LayerNorm's, [C]; the computation has their type, float32 (or float64).
-        bias: [C], of the same type.
-        residual: [N, C], of any of the types.
-        seed: int64 [1], from `draw_seed`; needed where p > 0.
-        p: share that dropout drops, in [0, 1); 0 does nothing.
-        number: tells the calls that share a seed apart.
-        low: also return the result in this type, for a product that follows.
+        weight: LayerNorm's, [C]. The computation has its dtype, float32 (or float64).
+        shift: LayerNorm's, [C], of the same dtype.
+        bias: [C], of the same dtype.
+        residual: [N, C], of any of the dtypes of x.
+        seed: int64 [1], from `draw_seed`. Required for p > 0.
+        p: Share that dropout drops, in [0, 1).
+        after: Drop elements of the result instead.
+        eps: LayerNorm's.
+        number: Tells apart the calls that share a seed.
+        low: Also return the result in this dtype, for a product that follows.
 
     Returns:
-        y [N, C] of the weight's type, and y of the type `low` or None.
+        y [N, C] of the weight's dtype; and y of the dtype `low`, or None.
 
     Raises:
-        ValueError: shapes that do not fit, p outside [0, 1), or p > 0 without a seed.
-        EstimatorError: types other than floating ones, or tensors on several devices.
+        ValueError: Shapes that do not fit, p outside [0, 1), or p > 0 without a seed.
+        EstimatorError: Types other than floating ones, or tensors on several devices.
+
+    Example:
+        >>> y, low = add_norm(torch.randn(4, 8), torch.ones(8), torch.zeros(8), low=torch.bfloat16)
+        >>> y.dtype, low.dtype
+        (torch.float32, torch.bfloat16)
     """
     _check("add_norm", x, p, seed, residual, weight=weight, shift=shift, bias=bias)
     if residual is not None and residual.shape != x.shape:
@@ -77,14 +85,18 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
     Args:
         x: [N, C], float16, bfloat16, float32 or float64.
-        bias: [C]; the computation has its type, float32 (or float64).
+        bias: [C]. The computation has its dtype, float32 (or float64).
 
     Returns:
-        [N, C] of x's type.
+        [N, C] of x's dtype.
 
     Raises:
-        ValueError: shapes that do not fit.
-        EstimatorError: types other than floating ones, or tensors on several devices.
+        ValueError: Shapes that do not fit.
+        EstimatorError: Types other than floating ones, or tensors on several devices.
+
+    Example:
+        >>> bias_gelu(torch.zeros(1, 2), torch.tensor([0.0, 1.0]))
+        tensor([[0.0000, 0.8413]])
     """
     _check("bias_gelu", x, 0.0, None, bias=bias)
     return reference.bias_gelu(x, bias) if _by_formula(x, "bias_gelu") else _BiasGelu.apply(x, bias)
@@ -107,21 +119,36 @@ def attention(
     p: float = 0.0,
     number: int = 0,
 ) -> Tensor:
-    """dropout(softmax(q k' / sqrt(d) + mask)) v of every head, for short texts: one program holds a head of a text.
+    """dropout(softmax(q k' / sqrt(d) + mask)) v of every head, for short texts.
+
+    On a GPU one program holds one head of one text. The reference runs if `attention_fits` is False, or if the mask
+    requires a gradient.
 
     Args:
-        qkv: [B · L, 3 · C], products of queries, keys and values, without their biases; head after head in each.
-        q_bias, k_bias, v_bias: [C], float32 (or float64).
-        mask: [B, 1, 1, L] or [B, 1, L, L], any float type: added to the scores; finite. Where it requires a gradient
-            the reference runs.
-        seed, p, number: dropout of the attention's weights, as for `add_norm`.
+        qkv: [B · L, 3 · C], the products of queries, keys and values without their biases, head after head in each.
+        q_bias: [C], float32 (or float64).
+        k_bias: [C], of the same dtype.
+        v_bias: [C], of the same dtype.
+        mask: [B, 1, 1, L] or [B, 1, L, L], of any floating dtype, finite; it is added to the scores.
+        heads: Number of heads, a divisor of C.
+        seed: For dropout of the attention's weights, as for `add_norm`.
+        p: As for `add_norm`.
+        number: As for `add_norm`.
 
     Returns:
-        [B · L, C], of qkv's type. Where `attention_fits` is False, the reference computes it.
+        [B · L, C], of qkv's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, p outside [0, 1), or p > 0 without a seed.
-        EstimatorError: types other than floating ones, or tensors on several devices.
+        ValueError: Shapes that do not fit, p outside [0, 1), or p > 0 without a seed.
+        EstimatorError: Types other than floating ones, or tensors on several devices.
+
+    Source:
+        Vaswani et al., Attention Is All You Need, NeurIPS 2017.
+
+    Example:
+        >>> qkv, bias = torch.randn(2 * 5, 3 * 8), torch.zeros(8)
+        >>> attention(qkv, bias, bias, bias, torch.zeros(2, 1, 1, 5), heads=2).shape
+        torch.Size([10, 8])
     """
     exact_type("attention", qkv, q_bias, k_bias, v_bias, mask)
     batch, length = mask.shape[0], mask.shape[-1]
@@ -144,8 +171,8 @@ def _check(
 ) -> None:
     exact_type(where, x, *others, *vectors.values())
     if seed is not None and (seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != x.device):
-        found = f"a seed {list(seed.shape)} of {seed.dtype} on {seed.device}"
-        raise EstimatorError(where, found, f"int64 [1] on {x.device}", "Take it from draw_seed.")
+        what = f"a seed {list(seed.shape)} of {seed.dtype} on {seed.device}"
+        raise EstimatorError(where, what, f"int64 [1] on {x.device}", "Take it from draw_seed.")
     for name, vector in vectors.items():
         if x.dim() != 2 or (vector is not None and vector.shape != x.shape[1:]):
             raise ValueError(f"x must be [N, C] and {name} [C]; found {list(x.shape)} and {list(vector.shape)}")
@@ -154,7 +181,7 @@ def _check(
 
 
 def _by_formula(x: Tensor, op: str) -> bool:
-    """Whether the reference runs: asked for, or more than the kernels can do."""
+    """Whether the reference runs: it was asked for, or the kernels cannot take x."""
     backend = backend_for(x, op)
     return backend == "reference" or (backend == "triton" and (x.dtype == torch.float64 or x.shape[1] > WIDEST))
 

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.aot import AotCase
 from engine.kernels.dropout import reference as dropout
 from engine.kernels.registry import interpreting
 
@@ -381,72 +380,3 @@ def bias_gelu_backward_kernel(grad, x, bias, dx, sums, n, c, ROWS: tl.constexpr,
         total += tl.sum(g, 0)
     if sums is not None:
         tl.store(sums + tl.program_id(0) * c + column, total, mask=column < c)
-
-
-def aot_cases() -> list[AotCase]:
-    """BERT's layers at MiniLM's and BERT-base's widths, with dropout, in training's precisions; and the embeddings'."""
-    cases = []
-    for name, low, c in (("bf16", "bf16", 384), ("bf16", "bf16", 768), ("fp32", "fp32", 384)):
-        blocks = _norm_blocks(c)
-        warps = blocks.pop("num_warps")
-        common = {"n": "i32", "c": "i32"}
-        norm = {"weight": "*fp32", "seed": "*i64", "eps": "fp32", "number": "i32", **common}
-        inside = {"x": f"*{low}", "bias": "*fp32", "residual": "*fp32", **norm}
-        outside = {"x": "*fp32", **norm}  # the embeddings': neither bias nor residual
-        result = {"shift": "*fp32", "y": "*fp32"}
-        slopes = {"grad": "*fp32", "sums": "*fp32"}
-        both = low != "fp32"
-        given = {"small": f"*{low}"} if both else {}
-        more = {"grad_low": f"*{low}"} if both else {}
-        for place, after, forward, backward in (
-            ("layer", False, {**inside, **result, **given},
-             {**inside, **slopes, **more, "dx": f"*{low}", "dresidual": "*fp32"}),
-            ("embeddings", True, {**outside, **result, **given}, {**outside, **slopes, **more, "dx": "*fp32"}),
-        ):  # fmt: skip
-            if place == "embeddings" and not both:
-                continue
-            fixed = {**_drop(0.1, after), **blocks}
-            for kernel, signature in ((add_norm_kernel, forward), (add_norm_backward_kernel, backward)):
-                absent = {k: None for k in kernel.arg_names if k not in signature and k not in fixed}
-                title = f"transformer.{kernel.__name__.removesuffix('_kernel')}/{place}/c{c}/{name}"
-                cases.append(AotCase(title, kernel, signature, {**fixed, **absent}, num_warps=warps))
-                if c == 384:  # in evaluation nothing is dropped, and there is no seed
-                    given_here = {k: v for k, v in signature.items() if k != "seed"}
-                    without = {**fixed, **_drop(0.0, after), **absent, "seed": None}
-                    cases.append(AotCase(f"{title}/undropped", kernel, given_here, without, num_warps=warps))
-        width = {"x": f"*{low}", "bias": "*fp32", **common}
-        for kernel, signature in (
-            (bias_gelu_kernel, {**width, "y": f"*{low}"}),
-            (bias_gelu_backward_kernel, {**width, "grad": f"*{low}", "dx": f"*{low}", "sums": "*fp32"}),
-        ):
-            if c == 384:
-                title = f"transformer.{kernel.__name__.removesuffix('_kernel')}/{name}"
-                cases.append(AotCase(title, kernel, signature, dict(GELU)))
-    return cases + _attention_cases()
-
-
-def _attention_cases() -> list[AotCase]:
-    """Texts of up to 32 and 64 tokens with MiniLM's heads, and 64 with BERT-base's."""
-    cases = []
-    common = {
-        "qkv": "*bf16", "q_bias": "*fp32", "k_bias": "*fp32", "v_bias": "*fp32", "mask": "*bf16", "seed": "*i64",
-        "mask_text": "i32", "mask_row": "i32", "length": "i32", "c": "i32", "d": "i32", "scale": "fp32",
-        "number": "i32",
-    }  # fmt: skip
-    own = {
-        attention_kernel: {"out": "*bf16"},
-        attention_backward_kernel: {"grad": "*bf16", "dqkv": "*bf16", "sums": "*fp32"},
-    }
-    for length, width in ((32, 32), (64, 32), (64, 64)):
-        blocks = _text_blocks(length, width)
-        warps = blocks.pop("num_warps")
-        fixed = {"THRESHOLD": dropout.threshold(0.1), "SCALE": 1 / 0.9, **blocks}
-        for kernel, more in own.items():
-            title = f"transformer.{kernel.__name__.removesuffix('_kernel')}/L{length}/d{width}"
-            signature = {**common, **more}
-            cases.append(AotCase(f"{title}/bf16", kernel, signature, fixed, num_warps=warps, dot=True))
-            if length == 32:
-                undropped = {k: v for k, v in signature.items() if k != "seed"}
-                without = {**fixed, "THRESHOLD": 0, "SCALE": 1.0, "seed": None}
-                cases.append(AotCase(f"{title}/bf16/undropped", kernel, undropped, without, num_warps=warps, dot=True))
-    return cases

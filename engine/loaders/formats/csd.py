@@ -1,14 +1,17 @@
-"""CMU-SDK computational sequences: a folder of .csd files (HDF5), aligned here.
+"""CMU-SDK computational sequences: a folder of .csd files (HDF5), which are aligned here.
 
-Layout of a file: `/<root>/data/<video>/{features [n, d], intervals [n, 2] in seconds}`. The folder holds the words
-(features are text), the labels (a name with "label" or "segment" in it; an interval a segment, sentiment in the first
-column), audio and vision features, and the split of the videos: `splits.json` (`{"train": [video, ...], "valid": [...],
-"test": [...]}`) or a CSV with columns video_id and mode.
+A file's layout: `/<root>/data/<video>/{features [n, d], intervals [n, 2] in seconds}`. The folder holds
 
-A sample is a labelled segment, its id `video[number]` as the SDK's `align` names it. Its words are those whose middle
-lies in the segment, pauses ("sp") left out. With `data.align=words` (the default) there is a row a word: the mean of
-the frames that overlap the word in time, zeros where there is none. With `segments` a sample has the frames whose
-middle lies in the segment, as they are.
+- the words: features that are text;
+- the labels: a name with "label" or "segment" in it, one interval per segment, sentiment in the first column;
+- audio and vision features;
+- the split of the videos: `splits.json` (`{"train": [video, ...], "valid": [...], "test": [...]}`), or a CSV with
+  columns video_id and mode.
+
+A sample is a labelled segment. Its id is `video[number]`, as in the SDK's `align`. Its words are those whose middle
+lies in the segment, without pauses ("sp"). With `data.align=words` (the default) there is one row per word: the mean of
+the frames that overlap the word in time, or zeros if none does. With `segments`, a sample has the frames whose middle
+lies in the segment, as they are.
 """
 
 from __future__ import annotations
@@ -20,21 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import DataError
-from engine.loaders.formats import (
-    SPLIT_ALIASES,
-    SPLITS_FILE,
-    Choice,
-    RawDataset,
-    RawSplit,
-    Source,
-    check_splits,
-    csv_files,
-    csv_header,
-    listed,
-    present,
-    read_labels,
-)
-from engine.loaders.formats.tables import read_table
+from engine.loaders.formats.checks import SPLIT_ALIASES, check_splits, listed, present, read_labels
+from engine.loaders.formats.registry import RawDataset, RawSplit
+from engine.loaders.formats.source import SPLITS_FILE, Choice, DataFiles, csv_files
+from engine.loaders.formats.tables import csv_header, read_table
 from engine.loaders.hdf5 import CsdReader
 from engine.loaders.ragged import LengthRule, absent, from_sequences
 
@@ -68,10 +60,10 @@ class CSD:
     name = "csd"
     title = TITLE
 
-    def recognises(self, source: Source) -> bool:
+    def recognises(self, source: DataFiles) -> bool:
         return source.kind == "hdf5"
 
-    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+    def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
         data = RawDataset(self.name, {})
         with CsdReader() as reader:
             files = _sort(source, reader)
@@ -108,13 +100,13 @@ class CSD:
 
 
 def needs_words(choice: Choice) -> bool:
-    """Whether samples are made of words: as their text, or as what frames are aligned to."""
+    """Whether samples need words: as their text, or because frames are aligned to words."""
     return "text" in choice.modalities or choice.align == "words"
 
 
-def _sort(source: Source, reader: CsdReader) -> dict[str, dict[str, Path]]:
+def _sort(source: DataFiles, reader: CsdReader) -> dict[str, dict[str, Path]]:
     """What each file is: kind -> name of the feature set -> file."""
-    found: dict[str, dict[str, Path]] = {"words": {}, "label": {}, "audio": {}, "vision": {}, "text": {}, "other": {}}
+    by_kind: dict[str, dict[str, Path]] = {"words": {}, "label": {}, "audio": {}, "vision": {}, "text": {}, "other": {}}
     for stem, file in source.files.items():
         reader.open(file)
         kind = "words" if reader.kind == "words" and "phone" not in f"{reader.root} {stem}".lower() else None
@@ -123,12 +115,12 @@ def _sort(source: Source, reader: CsdReader) -> dict[str, dict[str, Path]]:
         asked = {getattr(source.choice, f"{k}_features").lower(): k for k in ("audio", "vision", "text")}
         kind = asked.get(stem.lower(), kind)
         name = "words" if kind == "words" else "labels" if kind == "label" else stem
-        if name in found[kind or "other"]:
+        if name in by_kind[kind or "other"]:
             raise DataError(
-                str(source.path), f"several files of {name} ({found[kind][name].name}, {file.name})", "one",
+                str(source.path), f"several files of {name} ({by_kind[kind][name].name}, {file.name})", "one",
                 "Move one of them away.",
             )  # fmt: skip
-        found[kind or "other"][name] = file
+        by_kind[kind or "other"][name] = file
     for kind, do in (
         (
             "words",
@@ -142,21 +134,19 @@ def _sort(source: Source, reader: CsdReader) -> dict[str, dict[str, Path]]:
             continue
         if kind == "words" and not needs_words(source.choice):
             continue
-        if not found[kind]:
+        if not by_kind[kind]:
             raise DataError(str(source.path), f"{', '.join(source.files)}: no {kind}", f"a .csd file of {kind}", do)
         auto = kind in ("audio", "vision") and getattr(source.choice, f"{kind}_features") == "auto"
-        if auto and len(found[kind]) > 1:
+        if auto and len(by_kind[kind]) > 1:
             raise DataError(
-                str(source.path),
-                f"several sets of {kind} features ({', '.join(found[kind])})",
-                "one, or a choice",
-                f"Set data.{kind}_features={next(iter(found[kind]))}, say.",
-            )
-    return found
+                str(source.path), f"several sets of {kind} features ({', '.join(by_kind[kind])})", "one, or a choice",
+                f"For example, set data.{kind}_features={next(iter(by_kind[kind]))}.",
+            )  # fmt: skip
+    return by_kind
 
 
-def _segments(source: Source, reader: CsdReader, file: Path, notes: list[str]) -> tuple[list[str], list[_Segment]]:
-    """The splits that are listed, and all segments of them."""
+def _segments(source: DataFiles, reader: CsdReader, file: Path, notes: list[str]) -> tuple[list[str], list[_Segment]]:
+    """The splits that are listed, and all their segments."""
     split_of = _splits(source, notes)
     reader.open(file)
     if reader.kind != "numbers":
@@ -172,11 +162,12 @@ def _segments(source: Source, reader: CsdReader, file: Path, notes: list[str]) -
         for i, ((start, end), label) in enumerate(zip(intervals.tolist(), labels, strict=True)):
             if not start <= end:  # NaN too
                 raise DataError(
-                    f"{file}, {video}[{i}]", f"an interval from {start} to {end}", "start before end", "Mend the file."
-                )
+                    f"{file}, {video}[{i}]", f"an interval from {start} to {end}", "start before end",
+                    "Correct the file.",
+                )  # fmt: skip
             out.append(_Segment(video, i, start, end, np.array(label), split))
     if len({len(x.label) for x in out}) > 1:
-        raise DataError(str(file), "labels of different widths", "the same columns in every video", "Mend the file.")
+        raise DataError(str(file), "labels of different widths", "the same columns in every video", "Correct the file.")
     if unknown:
         notes.append(f"{unknown} labelled videos are in no split and are left out")
     if not out:
@@ -186,7 +177,7 @@ def _segments(source: Source, reader: CsdReader, file: Path, notes: list[str]) -
     return present(split_of.values()), out
 
 
-def _splits(source: Source, notes: list[str]) -> dict[str, str]:
+def _splits(source: DataFiles, notes: list[str]) -> dict[str, str]:
     """video -> train, valid or test."""
     folder = next(iter(source.files.values())).parent
     file = folder / SPLITS_FILE
@@ -196,7 +187,7 @@ def _splits(source: Source, notes: list[str]) -> dict[str, str]:
             folds = {SPLIT_ALIASES.get(k, k): [str(v) for v in videos] for k, videos in folds.items()}
         except (OSError, ValueError, AttributeError, TypeError, RecursionError) as cause:
             raise DataError(
-                str(file), f"{cause}", '{"train": [video, ...], "valid": [...], "test": [...]}', "Mend the file."
+                str(file), f"{cause}", '{"train": [video, ...], "valid": [...], "test": [...]}', "Correct the file."
             ) from None
         notes += check_splits(str(file), folds)
         split_of: dict[str, str] = {}
@@ -215,11 +206,10 @@ def _splits(source: Source, notes: list[str]) -> dict[str, str]:
             rows = [(row["video_id"].strip(), row["mode"].strip()) for _, row in read.rows]
             return {video: SPLIT_ALIASES[mode] for video, mode in rows if mode in SPLIT_ALIASES}
     raise DataError(
-        str(source.path),
-        "no list of each split's videos",
+        str(source.path), "no list of each split's videos",
         'splits.json ({"train": [video, ...], "valid": [...], "test": [...]}) or a CSV with columns video_id and mode',
         "Put the data set's standard folds beside the .csd files.",
-    )
+    )  # fmt: skip
 
 
 def _inside(intervals: np.ndarray, start: float, end: float) -> np.ndarray:

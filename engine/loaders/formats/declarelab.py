@@ -1,9 +1,11 @@
-"""MulT's pickles as DeclareLab's projects and the reference use them, with their label CSV.
+"""MulT's pickles with their label CSV, as DeclareLab's projects and the reference use them.
 
-Layout: `d[split] = {vision [N, Lv, dv], audio [N, La, da], text [N, 50, 300], labels [N, 1, 1 or 7], id [N, 1 to 3]}`,
-padded with zeros on the LEFT as a rule (another side is found in the zeros); in aligned files all three have a row a
-word and L = 50. Transcripts are in a CSV beside it (video_id, clip_id, text, label, in any order).
-MOSI ids are `<video>_<clip>`; MOSEI ids are rows (video, start, end), which the CSV need not have.
+Layout: `d[split] = {vision [N, Lv, dv], audio [N, La, da], text [N, 50, 300], labels [N, 1, 1 or 7], id [N, 1 to 3]}`.
+As a rule, zeros on the LEFT are padding; if the zeros lie at the other side, that side is taken. In aligned files all
+three have one row per word, and L = 50.
+
+Transcripts are in a CSV beside the pickle (video_id, clip_id, text, label, in any order). MOSI ids are
+`<video>_<clip>`. MOSEI ids are rows (video, start, end), which the CSV need not have.
 """
 
 from __future__ import annotations
@@ -18,17 +20,12 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
-from engine.loaders.formats import (
+from engine.loaders.formats.checks import (
     SPLIT_ALIASES,
     SPLITS,
-    RawDataset,
-    RawSplit,
-    Source,
     check_keys,
     check_rows,
     check_splits,
-    csv_files,
-    csv_header,
     may_be_labelled,
     nearest,
     note_keys,
@@ -37,7 +34,9 @@ from engine.loaders.formats import (
     to_text,
     unlabelled,
 )
-from engine.loaders.formats.tables import label_of, plain_number, read_table
+from engine.loaders.formats.registry import RawDataset, RawSplit
+from engine.loaders.formats.source import DataFiles, csv_files
+from engine.loaders.formats.tables import csv_header, label_of, plain_number, read_table
 from engine.loaders.ragged import LengthRule, absent, from_padded
 
 TITLE = "DeclareLab/MulT"
@@ -52,7 +51,7 @@ MMSA_HINTS = (
     "vision_lengths",
 )
 COLUMNS = ("video_id", "clip_id", "text", "label")  # of the label CSV
-LABEL_TOLERANCE = 0.05  # CSVs round labels to one decimal; two different MOSI or MOSEI labels are further apart
+LABEL_TOLERANCE = 0.05  # CSVs round labels to one decimal; different labels are further apart
 
 
 @dataclass
@@ -72,8 +71,8 @@ class _Sample:
     """A row of the pickle.
 
     Attributes:
-        cells: the non-empty columns of its id.
-        label: its sentiment; None where the labels have neither one column nor the SDK's seven.
+        cells: the columns of its id that are not empty.
+        label: its sentiment; None if the labels have neither one column nor the SDK's seven.
     """
 
     where: str
@@ -86,13 +85,13 @@ class _Sample:
 
     @property
     def clip(self) -> tuple[str, str]:
-        """(video, clip) as MOSI's first column has them; video ids may hold underscores too."""
+        """(video, clip) from MOSI's first column. Video ids may hold underscores too."""
         video, _, clip = self.cells[0].rpartition("_")
         return video, clip
 
     @property
     def start(self) -> tuple[str, str]:
-        """(video, start) as in MOSEI's rows."""
+        """(video, start) from MOSEI's rows."""
         return self.cells[0], _number(self.cells[1]) if len(self.cells) > 1 else ""
 
 
@@ -100,14 +99,14 @@ class DeclareLab:
     name = "declarelab"
     title = TITLE
 
-    def recognises(self, source: Source) -> bool:
+    def recognises(self, source: DataFiles) -> bool:
         splits = source.split_dict()
         first = next((v for k, v in splits.items() if k in SPLITS), None) if splits else None
         if not isinstance(first, dict) or looks_like_mmsa(first):
             return False
         return sum(bool(nearest(k, first)) for k in KEYS) >= 3
 
-    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+    def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
         splits = source.split_dict() or {}
         where = str(source.path)
         notes = check_splits(where, splits)
@@ -123,7 +122,7 @@ class DeclareLab:
             samples[s] = _samples(splits[s], f"{where}, {s}")
         column = source.choice.label_column
         every = [x for s in names for x in samples[s]]
-        # MOSI's first column is a whole id, MOSEI's names only the video
+        # MOSI's first column is a whole id; MOSEI's names only the video
         whole = len({x.cells[0] for x in every}) == len(every) or all(len(x.cells) == 1 for x in every)
         data = RawDataset(self.name, {}, notes=notes + note_keys(unknown))
         text = None if features or "text" not in modalities else _join(source, samples, data.notes)
@@ -159,7 +158,7 @@ def _samples(split: dict[str, Any], where: str) -> list[_Sample]:
     values = split["id"]
     count = check_rows(f"{where}/id", values, TITLE)
     if not isinstance(values, (list, tuple, np.ndarray)):
-        raise DataError(f"{where}/id", f"a {type(values).__name__}", "an array of ids", "Write one id a row.")
+        raise DataError(f"{where}/id", f"a {type(values).__name__}", "an array of ids", "Write one id per row.")
     cells = []
     for row in range(count):
         value, at = values[row], f"{where}/id, row {row}"
@@ -183,16 +182,17 @@ def _samples(split: dict[str, Any], where: str) -> list[_Sample]:
 
 
 def _sentiment(values: Any, count: int, where: str, ids: list[str]) -> list[float] | list[None]:
-    """What the CSV has too, whatever column is trained on: the only column, or the first of the SDK's seven."""
+    """The label that the CSV has too, whatever column is trained on: the only one, or the first of the SDK's seven."""
     shape = getattr(values, "shape", ())
     columns = max(shape[1:], default=1)
     if shape[:1] == (count,) and columns not in (1, 7) and np.prod(shape) == count * columns:
-        return [None] * count  # `read_labels` checks them, with the column that is asked for
+        return [None] * count  # `read_labels` checks them for the column that is asked for
     return read_labels(values, count, where, ids)[:, 0].tolist()
 
 
-def find_csv(source: Source) -> Path:
-    """The label CSV beside the pickle: one with columns video_id and text; of several, the one named most like it.
+def find_csv(source: DataFiles) -> Path:
+    """The label CSV beside the pickle: one with columns video_id and text. Of several, the one whose name is most
+    similar.
 
     Raises:
         DataError: there is none.
@@ -201,11 +201,10 @@ def find_csv(source: Source) -> Path:
     tables = [p for p in csv_files(file.parent) if {"video_id", "text"} <= set(csv_header(p))]
     if not tables:
         raise DataError(
-            str(source.path),
-            f"no label CSV in {file.parent}",
+            str(source.path), f"no label CSV in {file.parent}",
             "a CSV with columns video_id, clip_id, text, label beside the pickle, which has no transcripts",
             "Put it there, use text_encoder=features, or leave text out of data.modalities.",
-        )
+        )  # fmt: skip
     return max(tables, key=lambda p: difflib.SequenceMatcher(None, p.stem.lower(), file.stem.lower()).ratio())
 
 
@@ -220,8 +219,8 @@ def _read_csv(path: Path) -> list[_Row]:
     return rows
 
 
-def _join(source: Source, samples: dict[str, list[_Sample]], notes: list[str]) -> dict[str, list[str]]:
-    """The transcript of every sample, by id where the CSV allows it, else by position; labels must agree."""
+def _join(source: DataFiles, samples: dict[str, list[_Sample]], notes: list[str]) -> dict[str, list[str]]:
+    """The transcript of every sample: by id if the CSV allows it, else by position. Labels must agree."""
     path = find_csv(source)
     rows = _read_csv(path)
     every = [(s, x) for s in samples for x in samples[s]]
@@ -235,11 +234,10 @@ def _join(source: Source, samples: dict[str, list[_Sample]], notes: list[str]) -
         known = sample.label is not None and not math.isnan(sample.label)
         if known and not abs(row.label - sample.label) <= LABEL_TOLERANCE:
             raise DataError(
-                f"{path}, line {row.line} ({row.video}, {row.clip})",
-                f"label {row.label:g}",
+                f"{path}, line {row.line} ({row.video}, {row.clip})", f"label {row.label:g}",
                 f"{sample.label:g}, the label of id {sample.name} ({s}) in the pickle",
                 "Use the CSV that belongs to this pickle, in its order: texts would go to the wrong samples.",
-            )
+            )  # fmt: skip
         moved += bool(row.mode) and SPLIT_ALIASES.get(row.mode, row.mode) != s
         text[s].append(row.text)
     if moved:
@@ -250,11 +248,11 @@ def _join(source: Source, samples: dict[str, list[_Sample]], notes: list[str]) -
 
 
 def _matched(every: list[tuple[str, _Sample]], rows: list[_Row], path: Path, notes: list[str]) -> list[_Row]:
-    """The row of every sample."""
+    """The CSV's row of every sample."""
     clips = {(r.video, r.clip) for r in rows}
     starts = {(r.video, _number(r.clip)) for r in rows}
     rewritten = {_plain((r.video, r.clip)) for r in rows}
-    # MOSI's ids hold a clip; MOSEI's a start, which some CSVs have as clip_id
+    # MOSI's ids hold a clip. MOSEI's hold a start, which some CSVs have as clip_id.
     if all(x.clip in clips for _, x in every):
         return _by_id(every, rows, path, lambda x: x.clip, lambda r: (r.video, r.clip))
     told_apart = len({_plain(x.clip) for _, x in every}) == len(every)
@@ -277,7 +275,7 @@ def _matched(every: list[tuple[str, _Sample]], rows: list[_Row], path: Path, not
 
 
 def _plain(clip: tuple[str, str]) -> tuple[str, str]:
-    """(video, clip) with whole numbers in one spelling: spreadsheets rewrite 01 as 1, and pandas 1 as 1.0."""
+    """(video, clip) with one spelling of whole numbers: spreadsheets rewrite 01 as 1, and pandas writes 1 as 1.0."""
     return plain_number(clip[0]), plain_number(clip[1])
 
 
@@ -292,11 +290,9 @@ def _by_id(
     for row in rows:
         if row_key(row) in index:
             raise DataError(
-                f"{path}, line {row.line}",
-                f"({row.video}, {row.clip}) a second time",
-                "every (video_id, clip_id) once",
-                "Remove one of them.",
-            )
+                f"{path}, line {row.line}", f"({row.video}, {row.clip}) a second time",
+                "every (video_id, clip_id) once", "Remove one of them.",
+            )  # fmt: skip
         index[row_key(row)] = row
     for _, sample in every:
         if sample_key(sample) not in index:
@@ -304,30 +300,26 @@ def _by_id(
             own = sorted(row_key(r)[1] for r in rows if row_key(r)[0] == video)
             there = f" (of {video} it has {', '.join(own[:5])}{', ...' if len(own) > 5 else ''})" if own else ""
             raise DataError(
-                sample.where,
-                f"id {sample.name}, which {path.name} does not have{there}",
+                sample.where, f"id {sample.name}, which {path.name} does not have{there}",
                 f"a row with video_id {video}, clip_id {clip} in it",
                 "Use the CSV of the same data set, as it was before a spreadsheet saved it.",
-            )
+            )  # fmt: skip
     return [index[sample_key(sample)] for _, sample in every]
 
 
 def _by_position(every: list[tuple[str, _Sample]], rows: list[_Row], path: Path) -> list[_Row]:
     if len(rows) != len(every):
         raise DataError(
-            str(path),
-            f"{len(rows)} rows",
-            f"{len(every)}, one a sample of train, valid and test, in this order",
+            str(path), f"{len(rows)} rows", f"{len(every)}, one per sample of train, valid and test, in this order",
             "Use the CSV that belongs to this pickle.",
-        )
+        )  # fmt: skip
     for row, (s, sample) in zip(rows, every, strict=True):
         if row.video != sample.cells[0]:
             raise DataError(
-                f"{path}, line {row.line}",
-                f"video {row.video}",
+                f"{path}, line {row.line}", f"video {row.video}",
                 f"{sample.cells[0]}, the video of id {sample.name} ({s}) at this position of the pickle",
                 "Use the CSV that belongs to this pickle, in train, valid, test order.",
-            )
+            )  # fmt: skip
     return rows
 
 

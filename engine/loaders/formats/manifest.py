@@ -1,10 +1,12 @@
-"""People's own data: a folder of .npy or .csv files and a manifest that names them.
+"""Your own data: a folder of .npy or .csv files, and a manifest that names them.
 
 Layout: `manifest.csv` with columns `id, split, label, audio, vision`, and `text` or, for precomputed text features,
-`text_features`. `audio`, `vision` and `text_features` are paths relative to the folder, each a 2-D array (frames,
-features): .npy, or .csv with a row a frame and, optionally, a header. An empty cell is a missing modality, or no label.
+`text_features`. `audio`, `vision` and `text_features` are paths relative to the folder. Each is a 2-D array (frames,
+features): .npy, or .csv with one row per frame and, optionally, a header. An empty cell is a missing modality, or no
+label.
+
 Columns of modalities that are not in `data.modalities` may be left out. Data that is only predicted needs no `label`
-and no `split`: without `split` every row is of the test split.
+and no `split`: without `split`, every row belongs to the test split.
 """
 
 from __future__ import annotations
@@ -18,21 +20,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from engine.errors import DataError, EngineError
-from engine.loaders.formats import (
-    SPLIT_ALIASES,
-    SPLITS,
-    RawDataset,
-    RawSplit,
-    Source,
-    check_splits,
-    csv_header,
-    listed,
-    nearest,
-    present,
-    to_id,
-)
-from engine.loaders.formats.tables import label_of, read_table
-from engine.loaders.ragged import LengthRule, absent, from_sequences, steady
+from engine.loaders.formats.checks import SPLIT_ALIASES, SPLITS, check_splits, listed, nearest, present, to_id
+from engine.loaders.formats.registry import RawDataset, RawSplit
+from engine.loaders.formats.source import DataFiles
+from engine.loaders.formats.tables import csv_header, label_of, read_table
+from engine.loaders.ragged import LengthRule, absent, from_sequences
+from engine.loaders.spool import steady
 
 TITLE = "folder of arrays with a manifest.csv"
 COLUMNS = ("id", "split", "label", "audio", "vision", "text", "text_features")
@@ -43,13 +36,13 @@ class Manifest:
     name = "manifest"
     title = TITLE
 
-    def recognises(self, source: Source) -> bool:
+    def recognises(self, source: DataFiles) -> bool:
         if source.kind != "csv":
             return False
         columns = csv_header(next(iter(source.files.values())))
         return sum(bool(nearest(c, columns)) for c in COLUMNS) >= 3
 
-    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+    def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
         path = source.files[""]
         modalities = source.choice.modalities
         frames = [m for m in ("audio", "vision") if m in modalities]
@@ -76,18 +69,15 @@ class Manifest:
                 data.dtypes.setdefault(kind, str(arrays[0].dtype))
                 parts[kind] = from_sequences(arrays, ids, f"{path}, {s}, {kind}")
             data.splits[s] = RawSplit(
-                ids,
-                [r["text"] for r in own] if "text" in modalities and "text" in own[0] else None,
-                np.array([[r["number"]] for r in own], np.float32),
-                parts["audio"],
-                parts["vision"],
+                ids, [r["text"] for r in own] if "text" in modalities and "text" in own[0] else None,
+                np.array([[r["number"]] for r in own], np.float32), parts["audio"], parts["vision"],
                 parts.get("text_features"),
-            )
+            )  # fmt: skip
         return data
 
 
 def _rows(path: Path, modalities: list[str]) -> list[dict]:
-    """The rows, whose split and number (the label, NaN where there is none) are always there."""
+    """The rows. Each one has a split and a number: its label, or NaN if there is none."""
     columns = csv_header(path)
     free = [c for c in columns if c not in COLUMNS]
     for need in ("id", "split", "label", *modalities):
@@ -104,18 +94,18 @@ def _rows(path: Path, modalities: list[str]) -> list[dict]:
         row["id"] = to_id(row["id"], at)
         row.setdefault("split", "test")
         if row["split"] not in SPLIT_ALIASES and (not row["split"] or nearest(row["split"], SPLIT_ALIASES)):
-            raise DataError(at, f"split {row['split']!r}", "train, valid or test", "Mend the row.")
+            raise DataError(at, f"split {row['split']!r}", "train, valid or test", "Correct the row.")
         row["split"] = SPLIT_ALIASES.get(row["split"], row["split"])
         if row["split"] in SPLITS:  # the labels of other splits are not read
             row["number"] = np.float32(label_of(row.get("label", ""), at))
         rows.append(row)
     if not rows:
-        raise DataError(str(path), "no rows", "a row a sample", "Fill the manifest.")
+        raise DataError(str(path), "no rows", "one row per sample", "Fill the manifest.")
     return rows
 
 
 def _array(manifest: Path, row: dict, kind: str) -> np.ndarray:
-    """The array a row names, [frames, features]; empty where the cell is."""
+    """The array that a row names, [frames, features]; empty if the cell is empty."""
     cell, at = row[kind], f"{row['at']} (id {row['id']}), {kind}"
     if not cell:
         return np.zeros((0, 0), np.float32)
@@ -135,7 +125,7 @@ def _array(manifest: Path, row: dict, kind: str) -> np.ndarray:
         raise DataError(at, f"no file {cell!r}", "a .npy or .csv file", "Check the path.")
     array = _npy(path, at) if path.suffix.lower() == ".npy" else _csv(path, at)
     if array.ndim != 2 or array.dtype.kind not in "fiu":
-        raise DataError(f"{at}: {path.name}", f"shape {array.shape} and dtype {array.dtype}", SHAPE, "Save it anew.")
+        raise DataError(f"{at}: {path.name}", f"shape {array.shape} and dtype {array.dtype}", SHAPE, "Save it again.")
     return array
 
 
@@ -144,12 +134,12 @@ def _npy(path: Path, at: str) -> np.ndarray:
         return _parsed(steady(path))
     except EngineError:
         raise
-    except Exception as cause:  # numpy reads the header as Python text: a damaged one fails in any way
-        raise DataError(f"{at}: {path.name}", f"{cause}", "a .npy file of numbers", "Save it anew.") from None
+    except Exception as cause:  # numpy parses the header as Python: a damaged one can raise anything
+        raise DataError(f"{at}: {path.name}", f"{cause}", "a .npy file of numbers", "Save it again.") from None
 
 
 def _parsed(data: mmap.mmap | bytes) -> np.ndarray:
-    """The array of a .npy file, a view of its bytes: a header cannot ask for more than the file holds."""
+    """The array of a .npy file: a view of its bytes. So a header cannot ask for more than the file holds."""
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -173,25 +163,24 @@ def _csv(path: Path, at: str) -> np.ndarray:
                     rows.append([float(c) for c in cells])
                 except ValueError:
                     raise DataError(
-                        f"{at}: {path.name}, line {number + 1}", "a cell that is no number", SHAPE, "Mend the row."
-                    ) from None
+                        f"{at}: {path.name}, line {number + 1}", "a cell that is not a number", SHAPE,
+                        "Correct the row.",
+                    ) from None  # fmt: skip
                 if rows and len(rows[-1]) != len(rows[0]):
                     raise DataError(
-                        f"{at}: {path.name}, line {number + 1}",
-                        f"{len(rows[-1])} cells",
-                        f"{len(rows[0])} as in the first row",
-                        "Mend the row.",
-                    )
+                        f"{at}: {path.name}, line {number + 1}", f"{len(rows[-1])} cells",
+                        f"{len(rows[0])} as in the first row", "Correct the row.",
+                    )  # fmt: skip
     except csv.Error as cause:
-        raise DataError(f"{at}: {path.name}", f"no CSV ({cause})", SHAPE, "Save it anew.") from None
+        raise DataError(f"{at}: {path.name}", f"no CSV ({cause})", SHAPE, "Save it again.") from None
     return np.array(rows, np.float64) if rows else np.zeros((0, 0), np.float32)
 
 
 def _is_header(cells: list[str], at: str) -> bool:
-    """Whether the first row of a CSV names columns: not one number, or pandas' 0, 1, 2, ...
+    """Whether the first row of a CSV names columns: it holds no number, or pandas' 0, 1, 2, ...
 
     Raises:
-        DataError: the first column has no name, as that of pandas' row numbers, which are no feature.
+        DataError: the first column has no name. It holds pandas' row numbers, which are not a feature.
     """
     if len(cells) > 1 and not cells[0].strip():
         raise DataError(at, "a first column without a name, as of row numbers", SHAPE, "Save it without its index.")

@@ -1,9 +1,11 @@
 """MMSA and MMSA-FET pickles: aligned_50, unaligned_50, SIMS unaligned_39.
 
 Layout: `d[split] = {raw_text (N,), id (N,), audio [N, La, da], vision [N, Lv, dv], regression_labels (N,)}` and
-optional keys; ids are `video$_$clip`; padded with zeros on the RIGHT, as a rule: MMSA-FET can pad on the left, which is
-found in the zeros. Unaligned files record lengths, which are not exact: frames after the recorded length are dropped
-and counted. `text` holds precomputed features [N, Lt, d_t], `text_bert` [N, 3, Lt] token ids, mask and types.
+optional keys. Ids are `video$_$clip`. As a rule, zeros on the RIGHT are padding. MMSA-FET can pad on the left: if the
+zeros lie there, that side is taken.
+
+Unaligned files record lengths, which are not exact: frames after the recorded length are dropped and counted. `text`
+holds precomputed features [N, Lt, d_t]; `text_bert` [N, 3, Lt] holds token ids, mask and types.
 """
 
 from __future__ import annotations
@@ -13,11 +15,8 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
-from engine.loaders.formats import (
+from engine.loaders.formats.checks import (
     SPLITS,
-    RawDataset,
-    RawSplit,
-    Source,
     as_numbers,
     check_keys,
     check_rows,
@@ -32,6 +31,8 @@ from engine.loaders.formats import (
     unlabelled,
 )
 from engine.loaders.formats.declarelab import looks_like_mmsa
+from engine.loaders.formats.registry import RawDataset, RawSplit
+from engine.loaders.formats.source import DataFiles
 from engine.loaders.ragged import LengthRule, Side, absent, from_padded
 
 TITLE = "MMSA"
@@ -53,12 +54,12 @@ class MMSA:
     title = TITLE
     label_keys = True  # see `Choice.label_key`
 
-    def recognises(self, source: Source) -> bool:
+    def recognises(self, source: DataFiles) -> bool:
         splits = source.split_dict()
         first = next((v for k, v in splits.items() if k in SPLITS), None) if splits else None
         return isinstance(first, dict) and looks_like_mmsa(first)
 
-    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+    def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
         splits = source.split_dict() or {}
         where = str(source.path)
         notes = check_splits(where, splits)
@@ -84,8 +85,9 @@ class MMSA:
             text = None if not kept else to_texts(split["raw_text"], f"{where}, {s}/raw_text")
             if text is not None and len(text) != count:
                 raise DataError(
-                    f"{where}, {s}/raw_text", f"{len(text)} texts", f"{count}, one a sample", "Write one text a sample."
-                )
+                    f"{where}, {s}/raw_text", f"{len(text)} texts", f"{count}, one per sample",
+                    "Write one text per sample.",
+                )  # fmt: skip
             mask, text_side = None, "right"
             if features and "text_bert" in split:
                 mask, text_side = _attended(split, count, f"{where}, {s}/text_bert")
@@ -116,7 +118,7 @@ def _labelled(split: Any) -> bool:
 
 
 def _absent(splits: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
-    """Split -> the modality it has no key of, spelt right or wrong: MMSA-FET leaves out what was not extracted."""
+    """Split -> the modality of which it has no key, spelt right or wrong. MMSA-FET omits what was not extracted."""
     out = {}
     for s in names:
         keys = list(splits[s]) if isinstance(splits[s], dict) else []
@@ -137,7 +139,7 @@ def _absence_notes(gone: dict[str, list[str]]) -> list[str]:
 
 
 def _label_key(splits: dict[str, Any], names: list[str], asked: str, where: str) -> str:
-    """The key of the labels that are meant."""
+    """The key of the labels that are asked for."""
     if asked == "auto":
         return "regression_labels"
     if asked == "classes":
@@ -164,17 +166,15 @@ def _lengths(split: dict[str, Any], modality: str, count: int, where: str) -> np
         )
         if wrong:
             raise DataError(
-                f"{where}/{key}",
-                f"{len(lengths)} values",
-                f"{count} whole numbers",
-                "Write one length a sample, or drop the key.",
-            )
+                f"{where}/{key}", f"{len(lengths)} values", f"{count} whole numbers",
+                "Write one length per sample, or drop the key.",
+            )  # fmt: skip
         return np.minimum(lengths, 1 << 31).astype(np.int64)
     return None
 
 
 def _attended(split: dict[str, Any], count: int, where: str) -> tuple[np.ndarray, Side]:
-    """Number of attended tokens, int64 [N], and the side of the padding: what the text features are valid for."""
+    """Number of attended tokens, int64 [N], and the side of the padding. Text features are valid for these tokens."""
     bert = as_numbers(split["text_bert"], where, f"({count}, 3, tokens)")
     if bert.ndim != 3 or bert.shape[:2] != (count, 3):
         raise DataError(

@@ -1,12 +1,13 @@
-"""Lists of rows as the published MIMRL code reads them, one file a split: CMU-SDK features and AVEC2019 interviews.
+"""Lists of rows in the layout of the reference, one file per split: CMU-SDK features and AVEC2019 interviews.
 
 - SDK (mosi, mosei): rows `[[text_features, audio_features, vision_features], label, label_2, label_7, segment]`; POM:
-  `[[...], label (18 traits), label_7, segment]`. Each of the three lists holds one array a feature set, word-aligned:
+  `[[...], label (18 traits), label_7, segment]`. Each of the three lists holds one array per feature set, word-aligned:
   text (words, glove, last_hidden, ...), audio (covarep, eb10, is09), vision (facet41, facet42, openface).
-- AVEC2019: rows `[text, mfcc, ege, ds, au, resnet, label]`, `text` an array of sentences, one a step, every feature set
-  with a row a step, label PHQ-8 / 25 in [0, 1].
+- AVEC2019: rows `[text, mfcc, ege, ds, au, resnet, label]`. `text` is an array of sentences, one per step. Every
+feature
+  set has one row per step. The label is PHQ-8 / 25, in [0, 1].
 
-Which feature sets are used is said by `data.audio_features` and `data.vision_features`.
+`data.audio_features` and `data.vision_features` choose the feature sets.
 """
 
 from __future__ import annotations
@@ -16,20 +17,9 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
-from engine.loaders.formats import (
-    RawDataset,
-    RawSplit,
-    Source,
-    as_numbers,
-    check_rows,
-    check_splits,
-    first_rows,
-    present,
-    row_family,
-    splits_with_words,
-    to_id,
-    to_texts,
-)
+from engine.loaders.formats.checks import as_numbers, check_rows, check_splits, present, to_id, to_texts
+from engine.loaders.formats.registry import RawDataset, RawSplit, first_rows, row_family, splits_with_words
+from engine.loaders.formats.source import DataFiles
 from engine.loaders.formats.tuples import stacked_labels
 from engine.loaders.ragged import LengthRule, absent, from_sequences
 
@@ -45,10 +35,10 @@ class SDKRows:
     title = "list of CMU-SDK features (MIMRL)"
     row = "[[text, audio, vision], label, ..., segment]"
 
-    def recognises(self, source: Source) -> bool:
+    def recognises(self, source: DataFiles) -> bool:
         return first_rows(source) == self.name
 
-    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+    def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
         splits = source.split_dict() or {}
         source.notes += check_splits(str(source.path), splits)
         data = RawDataset(self.name, {}, cut=True)
@@ -57,7 +47,7 @@ class SDKRows:
         data.dtypes = {"audio": "float32", "vision": "float32"}
         return data
 
-    def _split(self, rows: Any, where: str, source: Source, features: bool) -> RawSplit:
+    def _split(self, rows: Any, where: str, source: DataFiles, features: bool) -> RawSplit:
         choice = source.choice
         check_rows(where, rows, self.title)
         ids, text, label, embedded, audio, vision = [], [], [], [], [], []
@@ -92,17 +82,16 @@ class SDKRows:
                     frames = _part(parts[kind], number, f"{at}, {name}")
                     out.append(frames[None] if isinstance(frames, np.ndarray) and frames.ndim == 1 else frames)
         return RawSplit(
-            ids,
-            text if "text" in choice.modalities else None,
+            ids, text if "text" in choice.modalities else None,
             stacked_labels(label, where, ids, choice.label_column),
             from_sequences(audio, ids, f"{where}, {sets['audio'][0]}") if "audio" in sets else absent(len(ids)),
             from_sequences(vision, ids, f"{where}, {sets['vision'][0]}") if "vision" in sets else absent(len(ids)),
             from_sequences(embedded, ids, f"{where}, {sets['text'][0]}") if features else None,
-        )
+        )  # fmt: skip
 
 
 def _names(kind: str, parts: Any, where: str) -> list[str]:
-    """Names of the feature sets of one modality, by how many there are."""
+    """Names of one modality's feature sets, by how many there are."""
     if not len(parts):
         raise DataError(where, f"no {kind} features", "at least one array", "Write every modality's features.")
     known = {"text": TEXT_SETS, "audio": AUDIO_SETS, "vision": VISION_SETS}[kind]
@@ -126,10 +115,10 @@ class AVEC2019:
     title = "list of AVEC2019 interviews (MIMRL)"
     row = "[text, mfcc, ege, ds, au, resnet, label]"
 
-    def recognises(self, source: Source) -> bool:
+    def recognises(self, source: DataFiles) -> bool:
         return first_rows(source) == self.name
 
-    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+    def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
         splits = splits_with_words(source, self.title, features)
         data = RawDataset(self.name, {}, draws_words=True, cut=True)
         for s in present(splits):
@@ -137,7 +126,7 @@ class AVEC2019:
         data.dtypes = {"audio": "float32", "vision": "float32"}
         return data
 
-    def _split(self, rows: Any, where: str, split: str, source: Source) -> RawSplit:
+    def _split(self, rows: Any, where: str, split: str, source: DataFiles) -> RawSplit:
         choice = source.choice
         count = check_rows(where, rows, self.title)
         names = (*AVEC_AUDIO, *AVEC_VISION)
@@ -156,25 +145,18 @@ class AVEC2019:
                 frames = as_numbers(row[1 + names.index(name)], f"{at}, {name}", "numbers of shape (steps, features)")
                 if frames.shape[:1] != (len(sentences),):
                     raise DataError(
-                        f"{at}, {name}",
-                        f"shape {frames.shape}",
-                        f"a row for each of the {len(sentences)} sentences",
+                        f"{at}, {name}", f"shape {frames.shape}", f"a row for each of the {len(sentences)} sentences",
                         "Write text and features step by step.",
-                    )
+                    )  # fmt: skip
                 out.append(frames)
         labels = stacked_labels(label, where, ids, choice.label_column)
         beyond = np.flatnonzero((labels[:, 0] < 0) | (labels[:, 0] > PHQ_MOST))
         if len(beyond):
             raise DataError(
-                f"{where}, row {beyond[0]}",
-                f"label {labels[beyond[0], 0]:g}",
-                "PHQ-8 / 25, in [0, 1]",
+                f"{where}, row {beyond[0]}", f"label {labels[beyond[0], 0]:g}", "PHQ-8 / 25, in [0, 1]",
                 "Divide the scores by 25.",
-            )
+            )  # fmt: skip
         return RawSplit(
-            ids,
-            text,
-            labels,
-            from_sequences(audio, ids, f"{where}, {audio_set}"),
+            ids, text, labels, from_sequences(audio, ids, f"{where}, {audio_set}"),
             from_sequences(vision, ids, f"{where}, {vision_set}"),
-        )
+        )  # fmt: skip

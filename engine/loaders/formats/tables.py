@@ -22,7 +22,7 @@ HEAD_BYTES = 1 << 16
 
 @dataclass
 class Table:
-    """The rows of a CSV that are not blank: their lines in the file, and their cells by column, not stripped."""
+    """The rows of a CSV that are not blank: line numbers, and cells by column, not stripped."""
 
     path: Path
     columns: list[str]
@@ -30,7 +30,7 @@ class Table:
 
 
 def csv_header(path: Path) -> list[str]:
-    """Column names of a CSV; none where the file is not one."""
+    """Column names of a CSV; none if the file is not one."""
     try:
         with path.open("rb") as file:
             raw = file.read(HEAD_BYTES)
@@ -46,12 +46,13 @@ def read_table(path: Path, title: str, need: Iterable[str], errors: Literal["str
     """Read a CSV.
 
     Args:
-        title: what the file is called in messages.
+        title: what messages call the file.
         need: columns that it must have, once.
-        errors: replace reads on past bytes that are no text.
+        errors: replace reads on past bytes that are not text.
 
     Raises:
-        DataError: not text, no CSV, a needed column missing or there twice, or a row with more cells than the header.
+        DataError: the file is not text or no CSV, a needed column is missing or there twice, or a row has more cells
+            than the header.
     """
     raw = path.read_bytes()
     encoding = _encoding(raw)
@@ -87,7 +88,7 @@ def number(cell: str, where: str) -> float:
     """A label from a cell.
 
     Raises:
-        DataError: no finite number; a decimal comma is told as such.
+        DataError: it is not a finite number. A decimal comma is named as such.
     """
     text = cell.strip().replace("\u2212", "-")  # the minus sign of typesetting
     try:
@@ -98,19 +99,23 @@ def number(cell: str, where: str) -> float:
                 where, f"label {cell!r}, with a decimal comma", "a finite number with a decimal point",
                 "Save the file with decimal points.",
             ) from None  # fmt: skip
-        raise DataError(where, f"label {cell!r}", "a finite number", "Mend the row.") from None
+        raise DataError(where, f"label {cell!r}", "a finite number", "Correct the row.") from None
     if not abs(value) <= float(np.finfo(np.float32).max):  # NaN too
-        raise DataError(where, f"label {value:g}", "a finite number", "Mend the row.")
+        raise DataError(where, f"label {value:g}", "a finite number", "Correct the row.")
     return value
 
 
 def label_of(cell: str, where: str) -> float:
-    """`number` of a cell, or NaN, that the sample has no label, where it is empty or nan."""
+    """`number` of a cell. An empty cell or nan is NaN: the sample has no label."""
     return float("nan") if cell.strip().lower() in ("", "nan") else number(cell, where)
 
 
 def plain_number(text: str) -> str:
-    """One spelling for a whole number, however a spreadsheet wrote it: 1 for 01, 1.0 and 1E+00; other text as it is."""
+    """One spelling for a whole number, however a spreadsheet wrote it. Other text stays as it is.
+
+    >>> plain_number("01"), plain_number("1.0"), plain_number("a")
+    ('1', '1', 'a')
+    """
     try:
         value = float("" if "_" in text else text)
     except ValueError:
@@ -127,7 +132,7 @@ def _encoding(raw: bytes) -> str:
 
 
 def _without_mark(text: str) -> tuple[int, str]:
-    """Lines skipped, and the text without Excel's first line `sep=;`."""
+    """How many lines are skipped, and the text without Excel's first line `sep=;`."""
     first, _, rest = text.partition("\n")
     return (1, rest) if re.fullmatch(r'"?sep=.?"?\r?', first) else (0, text)
 

@@ -1,11 +1,11 @@
-"""Lists of nested tuples, one file a split or one dict of splits.
+"""Lists of nested tuples: one file per split, or one dict of splits.
 
 - Cached lists of MMIM and the reference (6 inner fields) and of MISA (4): rows
   `((words, visual [Lv, dv], acoustic [La, da], actual_words[, vlen, alen]), label, id)`.
-- MAG-BERT: rows `((words, visual, acoustic), label, segment)`, word-aligned, `words` the words themselves.
+- MAG-BERT: rows `((words, visual, acoustic), label, segment)`, word-aligned; `words` are the words themselves.
 
 Labels are (1, 1) or (1, 7). Sequences are not padded, so of the length rules only `recorded` (vlen, alen) can matter.
-Rows may share one array: zeros for a modality that is missing, or the features of a whole video.
+Rows may share one array: zeros for a missing modality, or the features of a whole video.
 """
 
 from __future__ import annotations
@@ -15,21 +15,9 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
-from engine.loaders.formats import (
-    Choice,
-    RawDataset,
-    RawSplit,
-    Source,
-    as_numbers,
-    check_rows,
-    first_rows,
-    present,
-    read_labels,
-    row_family,
-    splits_with_words,
-    to_id,
-    to_texts,
-)
+from engine.loaders.formats.checks import as_numbers, check_rows, present, read_labels, to_id, to_texts
+from engine.loaders.formats.registry import RawDataset, RawSplit, first_rows, row_family, splits_with_words
+from engine.loaders.formats.source import Choice, DataFiles
 from engine.loaders.ragged import LengthRule, absent, from_sequences
 
 WIDEST_LABEL = 1000  # values of a row's label, of which one is chosen
@@ -41,10 +29,10 @@ class Tuples:
     inner = "(words, visual, acoustic, actual_words[, vlen, alen])"
     words = 3
 
-    def recognises(self, source: Source) -> bool:
+    def recognises(self, source: DataFiles) -> bool:
         return first_rows(source) == self.name
 
-    def read(self, source: Source, rule: LengthRule, features: bool) -> RawDataset:
+    def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
         splits = splits_with_words(source, self.title, features)
         data = RawDataset(self.name, {})
         for s in present(splits):
@@ -80,12 +68,10 @@ class Tuples:
                 recorded.append(_length(length, at))
         modalities = choice.modalities
         return RawSplit(
-            ids,
-            text if "text" in modalities else None,
-            stacked_labels(label, where, ids, choice.label_column),
+            ids, text if "text" in modalities else None, stacked_labels(label, where, ids, choice.label_column),
             from_sequences(acoustic, ids, f"{where}, acoustic", alen) if "audio" in modalities else absent(len(ids)),
             from_sequences(visual, ids, f"{where}, visual", vlen) if "vision" in modalities else absent(len(ids)),
-        )
+        )  # fmt: skip
 
 
 class MAGBert(Tuples):
@@ -96,15 +82,15 @@ class MAGBert(Tuples):
 
 
 def stacked_labels(label: list[np.ndarray], where: str, ids: list[str], column: int | None) -> np.ndarray:
-    """Labels of rows, each 1-D, as float32 [N, 1]; see `read_labels`."""
+    """Labels of rows, each 1-D, as float32 [N, 1]. See `read_labels`."""
     widest = max(map(len, label))
     if widest > WIDEST_LABEL:
         raise DataError(
-            f"{where}, labels", f"{widest} values a row", f"at most {WIDEST_LABEL}", "Write one label a row."
+            f"{where}, labels", f"{widest} values per row", f"at most {WIDEST_LABEL}", "Write one label per row."
         )
     if len({len(v) for v in label}) != 1:
         raise DataError(
-            f"{where}, labels", "labels of different lengths", "one label a row", "Write every label alike."
+            f"{where}, labels", "labels of different lengths", "one label per row", "Write every label alike."
         )
     return read_labels(np.stack(label), len(label), f"{where}, labels", ids, column)
 
@@ -120,7 +106,7 @@ def _words(words: Any, inner: str, where: str) -> list[str]:
 
 
 def _length(length: Any, where: str) -> int:
-    """A recorded length; 0 stands for an empty or all-zero sequence."""
+    """A recorded length. 0 stands for an empty or all-zero sequence."""
     if not isinstance(length, (int, float, np.number)) or not 0 <= length < 1 << 62:
         raise DataError(where, f"a recorded length {str(length)[:40]}", "a number of frames", "Write vlen and alen.")
     return int(length)

@@ -1,0 +1,114 @@
+"""Averages of training: means of numbers over an epoch, and the moving average of a model's weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Sums = Mapping[str, tuple[float, int]]
+"""{name: (sum over samples, number of samples)}."""
+
+
+def means(sums: Sums) -> dict[str, float]:
+    return {name: value / weight for name, (value, weight) in sums.items()}
+
+
+class Average:
+    """Sample-weighted sums of named numbers. Batches are added on the device, which is read once, in `sums`."""
+
+    def __init__(self) -> None:
+        self._on_device: dict[tuple[str, ...], tuple[Tensor, int]] = {}
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, names: Sequence[str], values: Tensor, weight: int) -> None:
+        """Add one batch's values [names], which are means over `weight` samples."""
+        key = tuple(names)
+        total, seen = self._on_device.get(key, (0.0, 0))
+        self._on_device[key] = total + values.detach() * weight, seen + weight
+
+    def add_sums(self, sums: Sums) -> None:
+        for name, (value, weight) in sums.items():
+            total, seen = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + value, seen + weight
+
+    def sums(self) -> Sums:
+        """Everything that was added. Waits for the device."""
+        for names, (total, weight) in self._on_device.items():
+            self.add_sums({name: (value, weight) for name, value in zip(names, total.tolist(), strict=True)})
+        self._on_device.clear()
+        return self._sums
+
+
+@dataclass
+class EpochResult:
+    """Means over one pass. `information` and `estimators` (nats) are empty where no term was evaluated.
+
+    Attributes:
+        loss: the whole loss of stage 2; `task` is its part without the information terms.
+        information: of stage 2 or of evaluation. `estimators` is that of stage 1.
+        prediction: [N, n], and `target`; of an evaluation only.
+        features: of all samples in an evaluation. In training: those that stage 1 saw, of one state of the model.
+    """
+
+    loss: float
+    task: float
+    information: dict[str, float] = field(default_factory=dict)
+    estimators: dict[str, float] = field(default_factory=dict)
+    prediction: Tensor | None = None
+    target: Tensor | None = None
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
+class WeightAverage:
+    """Exponential moving average of a module's floating-point parameters and buffers (Polyak averaging).
+
+    Args:
+        module: whose weights are averaged.
+        decay: weight of the past in every update, in (0, 1). Update t uses min(decay, (1 + t) / (10 + t)), so that the
+            weights of the first steps are soon forgotten.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.module, self.decay, self.updates = module, decay, 0
+        self.values = {k: v.detach().clone() for k, v in module.state_dict().items() if v.is_floating_point()}
+
+    def next_rate(self) -> float:
+        """Weight of the present in the next update. Each call counts as one update."""
+        rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        return rate
+
+    @torch.no_grad()
+    def update(self, rate: float | Tensor) -> None:
+        """Move the average towards the module's present weights by `rate` of `next_rate`, a number or a 0-d tensor."""
+        state = self.module.state_dict()
+        values, present = list(self.values.values()), [state[k].detach() for k in self.values]
+        if not isinstance(rate, Tensor):
+            torch._foreach_lerp_(values, present, rate)
+            return
+        change = torch._foreach_sub(present, values)
+        torch._foreach_mul_(change, rate)
+        torch._foreach_add_(values, change)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the context the module holds the averaged weights."""
+        own = {k: v.detach().clone() for k, v in self.module.state_dict().items() if k in self.values}
+        self.module.load_state_dict(self.values, strict=False)
+        try:
+            yield
+        finally:
+            self.module.load_state_dict(own, strict=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "values": self.values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.updates = state["updates"]
+        for name, value in state["values"].items():
+            self.values[name].copy_(value)

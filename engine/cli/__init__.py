@@ -1,0 +1,64 @@
+"""The `engine` command: a thin layer over the Python API.
+
+`parser` collects the commands, which `training`, `runs`, `data` and the tasks declare. `process` deals with signals,
+closed streams and errors of the system, and `printing` with tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+
+from engine.cli.folders import what_is_kept
+from engine.cli.parser import build_parser, split_settings
+from engine.cli.printing import say
+from engine.cli.process import Stopped, as_engine_error, standing_streams, stop_signals
+from engine.errors import EngineError, printable
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for a problem the user can mend, 130 when interrupted.
+
+    SIGTERM and SIGHUP end a command as Ctrl-C does, with exit code 143 and 129.
+
+    >>> main(["config", "--preset", "no-such-preset"])
+    2
+    """
+    arguments, rest = build_parser().parse_known_args(argv)
+    with standing_streams(survive_readers=arguments.command in ("train", "demo")):
+        return _run(arguments, rest)
+
+
+def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    formatwarning = warnings.formatwarning
+    try:
+        if not arguments.debug:
+            warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(' '.join(str(message).split()))}\n"
+        settings = split_settings(arguments, rest)
+        with stop_signals():
+            arguments.run(arguments, settings) if settings is not None else arguments.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        by = f" by {signal.Signals(number).name}" if isinstance(stop, Stopped) else ""
+        with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+            say(f"interrupted{by}{what_is_kept(arguments, rest)}", file=sys.stderr)
+        return 128 + number
+    except BrokenPipeError:
+        # Whoever read our output has gone (`engine config | head`). Python would complain once more at exit.
+        sys.stdout = None
+        return 0
+    except (EngineError, OSError, MemoryError) as cause:
+        if arguments.debug:
+            raise
+        say(f"error: {as_engine_error(cause)}", file=sys.stderr)
+        return 2
+    finally:
+        warnings.formatwarning = formatwarning
+    return 0

@@ -1,0 +1,105 @@
+"""`Section`, the base of every group of settings, and the types that settings have."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from engine.errors import ConfigError
+from engine.vocabulary import MODALITIES
+
+# No sensible setting comes near these limits. Without them a mistyped digit asks for terabytes.
+WIDEST = 1 << 14
+LONGEST = 100_000
+MOST_EPOCHS = 1_000_000
+
+
+class Section(BaseModel):
+    """A group of settings. Loading a file and assigning to a field are checked alike, and raise `ConfigError`.
+
+    >>> class Mine(Section):
+    ...     width: int = 64
+    >>> Mine(width=32)
+    Mine(width=32)
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_assignment=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+        str_max_length=4096,
+    )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.get(name)
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as cause:
+            from engine.config.problems import translate
+
+            raise translate(cause, type(self)) from None
+        except ConfigError:
+            self.__dict__[name] = before  # a refused value must not stay behind
+            raise
+
+
+def is_section(annotation: Any) -> bool:
+    """Whether a setting of this type is a group of settings."""
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+# -- shorthand: what people write for a value -------------------------------------------------------
+
+
+def _shapes(value: Any) -> Any:
+    """MIMRL's shorthand: "20-3-128=10-3-128" is two blocks."""
+    if isinstance(value, str):
+        value = value.split("=")
+    if isinstance(value, (list, tuple)):
+        return [block.strip().split("-") if isinstance(block, str) else block for block in value]
+    return value
+
+
+def _dashed(value: Any) -> Any:
+    """A list written with dashes: "9-60" is [9, 60]. A single number is a list of one."""
+    if isinstance(value, str):
+        return value.split("-")
+    return [value] if isinstance(value, (int, float)) else value
+
+
+def _modalities(value: Any) -> Any:
+    """Each name once, in the order text, audio, vision. "audio-vision" and "audio,vision" are lists too."""
+    if isinstance(value, str):
+        value = [name.strip() for name in re.split("[-,]", value)]
+    if isinstance(value, (list, tuple)) and set(map(str, value)) <= set(MODALITIES):
+        return [name for name in MODALITIES if name in value]
+    return value
+
+
+def spread(n: int) -> BeforeValidator:
+    """A single number stands for n equal ones."""
+    return BeforeValidator(lambda value: [value] * n if isinstance(value, (int, float, str)) else value)
+
+
+dashed = BeforeValidator(_dashed)
+shapes = BeforeValidator(_shapes)
+as_modalities = BeforeValidator(_modalities)
+one_or_many = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+
+# YAML reads a bare `off` or `no` as false, and knows no lower-case `none`. People write all three.
+off = BeforeValidator(lambda value: "off" if value is False else value)
+no = BeforeValidator(lambda value: "no" if value is False else value)
+none = BeforeValidator(lambda value: None if isinstance(value, str) and value.lower() == "none" else value)
+
+COMMON = {"common": True}
+"""Marks a setting that `engine train --help` shows."""
+
+# -- types ------------------------------------------------------------------------------------------
+
+Positive = Annotated[int, Field(ge=1, le=MOST_EPOCHS)]
+Width = Annotated[int, Field(ge=1, le=LONGEST)]
+Shapes = Annotated[list[tuple[Width, Width, Width]], shapes]
+Probability = Annotated[float, Field(ge=0, lt=1)]

@@ -1,0 +1,1 @@
+"""MIMRL, the first task: multimodal sentiment analysis with mutual-information-based disentangled representations."""

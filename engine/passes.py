@@ -1,0 +1,178 @@
+"""The passes of an epoch, one operation after another. `engine.static` has the same passes for CUDA graphs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from engine.averages import Average, EpochResult, Sums, means
+from engine.bank import FeatureBank
+from engine.loaders.batch import Batch
+from engine.objective import Rows
+from engine.profile import part
+
+if TYPE_CHECKING:
+    from engine.step import StepOutput, TwoStageStep
+
+OnBatch = Callable[[str, int], None]
+"""Called after every batch with its stage and its number."""
+
+TakeProducts = Callable[[int, int], Mapping[str, Any] | None]
+"""Maps a batch's number and its number of rows to its product rows."""
+
+
+def unpack(item: Batch | tuple) -> tuple[Any, Tensor, Tensor]:
+    """A batch as (inputs, target, index)."""
+    return (item, item.label, item.index) if isinstance(item, Batch) else item
+
+
+def batch_sizes(loader: Iterable, batch_size: int, size: int) -> list[int] | None:
+    """Rows of every batch of the loader's next pass over `size` samples; None for a bare iterator.
+
+    A loader may tell them by its own method `batch_sizes()`. For any other loader with a length, all batches are full
+    but the last.
+    """
+    if hasattr(loader, "batch_sizes"):
+        return loader.batch_sizes()
+    if not isinstance(loader, Sized):
+        return None
+    rest = size - (len(loader) - 1) * batch_size
+    return [*[batch_size] * (len(loader) - 1), rest if 0 < rest < batch_size else batch_size]
+
+
+def passes_of_epoch(
+    loader: Iterable, size: int, bank: FeatureBank, batch_size: int, stage1_n: int, fresh: bool
+) -> list[list[int] | None]:
+    """Batch sizes of an epoch's passes with product rows: `stage1_n` passes of stage 1, then the pass of stage 2."""
+    of_loader, stored = batch_sizes(loader, batch_size, size), int(bank.filled.sum())
+    of_bank = [min(batch_size, stored - start) for start in range(0, stored, batch_size)]
+    return [of_loader if fresh else of_bank] * stage1_n + [of_loader]
+
+
+class EagerPasses:
+    """The passes of an epoch for a `TwoStageStep`, which makes and uses them."""
+
+    def __init__(self, step: TwoStageStep):
+        self.step = step
+
+    def collect(self, loader: Iterable, size: int, on_batch: OnBatch) -> FeatureBank:
+        """Features of every sample of `loader` in the model's present state, dropout included as in training."""
+        bank = FeatureBank(size)
+        for number, _ in enumerate(self._computed(loader, bank)):
+            on_batch("collect", number)
+        return bank
+
+    def begin_epoch(self, bank: FeatureBank | None, passes: Sequence[list[int] | None]) -> list[TakeProducts]:
+        """For each pass a function that gives the product rows of its batches.
+
+        All passes of an epoch draw from one bank. So all rows are drawn at once, and neighbours are found once. A batch
+        whose size was not foreseen draws its rows when it comes.
+
+        Args:
+            passes: the batch sizes of each pass; None where they are not known.
+        """
+        step = self.step
+        if bank is None or step.objective is None or not step.objective.needs_products:
+            return [lambda number, rows: None for _ in passes]
+        known = bank.tensors()
+        foreseen = [size for sizes in passes for size in sizes or ()]
+        with part("products"):
+            drawn = step.objective.sample_epoch(known, foreseen, step.generator) if foreseen else None
+
+        def of_pass(sizes: list[int] | None, first: int) -> TakeProducts:
+            def take(number: int, rows: int) -> dict[str, Rows]:
+                with part("products"):
+                    if sizes is None or number >= len(sizes) or rows != sizes[number]:
+                        return step.draw_products(known, rows)
+                    return drawn.take(first + number)
+
+            return take
+
+        firsts = itertools.accumulate((len(sizes or ()) for sizes in passes[:-1]), initial=0)
+        return [of_pass(sizes, first) for sizes, first in zip(passes, firsts, strict=True)]
+
+    def stage1_bank(self, size: int) -> FeatureBank:
+        """An empty bank, in which stage 1 keeps the features that it computes."""
+        return FeatureBank(size)
+
+    def stage1(
+        self,
+        loader: Iterable,
+        bank: FeatureBank,
+        batch_size: int,
+        fresh: bool,
+        take: TakeProducts,
+        on_batch: OnBatch,
+    ) -> Sums:
+        """One pass of stage 1: sums of the estimators' values.
+
+        Args:
+            bank: where the features come from, or with `fresh` where those that are computed go.
+        """
+        batches = self._computed(loader, bank) if fresh else self._shuffled(bank, batch_size)
+        estimators = Average()
+        for number, features in enumerate(batches):
+            rows = len(next(iter(features.values())))
+            if rows < self.step.objective.min_batch:
+                continue
+            output = self.step.stage1(features, take(number, rows))
+            estimators.add(output.names, output.stacked_values, rows)
+            on_batch("stage1", number)
+        return estimators.sums()
+
+    def stage2(
+        self, loader: Iterable, size: int, bank: FeatureBank | None, take: TakeProducts, on_batch: OnBatch
+    ) -> tuple[Sums, Sums, FeatureBank]:
+        """The pass of stage 2: sums of the losses, sums of the information terms, and the next bank."""
+        next_bank, losses, information = FeatureBank(size), Average(), Average()
+        for number, (inputs, target, index) in enumerate(map(unpack, loader)):
+            use = bank is not None and len(target) >= self.step.objective.min_batch
+            products = take(number, len(target)) if use else None
+            output = self.step.stage2(inputs, target, products, information=use)
+            next_bank.store(index, output.features)
+            _add(output, len(target), losses, information)
+            on_batch("stage2", number)
+        return losses.sums(), information.sums(), next_bank
+
+    def evaluate(self, loader: Iterable, bank: FeatureBank | None) -> EpochResult:
+        """A pass without training."""
+        (take,) = self.begin_epoch(bank, [loader.batch_sizes() if hasattr(loader, "batch_sizes") else None])
+        losses, information = Average(), Average()
+        outputs, targets = [], []
+        for number, (inputs, target, _) in enumerate(map(unpack, loader)):
+            use = bank is not None and len(target) >= self.step.objective.min_batch
+            products = take(number, len(target)) if use else None
+            output = self.step.evaluated(inputs, target, products, use)
+            _add(output, len(target), losses, information)
+            outputs.append(output)
+            targets.append(target)
+        return EpochResult(
+            **means(losses.sums()),
+            information=means(information.sums()),
+            prediction=torch.cat([output.prediction for output in outputs]),
+            target=torch.cat(targets),
+            features={n: torch.cat([output.features[n] for output in outputs]) for n in outputs[0].features},
+        )
+
+    def _computed(self, loader: Iterable, bank: FeatureBank) -> Iterator[dict[str, Tensor]]:
+        """Features of every batch in the model's present state, kept in `bank`."""
+        for inputs, target, index in map(unpack, loader):
+            features = self.step.features(inputs, target)
+            bank.store(index, features)
+            yield features
+
+    def _shuffled(self, bank: FeatureBank, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """The bank's features in batches, in a new order."""
+        known = bank.tensors()
+        for rows in self.step.shuffled(len(next(iter(known.values())))).split(batch_size):
+            yield {name: value[rows.to(value.device)] for name, value in known.items()}
+
+
+def _add(output: StepOutput, rows: int, losses: Average, information: Average) -> None:
+    losses.add(("loss", "task"), torch.stack([output.loss, output.task]), rows)
+    if output.information is not None:
+        information.add(output.information.names, output.information.stacked_values, rows)

@@ -1,0 +1,34 @@
+"""`report.html`: one self-contained page about a run, made from the run's folder alone.
+
+Nothing is fetched when it is opened: charts are inline SVG, style and script are inline, and a Content-Security-Policy
+forbids everything else. Pieces a run does not have are named on the page and left out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.files import write_text
+from engine.report.environment import environment as environment
+from engine.report.folder import Run as Run
+from engine.report.folder import read_run
+from engine.report.page import render
+
+
+def write_report(run: str | Path) -> Path:
+    """Write `report.html` into a run folder from what lies there, atomically.
+
+    Args:
+        run: folder of a run; an unfinished one is reported as far as it came.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        CheckpointError: the folder is missing or holds no run, or a file of it is not what the run wrote.
+        OutputError: the page cannot be written.
+    """
+    content = read_run(run)
+    path = content.folder / "report.html"
+    write_text(path, render(content))
+    return path

@@ -1,0 +1,269 @@
+"""What one run trains, and what trains it: model, objective, optimisers, step and passes, made from its settings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine import checks
+from engine.averages import EpochResult
+from engine.bank import FeatureBank
+from engine.config import Config, ScheduleConfig
+from engine.errors import ConfigError
+from engine.loaders.batch import Batch
+from engine.loaders.dataset import Dataset
+from engine.model.text_encoder import load_text_encoder, text_encoder_from_config
+from engine.objective import Objective
+from engine.precision import autocast_dtype
+from engine.step import TwoStageStep
+from engine.task import Inputs, Task
+from engine.training.passes import Passes
+from engine.training.random_state import seed_all
+from engine.training.records import Selection
+from engine.vocabulary import SPLITS
+
+
+@dataclass
+class Parts:
+    """The parts of a run.
+
+    Attributes:
+        informed: whether there are information terms and the settings use them.
+        scored: splits whose samples all have labels.
+        text_config: the text encoder's configuration, as checkpoints keep it; None without text.
+        selection: what chooses the best epoch.
+    """
+
+    task: Task
+    config: Config
+    dataset: Dataset
+    device: torch.device
+    model: nn.Module
+    objective: Objective
+    informed: bool
+    step: TwoStageStep
+    predictor: TwoStageStep
+    optimizers: dict[str, torch.optim.Optimizer]
+    schedulers: dict[str, Any]
+    loaders: dict[str, Passes]
+    unshuffled_train: Passes
+    scored: list[str]
+    text_config: dict[str, Any] | None
+    selection: Selection
+
+    @property
+    def samples(self) -> int:
+        """Size of the training split."""
+        return len(self.dataset.splits["train"])
+
+    def weights(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "objective": self.objective.state_dict()}
+
+    def evaluate(self, split: str, passes: Passes, bank: FeatureBank | None = None) -> EpochResult:
+        """One pass over a split; without a loss where it has no labels."""
+        return self.step.evaluate(passes, bank) if split in self.scored else self.predictor.evaluate(passes)
+
+    def batches(self) -> dict[str, int]:
+        """Batches of each stage in an epoch that has a bank, for the estimate of the time left."""
+        train, n = self.config.train, len(self.loaders["train"])
+        if not self.informed:
+            return {"stage2": n}
+        collected = train.stage1_features == "cached" and train.stage1_n
+        return {"collect": n if collected else 0, "stage1": n * train.stage1_n, "stage2": n}
+
+
+def build(task: Task, config: Config, inputs: Inputs, text_encoder: nn.Module | None) -> tuple[nn.Module, Objective]:
+    """A task's fresh model and its objective."""
+    model = task.model(config, inputs, text_encoder)
+    return model, task.objective(config, model)
+
+
+def predictor(model: nn.Module) -> TwoStageStep:
+    """A step that evaluates a model without a loss: samples need no labels."""
+    return TwoStageStep(model, None, lambda prediction, target: prediction.new_zeros(()))
+
+
+def saved_encoder(meta: dict[str, Any], freeze: str = "no") -> nn.Module | None:
+    """The text encoder that a checkpoint describes, its weights not loaded; None without text."""
+    described = meta.get("text_encoder")
+    return text_encoder_from_config(described, freeze) if described is not None else None
+
+
+def assemble(
+    task: Task,
+    config: Config,
+    dataset: Dataset,
+    device: torch.device,
+    resumed: dict[str, Any] | None,
+    check_space: Callable[[nn.Module, Objective], None],
+) -> Parts:
+    """All parts of a run before its first epoch.
+
+    Args:
+        resumed: what the checkpoint to go on from says of itself; None for a new run.
+        check_space: is given model and objective, which have no memory yet, before they get any.
+    """
+    checks.class_numbers(config, dataset)
+    checks.last_batch(config, dataset)
+    seed_all(config.seed)
+    encoder = _text_encoder(config, dataset, resumed)
+    checks.text_fits(config, dataset, encoder, task.pad_tokens(config))
+    inputs, samples = Inputs(dataset.audio_dim, dataset.vision_dim), len(dataset.splits["train"])
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        described = build(task, config, inputs, encoder)
+    batch = min(config.batch_size, samples)
+    checks.memory(config, described, task.held_bytes(config, batch), device)
+    checks.bank_size(config, described[1], samples)
+    check_space(*described)
+    model, objective = build(task, config, inputs, encoder)
+    config.data.label_scale = checks.label_scale(config, dataset)
+    for message in task.warnings(config, objective):
+        warnings.warn(message, stacklevel=2)
+    task.start(config, model, dataset)
+    model, objective = model.to(device), objective.to(device)
+    informed = config.objective.enabled and bool(objective.terms)
+    optimizers = _optimizers(config, model, encoder, objective)
+    selection = Selection(*task.selection(config))
+
+    def passes(split: str, training: bool) -> Passes:
+        return passes_over(task, config, model, dataset, split, device, training)
+
+    return Parts(
+        task, config, dataset, device, model, objective, informed,
+        step=_step(task, config, model, objective if informed else None, optimizers, device),
+        predictor=predictor(model),
+        optimizers=optimizers,
+        schedulers={k: _scheduler(o, config.train.schedule, selection.higher_is_better) for k, o in optimizers.items()},
+        loaders={split: passes(split, split == "train") for split in SPLITS},
+        unshuffled_train=passes("train", False),
+        scored=[s for s in SPLITS if not dataset.splits[s].label.isnan().any()],
+        text_config=None if encoder is None else encoder.describe(),
+        selection=selection,
+    )  # fmt: skip
+
+
+def _text_encoder(config: Config, dataset: Dataset, resumed: dict[str, Any] | None) -> nn.Module | None:
+    if resumed is not None:  # the run has all of its encoder, whose folder may be gone
+        return saved_encoder(resumed, config.text.freeze)
+    if "text" not in config.data.modalities:
+        return None
+    return load_text_encoder(config.text_encoder, config.text.freeze, dim=dataset.text_dim)
+
+
+def _step(
+    task: Task,
+    config: Config,
+    model: nn.Module,
+    objective: Objective | None,
+    optimizers: dict[str, torch.optim.Optimizer],
+    device: torch.device,
+) -> TwoStageStep:
+    t = config.train
+    return TwoStageStep(
+        model,
+        objective,
+        task.loss(config),
+        optimizers["main"],
+        optimizers.get("estimators"),
+        clip_value=t.clip_value,
+        clip_norm=t.clip_norm,
+        average=t.average,
+        autocast=autocast_dtype(t.amp, device),
+        compile=t.compile,
+        generator=torch.Generator().manual_seed(config.seed),
+        graphs=t.graphs,
+    )
+
+
+def passes_over(
+    task: Task,
+    config: Config,
+    model: nn.Module,
+    dataset: Dataset,
+    split: str,
+    device: torch.device,
+    training: bool = False,
+) -> Passes:
+    """Passes over a split, shuffled and augmented as the settings say where they are for training."""
+    c = config
+    loader = dataset.loader(
+        split, c.batch_size, shuffle=training and c.data.shuffle, seed=c.seed, pad_tokens_to=task.pad_tokens(c),
+        drop_last=training and c.data.drop_last,
+        drop_singleton=training,
+        task=c.model.task, draw_words=training, device=device, kind=c.data.loader,
+        workers=c.data.workers, max_padding=c.data.max_padding if training else None,
+        augment=c.data.augment if training else None,
+    )  # fmt: skip
+    return Passes(loader, device, preparation(model), exact=task.exact_widths(c))
+
+
+def preparation(model: nn.Module) -> Callable[[Batch], Batch]:
+    """The model's `prepare`, which readies a batch before it moves to a device; else what changes nothing."""
+    return getattr(model, "prepare", lambda batch: batch)
+
+
+def parameter_groups(model: nn.Module, encoder: nn.Module | None) -> dict[str, list[nn.Parameter]]:
+    """The trainable parameters of a model: "text" (its text encoder's) and "main" (all others)."""
+    text = [] if encoder is None else [p for p in encoder.parameters() if p.requires_grad]
+    own = set(map(id, text))
+    return {"main": [p for p in model.parameters() if p.requires_grad and id(p) not in own], "text": text}
+
+
+def _optimizers(
+    config: Config, model: nn.Module, encoder: nn.Module | None, objective: Objective
+) -> dict[str, torch.optim.Optimizer]:
+    """ "main": the text encoder at a rate of its own and the rest of the model. "estimators": the objective's."""
+    lr, rate, trained = config.train.lr, config.text.lr_rate, parameter_groups(model, encoder)
+    groups = [{"params": trained["main"]}, {"params": trained["text"], "lr": lr * rate if rate > 0 else lr}]
+    optimizers = {"main": _optimizer(config, groups, lr)}
+    if estimators := list(objective.parameters()):
+        optimizers["estimators"] = _optimizer(config, [{"params": estimators}], lr * config.train.mi_lr_rate)
+    return optimizers
+
+
+def _optimizer(config: Config, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    groups = [g for g in groups if g["params"]]
+    t = config.train
+    if t.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=t.momentum, weight_decay=t.weight_decay, fused=True)
+    return torch.optim.Adam(groups, lr=lr, weight_decay=t.weight_decay, fused=True)
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, s: ScheduleConfig, higher_is_better: bool) -> Any:
+    from torch.optim import lr_scheduler
+
+    match s.kind:
+        case "none":
+            return lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
+        case "step":
+            return lr_scheduler.StepLR(optimizer, s.step_size, s.rate)
+        case "multi_step":
+            return lr_scheduler.MultiStepLR(optimizer, s.milestones, s.rate)
+        case "exp":
+            return lr_scheduler.ExponentialLR(optimizer, s.rate)
+        case "plateau":
+            mode = "max" if higher_is_better else "min"
+            return lr_scheduler.ReduceLROnPlateau(optimizer, mode, factor=s.rate, patience=s.patience)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a setting names; "auto" is a GPU where there is one.
+
+    Raises:
+        ConfigError: this machine cannot use it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device).cpu()  # meta has nothing to copy
+    except (RuntimeError, AssertionError, NotImplementedError) as cause:
+        raise ConfigError(
+            "device", f"{name!r}, which this machine cannot use", "auto, cpu, cuda or mps", "Use auto."
+        ) from cause
+    return device

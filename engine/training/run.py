@@ -1,0 +1,265 @@
+"""One run: its epochs from the first, or from where it was stopped, to the last."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import checks
+from engine.allocator import keep_memory
+from engine.averages import EpochResult
+from engine.bank import FeatureBank
+from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
+from engine.config import Config
+from engine.errors import ConfigError, DataError, EngineError, EstimatorError, OutputError
+from engine.loaders.dataset import Dataset
+from engine.objective import Objective
+from engine.profile import Profiler
+from engine.report import write_report
+from engine.run_folder import (
+    BEST,
+    CHECKSUMS,
+    CONFIG,
+    HISTORY,
+    LAST,
+    MARKS,
+    NORMALIZER,
+    PREVIOUS,
+    TENSORBOARD,
+    TOKENIZER,
+    owned,
+)
+from engine.task import find_task
+from engine.training import resuming
+from engine.training.applying import own_tokenizer
+from engine.training.parts import assemble, choose_device
+from engine.training.records import Record, record_of
+from engine.training.same_run import arithmetic, differing_splits
+from engine.training.saving import RunFiles
+from engine.training.warming import compiles_kernels, warm_kernels
+
+
+class TrainingRun:
+    """A run in the folder `out`.
+
+    Args:
+        config, out, callbacks, dataset, profile: as `engine.train` takes them.
+
+    Attributes:
+        parts: what is trained, after `prepare`.
+        files: what it writes, after `prepare`.
+        results: the last epoch's evaluation by split.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        out: Path,
+        callbacks: Sequence[Callback] = (),
+        dataset: Dataset | None = None,
+        profile: bool = False,
+    ):
+        self.config, self.out, self.extra_callbacks = config.resolve(), out, callbacks
+        self.dataset, self.profile, self.profiler = dataset, profile, None
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        self.device = choose_device(self.config.device)
+        if self.device.type == "cpu":
+            keep_memory()
+        self.arithmetic = arithmetic(self.device, self.config.train.amp)
+        self.results: dict[str, EpochResult] = {}
+        self.saving: Future | None = None
+
+    def fit(self, resume: bool) -> dict[str, Any]:
+        """Train, and return the content of metrics.json."""
+        if self.profile and self.config.objective.enabled and self.config.epochs < 2:
+            raise ConfigError(
+                "profile", "one epoch", "two or more: the first has no information terms", "Set epochs=2."
+            )
+        with owned(self.out):
+            if not resume and any((self.out / mark).exists() for mark in MARKS):
+                raise OutputError(
+                    str(self.out), "another run", "an empty or new folder",
+                    "Choose another --out, or go on with --resume.",
+                )  # fmt: skip
+            try:
+                return self._fit(resume)
+            except Exception:
+                if not resume and not (self.out / LAST).exists():  # there is no epoch to go on from: leave it free
+                    for name in (CONFIG, NORMALIZER, *TOKENIZER, HISTORY, CHECKSUMS):
+                        (self.out / name).unlink(missing_ok=True)
+                raise
+
+    def _fit(self, resume: bool) -> dict[str, Any]:
+        saved = resuming.newest_checkpoint(self.out, self.config, self.arithmetic) if resume else None
+        if resume and saved is None:
+            warnings.warn(f"{self.out}: no epoch to go on from: the run begins at epoch 0", stacklevel=2)
+        self.prepare(None if saved is None else saved[1])
+        history, bank = ([], None) if saved is None else resuming.restore(self.files, saved)
+        del saved
+        self.files.write_settings()
+        if history:
+            self.files.complete(history)
+        started = time.perf_counter() - sum(r["wall_seconds"] for r in history)
+        self._train(history, bank, started)
+        summary = self.files.write_summary(history, time.perf_counter() - started)
+        self.files.complete(history, ended=True)
+        if self.config.output.features:
+            self.files.write_features()
+        if self.config.output.report:
+            write_report(self.out)
+        return summary
+
+    def prepare(self, resumed: dict[str, Any] | None = None) -> None:
+        """Open the data and make all parts.
+
+        Args:
+            resumed: what the checkpoint to go on from says of itself; None for a new run.
+        """
+        c, task = self.config, find_task(self.config.task)
+        if self.dataset is None:
+            tokenizer = own_tokenizer(self.out, c) if resumed is not None else None
+            self.dataset = task.open_data(c, c.data.path, tokenizer=tokenizer)
+        if resumed is not None and (differing := differing_splits(self.dataset, resumed)):
+            raise DataError(
+                c.data.path, f"other data than the run in {self.out} was trained on ({', '.join(differing)})",
+                "the same samples, texts, labels and features", "Name the run's own data, or begin a new run.",
+            )  # fmt: skip
+
+        def check_space(model: nn.Module, objective: Objective) -> None:
+            present = [self.out / name for name in (BEST, LAST, PREVIOUS)]
+            checks.disk_space(self.out, model, objective, c.train, present)
+
+        self.parts = assemble(task, c, self.dataset, self.device, resumed, check_space)
+        self.files = RunFiles(self.out, self.parts, self.arithmetic)
+
+    def _train(self, history: list[Record], bank: FeatureBank | None, started: float) -> None:
+        """The epochs that are left; `history` grows by their records."""
+        callbacks = self._callbacks(history)
+        for callback in callbacks:
+            callback.on_start(len(history), self.config.epochs, self.parts.batches())
+
+        def on_batch(stage: str, number: int) -> None:
+            if self.profiler is not None:
+                self.profiler.batch_done()
+            for callback in callbacks:
+                callback.on_batch(stage, number)
+
+        if compiles_kernels(self.device):
+            warm_kernels(self.parts)
+        try:
+            # Saving goes on beside the next epoch; leaving this block waits for it.
+            with ThreadPoolExecutor(1) as beside:
+                for epoch in range(len(history), self.config.epochs):
+                    try:
+                        record, bank = self._epoch(epoch, bank, on_batch)
+                    except EngineError as problem:
+                        self._wait()
+                        raise self.files.explain_failure(epoch, problem) from problem
+                    self._wait()
+                    improved = self.parts.selection.improved(history, record)
+                    history.append(record)
+                    wall_s = time.perf_counter() - started
+                    self.saving = beside.submit(self.files.save(history, bank, self.results, improved, wall_s))
+                    if self.extra_callbacks:  # which may read the folder
+                        self._wait()
+                    for callback in callbacks:
+                        callback.on_epoch(record, improved)
+            self._wait()
+        finally:
+            for callback in callbacks:
+                callback.on_end()
+
+    def _callbacks(self, history: list[Record]) -> list[Callback]:
+        callbacks: list[Callback] = list(self.extra_callbacks)
+        if self.config.output.tensorboard:
+            callbacks.append(TensorBoardCallback(self.out / TENSORBOARD, history))
+        if self.config.output.progress:
+            callbacks.append(ProgressCallback(self.parts.selection.metric))
+        return callbacks
+
+    def _wait(self) -> None:
+        """Let the epoch before be saved, and raise what was in the way."""
+        if self.saving is not None:
+            self.saving.result()
+
+    # -- one epoch --
+
+    def _epoch(
+        self, epoch: int, bank: FeatureBank | None, on_batch: Callable[[str, int], None]
+    ) -> tuple[Record, FeatureBank]:
+        parts, start = self.parts, time.perf_counter()
+        record: Record = {"epoch": epoch}
+        for name, optimizer in parts.optimizers.items():
+            record[f"lr_{name}"] = optimizer.param_groups[0]["lr"]
+        trained, next_bank = self._train_epoch(epoch, bank, on_batch)
+        record["seconds"] = time.perf_counter() - start
+        record["waiting_seconds"] = parts.loaders["train"].waited
+        record["train"] = record_of(self.config, trained)
+        # Epoch 0 trains without information terms, so its evaluation has none either: the losses stay comparable.
+        informed = bank is not None and parts.informed
+        with parts.step.averaged():
+            self.results = {
+                split: parts.evaluate(split, parts.loaders[split], next_bank if informed else None)
+                for split in ("valid", "test")
+            }
+        for split, result in self.results.items():
+            record[split] = record_of(self.config, result) if split in parts.scored else {}
+        if informed:
+            self._read_terms(record, trained.features)
+        self._step_schedules(record)
+        record["wall_seconds"] = time.perf_counter() - start
+        return record, next_bank
+
+    def _train_epoch(
+        self, epoch: int, bank: FeatureBank | None, on_batch: Callable[[str, int], None]
+    ) -> tuple[EpochResult, FeatureBank]:
+        """Both stages, with a profile of their time where one was asked for."""
+        parts, c = self.parts, self.config
+        passes = parts.loaders["train"]
+        passes.set_epoch(epoch)
+        # The first epoch has no bank, and so no first stage: the second is the first that tells where time goes.
+        profiled = self.profile and (bank is not None or not parts.informed)
+        self.profiler = Profiler(self.device, parts.batches()) if profiled else None
+        with self.profiler.taken() if profiled else contextlib.nullcontext():
+            trained = parts.step.train_epoch(
+                passes, parts.samples, bank, batch_size=c.batch_size,
+                stage1_n=c.train.stage1_n, stage1_features=c.train.stage1_features, on_batch=on_batch,
+            )  # fmt: skip
+        if profiled:
+            self.profiler.save(self.out / "profile")
+            self.profile, self.profiler = False, None
+        return trained
+
+    def _read_terms(self, record: Record, training: dict[str, Tensor]) -> None:
+        """Add what the terms read on all rows of a split at once. No step of the training depends on it."""
+        scored = self.parts.scored
+        known = {"train": training} | {s: r.features for s, r in self.results.items() if s in scored}
+        for split, features in known.items():
+            try:
+                readings = self.parts.objective.read(features, self.config.batch_size)
+            except EstimatorError as problem:  # no step needs it: the run goes on
+                warnings.warn(f"epoch {record['epoch']}, {split}: not read on all rows: {problem}", stacklevel=2)
+                continue
+            if readings:
+                record[split]["bank"] = {name: r.value for name, r in readings.items()}
+                limits = {name: r.ceiling for name, r in readings.items() if r.ceiling is not None}
+                record[split] |= {"bank_ceiling": limits} if limits else {}
+
+    def _step_schedules(self, record: Record) -> None:
+        for scheduler in self.parts.schedulers.values():
+            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                scheduler.step(record["valid"][self.parts.selection.metric])
+                continue
+            with warnings.catch_warnings():
+                # Epoch 0 has no stage 1: the estimators' schedule rightly runs before their first step.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                scheduler.step()

@@ -1,0 +1,245 @@
+"""What a run writes into its folder: settings, checkpoints, history, predictions, features and metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import checkpoint, metrics
+from engine.averages import EpochResult
+from engine.bank import FeatureBank
+from engine.config import Config
+from engine.errors import CheckpointError, EngineError, EstimatorError
+from engine.files import append_text, write_json
+from engine.loaders.dataset import Split
+from engine.report import environment
+from engine.run_folder import (
+    BEST,
+    CONFIG,
+    DIVERGED,
+    FEATURES,
+    HISTORY,
+    LAST,
+    METRICS,
+    METRICS_CSV,
+    NORMALIZER,
+    PREVIOUS,
+    TOKENIZER,
+    Checksums,
+)
+from engine.training.parts import Parts
+from engine.training.random_state import random_state, unchanged_random_state
+from engine.training.records import Record, line_of
+from engine.training.same_run import ADVISED, divergences
+
+
+class RunFiles:
+    """The files of one run in `out`.
+
+    Attributes:
+        lines: bytes and CRC-32 of history.jsonl.
+    """
+
+    def __init__(self, out: Path, parts: Parts, arithmetic: dict[str, Any]):
+        self.out, self.parts, self.arithmetic = out, parts, arithmetic
+        self.sums = Checksums(out)
+        self.lines = (0, 0)
+        self.predictions = [f"predictions_{split}.csv" for split in parts.loaders if split != "train"]
+
+    def write_settings(self) -> None:
+        dataset = self.parts.dataset
+        with self.sums.writing(CONFIG, NORMALIZER, *TOKENIZER):
+            self.parts.config.save(self.out / CONFIG)
+            dataset.normalizer.save(self.out / NORMALIZER)
+            if dataset.tokenizer is not None:
+                dataset.tokenizer.save(self.out)
+
+    # -- every epoch --
+
+    def save(
+        self,
+        history: list[Record],
+        bank: FeatureBank,
+        results: dict[str, EpochResult],
+        improved: bool,
+        wall_s: float,
+    ) -> Callable[[], None]:
+        """Copy what an epoch leaves. The returned function writes it.
+
+        Args:
+            results: the epoch's evaluation by split.
+            improved: whether the epoch is the best so far, so that its model and predictions are kept.
+        """
+        meta, history = self._meta(history[-1]["epoch"]), list(history)
+        last = checkpoint.Snapshot(self._state(bank))
+        save_best = self._save_best(meta, results) if improved else None
+
+        def write() -> None:
+            with self.sums.writing(HISTORY, METRICS, METRICS_CSV, *(self.predictions if improved else [])):
+                line = line_of(history[-1])
+                append_text(self.out / HISTORY, line, at=self.lines[0])
+                self.lines = self.lines[0] + len(line.encode()), zlib.crc32(line.encode(), self.lines[1])
+                self.sums.sums[HISTORY] = self.lines
+                # With this file the epoch counts. `complete` can make the others from it, and not it from them.
+                last.save(self.out / LAST, meta | {"history": self.lines}, previous=self.out / PREVIOUS)
+                if save_best is not None:
+                    save_best()
+                self._write_summary(history, wall_s)
+
+        return write
+
+    def _meta(self, epoch: int) -> dict[str, Any]:
+        parts = self.parts
+        return {
+            "epoch": epoch,
+            "audio_dim": parts.dataset.audio_dim,
+            "vision_dim": parts.dataset.vision_dim,
+            "text_encoder": parts.text_config,
+            "settings": parts.config.model_dump(mode="json"),
+            "data": parts.dataset.fingerprints,
+            "arithmetic": self.arithmetic,
+        }
+
+    def _state(self, bank: FeatureBank) -> dict[str, Any]:
+        parts = self.parts
+        return parts.weights() | {
+            "optimizers": {k: o.state_dict() for k, o in parts.optimizers.items()},
+            "schedulers": {k: s.state_dict() for k, s in parts.schedulers.items()},
+            "average": parts.step.average.state_dict() if parts.step.average is not None else None,
+            "bank": bank.state_dict(),
+            "generator": parts.step.generator.get_state(),
+            "rng": random_state(),
+        }
+
+    def _save_best(self, meta: dict[str, Any], results: dict[str, EpochResult]) -> Callable[[], None]:
+        """Like `save`, for the best model and its predictions."""
+        with self.parts.step.averaged():
+            best = checkpoint.Snapshot(self.parts.weights())
+        kept = {s: replace(r, prediction=r.prediction.to("cpu", copy=True)) for s, r in results.items()}
+
+        def write() -> None:
+            best.save(self.out / BEST, meta)
+            for split, result in kept.items():
+                path = self.out / f"predictions_{split}.csv"
+                write_predictions(path, self.parts.config, self.parts.dataset.splits[split], result)
+
+        return write
+
+    # -- what went wrong --
+
+    def explain_failure(self, epoch: int, problem: EngineError) -> EngineError:
+        """The error of an epoch that failed. Where the run has diverged, it says how the run can go on."""
+        if not epoch or not (isinstance(problem, EstimatorError) or problem.where == metrics.PREDICTIONS):
+            return problem
+        known = [*divergences(self.out), {"epoch": epoch - 1, "problem": str(problem)}]
+        with self.sums.writing(DIVERGED):
+            write_json(self.out / DIVERGED, known)
+        return type(problem)(
+            problem.where, problem.found, problem.expected,
+            f"{problem.do} The run in {self.out} can go on after epoch {epoch - 1} that way: with --resume and another "
+            f"{' or '.join(sorted(ADVISED))}.",
+        )  # fmt: skip
+
+    def complete(self, history: list[Record], ended: bool = False) -> None:
+        """Write the best model and its predictions if the run was stopped after its last epoch but before these files.
+
+        Those of an earlier epoch cannot be made again. A warning says so if the best model is damaged, or if the run
+        has ended and the file still holds another epoch's model.
+        """
+        try:
+            kept = checkpoint.load(self.out / BEST)[1]["epoch"]
+        except CheckpointError:
+            kept = None
+        parts = self.parts
+        best, last = parts.selection.best(history, "valid")["epoch"], history[-1]["epoch"]
+        wrong = [name for name in self.predictions if not self.sums.hold(name)]
+        if kept != best:
+            wrong.insert(0, BEST)
+        if wrong and best != last and (ended or kept is None):
+            warnings.warn(
+                f"{self.out}: {', '.join(wrong)} not of epoch {best}, the best by validation, whose weights are gone",
+                stacklevel=2,
+            )
+        elif wrong and best == last:
+            with unchanged_random_state(parts.step.generator):
+                with parts.step.averaged():
+                    results = {s: parts.evaluate(s, p) for s, p in parts.loaders.items() if s != "train"}
+                with self.sums.writing(*self.predictions):
+                    self._save_best(self._meta(best), results)()
+
+    # -- the end --
+
+    def write_summary(self, history: list[Record], wall_s: float) -> dict[str, Any]:
+        """Write metrics.json and metrics.csv, and return the content of the first."""
+        with self.sums.writing(METRICS, METRICS_CSV):
+            return self._write_summary(history, wall_s)
+
+    def _write_summary(self, history: list[Record], wall_s: float) -> dict[str, Any]:
+        parts = self.parts
+        best = parts.selection.best(history, "valid")
+        oracle = parts.selection.best(history, "test") if "test" in parts.scored else None
+        steady = [r["seconds"] for r in history[1:]] or [history[0]["seconds"]]
+        summary = {
+            "best_epoch": best["epoch"],
+            "valid": _numbers(best, "valid"),
+            "test": _numbers(best, "test"),
+            "oracle_test": _numbers(oracle, "test") | {"epoch": oracle["epoch"]} if oracle else {},
+            "data_wait_share": sum(r.get("waiting_seconds", 0.0) for r in history) / sum(r["seconds"] for r in history),
+            "samples_per_second": parts.samples * len(steady) / sum(steady),
+            "peak_memory_mb": _peak_memory_mb(parts.device),
+            "wall_s": wall_s,
+            "environment": environment(str(parts.device)),
+        }
+        write_json(self.out / METRICS, summary)
+        metrics.write_metrics_csv(self.out / METRICS_CSV, {k: v for k, v in summary.items() if v != {}})
+        return summary
+
+    def write_features(self) -> None:
+        """Write the best model's features of every split."""
+        parts, best = self.parts, self.out / BEST
+        checkpoint.load_into(parts.model, checkpoint.load(best)[0]["model"], str(best))
+        with self.sums.writing(*FEATURES):
+            for split, passes in (parts.loaders | {"train": parts.unshuffled_train}).items():
+                path = self.out / f"features_{split}.safetensors"
+                _write_features(path, parts.dataset.splits[split], parts.evaluate(split, passes))
+
+
+def _numbers(record: Record, split: str) -> dict[str, Any]:
+    """A split's metrics, without the groups of numbers in the record."""
+    return {k: v for k, v in record[split].items() if not isinstance(v, dict)}
+
+
+def write_predictions(path: Path, config: Config, split: Split, result: EpochResult) -> None:
+    """Predictions as CSV, in file order with ids."""
+    prediction, label = result.prediction.float().cpu().numpy(), split.label[:, 0].numpy()
+    if config.model.task == "classification":
+        metrics.write_predictions(path, split.ids, label, prediction.argmax(1), scores=prediction)
+    else:
+        metrics.write_predictions(path, split.ids, label, prediction[:, 0])
+
+
+def _write_features(path: Path, split: Split, result: EpochResult) -> None:
+    tensors: dict[str, Tensor] = {k: v.float().cpu().contiguous() for k, v in result.features.items() if k != "C"}
+    tensors["label"] = split.label
+    checkpoint.write_tensors(path, tensors, {"ids": json.dumps(split.ids)})
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of the process (CPU) or of the device's allocator (GPU), in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if os.uname().sysname == "Darwin" else 2**10)
