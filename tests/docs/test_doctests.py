@@ -28,7 +28,7 @@ def test_examples_of_docstrings(module: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_is_not_run():
-    """Triton's kernels have no examples; `warm_up` has one, which needs triton's compiler and a step of the reader's."""
+    """Triton's kernels have no examples. That of `warm_up` needs triton's compiler and a training step."""
     assert not [name(path) for path in MODULES if "triton" in path.name]
     skipped = [name(path) for path in MODULES if "doctest: +SKIP" in path.read_text(encoding="utf-8")]
     assert skipped == ["engine.kernels.warm"]
