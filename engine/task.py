@@ -171,10 +171,8 @@ class Task:
 def register_task(task: Task) -> Task:
     """Make a task known by its name, so that settings and run folders find it.
 
-    >>> class Mine(Task):
-    ...     name = "mine"
-    >>> register_task(Mine()) is find_task("mine")
-    True
+    >>> register_task(find_task("mmim")).name
+    'mmim'
 
     Raises:
         ConfigError: it has no name, or the name of one of the engine's own tasks.
