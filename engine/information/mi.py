@@ -35,7 +35,7 @@ from engine.kernels.arguments import check_count, check_number
 from engine.samples import as_samples
 
 WHERE = "estimate_mi"
-BOUNDS = tuple(bound for bound in vocabulary.BOUNDS if bound != "js_fgan")  # a divergence, not information
+BOUNDS = tuple(bound for bound in vocabulary.BOUNDS if bound != "js_fgan")  # js_fgan bounds another divergence
 FOLDS = 5
 LEAST_SAMPLES = 50
 GAUSSIAN = "gaussian"
