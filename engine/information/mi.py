@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import vocabulary
 from engine.errors import EstimatorError
 from engine.information.columns import column_flags, copies, normal_scores, robust, varying
 from engine.information.critics import (
@@ -33,9 +32,10 @@ from engine.information.neighbours import (
 )
 from engine.kernels.arguments import check_count, check_number
 from engine.samples import as_samples
+from engine.vocabulary import BOUNDS as ALL_BOUNDS
 
 WHERE = "estimate_mi"
-BOUNDS = tuple(bound for bound in vocabulary.BOUNDS if bound != "js_fgan")  # js_fgan bounds another divergence
+BOUNDS = tuple(bound for bound in ALL_BOUNDS if bound != "js_fgan")  # js_fgan bounds another divergence
 FOLDS = 5
 LEAST_SAMPLES = 50
 GAUSSIAN = "gaussian"

@@ -20,6 +20,7 @@ from engine.model.estimators import (
     scalars,
     xavier,
 )
+from engine.vocabulary import ON_DEGENERATE
 
 Rows = tuple[Tensor, Tensor, Tensor]
 
@@ -68,7 +69,7 @@ class CMIEstimator(nn.Module):
         super().__init__()
         refuse_compat("CMIEstimator", compat)
         check_choice("estimator", estimator, READINGS)
-        check_choice("on_degenerate", on_degenerate, ("raise", "skip"))
+        check_choice("on_degenerate", on_degenerate, ON_DEGENERATE)
         self.dim, self.estimator, self.on_degenerate = dim, estimator, on_degenerate
         self.classifier = build_mlp(3 * dim, self.outputs, hidden, 2, "relu", self.initialise)
 

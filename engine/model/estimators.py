@@ -18,7 +18,7 @@ from engine.kernels.gradients import transformed, update_buffer
 from engine.kernels.mi_bounds import BOUNDS, bound_value, update_log_ema
 from engine.kernels.mi_bounds.reference import check_settings, full_precision
 from engine.kernels.registry import is_static
-from engine.vocabulary import BASELINES, CRITICS
+from engine.vocabulary import BASELINES, CRITICS, ON_DEGENERATE
 
 MODULES = {"relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "leakyrelu": nn.LeakyReLU, "tanh": nn.Tanh}
 
@@ -144,7 +144,7 @@ class MIEstimator(nn.Module):
         super().__init__()
         refuse_compat("MIEstimator", compat)
         check_choice("bound", bound, BOUNDS)
-        check_choice("on_degenerate", on_degenerate, ("raise", "skip"))
+        check_choice("on_degenerate", on_degenerate, ON_DEGENERATE)
         check_settings("MIEstimator", alpha, smile_tau, ema_rate)
         self.dim_x, self.dim_y = dim_x, dim_y
         self.bound, self.on_degenerate = bound, on_degenerate

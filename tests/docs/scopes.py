@@ -30,12 +30,12 @@ def of_page(page: str, folder: Path) -> dict[str, Any]:
 
 
 def _mosi(folder: Path) -> dict[str, Any]:
-    make_data(folder / "data/mosi", "mosi", 24, "declarelab", 0)
+    make_data(folder / "data/mosi", "mosi", 40, "declarelab", 0)
     return {}
 
 
 def _mmsa(folder: Path) -> dict[str, Any]:
-    make_data(folder / "made", "mosi", 24, "mmsa", 0)
+    make_data(folder / "made", "mosi", 40, "mmsa", 0)
     (made,) = (folder / "made").glob("*.pkl")
     made.rename(folder / "unaligned_50.pkl")
     return {}
