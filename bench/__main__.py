@@ -77,13 +77,13 @@ def _launches(a: argparse.Namespace, threads: int) -> int:
     from bench import launches
 
     machine.pin_threads(threads)
-    found = launches.measure(a.mode or launches.MODES, check=a.detail)
+    seen = launches.measure(a.mode or launches.MODES, check=a.detail)
     if a.json:
-        print(json.dumps(launches.numbers(found)))
+        print(json.dumps(launches.numbers(seen)))
     else:
-        print(launches.table(found))
+        print(launches.table(seen))
         if a.detail:
-            print("\n" + launches.detail(found))
+            print("\n" + launches.detail(seen))
     return 0
 
 

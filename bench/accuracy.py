@@ -37,7 +37,7 @@ def train_baseline(config: Config, seed: int, out: Path) -> dict[str, Any]:
     """Train the eager baseline and write history.jsonl and metrics.json as `engine train` does; the metrics.
 
     Args:
-        config: preset mosi with data.path; only settings that the baseline has are heeded.
+        config: preset mosi with data.path; only the settings that the baseline has are used.
         out: folder of the run, made if it is not there.
     """
     from transformers import AutoModel
@@ -81,19 +81,19 @@ def train_baseline(config: Config, seed: int, out: Path) -> dict[str, Any]:
         history.append(record | {"wall_seconds": time.perf_counter() - start})
         write_text(out / HISTORY, "".join(json.dumps(r) + "\n" for r in history))
     best, oracle = (min(history, key=lambda r: r[split]["mae"]) for split in ("valid", "test"))
-    found = {
+    metrics = {
         "best_epoch": best["epoch"],
         "valid": best["valid"],
         "test": best["test"],
         "oracle_test": oracle["test"] | {"epoch": oracle["epoch"]},
         "wall_s": history[-1]["wall_seconds"],
     }
-    write_json(out / METRICS, found)
-    return found
+    write_json(out / METRICS, metrics)
+    return metrics
 
 
 def _rows(split: Any) -> list[tuple]:
-    """The published code's tuples."""
+    """Batches as tuples, as the published code takes them."""
     return [
         (([], split.vision[i], split.audio[i], split.text[i].split(), 0, 0), split.label[i : i + 1].numpy(), name)
         for i, name in enumerate(split.ids)
@@ -103,8 +103,8 @@ def _rows(split: Any) -> list[tuple]:
 @torch.no_grad()
 def _evaluate(trainer: Any, batches: Any) -> metrics.Metrics:
     trainer.model.eval()
-    found = [(trainer.forward(batch)[0], batch["label"]) for batch in batches]
-    prediction, target = (torch.cat(column).numpy() for column in zip(*found, strict=True))
+    outputs = [(trainer.forward(batch)[0], batch["label"]) for batch in batches]
+    prediction, target = (torch.cat(column).numpy() for column in zip(*outputs, strict=True))
     return metrics.regression_metrics(prediction, target)
 
 
@@ -112,7 +112,7 @@ def _evaluate(trainer: Any, batches: Any) -> metrics.Metrics:
 
 
 def seconds_to(history: list[dict[str, Any]], valid_mae: float) -> float | None:
-    """Training seconds, without evaluation, until valid MAE is reached for the first time; None if it never is."""
+    """Training seconds, without evaluation, until a valid MAE is first reached; None if it never is."""
     total = 0.0
     for record in history:
         total += record["seconds"]
@@ -122,7 +122,7 @@ def seconds_to(history: list[dict[str, Any]], valid_mae: float) -> float | None:
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """Every seed's numbers and their mean and sample standard deviation."""
+    """The numbers of every seed, their mean and their sample standard deviation."""
     runs = {}
     for path in sorted(folder.glob(f"*/{METRICS}")):
         history = [json.loads(line) for line in (path.parent / HISTORY).read_text(encoding="utf-8").splitlines()]
@@ -139,7 +139,7 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown: one row a name, test metrics at the best-valid epoch as mean ± standard deviation over seeds.
+    """Markdown: one row per name, test metrics at the best-valid epoch as mean ± standard deviation over seeds.
 
     The last columns are the training seconds, without evaluation, of the slowest seed until a valid MAE.
     """
@@ -175,8 +175,8 @@ def main() -> None:
         first, last = (arguments.seeds.split("-") * 2)[:2]
         for seed in range(int(first), int(last) + 1):
             config = load_config("mosi", ["mode=faithful", f"data.path={arguments.data}"])
-            found = train_baseline(config, seed, arguments.out / f"seed{seed}")
-            print(f"seed {seed}: test MAE {found['test']['mae']:.4f}, {found['wall_s']:.0f} s", flush=True)
+            metrics = train_baseline(config, seed, arguments.out / f"seed{seed}")
+            print(f"seed {seed}: test MAE {metrics['test']['mae']:.4f}, {metrics['wall_s']:.0f} s", flush=True)
         return
     results = {name: collect(Path(folder)) for name, folder in (pair.split("=", 1) for pair in arguments.runs)}
     if arguments.out is not None:

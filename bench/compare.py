@@ -1,6 +1,6 @@
-"""This working tree's engine against another commit's, by the same suites, round by round in turn.
+"""The engine of this working tree against that of another commit, on the same suites, in alternating rounds.
 
-Each engine runs in a process of its own that is idle while the other is timed. Both run the present suites: the other
+Each engine runs in its own process, which is idle while the other one is timed. Both run the present suites: the other
 process imports `engine` from a git worktree of the other commit and `bench` from here.
 """
 
@@ -40,7 +40,7 @@ class Worker:
         )  # fmt: skip
 
     def wait_until_ready(self) -> Path:
-        """Where this worker's engine came from; WorkerError where the suite does not run on it."""
+        """The place of this worker's engine. Raises WorkerError if the suite does not run on it."""
         return Path(self._answer()["engine"])
 
     def measure(self) -> float:
@@ -94,13 +94,13 @@ def roots(base: str) -> Iterator[dict[str, Path]]:
         tree = folder / "worktree"
         subprocess.run([*git, "worktree", "add", "--detach", "--quiet", str(tree), base], check=True)
         try:
-            found = {}
+            folders = {}
             for side, source in (("here", machine.ROOT), ("base", tree)):
-                found[side] = folder / side
-                found[side].mkdir()
-                (found[side] / "engine").symlink_to(source / "engine")
-                (found[side] / "bench").symlink_to(machine.ROOT / "bench")
-            yield found
+                folders[side] = folder / side
+                folders[side].mkdir()
+                (folders[side] / "engine").symlink_to(source / "engine")
+                (folders[side] / "bench").symlink_to(machine.ROOT / "bench")
+            yield folders
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=True)
 
@@ -108,7 +108,7 @@ def roots(base: str) -> Iterator[dict[str, Path]]:
 def compare(
     base: str, names: Sequence[str], quick: bool, rounds: int | None, threads: int, say: Callable[[str], None]
 ) -> int:
-    """Print a line of JSON for every suite: base's time over this tree's (above 1: faster here), and both medians."""
+    """Print one line of JSON per suite: the base's time over this tree's (above 1: faster here), and both medians."""
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
     with roots(base) as places:
         for name in names or DEFAULT:

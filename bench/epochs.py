@@ -55,10 +55,10 @@ class _Stop(Exception):
 
 
 class EngineEpochs:
-    """`engine.train`, held at the end of every epoch until the next is asked for.
+    """`engine.train`, which waits at the end of every epoch until the next one is asked for.
 
     The time of an epoch is the trainer's own `seconds`: both stages with their loading, without evaluation and saving.
-    Epoch 0, which has no bank, is over when this is constructed.
+    Epoch 0, which has no bank, runs when this is constructed.
     """
 
     def __init__(self, settings: Config, dataset: Any = None):
@@ -128,7 +128,7 @@ def build_engine(
 
 
 def build_baseline(samples: shapes.Utterances, setting: Setting, text_encoder: str = "minilm", **changes: Any) -> Work:
-    """Epochs of the eager baseline on ready-made batches: its loading is not counted, to its advantage."""
+    """Epochs of the eager baseline on ready-made batches. Its loading is not counted, which is to its advantage."""
     from transformers import AutoModel
     from transformers.utils import logging
 
@@ -183,9 +183,9 @@ def build_gemm(setting: Setting) -> Work:
 def gemm_details(
     mode: str, samples: shapes.Utterances, setting: Setting, numbers: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """gemm_fraction and what it is made of, and on which parts an epoch of the engine spends its time.
+    """gemm_fraction with the figures it comes from, and the parts on which an epoch of the engine spends its time.
 
-    The parts' seconds are the profiler's, of a run beside those that count.
+    The seconds of the parts come from the profiler, in a separate run.
     """
     settings = config(mode, Path("unused"), setting).resolve()
     from engine.loaders.text import load_tokenizer
@@ -209,10 +209,10 @@ def _profiled(mode: str, samples: shapes.Utterances, setting: Setting) -> dict[s
         held_out = {name: samples.part(0, HELD_OUT) for name in ("valid", "test")}
         store = shapes.write_store(Path(folder) / "data", {"train": samples, **held_out})
         train(config(mode, store, setting, ("epochs=2",)), Path(folder) / "run", profile=True)
-        found = json.loads((Path(folder) / "run" / "profile" / "shares.json").read_text(encoding="utf-8"))
+        stages = json.loads((Path(folder) / "run" / "profile" / "shares.json").read_text(encoding="utf-8"))
     return {
         stage: {name: part["seconds"] * shares["of"] / shares["batches"] for name, part in shares["parts"].items()}
-        for stage, shares in found.items()
+        for stage, shares in stages.items()
     }
 
 
@@ -252,7 +252,7 @@ def tiny_batch(rows: int, seed: int, device: str = "cpu") -> Batch:
 
 
 def tiny_pair(mode: str, device: str = "cpu", text_padding: str = "zero") -> SimpleNamespace:
-    """An engine model with its step and a baseline with its trainer, of the same weights, both stepped by plain SGD."""
+    """An engine model with its step and a baseline with its trainer, with the same weights and plain SGD."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
@@ -330,11 +330,11 @@ def gate_faithful(setting: Setting, steps: int = 3, rows: int = 16) -> None:
         ours = {term: products[name] for term, name in TERM.items()}
         with torch.no_grad():
             _, features = pair.step.forward(batch, batch.label)
-        found = pair.step.stage1(features, ours)
-        compared = [("stage 1 loss", found.loss, first_stage.total)]
+        output = pair.step.stage1(features, ours)
+        compared = [("stage 1 loss", output.loss, first_stage.total)]
         compared += [
             (f"stage 1 {term}", value, other)
-            for (term, value), other in zip(found.values.items(), first_stage.values, strict=True)
+            for (term, value), other in zip(output.values.items(), first_stage.values, strict=True)
         ]
         output = pair.step.stage2(batch, batch.label, ours)
         compared += [

@@ -1,4 +1,4 @@
-"""Every suite, each in a process of its own; then plots and the README's table from the results."""
+"""Run every suite in a process of its own; then draw plots and make the README's table from the results."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def run_all(
     readme: Path | None,
     say: Callable[[str], None],
 ) -> int:
-    """Measure the suites into `results`/NAME.json, draw, and print the table; the number of suites that failed.
+    """Measure the suites into `results`/NAME.json, draw plots and print the table. Returns the number of failed suites.
 
-    `readme`: a file between whose markers the table is put as well.
+    `readme`: a file that gets the table, too, between its markers.
     """
     from bench.plots import draw
     from bench.table import readme_table, update_readme
@@ -42,10 +42,10 @@ def run_all(
         if subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.DEVNULL, env=os.environ).returncode != 0:
             failed.append(name)
             say(f"{name}: failed")
-    found = load_results(results)
-    for path in draw(found, results):
+    results_of = load_results(results)
+    for path in draw(results_of, results):
         say(f"drawn: {path}")
-    table = readme_table(found)
+    table = readme_table(results_of)
     print(table)
     if readme is not None:
         update_readme(readme, table)
@@ -54,7 +54,7 @@ def run_all(
 
 def load_results(folder: Path) -> dict[str, dict[str, Any]]:
     """{name: result} of the JSON files in `folder`, in the suites' order."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    found = {name: result for name, result in found.items() if "goals" in result}  # others are not suites'
-    order = [*NAMES, *sorted(set(found) - set(NAMES))]
-    return {name: found[name] for name in order if name in found}
+    contents = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    contents = {name: result for name, result in contents.items() if "goals" in result}  # others are not suites'
+    order = [*NAMES, *sorted(set(contents) - set(NAMES))]
+    return {name: contents[name] for name in order if name in contents}

@@ -1,4 +1,4 @@
-"""FLOPs of the matrix products that an epoch cannot do without: valid tokens and frames only, nothing twice.
+"""FLOPs of the matrix products that an epoch needs: of valid tokens and frames only, and nothing twice.
 
 A product of [m, k] and [k, n] is 2mkn. A linear layer's backward is one product for the weight and one for the input.
 Counted: the text encoder with its attention, projections, recurrences, CubeMLP (of its first time mix, valid rows
@@ -26,7 +26,7 @@ def text_forward(tokens: Sequence[int], layers: int, hidden: int, intermediate: 
 
 
 def gru_forward(frames: Sequence[int], d_in: int, width: int, layers: int = 2) -> tuple[float, float]:
-    """A bidirectional GRU: (all products, those of the first layer with its input, which need no input gradient)."""
+    """A bidirectional GRU: (all products, products of the first layer with its input, which need no input gradient)."""
     n = float(np.sum(frames))
     first = 2 * n * 2 * 3 * width * d_in
     later = (layers - 1) * 2 * n * 2 * 3 * width * 2 * width
@@ -73,7 +73,7 @@ def epoch(
     """FLOPs of a steady-state epoch by part (`PARTS`).
 
     Args:
-        config: resolved; its stage1_features tells how many forward passes stage 1 needs.
+        config: resolved; its stage1_features decides how many forward passes stage 1 needs.
         tokens, audio, vision: valid lengths of every sample; tokens already cut to time_len.
         widths: columns of audio and vision. text: layers, hidden and intermediate size of the text encoder.
     """

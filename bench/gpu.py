@@ -33,7 +33,7 @@ ORDER = ("ceilings", "step_fast", "infonce", "modules", "step_faithful", "draws"
 
 
 def missing() -> str | None:
-    """Why nothing can be measured on a GPU here, or None."""
+    """The reason why no GPU can be measured here, or None."""
     import torch
 
     if torch.cuda.is_available():
@@ -77,10 +77,10 @@ def _say(text: str) -> None:
 
 
 def measure(a: argparse.Namespace, names: Sequence[str]) -> int:
-    """Run the groups in their order as long as time is left, then write summary, table and plots.
+    """Run the groups in order while time is left, then write the summary, the table and the plots.
 
     Returns:
-        how many groups ended by a fault.
+        the number of groups that failed.
     """
     from bench import gpu_table
     from bench.gpu_rows import GROUPS, TUNE
@@ -149,9 +149,9 @@ def run_group(
     seconds: float,
     group: Callable[..., Any] | None = None,
 ) -> int:
-    """Measure one group here: a line of JSON on the standard output and an entry of `results`/NAME.json at a time.
+    """Measure one group in this process. Each entry goes to standard output as JSON and into `results`/NAME.json.
 
-    `group`: what to run in the place of the group of that name. Returns 1 after a fault, which the file names.
+    `group`: runs instead of the group of that name. Returns 1 after a failure, which the file names.
     """
     import torch
 

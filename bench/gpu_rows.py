@@ -1,4 +1,4 @@
-"""What `python -m bench.gpu` measures, the most important first: groups of rows, each a generator of entries.
+"""What `python -m bench.gpu` measures, in order of importance: groups of rows. Each group is a generator of entries.
 
 An entry is {"row", "side", the case's sizes and precision, and what was measured}: `ms` (median, the sides taking
 turns), `graph_ms` (the same work replayed as a CUDA graph), `wall_ms`, `device_ms`, `launches`, `extra_mib`, `error`;
@@ -53,19 +53,19 @@ def short(cause: BaseException) -> str:
 def measured(
     context: Context, sides: dict[str, Callable[[], Any]], graphs: bool = True, traces: bool = True
 ) -> dict[str, Entry]:
-    """{side: what was measured}. A side that fails is left out of the others' turns, and says why."""
-    clock, found, running = context.clock, {side: {} for side in sides}, {}
+    """{side: what was measured}. A side that fails gives its reason, and the others go on without it."""
+    clock, entries, running = context.clock, {side: {} for side in sides}, {}
     for side, run in sides.items():
         try:
             run()
             running[side] = run
         except Exception as cause:
-            found[side]["failed"] = short(cause)
+            entries[side]["failed"] = short(cause)
     for side, ms in clock.interleaved(running, context.rounds).items():
-        found[side]["ms"] = ms
+        entries[side]["ms"] = ms
     replays = {}
     for side, run in running.items():
-        entry = found[side]
+        entry = entries[side]
         try:
             entry |= {"wall_ms": clock.wall(run, 3 if context.quick else 10), **(clock.traced(run) if traces else {})}
             if (peak := clock.peak_mib(run)) is not None:
@@ -78,8 +78,8 @@ def measured(
             except Exception as cause:
                 entry["graph_failed"] = short(cause)
     for side, ms in clock.interleaved(replays, context.rounds).items():
-        found[side]["graph_ms"] = ms
-    return found
+        entries[side]["graph_ms"] = ms
+    return entries
 
 
 # -- the step ---------------------------------------------------------------------------------------------------------
@@ -111,8 +111,8 @@ def step(mode: str, context: Context) -> Iterator[Entry]:
         yield from batches(mode, config, context)
         eagerly = stages.prepare(with_graphs(config, "off"), stages.BANK if not context.quick else 24)
         for stage in ("stage2", "stage1", "draw", "collect"):
-            found = measured(context, {"eager": eagerly[stage]}, graphs=stage in ("stage1", "stage2"))
-            yield {"row": f"{stage}_{mode}", "side": "uncaptured", "B": config.batch_size, **found["eager"]}
+            times = measured(context, {"eager": eagerly[stage]}, graphs=stage in ("stage1", "stage2"))
+            yield {"row": f"{stage}_{mode}", "side": "uncaptured", "B": config.batch_size, **times["eager"]}
 
 
 def with_graphs(config: Config, graphs: str) -> Config:
@@ -120,14 +120,14 @@ def with_graphs(config: Config, graphs: str) -> Config:
 
 
 def batches(mode: str, config: Config, context: Context) -> Iterator[Entry]:
-    """A batch of each stage as training runs it: a whole pass by replayed graphs, over its batches."""
+    """Time per batch of each stage as training runs it: a whole pass of replayed graphs, divided by its batches."""
     clock = context.clock
     trainer = stages.ready(with_graphs(config, "auto" if clock.cuda else "emulate"))
     for stage, (run, count) in stages.passes(trainer).items():
         entry = {"row": f"{stage}_{mode}", "side": "engine", "B": config.batch_size}
         try:
-            found = {"wall_ms": clock.wall(run, 1 if context.quick else 3), **clock.traced(run)}
-            yield entry | {key: number / count for key, number in found.items()}
+            times = {"wall_ms": clock.wall(run, 1 if context.quick else 3), **clock.traced(run)}
+            yield entry | {key: number / count for key, number in times.items()}
         except Exception as cause:
             yield entry | {"failed": short(cause)}
 
@@ -155,7 +155,7 @@ def epoch(name: str, config: Config, context: Context, case: Entry) -> Iterator[
 
 
 def eager_epoch(context: Context) -> Iterator[Entry]:
-    """An epoch of the eager baseline on ready-made batches, in float32 as the published code has it."""
+    """An epoch of the eager baseline on ready-made batches, in float32 as in the published code."""
     if context.quick:
         yield {"row": "epoch_fast", "side": "baseline", "failed": "needs MiniLM: left out of quick runs"}
         return
@@ -184,7 +184,7 @@ RED = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 5e-3}
 
 
 def embeddings(rows: int, width: int, device: str) -> tuple[Tensor, Tensor]:
-    """q and k [rows, width] that know of each other, scores of order 1."""
+    """q and k [rows, width] that depend on each other, with scores of order 1."""
     generator = torch.Generator().manual_seed(0)
     k = torch.randn(rows, width, generator=generator)
     q = (k + torch.randn(rows, width, generator=generator)) / math.sqrt(2)
@@ -197,7 +197,7 @@ def dense(q: Tensor, k: Tensor) -> Tensor:
 
 
 def exact_infonce(q: Tensor, k: Tensor, chunk: int = 2048) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and gradients in float64, a chunk of rows at a time."""
+    """Loss and gradients in float64, one chunk of rows at a time."""
     q, k = q.double(), k.double()
     value, dq, dk = q.new_zeros(()), torch.empty_like(q), torch.zeros_like(k)
     for start in range(0, len(q), chunk):
@@ -213,23 +213,23 @@ def exact_infonce(q: Tensor, k: Tensor, chunk: int = 2048) -> tuple[Tensor, Tens
 
 
 def libraries() -> tuple[dict[str, Callable], dict[str, str]]:
-    """{side: loss of q and k} of the kernel libraries that are installed, and why the others are not there."""
-    found: dict[str, Callable] = {}
+    """{side: loss of q and k} of the kernel libraries that are installed, and why the others are absent."""
+    others: dict[str, Callable] = {}
     absent = {}
     try:
         from cut_cross_entropy import linear_cross_entropy
 
-        found["cce"] = lambda q, k: linear_cross_entropy(q, k, torch.arange(len(q), device=q.device), filter_eps=None)
+        others["cce"] = lambda q, k: linear_cross_entropy(q, k, torch.arange(len(q), device=q.device), filter_eps=None)
     except Exception as cause:
         absent["cce"] = short(cause)
     try:
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
         liger = LigerFusedLinearCrossEntropyLoss()
-        found["liger"] = lambda q, k: liger(k, q, torch.arange(len(q), device=q.device))
+        others["liger"] = lambda q, k: liger(k, q, torch.arange(len(q), device=q.device))
     except Exception as cause:
         absent["liger"] = short(cause)
-    return found, absent
+    return others, absent
 
 
 def infonce(context: Context) -> Iterator[Entry]:
@@ -276,8 +276,8 @@ def _infonce_case(context: Context, given: tuple[Tensor, Tensor], name: str, sid
 
             try:
                 value = run().detach()
-                found = (value, *(leaf.grad for leaf in leaves))
-                errors[side] = [error_of(f, e) for f, e in zip(found, exact, strict=True)]
+                result = (value, *(leaf.grad for leaf in leaves))
+                errors[side] = [error_of(f, e) for f, e in zip(result, exact, strict=True)]
                 if side == "engine" and not errors[side][0] <= RED[name]:
                     yield {**case, "side": side, "red": f"loss off by {errors[side][0]:.1e}", "error": errors[side]}
                     continue
@@ -330,7 +330,7 @@ def _in_precision(run: Callable[[], Any], kind: str, context: Context) -> Callab
 
 
 def draws(context: Context) -> Iterator[Entry]:
-    """Six sets of product rows a batch; where it exists, a whole epoch of them and the rows of one batch of it."""
+    """Six sets of product rows per batch; and, on sides that can, a whole epoch of them and one batch of that."""
     from bench.suites import knn
     from engine.kernels import knn_product
 
@@ -351,12 +351,12 @@ def draws(context: Context) -> Iterator[Entry]:
         def brute(rows: dict = rows, asked: Tensor = asked) -> Any:
             return [torch.cdist(rows[n][asked], rows[n]).topk(knn.NEIGHBOURS, largest=False) for n in "TAV"]
 
-        found = measured(
+        times = measured(
             context,
             {"engine": lambda s=sampler, b=batch, g=generator: s.draw(knn.TERMS, b, g), "torch": brute},
             graphs=False,
         )
-        for side, entry in found.items():
+        for side, entry in times.items():
             yield {**case, "side": side, **entry}
         if not hasattr(knn_product, "draw_epoch"):
             continue
@@ -367,16 +367,16 @@ def draws(context: Context) -> Iterator[Entry]:
 
         try:
             drawn = whole()
-            found = measured(context, {"epoch": whole}, graphs=False)
-            found |= measured(context, {"take": lambda drawn=drawn: drawn.take(1)})
-            for side, entry in found.items():
+            times = measured(context, {"epoch": whole}, graphs=False)
+            times |= measured(context, {"take": lambda drawn=drawn: drawn.take(1)})
+            for side, entry in times.items():
                 yield {**case, "row": "epoch_draws" if side == "epoch" else "take_rows", "side": "engine", **entry}
         except Exception as cause:
             yield {**case, "row": "epoch_draws", "side": "engine", "failed": short(cause)}
 
 
 def ceilings(context: Context) -> Iterator[Entry]:
-    """What the chip can: products of 8192 in every precision, and copying."""
+    """The limits of the chip: products of 8192 in every precision, and copying."""
     size = 256 if context.quick else 8192
     for name in ("fp32",) if context.quick else ("bf16", "tf32", "fp32"):
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
@@ -414,7 +414,7 @@ def tune(context: Context) -> Iterator[Entry]:
 
 @dataclass(frozen=True)
 class Group:
-    """`most`: seconds it may take; `least`: with fewer left it is not begun."""
+    """`most`: seconds it may take. `least`: it does not start with fewer seconds left."""
 
     run: Callable[[Context], Iterator[Entry]]
     most: float

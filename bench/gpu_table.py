@@ -21,10 +21,10 @@ class Line:
     """A row of the table.
 
     Attributes:
-        where: what an entry must hold.
+        where: keys and values that an entry must have.
         figure: the entry's key; "best" is the shorter of the graph's time and the eager one.
-        floor, aim: less is better, unless `more`.
-        scale: of the figure, to be shown in `unit`.
+        floor, aim: the worst acceptable figure and the goal. Less is better, unless `more`.
+        scale: factor that turns the figure into `unit`.
     """
 
     title: str
@@ -75,8 +75,8 @@ LINES = (
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """{group: content} of the files that `bench.gpu` wrote into a folder."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    return {name: content for name, content in found.items() if isinstance(content, dict) and "entries" in content}
+    contents = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {name: content for name, content in contents.items() if isinstance(content, dict) and "entries" in content}
 
 
 def entries(results: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
@@ -90,17 +90,17 @@ def value(entry: Entry, figure: str) -> float | None:
     return entry.get(figure)
 
 
-def of_line(found: Iterable[Entry], line: Line) -> dict[str, Entry]:
-    """{side: entry} of the entries that a line is about."""
-    return {e["side"]: e for e in found if all(e.get(k) == v for k, v in line.where.items())}
+def of_line(measured: Iterable[Entry], line: Line) -> dict[str, Entry]:
+    """{side: entry} of the entries that belong to a line."""
+    return {e["side"]: e for e in measured if all(e.get(k) == v for k, v in line.where.items())}
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The README's table: measured, floor, aim, and the other sides; why a row is missing."""
-    found = entries(results)
+    """The README's table: figure, floor, aim and the other sides, or the reason why a figure is missing."""
+    every = entries(results)
     rows = ["| what | measured | floor | aim | others |", "|---|---|---|---|---|"]
     for line in LINES:
-        sides = of_line(found, line)
+        sides = of_line(every, line)
         engine = sides.get("engine", {})
         number = value(engine, line.figure)
         show = _shown(line)
@@ -155,7 +155,7 @@ def _places(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Times of the engine and of the others, as bars, for the operations that were measured against others."""
+    """Draw the times of the engine and of the other sides as bars, for every operation that has other sides."""
     import matplotlib
 
     matplotlib.use("Agg")

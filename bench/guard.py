@@ -1,4 +1,4 @@
-"""Counters of a two-stage step that do not depend on the machine's speed, held exactly.
+"""Counters of a two-stage step that do not depend on the machine's speed. They must not change.
 
     python -m bench.guard                                  compare with bench/guard.json; exit status 1 on a difference
     python -m bench.guard --update --reason "why"          accept the present counters
@@ -49,7 +49,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 class Counters(TorchDispatchMode):
-    """Counts while entered: operations by name, bytes of the storages they make, FLOPs."""
+    """Within the context it counts operations by name, the bytes of the storages they make, and FLOPs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,24 +89,24 @@ class _Stop(Exception):
 
 
 class _SecondBatches:
-    """A callback that counts the second batch of both stages in epoch 1, the first with a bank, and stops there."""
+    """A callback that counts the second batch of both stages in epoch 1, the first with a bank, and then stops."""
 
     def __init__(self) -> None:
         self.epoch = 0
         self.counting = ExitStack()
-        self.found: dict[str, dict[str, Any]] = {}
+        self.counters_of: dict[str, dict[str, Any]] = {}
 
     def on_start(self, first_epoch: int, epochs: int, batches: dict[str, int]) -> None:
         pass
 
     def on_batch(self, stage: str, number: int) -> None:
-        if self.epoch != 1 or stage not in STAGES or stage in self.found:
+        if self.epoch != 1 or stage not in STAGES or stage in self.counters_of:
             return
         if number == 0:
             self.counters = self.counting.enter_context(Counters())
         if number == 1:
             self.counting.close()
-            self.found[stage] = self.counters.result()
+            self.counters_of[stage] = self.counters.result()
 
     def on_epoch(self, record: dict[str, Any], improved: bool) -> None:
         self.epoch += 1
@@ -165,7 +165,7 @@ def _threads(count: int) -> Iterator[None]:
 
 def measure(modes: tuple[str, ...] = MODES) -> dict[str, dict[str, dict[str, Any]]]:
     """{mode: {stage: {counter: number, "operations": {name: calls}}}} of the engine as it is."""
-    found = {}
+    counters = {}
     with tempfile.TemporaryDirectory(prefix="bench-guard-") as name, _threads(1):
         folder = Path(name)
         encoder = tiny_text_encoder(folder / "encoder")
@@ -176,14 +176,14 @@ def measure(modes: tuple[str, ...] = MODES) -> dict[str, dict[str, dict[str, Any
             callback = _SecondBatches()
             with suppress(_Stop):
                 train(tiny_config(mode, store, encoder), folder / mode, callbacks=[callback])
-            found[mode] = callback.found
-    return found
+            counters[mode] = callback.counters_of
+    return counters
 
 
-def differences(recorded: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """One line for every counter that differs, naming the operations where calls do."""
+def differences(recorded: dict[str, Any], measured: dict[str, Any]) -> list[str]:
+    """One line for every counter that differs, with the operations whose calls differ."""
     lines = []
-    for mode, stages in found.items():
+    for mode, stages in measured.items():
         for stage, counters in stages.items():
             before = recorded.get(mode, {}).get(stage, {})
             for name in COUNTERS:
@@ -201,17 +201,17 @@ def differences(recorded: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 
 def measure_launches() -> dict[str, dict[str, int]]:
-    """{mode: {stage: GPU launches a batch}} of the flagship at B=32."""
+    """{mode: {stage: GPU launches per batch}} of the flagship at B=32."""
     from bench import launches
 
     return launches.numbers(launches.measure())
 
 
-def launch_differences(recorded: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def launch_differences(recorded: dict[str, Any], measured: dict[str, Any]) -> list[str]:
     """One line for every stage whose launches differ."""
     return [
         f"{mode} {stage} launches: recorded {recorded.get(mode, {}).get(stage)}, found {number}"
-        for mode, stages in found.items()
+        for mode, stages in measured.items()
         for stage, number in stages.items()
         if recorded.get(mode, {}).get(stage) != number
     ]
@@ -228,26 +228,26 @@ def environment() -> dict[str, str]:
     compiler the compiled kernels' fallbacks run."""
     from engine.kernels.build import compiler
 
-    found = {}
+    versions = {}
     for name in VERSIONS:
         try:
-            found[name] = metadata.version(name).split("+")[0]
+            versions[name] = metadata.version(name).split("+")[0]
         except metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found | {"C++ compiler": "no" if compiler() is None else "yes"}
+            versions[name] = "none"
+    return versions | {"C++ compiler": "no" if compiler() is None else "yes"}
 
 
 def other_environment(recorded: dict[str, Any]) -> list[str]:
-    """In what the environment differs from the one that the counters were recorded in."""
+    """The differences between this environment and that of the recorded counters."""
     known = recorded.get("environment", {})
     return [f"{k}: {v} (recorded: {known[k]})" for k, v in environment().items() if k in known and known[k] != v]
 
 
 def update(reason: str) -> list[str]:
-    """Record the present counters, and why they changed; returns what did."""
-    recorded, found, launched = load(), measure(), measure_launches()
-    lines = differences(recorded["counters"], found) + launch_differences(recorded.get("launches", {}), launched)
-    recorded["counters"], recorded["launches"] = found, launched
+    """Record the present counters and the reason of the change. Returns the differences."""
+    recorded, measured, launched = load(), measure(), measure_launches()
+    lines = differences(recorded["counters"], measured) + launch_differences(recorded.get("launches", {}), launched)
+    recorded["counters"], recorded["launches"] = measured, launched
     recorded["environment"] = environment()
     recorded["history"].append({"reason": reason, "changes": [li for li in lines if " operations: " not in li]})
     write_json(FILE, recorded)
@@ -262,7 +262,7 @@ def measured_ratio(name: str, rounds: int = 3) -> float:
 
 
 def update_floors(reason: str, names: tuple[str, ...] = FLOOR_SUITES) -> dict[str, float]:
-    """Record floors of the quick suites' ratios: what is measured now x MARGIN."""
+    """Record floors of the quick suites' ratios: the present ratios times MARGIN."""
     floors = {name: round(MARGIN * measured_ratio(name), 2) for name in names}
     recorded = load()
     recorded["floors"] |= floors

@@ -29,12 +29,12 @@ __all__ = ["HostTraffic", "HostTrafficError", "PretendedGpu", "Seen", "count", "
 
 
 def count(fn: Callable[[], Any], gpu: PretendedGpu | None = None, warm: bool = True) -> Seen:
-    """What one call of `fn` runs on a GPU.
+    """Launches of one call of `fn` on a GPU.
 
     Args:
         fn: anything to call; tensors made before count as on the GPU.
-        gpu: the entered context that `fn` was prepared in; None enters one for the call.
-        warm: call it once before counting: the first call prepares what later ones reuse.
+        gpu: the entered context that `fn` was prepared in; None makes one for the call.
+        warm: call it once before counting, because the first call prepares what later calls reuse.
     """
     if gpu is None:
         with PretendedGpu() as gpu:
@@ -47,27 +47,27 @@ def count(fn: Callable[[], Any], gpu: PretendedGpu | None = None, warm: bool = T
 
 
 def measure(modes: tuple[str, ...] = MODES, check: bool = False) -> dict[str, dict[str, Seen]]:
-    """{mode: {stage: what one batch of it runs}}. `check`: also what operations declare, see `Seen.differ`."""
-    found = {}
+    """{mode: {stage: launches of one batch}}. `check`: also compare with what operations declare, see `Seen.differ`."""
+    seen = {}
     for mode in modes:
         torch.manual_seed(0)
         with PretendedGpu(check=check) as gpu, tempfile.TemporaryDirectory(prefix="bench-launches-") as folder:
             data = stages.write_data(Path(folder) / "data", shapes.mosi(2 * stages.BATCH))
             trainer = stages.ready(stages.settings(mode, data, "cuda", "train.graphs=emulate"))
-            found[mode] = of_epochs(trainer, gpu)
-    return found
+            seen[mode] = of_epochs(trainer, gpu)
+    return seen
 
 
 def of_epochs(trainer: Any, gpu: PretendedGpu) -> dict[str, Seen]:
-    """{stage: what its last batch runs} of the second epoch with a bank, of a run that was made in the context."""
-    found: dict[str, Seen] = {}
+    """{stage: launches of its last batch} in the second epoch with a bank."""
+    seen_in: dict[str, Seen] = {}
     graphs, bank = trainer.step.static.graphs, None
     run = graphs.run
 
     def counted(key: tuple, function: Callable[[], None]) -> None:
         with gpu.watch() as seen:
             run(key, function)
-        found[key[0]] = seen
+        seen_in[key[0]] = seen
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(graphs, "run", counted))
@@ -78,14 +78,14 @@ def of_epochs(trainer: Any, gpu: PretendedGpu) -> dict[str, Seen]:
         stack.enter_context(mock.patch.object(trainer.step, "_check_finite", lambda result: None))
         for number in range(2):
             bank = stages.epoch(trainer, number, bank)
-        if "collect" not in found:  # faithful mode takes features anew in every batch of stage 1
+        if "collect" not in seen_in:  # faithful mode takes features anew in every batch of stage 1
             trainer.step.static.collect(trainer.loaders["train"], bank.size, lambda stage, number: None)
-    return found
+    return seen_in
 
 
-def numbers(found: dict[str, dict[str, Seen]]) -> dict[str, dict[str, int]]:
-    """{mode: {stage: launches}}; those of product rows apart, as "draw"."""
-    return {mode: _numbers(parts) for mode, parts in found.items()}
+def numbers(seen: dict[str, dict[str, Seen]]) -> dict[str, dict[str, int]]:
+    """{mode: {stage: launches}}. Product rows are counted apart, as "draw"."""
+    return {mode: _numbers(parts) for mode, parts in seen.items()}
 
 
 def _numbers(parts: dict[str, Seen]) -> dict[str, int]:
@@ -99,17 +99,17 @@ def _numbers(parts: dict[str, Seen]) -> dict[str, int]:
     }
 
 
-def table(found: dict[str, dict[str, Seen]]) -> str:
+def table(seen: dict[str, dict[str, Seen]]) -> str:
     lines = [f"{'mode':10}" + "".join(f"{stage:>10}" for stage in STAGES)]
-    for mode, counts in numbers(found).items():
+    for mode, counts in numbers(seen).items():
         lines.append(f"{mode:10}" + "".join(f"{counts[stage]:10}" for stage in STAGES))
     return "\n".join(lines)
 
 
-def detail(found: dict[str, dict[str, Seen]]) -> str:
-    """Every stage by part and by operation, with its calls, and what involves the host."""
+def detail(seen_in: dict[str, dict[str, Seen]]) -> str:
+    """Launches of every stage by part and by operation, with calls, and whatever involves the host."""
     lines = []
-    for mode, parts in found.items():
+    for mode, parts in seen_in.items():
         for stage, seen in parts.items():
             lines.append(f"\n{mode} {stage}: {seen.launches} launches")
             lines.append("  " + ", ".join(f"{part} {n}" for part, n in seen.by_part.most_common()))

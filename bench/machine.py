@@ -1,4 +1,4 @@
-"""What a figure was measured on: machine, versions, commit; and the pinning of threads."""
+"""The machine, versions and commit of a measurement, and the pinning of threads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pin_environment(threads: int) -> None:
-    """Set the thread counts that libraries read when they are loaded: call before torch is imported."""
+    """Set the thread counts that libraries read when they are loaded. Call it before torch is imported."""
     for name in THREAD_VARIABLES:
         os.environ[name] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -38,8 +38,8 @@ def pin_threads(threads: int) -> None:
 
 
 def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
-    """The machine without its name: processor, cores, threads in use, memory, system, and the GPU where one is used."""
-    found: dict[str, Any] = {
+    """The machine without its name: processor, cores, threads in use, memory, system, and the GPU if one is used."""
+    record: dict[str, Any] = {
         "processor": _processor(),
         "cores": cores(),
         "threads": threads,
@@ -49,19 +49,19 @@ def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     if device.startswith("cuda"):
         import torch
 
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+        record["gpu"] = torch.cuda.get_device_name(device)
+    return record
 
 
 def versions() -> dict[str, str]:
     """Python and the packages that decide a benchmark's speed."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def commit() -> str:

@@ -35,17 +35,17 @@ def extra_peak(name: str, side: str, setting: Setting, threads: int, repeats: in
     command = [sys.executable, "-m", "bench.memory", name, side, "--device", setting.device, "--threads", str(threads)]
     command += ["--quick"] if setting.quick else []
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    found = []
+    peaks = []
     for _ in range(repeats or (1 if setting.quick else 3)):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=machine.ROOT)
         if done.returncode != 0:
             raise RuntimeError(f"memory of {name}/{side}: {done.stderr.strip()[-1000:]}")
-        found.append(int(done.stdout.split()[-1]))
-    return max(LEAST, int(statistics.median(found)))
+        peaks.append(int(done.stdout.split()[-1]))
+    return max(LEAST, int(statistics.median(peaks)))
 
 
 def resident() -> tuple[int, int]:
-    """Bytes resident now, and at most since the mark was last reset."""
+    """Resident bytes now, and their peak since the mark was last reset."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     status = dict(line.split(":", 1) for line in lines)
     return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
@@ -71,7 +71,7 @@ def peak_of_call(run, device: str) -> int:
 
 
 def warm_side(side: str) -> str:
-    """The side whose quick-sized run warms up for `side`: without the size that a point of a curve names."""
+    """The side whose quick run warms up for `side`; it leaves out the size of a point of a curve."""
     if "@" in side:
         return side.split("@")[0]
     return re.sub(r"^([nb])\d+$", r"\g<1>64", side)

@@ -1,4 +1,4 @@
-"""A GPU that is not there: within the context CPU tensors answer that they are on `cuda`, and what runs is counted.
+"""A pretended GPU: within the context CPU tensors say that they are on `cuda`, and launches are counted.
 
     with PretendedGpu() as gpu:
         model.to("cuda")                  # nothing moves; from here on the model counts as on the GPU
@@ -6,9 +6,9 @@
             model(batch).sum().backward()
     print(seen.launches, seen.traffic)
 
-What code decides by the device (`x.is_cuda`, `x.device.type`, autocast's type, the backend of an operation) is decided
-as for CUDA, while the numbers are computed on the CPU. Tensors made before the context count as on the GPU; within it
-tensors are where the code puts them. So copies between the two, and reads of values by the host, are seen as well.
+Code that asks for the device (`x.is_cuda`, `x.device.type`, autocast's type, the backend of an operation) gets the
+answers of CUDA, while the CPU computes the numbers. Tensors made before the context count as on the GPU. Within it
+tensors are where the code puts them, so that copies and reads of values by the host are counted, too.
 
 Torch functions that a CPU runs by other operations than CUDA does (dropout, attention, recurrences) are each one
 operation here, with the launches that `bench.launches` gives them. Operations of the engine are counted by their own
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,11 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map, tree_unflatten
 
 from bench import rules
+from bench.pretend_cuda import CPU, CUDA, cuda_autocast, patches
 from engine.kernels import registry
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-CAPABILITY = (9, 0)
-MEMORY = 80 << 30
 
 # aten operations that a host waits for, because it reads a value or the size of the result is one
 WAITS = {
@@ -47,12 +43,12 @@ WAITS = {
 
 
 class HostTrafficError(AssertionError):
-    """Something that waits for the GPU, copies from or to the host, or runs there, where nothing may."""
+    """Code waits for the GPU, copies from or to the host, or runs there, where this is not allowed."""
 
 
 @dataclass
 class Seen:
-    """What was run: launches by (part, operation), and what involved the host.
+    """What ran: launches by part and by operation, and whatever involved the host.
 
     Attributes:
         launches: GPU kernels, copies and fills, in all.
@@ -96,9 +92,9 @@ class PretendedGpu:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> PretendedGpu:
-        for patch in _patches(self):
+        for patch in patches(self, _functions):
             self._stack.enter_context(patch)
-        self._stack.enter_context(_cuda_autocast())
+        self._stack.enter_context(cuda_autocast())
         self._stack.enter_context(_Functions(self))
         self._stack.enter_context(_Operations(self))
         return self
@@ -109,7 +105,7 @@ class PretendedGpu:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Seen]:
-        """Within this context what is run is counted."""
+        """Within the context launches are counted."""
         before, self.seen = self.seen, Seen()
         try:
             yield self.seen
@@ -448,13 +444,13 @@ class _Operations(TorchDispatchMode):
         if operation.cuda is None or (declared and not self.gpu.check):
             return count
         try:
-            found = launched_by_the_host_function(self.gpu, name, args)
+            launched = launched_by_the_host_function(self.gpu, name, args)
         except Exception as cause:
             seen.failed[name] = f"{type(cause).__name__}: {cause}"
             return count
-        if declared and found != count:
-            seen.differ[name] = count, found
-        return count if declared else found
+        if declared and launched != count:
+            seen.differ[name] = count, launched
+        return count if declared else launched
 
 
 def launched_by_the_host_function(gpu: PretendedGpu, name: str, args: tuple) -> int:
@@ -491,138 +487,3 @@ def _makes_a_tensor(out: Any) -> bool:
 def _storage(tensor: Tensor) -> int:
     with torch._C.DisableTorchFunction():
         return tensor.untyped_storage()._cdata
-
-
-# -- what else asks for a GPU -----------------------------------------------------------------------------------------
-
-
-class _Queue:
-    """A stream or an event of which nothing is asked."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        self.cuda_stream = self.stream_id = 0
-
-    def wait_stream(self, *args: Any) -> None:
-        pass
-
-    wait_event = record_stream = record = wait = wait_stream
-
-    def record_event(self, *args: Any) -> _Queue:
-        return self
-
-
-def _as_cpu(function: Callable) -> Callable:
-    """A function of autocast, whose device type cuda means the CPU's."""
-
-    @functools.wraps(function)
-    def call(device_type: Any = "cuda", *args: Any, **kwargs: Any) -> Any:
-        return function("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
-
-    return call
-
-
-def _patches(gpu: PretendedGpu) -> list[Any]:
-    from engine import profile
-
-    original = torch.amp.autocast_mode.autocast.__init__
-
-    def init(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
-        original(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
-
-    @contextlib.contextmanager
-    def part(name: str) -> Iterator[None]:
-        gpu.parts.append(name)
-        try:
-            yield
-        finally:
-            gpu.parts.pop()
-
-    def from_numpy(array: Any, _original: Callable = torch.from_numpy) -> Tensor:
-        return gpu.put(_original(array), CPU)
-
-    group = torch._C._group_tensors_by_device_and_dtype
-    run_backward = torch.autograd._engine_run_backward
-
-    def grouped(lists: Any, with_indices: bool = False, _original: Callable = group) -> Any:
-        found = _original(lists, with_indices)
-        return {
-            (CPU if gpu.on_host(next(t for t in tensors[0] if t is not None)) else CUDA, dtype): (tensors, indices)
-            for (_, dtype), (tensors, indices) in found.items()
-        }
-
-    def backward(*args: Any, **kwargs: Any) -> Any:
-        with _functions(gpu):
-            return run_backward(*args, **kwargs)
-
-    cuda = {
-        "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "is_bf16_supported": lambda *a, **k: True,
-        "get_device_capability": lambda *a: CAPABILITY,
-        "get_device_properties": lambda *a: mock.Mock(
-            multi_processor_count=132, major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=MEMORY,
-            shared_memory_per_multiprocessor=228 << 10, L2_cache_size=50 << 20, name="pretended",
-        ),
-        "get_device_name": lambda *a: "pretended",
-        "mem_get_info": lambda *a: (MEMORY, MEMORY),
-        "is_current_stream_capturing": lambda: False,
-        "synchronize": lambda *a: gpu.traffic("torch.cuda.synchronize"),
-        "current_stream": lambda *a: _Queue(),
-        "Stream": _Queue,
-        "Event": _Queue,
-        "stream": lambda *a: contextlib.nullcontext(),
-        "device": lambda *a: contextlib.nullcontext(),
-        "get_rng_state_all": list,
-    }  # fmt: skip
-    patches = [mock.patch.object(torch.cuda, name, value) for name, value in cuda.items()]
-    patches += [
-        mock.patch.object(torch.amp.autocast_mode.autocast, "__init__", init),
-        mock.patch.object(torch, "is_autocast_enabled", _as_cpu(torch.is_autocast_enabled)),
-        mock.patch.object(torch, "get_autocast_dtype", _as_cpu(torch.get_autocast_dtype)),
-        mock.patch.object(torch, "from_numpy", from_numpy),
-        mock.patch.object(torch.backends.cudnn, "is_acceptable", lambda *a: False),
-        mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped),
-        mock.patch.object(torch.autograd, "_engine_run_backward", backward),
-    ]
-    # parts are looked up in the modules that import the name
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("engine.") and getattr(module, "part", None) is profile.part:
-            patches.append(mock.patch.object(module, "part", part))
-    return patches
-
-
-# autocast on CUDA computes these in float32, on a CPU it leaves them as they are
-IN_FLOAT32 = (
-    "layer_norm", "native_layer_norm", "group_norm", "softmax.int", "log_softmax.int", "exp", "expm1", "log", "log10",
-    "log1p", "log2", "reciprocal", "rsqrt", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "softplus", "sum",
-    "sum.dim_IntList", "prod", "cumsum", "norm.Scalar", "norm.ScalarOpt_dim", "logsumexp", "l1_loss", "mse_loss",
-    "smooth_l1_loss", "huber_loss", "nll_loss", "cosine_similarity", "binary_cross_entropy_with_logits", "cdist",
-)  # fmt: skip
-
-
-@contextlib.contextmanager
-def _cuda_autocast() -> Iterator[None]:
-    """Autocast of CPU tensors by CUDA's list of what is computed in float32."""
-    library = torch.library.Library("aten", "IMPL", "AutocastCPU")
-    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-
-    def in_float32(operation: Any) -> Callable:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(key):
-                leaves, form = tree_flatten((args, kwargs))
-                leaves = [v.float() if isinstance(v, Tensor) and v.dtype == torch.bfloat16 else v for v in leaves]
-                args, kwargs = tree_unflatten(leaves, form)
-                return operation(*args, **kwargs)
-
-        return run
-
-    for name in IN_FLOAT32:
-        packet, _, overload = name.partition(".")
-        operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "AutocastCPU"):
-            library.impl(name, in_float32(operation))
-    try:
-        yield
-    finally:
-        library._destroy()

@@ -173,10 +173,6 @@ def _randperm(args: tuple, kwargs: dict, out: Any) -> int:
     return 4
 
 
-def _is_copy(args: tuple, kwargs: dict, out: Any) -> int:
-    return 1
-
-
 NOTHING = {
     "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias",
     "lift_fresh", "lift_fresh_copy", "resize_", "set_", "detach_", "_has_compatible_shallow_copy_type", "is_same_size",

@@ -49,7 +49,7 @@ MOST_CALLS = 2000
 
 @dataclass(frozen=True)
 class Setting:
-    """How large and where: quick runs use smaller shapes and fewer rounds."""
+    """Size and place of a run. Quick runs use smaller shapes and fewer rounds."""
 
     quick: bool = False
     device: str = "cpu"
@@ -61,9 +61,9 @@ class Work:
 
     Attributes:
         run: one call of what is measured.
-        samples: samples one call processes, or 0.
-        warmups: calls before the first that counts.
-        returns_number: the number that `run` returns counts, instead of the time that it takes.
+        samples: number of samples that one call processes, or 0.
+        warmups: calls before the first one that is measured.
+        returns_number: measure the number that `run` returns instead of the time that it takes.
         close: called at the end.
     """
 
@@ -75,7 +75,7 @@ class Work:
 
 
 class RedGateError(Exception):
-    """The correctness check of a suite failed: its timings mean nothing."""
+    """The correctness check of a suite failed, so that its timings mean nothing."""
 
 
 def load_suite(name: str) -> ModuleType:
@@ -115,7 +115,7 @@ def run(
 
     Returns:
         The JSON line's content: name, ratio, memory_ratio, value, engine, baseline, further sides under `others`,
-        rounds, machine, versions, commit. Times are seconds a call. Entries that do not apply are left out.
+        rounds, machine, versions, commit. Times are seconds per call. Entries that do not apply are left out.
 
     Raises:
         RedGateError: the engine's result is wrong.
@@ -180,7 +180,7 @@ def over_batches(
 def products(baseline: Work, engine_seconds: float, setting: Setting) -> dict[str, float]:
     """FLOPs of the baseline's matrix products, and the engine's rate of them as `gemm_fraction` of a 2048³ product's.
 
-    For suites whose baseline computes nothing needless.
+    It suits suites whose baseline computes nothing superfluous.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -228,7 +228,7 @@ def assemble(
 def interleave(
     works: Mapping[str, Work], rounds: int, setting: Setting, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, list[float]]:
-    """Warm every side, then measure all of them in turn `rounds` times; the order rotates from round to round."""
+    """Warm up every side, then measure all of them in turn `rounds` times. The order rotates from round to round."""
     calls = {}
     for side, work in works.items():
         say(f"warming {side}")
@@ -244,7 +244,7 @@ def interleave(
 
 
 def warm(work: Work, setting: Setting) -> int:
-    """Run the warm-up calls; returns how many calls one measurement should take."""
+    """Run the warm-up calls. Returns the number of calls for one measurement."""
     for _ in range(work.warmups):
         work.run()
     if work.returns_number or not work.warmups:
@@ -254,7 +254,7 @@ def warm(work: Work, setting: Setting) -> int:
 
 
 def measure(work: Work, calls: int, setting: Setting) -> float:
-    """Seconds a call, or the number that the work returns."""
+    """Seconds per call, or the number that the work returns."""
     with _quiet():
         if work.returns_number:
             return float(work.run())
@@ -268,7 +268,7 @@ def measure(work: Work, calls: int, setting: Setting) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No garbage collection while the clock runs."""
+    """Within the context there is no garbage collection."""
     gc.collect()
     gc.disable()
     try:
@@ -286,15 +286,15 @@ def _synchronize(device: str) -> None:
 
 def summary(numbers: list[float], samples: int = 0) -> dict[str, Any]:
     """Median, 20th and 80th percentile of the rounds, and the rounds themselves."""
-    found: dict[str, Any] = {
+    record: dict[str, Any] = {
         "median": statistics.median(numbers),
         "p20": quantile(numbers, 0.2),
         "p80": quantile(numbers, 0.8),
         "all": [float(f"{n:.6g}") for n in numbers],
     }
     if samples:
-        found["samples_per_second"] = samples / found["median"]
-    return found
+        record["samples_per_second"] = samples / record["median"]
+    return record
 
 
 def quantile(numbers: list[float], q: float) -> float:
@@ -306,9 +306,9 @@ def quantile(numbers: list[float], q: float) -> float:
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
-def assert_same_gradient(found: Any, expected: Any, what: str) -> None:
+def assert_same_gradient(gradient: Any, expected: Any, what: str) -> None:
     """Norm of the difference at most 1e-3 of the expected norm + 1e-4; for the gates of suites."""
-    difference, size = float((found - expected).norm()), float(expected.norm())
+    difference, size = float((gradient - expected).norm()), float(expected.norm())
     # written so that a NaN anywhere fails
     assert difference <= 1e-3 * size + 1e-4, f"gradient of {what}: |difference| {difference:.2e} of {size:.2e}"
 
@@ -318,9 +318,9 @@ def as_line(result: Mapping[str, Any]) -> str:
     return json.dumps(result, allow_nan=False)
 
 
-def meets(found: float, goal: float, key: str) -> bool:
-    """Whether a figure reaches a goal: for a "value" less is better, for all others more."""
-    return found <= goal if key == "value" else found >= goal
+def meets(value: float, goal: float, key: str) -> bool:
+    """Whether a figure reaches a goal. For a "value" less is better, for all other keys more."""
+    return value <= goal if key == "value" else value >= goal
 
 
 def verdict(result: Mapping[str, Any]) -> list[str]:
@@ -329,8 +329,8 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
     for key, goal in result["goals"].items():
         if key not in result:
             continue
-        found = result[key]
-        aim, floor = (meets(found, goal[k], key) for k in ("aim", "floor"))
+        value = result[key]
+        aim, floor = (meets(value, goal[k], key) for k in ("aim", "floor"))
         word = "aim met" if aim else "floor met" if floor else "BELOW FLOOR"
-        lines.append(f"{key} {found:.4g} (floor {goal['floor']:.4g}, aim {goal['aim']:.4g}): {word}")
+        lines.append(f"{key} {value:.4g} (floor {goal['floor']:.4g}, aim {goal['aim']:.4g}): {word}")
     return lines

@@ -1,4 +1,4 @@
-"""What saving an epoch costs, in the second epoch and in the two thousandth: python -m bench.saving [--epochs N]
+"""The cost of saving an epoch, in the second epoch and in the two thousandth: python -m bench.saving [--epochs N]
 
 Two runs on generated data: one of tiny epochs, which shows whether the cost grows with the number of epochs, and a
 short one of the preset mosi, which shows what it is for a model of that size. "copy" is what training waits for;
@@ -70,20 +70,20 @@ def _measured(config: Any, out: Path) -> dict[int, dict[str, float]]:
     from engine import trainer
     from engine.training.saving import RunFiles
 
-    found: dict[int, dict[str, float]] = {}
+    costs: dict[int, dict[str, float]] = {}
     save, ended = RunFiles.save, [time.thread_time()]
 
     def timed(self: Any, history: list[dict[str, Any]], *rest: Any) -> Callable:
         epoch, start = len(history), time.thread_time()
         write = save(self, history, *rest)
-        found[epoch] = {"copy": 1e3 * (time.thread_time() - start), "epoch": 1e3 * (start - ended[-1])}
+        costs[epoch] = {"copy": 1e3 * (time.thread_time() - start), "epoch": 1e3 * (start - ended[-1])}
         ended.append(time.thread_time())
 
         def timed_write() -> None:
             start = time.thread_time()
             write()
-            found[epoch]["write"] = 1e3 * (time.thread_time() - start)
-            found[epoch] |= {n: (out / n).stat().st_size for n in FILES if (out / n).exists()}
+            costs[epoch]["write"] = 1e3 * (time.thread_time() - start)
+            costs[epoch] |= {n: (out / n).stat().st_size for n in FILES if (out / n).exists()}
 
         return timed_write
 
@@ -92,14 +92,14 @@ def _measured(config: Any, out: Path) -> dict[int, dict[str, float]]:
         trainer.train(config, out)
     finally:
         RunFiles.save = save
-    return found
+    return costs
 
 
-def _print(run: str, found: dict[int, dict[str, float]], epochs: list[int]) -> None:
+def _print(run: str, costs: dict[int, dict[str, float]], epochs: list[int]) -> None:
     for epoch in epochs:
-        near = [found[e] for e in found if abs(e - epoch) <= NEAR]
+        near = [costs[e] for e in costs if abs(e - epoch) <= NEAR]
         times = [f"{statistics.median(one[key] for one in near):.1f}" for key in ("copy", "write", "epoch")]
-        sizes = [f"{found[epoch][name] / 1e3:.1f}" for name in FILES]
+        sizes = [f"{costs[epoch][name] / 1e3:.1f}" for name in FILES]
         print(f"| {run} | {epoch} | {' | '.join(times + sizes)} |", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Generated data with the lengths of the field's data sets: what benchmarks run on."""
+"""Generated data for benchmarks, with the lengths of the field's data sets (see `engine.loaders.synthetic`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages of a training step, ready to be run one by one: for counting their launches and for timing them."""
+"""The stages of a training step, ready to be run one by one, so that their launches can be counted and timed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HELD_OUT = 4  # samples of valid and test
 
 
 def settings(mode: str, data: Path, device: str, *more: str) -> Config:
-    """The flagship as `engine train` runs it, preset mosi at B=32, without what it writes."""
+    """The flagship as `engine train` runs it, preset mosi at B=32, without its optional output."""
     words = [
         f"mode={mode}", f"data.path={data}", f"batch_size={BATCH}", f"device={device}", "seed=0", "train.amp=auto",
         "data.loader=resident", "data.length_rule=recorded", "output.report=false", "output.tensorboard=false",
@@ -39,7 +39,7 @@ def write_data(folder: Path, samples: shapes.Utterances, text_encoder: str = "mi
 
 
 def ready(config: Config) -> Parts:
-    """The parts of a training run before its first epoch; nothing is written."""
+    """The parts of a training run before its first epoch. No file is kept."""
     with tempfile.TemporaryDirectory(prefix="bench-stages-") as folder:
         run = TrainingRun(config, Path(folder) / "run")
         run.prepare()
@@ -47,7 +47,7 @@ def ready(config: Config) -> Parts:
 
 
 def epoch(parts: Parts, number: int, bank: FeatureBank | None) -> FeatureBank:
-    """One epoch of both stages; returns the bank for the next. The first has no bank, and so no first stage."""
+    """Run one epoch of both stages and return the bank for the next. The first has no bank, and so no stage 1."""
     loader, c = parts.loaders["train"], parts.config
     loader.set_epoch(number)
     return parts.step.train_epoch(
@@ -57,9 +57,9 @@ def epoch(parts: Parts, number: int, bank: FeatureBank | None) -> FeatureBank:
 
 
 def passes(parts: Parts) -> dict[str, tuple[Callable[[], Any], int]]:
-    """{stage: (what runs one pass of it, its batches)} of a run whose step is static; "draw": an epoch's product rows.
+    """{stage: (function that runs one pass, number of batches)} of a static step; "draw" draws an epoch's product rows.
 
-    Two epochs have been run: every shape has been met, and on a GPU captured.
+    Two epochs are run first, so that every shape is known and, on a GPU, captured.
     """
     static, loader, size = parts.step.static, parts.loaders["train"], len(parts.dataset.splits["train"])
     bank = epoch(parts, 1, epoch(parts, 0, None))
@@ -79,7 +79,7 @@ def passes(parts: Parts) -> dict[str, tuple[Callable[[], Any], int]]:
 
 
 def prepare(config: Config, bank_size: int = BANK) -> dict[str, Callable[[], Any]]:
-    """{stage: what runs one batch of it eagerly}; the bank's features are random."""
+    """{stage: function that runs one batch eagerly}. The bank's features are random."""
     parts = ready(config)
     loader = parts.loaders["train"]
     loader.set_epoch(0)

@@ -46,7 +46,7 @@ def seconds(value: float) -> str:
 def readme_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """One row for every goal of every result, and for the ratios of a result that has no goals.
 
-    The last columns: other sides' time, or memory, over the engine's; number of the place where it was measured.
+    The last columns are the time or memory of the other sides over the engine's, and the number of the machine.
     """
     places = sorted({_place(r) for r in results.values()})
     rows = [
@@ -70,10 +70,10 @@ def _row(result: Mapping[str, Any], key: str, goal: Mapping[str, float] | None) 
     engine, baseline, others = "", "", ""
     if key in ("ratio", "memory_ratio"):
         sides = [result["engine"], result["baseline"]]
-        found = {
+        ratios = {
             OTHERS[name]: _times(result, side, key) for name, side in result.get("others", {}).items() if name in OTHERS
         }
-        others = ", ".join(f"{name} {value:.3g}×" for name, value in found.items() if value)
+        others = ", ".join(f"{name} {value:.3g}×" for name, value in ratios.items() if value)
         if key == "ratio":
             engine, baseline = (seconds(s["median"]) for s in sides)
         else:
@@ -85,7 +85,7 @@ def _row(result: Mapping[str, Any], key: str, goal: Mapping[str, float] | None) 
 
 
 def _times(result: Mapping[str, Any], side: Mapping[str, Any], key: str) -> float | None:
-    """How many times the engine's time, or extra peak memory, a further side takes; None where it was not measured."""
+    """A further side's time or extra peak memory over the engine's; None where it was not measured."""
     name = "median" if key == "ratio" else "extra_peak_bytes"
     return side[name] / result["engine"][name] if name in side else None
 
@@ -107,7 +107,7 @@ def _place(result: Mapping[str, Any]) -> str:
 
 
 def update_readme(path: Path, table: str, markers: tuple[str, str] = (START, END)) -> None:
-    """Replace what is between the markers of `path`; ValueError where they are not both there, in order."""
+    """Replace the text between the markers of `path`. Raises ValueError unless both are there, in order."""
     from engine.files import write_text
 
     text = path.read_text(encoding="utf-8")

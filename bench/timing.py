@@ -1,4 +1,4 @@
-"""Timing on a GPU: eagerly, and as a replayed CUDA graph; launches and busy time from a trace. A CPU tries the code."""
+"""Timing on a GPU, eagerly and as a replayed CUDA graph, with launches and busy time from a trace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WARMUPS = 3  # the first calls compile kernels and fill torch's memory pool
 
 @contextmanager
 def precision(name: str, device: str) -> Iterator[None]:
-    """fp32, tf32 or bf16: how products of float32 tensors are computed. Recurrences likewise.
+    """Within the context products and recurrences of float32 tensors are computed in fp32, tf32 or bf16.
 
     bf16 is autocast, and float32 products of precision "medium": the critics are float32 under autocast too.
     """
@@ -34,7 +34,7 @@ def precision(name: str, device: str) -> Iterator[None]:
 
 
 class Clock:
-    """Measures calls on a device; entries that a CPU cannot give are left out."""
+    """Measures calls on a device. Figures that a CPU cannot give are left out."""
 
     def __init__(self, device: str):
         self.device = torch.device(device)
@@ -45,7 +45,7 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def interleaved(self, sides: Mapping[str, Run], rounds: int = 3, budget: float = BUDGET) -> dict[str, float]:
-        """Milliseconds a call of each side, medians. The sides take turns, in another order each round."""
+        """Median milliseconds per call of each side. The sides take turns, in a different order in each round."""
         counts, times = {}, {side: [] for side in sides}
         for side, run in sides.items():
             for _ in range(WARMUPS if self.cuda else 1):
@@ -57,17 +57,17 @@ class Clock:
             first = number % len(order)
             for side in order[first:] + order[:first]:
                 times[side] += self._calls(sides[side], counts[side])
-        return {side: statistics.median(found) for side, found in times.items()}
+        return {side: statistics.median(each) for side, each in times.items()}
 
     def _calls(self, run: Run, count: int) -> list[float]:
         """Milliseconds of each of several calls, without waiting between them."""
         if not self.cuda:
-            found = []
+            milliseconds = []
             for _ in range(count):
                 start = time.perf_counter()
                 run()
-                found.append(1e3 * (time.perf_counter() - start))
-            return found
+                milliseconds.append(1e3 * (time.perf_counter() - start))
+            return milliseconds
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         self.synchronize()
         for start, end in events:
@@ -78,7 +78,7 @@ class Clock:
         return [start.elapsed_time(end) for start, end in events]
 
     def wall(self, run: Run, calls: int = 10) -> float:
-        """The host's milliseconds a call, calls following one another: what a step costs where launches bound it."""
+        """Milliseconds per call on the host without waiting in between: the cost of a step that launches limit."""
         for _ in range(WARMUPS):
             run()
         self.synchronize()
@@ -89,7 +89,7 @@ class Clock:
         return 1e3 * (time.perf_counter() - start) / calls
 
     def graph(self, run: Run) -> Run:
-        """What replays `run` as one CUDA graph; on a CPU `run` itself. Raises what its capture raises."""
+        """A function that replays `run` as one CUDA graph; on a CPU `run` itself. Errors of the capture are raised."""
         if not self.cuda:
             return run
         stream = torch.cuda.Stream(self.device)
@@ -104,7 +104,7 @@ class Clock:
         return graph.replay
 
     def traced(self, run: Run, without: str = "Optimizer.") -> dict[str, float]:
-        """One call's `launches` (kernels, copies and fills) and `device_ms`, the time in which any of them ran.
+        """`launches` (kernels, copies and fills) of one call, and `device_ms`, the time in which any of them ran.
 
         Events whose names begin with `without` are left out; the optimisers' are no launches, but spans of them.
         """
@@ -125,7 +125,7 @@ class Clock:
         return {"launches": len(spans), "device_ms": union(spans) / 1e6}
 
     def peak_mib(self, run: Run) -> float | None:
-        """Memory that a call needs beyond what is there before it."""
+        """Memory that a call needs beyond the memory in use before it."""
         if not self.cuda:
             return None
         run()
@@ -139,7 +139,7 @@ class Clock:
 
 
 def union(spans: list[tuple[int, int]]) -> int:
-    """Length of the union of sorted intervals: kernels on several streams overlap."""
+    """Length of the union of sorted intervals, because kernels on several streams overlap."""
     total, reached = 0, None
     for start, end in spans:
         if reached is None or start >= reached:
@@ -149,7 +149,7 @@ def union(spans: list[tuple[int, int]]) -> int:
     return total
 
 
-def error_of(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Norm of the difference over the norm of what is right."""
+def error_of(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of the error over the norm of the exact result."""
     exact = exact.double()
-    return float((found.double() - exact).norm() / exact.norm().clamp(min=1e-300))
+    return float((result.double() - exact).norm() / exact.norm().clamp(min=1e-300))

@@ -1,4 +1,4 @@
-"""A model of what the flagship's step costs a GPU beside its products: launches, memory traffic, host synchronisations.
+"""A model of a GPU's work in the flagship's step beside its products: launches, traffic and synchronisations.
 
     python -m bench.traffic              the tables
     python -m bench.traffic --update     the tables of docs/kernels.md, from them and from tests/aot/budgets.json
@@ -72,11 +72,11 @@ def _tower_bytes(name: str, *args: Any) -> int:
     x = args[1][0] if backward else args[0]
     first, rest = args[2][:: 1 if backward else 2], args[3][:: 1 if backward else 2]
     count, hidden = sum(len(w) for w in first), 4 * len(x) * sum(w.shape[0] * w.shape[2] for w in rest)
-    found = 3 * hidden if backward else hidden
+    size = 3 * hidden if backward else hidden
     if name == "critics_grouped_infonce":
         # embeddings and the derivatives of scores: written, read twice
-        found += 3 * 4 * count * len(x) * rest[-1].shape[1] + 3 * 4 * (count // 2) * len(x) ** 2
-    return found
+        size += 3 * 4 * count * len(x) * rest[-1].shape[1] + 3 * 4 * (count // 2) * len(x) ** 2
+    return size
 
 
 def _concat_bytes(name: str, *args: Any) -> int:
@@ -136,7 +136,7 @@ class Count:
 
 
 class Counter(TorchDispatchMode):
-    """Counts while entered."""
+    """Counts within its context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,14 +169,14 @@ class Counter(TorchDispatchMode):
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes of different elements: expanded dimensions are read once."""
+    """Bytes of the distinct elements: an expanded dimension is read once."""
     shape = zip(tensor.shape, tensor.stride(), strict=True)
     return tensor.element_size() * math.prod(n if s else 1 for n, s in shape)
 
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Operations choose what they would choose for CUDA tensors."""
+    """Within the context operations choose as they would for CUDA tensors."""
     with ExitStack() as stack:
         for module in (registry, mi_bounds, critics, cmi):
             stack.enter_context(mock.patch.object(module, "backend_for", _triton))
@@ -191,7 +191,7 @@ Side = tuple[Callable[[], Tensor], torch.nn.Module]
 
 
 def parts() -> dict[str, tuple[Side, Side]]:
-    """For every part of the step what gives its loss, and whose gradients that has: eager baseline and engine."""
+    """For every part of the step its loss and the tensors that get gradients: eager baseline and engine."""
     from bench.runner import Setting
 
     torch.manual_seed(0)
@@ -212,14 +212,14 @@ def parts() -> dict[str, tuple[Side, Side]]:
 
     def eager(stage: int) -> Side:
         def loss() -> Tensor:
-            features, found = leaves(stage), []
+            features, values = leaves(stage), []
             for pair, estimator in zip(mimrl.MI_PAIRS, eager_mi, strict=True):
                 x, y = pair.upper().split("_")
-                found.append(estimator(features[x], features[y])[stage == 1])
+                values.append(estimator(features[x], features[y])[stage == 1])
             for term, estimator in zip(triples, eager_cmi, strict=True):
                 joint = tuple(features[n] for n in (term.x, term.y, term.given))
-                found.append(estimator(joint, tuples[str(term)])[stage == 1])
-            return sum(found) if stage == 1 else -sum(found)
+                values.append(estimator(joint, tuples[str(term)])[stage == 1])
+            return sum(values) if stage == 1 else -sum(values)
 
         return loss, estimators
 
@@ -244,13 +244,13 @@ def parts() -> dict[str, tuple[Side, Side]]:
 
 
 def leaf(value: Tensor) -> Tensor:
-    """The same values, with a gradient of its own that begins anew."""
+    """A tensor of the same values with a gradient of its own."""
     return value.detach().requires_grad_()
 
 
 @contextmanager
 def frozen(module: torch.nn.Module) -> Iterator[None]:
-    """Stage 2 of mode fast: no gradients of the estimators' own weights."""
+    """Within the context the estimators' weights get no gradients, as in stage 2 of mode fast."""
     for p in module.parameters():
         p.requires_grad_(False)
     yield
@@ -259,8 +259,8 @@ def frozen(module: torch.nn.Module) -> Iterator[None]:
 
 
 def measure() -> dict[str, tuple[Count, Count]]:
-    """{part: (eager, engine)}, each the second call: what a first one prepares is not counted."""
-    found = {}
+    """{part: (eager, engine)}, counted in a second call. The first call's preparations are not counted."""
+    counts_of = {}
     for name, both in parts().items():
         counts = []
         for loss, module in both:
@@ -269,17 +269,17 @@ def measure() -> dict[str, tuple[Count, Count]]:
                 with as_on_a_gpu(), Counter() as counter:
                     loss().backward()
             counts.append(counter.count)
-        found[name] = tuple(counts)
-    return found
+        counts_of[name] = tuple(counts)
+    return counts_of
 
 
-def traffic_table(found: dict[str, tuple[Count, Count]]) -> str:
+def traffic_table(counted: dict[str, tuple[Count, Count]]) -> str:
     lines = [
         "| part of the step, B=128 | launches, eager | engine | memory traffic in MB, eager | engine"
         " | host syncs, eager | engine |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, (eager, ours) in found.items():
+    for name, (eager, ours) in counted.items():
         sizes = [f"{c.bytes / 1e6:,.0f}" for c in (eager, ours)]
         lines.append(
             f"| {name} | {eager.launches} | {ours.launches} | {sizes[0]} | {sizes[1]} | {eager.syncs} | {ours.syncs} |"
@@ -317,7 +317,7 @@ NODE = 0.002  # milliseconds of a small kernel within a graph
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one InfoNCE, forward and backward: matrix products, bytes a pair, milliseconds."""
+    """The cost of one InfoNCE, forward and backward: matrix products, bytes per pair, milliseconds."""
 
     products: int
     pair_bytes: int
@@ -363,10 +363,10 @@ def infonce_table() -> str:
         "| rows | width | precision | products | bytes a pair | modelled, ms | measured, ms | eager, measured |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (rows, width, precision), found in MEASURED.items():
+    for (rows, width, precision), times in MEASURED.items():
         for algorithm in ("fused", "chunked") if width <= plan.MAX_WIDTH else ("chunked",):
             cost = infonce_cost(rows, width, precision, algorithm)
-            measured = [f"{found[name]:.3g}" if name in found else "-" for name in (algorithm, "eager")]
+            measured = [f"{times[name]:.3g}" if name in times else "-" for name in (algorithm, "eager")]
             if algorithm == "chunked" and precision == "fp32" and (before := UNSPLIT.get((rows, width))):
                 measured[0] = f"(unsplit {before:.3g})"
             lines.append(
@@ -392,24 +392,24 @@ def operations() -> dict[str, tuple[float, Count]]:
     from bench.runner import Setting
     from bench.suites import concat_critic, critics, cubemlp
 
-    found = {}
+    counted = {}
     for name, suite in zip(MEASURED_OPERATIONS, (concat_critic, critics, cubemlp), strict=True):
         engine, eager = (suite.build(side, Setting()).run for side in ("engine", "baseline"))
         with FlopCounterMode(display=False) as flops:
             eager()
         with as_on_a_gpu(), Counter() as counter:
             engine()
-        found[name] = flops.get_total_flops(), counter.count
-    return found
+        counted[name] = flops.get_total_flops(), counter.count
+    return counted
 
 
-def operation_table(found: dict[str, tuple[float, Count]]) -> str:
-    """Modelled: products and bytes at the chip's rates, one after the other, and its kernels' own time."""
+def operation_table(counted: dict[str, tuple[float, Count]]) -> str:
+    """A table of modelled times: products and bytes at the chip's rates, one after the other, plus the launch times."""
     lines = [
         "| operation | products, GFLOP | MB | launches | precision | modelled, ms | measured | before | eager |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, (flops, count) in found.items():
+    for name, (flops, count) in counted.items():
         for precision, times in MEASURED_OPERATIONS[name].items():
             modelled = flops / RATES[precision] / 1e9 + count.bytes / COPY + count.launches * NODE
             shown = " | ".join("not yet" if t is None else f"{t:.3g}" for t in times)
@@ -421,24 +421,24 @@ def operation_table(found: dict[str, tuple[float, Count]]) -> str:
 
 
 def dispatch_entries() -> list[dict[str, Any]]:
-    """Entries of the dispatch table: what was measured, and the rest modelled."""
+    """Entries of the dispatch table. Times that were not measured are modelled."""
     entries = []
     for operation in ("infonce", "mi_bound"):
         for precision in RATES:
             for sizes in plan.CLASSES:
                 rows, width, groups = sizes["rows"], sizes["width"], sizes["groups"]
-                found = MEASURED.get((rows, width, precision), {}) if operation == "infonce" and groups == 1 else {}
+                exact = MEASURED.get((rows, width, precision), {}) if operation == "infonce" and groups == 1 else {}
                 times = {
-                    name: found[name]
-                    if name in found
+                    name: exact[name]
+                    if name in exact
                     else infonce_cost(rows, width, precision, name, groups, operation == "infonce").milliseconds
                     for name, takes in plan.CANDIDATES.items()
                     # other bounds in plain torch make more passes over the scores than are counted here
                     if takes(sizes) and (name != "eager" or operation == "infonce")
                 }
                 source = "modelled (bench/traffic.py)"
-                if found:
-                    source = f"measured {CHIP}, as a graph: {', '.join(found)}; others {source}"
+                if exact:
+                    source = f"measured {CHIP}, as a graph: {', '.join(exact)}; others {source}"
                 entries.append(
                     {
                         "operation": operation, "precision": precision, "architecture": "sm90", "sizes": dict(sizes),
@@ -450,7 +450,7 @@ def dispatch_entries() -> list[dict[str, Any]]:
 
 
 def kernel_table(budgets: dict[str, dict[str, int]]) -> str:
-    """One row a kernel: the most that any of its configurations takes."""
+    """One row per kernel, with the most that any of its configurations takes."""
     kernels: dict[str, dict[int, list[dict[str, int]]]] = {}
     for key, report in budgets.items():
         name, arch = key.split("@sm_")

@@ -1,4 +1,4 @@
-"""How the process's memory is had: what a training run has freed is kept, and what stays comes in large pages."""
+"""Memory of the process: freed blocks are kept for the next allocation, and lasting arrays lie in large pages."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import sys
 
 import numpy as np
 
-# glibc's mallopt: blocks from this size on are mapped, and unmapped when freed; free memory kept at the heap's top
+# Parameters of glibc's mallopt: the size from which blocks are mapped, and the free memory kept on top of the heap.
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 LARGEST = 2**30
 MOST_KEPT = 2**31 - 1
-SETTLED = 2**25  # glibc moves its own threshold up to here, and trims from twice of it
+SETTLED = 2**25  # glibc itself raises the first to this, and the second to twice this
 LARGE = 2**21  # bytes of a large page
 VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 def keep_memory() -> bool:
-    """Let freed blocks of up to 1 GiB serve the next allocation instead of going back to the system.
+    """Keep freed blocks of up to 1 GiB for the next allocation instead of returning them to the system.
 
-    Every fresh block costs a page fault a 4 KiB, which is more than copying it: a step's tensors would pay that in
-    every step. Applies to the whole process, on Linux with glibc; elsewhere, and where the user has set
-    one of glibc's own variables (`VARIABLES`), nothing happens.
+    A fresh block costs one page fault per 4 KiB, which takes longer than copying it. Without this call the tensors of
+    a step pay for that in every step. It applies to the whole process, on Linux with glibc. It does nothing elsewhere,
+    or where the user has set one of glibc's own variables (`VARIABLES`).
 
     Returns:
         whether the setting was taken.
@@ -34,10 +34,10 @@ def keep_memory() -> bool:
 
 
 def settle() -> None:
-    """Take at once the thresholds that glibc itself arrives at when a program has freed a block of 32 MiB.
+    """Set the thresholds that glibc itself sets once a program has freed a block of 32 MiB.
 
-    Until then, what a call of a kernel frees at the end goes back to the system, and the next call pays for it again.
-    Does nothing after `keep_memory`, and where that does nothing.
+    Before that, the buffers that a kernel frees go back to the system, and its next call pays for them again. This does
+    nothing after `keep_memory`, or where `keep_memory` does nothing.
     """
     if not _kept:
         _set(SETTLED, 2 * SETTLED)
@@ -57,10 +57,13 @@ def _set(mapped_from: int, trimmed_from: int) -> bool:
 
 
 def large_pages(shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
-    """An array as `np.empty` gives it, on Linux in pages of 2 MiB where the system has them to give.
+    """An array as `np.empty` makes it; on Linux in pages of 2 MiB if the system has any.
 
-    For what stays and is read in another order each time: with pages of 4 KiB every jump looks up addresses that are no
-    longer in the caches, which takes a fifth of a loader's epoch.
+    It suits arrays that last and are read in random order. With pages of 4 KiB nearly every jump misses the cache of
+    page addresses, which takes a fifth of a loader's epoch.
+
+    >>> large_pages((3, 2), np.float32).shape
+    (3, 2)
     """
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if size < 8 * LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -68,7 +71,7 @@ def large_pages(shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
     block = mmap.mmap(-1, size + LARGE)
     try:
         block.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them
+    except OSError:  # a kernel without large pages
         return np.empty(shape, dtype)
     whole = np.frombuffer(block, np.uint8)
     start = -whole.ctypes.data % LARGE

@@ -1,8 +1,8 @@
 """torch.compile for training: a model's repeated layers, or whole stages of the step.
 
-By region is the default. Layers of one class run the same code, so that one graph serves them all and compiling takes
-seconds, however deep the model is. A whole stage as one graph takes minutes; it shows that nothing in a stage breaks
-the graph.
+By default the repeated layers are compiled. They run the same code, so one graph serves them all, and compiling takes
+seconds for a model of any depth. Compiling a whole stage as one graph takes minutes. Tests use it to show that nothing
+in a stage breaks the graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# A region leaves CUDA graphs to the step: torch's own would be recorded anew for every length of a text.
+# The step captures CUDA graphs itself. Those of torch would be recorded again for every length of a text.
 REGION_MODES = {
     "default": "default",
     "reduce-overhead": "default",
@@ -23,38 +23,40 @@ REGION_MODES = {
 
 
 def regions(model: nn.Module) -> list[nn.Module]:
-    """The layers that `model` repeats: members of its lists of two or more modules of one class and of equal sizes,
-    with parts of their own. What lies within such a layer belongs to it."""
+    """The layers that `model` repeats.
+
+    They are the members of a `ModuleList` of two or more modules with submodules, of one class and of equal sizes.
+    """
     if isinstance(model, nn.ModuleList) and _repeats(model):
         return list(model)
     return [layer for child in model.children() for layer in regions(child)]
 
 
 def compile_regions(model: nn.Module, mode: str) -> int:
-    """Have each of a model's `regions` compiled at its first call in training; evaluation runs them as they are.
+    """Compile each of a model's `regions` at its first call in training. Evaluation runs them uncompiled.
 
     Args:
-        model: changed in place; its parameters, their names and its results stay.
+        model: changed in place; its parameters, their names and its results stay the same.
         mode: "default", "reduce-overhead" or "max-autotune". See `REGION_MODES`.
 
     Returns:
         the number of layers that share graphs, 0 where the model repeats none.
     """
-    found = regions(model)
+    layers = regions(model)
     shared: dict[type, Callable[..., Any]] = {}
-    for layer in found:
+    for layer in layers:
         kind = type(layer)
         if kind not in shared:
             shared[kind] = torch.compile(kind.forward, mode=REGION_MODES[mode], dynamic=True)
         layer.compiled_forward = shared[kind]
         layer.forward = types.MethodType(_run_region, layer)
-    return len(found)
+    return len(layers)
 
 
 def compile_stages(step: Any, mode: str) -> None:
-    """Have both stages' losses of a `TwoStageStep`, and its forward pass, compiled whole, each as one graph.
+    """Compile the forward pass and the losses of both stages of a `TwoStageStep`, each as one graph.
 
-    What depends on values (product rows, the layout of texts) is prepared outside the graphs.
+    Work that depends on values (product rows, the layout of texts) is done outside the graphs.
     """
     step.compile = mode
     step._run_forward, step._run_stage1, step._run_stage2 = (

@@ -1,4 +1,4 @@
-"""Numbers that a step needs as a tensor, without a copy from the host in the step."""
+"""Fixed numbers as a tensor, without a copy from the host in each step."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Constant:
-    """Fixed numbers, as a tensor on whatever device they are needed.
+    """Fixed numbers, as a tensor on any device.
 
-    The numbers are kept as Python's: a module that holds them in a buffer loses them when it is built on the meta
-    device. The tensor is made at its first use on a device, with fills alone, so that this works within the capture of
-    a CUDA graph, too.
+    The numbers are kept in Python, because a module that is built on the meta device loses its buffers. The tensor is
+    made at its first use on a device. It is made by fills alone, which a CUDA graph can capture.
 
     Args:
         numbers: floats, or rows of floats of equal length.
+
+    Example:
+        >>> weights = Constant([1.0, 2.0])
+        >>> weights(torch.zeros(1))
+        tensor([1., 2.])
     """
 
     def __init__(self, numbers: Sequence[float] | Sequence[Sequence[float]]):
@@ -28,7 +32,7 @@ class Constant:
         self._made: dict[Any, Tensor] = {}
 
     def __call__(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The numbers on `like`'s device, in its dtype or another one. Not to be changed."""
+        """The numbers on the device of `like`, in its dtype or another one. Do not change the tensor."""
         dtype = like.dtype if dtype is None else dtype
         key = (like.device, dtype)
         if torch.compiler.is_compiling():
@@ -36,7 +40,7 @@ class Constant:
         if isinstance(like, FakeTensor):
             return like.new_empty(self.shape, dtype=dtype)
         if key not in self._made:
-            # a tensor of inference mode could not be used in training
+            # a tensor made in inference mode cannot be used in training
             with torch.inference_mode(False), torch.no_grad():
                 made = self._new(like.device, dtype)
             if like.is_cuda and torch.cuda.is_current_stream_capturing():

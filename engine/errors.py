@@ -1,10 +1,10 @@
-"""The one family of errors that users see: where, what was found, what was expected, what to do."""
+"""The errors that users see. Each says where, what was found, what was expected, and what to do."""
 
 import re
 
 LONGEST = 2000
 
-# Controls, escape sequences, halves of surrogate pairs, and what turns the direction of text round or is not seen.
+# Controls, escape sequences, halves of surrogate pairs, and characters that reverse the text or cannot be seen.
 _UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
     r"\U000e0000-\U000e007f]"
@@ -12,25 +12,31 @@ _UNPRINTABLE = re.compile(
 
 
 def printable(text: object) -> str:
-    """Text of any origin for a terminal, a log or a page: what acts on them is written out, `\\x1b` for an escape.
+    """Text of any origin, safe for a terminal, a log or a page. Characters that act on them are written out.
 
-    Line breaks (\\n) and tabs stay; so do letters of every language.
+    Line breaks and tabs stay, and so do the letters of every language.
+
+    >>> print(printable("\\x1b[31mred"))
+    \\x1b[31mred
     """
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), str(text))
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
 
 
 class EngineError(Exception):
-    """A problem the user can mend. Its text is always one `printable` line, its parts cut to `LONGEST` characters each.
+    """A problem that the user can mend. Its text is one `printable` line; each part has at most `LONGEST` characters.
+
+    >>> print(ConfigError("train.lr", "-1", "a value > 0", "Change the value."))
+    train.lr: found -1; expected a value > 0. Change the value.
 
     Args:
-        where: file, key, row or option the problem sits at, as the user would name it.
+        where: the file, key, row or option with the problem, as the user would name it.
         found: what is there.
-        expected: what should have been there.
+        expected: what should be there.
         do: what to do about it, in the imperative.
     """
 
     def __init__(self, where: str, found: str, expected: str, do: str):
-        # What is found may come from a damaged file: a key of a megabyte, say.
+        # What was found may come from a damaged file, such as a key of a megabyte.
         parts = [t if len(t) <= LONGEST else f"{t[:LONGEST]}..." for t in (where, found, expected, do)]
         parts = [printable(" ".join(part.split())) for part in parts]
         self.where, self.found, self.expected, self.do = parts
@@ -50,8 +56,8 @@ class CheckpointError(EngineError):
 
 
 class OutputError(EngineError):
-    """An output that could not be written; nothing half-written is left behind."""
+    """An output that could not be written. Nothing half-written is left behind."""
 
 
 class EstimatorError(EngineError):
-    """An information estimate that is undefined for its input (batch of one, non-finite scores, bank too small)."""
+    """An information estimate that is undefined for its input: a batch of one, non-finite scores, a bank too small."""

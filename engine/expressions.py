@@ -1,4 +1,4 @@
-"""Information terms as text: "inv = 0.01 * (MI(T, A) + MI(T, V))" is an `engine.objective.Expression`, and back.
+"""Information terms as text: "inv = 0.01 * (MI(T, A) + MI(T, V))" is an `engine.terms.Expression`, and back.
 
 A text is a weighted sum of `MI(X, Y)` and `CMI(X, Y | Z)`, with an optional name in front:
 
@@ -123,22 +123,25 @@ def expression_text(expression: Expression) -> str:
     Raises:
         ConfigError: it has no terms, or a weight that is not finite.
     """
-    coefficients = list(expression.coefficients)
-    numbers = [expression.weight, *(coefficient for _, coefficient in coefficients)]
-    if not coefficients or not all(map(math.isfinite, numbers)):
-        raise ConfigError("expression", f"{expression.name or 'no terms'}", "terms with finite weights", "Mend it.")
-    body = ""
-    for term, coefficient in coefficients:
-        size = "" if abs(coefficient) == 1 else f"{_number(abs(coefficient))} * "
-        sign = ("-" if coefficient < 0 else "") if not body else (" - " if coefficient < 0 else " + ")
-        body += f"{sign}{size}{term_text(term)}"
-    if len(coefficients) == 1 and coefficients[0][1] != 1:
+    pairs = list(expression.coefficients)
+    if not pairs or not all(map(math.isfinite, (expression.weight, *(size for _, size in pairs)))):
+        raise ConfigError("expression", expression.name or "no terms", "terms with finite weights", "Mend it.")
+    if len(pairs) == 1 and pairs[0][1] != 1:
         # A product alone would be read as the weight of the expression. Only a sum has coefficients.
-        body = f"0 * {term_text(coefficients[0][0])} {'' if body.startswith('-') else '+ '}{body}".replace(" -", " - ")
-    whole = len(coefficients) == 1 and coefficients[0][1] == 1
+        pairs = [(pairs[0][0], 0.0), *pairs]
+    body = _sum_text(pairs)
     if expression.weight != 1:
-        body = f"{_number(expression.weight)} * {body if whole else f'({body})'}"
+        body = f"{_number(expression.weight)} * {body if len(pairs) == 1 else f'({body})'}"
     return body if expression.label is None else f"{_name(expression.label)} = {body}"
+
+
+def _sum_text(pairs: Iterable[tuple[Term, float]]) -> str:
+    """Terms and their coefficients as a sum."""
+    text = ""
+    for term, coefficient in pairs:
+        size = "" if abs(coefficient) == 1 else f"{_number(abs(coefficient))} * "
+        text += f" {'-' if coefficient < 0 else '+'} {size}{term_text(term)}"
+    return f"-{text[3:]}" if text.startswith(" - ") else text[3:]
 
 
 def term_text(term: Term) -> str:

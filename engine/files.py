@@ -1,4 +1,4 @@
-"""Paths as users write them, and writing files so that they are either complete or absent."""
+"""Paths as users write them, and files that are either complete or absent."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ from engine.errors import OutputError
 
 
 def user_path(path: str | Path) -> Path:
-    """`path` with a leading ~ made the home directory; as it is where that home cannot be determined."""
+    """`path` with a leading ~ replaced by the home directory, or unchanged where that home is not known."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -26,9 +26,9 @@ def user_path(path: str | Path) -> Path:
 
 
 def cache_home() -> Path | None:
-    """The folder for caches, XDG_CACHE_HOME or ~/.cache; None where the user has no home directory.
+    """The folder for caches: XDG_CACHE_HOME or ~/.cache. None where the user has no home directory.
 
-    A container that runs under a user id of its own often has none.
+    A container that runs under its own user id often has none.
     """
     if named := os.environ.get("XDG_CACHE_HOME"):
         return user_path(named)
@@ -40,11 +40,11 @@ def read_text(path: Path, most: int) -> str:
     """The UTF-8 text of a file that a stranger may have written.
 
     Args:
-        most: bytes that it may have.
+        most: largest size in bytes.
 
     Raises:
-        OSError: it is not there, cannot be read, or is no regular file (a pipe would be waited for without end).
-        ValueError: it is larger, or is not UTF-8.
+        OSError: it is missing, cannot be read, or is no regular file (reading a pipe could wait forever).
+        ValueError: it is larger, or it is not UTF-8.
     """
     state = path.stat()
     if stat.S_ISDIR(state.st_mode):
@@ -60,7 +60,7 @@ def read_text(path: Path, most: int) -> str:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a file is a zip archive that holds more than its own size: a few megabytes may become terabytes."""
+    """Whether a file is a zip archive that unpacks to more than its own size: megabytes may become terabytes."""
     try:
         with zipfile.ZipFile(path) as archive:
             return sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size
@@ -69,7 +69,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads` that fails with `ValueError` alone, for text that is nested too deeply too."""
+    """`json.loads` that only raises `ValueError`, also for text that is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -77,7 +77,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def output_error(path: Path, cause: OSError) -> OutputError:
-    """Translate an `OSError` met while writing `path` into the error users see."""
+    """The error that users see, for an `OSError` raised while `path` was written."""
     if cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
             str(path), "no space left on the device", "room for the file", "Free some space and run again."
@@ -96,10 +96,10 @@ def output_error(path: Path, cause: OSError) -> OutputError:
 
 
 def _lock(file: IO[bytes], wait: bool) -> None:
-    """Take the lock of an open file, which the system takes back when its process ends.
+    """Lock an open file. The system releases the lock when the process ends.
 
     Raises:
-        OSError: another process has it, or there are no locks here.
+        OSError: another process holds the lock, or this system has none.
     """
     try:
         import fcntl
@@ -109,12 +109,12 @@ def _lock(file: IO[bytes], wait: bool) -> None:
 
 
 def lock(path: Path) -> IO[bytes]:
-    """Open a file that stands for something only one process may do, and lock it for as long as it stays open.
+    """Open a file and lock it while it stays open, so that only one process does what the file stands for.
 
-    Where there are no file locks, a warning says so. Remove the file before closing it.
+    Where there are no file locks, a warning says so. Remove the file before you close it.
 
     Raises:
-        BlockingIOError: another process has it.
+        BlockingIOError: another process holds the lock.
         OSError: the file cannot be made.
     """
     while True:
@@ -131,23 +131,23 @@ def lock(path: Path) -> IO[bytes]:
             if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 _release_in_children(file)
                 return file
-        file.close()  # its owner removed it between our opening and locking it
+        file.close()  # its owner removed it after we opened it and before we locked it
 
 
 def _release_in_children(file: IO[bytes]) -> None:
-    """A forked worker that outlives a killed parent must not keep its parent's lock."""
+    """Close the file in forked workers: one that outlives a killed parent must not keep its lock."""
     if hasattr(os, "register_at_fork"):
         held = weakref.ref(file)
         os.register_at_fork(after_in_child=lambda: (own := held()) is not None and own.close())
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed processes left of earlier attempts at `path`: temporary files that no process has locked."""
+    """Remove temporary files that killed processes left beside `path`: those that no process has locked."""
     _sweep(path.parent, f".{glob.escape(path.name)}.*.part")
 
 
 def sweep_folder(folder: Path) -> None:
-    """The same for every file of a folder."""
+    """Remove the temporary files that killed processes left in a folder."""
     _sweep(folder, ".*.part")
 
 
@@ -160,7 +160,7 @@ def _sweep(folder: Path, pattern: str) -> None:
 
 @contextlib.contextmanager
 def _temporary(path: Path, previous: Path | None = None) -> Iterator[tuple[IO[bytes], Path]]:
-    """A locked temporary file beside `path`, open for writing, and its path; on success it replaces `path`."""
+    """A locked temporary file beside `path`, open for writing, and its path. On success it replaces `path`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
@@ -203,7 +203,7 @@ def _publish(temporary: Path, path: Path, previous: Path | None = None) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the names in a folder survive a loss of power, too. Some file systems cannot, and some need not."""
+    """Make the names in a folder survive a loss of power. Some file systems cannot, and some need not."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -214,12 +214,12 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path, previous: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on any failure it is removed.
+    """Yield a temporary path beside `path`. On success it replaces `path`; on failure it is removed.
 
-    What processes that were killed while they wrote `path` left behind is removed first.
+    Temporary files of processes that were killed while they wrote `path` are removed first.
 
     Args:
-        previous: where the file that was at `path` goes; None: it is removed.
+        previous: where the earlier file at `path` goes. None: it is removed.
 
     Raises:
         OutputError: the folder cannot be made or written to, or the disk is full.
@@ -229,7 +229,7 @@ def atomic_path(path: str | Path, previous: Path | None = None) -> Iterator[Path
 
 
 def append_text(path: Path, text: str, at: int) -> None:
-    """Write UTF-8 text at byte `at` of a file, its new end: what lies beyond is cut off first.
+    """Write UTF-8 text at byte `at` of a file. What lies beyond `at` is cut off first.
 
     Raises:
         OutputError: the file cannot be written to, or the disk is full.
@@ -256,7 +256,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for every float that JSON has no name for (NaN and the infinities)."""
+    """`value` with None for every float that JSON cannot write: NaN and the infinities.
+
+    >>> finite({"mae": float("nan"), "rows": [1.0, 2]})
+    {'mae': None, 'rows': [1.0, 2]}
+    """
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,8 @@
 """Task losses: what stage 2 minimises besides the information terms.
 
-Values and gradients are the reference's. Where it divides by zero a rule is stated: RMSE at zero error has a zero
-gradient; the CCC loss of two constants is 1 with a zero gradient (by the reference's 1e-10 in the denominator).
+Values and gradients are those of the published code. Where that code divides by zero, a rule holds here: RMSE at
+zero error has a zero gradient; the CCC loss of two constants is 1 with a zero gradient, because the denominator has
+1e-10 added.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import ConfigError, DataError
-from engine.vocabulary import LOSSES, REGRESSION_LOSSES
+from engine.vocabulary import LOSSES, MODEL_TASKS, REGRESSION_LOSSES
 
 _ONE_OF_MANY = ("CE", "Focal")
 
@@ -21,25 +22,28 @@ _ONE_OF_MANY = ("CE", "Focal")
 def task_loss(name: str, num_class: int = 1, task: str | None = None) -> nn.Module:
     """The loss called `name`: a module `(output, target) -> 0-d tensor`, the mean over the batch.
 
-    Args:
-        name: MAE MSE RMSE SIMSE CCC (regression), CE Focal (one of `num_class` >= 2 classes), BCE (one logit, or one a
-            class).
-        num_class: width of the model's output.
-        task: `regression` or `classification`; None takes the one the loss is for.
+    >>> task_loss("MAE")(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+    tensor(1.)
 
-    `output` is [B, num_class] (or [B] where num_class is 1). `target` is, for regression, as many values as the output,
-    of any shape; for CE and Focal [B] or [B, 1] class numbers, integers or integral floats; for BCE the same (made
-    one-hot where num_class >= 2), or [B, num_class] of 0 and 1.
+    Args:
+        name: MAE MSE RMSE SIMSE CCC for regression; CE Focal for one of `num_class` >= 2 classes; BCE for one logit, or
+            one per class.
+        num_class: width of the model's output.
+        task: `regression` or `classification`; None takes the one that the loss is for.
+
+    `output` is [B, num_class], or [B] where num_class is 1. For regression, `target` has as many values as `output`, in
+    any shape. For CE and Focal it holds class numbers, [B] or [B, 1], integers or integral floats. For BCE it holds
+    class numbers too, or 0 and 1 for each class, [B, num_class].
 
     Raises:
-        ConfigError: the loss is unknown or does not fit the task or the number of outputs.
-        DataError: (when called) sizes, types or devices that do not fit, or a label that is no class (for BCE with
+        ConfigError: the loss is unknown, or does not fit the task or the number of outputs.
+        DataError: (when called) sizes, types or devices do not fit, or a label is no class (for BCE with
             [B, num_class]: outside 0 to 1).
     """
     if name not in LOSSES:
         raise ConfigError("train.loss", repr(name), " ".join(LOSSES), "Choose one of these.")
-    if task not in (None, "regression", "classification"):
-        raise ConfigError("model.task", repr(task), "regression or classification", "Choose one of these.")
+    if task not in (None, *MODEL_TASKS):
+        raise ConfigError("model.task", repr(task), " or ".join(MODEL_TASKS), "Choose one of these.")
     if num_class < 1:
         raise ConfigError("model.num_class", str(num_class), "at least 1", "Set it to the number of outputs.")
     kind = "regression" if name in REGRESSION_LOSSES else "classification"
@@ -66,21 +70,21 @@ def task_loss(name: str, num_class: int = 1, task: str | None = None) -> nn.Modu
 
 
 def rmse(output: Tensor, target: Tensor) -> Tensor:
-    """Root of the mean squared error, no eps. At zero error value and gradient are 0 (sqrt's own is infinite)."""
+    """Root of the mean squared error, without eps. At zero error value and gradient are 0 (sqrt's is infinite)."""
     mean = (output - target).square().mean()
     # The inner `where` keeps sqrt away from 0 in the backward pass too: 0 x inf would be NaN.
     return torch.where(mean > 0, torch.where(mean > 0, mean, 1.0).sqrt(), mean)
 
 
 def simse(output: Tensor, target: Tensor) -> Tensor:
-    """(sum of errors)^2 / n^2: the term the scale-invariant MSE subtracts, alone, as the reference has it."""
+    """(sum of errors)^2 / n^2: only the term that the scale-invariant MSE subtracts, as the published code has it."""
     return (output - target).sum().square() / output.numel() ** 2
 
 
 def ccc(output: Tensor, target: Tensor) -> Tensor:
-    """1 - concordance correlation of the batch, population moments, 1e-10 added to the denominator.
+    """1 - concordance correlation of the batch, with population moments and 1e-10 added to the denominator.
 
-    Depends on the batch size. A constant target gives 1 with a zero gradient; so do two equal constants.
+    It depends on the batch size. A constant target gives 1 with a zero gradient, and so do two equal constants.
     """
     mean_o, mean_t = output.mean(), target.mean()
     covariance = ((output - mean_o) * (target - mean_t)).mean()
@@ -89,7 +93,7 @@ def ccc(output: Tensor, target: Tensor) -> Tensor:
 
 
 def focal(output: Tensor, target: Tensor) -> Tensor:
-    """(1 - e^-CE)^2 CE of the batch-mean cross entropy (not the mean of per-sample focal terms)."""
+    """(1 - e^-CE)^2 CE, where CE is the mean cross entropy of the batch. It is not the mean of per-sample terms."""
     entropy = F.cross_entropy(output, target)
     return (1 - torch.exp(-entropy)).square() * entropy
 
@@ -123,7 +127,7 @@ class _Regression(_Loss):
             raise DataError(
                 f"{self.name} loss",
                 f"{output.numel()} predictions and {target.numel()} labels",
-                "as many of one as of the other, and at least one",
+                "equal numbers of both, and at least one",
                 "Set model.num_class to the number of labels a sample has.",
             )
         return _FUNCTIONS[self.name](output, target)
@@ -141,7 +145,7 @@ class _OneOfMany(_Loss):
 
 
 class BCE(_Loss):
-    """Binary cross entropy on logits: one logit a sample, or one a class."""
+    """Binary cross entropy on logits: one logit per sample, or one per class."""
 
     def __init__(self, num_class: int):
         super().__init__("BCE")
@@ -164,21 +168,21 @@ def _check(name: str, output: Tensor, target: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise DataError(f"{name} loss", f"a {type(tensor).__name__} as {what}", "a torch.Tensor", "Convert it.")
     if not output.is_floating_point() or target.is_complex():
-        found = f"output of {output.dtype} and labels of {target.dtype}"
+        types = f"output of {output.dtype} and labels of {target.dtype}"
         raise DataError(
-            f"{name} loss", found, "floating-point output and real labels", "Give predictions, then labels."
+            f"{name} loss", types, "floating-point output and real labels", "Give predictions, then labels."
         )
     if output.device != target.device:
-        found = f"output on {output.device} and labels on {target.device}"
-        raise DataError(f"{name} loss", found, "both on one device", "Move the labels with .to(device).")
+        devices = f"output on {output.device} and labels on {target.device}"
+        raise DataError(f"{name} loss", devices, "both on one device", "Move the labels with .to(device).")
 
 
 def _shares(name: str, target: Tensor) -> Tensor:
     outside = ~((target >= 0) & (target <= 1))
     if outside.any():
-        found = f"label {target[outside][0].item():g}"
+        label = f"label {target[outside][0].item():g}"
         raise DataError(
-            f"{name} loss", found, "0 or 1 for each class", "Give one-hot labels, or one class number a sample."
+            f"{name} loss", label, "0 or 1 for each class", "Give one-hot labels, or one class number per sample."
         )
     return target
 
@@ -200,7 +204,7 @@ def _classes(name: str, target: Tensor, batch: int, num_class: int) -> Tensor:
         raise DataError(
             f"{name} loss",
             f"{flat.numel()} labels for {batch} samples",
-            "one class number a sample",
+            "one class number per sample",
             "Check the labels.",
         )
     classes = flat.long()

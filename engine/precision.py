@@ -1,4 +1,4 @@
-"""Which floating-point type a training step's matrix products run in, and whether this machine gains from it."""
+"""The floating-point type of a training step's matrix products, and whether this machine gains from it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast_dtype(setting: str, device: torch.device) -> torch.dtype | None:
-    """What `train.amp` means on a device: the type of autocast, or None for float32 throughout.
+    """The type of autocast that `train.amp` means on a device, or None for float32 throughout.
 
-    auto is bf16 where the hardware multiplies it: GPUs of compute capability 8.0 on, and CPUs with AMX or AVX-512 BF16;
-    fp16 on older GPUs with tensor cores (7.0 on); else float32. A CPU without such units emulates bf16 some twenty
-    times slower than float32: asked for by name it runs all the same, with a warning.
+    "auto" is bf16 where the hardware multiplies it: on GPUs from compute capability 8.0, and on CPUs with AMX or
+    AVX-512 BF16. It is fp16 on older GPUs with tensor cores (from 7.0), and float32 elsewhere. Other CPUs emulate bf16
+    about twenty times slower than float32, so that "bf16" warns there.
+
+    >>> autocast_dtype("off", torch.device("cpu")) is None
+    True
 
     Raises:
         ConfigError: a type that the device cannot compute in.
@@ -49,9 +52,11 @@ def autocast_dtype(setting: str, device: torch.device) -> torch.dtype | None:
 
 @contextlib.contextmanager
 def cudnn_as_matmul(tf32: bool = False) -> Iterator[None]:
-    """Within the context cuDNN rounds float32 to TF32 only where `torch.backends.cuda.matmul.allow_tf32` lets matrix
-    products do so, or with `tf32`. torch's own default lets cuDNN round and not them. Both passes of what cuDNN
-    computes must lie in the context."""
+    """Within the context cuDNN rounds float32 to TF32 only where matrix products may, or with `tf32`.
+
+    `torch.backends.cuda.matmul.allow_tf32` says whether matrix products may. By default torch lets cuDNN round, but
+    not matrix products. The forward and the backward pass of a cuDNN operation must both lie in the context.
+    """
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = tf32 or torch.backends.cuda.matmul.allow_tf32
     try:

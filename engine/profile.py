@@ -1,7 +1,7 @@
 """Where a training step's time goes: a few batches of each stage, by named parts, and a trace that Perfetto opens.
 
-Parts cost nothing unless a profile is being taken. They are names for stretches of a step, not for operations: what the
-profiler measures within them is in the trace. A profile of a whole epoch would be too large to be read.
+Parts cost nothing unless a profile is being taken. A part names a stretch of a step and not an operation; the trace
+shows the operations in it. Only a few batches are profiled, because a profile of a whole epoch would be too large.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from engine.files import atomic_path, write_text
 
 PREFIX = "engine."
 STAGES = ("collect", "stage1", "stage2")
-BATCHES = 6  # profiled of each stage
+BATCHES = 6  # profiled batches of each stage
 WARM_UP = 2  # batches of a stage before those, where it has so many
-# what a trace calls work on a GPU, and what queues it
+# categories of a trace: work on a GPU, and calls that queue it
 DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 LAUNCHES = {"cuda_runtime", "cuda_driver"}
 
@@ -32,7 +32,7 @@ _profiler: Profiler | None = None
 
 
 def part(name: str) -> contextlib.AbstractContextManager[Any]:
-    """A context whose time is reported under `name` while a profile is taken. One of STAGES is a whole stage."""
+    """A context whose time is reported under `name` while a profile is taken. A name in STAGES is a whole stage."""
     if torch.compiler.is_compiling() or _profiler is None:
         return contextlib.nullcontext()
     if name in STAGES:
@@ -42,12 +42,12 @@ def part(name: str) -> contextlib.AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Share:
-    """What one part took in all profiled batches.
+    """Time of one part in all profiled batches.
 
     Attributes:
-        seconds: of the host.
-        device_seconds: of a GPU, on the work that the part queued; None without a GPU.
-        idle: share of the part's host seconds in which the GPU did nothing; None without a GPU.
+        seconds: on the host.
+        device_seconds: on a GPU, for the work that the part queued; None without a GPU.
+        idle: share of the host's seconds in which the GPU did nothing; None without a GPU.
     """
 
     seconds: float
@@ -57,8 +57,14 @@ class Share:
 
 @dataclass(frozen=True)
 class StageShares:
-    """The profiled batches of a stage: their number, that of an epoch, the whole stage and its parts, longest first.
-    The part "other" is what lies in no part."""
+    """Times of one stage.
+
+    Attributes:
+        batches: number of profiled batches.
+        of: number of batches in an epoch.
+        whole: time of the stage.
+        parts: times of its parts, longest first; "other" is the rest of the stage.
+    """
 
     batches: int
     of: int
@@ -67,11 +73,11 @@ class StageShares:
 
 
 class Profiler:
-    """Profiles a few batches of each stage of one epoch, of the host and of the GPU where `device` is one.
+    """Profiles a few batches of each stage of one epoch, on the host and on the GPU if `device` is one.
 
     Args:
-        of: batches of each stage in an epoch.
-        batches: how many of them are profiled.
+        of: number of batches of each stage in an epoch.
+        batches: number of batches to profile.
     """
 
     def __init__(self, device: torch.device, of: Mapping[str, int], batches: int = BATCHES):
@@ -88,7 +94,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """The epoch that is profiled runs within this context."""
+        """Within the context an epoch is profiled."""
         global _profiler
         _profiler = self
         try:
@@ -98,7 +104,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A stage runs within this context; see `part`."""
+        """Within the context one stage runs; see `part`."""
         self._stage, self._seen = name, 0
         self._first = min(WARM_UP, max(self.of.get(name, 0) - self.batches, 0))
         try:
@@ -108,7 +114,7 @@ class Profiler:
             self._end()
 
     def batch_done(self) -> None:
-        """To be called after every batch."""
+        """Call this after every batch."""
         self._seen += 1
         self._start_or_end()
 
@@ -146,7 +152,7 @@ class Profiler:
         self.trace = trace | {"traceEvents": self.trace["traceEvents"] + [_slim(e) for e in events]}
 
     def _wait(self) -> None:
-        """The batches' work on a GPU is done within the profile."""
+        """Wait for the GPU, so that its work falls into the profile."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -159,18 +165,18 @@ class Profiler:
         folder.mkdir(parents=True, exist_ok=True)
         text = table(self.shares)
         write_text(folder / "shares.txt", text + "\n")
-        found = {stage: asdict(shares) for stage, shares in self.shares.items()}
-        write_text(folder / "shares.json", json.dumps(found, indent=1) + "\n")
+        records = {stage: asdict(shares) for stage, shares in self.shares.items()}
+        write_text(folder / "shares.json", json.dumps(records, indent=1) + "\n")
         with atomic_path(folder / "trace.json") as temporary:
             temporary.write_text(json.dumps(self.trace, separators=(",", ":")), encoding="utf-8")
         return text
 
 
 def stage_shares(events: Sequence[Mapping[str, Any]], stage: str, batches: int, of: int) -> StageShares:
-    """The shares of a stage's parts from the events of a trace (Chrome's format, times in microseconds).
+    """Times of a stage's parts from the events of a trace (Chrome's format, in microseconds).
 
-    Work on a GPU belongs to the part in whose time it was queued, on whichever thread, the innermost where parts are
-    nested: a backward pass queues from a thread of its own.
+    Work on a GPU belongs to the part during which it was queued, or to the innermost of nested parts. The thread does
+    not matter, because a backward pass queues from a thread of its own.
     """
     complete = [e for e in events if e.get("ph") == "X"]
     named = [(e["name"].removeprefix(PREFIX), _interval(e)) for e in complete if e["name"].startswith(PREFIX)]
@@ -195,32 +201,32 @@ def stage_shares(events: Sequence[Mapping[str, Any]], stage: str, batches: int, 
         seconds["other"] = max(seconds[stage] - sum(v for n, v in seconds.items() if n not in (stage, "other")), 0.0)
 
     def share(name: str) -> Share:
-        found = Share(host[name] / 1e6)
+        on_host = Share(host[name] / 1e6)
         if not work:
-            return found
+            return on_host
         idle = 1 - covered[name] / host[name] if host[name] else 0.0
-        return replace(found, device_seconds=device[name] / 1e6, idle=min(max(idle, 0.0), 1.0))
+        return replace(on_host, device_seconds=device[name] / 1e6, idle=min(max(idle, 0.0), 1.0))
 
     names = sorted((n for n in host if n not in (stage, "other")), key=lambda n: -host[n])
     return StageShares(batches, of, share(stage), {n: share(n) for n in [*names, "other"]})
 
 
-def table(found: Mapping[str, StageShares]) -> str:
-    """The shares as text, a line a part: milliseconds a batch, and the share of the stage."""
-    lines = [f"{'stage':10}{'part':14}{'ms a batch':>12}{'share':>9}{'GPU ms':>10}{'GPU idle':>10}"]
+def table(stages: Mapping[str, StageShares]) -> str:
+    """The times as text, one line per part: milliseconds per batch, and the share of the stage."""
+    lines = [f"{'stage':10}{'part':14}{'ms per batch':>13}{'share':>9}{'GPU ms':>10}{'GPU idle':>10}"]
 
     def add(stage: str, name: str, share: Share, of: StageShares) -> None:
-        line = f"{stage:10}{name:14}{1e3 * share.seconds / of.batches:12.3f}"
+        line = f"{stage:10}{name:14}{1e3 * share.seconds / of.batches:13.3f}"
         line += f"{share.seconds / (of.whole.seconds or 1.0):9.1%}"
         if share.device_seconds is not None:
             line += f"{1e3 * share.device_seconds / of.batches:10.3f}{share.idle:10.1%}"
         lines.append(line)
 
-    for stage, shares in found.items():
+    for stage, shares in stages.items():
         add(stage, "", shares.whole, shares)
         for name, share in shares.parts.items():
             add("", name, share, shares)
-    counts = ", ".join(f"{shares.batches} of {shares.of} of {stage}" for stage, shares in found.items())
+    counts = ", ".join(f"{shares.batches} of {shares.of} of {stage}" for stage, shares in stages.items())
     return "\n".join([*lines, f"batches: {counts}"])
 
 
@@ -233,14 +239,14 @@ def _correlates(event: Mapping[str, Any]) -> bool:
 
 
 def _union(intervals: Sequence[Interval]) -> list[Interval]:
-    """The same times without overlaps, in order."""
-    found: list[Interval] = []
+    """The same times in order and without overlaps."""
+    union: list[Interval] = []
     for start, end in sorted(intervals):
-        if found and start <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], end)
+        if union and start <= union[-1][1]:
+            union[-1] = union[-1][0], max(union[-1][1], end)
         else:
-            found.append((start, end))
-    return found
+            union.append((start, end))
+    return union
 
 
 def _overlap(intervals: Sequence[Interval], span: Interval) -> float:
@@ -248,5 +254,5 @@ def _overlap(intervals: Sequence[Interval], span: Interval) -> float:
 
 
 def _slim(event: dict[str, Any]) -> dict[str, Any]:
-    """Without the arguments of host events, which are most of a trace's size and which no one reads."""
+    """The event without the arguments of host operations, which fill most of a trace and which no one reads."""
     return {k: v for k, v in event.items() if k != "args"} if event.get("cat") == "cpu_op" else event

@@ -1,4 +1,4 @@
-"""Samples as users have them (arrays, data frames, tensors, lists) as tensors; what cannot be read right is refused."""
+"""Samples of users (arrays, data frames, tensors, lists) as tensors. Data that cannot be read safely is refused."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from engine.errors import EstimatorError
 
 
 def as_samples(where: str, name: str, values: Any) -> Tensor:
-    """Rows of samples as float64 [N, d] on the CPU, d >= 1; the data are not changed, and never shared.
+    """Rows of samples as a new float64 tensor [N, d] on the CPU, d >= 1.
 
-    In float32, values that lie far from 0 would lose their differences before they are centred.
+    float32 would lose the differences between values that lie far from 0.
 
     Args:
         where: the caller, for errors.
@@ -25,6 +25,10 @@ def as_samples(where: str, name: str, values: Any) -> Tensor:
     Raises:
         EstimatorError: text, dates, complex numbers or other objects, other shapes, entries that are missing or not
             finite.
+
+    Example:
+        >>> as_samples("estimate_mi", "x", [1, 2, 3]).shape
+        torch.Size([3, 1])
     """
     samples = torch.from_numpy(_numbers(where, name, values))
     samples = samples[:, None] if samples.dim() == 1 else samples
@@ -65,7 +69,7 @@ def _array(where: str, name: str, tensor: Tensor) -> np.ndarray:
     return tensor.detach().to("cpu", torch.float64).numpy()
 
 
-def _no_numbers(where: str, name: str, found: str) -> EstimatorError:
+def _no_numbers(where: str, name: str, given: str) -> EstimatorError:
     return EstimatorError(
-        where, f"{name}: {found}", "an array of real numbers, [N, d] or [N]", "Number categories; convert text first."
+        where, f"{name}: {given}", "an array of real numbers, [N, d] or [N]", "Number categories; convert text first."
     )

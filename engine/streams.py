@@ -1,8 +1,8 @@
 """Independent pieces of work side by side on CUDA streams.
 
-A small batch leaves most of a GPU idle: work that does not depend on each other then costs the time of its longest
-piece. What a stream saves is little beside what queueing costs the host, so that pieces run side by side only while a
-CUDA graph is captured: the graph keeps them so at every replay.
+A small batch leaves most of a GPU idle. Independent pieces that run side by side take the time of the longest one. But
+queueing on streams costs the host more than that saves. So pieces run side by side only while a CUDA graph is captured,
+and the graph keeps them so at every replay.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# True and False: always and never, on CUDA; None: while a CUDA graph is captured.
+# On CUDA. True: always. False: never. None: while a CUDA graph is captured.
 ENABLED: bool | None = None
 
 _streams: dict[tuple[int, int, int], torch.cuda.Stream] = {}
@@ -22,15 +22,18 @@ _streams: dict[tuple[int, int, int], torch.cuda.Stream] = {}
 def run_parallel(calls: Sequence[tuple[Callable[..., Any], tuple]]) -> list[Any]:
     """The results of `[(function, arguments), …]`, which must not depend on each other.
 
-    Functions are called in their order, so that random numbers do not depend on the streams. The first runs on the
-    current stream, each other one on a stream of its own that is forked from the current one and joined to it again; on
-    other devices than CUDA all run where they are. Backward passes run on the streams of their forward passes: autograd
-    sees to that. May be nested.
+    Functions are called in their order, so random numbers do not depend on the streams. On CUDA the first function runs
+    on the current stream. Each of the others runs on a stream of its own, which starts from the current one and joins
+    it again. autograd runs each backward pass on the stream of its forward pass. Calls may be nested.
 
     Args:
-        calls: the arguments hold all tensors that a function reads, in lists and tuples or by themselves, but for
-            parameters and for the first function's: memory that is freed must not be used anew before the function's
-            stream is done with it. Results are tensors, or lists and tuples of them.
+        calls: the arguments must hold all tensors that a function reads, parameters aside, on their own or in lists and
+            tuples. Otherwise memory could be freed and used again while a stream still reads it. Results are tensors,
+            or lists and tuples of them.
+
+    Example:
+        >>> run_parallel([(torch.neg, (torch.ones(1),)), (torch.exp, (torch.zeros(1),))])
+        [tensor([-1.]), tensor([1.])]
     """
     device = next((t.device for _, arguments in calls for t in _tensors(arguments)), None)
     if device is None or device.type != "cuda" or torch.compiler.is_compiling() or not _wanted():

@@ -46,12 +46,12 @@ def test_the_users_own_setting_holds(monkeypatch, name):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("shape", [(0, 5), (7, 3), (2_500_001, 7)])
 def test_large_pages_give_an_array_like_any_other(shape, dtype):
-    found = large_pages(shape, dtype)
-    assert found.shape == shape and found.dtype == dtype and found.flags.writeable and found.flags.c_contiguous
-    found[...] = 3
-    assert (found == 3).all()
-    if found.nbytes > 8 * LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        assert found.ctypes.data % LARGE == 0
+    result = large_pages(shape, dtype)
+    assert result.shape == shape and result.dtype == dtype and result.flags.writeable and result.flags.c_contiguous
+    result[...] = 3
+    assert (result == 3).all()
+    if result.nbytes > 8 * LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        assert result.ctypes.data % LARGE == 0
 
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -70,5 +70,5 @@ def test_large_pages_are_asked_for():
         return total
 
     before = advised()
-    found = large_pages((16 * LARGE,), np.uint8)
-    assert advised() - before >= found.nbytes >> 10
+    result = large_pages((16 * LARGE,), np.uint8)
+    assert advised() - before >= result.nbytes >> 10

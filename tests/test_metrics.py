@@ -12,10 +12,6 @@ from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_su
 
 from engine.errors import DataError, OutputError
 from engine.metrics import (
-    AVEC2019_KEYS,
-    PLAIN_KEYS,
-    REGRESSION_KEYS,
-    SIMS_KEYS,
     avec2019_metrics,
     classification_metrics,
     metrics_for,
@@ -35,6 +31,11 @@ from engine.metrics import (
     write_predictions,
     write_summary_csv,
 )
+
+REGRESSION_KEYS = ("mae", "corr", "acc7", "acc5", "acc2_non0", "acc2_has0", "f1_non0", "f1_has0")
+SIMS_KEYS = ("mae", "corr", "mae_sims", "corr_sims", "acc2_sims", "acc3_sims", "acc5_sims", "f1_sims")
+AVEC2019_KEYS = ("ccc", "rmse_phq", "mae_phq")
+PLAIN_KEYS = ("mae", "corr", "ccc", "rmse")
 
 
 @pytest.fixture(autouse=True)

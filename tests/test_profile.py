@@ -35,27 +35,27 @@ def test_work_belongs_to_the_part_that_queued_it():
         {"ph": "X", "cat": "gpu_memset", "name": "unknown launch", "ts": 1980, "dur": 10, "args": {}},
         {"ph": "i", "name": "an instant"},
     ]
-    found = stage_shares(events, "stage2", 2, 41)
-    assert (found.batches, found.of) == (2, 41)
-    assert found.whole.seconds == pytest.approx(1e-3)
-    assert found.whole.device_seconds == pytest.approx(620e-6)
-    assert found.whole.idle == pytest.approx(1 - 0.57)
-    text, backward, layer = (found.parts[n] for n in ("text", "backward", "layer"))
+    shares = stage_shares(events, "stage2", 2, 41)
+    assert (shares.batches, shares.of) == (2, 41)
+    assert shares.whole.seconds == pytest.approx(1e-3)
+    assert shares.whole.device_seconds == pytest.approx(620e-6)
+    assert shares.whole.idle == pytest.approx(1 - 0.57)
+    text, backward, layer = (shares.parts[n] for n in ("text", "backward", "layer"))
     assert text.device_seconds == pytest.approx(400e-6) and text.idle == pytest.approx(1 - 300 / 400)
     assert layer.device_seconds == pytest.approx(200e-6) and layer.idle == pytest.approx(1.0)
     assert backward.device_seconds == 0 and backward.idle == pytest.approx(1 - 150 / 400)
-    assert found.parts["other"].device_seconds == pytest.approx(20e-6)
-    lines = table({"stage2": found}).splitlines()
+    assert shares.parts["other"].device_seconds == pytest.approx(20e-6)
+    lines = table({"stage2": shares}).splitlines()
     assert lines[1].split() == ["stage2", "0.500", "100.0%", "0.310", "43.0%"]
     assert lines[2].split() == ["text", "0.200", "40.0%", "0.200", "25.0%"]
     assert lines[-1] == "batches: 2 of 41 of stage2"
 
 
 def test_without_a_gpu_there_is_no_idle_time():
-    found = stage_shares([span("stage1", 0, 100), span("update", 20, 50)], "stage1", 1, 1)
-    assert found.whole.idle is None and found.parts["update"].device_seconds is None
-    assert found.parts["other"].seconds == pytest.approx(70e-6)
-    assert table({"stage1": found}).splitlines()[2].split() == ["update", "0.030", "30.0%"]
+    shares = stage_shares([span("stage1", 0, 100), span("update", 20, 50)], "stage1", 1, 1)
+    assert shares.whole.idle is None and shares.parts["update"].device_seconds is None
+    assert shares.parts["other"].seconds == pytest.approx(70e-6)
+    assert table({"stage1": shares}).splitlines()[2].split() == ["update", "0.030", "30.0%"]
 
 
 @pytest.mark.parametrize("batches, expected", [(30, 3), (4, 3), (2, 2), (0, None)])

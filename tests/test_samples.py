@@ -29,9 +29,9 @@ class Frame:
 
 
 def same(values, expected=DATA) -> None:
-    found = as_samples("here", "x", values)
-    assert found.dtype == torch.float64 and found.is_contiguous()
-    assert np.array_equal(found.numpy(), expected)
+    samples = as_samples("here", "x", values)
+    assert samples.dtype == torch.float64 and samples.is_contiguous()
+    assert np.array_equal(samples.numpy(), expected)
 
 
 @pytest.mark.parametrize("values", [

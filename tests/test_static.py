@@ -41,14 +41,14 @@ def make(graphs, model=None, optimizer=adam, settings=None, device="cpu", **opti
 
 def run(step, epochs=3, loader=None, **options):
     """Every number of some epochs, and the weights at the end."""
-    found, bank = [], None
+    numbers, bank = [], None
     for _ in range(epochs):
         loader = batches(n=N) if loader is None else loader
         result, bank = step.train_epoch(loader, N, bank, batch_size=BATCH, **options)
-        found += [result.loss, result.task, *result.information.values(), *result.estimators.values()]
+        numbers += [result.loss, result.task, *result.information.values(), *result.estimators.values()]
     kept = [] if step.average is None else list(step.average.values.values())
     weights = [p.detach() for m in (step.model, step.objective) for p in m.parameters()]
-    return found, [*weights, *kept, *bank.rows.values()]
+    return numbers, [*weights, *kept, *bank.rows.values()]
 
 
 def assert_equal(a, b, rtol=1e-5, atol=1e-6):
@@ -96,7 +96,7 @@ def test_two_runs_of_a_seed_are_bit_equal():
 
 
 def test_without_terms_and_with_a_dataloader():
-    found = []
+    numbers = []
     for graphs in ("off", "emulate"):
         torch.manual_seed(0)
         model, data = TwoFeatures(), batches(n=N, size=1)
@@ -104,8 +104,8 @@ def test_without_terms_and_with_a_dataloader():
         samples = [(x[0], y[0], i[0]) for x, y, i in data]
         loader = torch.utils.data.DataLoader(samples, BATCH)
         step = TwoStageStep(model, None, nn.functional.mse_loss, adam(model.parameters()), graphs=graphs)
-        found.append(step.train_epoch(loader, N, None, batch_size=BATCH)[0].loss)
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+        numbers.append(step.train_epoch(loader, N, None, batch_size=BATCH)[0].loss)
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
 
 
 # -- what changes between steps ---------------------------------------------------------------------------------------

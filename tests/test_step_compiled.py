@@ -65,15 +65,15 @@ def graphs(monkeypatch, request):
 
 def run_both(step, other, bank, rows):
     """Both stages of two steps on one batch with the same product rows; their losses."""
-    batch, found = batch_of(rows), []
+    batch, results = batch_of(rows), []
     with torch.no_grad():
         features = step.forward(batch, batch.label)[1]
     products = step.draw_products(bank, rows)
     for each in (step, other):
         first = each.stage1(features, products)
         second = each.stage2(batch, batch.label, products)
-        found.append([first.loss, second.loss, *first.values.values(), *second.information.values.values()])
-    return found
+        results.append([first.loss, second.loss, *first.values.values(), *second.information.values.values()])
+    return results
 
 
 SLOW_BACKENDS = [pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor")]
@@ -104,14 +104,14 @@ def test_layers_share_one_graph_and_equal_eager_ones(graphs, monkeypatch):
     layers = regions(compiled.model)
     assert [type(layer).__name__ for layer in layers] == ["BertLayer"] * 5
     for rows in SIZES:
-        batch, found = batch_of(rows), []
+        batch, results = batch_of(rows), []
         for step in (eager, compiled):
             step.model.train()
             with torch.no_grad():
                 features = step.forward(batch, batch.label)[1]
             output = step.stage2(batch, batch.label, None, information=False)
-            found.append((output.loss, features, [p.grad for p in step.model.parameters() if p.grad is not None]))
-        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+            results.append((output.loss, features, [p.grad for p in step.model.parameters() if p.grad is not None]))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     assert graphs == ["BertLayer.forward"] * 2
     batches = [batch_of(7)]
     torch.testing.assert_close(*(s.evaluate(batches).prediction for s in (eager, compiled)), rtol=1e-4, atol=1e-5)

@@ -242,8 +242,8 @@ def knn_product(bank_x, bank_y, bank_z, batch_size, k, query=None):
     neighbours = NearestNeighbors(n_neighbors=k).fit(rest_z)
     prod_x, prod_y, prod_z = [], [], []
     for i in query:
-        _, found = neighbours.kneighbors(z[i].reshape(1, -1))
-        for j in found[0]:
+        _, nearest = neighbours.kneighbors(z[i].reshape(1, -1))
+        for j in nearest[0]:
             prod_x.append(rest_x[j])
             prod_y.append(y[i])
             prod_z.append(z[i])

@@ -86,10 +86,10 @@ def _table(a: argparse.Namespace) -> int:
     from bench.table import update_readme
     from engine.files import write_text
 
-    found = records.read(a.records)
-    text = table.markdown(found)
+    known = records.read(a.records)
+    text = table.markdown(known)
     if a.docs:
-        write_plot = table.plot(found, a.records.with_name("mi_benchmark.svg"))
+        write_plot = table.plot(known, a.records.with_name("mi_benchmark.svg"))
         _say(f"wrote {write_plot}")
         update_readme(a.docs, text, (table.START, table.END))
     if a.out:

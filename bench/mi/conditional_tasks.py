@@ -23,8 +23,8 @@ FEATURES = 12
 @cache
 def tasks() -> dict[str, Task]:
     """{name: task} of all tasks of I(X;Y|Z)."""
-    found = [*_chains(), *_nulls(), *_discrete(), *_shared()]
-    return {task.name: task for task in found}
+    every = [*_chains(), *_nulls(), *_discrete(), *_shared()]
+    return {task.name: task for task in every}
 
 
 def chain_information(sigma: tuple[float, float, float], dim: int) -> float:
@@ -46,11 +46,11 @@ def _chains() -> list[Task]:
         x, y, z = _chain(WIDE, 1)(rows, generator)
         return x, z, y
 
-    found = [
+    chains = [
         Task(f"cmi-chain-{dim}d", chain_information(UNIT, dim), _chain(UNIT, dim), CHAIN) for dim in (1, 2, 5, 10, 20)
     ]
-    found += [Task(f"cmi-wide-chain-{dim}d", chain_information(WIDE, dim), _chain(WIDE, dim), CHAIN) for dim in (1, 2)]
-    return [*found, Task("cmi-wide-chain-1d-ends", 0.0, turned, "the middle of a chain parts its ends")]
+    chains += [Task(f"cmi-wide-chain-{dim}d", chain_information(WIDE, dim), _chain(WIDE, dim), CHAIN) for dim in (1, 2)]
+    return [*chains, Task("cmi-wide-chain-1d-ends", 0.0, turned, "the middle of a chain parts its ends")]
 
 
 def _around(inner: Draw, dim: int, of_z: str, change=lambda v: v, change_y=None) -> Draw:
@@ -130,19 +130,19 @@ def _shared() -> list[Task]:
     def around(name: str, nats: float, dim: int, inner: Draw, shape: str, *maps, source: str = SHARED) -> Task:
         return Task(f"cmi-{name}", nats, _around(inner, dim, shape, *maps), source)
 
-    found = [around(f"linear-{dz}d", _shared_nats(0.8), dz, pairs(0.8, 1), "linear") for dz in (1, 5, 20)]
-    found += [around(f"bent-{dz}d", _shared_nats(0.8), dz, pairs(0.8, 1), "bent") for dz in (1, 5)]
-    found += [
+    shared = [around(f"linear-{dz}d", _shared_nats(0.8), dz, pairs(0.8, 1), "linear") for dz in (1, 5, 20)]
+    shared += [around(f"bent-{dz}d", _shared_nats(0.8), dz, pairs(0.8, 1), "bent") for dz in (1, 5)]
+    shared += [
         around(f"post-nonlinear-{dz}d", _shared_nats(0.8, dx), dz, pairs(0.8, dx), "bent", *maps)
         for dz, dx, maps in ((1, 1, (np.exp, np.tanh)), (5, 2, (lambda v: v**3, np.exp)))
     ]
     cross = mixture_information(CROSS)
-    found += [
+    shared += [
         around(f"cross-{dz}d", cross, dz, mixture(CROSS), shape, source=PLANE)
         for dz, shape in ((1, "linear"), (3, "bent"))
     ]
     return [
-        *found,
+        *shared,
         Task("cmi-sided-3d", _shared_nats(0.9), sided, "the same on both sides of z"),
         # given z, one knows whether a row is an outlier; outliers share nothing
         Task("cmi-outliers", (1 - OUTLIER_SHARE) * _shared_nats(0.756), outliers, f"share of the rest · {SHARED}"),

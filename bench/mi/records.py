@@ -30,16 +30,16 @@ def read(path: Path) -> list[Record]:
         return []
     text = path.read_text(encoding="utf-8")
     lines = text.split("\n")[:-1]
-    found = {}
+    records = {}
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            found[key(record)] = record
+            records[key(record)] = record
         except (ValueError, KeyError, TypeError):
             raise EngineError(
                 f"{path}, line {number}", repr(line[:60]), "a record of python -m bench.mi run", "Delete that line."
             ) from None
-    return [found[k] for k in sorted(found)]
+    return [records[k] for k in sorted(records)]
 
 
 def append(path: Path, record: Record) -> None:

@@ -27,8 +27,8 @@ def group(task: str) -> str:
 
 def error(runs: Sequence[Record]) -> float | None:
     """Mean distance from the truth over the runs of one task that gave a value; None where none did."""
-    found = [abs(r["value"] - r["truth"]) for r in runs if "value" in r]
-    return statistics.fmean(found) if found else None
+    errors = [abs(r["value"] - r["truth"]) for r in runs if "value" in r]
+    return statistics.fmean(errors) if errors else None
 
 
 def off(runs: Sequence[Record]) -> tuple[bool, bool]:
@@ -36,24 +36,24 @@ def off(runs: Sequence[Record]) -> tuple[bool, bool]:
 
     Where the truth is 0 the second is as the first. A task with a run that failed is off by both.
     """
-    found = error(runs)
-    if found is None or any("value" not in r for r in runs):
+    mean = error(runs)
+    if mean is None or any("value" not in r for r in runs):
         return True, True
     truth = runs[0]["truth"]
-    return found > OFF_NATS, found > (OFF_SHARE * truth or OFF_NATS)
+    return mean > OFF_NATS, mean > (OFF_SHARE * truth or OFF_NATS)
 
 
 def covered(runs: Iterable[Record]) -> tuple[int, int]:
     """How many intervals hold the truth, of how many."""
-    found = [r["interval"][0] <= r["truth"] <= r["interval"][1] for r in runs if "interval" in r]
-    return sum(found), len(found)
+    covered = [r["interval"][0] <= r["truth"] <= r["interval"][1] for r in runs if "interval" in r]
+    return sum(covered), len(covered)
 
 
 def summary(runs: Sequence[Record]) -> dict[str, Any]:
     """What one method did on several tasks; the mean absolute error weighs every task alike."""
     tasks = _by(runs, "task")
     errors = [e for e in map(error, tasks.values()) if e is not None]
-    offs = [off(found) for found in tasks.values()]
+    offs = [off(of_task) for of_task in tasks.values()]
     return {
         "tasks": len(tasks),
         "runs": len(runs),
@@ -79,9 +79,9 @@ def markdown(records: Sequence[Record]) -> str:
         parts += [f"### Summary, {rows:,} rows", _summaries([r for r in records if r["rows"] == rows])]
     largest = [r for r in records if r["rows"] == sizes[0]]
     for name, title in GROUPS.items():
-        found = [r for r in largest if group(r["task"]) == name]
-        if found:
-            parts += [f"### {title.capitalize()}, {sizes[0]:,} rows", _estimates(found)]
+        chosen = [r for r in largest if group(r["task"]) == name]
+        if chosen:
+            parts += [f"### {title.capitalize()}, {sizes[0]:,} rows", _estimates(chosen)]
     return "\n\n".join([*parts, *_places(records)])
 
 
@@ -90,8 +90,8 @@ def _summaries(records: Sequence[Record]) -> str:
     head += ["intervals that hold the truth", "median CPU seconds"]
     lines = []
     for name, title in GROUPS.items():
-        found = [r for r in records if group(r["task"]) == name]
-        methods = _by(found, "method")
+        chosen = [r for r in records if group(r["task"]) == name]
+        methods = _by(chosen, "method")
         for method in [m for m in METHODS if m in methods]:
             s = summary(methods[method])
             held, intervals = s["covered"]
@@ -156,15 +156,15 @@ def _places(records: Sequence[Record]) -> list[str]:
 
 
 def _by(records: Iterable[Record], key: str) -> dict[str, list[Record]]:
-    found: dict[str, list[Record]] = {}
+    groups: dict[str, list[Record]] = {}
     for record in records:
-        found.setdefault(record[key], []).append(record)
-    return found
+        groups.setdefault(record[key], []).append(record)
+    return groups
 
 
 def _mean(runs: Sequence[Record]) -> float | None:
-    found = [r["value"] for r in runs if "value" in r]
-    return statistics.fmean(found) if found else None
+    values = [r["value"] for r in runs if "value" in r]
+    return statistics.fmean(values) if values else None
 
 
 def _nats(value: float | None) -> str:

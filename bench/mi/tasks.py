@@ -208,8 +208,8 @@ def identity(v: Array) -> Array:
 @cache
 def tasks() -> dict[str, Task]:
     """{name: task} of all closed-form tasks of I(X;Y)."""
-    found = [*_gaussians(), *_transforms(), *_heavy_and_additive(), *_shapes(), *_discrete(), *_independent()]
-    return {task.name: task for task in found}
+    every = [*_gaussians(), *_transforms(), *_heavy_and_additive(), *_shapes(), *_discrete(), *_independent()]
+    return {task.name: task for task in every}
 
 
 GAUSS = "-(d/2) log(1 - rho²)"
@@ -217,7 +217,7 @@ UNCHANGED = f"{GAUSS}; the map loses nothing"
 
 
 def _gaussians() -> list[Task]:
-    found = [
+    gaussians = [
         Task(f"own-gauss-{dim}d-{nats}", float(nats), pairs(correlation(nats, dim), dim), GAUSS)
         for dim, nats in ((1, 5), (5, 5), (20, 10))
     ]
@@ -225,7 +225,7 @@ def _gaussians() -> list[Task]:
     mixing = np.random.default_rng(0).standard_normal((40, 10)) / math.sqrt(10)
     covariance = np.block([[np.eye(10), mixing.T], [mixing, mixing @ mixing.T + 4 * np.eye(40)]])
     truth = gaussian_information(covariance, 10)
-    return [*found, Task("own-gauss-10-40", truth, gaussian(covariance, 10), "determinants of the covariance")]
+    return [*gaussians, Task("own-gauss-10-40", truth, gaussian(covariance, 10), "determinants of the covariance")]
 
 
 def _transforms() -> list[Task]:

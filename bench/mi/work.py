@@ -88,10 +88,10 @@ def run(
         with lock:
             records.append(path, record)
             count += 1
-            found = f"{record['value']:.4f}" if "value" in record else record["error"]
+            outcome = f"{record['value']:.4f}" if "value" in record else record["error"]
             say(
                 f"{count}/{len(todo)} {record['method']}, {record['task']}, {record['rows']} rows, "
-                f"seed {record['seed']}: {found} (true {record['truth']:.4f}), {record['seconds']:.1f} s"
+                f"seed {record['seed']}: {outcome} (true {record['truth']:.4f}), {record['seconds']:.1f} s"
             )
 
     failures: list[BaseException] = []
@@ -144,12 +144,12 @@ def _work(waiting, folder: Path, pythons, limit: float, place: dict[str, Any], k
             record["truth"] = _truth(samples.path(folder, task, rows, seed))
             versions = worker.versions
             try:
-                found = worker.ask(samples.path(folder, task, rows, seed), seed, limit)
+                answer = worker.ask(samples.path(folder, task, rows, seed), seed, limit)
             except WorkerError as problem:
                 worker.close()
                 worker = None
-                found = {"error": str(problem), "seconds": limit, "cpu_seconds": limit}
-            keep(record | _rounded(found) | place | {"versions": versions})
+                answer = {"error": str(problem), "seconds": limit, "cpu_seconds": limit}
+            keep(record | _rounded(answer) | place | {"versions": versions})
     finally:
         if worker is not None:
             worker.close()
@@ -160,9 +160,9 @@ def _truth(path: Path) -> float:
         return float(f"{float(file['truth']):.{SIGNIFICANT + 3}g}")
 
 
-def _rounded(found: Any) -> Any:
-    if isinstance(found, float):
-        return float(f"{found:.{SIGNIFICANT}g}")
-    if isinstance(found, list):
-        return [_rounded(v) for v in found]
-    return {k: _rounded(v) for k, v in found.items()} if isinstance(found, dict) else found
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{SIGNIFICANT}g}")
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return {k: _rounded(v) for k, v in value.items()} if isinstance(value, dict) else value

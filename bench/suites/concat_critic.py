@@ -30,7 +30,7 @@ def features(batch: int, setting: Setting) -> tuple[Tensor, Tensor]:
 
 
 def estimators(setting: Setting, hidden: int = HIDDEN) -> tuple[MIEstimator, mimrl.MIEstimator]:
-    """The engine's and the baseline's, of the same weights; the published class orients scores as the baseline does."""
+    """Both sides' estimators, with the same weights. The published class orients scores as the baseline does."""
     torch.manual_seed(0)
     theirs = mimrl.MIEstimator(WIDTH, WIDTH, mimrl.settings(critic="concat", critic_hidden=hidden))
     ours = PublishedMIEstimator(WIDTH, WIDTH, critic="concat", hidden=hidden)
@@ -62,13 +62,13 @@ def work(side: str, batch: int, setting: Setting) -> Work:
 
 
 def build(side: str, setting: Setting) -> Work:
-    """`side` may name another batch size than the suite's: engine@512. engine_hidden_64: its hidden layers narrower."""
+    """`side` may name a batch size (engine@512) or narrower hidden layers (engine_hidden_64)."""
     side, _, size = side.partition("@")
     return work(side, int(size) if size else QUICK_BATCH if setting.quick else BATCH, setting)
 
 
 def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
-    """Time and memory over the batch size; the tensor of all pairs only as far as a few gigabytes go."""
+    """Time and memory over the batch size. All pairs are formed only up to a few gigabytes."""
     if setting.quick:
         return {}
     doubled = [64 * 2**i for i in range(10)]  # 64 to 32,768
@@ -77,11 +77,11 @@ def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[fl
 
 
 def gate(setting: Setting) -> None:
-    found = []
+    results = []
     for module, loss in zip(estimators(setting), (engine_loss, eager_loss), strict=True):
         x, y = features(33, setting)
         value = loss(module, x, y)
         value.backward()
-        found.append([value.detach(), x.grad, y.grad, *(p.grad for p in module.parameters())])
-    for a, b in zip(*found, strict=True):
+        results.append([value.detach(), x.grad, y.grad, *(p.grad for p in module.parameters())])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Memory and time of reading a large file of strangers once, into a store."""
+"""Memory and time of converting a large foreign file into a store."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ print(json.dumps({"seconds": time.perf_counter() - start, "peak": resident()[1] 
 
 @dataclass
 class Conversion(Work):
-    """`found`: what the last call measured."""
+    """`measured`: figures of the last call."""
 
-    found: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 def build(side: str, setting: Setting) -> Work:
     folder = Path(tempfile.mkdtemp(prefix="bench-conversion-"))
     source = make_data(folder / "data", "mosei", QUICK_UTTERANCES if setting.quick else UTTERANCES, "mmsa")
     small = make_data(folder / "small", "mosei", 30, "mmsa")
-    found: dict[str, float] = {"source_bytes": source.stat().st_size}
+    measured: dict[str, float] = {"source_bytes": source.stat().st_size}
 
     def run() -> float:
         out = Path(tempfile.mkdtemp(dir=folder))
@@ -63,18 +63,18 @@ def build(side: str, setting: Setting) -> Work:
         told = json.loads(done.stdout.splitlines()[-1])
         splits = open_store(told["store"]).splits.values()
         frames = max(split.audio.values.nbytes + split.vision.values.nbytes for split in splits)
-        found.update(seconds=told["seconds"], extra_peak_bytes=told["peak"], largest_split_bytes=frames)
+        measured.update(seconds=told["seconds"], extra_peak_bytes=told["peak"], largest_split_bytes=frames)
         shutil.rmtree(out)
         return told["peak"] / frames
 
     close = partial(shutil.rmtree, folder, ignore_errors=True)
-    return Conversion(run, warmups=0, returns_number=True, close=close, found=found)
+    return Conversion(run, warmups=0, returns_number=True, close=close, measured=measured)
 
 
 def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
-    """Of the last round: seconds, bytes of the file, of the memory and of the largest split's frames."""
-    found = works["engine"].found
-    return {**found, "bytes_per_second": found["source_bytes"] / found["seconds"]}
+    """Seconds of the last round, and bytes of the file, of memory and of the largest split's frames."""
+    measured = works["engine"].measured
+    return {**measured, "bytes_per_second": measured["source_bytes"] / measured["seconds"]}
 
 
 def gate(setting: Setting) -> None:

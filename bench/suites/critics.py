@@ -73,7 +73,7 @@ def build(side: str, setting: Setting) -> Work:
 
 
 class _Timed:
-    """The compiled kernel; adds up the seconds that its functions take."""
+    """The compiled kernel, with the seconds that its functions take."""
 
     def __init__(self, library: Any):
         self.library, self.seconds = library, 0.0
@@ -90,16 +90,16 @@ class _Timed:
 
 
 def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
-    """What the products alone would take, and on a CPU the seconds that a call spends in the compiled kernel."""
-    found = products(works["baseline"], statistics.median(numbers["engine"]), setting)
+    """Time of the matrix products alone, and on a CPU the seconds per call in the compiled kernel."""
+    shares = products(works["baseline"], statistics.median(numbers["engine"]), setting)
     library = cpu.library(torch.float32)
     if setting.device != "cpu" or library is None:
-        return found
+        return shares
     calls, timed = 100, _Timed(library)
     with patch.object(cpu, "library", lambda dtype: timed):
         for _ in range(calls):
             works["engine"].run()
-    return {**found, "kernel_seconds": timed.seconds / calls}
+    return {**shares, "kernel_seconds": timed.seconds / calls}
 
 
 def gate(setting: Setting) -> None:

@@ -22,12 +22,12 @@ SHAPE = ([100, 3, 128], [[50, 3, 128], [10, 3, 128]], [[50, 3, 128], [10, 3, 128
 
 
 def name_in_engine(name: str) -> str:
-    """A parameter of the baseline's CubeMLP under the engine's name."""
+    """The engine's name for a parameter of the baseline's CubeMLP."""
     return reference_to_engine(f"mlp_encoder.{name}").removeprefix("fusion.")
 
 
 def modules(setting: Setting) -> tuple[CubeMLP, nn.Module]:
-    """The engine's and the baseline's, of the same weights."""
+    """The engine's and the baseline's modules, with the same weights."""
     torch.manual_seed(0)
     d_in, d_hiddens, d_outs = SHAPE
     theirs = mimrl.CubeMLP(d_in, d_hiddens, d_outs, [True, True], "gelu", True, False)
@@ -53,7 +53,7 @@ def build(side: str, setting: Setting) -> Work:
 
 
 def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
-    """What the products alone would take."""
+    """Time of the matrix products alone."""
     return products(works["baseline"], statistics.median(numbers["engine"]), setting)
 
 
@@ -62,9 +62,9 @@ def gate(setting: Setting) -> None:
     x = torch.randn(5, *SHAPE[0], device=setting.device)
     cotangent = torch.randn(5, *SHAPE[2][-1], device=setting.device)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    found, expected = ours(a), theirs(b)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    (found * cotangent).sum().backward()
+    result, expected = ours(a), theirs(b)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    (result * cotangent).sum().backward()
     (expected * cotangent).sum().backward()
     assert_same_gradient(a.grad, b.grad, "x")
     gradients = {name_in_engine(k): p.grad for k, p in theirs.named_parameters()}

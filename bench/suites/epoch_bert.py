@@ -1,4 +1,4 @@
-"""An epoch with a text encoder of BERT-base's size, in mode fast. Measured without a floor."""
+"""An epoch with a text encoder of BERT-base's size, in mode fast. It has no floor."""
 
 from __future__ import annotations
 

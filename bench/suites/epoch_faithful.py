@@ -1,4 +1,4 @@
-"""One two-stage epoch in mode faithful: the reference's mathematics, with what does not change a result left out."""
+"""One two-stage epoch in mode faithful: the reference's mathematics, without work that changes no result."""
 
 from __future__ import annotations
 

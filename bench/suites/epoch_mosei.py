@@ -1,4 +1,4 @@
-"""An epoch on MOSEI-shaped data, in mode fast. Measured without a floor."""
+"""An epoch on MOSEI-shaped data, in mode fast. It has no floor."""
 
 from __future__ import annotations
 

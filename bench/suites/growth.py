@@ -1,4 +1,4 @@
-"""Whether a sample costs the same in a large data set and in a large batch as in small ones."""
+"""Whether a sample costs as much in a large data set and in a large batch as in small ones."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def grid(setting: Setting) -> tuple[tuple[int, ...], tuple[int, ...]]:
 class Point:
     """Everything that an epoch does to `count` samples in batches of `batch`, beside a bank of `bank` samples.
 
-    Loading, the forward pass that stage-1 features come from, two updates of the estimators and one of the model, each
+    Loading, the forward pass for stage 1, two updates of the estimators and one of the model, each
     with its own product rows. The samples are the same at every point.
     """
 
@@ -130,7 +130,7 @@ def gate(setting: Setting) -> None:
 
 
 def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
-    """Both factors and both curves: seconds a sample and extra peak memory at every point."""
+    """Both factors and both curves: seconds per sample and extra peak memory at every point."""
     rounds = works["engine"].run.points
     median = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
     curve = {

@@ -20,7 +20,7 @@ LONGEST = {"audio": 350, "vision": 310}
 
 
 class PackedGRU(nn.Module):
-    """What the reference does: a packed 2-layer bidirectional nn.GRU, directions summed, LayerNorm, ReLU."""
+    """The reference's encoder: a packed 2-layer bidirectional nn.GRU, sum of the directions, LayerNorm, ReLU."""
 
     def __init__(self, d_in: int):
         super().__init__()
@@ -37,7 +37,7 @@ class PackedGRU(nn.Module):
 def inputs(batch: int, shorter: int, setting: Setting) -> dict[str, tuple[Tensor, Tensor]]:
     """{modality: (frames [B, L, d], length [B])}: MOSI-shaped lengths, the longest exactly LONGEST // shorter."""
     samples = shapes.mosi(batch, seed=1)
-    found = {}
+    inputs = {}
     for name, sequences in (("audio", samples.audio), ("vision", samples.vision)):
         most = LONGEST[name] // shorter
         lengths = np.clip([len(s) // shorter for s in sequences], 1, most)
@@ -46,8 +46,8 @@ def inputs(batch: int, shorter: int, setting: Setting) -> dict[str, tuple[Tensor
         generator = torch.Generator().manual_seed(2)
         for row, n in zip(x, lengths, strict=True):
             row[:n] = torch.randn(int(n), x.shape[2], generator=generator)
-        found[name] = x.to(setting.device), torch.from_numpy(lengths).to(setting.device)
-    return found
+        inputs[name] = x.to(setting.device), torch.from_numpy(lengths).to(setting.device)
+    return inputs
 
 
 def encoders(side: str, batch: dict[str, tuple[Tensor, Tensor]], setting: Setting) -> nn.ModuleDict:

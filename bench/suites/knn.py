@@ -55,7 +55,7 @@ def build(side: str, setting: Setting) -> Work:
 
 
 def details(setting: Setting, works: dict, numbers: dict) -> dict[str, float]:
-    """Seconds that a new bank's first draw takes beyond another one: sorting, norms, rounding, once an epoch."""
+    """Extra seconds of the first draw from a new bank, for sorting, norms and rounding, once per epoch."""
     rows, seconds = bank(size(setting), setting), []
     for _ in range(3):
         sampler = ProductSampler(Bank(rows), NEIGHBOURS, **MODES["engine"])
@@ -67,14 +67,14 @@ def details(setting: Setting, works: dict, numbers: dict) -> dict[str, float]:
 
 
 def gate(setting: Setting) -> None:
-    """Equal rows for equal queries; and no neighbour that is a query, no row from another sample's y and z."""
+    """Equal queries give equal rows. No neighbour is a query, and no row mixes the y and z of two samples."""
     rows = bank(400, setting)
     query = np.random.default_rng(0).permutation(400)[:32].tolist()
     expected = mimrl.knn_product(rows["A"], rows["V"], rows["T"], 64, NEIGHBOURS, query)
     neighbour, _ = product_indices(rows["T"], 32, NEIGHBOURS, query=torch.tensor(query))
     repeated = torch.tensor(query).repeat_interleave(NEIGHBOURS)
-    found = (rows["A"][neighbour], rows["V"][repeated], rows["T"][repeated])
-    for a, b in zip(found, expected, strict=True):
+    drawn = (rows["A"][neighbour], rows["V"][repeated], rows["T"][repeated])
+    for a, b in zip(drawn, expected, strict=True):
         assert torch.equal(a.cpu(), b), "product rows differ from scikit-learn's"
     index = torch.arange(400.0, device=setting.device)[:, None]
     for mode in MODES.values():

@@ -1,4 +1,4 @@
-"""Batches a second out of a whole data set, by each of the three loaders, against the published way of loading.
+"""Batches per second over a whole data set, for each of the three loaders, against the published way of loading.
 
 Side engine is the resident loader, which a data set of this size gets.
 """
@@ -38,7 +38,7 @@ def count(setting: Setting) -> int:
 
 
 def open_engine(samples: shapes.Utterances, folder: Path) -> Dataset:
-    """The samples as training split of a store in `folder`, opened; frames as they are, as the baseline has them."""
+    """Open the samples as the training split of a store in `folder`, with unchanged frames as in the baseline."""
     held_out = {name: samples.part(0, HELD_OUT) for name in ("valid", "test")}
     store = shapes.write_store(folder, {"train": samples, **held_out})
     data = load_config("mosi-paper", [f"data.time_len={TIME_LEN}"]).resolve().data
@@ -79,7 +79,7 @@ def _work(side: str, setting: Setting, utterances: int) -> Work:
 
 
 def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
-    """`ratios`: each loader against the baseline; `growth`: time a sample in the whole set over that in a small one.
+    """`ratios`: each loader against the baseline. `growth`: time per sample in the whole set over that in a small one.
 
     `dali_passing_seconds`, on a CPU: what a DALI pipeline takes for as many batches that are ready: it only passes them
     through.
@@ -93,12 +93,12 @@ def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[fl
         seconds = statistics.median(measure(small, calls, setting) for _ in range(len(numbers[side])))
         growth[kind] = (median[side] / works[side].samples) / (seconds / small.samples)
         small.close()
-    found = {"ratios": ratios, "growth": growth}
-    return found if setting.device != "cpu" else {**found, "dali_passing_seconds": _passing(setting)}
+    record = {"ratios": ratios, "growth": growth}
+    return record if setting.device != "cpu" else {**record, "dali_passing_seconds": _passing(setting)}
 
 
 def _passing(setting: Setting) -> float:
-    """Seconds; the batch is as wide as the longest sequences, which most batches have one of."""
+    """Seconds. The batch is as wide as the longest sequence, because most batches contain one."""
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
 
@@ -113,7 +113,7 @@ def _passing(setting: Setting) -> float:
 
     def run() -> None:
         for _ in range(math.ceil(count(setting) / BATCH)):
-            [torch.from_dlpack(found.as_tensor()) for found in pipeline.run()]
+            [torch.from_dlpack(part.as_tensor()) for part in pipeline.run()]
 
     run()
     return statistics.median(measure(Work(run), 1, setting) for _ in range(3))

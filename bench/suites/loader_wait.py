@@ -27,7 +27,7 @@ BATCHES, QUICK_BATCHES = 24, 3
 
 
 class TimedDataset:
-    """A data set whose training loader ends after some batches and adds up the time that asking for one takes."""
+    """A data set whose training loader ends after some batches, and which adds up the time of waiting for them."""
 
     def __init__(self, dataset: Dataset, batches: int):
         self.dataset, self.batches, self.waited = dataset, batches, 0.0
@@ -36,8 +36,8 @@ class TimedDataset:
         return getattr(self.dataset, name)
 
     def loader(self, split: str, *args: Any, **options: Any) -> Any:
-        found = self.dataset.loader(split, *args, **options)
-        return _TimedLoader(self, found) if split == "train" else found
+        loader = self.dataset.loader(split, *args, **options)
+        return _TimedLoader(self, loader) if split == "train" else loader
 
 
 class _TimedLoader:

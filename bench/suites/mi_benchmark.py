@@ -1,4 +1,4 @@
-"""How far `engine.estimate_mi` is from information in closed form; see bench/mi for bmi's tasks and other packages."""
+"""Errors of `engine.estimate_mi` where information has a closed form. See bench/mi for other tasks and packages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUICK_TASKS = ("own-independent-gauss-5d", "own-additive-0.3", "own-cross")
 
 
 class Estimates:
-    """A call estimates every task once, with a new seed, and gives the mean absolute error in nats."""
+    """Each call estimates every task once with a new seed, and returns the mean absolute error in nats."""
 
     def __init__(self, setting: Setting) -> None:
         known = tasks.tasks()
@@ -51,9 +51,9 @@ def build(side: str, setting: Setting) -> Work:
 def gate(setting: Setting) -> None:
     """Gaussians of one nat read about one nat."""
     one = tasks.Task("gate", 1.0, tasks.pairs(tasks.correlation(1.0), 1), tasks.GAUSS)
-    found = run(one, QUICK_ROWS, 0)
-    assert "value" in found, found.get("error")
-    assert abs(found["value"] - 1.0) < 0.15, f"Gaussians of 1 nat: {found['value']:.3f}"
+    record = run(one, QUICK_ROWS, 0)
+    assert "value" in record, record.get("error")
+    assert abs(record["value"] - 1.0) < 0.15, f"Gaussians of 1 nat: {record['value']:.3f}"
 
 
 def details(setting: Setting, works: Mapping[str, Work], numbers: Mapping[str, list[float]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From the start of a process to the end of its first training step."""
+"""Time from the start of a process to the end of its first training step."""
 
 from __future__ import annotations
 
@@ -61,4 +61,4 @@ def build(side: str, setting: Setting) -> Work:
 
 
 def gate(setting: Setting) -> None:
-    """A process that takes its first step is what is measured: `first_step` raises where there is none."""
+    """`first_step` raises an error if the process takes no step."""

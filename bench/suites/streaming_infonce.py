@@ -1,4 +1,4 @@
-"""InfoNCE of embeddings at a batch whose scores fill a gigabyte, against scores in memory."""
+"""InfoNCE of a batch whose scores would fill a gigabyte, against scores in memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDTH, BATCH, QUICK_BATCH = 128, 16384, 2048
 
 
 def embeddings(batch: int, setting: Setting) -> tuple[Tensor, Tensor]:
-    """x and y embeddings [B, 128] that know of each other, scaled so that scores are of order 1."""
+    """Embeddings x and y [B, 128] that depend on each other, with scores of order 1."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, WIDTH, generator=generator)
     y = (x + torch.randn(batch, WIDTH, generator=generator)) / math.sqrt(2)
@@ -62,14 +62,14 @@ FUNCTIONS = {"engine": streamed, "baseline": dense, "linear_cross_entropy": chun
 
 
 def build(side: str, setting: Setting) -> Work:
-    """`side` may name another batch size than the suite's: engine@4096."""
+    """`side` may name a batch size, such as engine@4096."""
     side, _, size = side.partition("@")
     function = torch.compile(dense) if side == "compile" else FUNCTIONS[side]
     return work(function, int(size) if size else QUICK_BATCH if setting.quick else BATCH, setting)
 
 
 def details(setting: Setting, works: dict[str, Work], numbers: dict[str, list[float]]) -> dict[str, Any]:
-    """Time and memory over the batch size; all scores in memory only as far as a few gigabytes go."""
+    """Time and memory over the batch size. All scores are kept in memory only up to a few gigabytes."""
     if setting.quick:
         return {}
     sizes = tuple(256 * 2**i for i in range(8))
@@ -83,8 +83,8 @@ def gate(setting: Setting) -> None:
         x, y = embeddings(257, setting)
         value = function(x, y)
         value.backward()
-        found = (value.detach(), x.grad, y.grad)
+        result = (value.detach(), x.grad, y.grad)
         if expected is not None:
-            for a, b in zip(found, expected, strict=True):
+            for a, b in zip(result, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-        expected = found
+        expected = result

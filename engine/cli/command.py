@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from engine.errors import ConfigError
 from engine.files import user_path
+from engine.task import DEFAULT
 from engine.vocabulary import SPLITS
 
 
@@ -38,7 +39,7 @@ class Command:
 def task_argument(p: argparse.ArgumentParser) -> None:
     """Add --task."""
     p.add_argument(
-        "--task", metavar="NAME", help="what is trained: a name, or a task of your own as module:attribute (mimrl)"
+        "--task", metavar="NAME", help=f"what is trained: a name, or a task of your own as module:attribute ({DEFAULT})"
     )
 
 

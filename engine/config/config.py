@@ -44,8 +44,8 @@ class Config(Section):
     """Everything a run depends on. It equals itself after a way through YAML.
 
     >>> config = Config(epochs=3, train={"lr": 5e-4})
-    >>> config.task, config.mode, config.train.lr
-    ('mimrl', 'fast', 0.0005)
+    >>> config.epochs, config.mode, config.train.lr
+    (3, 'fast', 0.0005)
     """
 
     preset: str = Field("", description="the preset this configuration started from")

@@ -54,15 +54,6 @@ def is_section(annotation: Any) -> bool:
 # -- shorthand: what people write for a value -------------------------------------------------------
 
 
-def _shapes(value: Any) -> Any:
-    """MIMRL's shorthand: "20-3-128=10-3-128" is two blocks."""
-    if isinstance(value, str):
-        value = value.split("=")
-    if isinstance(value, (list, tuple)):
-        return [block.strip().split("-") if isinstance(block, str) else block for block in value]
-    return value
-
-
 def _dashed(value: Any) -> Any:
     """A list written with dashes: "9-60" is [9, 60]. A single number is a list of one."""
     if isinstance(value, str):
@@ -85,7 +76,6 @@ def spread(n: int) -> BeforeValidator:
 
 
 dashed = BeforeValidator(_dashed)
-shapes = BeforeValidator(_shapes)
 as_modalities = BeforeValidator(_modalities)
 one_or_many = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 
@@ -100,6 +90,4 @@ COMMON = {"common": True}
 # -- types ------------------------------------------------------------------------------------------
 
 Positive = Annotated[int, Field(ge=1, le=MOST_EPOCHS)]
-Width = Annotated[int, Field(ge=1, le=LONGEST)]
-Shapes = Annotated[list[tuple[Width, Width, Width]], shapes]
 Probability = Annotated[float, Field(ge=0, lt=1)]

@@ -42,40 +42,42 @@ def estimate_cmi(
 ) -> Estimate:
     """Estimate I(X;Y|Z) in nats from samples of (x, y, z).
 
-    First x and y are freed from z: the density of each given z is learnt, and a value is replaced by its normal score
-    under that density. Given z this is one for one, so it changes no information, and what is left does not depend on
-    z where the density is right. The estimate is the mean of log p(x|y,z) − log p(x|z) of these residuals, or the same
-    with x and y exchanged, whichever is larger. All densities begin as Gaussian regressions with a full covariance; a
-    network adds what is not linear and not Gaussian, and is used only where it predicts held-out rows better. Columns
-    of few values are categories, and have probabilities.
+    First x and y are freed from z. The density of each given z is learnt, and each value is replaced by its normal
+    score under that density. Given z this map is one to one, so it changes no information. Where the density is right,
+    these residuals do not depend on z. The estimate is the mean of log p(x|y,z) − log p(x|z) of the residuals, or the
+    same with x and y exchanged, whichever is larger. All densities begin as Gaussian regressions with a full
+    covariance. A network adds what is not linear or not Gaussian, and is used only where it predicts held-out rows
+    better. Sides whose columns all have few values are categories, and have probabilities.
 
-    Rows are split into folds: each row is read by models that have not seen it and trains the others. Columns of x and
-    y are read by rank, which changes no information, so outliers and units do no harm; ties are broken at random.
+    Rows are split into folds. Each row is read by models that have not seen it, and trains the models of the other
+    folds. Columns of x and y are read by rank, which changes no information, so that outliers and units do no harm.
+    Ties are broken at random.
 
     Args:
         x, y, z: [N, d] or [N]: arrays, data frames, tensors or sequences of numbers; row i of all three is one sample,
             whatever an index says. At least 50 rows.
-        discrete: the values of z are categories, their order means nothing. Several columns are one joint category.
-        steps: the most steps of training for each density. It ends sooner when held-out rows gain nothing.
+        discrete: the values of z are categories, whose order means nothing. Several columns make one joint category.
+        steps: most steps of training for each density. It ends sooner when held-out rows gain nothing.
         hidden: width of the networks' two hidden layers.
-        batch_size: rows a step.
-        lr: learning rate of Adam at the start; it falls to 0 along a cosine.
+        batch_size: rows per step and fold.
+        lr: highest learning rate of Adam; it falls to 0 along a cosine.
         k: neighbours in z among which y is shuffled for the null (see `readings` below).
-        seed: makes the folds, the order of ties, the networks' start and the batches; equal seeds give equal results
+        seed: decides the folds, the order of ties, the initial weights and the batches. Equal seeds give equal results
             on one CPU.
 
     Returns:
         `Estimate`, all of it in nats. Its `readings`:
-            dv: the reading itself. The value is corrected for what networks left of z on both sides, and less the null
-                below. Both densities integrate to 1, so that the readings "ldr", "dv" and "nwj" of their ratio are one
-                number; all three names give it.
+            dv: the reading itself. The value is this reading, corrected for what networks left of z on both sides,
+                minus the null below. Both densities integrate to 1, so "ldr", "dv" and "nwj" of their ratio are the
+                same number. All three names give it.
             x given y, y given x: the two directions. They agree where both are learnt well.
             gaussian: from the regressions alone.
             training: on the rows that the models were trained on, too high by what they overfit.
-            null: the estimate when y is shuffled among rows of similar z, so that the truth is 0. Only there if dv is
-                small (< 0.15) but more than its sampling error; what is above 0 is subtracted from the value.
-        The interval covers the sampling error, downwards what z may explain and upwards what the other side may explain
-        beyond what was learnt, both judged by training against held-out rows. It holds the reading and the value.
+            null: the estimate with y shuffled among rows of similar z, where the truth is 0. It is made only if dv is
+                small (< 0.15) but larger than its sampling error, and is subtracted from the value if it is positive.
+        The interval covers the sampling error. It reaches further down by what z may explain beyond what was learnt,
+        and further up by what the other side may. Training and held-out rows are compared to judge both. The interval
+        contains the reading and the value.
 
     Raises:
         EstimatorError: arrays that do not pair up or hold no numbers (text, objects), non-finite entries, fewer than
@@ -83,9 +85,9 @@ def estimate_cmi(
 
     Example:
         >>> import numpy, engine
-        >>> z, e, f = numpy.random.default_rng(0).normal(size=(3, 2000))
-        >>> estimate = engine.estimate_cmi(z + e, z + e + f, z)  # log(2) / 2 = 0.347
-        >>> 0.3 < estimate.value < 0.4
+        >>> z, e, f = numpy.random.default_rng(0).normal(size=(3, 500))
+        >>> estimate = engine.estimate_cmi(z + e, z + e + f, z, steps=20, hidden=8)  # log(2) / 2 = 0.347
+        >>> estimate.interval[0] < math.log(2) / 2 < estimate.interval[1]
         True
     """
     if removed:
@@ -153,7 +155,7 @@ def _check(x: Tensor, y: Tensor, z: Tensor) -> None:
 
 
 class _Side:
-    """One of x and y: what it is predicted from, and what z leaves of it unexplained."""
+    """x or y: the columns that it is predicted from, and its residuals given z."""
 
     def __init__(
         self,
@@ -174,7 +176,7 @@ class _Side:
 
     @property
     def reference(self) -> Tensor:
-        """Log densities of the residuals if the other side told nothing, [folds, N]."""
+        """Log densities of the residuals without the other side, [folds, N]."""
         if self.categories:
             return self.residual[..., 1:].gather(2, self.residual[..., :1].long())[..., 0]
         return -0.5 * self.residual.square().sum(2) - self.dims * HALF_LOG_2PI
@@ -218,8 +220,8 @@ class _Direction:
             categories=target.categories,
             reference=target.reference,
         )
-        # A Gaussian regression of p degrees, fitted to n rows, predicts new rows worse by p / 2n nats a column. Those
-        # of z had their say before.
+        # A Gaussian regression of p degrees, fitted to n rows, predicts new rows worse by p / 2n nats per column.
+        # The columns of z were used before, and do not count again.
         extra = min(self.density.degrees, freed.shape[2])
         training_rows = len(fold) * (1 - 1 / len(target.residual))
         self.correction = target.dims * extra / (2 * training_rows)
@@ -277,8 +279,7 @@ class _Reading:
         }
 
     def interval(self) -> tuple[float, float]:
-        """Sampling error; downwards what z may explain of both sides beyond what was learnt, upwards what the other
-        side may explain beyond."""
+        """The sampling error on both sides, plus what z may still explain below and what the other side may above."""
         margin = SIGMAS * self.standard_error
         low = self.best.value - margin - self.confounding
         return low, self.value + margin + self.best.density.overfit + self.attenuation
@@ -298,9 +299,9 @@ def _attenuation(value: float, *sides: _Side) -> float:
     """What a reading misses because networks have not quite freed the sides from z, nats.
 
     Their errors are noise on both sides, which lowers a correlation (Spearman 1904, "The proof and measurement of
-    association between two things"). The variance of an error, as a share of the noise's, is judged by how much better
-    training rows are predicted than unseen ones. Regressions need no such correction: what they leave of z is linear,
-    and the densities of the residuals see z again. Nor is one made of a large optimism, of which less is known.
+    association between two things"). The variance of an error, as a share of the noise, is judged by how much better
+    training rows are predicted than unseen ones. Regressions need no such correction: they leave only linear effects of
+    z, and the densities of the residuals see z again. A large optimism is not corrected, because less is known of it.
     """
     dims = min(side.dims for side in sides)
     kept = 1.0
@@ -324,10 +325,10 @@ def _unfinished(density: Density) -> bool:
 
 
 def _targets(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Columns to be predicted: normal scores with ties broken at random, and noise of the ranks' own grain.
+    """Columns to predict: normal scores with ties broken at random, plus noise of about one rank.
 
-    A column can be told from its scores, so that no information is lost. The noise keeps the information of columns
-    that determine each other finite, at about log N.
+    The scores determine the column, so no information is lost. The noise keeps the information of columns that
+    determine each other finite, at about log N.
     """
     order = torch.randperm(len(values), generator=generator)
     rank = torch.empty(values.shape, dtype=torch.float64)
@@ -337,7 +338,7 @@ def _targets(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _as_categories(values: Tensor) -> Tensor | None:
-    """Numbers of joint values, [N], where all columns have few values and the joint ones are not many."""
+    """Numbers of the joint values, [N], if every column has few values and there are few joint values; else None."""
     if any(len(column.unique()) > FEW_VALUES for column in values.T):
         return None
     distinct, category = values.unique(dim=0, return_inverse=True)
@@ -370,7 +371,7 @@ def _categories(values: Tensor) -> list[Tensor]:
         raise EstimatorError(
             WHERE,
             f"a discrete z of {len(distinct)} categories in {len(values)} rows",
-            "five rows a category or more",
+            "five rows per category or more",
             "Merge categories, or leave out discrete.",
         )
     return [_standardise(torch.nn.functional.one_hot(index)[:, 1:].double())]
@@ -402,15 +403,15 @@ def _read_by_rank(x: Tensor, y: Tensor, z: Tensor, discrete: bool) -> Tensor:
 
 
 def _neighbour_shuffle(z: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """A permutation of the rows that gives each a row of the k nearest in z where one is still free.
+    """A permutation of the rows in which each row gets one of its k nearest rows in z.
 
-    Rows take turns in random order (Runge 2018, "Conditional independence testing based on a nearest-neighbor
-    estimator"); a row whose neighbours are all taken gets one of what is left at the end.
+    Rows choose in random order (Runge 2018, "Conditional independence testing based on a nearest-neighbor estimator").
+    A row whose neighbours are all taken gets one of the rows that are left at the end.
     """
     count = len(z)
     if z.shape[1] == 0:
         return torch.randperm(count, generator=generator)
-    noise = 1e-6 * torch.randn(z.shape, generator=generator, dtype=torch.float64)  # equal z: any of them
+    noise = 1e-6 * torch.randn(z.shape, generator=generator, dtype=torch.float64)  # among rows of equal z, any
     z = (z + noise).float()
     near = torch.cat([torch.cdist(part, z).topk(min(k + 1, count), largest=False).indices for part in z.split(1024)])
     free, taken = [True] * count, [-1] * count

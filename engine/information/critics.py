@@ -1,4 +1,4 @@
-"""Critics of several folds, trained together: each a Gaussian log ratio plus a network that starts at zero."""
+"""Critics of several folds, trained together. Each is a Gaussian log ratio plus a network that starts at zero."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ READ_ROWS = 4096
 TRAINED_PAIRS, CHECKED_PAIRS, READ_PAIRS = 16, 63, 255
 CHECKED_PAIR_ROWS = 512
 CHUNK_PAIRS = 32
-WORTH_PAIRS = 0.01  # nats that a separate critic must have found before one of pairs is tried
+WORTH_PAIRS = 0.01  # nats that a separate critic must have gained before a critic of pairs is tried
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class CriticSettings(TrainingSettings):
 
 
 class Tower(nn.Module):
-    """One network a fold, [folds, B, inputs] -> [folds, B, EMBED]; the weights of all folds are stacked."""
+    """One network per fold, [folds, B, inputs] -> [folds, B, EMBED]. The weights of all folds are stacked."""
 
     def __init__(self, folds: int, inputs: int, hidden: int, zero: bool, generator: torch.Generator):
         super().__init__()
@@ -69,14 +69,14 @@ class Tower(nn.Module):
 
 @dataclass
 class Inputs:
-    """What the networks see: x [folds, N, dx], y [folds, N, dy], float32."""
+    """Inputs of the networks: x [folds, N, dx] and y [folds, N, dy], float32."""
 
     x: Tensor
     y: Tensor
 
 
 class Base:
-    """What the critics start from: for each fold the Gaussian log ratio of its training rows; zero for no fits."""
+    """The scores that critics start from: each fold's Gaussian log ratio of its training rows, or zero without fits."""
 
     def __init__(self, name: str, samples: int, fits: list[tuple[Canonical, Tensor, Tensor]], folds: int):
         parts = [fit.log_ratio(x, y) for fit, x, y in fits]
@@ -107,7 +107,7 @@ class Base:
 
 
 class Separate(nn.Module):
-    """Base plus the product of two networks, one of x and one of y: all pairs of a batch for little."""
+    """Base plus the product of two networks, one of x and one of y. Scores of all pairs of a batch are cheap."""
 
     name = "separate"
     rate = 1.0  # of Adam, as a multiple of the one that is set
@@ -131,7 +131,7 @@ class Separate(nn.Module):
         return torch.addmm(self.base.of_fold(fold, rows), x, y.T)
 
     def loss(self, rows: Tensor, settings: CriticSettings) -> Tensor:
-        """Sum over the folds, so that no fold changes another's steps."""
+        """Sum over the folds, so that no fold changes the steps of another."""
         scores = self.scores(rows)
         if settings.bound == "infonce":
             target = torch.arange(scores.shape[1]).repeat(len(scores))
@@ -160,9 +160,10 @@ class Separate(nn.Module):
 
 
 class Concatenated(nn.Module):
-    """Base plus one network of x and y together: it draws sharp edges, and sees some pairs of a batch only.
+    """Base plus one network of x and y together. It can learn sharp edges, but it scores only some pairs of a batch.
 
-    The pairs are each row with itself and with the rows that follow at some distances, around the end.
+    Each row is paired with itself and with the rows that follow it at some distances. The last rows are followed by the
+    first ones.
     """
 
     name = "concatenated"
@@ -219,7 +220,7 @@ class Concatenated(nn.Module):
         return shares, {"infonce": shares.mean().item(), "ldr": joint, "dv": joint - others}
 
     def _distances(self, count: int, pairs: int, even: bool = False) -> Tensor:
-        """0, then up to `pairs` distances: drawn anew for training, evenly spaced for readings that can be compared."""
+        """0 and up to `pairs` distances: random ones for training, evenly spaced ones for readings."""
         pairs = min(pairs, count - 1)
         if even:
             return torch.linspace(0, count - 1, pairs + 1).long()

@@ -1,4 +1,4 @@
-"""The result of an estimate: a value, an interval, and what speaks against believing them."""
+"""The result of an estimate: a value, an interval, and reasons to doubt them."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ class Estimate(Mapping[str, Any]):
 
     Attributes:
         value: the estimate, nats, never negative.
-        interval: (low, high) in nats. It is meant to hold the truth in 95 of 100 cases: sampling error on both sides,
-            and upwards also what the critic may have failed to learn.
+        interval: (low, high) in nats. It is meant to contain the truth in 95 of 100 cases. Both ends allow for the
+            sampling error, and the upper end also for what the critic may have failed to learn.
         standard_error: sampling error of the value alone, nats.
-        method: what was chosen to make the value, such as "gaussian" or "gaussian + separate".
-        readings: other readings of the same critic on held-out rows, nats, as they came (they may be negative).
+        method: the method that made the value, such as "gaussian" or "gaussian + separate network".
+        readings: other readings of the same critic on held-out rows, nats. They are not clipped and may be negative.
         flags: reasons to doubt the value, each a key of `ADVICE`.
-        ceiling: what the method cannot exceed with this many rows, nats; None where there is no such limit.
+        ceiling: the most that the method can read with this many rows, nats; None where there is no such limit.
         samples: number of rows.
-        pointwise: [samples] float64, each row's own contribution on a critic that has not seen it; None where the
-            method has no such thing. Its mean is the held-out reading before any correction.
+        pointwise: [samples] float64, the contribution of each row, from a critic that has not seen it; None where the
+            method has none. Its mean is the held-out reading before any correction.
         history: one record per check of the training: {"step", "training", "held_out", ...} in nats.
 
     Example:
         >>> import numpy, engine
-        >>> x = numpy.random.default_rng(0).normal(size=(500, 1))
-        >>> estimate = engine.estimate_mi(x, x + numpy.random.default_rng(1).normal(size=(500, 1)))
-        >>> bool(estimate.interval[0] <= estimate.value <= estimate.interval[1])
-        True
+        >>> x, noise = numpy.random.default_rng(0).normal(size=(2, 500))
+        >>> estimate = engine.estimate_mi(x, x + noise)
+        >>> estimate.method, estimate.flags, estimate.interval[0] < float(estimate) < estimate.interval[1]
+        ('neighbours', (), True)
     """
 
     value: float
@@ -72,7 +72,7 @@ class Estimate(Mapping[str, Any]):
         return [f"{flag}: {ADVICE[flag]}" for flag in self.flags]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the pointwise values, ready for JSON."""
+        """All fields except the pointwise values, ready for JSON."""
         return {name: _plain(getattr(self, name)) for name in _FIELDS} | {"advice": self.advice}
 
     def plot(self, path: str | Path) -> Path:

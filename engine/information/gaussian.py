@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 LARGEST_CORRELATION = 1 - 1e-6  # float32 scores still tell rows apart
-LEAST_SHARE = 1e-6  # of the largest variance; directions of less are copies of others
+LEAST_SHARE = 1e-6  # of the largest variance; a direction of less is a copy of others
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,12 @@ def canonical(x: Tensor, y: Tensor, shrinkage: float = 0.0) -> Canonical:
 
     Args:
         shrinkage: weight in [0, 1) of uncorrelated columns in each side's covariance. With more than a few columns per
-            hundred rows the largest correlations are chance. Above 0, what chance adds is also taken off them.
+            hundred rows the largest correlations are due to chance. A positive shrinkage also subtracts that part.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [2.0], [3.0], [4.0]], dtype=torch.float64)
+        >>> canonical(x, torch.tensor([[1.0], [1.0], [2.0], [2.0]], dtype=torch.float64)).correlation
+        tensor([0.8944], dtype=torch.float64)
     """
     mean_x, mean_y = x.mean(0), y.mean(0)
     whitening_x, whitening_y = _whitening(x - mean_x, shrinkage), _whitening(y - mean_y, shrinkage)
@@ -82,7 +87,7 @@ def canonical(x: Tensor, y: Tensor, shrinkage: float = 0.0) -> Canonical:
 
 
 def sampling_bias(samples: int, dx: int, dy: int) -> float:
-    """What `Canonical.information` of Gaussian samples exceeds the truth by on average, in nats.
+    """By how much `Canonical.information` of Gaussian samples exceeds the truth on average, in nats.
 
     Exact, from the expected log determinant of a Wishart matrix; about dx dy / 2N for many samples.
     """

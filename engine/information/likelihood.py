@@ -1,7 +1,7 @@
-"""Held-out densities of a target given a condition: Gaussian regressions first, then networks that start from these.
+"""Held-out densities of a target given a condition: Gaussian regressions, and networks that start from them.
 
-Every row is read by models that have not seen it. Which regression, and which step of the networks, is used for a fold
-is chosen on the other folds. Targets may be categories: their probabilities start from given ones.
+Every row is read by models that have not seen it. The other folds choose the regression of a fold, and the checkpoint
+of its network. A target may be categories, whose probabilities start from given ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.information.folds import FoldTrainer, Readings, TrainingSettings, ba
 
 RIDGES = (1e-6, 1e-2, 1e-1)
 MORE_RIDGES = (1.0, 10.0, 100.0)  # for as many columns as a tenth of the rows, and more
-WIDE = 1200  # designs of more columns (and rows) are left out, but for the narrowest
+WIDE = 1200  # wider designs of more rows are left out, except for the narrowest
 SHRINKAGES = (0.0, 0.1)
 CHECKS = 24  # of the held-out rows
 LEAST_BETWEEN = 10  # steps from one check to the next
@@ -33,7 +33,7 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 @dataclass
 class Density:
-    """What was learnt of log p(target | condition), less a reference; nats.
+    """log p(target | condition) as it was learnt, minus a reference; nats.
 
     Attributes:
         regression: [N] float64, from the regression alone, on rows it has not seen.
@@ -41,9 +41,9 @@ class Density:
         training: mean of the chosen models on rows that they were trained on.
         degrees: degrees of freedom of the regression for each column of the target, mean over folds.
         spread: standard deviation of the regression's residual in the column where it is least, given those before.
-        residual: [folds, N, ...] float64, for the model of each fold what the condition leaves unexplained: columns
-            that are independent N(0, 1) whatever the condition, one for one with the target given the condition; or the
-            categories with their probabilities, as in a target.
+        residual: [folds, N, ...] float64, what the condition leaves unexplained in the model of each fold. Columns are
+            independent N(0, 1) for every condition; given the condition, they and the target determine each other. Or
+            the categories with their probabilities, as in a target.
         history: one record per check of the networks, as in `Estimate.history`; the first is the regression.
         picks: the chosen check of each fold.
     """
@@ -76,10 +76,10 @@ def fit(
     """Learn the density of a target given a condition, for each fold from the rows of the others.
 
     Args:
-        target: [folds, N, d] float64 of about unit variance, as each fold sees it; or, with categories, their number
-            followed by the log probabilities that are known already, [folds, N, 1 + categories].
-        designs: columns to predict from, standardised, [folds, N, p] float64 each. The regression takes the one that
-            predicts best; the networks see the first.
+        target: [folds, N, d] float64 of about unit variance, as each fold sees it. With categories: their number
+            followed by the log probabilities that are already known, [folds, N, 1 + categories].
+        designs: standardised columns to predict from, [folds, N, p] float64 each. The regression uses the design that
+            predicts best; the networks use the first.
         fold: [N] integers from 0, the fold in which a row is held out.
         reference: [folds, N], subtracted from all log densities.
     """
@@ -92,7 +92,7 @@ def fit(
         regressions = _regressions(target, designs, training, held_out)
     if reference is None:
         reference = torch.zeros(target.shape[:2], dtype=torch.float64)
-    # the networks see whitened residuals; this turns their log densities into those of the target
+    # The networks see whitened residuals. The shift turns their log densities into those of the target.
     shift = torch.stack([-regressions[f].log_volume - reference[f] for f in folds])
 
     start = torch.stack([r.residual for r in regressions])
@@ -250,7 +250,7 @@ def _regressions(
 def _ridge_regressions(
     target: Tensor, design: Tensor, rows: Tensor
 ) -> Iterator[tuple[tuple[float, float], _Regression]]:
-    """Yield ((ridge, shrinkage), regression) fitted on `rows`; those that would use up all degrees are passed over."""
+    """Yield ((ridge, shrinkage), regression) fitted on `rows`, but none that would use up the degrees of freedom."""
     count, dims, columns = len(rows), target.shape[1], design.shape[1]
     mean = target[rows].mean(0)
     center = design[rows].mean(0)
@@ -294,7 +294,7 @@ def _uniform(shape: tuple[int, ...], inputs: int, generator: torch.Generator) ->
 
 
 class _Classes:
-    """A batch of M networks, each changing probabilities of categories by a condition c [p]; at the start not at all.
+    """M networks, each of which changes the probabilities of categories by a condition c [p]. At the start none does.
 
     e [1 + categories] is a category's number and the log probabilities to start from.
     """
@@ -328,10 +328,11 @@ class _Classes:
 
 
 class _Mixtures:
-    """A batch of M networks, each giving a density of e [d] given a condition c [p]: column after column, given those
-    before it, a mixture of normal densities. At the start nearly N(0, 1), whatever the condition.
+    """M networks, each of which gives a density of e [d] given a condition c [p].
 
-    Hidden units and outputs are masked so that column i depends on e only through columns before i.
+    The density of each column given the columns before it is a mixture of normal densities. At the start it is nearly
+    N(0, 1) for every condition. Hidden units and outputs are masked so that column i depends on e only through the
+    columns before i.
     """
 
     def __init__(self, networks: int, dims: int, inputs: int, hidden: int, generator: torch.Generator):
@@ -351,7 +352,7 @@ class _Mixtures:
         ]
         for parameter in self.parameters:
             parameter.requires_grad_()
-        sees = torch.arange(hidden) % dims  # a hidden unit sees so many columns of e
+        sees = torch.arange(hidden) % dims  # how many columns of e each hidden unit sees
         column = torch.arange(dims)
         self.first = (column[:, None] < sees).float()
         self.second = (sees[:, None] <= sees).float()

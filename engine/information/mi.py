@@ -32,15 +32,16 @@ from engine.information.neighbours import (
 )
 from engine.kernels.arguments import check_count, check_number
 from engine.samples import as_samples
+from engine.vocabulary import BOUNDS as ALL_BOUNDS
 
 WHERE = "estimate_mi"
-BOUNDS = ("infonce", "dv", "mine", "nwj", "tuba", "interpolate", "js", "smile")
+BOUNDS = tuple(bound for bound in ALL_BOUNDS if bound != "js_fgan")  # js_fgan bounds another divergence
 FOLDS = 5
 LEAST_SAMPLES = 50
 GAUSSIAN = "gaussian"
 MARGIN = 0.002  # by which a network must be better than none, as a share of 1 nat more than the reading
 NORMALISED = 0.05
-SATURATION = 3.0  # nats below the ceiling from which InfoNCE is off by more than chance
+SATURATION = 3.0  # nats below its ceiling at which InfoNCE begins to be off by more than chance
 OVERFITTED = 0.1
 SHRINKAGES = (0.1, 0.5)
 MANY_COLUMNS = 0.04  # per row, from which covariances are shrunk where that reads more
@@ -67,33 +68,34 @@ def estimate_mi(
 ) -> Estimate:
     """Estimate I(X;Y) in nats from paired samples.
 
-    Two single continuous columns are measured by the distances of neighbours, two discrete variables by counting.
-    Everything else is measured by critics of log p(x,y) / p(x)p(y). They start from a Gaussian fitted to ranks, and a
-    network adds what is not Gaussian, but only where it reads more on rows it has not seen. The rows are split into
-    folds: each is read by a critic that was trained on the others, and trains the others' critics. Which step of the
-    training counts for a fold is chosen on the other folds.
+    Two continuous columns are measured by the distances of neighbours, and two discrete variables by counting.
+    Everything else is measured by critics of log p(x,y) / p(x)p(y). They start from a Gaussian fitted to ranks. A
+    network adds what is not Gaussian, and is used only where it reads more on rows it has not seen. Rows are split into
+    folds. Each fold is read by a critic that was trained on the other folds. They also choose its checkpoint.
 
     Columns are taken by rank, which changes no information. Outliers, units and offsets do no harm.
 
     Args:
         x, y: [N, dx] and [N, dy], or [N]: arrays, data frames, tensors or sequences of numbers; row i of both is one
-            sample, whatever an index says. At least 50 rows. Categories must be numbered; a few numbers are discrete.
-        bound: "auto" for the above, or one of `BOUNDS`: critics are then trained by it and read by it. "infonce" cannot
-            exceed the log of the rows that are read together, "smile" is no lower bound, "nwj", "tuba" and "js" vary
-            most. For all of them a constant of the critic is fitted on training rows.
-        steps: the most steps of training. It ends sooner when held-out rows gain nothing.
-        batch_size: rows a step and fold.
+            sample, whatever an index says. At least 50 rows. Categories must be numbers. A column of few distinct
+            values is discrete.
+        bound: "auto" for the method above. One of `BOUNDS` trains critics by that bound and reads them by it. "infonce"
+            cannot exceed the log of the rows that are read together. "smile" is no lower bound. "nwj", "tuba" and "js"
+            vary most. For all of them a constant of the critic is fitted on training rows.
+        steps: most steps of training. It ends sooner when held-out rows gain nothing.
+        batch_size: rows per step and fold.
         lr: Adam's learning rate; it falls when held-out rows gain nothing.
         hidden: width of the networks' hidden layers.
         alpha: of bound="interpolate", see `MIEstimator`.
         smile_tau: of bound="smile", see `MIEstimator`.
-        seed: makes the folds, the networks' start and the batches; equal seeds give equal results on one CPU.
+        seed: decides the folds, the initial weights and the batches. Equal seeds give equal results on one CPU.
 
     Returns:
-        `Estimate`, in nats. For critics, the value lies halfway between `readings["training"]` and the reading of the
-        same critics on rows they have not seen: one is too high by about as much as the other is too low. Where nothing
-        beats the Gaussian, the value is the Gaussian's own, free of its sampling bias. The interval reaches from the
-        held-out reading, less chance, to the training reading plus chance and a share for what networks miss.
+        `Estimate`, in nats. With critics, the value lies halfway between their reading on training rows,
+        `readings["training"]`, and their reading on rows they have not seen. The first is too high by about as much as
+        the second is too low. Where nothing beats the Gaussian, the value is the Gaussian's own, free of its sampling
+        bias. The interval reaches from the held-out reading to the training reading. Both ends are moved out by the
+        sampling error, and the upper one also by a share for what networks miss.
 
     Raises:
         EstimatorError: arrays that do not pair up or hold no numbers (text, objects), non-finite entries, fewer than 50
@@ -162,7 +164,7 @@ def _folds(x: Tensor, y: Tensor, repeated: bool, generator: torch.Generator) -> 
 
 
 def _with_radius(values: Tensor) -> Tensor:
-    """Normal scores of the columns and of the length of the row, float64: what turns and scales share is its length."""
+    """Normal scores of the columns and of the length of each row, float64."""
     scores = normal_scores(values).double()
     if values.shape[1] == 1:
         return scores
@@ -253,7 +255,7 @@ def _train_critics(
 
 
 def _gaussian_information(x: Tensor, y: Tensor) -> float:
-    """What Gaussian samples of these correlations tell of the information, without bias; NaN for too few rows."""
+    """The information of Gaussian samples with these correlations, corrected for bias; NaN for too few rows."""
     fit = canonical(x, y)
     dx, dy = fit.x.shape[1], fit.y.shape[1]
     return fit.information - sampling_bias(len(x), dx, dy) if len(x) > dx + dy + 1 else math.nan
@@ -294,25 +296,25 @@ def _candidates(
     """
     x, y = columns
     plain = Inputs(_each_fold(x, training), _each_fold(y, training))
-    found: list[Candidate] = [(Separate, plain)]
+    candidates: list[Candidate] = [(Separate, plain)]
     if x.shape[1] + y.shape[1] > 2:
         turned = []
         for rows in training.training:
             fit = canonical(x[rows], y[rows])
             turned.append(fit.variates(x, y, least_correlation(len(rows), x.shape[1], y.shape[1])))
-        found.append((Separate, Inputs(*(torch.stack(side) for side in zip(*turned, strict=True)))))
+        candidates.append((Separate, Inputs(*(torch.stack(side) for side in zip(*turned, strict=True)))))
     if values is not None and x.shape[1] + y.shape[1] <= PAIR_COLUMNS:
-        found.append((Concatenated, Inputs(*(_each_fold(side, training) for side in values))))
-    return found
+        candidates.append((Concatenated, Inputs(*(_each_fold(side, training) for side in values))))
+    return candidates
 
 
 @torch.no_grad()
 def _read(
     training: CriticTraining, critics: Critics, settings: CriticSettings
 ) -> tuple[dict[str, float], dict[str, float], Tensor]:
-    """Mean readings of critics that have not seen the rows, of critics that have, and shares of InfoNCE on the former.
+    """Mean readings by critics that have not seen a row, and by critics that have; and unseen rows' InfoNCE shares [N].
 
-    Both means are over all rows: their difference is the critics' optimism, and not the rows'.
+    Both means are over all rows, so that their difference comes from the critics and not from the rows.
     """
     shares = torch.empty(sum(map(len, training.held_out)), dtype=torch.float64)
     sums: list[dict[str, float]] = [{}, {}]
@@ -340,7 +342,11 @@ def _estimate(
     ceiling: float | None = None,
     history: list[dict[str, Any]] | None = None,
 ) -> Estimate:
-    """The result; low and high are readings that are thought to lie below and above the truth but for chance."""
+    """The result.
+
+    Args:
+        low, high: readings that would lie below and above the truth if there were no sampling error.
+    """
     interval = max(0.0, low - SIGMAS * error), max(0.0, high + SIGMAS * error)
     flags = (*flags, *value_flags(value, low, error))
     return Estimate(

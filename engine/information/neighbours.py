@@ -1,4 +1,4 @@
-"""Estimates that train nothing: neighbour distances for two continuous columns, counts for two discrete ones."""
+"""Estimates without training: neighbour distances for two continuous columns, counts for two discrete ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 NEIGHBOURS = (3, 10)
-BLOCK = 10_000  # rows whose neighbours are sought among each other: distances are all computed, B² of them
+BLOCK = 10_000  # rows among which neighbours are sought; all of their distances are computed
 CHUNK = 500
 
 
@@ -51,7 +51,7 @@ def _shares(x: Tensor, y: Tensor, radius: Tensor, k: int) -> Tensor:
 
 
 def neighbour_ceiling(samples: int) -> float:
-    """What `neighbour_information` cannot exceed, nats: each row's nearest neighbours are nearest in both columns."""
+    """The most that `neighbour_information` can read, nats: when the nearest rows are nearest in both columns."""
     count = torch.tensor([float(min(samples, BLOCK)), float(NEIGHBOURS[0])], dtype=torch.float64)
     return (torch.digamma(count[0]) - torch.digamma(count[1])).item()
 
@@ -63,9 +63,14 @@ def counted_information(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
         x, y: [N] int64, the number of each row's value, from 0 without gaps.
 
     Returns:
-        [N] float64, each row's log of its joint frequency over the product of the single ones, whose mean is the
-        information of these frequencies, in nats; and by how much it exceeds that of the population on average
-        (Miller and Madow 1955).
+        The log of each row's joint frequency over the product of its single frequencies, [N] float64, whose mean is the
+        information of these frequencies in nats. And the bias of that mean (Miller and Madow 1955).
+
+    Example:
+        >>> x = torch.tensor([0, 1, 0, 1])
+        >>> shares, bias = counted_information(x, x)  # log 2 and (2 filled cells - 2 - 2 + 1) / 8
+        >>> round(shares.mean().item(), 3), bias
+        (0.693, -0.125)
     """
     count = len(x)
     joint = torch.zeros(int(x.max()) + 1, int(y.max()) + 1, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Checks of what operations are called with. They are cheap, and wait for no GPU."""
+"""Checks of the arguments of operations. They are cheap and do not wait for a GPU."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from engine.kernels.gradients import transformed
 
 
 def exact_type(where: str, *tensors: Tensor | None, integers: bool = False) -> torch.dtype:
-    """The type in which an operation computes: float64 if one of its tensors is float64, else float32.
+    """The dtype in which an operation computes: float64 if one of its tensors is float64, else float32.
 
     Args:
         where: the operation, for errors.
-        tensors: all that enter it, of any floating type; after the first, None is passed over.
-        integers: take integers and booleans, too.
+        tensors: all of its tensors, of any floating dtype. After the first, None is skipped.
+        integers: accept integers and booleans, too.
 
     Raises:
-        EstimatorError: something else than a tensor, complex numbers (or integers), tensors on several devices.
+        EstimatorError: anything but a tensor, complex numbers (or integers), or tensors on several devices.
     """
     device, exact = None, torch.float32
     for tensor in tensors:
@@ -50,7 +50,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def looks_at(tensor: Tensor) -> bool:
-    """Whether values of `tensor` may be looked at: a GPU would have to be waited for, and a graph has none."""
+    """Whether the host may read the values of `tensor`: not on a GPU, which it would wait for, and not in a graph."""
     if torch.compiler.is_compiling() or transformed():
         return False
     return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
@@ -59,10 +59,10 @@ def looks_at(tensor: Tensor) -> bool:
 def check_number(
     where: str, name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, above: bool = False
 ) -> None:
-    """Refuse what is no number from `least` (or, with `above`, of more than that) to `most`; NaN is none.
+    """Refuse anything but a number from `least` (with `above`: greater than `least`) to `most`. NaN is refused.
 
     Raises:
-        EstimatorError: it is not. A graph does not check.
+        EstimatorError: the value is refused. Within a graph nothing is checked.
     """
     if torch.compiler.is_compiling():
         return
@@ -75,10 +75,10 @@ def check_number(
 
 
 def check_count(where: str, name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is no whole number of at least `least`.
+    """Refuse anything but a whole number of at least `least`.
 
     Raises:
-        EstimatorError: it is not.
+        EstimatorError: the value is refused.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise EstimatorError(where, f"{name} = {value!r}", f"a whole number of at least {least}", f"Change {name}.")

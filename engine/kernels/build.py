@@ -21,7 +21,7 @@ from engine.files import atomic_path, cache_home
 
 HEADERS = Path(__file__).parent
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-# By torch's own word for the processor, so that a folder shared by machines holds one library for each kind of them.
+# By torch's name for the processor. A folder that machines share then holds one library per kind of processor.
 PROCESSOR_FLAGS = {
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma"],
     "AVX2": ["-mavx2", "-mfma"],
@@ -46,7 +46,7 @@ def folder() -> Path:
 
 
 def compiler() -> str | None:
-    """The C++ compiler: the one CXX names, else g++, clang++ or c++; None where there is none."""
+    """The C++ compiler: the one that CXX names, else g++, clang++ or c++; None if there is none."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     return next(filter(None, map(shutil.which, names)), None)
 
@@ -73,13 +73,13 @@ POINTER, SIZE, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctyp
 def library(
     source: Path, dtype: torch.dtype, functions: Mapping[str, Sequence[type]], instead: str
 ) -> ctypes.CDLL | None:
-    """The library of a C++ source, compiled if it is not kept yet, or None where it cannot be had.
+    """The library of a C++ source, compiled unless it was kept, or None if that fails.
 
-    Whatever fails is logged and costs speed only. Not cached here: each operation caches its own.
+    A failure is logged and costs speed only. Each operation caches its own library.
 
     Args:
-        functions: name -> types of the arguments; none of them returns anything.
-        instead: what runs where there is no library, for the log.
+        functions: name -> types of the arguments. The functions return nothing.
+        instead: what runs without a library, for the log.
     """
     try:
         loaded = ctypes.CDLL(str(compiled(source, dtype)))
@@ -94,12 +94,12 @@ def library(
 
 
 def compiled(source: Path, dtype: torch.dtype) -> Path:
-    """The library of a C++ source with REAL defined as float or double, compiled if it is not kept yet."""
+    """The library of a C++ source with REAL defined as float or double, compiled unless it was kept."""
     chosen = compiler()
     if chosen is None:
         raise RuntimeError("no C++ compiler found; install g++ or set CXX")
     capability = torch.backends.cpu.get_cpu_capability()
-    # gcc links torch's own OpenMP runtime, which is loaded already; other compilers bring one that competes with it
+    # gcc links torch's own OpenMP runtime, which is loaded already; those of other compilers would compete with it
     threads = ["-fopenmp"] if sys.platform == "linux" and "g++" in Path(chosen).name else []
     flags = [*FLAGS, *PROCESSOR_FLAGS.get(capability, []), *threads, f"-DREAL={REAL[dtype]}"]
     text = b"".join(path.read_bytes() for path in (source, *sorted(HEADERS.glob("*.h"))))
@@ -108,7 +108,7 @@ def compiled(source: Path, dtype: torch.dtype) -> Path:
     if not path.exists():
         start = time.perf_counter()
         log.info("%s kernel: compiling for %s with %s, once for this machine", source.stem, capability, chosen)
-        # processes that compile at the same time each write their own file; the last to finish replaces the others'
+        # processes that compile at the same time write files of their own; the last one replaces the others'
         with atomic_path(path) as part:
             done = subprocess.run(
                 [chosen, *flags, f"-I{HEADERS}", str(source), "-o", str(part)], capture_output=True, text=True

@@ -1,17 +1,17 @@
-"""Which of an operation's algorithms runs on a GPU: a table of measurements, engine/kernels/dispatch.json.
+"""Which of an operation's algorithms runs on a GPU, by a table of measurements: engine/kernels/dispatch.json.
 
     choose("infonce", dtype=q.dtype, device=q.device, sizes={"rows": 4096, ...})  -> "chunked"
     with use(infonce="fused"):  ...      for a block; or ENGINE_DISPATCH="infonce=fused,mi_bound=chunked"
     write(TABLE, measure("infonce", "cuda"))     measure this machine's GPU and keep the result
 
-An operation registers its algorithms, "eager" (plain torch) always among them. An entry of the table gives the fastest
-one for an operation, a precision ("fp32", "tf32", "bf16", "fp16"), an architecture ("sm90") and a size class, with the
-milliseconds that it was chosen by and their source: measured, with date, chip and versions, or modelled.
+An operation registers its algorithms; "eager" (plain torch) is always one of them. An entry of the table gives the
+fastest one for an operation, a precision ("fp32", "tf32", "bf16", "fp16"), an architecture ("sm90") and a size class.
+It also holds the milliseconds of all candidates and their source: measured (with date, chip and versions) or modelled.
 
 How an entry is found:
-1. Those of the operation and the precision; fp16 takes those of bf16 where it has none of its own.
-2. Of these the architecture nearest to the device's by number; of several the older one.
-3. The nearest size class by ratio, one size after the other in the operation's order, width before rows, say.
+1. Take the entries of the operation and the precision. Without entries for fp16, take those for bf16.
+2. Of these, take the architecture whose number is nearest to the device's; of two equally near ones the older one.
+3. Take the nearest size class by ratio, one size after the other in the operation's order (width before rows, say).
 4. If there is no entry, if the device is no GPU, or if the entry's algorithm cannot take these sizes, the operation's
    own rule of thumb decides.
 """
@@ -51,7 +51,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Operation:
-    """What `register` was told."""
+    """The arguments of `register`."""
 
     order: tuple[str, ...]
     candidates: Mapping[str, Callable[[Sizes], bool]]
@@ -75,12 +75,12 @@ def register(
     work: Callable[[torch.device, torch.dtype, Sizes], Run] | None = None,
     classes: Sequence[Sizes] = (),
 ) -> None:
-    """Make an operation known.
+    """Register an operation and its algorithms.
 
     Args:
         order: names of the sizes that the table is searched by, the most important one first.
         candidates: algorithm -> whether it can take these sizes; "eager" must be one.
-        rule: (precision, sizes) -> algorithm, where the table has no answer.
+        rule: (precision, sizes) -> algorithm, used if the table has no answer.
         work: (device, dtype, sizes) -> function that runs the operation once, forward and backward, for `measure`.
         classes: the sizes that `measure` takes.
     """
@@ -90,13 +90,13 @@ def register(
 
 
 def choose(operation: str, *, dtype: torch.dtype, device: torch.device, sizes: Sizes) -> str:
-    """The algorithm to run. Pure Python, no device work; it may be traced by torch.compile, with dynamic sizes too.
+    """The algorithm to run. Pure Python without device work; torch.compile can trace it, also with dynamic sizes.
 
     Args:
         operation: a registered operation.
         dtype: of the operation's inputs; fp32 counts as tf32 where `torch.backends.cuda.matmul.allow_tf32` is set.
         device: of its inputs.
-        sizes: the operation's sizes by name; all of its order must be there.
+        sizes: the operation's sizes by name. All sizes of its order must be given.
 
     Raises:
         ConfigError: an override that names an unknown operation or algorithm, or one that cannot take these sizes.
@@ -112,9 +112,9 @@ def choose(operation: str, *, dtype: torch.dtype, device: torch.device, sizes: S
 
 
 class use:
-    """Choose an operation's algorithm: `with use(infonce="chunked"):`; None leaves it to the table.
+    """Choose an operation's algorithm: `with use(infonce="chunked"):`. None leaves the choice to the table.
 
-    The setting is one for all threads, because torch runs backward passes in threads of its own.
+    All threads share the choice, because torch runs backward passes in threads of its own.
 
     Raises:
         ConfigError: an unknown operation or algorithm.
@@ -138,14 +138,14 @@ class use:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """The table's word for how inputs of a dtype are multiplied on a GPU."""
+    """The table's name for how inputs of a dtype are multiplied on a GPU."""
     if dtype == torch.float32:
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
 
 
 def architecture(device: torch.device) -> int | None:
-    """Compute capability as one number, 90 for 9.0; None where there is no such GPU to ask."""
+    """Compute capability as one number, 90 for 9.0; None without such a GPU."""
     return _capability(device.index) if device.type == "cuda" else None
 
 
@@ -170,8 +170,8 @@ def _choose(operation: str, precision: str, arch: int | None, sizes: Sizes) -> s
     if operation in _override:
         algorithm = _override[operation]
         if not known.candidates[algorithm](sizes):
-            found = f"{algorithm} for {', '.join(f'{k} {v}' for k, v in sizes.items())}"
-            raise ConfigError(f"dispatch of {operation}", found, "sizes that it takes", "Choose another algorithm.")
+            what = f"{algorithm} for {', '.join(f'{k} {v}' for k, v in sizes.items())}"
+            raise ConfigError(f"dispatch of {operation}", what, "sizes that it takes", "Choose another algorithm.")
         return algorithm
     algorithm = None if arch is None else _look_up(known, operation, precision, arch, sizes)
     if algorithm is None or algorithm not in known.candidates or not known.candidates[algorithm](sizes):
@@ -180,11 +180,11 @@ def _choose(operation: str, precision: str, arch: int | None, sizes: Sizes) -> s
 
 
 def _look_up(known: Operation, operation: str, precision: str, arch: int, sizes: Sizes) -> str | None:
-    found = _TABLE.get((operation, precision)) or (_TABLE.get((operation, "bf16")) if precision == "fp16" else None)
-    if not found:
+    entries = _TABLE.get((operation, precision)) or (_TABLE.get((operation, "bf16")) if precision == "fp16" else None)
+    if not entries:
         return None
-    nearest = min({a for a, _, _ in found}, key=lambda a: (abs(a - arch), a))
-    left = [(s, algorithm) for a, s, algorithm in found if a == nearest]
+    nearest = min({a for a, _, _ in entries}, key=lambda a: (abs(a - arch), a))
+    left = [(s, algorithm) for a, s, algorithm in entries if a == nearest]
     for name in known.order:
         kept = _nearest(sorted({s[name] for s, _ in left}), sizes[name])
         left = [(s, algorithm) for s, algorithm in left if s[name] == kept]
@@ -216,9 +216,9 @@ def read(path: str | Path = TABLE) -> list[dict[str, Any]]:
 
 
 def write(path: str | Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Add entries to a table, in the place of those for the same operation, precision, architecture and sizes.
+    """Add entries to a table. They replace those for the same operation, precision, architecture and sizes.
 
-    One entry a line, sorted. The running process goes on with the new table if it is its own.
+    The file has one entry per line, sorted. If it is the package's own table, the running process uses it from now on.
     """
     path = Path(path)
     kept = {_key(entry): entry for entry in (read(path) if path.exists() else [])}
@@ -243,7 +243,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Time every candidate of an operation, forward and backward, as a replayed CUDA graph: entries for `write`.
 
-    Training replays graphs, in which a launch costs the host nothing. What cannot be captured is timed as it is.
+    Training replays graphs, in which a launch costs the host nothing. Work that cannot be captured is timed uncaptured.
 
     Args:
         device: a CUDA device.
@@ -252,8 +252,8 @@ def measure(
         milliseconds: about how long to time each candidate.
 
     Returns:
-        one entry for each precision and class, with the median time of every candidate that can take it; what ran out
-        of memory is left out.
+        One entry for each precision and class, with the median time of every candidate that can take it. Candidates
+        that run out of memory are left out.
     """
     known, device = _operations[operation], torch.device(device)
     entries = []
@@ -263,9 +263,9 @@ def measure(
             for algorithm, takes in known.candidates.items():
                 if takes(sizes):
                     with use(**{operation: algorithm}), _tf32(precision == "tf32"):
-                        found = _time(known.work(device, DTYPES[precision], sizes), milliseconds)
-                    if found is not None:
-                        times[algorithm] = round(found, 4)
+                        time = _time(known.work(device, DTYPES[precision], sizes), milliseconds)
+                    if time is not None:
+                        times[algorithm] = round(time, 4)
             if times:
                 entries.append(
                     {
@@ -352,7 +352,7 @@ def _import_operations() -> None:
 
 
 def _read_environment() -> None:
-    """Take over ENGINE_DISPATCH where it has changed."""
+    """Apply ENGINE_DISPATCH if it has changed."""
     global _from_environment
     text = os.environ.get(VARIABLE, "")
     if text == (_from_environment or ""):

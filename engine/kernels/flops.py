@@ -3,9 +3,8 @@
     from engine.kernels import flops
     flops.register()
 
-Not done by itself: torch's counter is slow to import. A product of [m, k] and [k, n] is 2mkn; elementwise work is not
-counted, as in torch's own formulas. What an operation computes a second time in its backward pass counts, since it is
-done.
+This is not done at import, because torch's counter is slow to import. A product of [m, k] and [k, n] counts 2mkn.
+Elementwise work is not counted, as in torch's own formulas. Products that a backward pass computes again count again.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def _grouped_infonce_backward(
 
 
 def _concat_parts(x: Shape, y: Shape, layers: Sequence[Shape]) -> tuple[int, int]:
-    """The first layer's part, taken apart for x and y; that of the pairs."""
+    """The part of the first layer, which is taken for x and y apart, and the part of the pairs."""
     hidden = layers[0][0]
     return 2 * (x[0] * x[1] + y[0] * y[1]) * hidden, _linear(x[0] * y[0], layers[2::2])
 
@@ -83,7 +82,7 @@ def _concat_infonce(
 
 
 def _cmi_first(first: Shape, joint: Sequence[Shape], slots: Sequence[int], product: Sequence[Shape]) -> tuple[int, int]:
-    """First layers of joint rows and of product rows: features as wide as they are, a label one column."""
+    """First layers of joint rows and of product rows, at the features' own widths; a label has one column."""
     hidden = first[1]
     of_joint = sum(2 * joint[s][0] * joint[s][1] * hidden for s in slots)
     return of_joint, sum(2 * rows * width * hidden for rows, width in product)
@@ -103,8 +102,8 @@ def _cmi_backward(
 ) -> int:  # fmt: skip
     of_joint, of_product = _cmi_first(first, joint, slots, product)
     rows = joint[0][0] + (product[0][0] if product_grad is not None else 0)
-    found = (1 + weight_grads) * _linear(rows, rest) + row_grads * of_joint
-    return found + weight_grads * (of_joint + (of_product if product_grad is not None else 0))
+    total = (1 + weight_grads) * _linear(rows, rest) + row_grads * of_joint
+    return total + weight_grads * (of_joint + (of_product if product_grad is not None else 0))
 
 
 def _cube_mix_forward(
@@ -151,7 +150,7 @@ def _recurrent_backward(
     gradient: Shape, x: Shape, length: Shape, weights: Sequence[Shape], out: Shape, state: Shape, cell: str,
     input_gradient: bool, **_: Any,
 ) -> int:  # fmt: skip
-    # on a GPU nothing is kept that tells the tokens
+    # on a GPU the state does not tell the number of tokens
     width = state_width(len(weights) // 8, weights[1][1], cell)
     tokens = state[0] // width or x[0] * x[1]
     matrices = [w for w in weights if len(w) == 2]

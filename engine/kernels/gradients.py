@@ -1,7 +1,7 @@
 """What hand-written operations can do with gradients, and what they refuse.
 
-A hand-written backward pass gives gradients, but no gradients of these, and host functions know nothing of the
-transforms of torch.func or of forward-mode AD. The formulas (backend "reference") do all of it.
+A hand-written backward pass gives gradients, but no gradients of gradients. Host functions know neither the transforms
+of torch.func nor forward-mode AD. The formulas (backend "reference") support all of these.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _active = torch._C._functorch.peek_interpreter_stack
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func (vmap, grad, jvp, ...) or forward-mode AD is at work."""
+    """Whether a transform of torch.func (vmap, grad, jvp, ...) or forward-mode AD is active."""
     return _active() is not None or forward_ad._current_level >= 0
 
 
@@ -29,19 +29,19 @@ _REMEDY = 'Run the forward pass under engine.use_backend("reference"): torch dif
 
 
 def batched(*gradients: Tensor | None) -> bool:
-    """Whether gradients are batches of them, as `is_grads_batched` makes: by an older vmap, which is no transform."""
+    """Whether these are batches of gradients, which `is_grads_batched` makes by an older vmap: no transform."""
     return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
 
 
 def refuse_vmap(where: str) -> None:
-    """For what has to look at values, which vmap cannot do."""
+    """Refuse a call under vmap, for code that must read values."""
     stack = torch._C._functorch.get_interpreter_stack() if _active() is not None else None
     if stack and any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack):
         raise ConfigError(where, "a call under vmap", "plain tensors: values decide what is done", "Loop in its place.")
 
 
 def update_buffer(where: str, buffer: Tensor, value: Tensor) -> None:
-    """`buffer.copy_(value)`; a transform of torch.func can refuse it, as vmap does for a buffer of all its calls."""
+    """`buffer.copy_(value)`, with a ConfigError if a transform of torch.func refuses it."""
     try:
         buffer.copy_(value)
     except RuntimeError:
@@ -54,10 +54,10 @@ def update_buffer(where: str, buffer: Tensor, value: Tensor) -> None:
 
 
 def differentiable_once(operation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For the backward method of an autograd.Function: what differentiates its result raises ConfigError.
+    """A decorator for the backward method of an autograd.Function: differentiating its result raises ConfigError.
 
-    torch's `once_differentiable` does so only where the incoming gradient requires one itself. That of a mean does not:
-    the result would count as a constant then, and a penalty on it would have no effect, without a word.
+    torch's `once_differentiable` does so only if the incoming gradient requires a gradient itself. That of a mean does
+    not. The result would then count as a constant, and a gradient penalty would silently have no effect.
 
     Args:
         operation: what users call, for the error.
@@ -69,14 +69,14 @@ def differentiable_once(operation: str) -> Callable[[Callable[..., Any]], Callab
             if torch.compiler.is_compiling():
                 return backward(ctx, *grads)
             if transformed() or batched(*grads):
-                found = "a batch of gradients (is_grads_batched, vectorize), or forward-mode AD"
-                raise ConfigError(f"backward pass of {operation}", found, "one plain gradient", _REMEDY)
+                what = "a batch of gradients (is_grads_batched, vectorize), or forward-mode AD"
+                raise ConfigError(f"backward pass of {operation}", what, "one plain gradient", _REMEDY)
             if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
             anchors = _anchors(operation, ctx, grads)
             with torch.no_grad():
-                found = backward(ctx, *grads)
-            return _last(operation, anchors, found if isinstance(found, tuple) else (found,))
+                gradients = backward(ctx, *grads)
+            return _last(operation, anchors, gradients if isinstance(gradients, tuple) else (gradients,))
 
         wrapper.differentiable_once = True
         return wrapper
@@ -87,7 +87,8 @@ def differentiable_once(operation: str) -> Callable[[Callable[..., Any]], Callab
 def _anchors(operation: str, ctx: Any, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
     """Tensors on which the gradients depend: all inputs that require one, and the incoming gradients.
 
-    An input that is neither saved nor a leaf cannot be had; what asks for its second gradient could not be told.
+    An input that is neither saved nor a leaf cannot be reached. Its second gradient could not be refused later, so the
+    call is refused now.
     """
     held = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
     known = {tuple(get_gradient_edge(t))[:2] for t in held}
@@ -100,12 +101,12 @@ def _anchors(operation: str, ctx: Any, grads: tuple[Tensor | None, ...]) -> list
     return held
 
 
-def _last(operation: str, anchors: list[Tensor], found: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The same gradients, whose own gradients are refused."""
-    if not anchors or all(g is None for g in found):
-        return found
-    left = iter(_Last.apply(operation, len(anchors), *anchors, *(g for g in found if g is not None)))
-    return tuple(None if g is None else next(left) for g in found)
+def _last(operation: str, anchors: list[Tensor], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The same gradients, but their own gradients are refused."""
+    if not anchors or all(g is None for g in gradients):
+        return gradients
+    left = iter(_Last.apply(operation, len(anchors), *anchors, *(g for g in gradients if g is not None)))
+    return tuple(None if g is None else next(left) for g in gradients)
 
 
 class _Last(torch.autograd.Function):
@@ -127,7 +128,7 @@ def _refusal(operation: str) -> ConfigError:
 
 
 def no_gradient(name: str) -> Callable[..., None]:
-    """The backward of `torch.ops.engine.NAME`, which has none: the functions of `engine.kernels` give gradients."""
+    """A backward for `torch.ops.engine.NAME` that refuses. The functions of `engine.kernels` give gradients."""
 
     def backward(ctx: Any, *_: Tensor | None) -> None:
         raise ConfigError(

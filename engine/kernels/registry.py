@@ -21,7 +21,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -142,16 +142,17 @@ def register(
     torch.library.register_autograd(f"engine::{name}", no_gradient(name), lib=LIB)
 
 
-def register_from(folder: str, prefix: str) -> Callable[..., None]:
+def register_from(folder: str, prefix: str = "", cpu: str = "cpu") -> Callable[..., None]:
     """A shorter `register` for the operations of one folder whose host functions have one name in all its modules.
 
     Args:
-        folder: the operation's package; CPU functions are in its `cpu.py`.
+        folder: the operation's package.
         prefix: the operation of function "scores" is named PREFIXscores.
+        cpu: the package's module of CPU functions.
 
     Returns:
         A function (function, schema, cuda, fake, launches). `cuda` is the module of the Triton kernels' host functions,
-        or None. Without `launches`, that module's FUNCTION_launches gives them.
+        or None. `launches` is as for `register`; "by name", the default, is that module's FUNCTION_launches.
     """
 
     def add(
@@ -159,15 +160,15 @@ def register_from(folder: str, prefix: str) -> Callable[..., None]:
         schema: str,
         cuda: str | None,
         fake: Callable[..., Any],
-        launches: int | Callable[..., int] | None = None,
+        launches: int | Callable[..., int] | Literal["by name"] | None = "by name",
     ) -> None:
         register(
             prefix + function,
             schema,
-            cpu=lazy(f"{folder}.cpu", function),
+            cpu=lazy(f"{folder}.{cpu}", function),
             cuda=None if cuda is None else lazy(f"{folder}.{cuda}", function),
             fake=fake,
-            launches=lazy(f"{folder}.{cuda}", f"{function}_launches") if launches is None else launches,
+            launches=lazy(f"{folder}.{cuda}", f"{function}_launches") if launches == "by name" else launches,
         )
 
     return add

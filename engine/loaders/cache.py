@@ -19,7 +19,7 @@ from engine.loaders.store import VERSION, is_store, open_store, write_store
 from engine.loaders.text import Tokenizer
 
 
-def load_prepared(
+def load_content(
     path: str | Path,
     rule: LengthRule | Literal["auto"],
     tokenizer: Tokenizer | None,

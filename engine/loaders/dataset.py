@@ -15,7 +15,7 @@ import torch
 from engine.config import AugmentConfig, DataConfig
 from engine.errors import printable
 from engine.loaders.augment import Augmentation
-from engine.loaders.cache import load_prepared
+from engine.loaders.cache import load_content
 from engine.loaders.content import StoreData, require_modalities, require_text, tokenised
 from engine.loaders.formats import Choice
 from engine.loaders.kinds import Kind, build, choose
@@ -216,8 +216,8 @@ class Dataset:
         if augment is not None and any(augment.model_dump().values()):
             augmentation = Augmentation(augment, seed, self._empty, self._unknown, self.pad_id)
         return build(
-            chosen, data, sampler, padding, data.labels(task), device=device, draw_words=draw_words, why=why,
-            workers=workers, augmentation=augmentation,
+            chosen, data, sampler, padding, device=device, draw_words=draw_words, task=task, why=why, workers=workers,
+            augmentation=augmentation,
         )  # fmt: skip
 
 
@@ -273,7 +273,7 @@ def open_dataset(
         tokenizer = load_tokenizer(text_encoder)
     expected = expected or (None if data.format == "auto" else data.format)
     choice = choice_of(data)
-    content = load_prepared(path, data.length_rule, tokenizer, expected, choice, training)
+    content = load_content(path, data.length_rule, tokenizer, expected, choice, training)
     require_modalities(content, data.modalities, str(path))
     if "text" in data.modalities:
         require_text(content, tokenizer, str(path), text_encoder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from engine.loaders.formats.tables import csv_header
 from engine.loaders.problems import level_widths, nan_words, problems, training_problems
 from engine.loaders.ragged import Ragged
 from engine.loaders.store import is_store, open_store, store_path, verify_store
+from engine.vocabulary import KnownLengthRule
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -102,9 +103,7 @@ class InspectReport:
         return Group(*parts)
 
 
-def inspect_path(
-    path: str | Path, length_rule: Literal["recorded", "all_zero", "sum_zero"] = "recorded", verify: bool = False
-) -> InspectReport:
+def inspect_path(path: str | Path, length_rule: KnownLengthRule = "recorded", verify: bool = False) -> InspectReport:
     """Look at a file, folder or store. Problems of the content are listed in the report, not raised.
 
     Args:

@@ -19,6 +19,7 @@ from engine.errors import CheckpointError
 from engine.kernels.ragged import Source, pad_batches
 from engine.loaders.batch import Batch
 from engine.loaders.sampler import Sampler
+from engine.vocabulary import ModelTask
 
 if TYPE_CHECKING:
     from engine.loaders.augment import Augmentation
@@ -66,16 +67,16 @@ class Loader:
         split: Split,
         sampler: Sampler,
         padding: Padding,
-        label: Tensor,
         device: torch.device | str = "cpu",
         augmentation: Augmentation | None = None,
         draw_words: bool = False,
+        task: ModelTask = "regression",
         why: str = "",
     ):
         self.draws_words = draw_words and split.draws_words
         self.split, self.sampler, self.padding, self.why = split, sampler, padding, why
         self.device, self.augmentation = torch.device(device), augmentation
-        self.label = label.to(self.device)
+        self.label = split.labels(task).to(self.device)
         self._ids = np.array(split.ids, object)
         self._epoch, self._start, self._delivered = 0, 0, 0
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
@@ -93,7 +93,7 @@ class ColumnNormalizer:
         if not all(np.isfinite(a).all() for a in arrays):
             raise ValueError("statistics that are not finite")
         clipped = self.clip is None or (isinstance(self.clip, (int, float)) and 0 < self.clip < np.inf)
-        if self.kind not in ("none", "zscore", "minmax") or type(self.log) is not bool or not clipped:
+        if self.kind not in get_args(Normalization) or type(self.log) is not bool or not clipped:
             raise ValueError("settings of another form")
 
     @property

@@ -10,8 +10,8 @@ import numpy as np
 
 from engine.errors import DataError
 from engine.loaders.spool import Joiner, release
+from engine.vocabulary import KnownLengthRule as LengthRule
 
-LengthRule = Literal["recorded", "all_zero", "sum_zero"]
 Side = Literal["left", "right"]
 USUAL_CUT: Side = "right"  # sequences that are longer than recorded are cut there
 BLOCK = 128  # samples read at a time: bounds temporary copies of a padded array

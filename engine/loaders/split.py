@@ -157,16 +157,16 @@ class Split:
         """
         text = self.text_rows(draw) if key == "text" else None
         if text is not None and (device is None or draw is not None):
-            return _moved(text, device)
+            return _as_source(text, device)
         if device is None:
             stored = self._stored(key)
-            return _moved(stored, None, getattr(self._normalizer, key).linear(stored.values))
+            return _as_source(stored, None, getattr(self._normalizer, key).linear(stored.values))
         if (key, device) not in self._on_device:
             ragged = getattr(self, key) if text is None else text
             self.check()
             owned = Ragged(_owned(ragged.values), _owned(ragged.offsets))
             self.check()
-            self._on_device[key, device] = _moved(owned, device)
+            self._on_device[key, device] = _as_source(owned, device)
         return self._on_device[key, device]
 
     def check(self) -> None:
@@ -191,7 +191,9 @@ class Split:
         return self._shortened[key]
 
 
-def _moved(ragged: Ragged, device: torch.device | None, scale: tuple[Tensor, Tensor, float] | None = None) -> Source:
+def _as_source(
+    ragged: Ragged, device: torch.device | None, scale: tuple[Tensor, Tensor, float] | None = None
+) -> Source:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch warns of read-only arrays; nobody writes to these
         values, offsets = torch.from_numpy(ragged.values), torch.from_numpy(ragged.offsets)

@@ -48,7 +48,7 @@ def _writing(folder: Path) -> Iterator[None]:
         raise output_error(folder, cause) from cause
 
 
-def steady(path: Path) -> mmap.mmap | bytes:
+def stable_content(path: Path) -> mmap.mmap | bytes:
     """The content of a file. It stays the same whatever happens to the file later.
 
     If somebody cuts off a mapped file, reading past its new end kills the process. So within `spooled` the file is

@@ -131,7 +131,7 @@ def _stated_settings(command: str | None, config: str | Path | Config | None) ->
 
 
 def _no_normalizer(shapes: Shapes) -> Normalizer:
-    """The reference normalises before training or not at all, and its checkpoints hold no statistics."""
+    """No normalisation: the published code normalises before training or not at all, and saves no statistics."""
     from engine.loaders.normalize import ColumnNormalizer, Normalizer
 
     return Normalizer(*(ColumnNormalizer.fit(np.zeros((1, d)), "none") for d in (shapes.audio_dim, shapes.vision_dim)))

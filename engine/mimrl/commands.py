@@ -12,8 +12,8 @@ from typing import Any, NoReturn, get_args
 
 from engine.config import Config
 from engine.errors import ConfigError
-from engine.mimrl.settings import Compose, Encoder, LastActivation
-from engine.vocabulary import ACTIVATIONS, BASELINES, BOUNDS, CRITICS, LOSSES, Freeze, ModelTask, ScheduleKind
+from engine.mimrl.settings import Compose, LastActivation
+from engine.vocabulary import ACTIVATIONS, BASELINES, BOUNDS, CRITICS, ENCODERS, LOSSES, Freeze, ModelTask, ScheduleKind
 
 REFERENCE_TEXT_ENCODER = "bert-base-uncased"
 DATASETS = {
@@ -108,7 +108,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("task", str, "regression", "model.task", choices=_same(*get_args(ModelTask))),
     Flag("num_class", int, "1", "model.num_class"),
     Flag("d_common", int, "128", "model.d_common"),
-    Flag("encoders", str, "gru", "model.encoder", choices=_same(*get_args(Encoder))),
+    Flag("encoders", str, "gru", "model.encoder", choices=_same(*ENCODERS)),
     Flag("features_compose_t", str, "mean", "model.compose_t", choices=_same(*get_args(Compose))),
     Flag("features_compose_k", str, "mean", "model.compose_k", choices=_same(*get_args(Compose))),
     Flag("activate", str, "gelu", "model.cubemlp.activate", choices=_same(*ACTIVATIONS)),

@@ -22,7 +22,7 @@ from engine.streams import run_parallel
 def fit_length(x: Tensor, size: int) -> Tensor:
     """x [B, L, ...] with its axis 1 zero-padded or cut on the right to `size`."""
     if torch.compiler.is_compiling():
-        missing = size  # whatever is there: a graph for each case would be made otherwise
+        missing = size  # one size for all inputs: otherwise each would be compiled anew
     elif x.shape[1] >= size:
         return x[:, :size]
     else:
@@ -31,7 +31,7 @@ def fit_length(x: Tensor, size: int) -> Tensor:
 
 
 def fill(x: Tensor, mask: Tensor, more: int) -> Tensor:
-    """x [B, L, D] with each row's mean over its positions in mask (bool [B, L]) at all others, and at `more` behind."""
+    """x [B, L, D] with the mean of each row's masked positions at all its other positions and at `more` new ones."""
     mean = masked_mean(x, mask)[:, None]
     inside = torch.where(mask[..., None], x, mean)
     return torch.cat([inside, mean.expand(-1, more, -1)], dim=1)
@@ -63,15 +63,15 @@ def _encode(name: str, encoder: SequenceEncoder, x: Tensor, length: Tensor) -> T
 class MIMRL(nn.Module):
     """Multimodal sentiment analysis with mutual-information-based disentangled representations (IEEE TAC 2025).
 
-    faithful mode: the reference's mathematics. A row's valid frames are counted from the tensor, and T, A, V are means
-    over all positions of the padded batch, so they depend on the batch mates. fast mode: lengths come from the batch,
-    means are over attended tokens and valid frames, rows past the valid length are zero (text: the sentence's mean, by
-    model.text_padding), padding of text is mostly not computed; a sample's result does not depend on the rest of its
-    batch.
+    In faithful mode it computes what the published code computes. A row's valid frames are counted from the tensor, and
+    T, A and V are means over all positions of the padded batch, so that a result depends on the other samples.
+
+    In fast mode the lengths come from the batch, and means are over attended tokens and valid frames. Positions past
+    the end are zero, or the sentence's mean for text (`model.text_padding`). No result depends on the other samples.
 
     Args:
-        config: sections model and data, and mode. Of a modality that is not in data.modalities nothing is built, and
-            what a batch holds of it is not looked at.
+        config: sections model and data, and mode. A modality that is not in data.modalities gets no encoder, and its
+            part of a batch is ignored.
         audio_dim, vision_dim: widths of a frame.
         text_encoder: (token_ids, token_mask) -> [B, Lt, .dim]; None without text.
     """
@@ -145,7 +145,7 @@ class MIMRL(nn.Module):
         return ModelOutput(self.head(fused), features)
 
     def _past_the_end(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Text [B, L, D] and mask [B, L] with what the fusion encoder is to find past a sentence's end."""
+        """Text [B, L, D] and mask [B, L], filled past the end of each sentence for the fusion encoder."""
         if not self.fill_text:
             return text * mask[..., None], mask
         more = self.time_len if torch.compiler.is_compiling() else max(self.time_len - text.shape[1], 0)
@@ -156,12 +156,12 @@ class MIMRL(nn.Module):
             return self.text_projection(self._encode_text(batch))
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch with its texts packed, where forward would pack them: before it moves to a GPU or into a graph."""
+        """The batch with its texts packed, as `forward` reads them. It is called before the batch moves to a GPU."""
         return batch if self.faithful else with_packed_text(self.text_encoder, batch)
 
     @torch.no_grad()
     def start_at(self, value: float) -> None:
-        """Make a fresh model predict `value` for everything; from there the head learns only what the features add."""
+        """Make a fresh model predict `value` for every sample. The head then learns only what the features add."""
         last = self.head.layers[-1]
         last.weight.zero_()
         last.bias.fill_(value)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from engine.errors import EstimatorError
 from engine.kernels.cmi import READINGS, cmi_values
 from engine.kernels.mi_bounds import bound_value
 from engine.kernels.mi_bounds.reference import full_precision
+from engine.mimrl.settings import LastActivation
 from engine.model.cmi import CMIEstimator
 from engine.model.estimators import MIEstimator, check_choice
 
@@ -37,7 +38,6 @@ ALPHA = 1 / (1 + math.exp(-0.01))
 """The published interpolation weight: sigmoid of its alpha_logit of .01."""
 
 SMILE_TAU = 1.0
-LAST_ACTIVATIONS = ("sigmoid", "hardtanh")
 LOGIT_LIMIT = 10.0
 EPS = 1e-6
 HARDTANH_MARGIN = 1e-4
@@ -107,7 +107,7 @@ class PublishedCMIEstimator(CMIEstimator):
         last_activate: str = "sigmoid",
         on_degenerate: str = "raise",
     ):
-        check_choice("last_activate", last_activate, LAST_ACTIVATIONS)
+        check_choice("last_activate", last_activate, get_args(LastActivation))
         super().__init__(dim, hidden, estimator, on_degenerate)
         self.last_activate = last_activate
 
@@ -209,10 +209,8 @@ def _off_diagonal(scores: Tensor) -> Tensor:
 
 # -- the classifier of conditional terms ----------------------------------------------------------------------------
 
-LastActivate = Literal["sigmoid", "hardtanh"]
 
-
-def published_classifier_loss(joint: Tensor, product: Tensor, last_activate: LastActivate) -> Tensor:
+def published_classifier_loss(joint: Tensor, product: Tensor, last_activate: LastActivation) -> Tensor:
     """Mean BCE of two independent outputs, targets [1, 0] for joint [..., n, 2], [0, 1] for product logits; [...]."""
     probabilities = _probabilities(torch.cat([joint, product], -2), last_activate)
     target = torch.zeros_like(probabilities)
@@ -221,7 +219,7 @@ def published_classifier_loss(joint: Tensor, product: Tensor, last_activate: Las
     return functional.binary_cross_entropy(probabilities, target, reduction="none").mean((-2, -1))
 
 
-def published_log_ratio(logits: Tensor, last_activate: LastActivate) -> Tensor:
+def published_log_ratio(logits: Tensor, last_activate: LastActivation) -> Tensor:
     """log g / (1 − g + 1e-6) of the first output g, [..., n, 2] -> [..., n]."""
     g = _probabilities(logits, last_activate)[..., 0]
     return torch.log(g / (1 - g + EPS))
@@ -235,7 +233,7 @@ def published_cmi(joint: Tensor, product: Tensor) -> Tensor:
     return 1 + (joint.sum(-1) - product.sum(-1)) / (joint.shape[-1] + product.shape[-1])
 
 
-def _probabilities(logits: Tensor, last_activate: LastActivate) -> Tensor:
+def _probabilities(logits: Tensor, last_activate: LastActivation) -> Tensor:
     logits = logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
     if last_activate == "sigmoid":
         return torch.sigmoid(logits)

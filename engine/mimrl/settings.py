@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from engine.config import Config, ModelConfig, ObjectiveConfig
 from engine.config.help import dash
-from engine.config.section import COMMON, WIDEST, Probability, Section, Shapes, dashed, none, spread
+from engine.config.section import COMMON, LONGEST, WIDEST, Probability, Section, dashed, none, spread
 from engine.errors import ConfigError
-from engine.vocabulary import MODALITIES, Activation
+from engine.vocabulary import MODALITIES, Activation, Encoder
 
 TERMS = {
     "I(F;T)": "MI(F, T)",
@@ -44,9 +44,21 @@ ESTIMATORS = {
 
 C1, C2 = [1.0] * len(ESTIMATORS), [0.01] * len(TERMS)
 
-Encoder = Literal["gru", "lstm", "conv"]
 Compose = Literal["mean", "sum", "cat"]
 LastActivation = Literal["sigmoid", "hardtanh"]
+
+
+def _shapes(value: Any) -> Any:
+    """The blocks of "20-3-128=10-3-128", which is how people write them."""
+    if isinstance(value, str):
+        value = value.split("=")
+    if isinstance(value, (list, tuple)):
+        return [block.strip().split("-") if isinstance(block, str) else block for block in value]
+    return value
+
+
+Width = Annotated[int, Field(ge=1, le=LONGEST)]
+Shapes = Annotated[list[tuple[Width, Width, Width]], BeforeValidator(_shapes)]
 
 
 class CubeMLPConfig(Section):

@@ -20,6 +20,7 @@ from engine.model.estimators import (
     scalars,
     xavier,
 )
+from engine.vocabulary import ON_DEGENERATE
 
 Rows = tuple[Tensor, Tensor, Tensor]
 
@@ -45,6 +46,7 @@ class CMIEstimator(nn.Module):
         on_degenerate: what to do with a joint batch of one, no product rows or non-finite logits. "raise" raises an
             EstimatorError. "skip" gives 0 as value, surrogate and loss, with zero gradients, and
             `details["skipped"]` = 1.
+        compat: no longer an option. Anything but "none" is refused, with the class to use instead.
 
     Biases start at 0, weights Xavier-uniform. `state_dict` names: classifier.{0,2,4,6}.{weight,bias}.
 
@@ -67,7 +69,7 @@ class CMIEstimator(nn.Module):
         super().__init__()
         refuse_compat("CMIEstimator", compat)
         check_choice("estimator", estimator, READINGS)
-        check_choice("on_degenerate", on_degenerate, ("raise", "skip"))
+        check_choice("on_degenerate", on_degenerate, ON_DEGENERATE)
         self.dim, self.estimator, self.on_degenerate = dim, estimator, on_degenerate
         self.classifier = build_mlp(3 * dim, self.outputs, hidden, 2, "relu", self.initialise)
 

@@ -10,9 +10,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from engine.errors import ConfigError
 from engine.kernels.gradients import transformed
 from engine.kernels.recurrent.op import available, bidirectional, parameters
+from engine.vocabulary import ENCODERS
 
 LAYER_NORM_EPS = 1e-6
-ENCODERS = ("gru", "lstm", "conv")
 
 
 def length_mask(length: Tensor, size: int) -> Tensor:

@@ -18,7 +18,7 @@ from engine.kernels.gradients import transformed, update_buffer
 from engine.kernels.mi_bounds import BOUNDS, bound_value, update_log_ema
 from engine.kernels.mi_bounds.reference import check_settings, full_precision
 from engine.kernels.registry import is_static
-from engine.vocabulary import BASELINES, CRITICS
+from engine.vocabulary import BASELINES, CRITICS, ON_DEGENERATE
 
 MODULES = {"relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "leakyrelu": nn.LeakyReLU, "tanh": nn.Tanh}
 
@@ -111,6 +111,7 @@ class MIEstimator(nn.Module):
         on_degenerate: what to do with a batch of one, non-finite scores or a non-finite estimate. "raise" raises an
             EstimatorError. "skip" gives 0 as value, surrogate and loss, with zero gradients, and
             `details["skipped"]` = 1.
+        compat: no longer an option. Anything but "none" is refused, with the class to use instead.
 
     Biases start at 0 and weights Xavier-uniform. Scores of standardised inputs are then of order 1, where every bound
     has a gradient.
@@ -143,7 +144,7 @@ class MIEstimator(nn.Module):
         super().__init__()
         refuse_compat("MIEstimator", compat)
         check_choice("bound", bound, BOUNDS)
-        check_choice("on_degenerate", on_degenerate, ("raise", "skip"))
+        check_choice("on_degenerate", on_degenerate, ON_DEGENERATE)
         check_settings("MIEstimator", alpha, smile_tau, ema_rate)
         self.dim_x, self.dim_y = dim_x, dim_y
         self.bound, self.on_degenerate = bound, on_degenerate

@@ -1,7 +1,7 @@
 """`report.html`: one self-contained page about a run, made from the run's folder alone.
 
 Nothing is fetched when it is opened: charts are inline SVG, style and script are inline, and a Content-Security-Policy
-forbids everything else. Pieces a run does not have are named on the page and left out.
+forbids everything else. The page names the files that the run does not have, and leaves out their sections.
 """
 
 from __future__ import annotations

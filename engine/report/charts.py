@@ -1,4 +1,4 @@
-"""The report's charts: small inline SVG, drawn here so that the page works without JavaScript, offline and on paper.
+"""The report's charts: small inline SVG, so that the page works without JavaScript, offline and on paper.
 
 Colours come from the page's style sheet by class name; `data-chart` carries what the page's script shows on hover.
 """
@@ -28,7 +28,11 @@ def escape(text: object) -> str:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number for people: `digits` after the point, fewer for large ones, an en dash for none."""
+    """A number as text: `digits` after the point, fewer for large numbers, an en dash for none.
+
+    >>> number(0.12345), number(1234.5), number(None)
+    ('0.123', '1234', '–')
+    """
     if not is_finite(value):
         return "–"
     size = abs(value)
@@ -128,17 +132,17 @@ def lines(
     """Curves over epochs; the series' names are their classes (train, valid, test). None if there is nothing to draw.
 
     Args:
-        series: name -> one value an epoch, None or not finite where missing (the curve is broken there).
+        series: {name: one value per epoch}; the curve is broken where a value is None or not finite.
         mark: the epoch to mark with a vertical line.
-        ceilings: name -> what the curves cannot exceed, drawn across where a curve comes more than half the way to it.
+        ceilings: {name: what the curves cannot exceed}. A ceiling is drawn if a curve comes at least half as high.
     """
     clean = {name: [v if v is not None and math.isfinite(v) else None for v in vs] for name, vs in series.items()}
     clean = {name: values for name, values in clean.items() if any(v is not None for v in values)}
     if not clean:
         return None
-    found = [v for values in clean.values() for v in values if v is not None]
-    ceilings = {name: at for name, at in (ceilings or {}).items() if max(found) > at / 2}
-    low, high = _span([*found, *ceilings.values()])
+    present = [v for values in clean.values() for v in values if v is not None]
+    ceilings = {name: at for name, at in (ceilings or {}).items() if max(present) > at / 2}
+    low, high = _span([*present, *ceilings.values()])
     first, last = min(epochs), max(epochs)
     side = 0.5 if first == last else 0.02 * (last - first)
     frame = Frame(first - side, last + side, low, high)
@@ -268,7 +272,7 @@ def shape(index: int, x: float, y: float, r: float = 5) -> str:
 
 
 def truth(latents: Sequence[dict[str, Any]], estimators: Sequence[str]) -> str | None:
-    """Estimates beside the true information, a row for each; the bar is the truth, a dashed one the ceiling."""
+    """Estimates beside the true information, one row per latent. A bar is the truth, a dashed bar the ceiling."""
     rows = [row for row in latents if is_finite(row.get("true"))]
     if not rows:
         return None

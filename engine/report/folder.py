@@ -1,4 +1,4 @@
-"""What a run folder holds, read so that a file that is missing or spoilt leaves out no other."""
+"""The content of a run folder. A file that is missing or damaged does not keep the others from being read."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _read_history(run: Run, text: str) -> None:
             run.missing.append(f"history.jsonl line {i + 1} cannot be read and is left out.")
             continue
         run.history.append(epoch)
-    # A resumed run may have written an epoch twice: the later one holds.
+    # A resumed run may have written an epoch twice. The later record counts.
     run.history = [by for _, by in sorted({epoch["epoch"]: epoch for epoch in run.history}.items())]
 
 

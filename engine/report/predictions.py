@@ -24,7 +24,6 @@ SENTIMENT_NAMES = tuple(f"{c:+d}".replace("-", "−") if c else "0" for c in ran
 
 Values = NDArray[np.float64]
 
-
 SHADES = "rows: true, columns: predicted; shade: share of the row"
 
 

@@ -95,7 +95,7 @@ def _spent(run: Run) -> str:
     if seconds:
         tiles.append(("Epoch", _duration(float(np.median(seconds))), "median"))
     if is_finite(rate):
-        tiles.append(("Speed", f"{number(rate, 1)}/s", "samples a second"))
+        tiles.append(("Speed", f"{number(rate, 1)}/s", "samples per second"))
     if is_finite(waited := run.metrics.get("data_wait_share")):
         tiles.append(("Waiting", f"{waited:.1%}", "for data, of training"))
     if is_finite(memory):

@@ -19,23 +19,23 @@ def run(tmp_path_factory):
 
 
 def test_a_baseline_run_is_selected_on_valid(run):
-    folder, found = run
+    folder, metrics = run
     history = [json.loads(line) for line in (folder / "runs/seed0/history.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in history] == [0, 1]
     best = min(history, key=lambda r: r["valid"]["mae"])
-    assert found["best_epoch"] == best["epoch"]
-    assert found["test"] == best["test"]
-    assert found["oracle_test"]["mae"] == min(r["test"]["mae"] for r in history)
-    assert json.loads((folder / "runs/seed0/metrics.json").read_text()) == found
+    assert metrics["best_epoch"] == best["epoch"]
+    assert metrics["test"] == best["test"]
+    assert metrics["oracle_test"]["mae"] == min(r["test"]["mae"] for r in history)
+    assert json.loads((folder / "runs/seed0/metrics.json").read_text()) == metrics
 
 
 def test_collected_numbers(run):
-    folder, found = run
+    folder, metrics = run
     collected = accuracy.collect(folder / "runs")
-    assert collected["test"]["mae"]["mean"] == found["test"]["mae"]
-    assert collected["valid_mae"]["mean"] == found["valid"]["mae"]
+    assert collected["test"]["mae"]["mean"] == metrics["test"]["mae"]
+    assert collected["valid_mae"]["mean"] == metrics["valid"]["mae"]
     assert list(collected["runs"]) == ["seed0"]
-    assert f"{found['test']['mae']:.3f}" in accuracy.table({"baseline": collected})
+    assert f"{metrics['test']['mae']:.3f}" in accuracy.table({"baseline": collected})
 
 
 def test_time_until_a_valid_mae():

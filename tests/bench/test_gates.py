@@ -42,13 +42,13 @@ def test_faithful_mode_starts_as_the_baseline():
     expected = {k: v for part in split_reference_state(theirs.state_dict())[:2] for k, v in part.items()}
     assert set(ours) == set(expected)
     for name, fresh in expected.items():
-        found = ours[name]
+        drawn = ours[name]
         if fresh.numel() > 1 and fresh.unique().numel() == 1:
-            assert torch.equal(found, fresh), name
+            assert torch.equal(drawn, fresh), name
         elif fresh.numel() >= 100:
-            assert found.std().item() == pytest.approx(fresh.std().item(), rel=0.2), name
+            assert drawn.std().item() == pytest.approx(fresh.std().item(), rel=0.2), name
         else:
-            assert found.abs().max() > 0, name
+            assert drawn.abs().max() > 0, name
 
 
 def test_a_wrong_estimate_turns_the_gates_red(monkeypatch):

@@ -97,8 +97,8 @@ def test_infonce_in_float64_by_chunks():
     q, k = (v.double().requires_grad_() for v in gpu_rows.embeddings(37, 6, "cpu"))
     value = torch.nn.functional.cross_entropy(q @ k.t(), torch.arange(37))
     value.backward()
-    found = gpu_rows.exact_infonce(q.detach(), k.detach(), chunk=10)
-    for a, b in zip(found, (value.detach(), q.grad, k.grad), strict=True):
+    measured = gpu_rows.exact_infonce(q.detach(), k.detach(), chunk=10)
+    for a, b in zip(measured, (value.detach(), q.grad, k.grad), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -109,8 +109,8 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     monkeypatch.setattr(gpu_rows, "QUICK_INFONCE", ((24, 8, ("fp32",)),))
     right = engine.kernels.infonce
     monkeypatch.setattr(engine.kernels, "infonce", lambda q, k: right(q, k) * 1.001)
-    found = [e for e in gpu_rows.infonce(context) if e["side"] in ("engine", "eager")]
-    assert [("red" in e, "ms" in e) for e in found] == [(True, False), (False, True)]
+    measured = [e for e in gpu_rows.infonce(context) if e["side"] in ("engine", "eager")]
+    assert [("red" in e, "ms" in e) for e in measured] == [(True, False), (False, True)]
 
 
 def test_a_side_that_fails_leaves_the_others_their_turns():
@@ -119,8 +119,8 @@ def test_a_side_that_fails_leaves_the_others_their_turns():
     def broken():
         raise ValueError("no such kernel")
 
-    found = gpu_rows.measured(context, {"engine": lambda: None, "other": broken})
-    assert found["other"] == {"failed": "ValueError: no such kernel"} and found["engine"]["ms"] >= 0
+    measured = gpu_rows.measured(context, {"engine": lambda: None, "other": broken})
+    assert measured["other"] == {"failed": "ValueError: no such kernel"} and measured["engine"]["ms"] >= 0
 
 
 def test_sides_take_turns():
@@ -147,7 +147,7 @@ def result(entries):
 
 def test_the_table_shows_what_was_measured_and_what_was_not():
     case = {"row": "infonce", "B": 16384, "d": 128, "precision": "bf16"}
-    found = result(
+    measured = result(
         [
             {**case, "side": "engine", "ms": 1.5, "graph_ms": 0.9},
             {**case, "side": "eager", "ms": 3.4},
@@ -155,7 +155,7 @@ def test_the_table_shows_what_was_measured_and_what_was_not():
             {"row": "cubemlp", "side": "engine", "precision": "tf32", "red": "off"},
         ]
     )
-    lines = gpu_table.table(found).splitlines()
+    lines = gpu_table.table(measured).splitlines()
     assert (
         "| InfoNCE bf16, B=16,384, d=128, forward and backward | 0.9 ms | 1.1 ms | 0.7 ms | eager torch 3.4 ms |"
         in lines
@@ -165,7 +165,7 @@ def test_the_table_shows_what_was_measured_and_what_was_not():
     assert any(line.startswith("| CubeMLP, B=128, tf32 | wrong result |") for line in lines)
     assert any(line.startswith("| launches of stage 1 | not measured |") for line in lines)
     assert lines[-1] == "a GPU; torch 2.11.0; commit abc; 2026-11-27."
-    assert gpu_table.slower(found) == []
+    assert gpu_table.slower(measured) == []
     slow = result([{**case, "side": "engine", "ms": 4.0}, {**case, "side": "eager", "ms": 3.4}])
     assert gpu_table.slower(slow) == ["infonce 16384 128 bf16: engine 4 ms, eager 3.4 ms"]
 

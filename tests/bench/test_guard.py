@@ -8,20 +8,20 @@ from engine.objective import Objective
 
 
 @pytest.fixture(scope="module")
-def found():
+def counters():
     return guard.measure()
 
 
-def test_counters_are_those_on_record(found):
+def test_counters_are_those_on_record(counters):
     recorded = guard.load()
     if others := guard.other_environment(recorded):
         pytest.skip("the counters hold elsewhere: " + ", ".join(others))
-    lines = guard.differences(recorded["counters"], found)
+    lines = guard.differences(recorded["counters"], counters)
     assert not lines, "\n".join([*lines, 'if meant: python -m bench.guard --update --reason "..."'])
 
 
-def test_counting_twice_gives_the_same(found):
-    assert guard.measure(("fast",))["fast"] == found["fast"]
+def test_counting_twice_gives_the_same(counters):
+    assert guard.measure(("fast",))["fast"] == counters["fast"]
 
 
 def plant(monkeypatch, regression):
@@ -46,14 +46,14 @@ REGRESSIONS = {
 
 
 @pytest.mark.parametrize("counter", REGRESSIONS)
-def test_a_planted_regression_is_seen(found, monkeypatch, counter):
+def test_a_planted_regression_is_seen(counters, monkeypatch, counter):
     plant(monkeypatch, REGRESSIONS[counter])
     planted = guard.measure(("fast",))
-    lines = guard.differences(found, planted)
+    lines = guard.differences(counters, planted)
     seen = {line.split(":")[0] for line in lines}
     assert f"fast stage1 {counter}" in seen
     assert not any(line.startswith("fast stage2") for line in lines), "stage 2 was not touched"
-    more = {name: planted["fast"]["stage1"][name] - found["fast"]["stage1"][name] for name in guard.COUNTERS}
+    more = {name: planted["fast"]["stage1"][name] - counters["fast"]["stage1"][name] for name in guard.COUNTERS}
     if counter == "aten_calls":
         assert more == {"aten_calls": 1, "bytes_allocated": 0, "flops": 0}
         assert any("aten.mul_" in line for line in lines)

@@ -314,12 +314,12 @@ def test_a_run_goes_on_where_it_ended(tmp_path, fake, capsys):
     before = path.read_bytes()
     assert main([*run, "--tasks", "some-*", "cmi-not*"]) == 0
     assert path.read_bytes().startswith(before)
-    found = {r["task"]: r for r in records.read(path)}
-    assert len(found) == len(path.read_text().splitlines()) == 4
-    assert found["some-4"]["value"] == 4 and found["some-4"]["truth"] == 0.5
-    assert found["some-4"]["versions"]["numpy"] == np.__version__
-    assert found["some-raise"]["error"] == "ValueError: two lines" and found["some-nan"]["error"] == "value nan"
-    assert found["some-slow"]["error"] == "over the limit of CPU seconds"
+    known = {r["task"]: r for r in records.read(path)}
+    assert len(known) == len(path.read_text().splitlines()) == 4
+    assert known["some-4"]["value"] == 4 and known["some-4"]["truth"] == 0.5
+    assert known["some-4"]["versions"]["numpy"] == np.__version__
+    assert known["some-raise"]["error"] == "ValueError: two lines" and known["some-nan"]["error"] == "value nan"
+    assert known["some-slow"]["error"] == "over the limit of CPU seconds"
     assert main([*run, "--tasks", "some-*"]) == 0
     assert "4 estimates, 4 of them on record before" in capsys.readouterr().err
 
@@ -486,10 +486,10 @@ def test_the_suite(monkeypatch):
     work = mi_benchmark.build("engine", setting)
     expected = np.mean([abs(0.5 - OWN[name].truth) for name in mi_benchmark.QUICK_TASKS])
     assert work.run() == work.run() == pytest.approx(expected)
-    found = mi_benchmark.details(setting, {"engine": work}, {})
-    assert found["summary"]["runs"] == 6 and found["summary"]["covered"] == (4, 6)
-    assert [r["seed"] for r in found["tasks"]["own-cross"]] == [0, 1]
-    json.dumps(found)
+    known = mi_benchmark.details(setting, {"engine": work}, {})
+    assert known["summary"]["runs"] == 6 and known["summary"]["covered"] == (4, 6)
+    assert [r["seed"] for r in known["tasks"]["own-cross"]] == [0, 1]
+    json.dumps(known)
     with pytest.raises(AssertionError, match=r"1 nat: 0\.500"):
         mi_benchmark.gate(setting)
 

@@ -114,9 +114,9 @@ def test_an_epoch_of_real_files(tmp_path, monkeypatch, capsys):
     shapes.write_store(tmp_path, dict.fromkeys(("train", "valid", "test"), made))
     monkeypatch.setenv(epoch_mosi.FILES, str(tmp_path))
     monkeypatch.setattr("bench.epochs.QUICK_SAMPLES", 2)
-    found = epoch_mosi.samples(runner.Setting(quick=True))
-    assert found.text == made.text[:2] and [a.shape for a in found.audio] == [a.shape for a in made.audio[:2]]
-    assert found.label.shape == (2, 1)
+    read = epoch_mosi.samples(runner.Setting(quick=True))
+    assert read.text == made.text[:2] and [a.shape for a in read.audio] == [a.shape for a in made.audio[:2]]
+    assert read.label.shape == (2, 1)
 
 
 def test_every_suite_is_complete():
@@ -177,8 +177,8 @@ def test_a_long_point_of_a_curve_is_measured_once(monkeypatch):
 
 def test_products_are_counted_by_the_baseline():
     a, b = torch.randn(8, 16), torch.randn(16, 4)
-    found = runner.products(Work(lambda: a @ b), 1e-6, Setting())
-    assert found["product_flops"] == 2 * 8 * 16 * 4 and found["gemm_fraction"] > 0
+    read = runner.products(Work(lambda: a @ b), 1e-6, Setting())
+    assert read["product_flops"] == 2 * 8 * 16 * 4 and read["gemm_fraction"] > 0
 
 
 def test_threads_are_set_before_libraries_read_them(monkeypatch):

@@ -16,12 +16,12 @@ def test_table_of_kernels_is_that_of_the_budgets():
 
 
 def test_table_of_traffic_is_that_of_the_model():
-    found = traffic.measure()
-    for name, (eager, ours) in found.items():
+    counted = traffic.measure()
+    for name, (eager, ours) in counted.items():
         assert ours.launches < eager.launches and ours.bytes < eager.bytes, name
     if others := guard.other_environment(guard.load()):
         pytest.skip("the counts on record hold elsewhere: " + ", ".join(others))
-    assert traffic.traffic_table(found) in PAGE, "run python -m bench.traffic --update"
+    assert traffic.traffic_table(counted) in PAGE, "run python -m bench.traffic --update"
 
 
 def test_views_cost_nothing_and_in_place_operations_write():

@@ -48,16 +48,16 @@ class Session:
 
     def __init__(self, target, corpus: Path, runs: int):
         self.target, self.corpus, self.runs = target, corpus, runs
-        self.count, self.found, self.start = 0, {}, time.perf_counter()
+        self.count, self.findings, self.start = 0, {}, time.perf_counter()
 
     def one(self, data: bytes) -> None:
         from tests.fuzz.targets import clean, execute
 
         finding = execute(self.target, data)
         self.count += 1
-        if finding is not None and finding.partition(": ")[0] not in self.found:
-            self.found[finding.partition(": ")[0]] = finding
-            (self.corpus / f"finding-{len(self.found)}").write_bytes(data)
+        if finding is not None and finding.partition(": ")[0] not in self.findings:
+            self.findings[finding.partition(": ")[0]] = finding
+            (self.corpus / f"finding-{len(self.findings)}").write_bytes(data)
             print(f"finding: {finding}", flush=True)
         if self.count == self.runs:
             self.report()
@@ -65,7 +65,7 @@ class Session:
 
     def report(self) -> None:
         rate = self.count / (time.perf_counter() - self.start)
-        print(f"{self.target.name}: {self.count} executions, {len(self.found)} findings, {rate:.0f}/s", flush=True)
+        print(f"{self.target.name}: {self.count} executions, {len(self.findings)} findings, {rate:.0f}/s", flush=True)
 
 
 def main() -> None:
@@ -109,7 +109,7 @@ def main() -> None:
         atheris.Fuzz()
         return
     blind(session, a.seed)
-    os._exit(1 if session.found else 0)
+    os._exit(1 if session.findings else 0)
 
 
 def blind(session: Session, seed: int) -> None:

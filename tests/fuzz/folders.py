@@ -77,17 +77,17 @@ def config() -> Target:
 
     def run(data: bytes) -> None:
         if data[:1] == b"\x00":
-            found = load_config("demo", [data[1:].decode("utf-8", "replace")])
+            settings = load_config("demo", [data[1:].decode("utf-8", "replace")])
         elif data[:1] == b"\x02":
             path.write_text(yaml.safe_dump(json.loads(as_json(edited(SETTINGS, iter(data[1:]))))), encoding="utf-8")
-            found = load_config(path)
+            settings = load_config(path)
         else:
             path.write_bytes(data)
-            found = load_config(path)
-        found.resolve()
+            settings = load_config(path)
+        settings.resolve()
         if len(data) % 16 == 0:  # a whole file takes longer than all else
-            path.write_text(found.to_yaml(), encoding="utf-8")
-            if load_config(path) != found:
+            path.write_text(settings.to_yaml(), encoding="utf-8")
+            if load_config(path) != settings:
                 raise Finding("settings that are not those that were saved")
 
     overrides = ["train.lr=5e-4", "data.clip=none", "model.cubemlp.d_outs=2-3-4=2-3-4", "objective.c1=[1, 2]"]

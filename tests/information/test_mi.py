@@ -31,27 +31,27 @@ def gaussian(rho: float, dims: int, count: int, seed: int = 0) -> tuple[np.ndarr
 @pytest.mark.parametrize("dims, rho", [(1, 0.9), (2, 0.9), (5, 0.6), (25, 0.5)])
 def test_gaussians(dims, rho):
     x, y, truth = gaussian(rho, dims, 3000)
-    found = estimate_mi(3 * x + 5, y, **QUICK)
-    assert found.value == pytest.approx(truth, abs=0.06 + 0.02 * truth)
-    assert found.interval[0] <= truth <= found.interval[1]
-    assert found.method == ("neighbours" if dims == 1 else "gaussian")
+    estimate = estimate_mi(3 * x + 5, y, **QUICK)
+    assert estimate.value == pytest.approx(truth, abs=0.06 + 0.02 * truth)
+    assert estimate.interval[0] <= truth <= estimate.interval[1]
+    assert estimate.method == ("neighbours" if dims == 1 else "gaussian")
 
 
 def test_high_information_is_read_beyond_the_ceiling_and_flagged():
     x, y, truth = gaussian(math.sqrt(1 - math.exp(-1)), 20, 2000)
     assert truth == pytest.approx(10)
-    found = estimate_mi(x, y, **QUICK)
-    assert found.value == pytest.approx(10, abs=0.5) and "saturated" in found.flags
-    assert found["infonce"] < math.log(400) < found.value
+    estimate = estimate_mi(x, y, **QUICK)
+    assert estimate.value == pytest.approx(10, abs=0.5) and "saturated" in estimate.flags
+    assert estimate["infonce"] < math.log(400) < estimate.value
 
 
 def test_many_columns_for_few_rows():
     """130 columns of noise in 2,000 rows: chance alone correlates, and the value is right all the same."""
     x, y, truth = gaussian(0.8, 3, 2000)
     noise = np.random.default_rng(1).normal(size=(2, 2000, 65))
-    found = estimate_mi(np.hstack([x, noise[0]]), np.hstack([noise[1], y]), **QUICK)
-    assert found.value == pytest.approx(truth, abs=0.15) and "overfitted" in found.flags
-    assert found.interval[0] <= truth <= found.interval[1]
+    estimate = estimate_mi(np.hstack([x, noise[0]]), np.hstack([noise[1], y]), **QUICK)
+    assert estimate.value == pytest.approx(truth, abs=0.15) and "overfitted" in estimate.flags
+    assert estimate.interval[0] <= truth <= estimate.interval[1]
 
 
 def test_columns_turned_by_their_length():
@@ -61,26 +61,26 @@ def test_columns_turned_by_their_length():
     turned = np.stack(
         [np.cos(angle) * y[:, 0] - np.sin(angle) * y[:, 1], np.sin(angle) * y[:, 0] + np.cos(angle) * y[:, 1]], 1
     )
-    found = estimate_mi(x, turned, steps=600)
-    assert found.value == pytest.approx(truth, abs=0.2) and "network" in found.method
-    assert found["gaussian"] < 0.2
-    assert found.interval[0] <= truth <= found.interval[1]
+    estimate = estimate_mi(x, turned, steps=600)
+    assert estimate.value == pytest.approx(truth, abs=0.2) and "network" in estimate.method
+    assert estimate["gaussian"] < 0.2
+    assert estimate.interval[0] <= truth <= estimate.interval[1]
 
 
 def test_a_student_is_dependent_through_the_length_alone():
     generator = np.random.default_rng(0)
     both = generator.normal(size=(4000, 6)) * np.sqrt(2 / generator.chisquare(2, (4000, 1)))
-    found = estimate_mi(both[:, :3], both[:, 3:], **QUICK)
-    assert found.value == pytest.approx(0.291, abs=0.06)
-    assert found.method.startswith("gaussian with radii") and "heavy tails" in found.flags
+    estimate = estimate_mi(both[:, :3], both[:, 3:], **QUICK)
+    assert estimate.value == pytest.approx(0.291, abs=0.06)
+    assert estimate.method.startswith("gaussian with radii") and "heavy tails" in estimate.flags
 
 
 @pytest.mark.parametrize("dims", [1, 5, 25])
 def test_independent_columns_read_nothing(dims):
     x, y = np.random.default_rng(dims).standard_t(1.5, size=(2, 1500, dims))
-    found = estimate_mi(x, y, **QUICK)
-    assert 0 <= found.value < 0.02 and "noise" in found.flags
-    assert found.interval[0] == 0 < found.interval[1]
+    estimate = estimate_mi(x, y, **QUICK)
+    assert 0 <= estimate.value < 0.02 and "noise" in estimate.flags
+    assert estimate.interval[0] == 0 < estimate.interval[1]
 
 
 def test_outliers_and_monotone_maps_change_nothing():
@@ -100,32 +100,32 @@ def test_two_discrete_variables_are_counted():
     x = generator.integers(8, size=5000)
     y = np.where(generator.random(5000) < 0.3, (x + generator.integers(1, 8, size=5000)) % 8, x)
     truth = math.log(8) + 0.7 * math.log(0.7) + 0.3 * math.log(0.3 / 7)
-    found = estimate_mi(x, y)
-    assert found.method == "counts" and found.value == pytest.approx(truth, abs=0.03)
-    assert found.interval[0] <= truth <= found.interval[1]
+    estimate = estimate_mi(x, y)
+    assert estimate.method == "counts" and estimate.value == pytest.approx(truth, abs=0.03)
+    assert estimate.interval[0] <= truth <= estimate.interval[1]
 
 
 def test_a_label_and_a_column():
     """Four classes, two apart: 0.702 nats by numerical integration."""
     generator = np.random.default_rng(0)
     label = generator.integers(4, size=4000)
-    found = estimate_mi(label, np.array([-3.0, -1.0, 1.0, 3.0])[label] + generator.normal(size=4000), **QUICK)
-    assert "discrete columns" in found.flags
+    estimate = estimate_mi(label, np.array([-3.0, -1.0, 1.0, 3.0])[label] + generator.normal(size=4000), **QUICK)
+    assert "discrete columns" in estimate.flags
     levels = np.array([-3.0, -1.0, 1.0, 3.0])
     at = np.linspace(-9, 9, 20001)
     density = np.exp(-0.5 * (at[:, None] - levels) ** 2).mean(1) / math.sqrt(2 * math.pi)
     truth = np.trapezoid(-density * np.log(density), at) - 0.5 * math.log(2 * math.pi * math.e)
-    assert found.value == pytest.approx(truth, abs=0.06)
+    assert estimate.value == pytest.approx(truth, abs=0.06)
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_every_bound_is_finite_and_near_the_truth(bound):
     generator = np.random.default_rng(3)
     both = generator.normal(size=(1500, 4)) * np.sqrt(1 / generator.chisquare(1, (1500, 1)))
-    found = estimate_mi(both[:, :2], both[:, 2:], bound=bound, **QUICK)
+    estimate = estimate_mi(both[:, :2], both[:, 2:], bound=bound, **QUICK)
     # 0.432 nats; a Student of 1 degree of freedom, on which exponentials of scores overflow
-    assert found.value == pytest.approx(0.432, abs=0.2) and math.isfinite(found.interval[1])
-    assert found[bound] == found.readings[bound]
+    assert estimate.value == pytest.approx(0.432, abs=0.2) and math.isfinite(estimate.interval[1])
+    assert estimate[bound] == estimate.readings[bound]
 
 
 # -- the result -------------------------------------------------------------------------------------------------------
@@ -145,17 +145,17 @@ def test_equal_seeds_give_equal_results_and_leave_the_generator_alone():
 
 def test_the_result_can_be_read_in_many_ways(tmp_path):
     x, y, _ = gaussian(0.7, 2, 400)
-    found = estimate_mi(x, y, **QUICK)
-    assert float(found) == found.value == found["value"] == json.loads(json.dumps(found.to_dict()))["value"]
-    assert found["dv"] == found.readings["dv"] and "nwj" not in found and {"value", "dv"} <= set(found)
-    assert len(found.advice) == len(found.flags) and found.samples == len(found.pointwise) == 400
-    assert found.pointwise.mean().item() == pytest.approx(found["infonce"], abs=1e-6)
-    assert found.history[0]["step"] == 0 and found.history[-1]["held_out"] is not None
-    assert f"{found.value:.3f} nats" in str(found)
+    estimate = estimate_mi(x, y, **QUICK)
+    assert float(estimate) == estimate.value == estimate["value"] == json.loads(json.dumps(estimate.to_dict()))["value"]
+    assert estimate["dv"] == estimate.readings["dv"] and "nwj" not in estimate and {"value", "dv"} <= set(estimate)
+    assert len(estimate.advice) == len(estimate.flags) and estimate.samples == len(estimate.pointwise) == 400
+    assert estimate.pointwise.mean().item() == pytest.approx(estimate["infonce"], abs=1e-6)
+    assert estimate.history[0]["step"] == 0 and estimate.history[-1]["held_out"] is not None
+    assert f"{estimate.value:.3f} nats" in str(estimate)
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
-    assert found.plot(tmp_path / "estimate.png").read_bytes().startswith(b"\x89PNG")
+    assert estimate.plot(tmp_path / "estimate.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(KeyError):
-        found["nothing like it"]
+        estimate["nothing like it"]
 
 
 def test_every_flag_has_advice():
@@ -167,8 +167,8 @@ def test_every_flag_has_advice():
 def test_copies_of_a_row_share_a_fold():
     """Or the critic would be read on rows that it was trained on, and find information where there is none."""
     x, y = np.random.default_rng(0).normal(size=(2, 500, 10))
-    found = estimate_mi(np.tile(x, (4, 1)), np.tile(y, (4, 1)), **QUICK)
-    assert "repeated rows" in found.flags and found.value < 0.05
+    estimate = estimate_mi(np.tile(x, (4, 1)), np.tile(y, (4, 1)), **QUICK)
+    assert "repeated rows" in estimate.flags and estimate.value < 0.05
 
 
 def test_discrete_rows_may_repeat():
@@ -177,8 +177,8 @@ def test_discrete_rows_may_repeat():
     x = generator.integers(2, size=1000)
     y = np.where(generator.random(1000) < 0.2, 1 - x, x)
     truth = math.log(2) + 0.8 * math.log(0.8) + 0.2 * math.log(0.2)
-    found = estimate_mi(x, y, bound="infonce", **QUICK)
-    assert found.value == pytest.approx(truth, abs=0.05) and "repeated rows" not in found.flags
+    estimate = estimate_mi(x, y, bound="infonce", **QUICK)
+    assert estimate.value == pytest.approx(truth, abs=0.05) and "repeated rows" not in estimate.flags
 
 
 def test_copies_that_leave_no_folds_are_refused():
@@ -190,8 +190,8 @@ def test_copies_that_leave_no_folds_are_refused():
 
 def test_constant_columns_are_left_out():
     x, y, truth = gaussian(0.8, 2, 1500)
-    found = estimate_mi(np.hstack([x, np.full((1500, 1), 518.123)]), y, **QUICK)
-    assert found.flags == ("constant columns",) and found.value == pytest.approx(truth, abs=0.1)
+    estimate = estimate_mi(np.hstack([x, np.full((1500, 1), 518.123)]), y, **QUICK)
+    assert estimate.flags == ("constant columns",) and estimate.value == pytest.approx(truth, abs=0.1)
     nothing = estimate_mi(np.zeros(100), y[:100])
     assert nothing.value == 0 and nothing.interval == (0, 0) and nothing.flags == ("constant columns",)
 
@@ -199,15 +199,15 @@ def test_constant_columns_are_left_out():
 @pytest.mark.parametrize("dims", [1, 3])
 def test_a_column_with_itself_is_flagged(dims):
     x = np.random.default_rng(0).normal(size=(600, dims))
-    found = estimate_mi(x, x, **QUICK)
-    assert "saturated" in found.flags and found.value > 4
+    estimate = estimate_mi(x, x, **QUICK)
+    assert "saturated" in estimate.flags and estimate.value > 4
 
 
 def test_training_that_ends_early_is_flagged():
     generator = np.random.default_rng(0)
     x = generator.normal(size=(1500, 3))
-    found = estimate_mi(x, np.sign(x[:, :1] * x[:, 1:2]) + 0.1 * generator.normal(size=(1500, 1)), steps=60)
-    assert "not converged" in found.flags
+    estimate = estimate_mi(x, np.sign(x[:, :1] * x[:, 1:2]) + 0.1 * generator.normal(size=(1500, 1)), steps=60)
+    assert "not converged" in estimate.flags
 
 
 @pytest.mark.parametrize(
@@ -271,16 +271,16 @@ def test_neighbour_information_does_not_depend_on_the_blocks(monkeypatch):
     monkeypatch.setattr(neighbours, "BLOCK", 1000)
     parts = neighbour_information(x[:, 0], y[:, 0])
     assert {k: len(v) for k, v in parts.items()} == {3: 3000, 10: 3000}
-    for found in (whole, parts):
-        assert found[3].mean().item() == pytest.approx(truth.item(), abs=0.06)
+    for estimate in (whole, parts):
+        assert estimate[3].mean().item() == pytest.approx(truth.item(), abs=0.06)
 
 
 def test_counts_of_few_rows_are_corrected():
     """Independent digits: 64 cells in 1,000 rows show (64 - 8 - 8 + 1) / 2000 = 0.0245 nats that are not there."""
     generator = torch.Generator().manual_seed(0)
-    found = []
+    estimate = []
     for _ in range(40):
         shares, bias = counted_information(*torch.randint(8, (2, 1000), generator=generator))
-        found.append((shares.mean().item(), shares.mean().item() - bias))
-    raw, corrected = np.mean(found, 0)
+        estimate.append((shares.mean().item(), shares.mean().item() - bias))
+    raw, corrected = np.mean(estimate, 0)
     assert raw == pytest.approx(0.0245, abs=0.003) and abs(corrected) < 0.003

@@ -236,7 +236,7 @@ def test_shapes_are_checked():
         op.bidirectional(x[:, :, :4], length, weights, "gru")
     with pytest.raises(ValueError, match="layer 0"):
         op.bidirectional(x, length, weights, "lstm")
-    with pytest.raises(ValueError, match="8 weights a layer"):
+    with pytest.raises(ValueError, match="8 weights per layer"):
         op.bidirectional(x, length, weights[:-1], "gru")
 
 

@@ -92,7 +92,7 @@ def cut(folder: Path, count: int) -> dict:
     start = time.perf_counter()
     expected = open_store(convert(whole, folder / "whole", tokenizer)).meta["checksums"]
     seconds = time.perf_counter() - start
-    chance, found = random.Random(0), {"error": 0, "whole": 0, "wrong": []}
+    chance, outcomes = random.Random(0), {"error": 0, "whole": 0, "wrong": []}
 
     def work() -> int:
         try:
@@ -110,17 +110,17 @@ def cut(folder: Path, count: int) -> dict:
         os.truncate(source, int(chance.uniform(0, size)))
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if code == 0 and open_store(target).meta["checksums"] == expected and not verify_store(target):
-            found["whole"] += 1
+            outcomes["whole"] += 1
         elif code == 2 and str(source) in said.read_text() and not target.exists() and not leftovers(target):
-            found["error"] += 1
+            outcomes["error"] += 1
         else:
-            found["wrong"].append(f"run {run}: exit code {code}")
-    return found
+            outcomes["wrong"].append(f"run {run}: exit code {code}")
+    return outcomes
 
 
 def limit(folder: Path, *sizes: int) -> list[dict]:
     source, tokenizer = pickle_of(folder, 600, 160, 16), str(small_tokenizer(folder / "encoder"))
-    target, found = folder / "out" / "store.safetensors", []
+    target, outcomes = folder / "out" / "store.safetensors", []
     for size in sizes:
         said = folder / "said"
 
@@ -134,8 +134,8 @@ def limit(folder: Path, *sizes: int) -> list[dict]:
             return 0
 
         os.waitpid(fork(work), 0)
-        found.append({"error": said.read_text(), "left": leftovers(target) + [target.name] * target.exists()})
-    return found
+        outcomes.append({"error": said.read_text(), "left": leftovers(target) + [target.name] * target.exists()})
+    return outcomes
 
 
 def memory(folder: Path) -> dict:

@@ -9,7 +9,7 @@ import pytest
 
 from engine.errors import DataError, OutputError
 from engine.loaders import spool
-from engine.loaders.spool import spooled, steady
+from engine.loaders.spool import spooled, stable_content
 
 SIZE = 3 * spool.SMALL
 
@@ -28,7 +28,7 @@ def test_what_was_read_stays(file, tmp_path, spool, shared, monkeypatch):
         monkeypatch.delattr(os, "copy_file_range", raising=False)
     whole = file.read_bytes()
     with spooled(tmp_path if spool else None):
-        data = steady(file)
+        data = stable_content(file)
     assert isinstance(data, mmap.mmap if spool else bytes)
     os.truncate(file, 10)  # a mapping of the file itself would end the process here
     assert data[:] == whole
@@ -44,16 +44,16 @@ def test_a_file_that_changes_while_it_is_copied(file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(spool, "_copy", cut)
     with spooled(tmp_path), pytest.raises(DataError, match=rf"x\.pkl: found .*\({SIZE} bytes, then {SIZE - 5}\)"):
-        steady(file)
+        stable_content(file)
 
 
 def test_no_space_for_the_copy(file, tmp_path, monkeypatch):
     with Path("/dev/full").open("r+b") as full, spooled(tmp_path), pytest.raises(OutputError, match="no space left"):
         monkeypatch.setattr(spool, "_unnamed", lambda folder: full)
-        steady(file)
+        stable_content(file)
 
 
 def test_an_empty_file(tmp_path):
     (tmp_path / "x").touch()
     with spooled(tmp_path):
-        assert steady(tmp_path / "x") == b""
+        assert stable_content(tmp_path / "x") == b""

@@ -24,14 +24,14 @@ def estimate(arrays: dict[str, np.ndarray], seed: int, bound: str | None = None)
 def entries(result: Any) -> dict[str, Any]:
     """{"value", "interval", "flags"} of a result object, or of the mapping that earlier versions return."""
     if isinstance(result, Mapping) and not hasattr(result, "value"):
-        found = {"value": float(result["value"] if "value" in result else result["dv"])}
+        entry = {"value": float(result["value"] if "value" in result else result["dv"])}
         if error := result.get("standard_error"):
-            found["interval"] = [found["value"] - 1.96 * error, found["value"] + 1.96 * error]
-        return found
-    found = {"value": float(result.value), "flags": sorted(str(flag) for flag in result.flags)}
+            entry["interval"] = [entry["value"] - 1.96 * error, entry["value"] + 1.96 * error]
+        return entry
+    entry = {"value": float(result.value), "flags": sorted(str(flag) for flag in result.flags)}
     if result.interval is not None:
-        found["interval"] = [float(end) for end in result.interval]
-    return found
+        entry["interval"] = [float(end) for end in result.interval]
+    return entry
 
 
 def main() -> None:

@@ -49,10 +49,10 @@ def timed(estimate: Estimate, arrays: dict[str, np.ndarray], seed: int) -> dict[
     """`estimate`'s entries, or {"error"}, with "seconds" and "cpu_seconds"."""
     wall, cpu = time.perf_counter(), time.process_time()
     try:
-        found = estimate(arrays, seed)
+        answer = estimate(arrays, seed)
     except Exception as error:  # any package may fail in any way; the run goes on and the failure is on record
-        found = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
     else:
-        if not np.isfinite(found["value"]):
-            found = {"error": f"value {found['value']}"}
-    return found | {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        if not np.isfinite(answer["value"]):
+            answer = {"error": f"value {answer['value']}"}
+    return answer | {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}

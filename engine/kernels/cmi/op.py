@@ -21,7 +21,7 @@ from engine.kernels.arguments import check_number, exact_type
 from engine.kernels.cmi import reference
 from engine.kernels.cmi.reference import LOGIT_LIMIT, READINGS
 from engine.kernels.gradients import differentiable_once
-from engine.kernels.registry import backend_for, call, lazy, register
+from engine.kernels.registry import backend_for, call, register_from
 
 
 class CMIOutput(NamedTuple):
@@ -233,39 +233,22 @@ def _fake_read_backward(joint, product, loss_grad, value_grad, which, limit):
     return [torch.empty_like(joint), torch.empty_like(product)] if both else [torch.empty_like(joint)]
 
 
-def _register(name: str, function: str, schema: str, fake, cuda: str) -> None:
-    folder = "engine.kernels.cmi"
-    register(
-        name,
-        schema,
-        cpu=lazy(f"{folder}.batched", function),
-        cuda=lazy(f"{folder}.{cuda}", function),
-        fake=fake,
-        launches=lazy(f"{folder}.{cuda}", f"{function}_launches"),
-    )
-
-
-_register(
-    "cmi_forward",
+_add = register_from("engine.kernels.cmi", "cmi_", cpu="batched")
+_add(
     "forward",
     "(Tensor first, Tensor first_bias, Tensor[] rest, Tensor[] joint, int[] slots, Tensor[] product, int k)"
     " -> Tensor[]",
-    _fake_forward,
-    "classifiers",
-)
-_register(
-    "cmi_backward",
+    "classifiers", _fake_forward,
+)  # fmt: skip
+_add(
     "backward",
     "(Tensor joint_grad, Tensor? product_grad, Tensor first, Tensor[] rest, Tensor[] joint, int[] slots,"
     " Tensor[] product, int k, Tensor[] layers, bool row_grads, bool weight_grads) -> Tensor[]",
-    _fake_backward,
-    "classifiers",
-)
-_register("cmi_read", "read", "(Tensor joint, Tensor product, float limit) -> Tensor[]", _fake_read, "triton")
-_register(
-    "cmi_read_backward",
+    "classifiers", _fake_backward,
+)  # fmt: skip
+_add("read", "(Tensor joint, Tensor product, float limit) -> Tensor[]", "triton", _fake_read)
+_add(
     "read_backward",
     "(Tensor joint, Tensor product, Tensor? loss_grad, Tensor? value_grad, int which, float limit) -> Tensor[]",
-    _fake_read_backward,
-    "triton",
-)
+    "triton", _fake_read_backward,
+)  # fmt: skip

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-READINGS = ("ldr", "dv", "nwj")
+from engine.vocabulary import CONDITIONAL_ESTIMATORS
+
+READINGS = CONDITIONAL_ESTIMATORS
 """The estimates of I(X;Y|Z) that one classifier gives."""
 
 # Values are read from logits clamped to ±9.21, which keeps class probabilities within [1e-4, 1 − 1e-4] (Molavipour et

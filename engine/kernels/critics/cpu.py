@@ -1,7 +1,7 @@
-"""Grouped MLPs and the concat critic on the CPU: host functions of critics.cpp, and plain torch where it cannot be had.
+"""Grouped MLPs and the concat critic on the CPU: host functions of critics.cpp, or plain torch without that library.
 
-Plain tensors in and out, fp32 or fp64, no autograd. All hidden layers end in ReLU, whose output tells its own
-derivative, so that nothing but the outputs is kept. One number of threads gives bitwise the same result every time.
+Plain tensors in and out, fp32 or fp64, no autograd. All hidden layers end in ReLU, whose derivative follows from its
+output, so only outputs are kept. The same number of threads gives bitwise the same result every time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ SOURCE = Path(__file__).with_name("critics.cpp")
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernel for float32 or float64, compiled at its first use; None (logged once) where it cannot be had."""
+    """The kernel for float32 or float64, compiled at its first use; None (logged once) if it cannot be compiled."""
     address, size, count = build.POINTER, build.SIZE, build.INT
     grouped = [size, address, address, *[size] * 4, *[address] * 3]
     functions = {
@@ -54,31 +55,17 @@ def mlp_forward(
     return out, state
 
 
-def mlp_backward(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+def mlp_backward(grad: Tensor, *arguments: Any) -> Tensor:
     """As `plain.mlp_backward`."""
     if library(grad.dtype) is None:
-        return plain.mlp_backward(grad, inputs, first, rest, state, input_grads, weight_grads)
-    inputs = [t.contiguous() for t in inputs]
-    return _mlp_backward(grad, None, inputs, first, rest, state, input_grads, weight_grads)
+        return plain.mlp_backward(grad, *arguments)
+    return _mlp_backward(grad, None, *arguments)
 
 
 def grouped_infonce(
-    x: Tensor,
-    more: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    q: Sequence[int],
-    k: Sequence[int],
-    grads: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, more: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], q: Sequence[int],
+    k: Sequence[int], grads: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `plain.grouped_infonce`, a block of rows of the scores at a time."""
     if library(x.dtype) is None:
         return plain.grouped_infonce(x, more, first, rest, q, k, grads)
@@ -97,72 +84,41 @@ def grouped_infonce(
 
 
 def grouped_infonce_backward(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    q: Sequence[int],
-    k: Sequence[int],
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+    grad: Tensor, inputs: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], state: Tensor,
+    q: Sequence[int], k: Sequence[int], *wanted: bool,
+) -> Tensor:  # fmt: skip
     """As `plain.grouped_infonce_backward`."""
     if library(grad.dtype) is None:
-        return plain.grouped_infonce_backward(grad, inputs, first, rest, state, q, k, input_grads, weight_grads)
+        return plain.grouped_infonce_backward(grad, inputs, first, rest, state, q, k, *wanted)
     of_outputs = state[plain.state_size(inputs[0].shape[0], 2 * len(q), first[0].shape[1], len(rest)) :]
     of_critics = grad.tolist()
     factors = [of_critics[c] for c in plain.critic_of(q, k)]
-    return _mlp_backward(of_outputs, factors, inputs, first, rest, state, input_grads, weight_grads)
+    return _mlp_backward(of_outputs, factors, inputs, first, rest, state, *wanted)
 
 
 def concat_forward(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> Tensor:
     """As `plain.concat_forward`."""
-    return plain.concat_forward(x, y, layers, None if library(x.dtype) is None else _forward_pairs)
+    return plain.concat_forward(x, y, layers, None if library(x.dtype) is None else _concat)
 
 
-def concat_backward(
-    grad: Tensor, x: Tensor, y: Tensor, layers: Sequence[Tensor], input_grads: bool, weight_grads: bool
-) -> Tensor:
+def concat_backward(grad: Tensor, *arguments: Any) -> Tensor:
     """As `plain.concat_backward`."""
-    pairs = None if library(x.dtype) is None else _backward_pairs
-    return plain.concat_backward(grad, x, y, layers, input_grads, weight_grads, pairs)
+    return plain.concat_backward(grad, *arguments, None if library(grad.dtype) is None else _backward_pairs)
 
 
-def concat_infonce(
-    x: Tensor, y: Tensor, layers: Sequence[Tensor], transpose: bool, input_grads: bool, weight_grads: bool
-) -> tuple[Tensor, Tensor]:
+def concat_infonce(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """As `plain.concat_infonce`, in one pass over the pairs."""
-    pairs = None if library(x.dtype) is None else _infonce_pairs
-    return plain.concat_infonce(x, y, layers, transpose, input_grads, weight_grads, pairs)
+    return plain.concat_infonce(x, *arguments, None if library(x.dtype) is None else _infonce_pairs)
 
 
-def _forward_pairs(of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], scores: Tensor) -> None:
-    _concat(of_x, of_y, further, scores)
-
-
-def _backward_pairs(
-    grad: Tensor,
-    of_x: Tensor,
-    of_y: Tensor,
-    further: Sequence[Tensor],
-    sums_x: Tensor,
-    sums_y: Tensor,
-    of_weights: Sequence[Tensor],
-) -> None:
-    _concat(of_x, of_y, further, None, grad, sums_x, sums_y, of_weights)
+def _backward_pairs(grad: Tensor, of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], *sums: Any) -> None:
+    _concat(of_x, of_y, further, None, grad, *sums)
 
 
 def _infonce_pairs(
-    of_x: Tensor,
-    of_y: Tensor,
-    further: Sequence[Tensor],
-    transpose: bool,
-    losses: Tensor,
-    sums_x: Tensor | None,
-    sums_y: Tensor | None,
-    of_weights: Sequence[Tensor],
-) -> None:
+    of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], transpose: bool, losses: Tensor, sums_x: Tensor | None,
+    sums_y: Tensor | None, of_weights: Sequence[Tensor],
+) -> None:  # fmt: skip
     (of_row, sums_row), (of_column, sums_column) = ((of_x, sums_x), (of_y, sums_y))[:: 1 if transpose else -1]
     library(of_x.dtype).concat_loss(
         len(of_x), of_x.shape[1], len(further) // 2, of_row.data_ptr(), of_column.data_ptr(), pointers(further),
@@ -184,21 +140,15 @@ def _head(
 
 
 def _mlp_backward(
-    grad: Tensor,
-    scale: Sequence[float] | None,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+    grad: Tensor, scale: Sequence[float] | None, inputs: Sequence[Tensor], first: Sequence[Tensor],
+    rest: Sequence[Tensor], state: Tensor, input_grads: bool, weight_grads: bool,
+) -> Tensor:  # fmt: skip
     """`scale`: one factor an MLP, where `grad` is in the kernel's blocks."""
     inputs = [t.contiguous() for t in inputs]
     sizes = [math.prod(shape) for shape in plain.grad_shapes(inputs, (*first, *rest), input_grads, weight_grads)]
-    found = grad.new_empty(sum(sizes))
+    gradients = grad.new_empty(sum(sizes))
     # addresses, not views: making these would cost a small step more than the rest of this function
-    begin, width = found.data_ptr(), found.element_size()
+    begin, width = gradients.data_ptr(), gradients.element_size()
     places = [begin + width * at for at in itertools.accumulate(sizes[:-1], initial=0)] if sizes else []
     split = len(inputs) if input_grads else 0
     pairs = [[t for w in part for t in (w, None)] for part in (first, rest)]
@@ -208,19 +158,13 @@ def _mlp_backward(
         *_head(inputs, *pairs, state), None, torch.get_num_threads(), grad.data_ptr(), factors,
         addresses(places[:split]), addresses(places[split:]),
     )  # fmt: skip
-    return found
+    return gradients
 
 
 def _concat(
-    of_x: Tensor,
-    of_y: Tensor,
-    further: Sequence[Tensor],
-    scores: Tensor | None,
-    grad: Tensor | None = None,
-    sums_x: Tensor | None = None,
-    sums_y: Tensor | None = None,
-    of_weights: Sequence[Tensor] = (),
-) -> None:
+    of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], scores: Tensor | None, grad: Tensor | None = None,
+    sums_x: Tensor | None = None, sums_y: Tensor | None = None, of_weights: Sequence[Tensor] = (),
+) -> None:  # fmt: skip
     library(of_x.dtype).concat(
         len(of_y), len(of_x), of_x.shape[1], len(further) // 2, of_y.data_ptr(), of_x.data_ptr(), pointers(further),
         pointer(scores), torch.get_num_threads(), pointer(grad), pointer(sums_y), pointer(sums_x),

@@ -61,8 +61,8 @@ def concat_shapes(
 def _concat_grads(
     x: Tensor, y: Tensor, layers: Sequence[Tensor], input_grads: bool, weight_grads: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    found, pieces = flat(x, concat_shapes(x, y, layers, input_grads, weight_grads))
-    return found, pieces[:2] if input_grads else [], pieces[2 if input_grads else 0 :]
+    gradients, pieces = flat(x, concat_shapes(x, y, layers, input_grads, weight_grads))
+    return gradients, pieces[:2] if input_grads else [], pieces[2 if input_grads else 0 :]
 
 
 def _split(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -72,14 +72,9 @@ def _split(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> tuple[Tensor, Tens
 
 
 def _first_layer_grads(
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    sums_x: Tensor,
-    sums_y: Tensor,
-    of_inputs: Sequence[Tensor],
+    x: Tensor, y: Tensor, weight: Tensor, sums_x: Tensor, sums_y: Tensor, of_inputs: Sequence[Tensor],
     of_layers: Sequence[Tensor],
-) -> None:
+) -> None:  # fmt: skip
     """From the gradients of the two parts of the first layer's output those of x, y and the layer's weight and bias."""
     width = x.shape[1]
     if of_inputs:
@@ -107,14 +102,9 @@ def mlp_forward(
 
 
 def mlp_backward(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+    grad: Tensor, inputs: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], state: Tensor,
+    input_grads: bool, weight_grads: bool,
+) -> Tensor:  # fmt: skip
     """Gradients of the inputs, then of weights and biases of `first` and `rest` in their order, one after another in
     one 1-d tensor; those not asked for are left out.
 
@@ -124,22 +114,17 @@ def mlp_backward(
         state: from `mlp_forward`.
     """
     count, rows, _ = grad.shape
-    found, pieces = flat(grad, grad_shapes(inputs, (*first, *rest), input_grads, weight_grads))
+    gradients, pieces = flat(grad, grad_shapes(inputs, (*first, *rest), input_grads, weight_grads))
     of_inputs = pieces[: len(inputs)] if input_grads else []
     kept = layers_of(state, len(rest), count, rows, first[0].shape[1])
     _mlp_backward(grad, inputs, first, rest, kept, of_inputs, pieces[len(of_inputs) :])
-    return found
+    return gradients
 
 
 def grouped_infonce(
-    x: Tensor,
-    more: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    q: Sequence[int],
-    k: Sequence[int],
-    grads: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, more: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], q: Sequence[int],
+    k: Sequence[int], grads: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """InfoNCE of scores <q_i, k_j> of several pairs of MLPs.
 
     Args:
@@ -167,31 +152,31 @@ def grouped_infonce(
     grad.exp_().diagonal(dim1=1, dim2=2).sub_(1)
     grad.div_(rows)
     of_out = state[split : split + out.numel()].view(out.shape)
-    found = dict(zip(q, torch.bmm(grad, of_columns), strict=True)) | dict(
+    of_tower = dict(zip(q, torch.bmm(grad, of_columns), strict=True)) | dict(
         zip(k, torch.bmm(grad.mT, of_rows), strict=True)
     )
-    torch.stack([found[n] for n in range(count)], out=of_out)
+    torch.stack([of_tower[n] for n in range(count)], out=of_out)
     return losses, state
 
 
 def grouped_infonce_backward(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    q: Sequence[int],
-    k: Sequence[int],
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+    grad: Tensor, inputs: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], state: Tensor,
+    q: Sequence[int], k: Sequence[int], input_grads: bool, weight_grads: bool,
+) -> Tensor:  # fmt: skip
     """As `mlp_backward`, from the gradients [G] of the losses and the state of `grouped_infonce`."""
-    rows, count, width = len(inputs[0]), 2 * len(q), rest[-1].shape[1]
-    split = state_size(rows, count, first[0].shape[1], len(rest))
-    of_out = state[split : split + count * rows * width].view(count, rows, width)
     factors = grad.unbind()
+    of_out = output_gradients(inputs, first, rest, state, len(q))
     of_out = of_out * torch.stack([factors[c] for c in critic_of(q, k)])[:, None, None]
     return mlp_backward(of_out, inputs, first, rest, state, input_grads, weight_grads)
+
+
+def output_gradients(
+    inputs: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], state: Tensor, critics: int
+) -> Tensor:
+    """The gradients of all outputs, [N, B, n], which `grouped_infonce` left at the end of its state."""
+    rows, count, width = len(inputs[0]), 2 * critics, rest[-1].shape[1]
+    split = state_size(rows, count, first[0].shape[1], len(rest))
+    return state[split : split + count * rows * width].view(count, rows, width)
 
 
 def critic_of(q: Sequence[int], k: Sequence[int]) -> list[int]:
@@ -217,36 +202,26 @@ def concat_forward(x: Tensor, y: Tensor, layers: Sequence[Tensor], pairs: Callab
 
 
 def concat_backward(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    layers: Sequence[Tensor],
-    input_grads: bool,
-    weight_grads: bool,
+    grad: Tensor, x: Tensor, y: Tensor, layers: Sequence[Tensor], input_grads: bool, weight_grads: bool,
     pairs: Callable[..., None] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Gradients of x and y, then of `layers` in their order, one after another in one 1-d tensor; those not asked for
     are left out.
 
     grad: [B, M], of the scores. The hidden layers are computed again, a tile of pairs at a time.
     """
     of_x, of_y = _split(x, y, layers)
-    found, of_inputs, of_layers = _concat_grads(x, y, layers, input_grads, weight_grads)
+    gradients, of_inputs, of_layers = _concat_grads(x, y, layers, input_grads, weight_grads)
     sums_x, sums_y = torch.empty_like(of_x), torch.empty_like(of_y)
     (pairs or backward_pairs)(grad, of_x, of_y, layers[2:], sums_x, sums_y, of_layers[2:])
     _first_layer_grads(x, y, layers[0], sums_x, sums_y, of_inputs, of_layers)
-    return found
+    return gradients
 
 
 def concat_infonce(
-    x: Tensor,
-    y: Tensor,
-    layers: Sequence[Tensor],
-    transpose: bool,
-    input_grads: bool,
-    weight_grads: bool,
+    x: Tensor, y: Tensor, layers: Sequence[Tensor], transpose: bool, input_grads: bool, weight_grads: bool,
     pairs: Callable[..., None] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """InfoNCE of the concat critic with its gradients.
 
     Args:
@@ -258,14 +233,14 @@ def concat_infonce(
         Gradients of their mean, as `concat_backward` returns them.
     """
     of_x, of_y = _split(x, y, layers)
-    found, of_inputs, of_layers = _concat_grads(x, y, layers, input_grads, weight_grads)
+    gradients, of_inputs, of_layers = _concat_grads(x, y, layers, input_grads, weight_grads)
     losses = x.new_empty(len(x))
     wanted = input_grads or weight_grads
     sums_x, sums_y = (torch.empty_like(of_x), torch.empty_like(of_y)) if wanted else (None, None)
     (pairs or infonce_pairs)(of_x, of_y, layers[2:], transpose, losses, sums_x, sums_y, of_layers[2:])
     if wanted:
         _first_layer_grads(x, y, layers[0], sums_x, sums_y, of_inputs, of_layers)
-    return losses, found
+    return losses, gradients
 
 
 def layers_of(state: Tensor, layers: int, count: int, rows: int, hidden: int) -> Tensor:
@@ -286,14 +261,9 @@ def _mlp_forward(
 
 
 def _mlp_backward(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    hidden: Tensor,
-    of_inputs: Sequence[Tensor],
-    of_weights: Sequence[Tensor],
-) -> None:
+    grad: Tensor, inputs: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], hidden: Tensor,
+    of_inputs: Sequence[Tensor], of_weights: Sequence[Tensor],
+) -> None:  # fmt: skip
     buffers = [torch.empty_like(hidden[0]) for _ in range(2)]
     of_first, of_rest = of_weights[: 2 * len(first)], of_weights[2 * len(first) :]
     for layer in range(len(rest) - 1, -1, -1):
@@ -326,14 +296,9 @@ def forward_pairs(of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], scores:
 
 
 def backward_pairs(
-    grad: Tensor,
-    of_x: Tensor,
-    of_y: Tensor,
-    further: Sequence[Tensor],
-    sums_x: Tensor,
-    sums_y: Tensor,
+    grad: Tensor, of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], sums_x: Tensor, sums_y: Tensor,
     of_weights: Sequence[Tensor],
-) -> None:
+) -> None:  # fmt: skip
     """Gradients of the two parts of the first layer's output and, where there are any, of the further layers."""
     weights, biases = further[::2], further[1::2]
     for total in (sums_x, sums_y, *of_weights):
@@ -358,15 +323,9 @@ def backward_pairs(
 
 
 def infonce_pairs(
-    of_x: Tensor,
-    of_y: Tensor,
-    further: Sequence[Tensor],
-    transpose: bool,
-    losses: Tensor,
-    sums_x: Tensor | None,
-    sums_y: Tensor | None,
-    of_weights: Sequence[Tensor],
-) -> None:
+    of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], transpose: bool, losses: Tensor, sums_x: Tensor | None,
+    sums_y: Tensor | None, of_weights: Sequence[Tensor],
+) -> None:  # fmt: skip
     """Losses of the rows and, with sums_x and sums_y, what `backward_pairs` gives for the gradients of their mean."""
     scores = of_x.new_empty(len(of_y), len(of_x))
     forward_pairs(of_x, of_y, further, scores)

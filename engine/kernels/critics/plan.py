@@ -1,9 +1,9 @@
 """Which algorithm critics run by on a GPU: their candidates in the dispatch table.
 
     concat_critic    slabs: library products on a slab of pairs; fused: a tile of pairs stays on the chip
-    critic_towers    fused: a launch a layer for all towers; plain: library products
+    critic_towers    fused: one launch per layer for all towers; plain: library products
 
-Both may be eager torch, where that was measured to be faster.
+For both, eager torch is taken where it was measured to be faster.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.kernels.critics.plain import FEW_ROWS
 
 WIDEST, DEEPEST = 256, 2  # hidden layers that the fused concat critic takes: their width, how many after the first
 EAGER_NUMBERS = 1 << 28  # numbers of one layer of all pairs that eager torch may keep
-HIDDEN, EMBED = 256, 128  # of what is measured
+HIDDEN, EMBED = 256, 128  # widths of the critics that `dispatch.measure` times
 
 
 def concat_algorithm(x: Tensor, layers: Sequence[Tensor]) -> str:

@@ -212,14 +212,9 @@ def forward_pairs(of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], scores:
 
 
 def backward_pairs(
-    grad: Tensor,
-    of_x: Tensor,
-    of_y: Tensor,
-    further: Sequence[Tensor],
-    sums_x: Tensor,
-    sums_y: Tensor,
+    grad: Tensor, of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], sums_x: Tensor, sums_y: Tensor,
     of_weights: Sequence[Tensor],
-) -> None:
+) -> None:  # fmt: skip
     """As `plain.backward_pairs`."""
     slabs = _Slabs(of_y, of_x, further, backward=True)
     grad = grad.contiguous()
@@ -232,15 +227,9 @@ def backward_pairs(
 
 
 def infonce_pairs(
-    of_x: Tensor,
-    of_y: Tensor,
-    further: Sequence[Tensor],
-    transpose: bool,
-    losses: Tensor,
-    sums_x: Tensor | None,
-    sums_y: Tensor | None,
-    of_weights: Sequence[Tensor],
-) -> None:
+    of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], transpose: bool, losses: Tensor, sums_x: Tensor | None,
+    sums_y: Tensor | None, of_weights: Sequence[Tensor],
+) -> None:  # fmt: skip
     """As `plain.infonce_pairs`."""
     (row, sums_row), (column, sums_column) = ((of_x, sums_x), (of_y, sums_y))[:: 1 if transpose else -1]
     grads = sums_row is not None

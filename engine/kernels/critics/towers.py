@@ -2,13 +2,14 @@
 
 A layer of all towers is one launch each way (`engine.kernels.mlp.triton`). InfoNCE takes two launches more: the scores
 with their losses and derivatives, and the products that turn these into gradients of the embeddings. The scores' [G, B,
-B] derivatives are stored, which is why large batches run as `plain` does, by library products.
+B] derivatives are stored, so large batches run by library products, as in `plain`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -24,11 +25,11 @@ WARPS = 4
 
 @triton.jit
 def _member(numbers: tl.constexpr, c, COUNT: tl.constexpr):
-    found = tl.cast(numbers[0], tl.int32)
+    member = tl.cast(numbers[0], tl.int32)
     for s in tl.static_range(1, COUNT):
         if c == s:
-            found = tl.cast(numbers[s], tl.int32)
-    return found
+            member = tl.cast(numbers[s], tl.int32)
+    return member
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def _scores(
     loss = tl.maximum(difference, 0.0) + tl.log(1.0 + e) + check
     tl.store(loss_ptr + c.to(tl.int64) * rows + i, loss, mask=i < rows)
     if GRADS:
-        # the scores are read by other threads than those that stored them
+        # other threads read the scores than those that stored them
         tl.debug_barrier()
         diagonal = -tl.where(difference >= 0, 1.0, e) / (1.0 + e) + check
         for start in range(0, rows, BLOCK_N):
@@ -139,30 +140,17 @@ def mlp_forward(
     return out, state
 
 
-def mlp_backward(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+def mlp_backward(grad: Tensor, inputs: Sequence[Tensor], *arguments: Any) -> Tensor:
     """As `plain.mlp_backward`."""
     if _algorithm(inputs[0]) == "plain":
-        return plain.mlp_backward(grad, inputs, first, rest, state, input_grads, weight_grads)
-    return _backward(grad, None, (), inputs, first, rest, state, input_grads, weight_grads)
+        return plain.mlp_backward(grad, inputs, *arguments)
+    return _backward(grad, None, (), inputs, *arguments)
 
 
 def grouped_infonce(
-    x: Tensor,
-    more: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    q: Sequence[int],
-    k: Sequence[int],
-    grads: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, more: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], q: Sequence[int],
+    k: Sequence[int], grads: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `plain.grouped_infonce`."""
     if _algorithm(x) == "plain":
         return plain.grouped_infonce(x, more, first, rest, q, k, grads)
@@ -192,24 +180,14 @@ def grouped_infonce(
 
 
 def grouped_infonce_backward(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    q: Sequence[int],
-    k: Sequence[int],
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+    grad: Tensor, inputs: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], state: Tensor,
+    q: Sequence[int], k: Sequence[int], *wanted: bool,
+) -> Tensor:  # fmt: skip
     """As `plain.grouped_infonce_backward`."""
     if _algorithm(inputs[0]) == "plain":
-        return plain.grouped_infonce_backward(grad, inputs, first, rest, state, q, k, input_grads, weight_grads)
-    rows, count, width = len(inputs[0]), 2 * len(q), rest[-1].shape[1]
-    split = plain.state_size(rows, count, first[0].shape[1], len(rest))
-    of_out = state[split : split + count * rows * width].view(count, rows, width)
-    places = plain.critic_of(q, k)
-    return _backward(of_out, grad, places, inputs, first, rest, state, input_grads, weight_grads)
+        return plain.grouped_infonce_backward(grad, inputs, first, rest, state, q, k, *wanted)
+    of_out = plain.output_gradients(inputs, first, rest, state, len(q))
+    return _backward(of_out, grad, plain.critic_of(q, k), inputs, first, rest, state, *wanted)
 
 
 def _embed(
@@ -230,20 +208,13 @@ def _embed(
 
 
 def _backward(
-    grad: Tensor,
-    scale: Tensor | None,
-    places: Sequence[int],
-    inputs: Sequence[Tensor],
-    first: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    state: Tensor,
-    input_grads: bool,
-    weight_grads: bool,
-) -> Tensor:
+    grad: Tensor, scale: Tensor | None, places: Sequence[int], inputs: Sequence[Tensor], first: Sequence[Tensor],
+    rest: Sequence[Tensor], state: Tensor, input_grads: bool, weight_grads: bool,
+) -> Tensor:  # fmt: skip
     """`plain.mlp_backward`, with every tower's gradient counted scale[places[tower]] times."""
     count, rows, _ = grad.shape
     inputs = [t.contiguous() for t in inputs]
-    found, pieces = plain.flat(grad, plain.grad_shapes(inputs, (*first, *rest), input_grads, weight_grads))
+    gradients, pieces = plain.flat(grad, plain.grad_shapes(inputs, (*first, *rest), input_grads, weight_grads))
     of_inputs = pieces[: len(inputs)] if input_grads else []
     of_weights, of_biases = pieces[len(of_inputs) :: 2], pieces[len(of_inputs) + 1 :: 2]
     hidden = plain.layers_of(state, len(rest), count, rows, first[0].shape[1])
@@ -257,7 +228,7 @@ def _backward(
         grad, scale, places = below, None, ()
     sections = slice(0, len(first))
     layer_backward(grad, inputs, first, of_weights[sections], of_biases[sections], of_inputs, shared=True)
-    return found
+    return gradients
 
 
 # -- launches; each takes the arguments of the function it is named after --
@@ -280,19 +251,13 @@ def mlp_backward_launches(
     return len(rest) + bool(input_grads or weight_grads)
 
 
-def grouped_infonce_launches(
-    x: Tensor, more: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], q: Sequence[int],
-    k: Sequence[int], grads: bool,
-) -> int:  # fmt: skip
-    towers = mlp_forward_launches(x, more, first, rest)
-    if _algorithm(x) == "plain":
-        return towers + (14 if grads else 8)
-    return towers + 2
+def grouped_infonce_launches(x: Tensor, *arguments: Any) -> int:
+    *towers, _, _, grads = arguments
+    own = (14 if grads else 8) if _algorithm(x) == "plain" else 2
+    return mlp_forward_launches(x, *towers) + own
 
 
-def grouped_infonce_backward_launches(
-    grad: Tensor, inputs: Sequence[Tensor], first: Sequence[Tensor], rest: Sequence[Tensor], state: Tensor,
-    q: Sequence[int], k: Sequence[int], input_grads: bool, weight_grads: bool,
-) -> int:  # fmt: skip
-    towers = mlp_backward_launches(grad, inputs, first, rest, state, input_grads, weight_grads)
+def grouped_infonce_backward_launches(grad: Tensor, inputs: Sequence[Tensor], *arguments: Any) -> int:
+    first, rest, state, _, _, *wanted = arguments
+    towers = mlp_backward_launches(grad, inputs, first, rest, state, *wanted)
     return towers + (2 if _algorithm(inputs[0]) == "plain" else 0)

@@ -1,10 +1,10 @@
 """The concat critic on the GPU, for up to three hidden layers of up to 256; deeper and wider ones run as `plain`.
 
 A program takes a tile of pairs, BLOCK_I rows by BLOCK_J columns, through all layers. The first hidden layer is formed
-from its two parts where it is read, a slice of features at a time; the second exists a slice at a time as well, each
-used for the third as soon as it is there. So no pair's layers leave the chip in the forward pass.
+from its two parts when it is read, one slice of features at a time. The second exists one slice at a time as well, and
+each slice is used for the third at once. So the layers of a pair never leave the chip in the forward pass.
 
-InfoNCE streams the columns of a block of rows and keeps O(1) numbers a row. Backward passes go over slabs of pairs,
+InfoNCE streams the columns of a block of rows and keeps O(1) numbers per row. Backward passes go over slabs of pairs,
 whose layers are computed again; a slab's gradients are kept feature-major for the products over pairs that the weights'
 gradients are. Sums over tiles and slabs have a fixed order: no atomics, bitwise the same every time.
 
@@ -37,7 +37,7 @@ WEIGHT = {
     "bf16": (64, 64, 32, 8, 2),
 }
 TILE = 8  # rows, and columns, of the tiles of pairs that a slab consists of
-# Pairs of a slab: a 32nd of all of them, within these limits. Its buffers take 3 · hidden numbers a pair.
+# Pairs of a slab: a 32nd of all of them, within these limits. Its buffers take 3 · hidden numbers per pair.
 SLAB = (1 << 13, 1 << 16)
 SIDES = 16  # features of one program that adds a slab's pairs up
 SPLITS = 8  # runs of a slab's pairs whose weight gradients are summed apart
@@ -314,20 +314,16 @@ def concat_forward(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> Tensor:
     return plain.concat_forward(x, y, layers, pairs)
 
 
-def concat_backward(
-    grad: Tensor, x: Tensor, y: Tensor, layers: Sequence[Tensor], input_grads: bool, weight_grads: bool
-) -> Tensor:
+def concat_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Sequence[Tensor], *wanted: bool) -> Tensor:
     """As `plain.concat_backward`."""
     pairs = _backward_pairs if concat_algorithm(x, layers) == "fused" else slabs.backward_pairs
-    return plain.concat_backward(grad, x, y, layers, input_grads, weight_grads, pairs)
+    return plain.concat_backward(grad, x, y, layers, *wanted, pairs)
 
 
-def concat_infonce(
-    x: Tensor, y: Tensor, layers: Sequence[Tensor], transpose: bool, input_grads: bool, weight_grads: bool
-) -> tuple[Tensor, Tensor]:
+def concat_infonce(x: Tensor, y: Tensor, layers: Sequence[Tensor], *settings: bool) -> tuple[Tensor, Tensor]:
     """As `plain.concat_infonce`."""
     pairs = _infonce_pairs if concat_algorithm(x, layers) == "fused" else slabs.infonce_pairs
-    return plain.concat_infonce(x, y, layers, transpose, input_grads, weight_grads, pairs)
+    return plain.concat_infonce(x, y, layers, *settings, pairs)
 
 
 # -- launches; each takes the arguments of the function it is named after --
@@ -392,27 +388,16 @@ def _forward_pairs(of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], scores
 
 
 def _backward_pairs(
-    grad: Tensor,
-    of_x: Tensor,
-    of_y: Tensor,
-    further: Sequence[Tensor],
-    sums_x: Tensor,
-    sums_y: Tensor,
+    grad: Tensor, of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], sums_x: Tensor, sums_y: Tensor,
     of_weights: Sequence[Tensor],
-) -> None:
+) -> None:  # fmt: skip
     _gradients(of_y, of_x, further, grad.contiguous(), None, None, sums_y, sums_x, of_weights)
 
 
 def _infonce_pairs(
-    of_x: Tensor,
-    of_y: Tensor,
-    further: Sequence[Tensor],
-    transpose: bool,
-    losses: Tensor,
-    sums_x: Tensor | None,
-    sums_y: Tensor | None,
-    of_weights: Sequence[Tensor],
-) -> None:
+    of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], transpose: bool, losses: Tensor, sums_x: Tensor | None,
+    sums_y: Tensor | None, of_weights: Sequence[Tensor],
+) -> None:  # fmt: skip
     (row, sums_row), (column, sums_column) = ((of_x, sums_x), (of_y, sums_y))[:: 1 if transpose else -1]
     if not len(row):
         return
@@ -427,16 +412,9 @@ def _infonce_pairs(
 
 
 def _gradients(
-    row: Tensor,
-    column: Tensor,
-    further: Sequence[Tensor],
-    grad: Tensor | None,
-    shift: Tensor | None,
-    diagonal: Tensor | None,
-    sums_row: Tensor,
-    sums_column: Tensor,
-    of_weights: Sequence[Tensor],
-) -> None:
+    row: Tensor, column: Tensor, further: Sequence[Tensor], grad: Tensor | None, shift: Tensor | None,
+    diagonal: Tensor | None, sums_row: Tensor, sums_column: Tensor, of_weights: Sequence[Tensor],
+) -> None:  # fmt: skip
     """Gradients of both parts of the first layer and of the further layers, a slab of pairs after another."""
     hidden, depth = _sizes(row, further)
     rows, columns, weights, precision = len(row), len(column), further[:-2:2], _precision()
@@ -496,15 +474,9 @@ def _slab(rows: int, columns: int) -> tuple[int, int]:
 
 
 def _add_weight_gradient(
-    grad: Tensor,
-    below: Tensor,
-    row: Tensor,
-    column: Tensor,
-    parts: Tensor,
-    where: tuple[int, ...],
-    first: bool,
+    grad: Tensor, below: Tensor, row: Tensor, column: Tensor, parts: Tensor, where: tuple[int, ...], first: bool,
     precision: str,
-) -> None:
+) -> None:  # fmt: skip
     hidden, slots = row.shape[1], where[-1]
     block_o, block_n, block_s, warps, stages = WEIGHT[precision]
     run = triton.cdiv(triton.cdiv(slots, SPLITS), block_s) * block_s

@@ -26,7 +26,7 @@ Argument = Tensor | str | bool | float | None
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernel for float32 or float64, compiled at its first use; None (logged once) where it cannot be had."""
+    """The kernel for float32 or float64, compiled at its first use; None (logged once) if it cannot be compiled."""
     head = [build.POINTER, build.DOUBLE, build.INT, build.POINTER]
     functions = {
         "cube_mix_forward": [*head, *[build.POINTER] * 3],
@@ -43,30 +43,16 @@ def kept_size(outer: int, inner: int, d_in: int, hidden: int, d_out: int, ln_fir
     return tiles * COLUMNS * (hidden if ln_first else hidden + d_out + 1)
 
 
-def forward(
-    x: Tensor,
-    fc1: Tensor,
-    bias1: Tensor | None,
-    fc2: Tensor,
-    bias2: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    activation: str,
-    ln_first: bool,
-    eps: float,
-    precision: str,
-    dtype: torch.dtype,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, *rest: Argument) -> tuple[Tensor, Tensor]:
     """x [outer, d_in, inner] -> y [outer, d_out, inner], what the backward pass needs (1-d). float32 or float64.
 
-    Without `keep` nothing is kept for the backward pass. precision and dtype are for GPUs: here all is of x's type.
+    After x come the seven weights and the settings, as in op.py's schema. Without `keep` nothing is kept for the
+    backward pass. precision and dtype are for GPUs: here everything has x's dtype.
     """
-    x = x.contiguous()
-    weights = _contiguous(fc1, bias1, fc2, bias2, residual, scale, shift)
+    given, (activation, ln_first, eps, _, _, keep) = rest[:7], rest[7:]
+    x, weights = x.contiguous(), _contiguous(*given)
     outer, d_in, inner = x.shape
-    hidden, d_out = fc1.shape[0], fc2.shape[0]
+    hidden, d_out = weights[0].shape[0], weights[2].shape[0]
     y = x.new_empty(outer, d_out, inner)
     kept = x.new_empty(kept_size(outer, inner, d_in, hidden, d_out, ln_first) if keep else 0)
     if y.numel():
@@ -75,26 +61,10 @@ def forward(
     return y, kept
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    kept: Tensor,
-    fc1: Tensor,
-    bias1: Tensor | None,
-    fc2: Tensor,
-    bias2: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    activation: str,
-    ln_first: bool,
-    eps: float,
-    precision: str,
-    need_x: bool,
-) -> list[Tensor]:
-    """Gradients of the weights that are not None, in their order, and after them, where `need_x`, the one of x."""
-    x, dy = x.contiguous(), dy.contiguous()
-    weights = _contiguous(fc1, bias1, fc2, bias2, residual, scale, shift)
+def backward(dy: Tensor, x: Tensor, kept: Tensor, *rest: Argument) -> list[Tensor]:
+    """Gradients of the weights that are not None, in their order, and then, with `need_x`, the one of x."""
+    given, (activation, ln_first, eps, _, need_x) = rest[:7], rest[7:]
+    x, dy, weights = x.contiguous(), dy.contiguous(), _contiguous(*given)
     dx = torch.empty_like(x) if need_x else None
     if not dy.numel():
         gradients = [None if w is None else torch.zeros_like(w) for w in weights]
@@ -126,8 +96,8 @@ def pair_backward(dy: Tensor, x: Tensor, mixed: Tensor, kept: Tensor, *rest: Arg
     rows = mixed.flatten(0, 1)[..., None]
     *of_channel, d_mixed = backward(dy.reshape(len(rows), -1, 1), rows, kept, *channel, *settings, precision, True)
     nothing = x.new_empty(0)
-    found = backward(d_mixed.view(mixed.shape), x, nothing, *modality, *settings, precision, need_x)
-    of_modality, dx = (found[:-1], found[-1:]) if need_x else (found, [])
+    gradients = backward(d_mixed.view(mixed.shape), x, nothing, *modality, *settings, precision, need_x)
+    of_modality, dx = (gradients[:-1], gradients[-1:]) if need_x else (gradients, [])
     return [*of_modality, *of_channel, *dx]
 
 

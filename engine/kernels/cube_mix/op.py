@@ -289,8 +289,8 @@ class _CubeMix(torch.autograd.Function):
     @differentiable_once("cube_mix")
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_x = ctx.needs_input_grad[0]
-        found = registry.call("cube_mix_backward", dy, *ctx.saved_tensors, *ctx.settings, need_x)
-        dx, *gradients = _given_types(found, need_x, ctx.dtypes)
+        all_gradients = registry.call("cube_mix_backward", dy, *ctx.saved_tensors, *ctx.settings, need_x)
+        dx, *gradients = _given_types(all_gradients, need_x, ctx.dtypes)
         return (dx, None, None, None, None, None, *gradients)
 
 
@@ -309,15 +309,17 @@ class _CubePair(torch.autograd.Function):
     @differentiable_once("cube_block")
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_x = ctx.needs_input_grad[0]
-        found = registry.call("cube_pair_backward", dy, *ctx.saved_tensors, *ctx.settings, need_x)
-        dx, *gradients = _given_types(found, need_x, ctx.dtypes)
+        all_gradients = registry.call("cube_pair_backward", dy, *ctx.saved_tensors, *ctx.settings, need_x)
+        dx, *gradients = _given_types(all_gradients, need_x, ctx.dtypes)
         return (dx, None, None, None, None, *gradients)
 
 
-def _given_types(found: Sequence[Tensor], need_x: bool, dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
+def _given_types(
+    gradients: Sequence[Tensor], need_x: bool, dtypes: Sequence[torch.dtype | None]
+) -> list[Tensor | None]:
     """The gradient of x and those of the weights, each in its tensor's dtype, None for what has none."""
-    of_weights = iter(found[:-1] if need_x else found)
-    dx = found[-1].to(dtypes[0]) if need_x else None
+    of_weights = iter(gradients[:-1] if need_x else gradients)
+    dx = gradients[-1].to(dtypes[0]) if need_x else None
     return [dx, *(None if d is None else next(of_weights).to(d) for d in dtypes[1:])]
 
 
@@ -358,12 +360,12 @@ def _fake_pair_backward(dy: Tensor, x: Tensor, mixed: Tensor, kept: Tensor, *res
 
 
 def _like(weights: Weights, x: Tensor, need_x: bool) -> list[Tensor]:
-    found = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights if w is not None]
-    return [*found, x.new_empty(x.shape)] if need_x else found
+    gradients = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights if w is not None]
+    return [*gradients, x.new_empty(x.shape)] if need_x else gradients
 
 
 def _copies(*tensors: Tensor | None) -> int:
-    """Launches for what is not contiguous."""
+    """Launches that copy tensors which are not contiguous."""
     return sum(t is not None and not t.is_contiguous() for t in tensors)
 
 
@@ -397,35 +399,26 @@ def _weights(prefix: str = "") -> str:
 _SETTINGS = "str activation, bool ln_first, float eps, str precision"
 _BOTH = f"{_weights('m_')}, {_weights()}, {_SETTINGS}"
 
-registry.register(
-    "cube_mix_forward",
+_mix_operation = registry.register_from("engine.kernels.cube_mix", "cube_mix_")
+_pair_operation = registry.register_from("engine.kernels.cube_mix", "cube_")
+
+_mix_operation(
+    "forward",
     f"(Tensor x, {_weights()}, {_SETTINGS}, ScalarType dtype, bool keep) -> (Tensor, Tensor)",
-    cpu=cpu.forward,
-    cuda=registry.lazy("engine.kernels.cube_mix.triton", "forward"),
-    fake=_fake_forward,
-    launches=_forward_launches,
-)
-registry.register(
-    "cube_mix_backward",
+    "triton", _fake_forward, _forward_launches,
+)  # fmt: skip
+_mix_operation(
+    "backward",
     f"(Tensor dy, Tensor x, Tensor kept, {_weights()}, {_SETTINGS}, bool need_x) -> Tensor[]",
-    cpu=cpu.backward,
-    cuda=registry.lazy("engine.kernels.cube_mix.triton", "backward"),
-    fake=_fake_backward,
-    launches=_backward_launches,
-)
-registry.register(
-    "cube_pair_forward",
+    "triton", _fake_backward, _backward_launches,
+)  # fmt: skip
+_pair_operation(
+    "pair_forward",
     f"(Tensor x, {_BOTH}, bool keep) -> (Tensor, Tensor, Tensor)",
-    cpu=cpu.pair_forward,
-    cuda=registry.lazy("engine.kernels.cube_mix.triton", "pair_forward"),
-    fake=_fake_pair_forward,
-    launches=_pair_forward_launches,
-)
-registry.register(
-    "cube_pair_backward",
+    "triton", _fake_pair_forward, _pair_forward_launches,
+)  # fmt: skip
+_pair_operation(
+    "pair_backward",
     f"(Tensor dy, Tensor x, Tensor mixed, Tensor kept, {_BOTH}, bool need_x) -> Tensor[]",
-    cpu=cpu.pair_backward,
-    cuda=registry.lazy("engine.kernels.cube_mix.triton", "pair_backward"),
-    fake=_fake_pair_backward,
-    launches=_pair_backward_launches,
-)
+    "triton", _fake_pair_backward, _pair_backward_launches,
+)  # fmt: skip

@@ -4,18 +4,18 @@
 A column is one vector along the mixed axis of x [outer, d_in, inner]. A program owns a block of columns, whichever axis
 is mixed, so nothing is permuted.
 
-- Long axes multiply with `tl.dot`: one launch forward, three backward. The first leaves dx and the gradients of both
-  layers' outputs, the second multiplies those with their inputs into the gradients of the weights, the third adds what
-  the programs of the first two found.
-- Short axes (`cpu.SHORT`) hold a column in registers, one number a thread: one launch forward, two backward. Nothing is
-  kept for the backward pass.
+- Long axes multiply with `tl.dot`: one launch forward, three backward. The first gives dx and the gradients of both
+  layers' outputs. The second multiplies these with the layers' inputs into gradients of the weights. The third adds up
+  the parts that the programs of the first two wrote.
+- Short axes (`cpu.SHORT`) hold a column in registers, one number per thread: one launch forward, two backward. They
+  keep nothing for the backward pass.
 - `pair_*` mix a short modality axis and then the channels. Forward is one launch: a program mixes the modalities of
   whole rows, leaves them in memory and goes on with the channels of the same rows. Backward is that of the two axes,
   with one sum for both: four launches.
 
-There are no atomics. Every sum has a fixed order, so results are bitwise the same from run to run. Whether anything is
-kept, or dx is wanted, does not select another kernel: a compiler may fuse multiplications and additions differently in
-each, which would change the last bits.
+There are no atomics. Every sum has a fixed order, so results are bitwise the same in every run. One kernel serves both
+with and without a state to keep, and with and without dx: in two kernels the compiler might fuse multiplications and
+additions differently, which would change the last bits.
 
 `precision` is that of the products: fp32 (three tf32 products of split factors), tf32 (operands rounded to nearest),
 bf16 or fp16. LayerNorm and all sums are fp32. What is kept for the backward pass is stored in 16 bits where the
@@ -367,18 +367,18 @@ def _weights_tile(
 
 @triton.jit
 def _scalars(p, n: tl.constexpr):
-    found = ()
+    values = ()
     for i in tl.static_range(n):
-        found = found + (tl.load(p + i),)
-    return found
+        values = values + (tl.load(p + i),)
+    return values
 
 
 @triton.jit
 def _column(p, at, live, inner: tl.constexpr, n: tl.constexpr):
-    found = ()
+    values = ()
     for i in tl.static_range(n):
-        found = found + (tl.load(p + at + i * inner, mask=live, other=0.0).to(tl.float32),)
-    return found
+        values = values + (tl.load(p + at + i * inner, mask=live, other=0.0).to(tl.float32),)
+    return values
 
 
 @triton.jit
@@ -390,50 +390,50 @@ def _store_column(p, at, live, inner: tl.constexpr, values, n: tl.constexpr):
 @triton.jit
 def _product(w, v, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """w [ROWS, COLUMNS] v."""
-    found = ()
+    values = ()
     for i in tl.static_range(ROWS):
         total = w[i * COLUMNS] * v[0]
         for k in tl.static_range(1, COLUMNS):
             total += w[i * COLUMNS + k] * v[k]
-        found = found + (total,)
-    return found
+        values = values + (total,)
+    return values
 
 
 @triton.jit
 def _transposed_product(w, v, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """v w, with w [ROWS, COLUMNS]."""
-    found = ()
+    values = ()
     for k in tl.static_range(COLUMNS):
         total = w[k] * v[0]
         for i in tl.static_range(1, ROWS):
             total += w[i * COLUMNS + k] * v[i]
-        found = found + (total,)
-    return found
+        values = values + (total,)
+    return values
 
 
 @triton.jit
 def _outer(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    found = ()
+    values = ()
     for i in tl.static_range(ROWS):
         for k in tl.static_range(COLUMNS):
-            found = found + (a[i] * b[k],)
-    return found
+            values = values + (a[i] * b[k],)
+    return values
 
 
 @triton.jit
 def _add(a, b, n: tl.constexpr):
-    found = ()
+    values = ()
     for i in tl.static_range(n):
-        found = found + (a[i] + b[i],)
-    return found
+        values = values + (a[i] + b[i],)
+    return values
 
 
 @triton.jit
 def _multiply(a, b, n: tl.constexpr):
-    found = ()
+    values = ()
     for i in tl.static_range(n):
-        found = found + (a[i] * b[i],)
-    return found
+        values = values + (a[i] * b[i],)
+    return values
 
 
 @triton.jit
@@ -463,10 +463,10 @@ def _normalise_column_backward(d, normal, inverse, scale, n: tl.constexpr):
     g = _multiply(d, scale, n)
     mean = _total(g, n) * (1.0 / n)
     along = _total(_multiply(g, normal, n), n) * (1.0 / n)
-    found = ()
+    values = ()
     for i in tl.static_range(n):
-        found = found + (inverse * (g[i] - mean - normal[i] * along),)
-    return found
+        values = values + (inverse * (g[i] - mean - normal[i] * along),)
+    return values
 
 
 @triton.jit
@@ -475,7 +475,7 @@ def _short_weights(
     D_IN: tl.constexpr, HIDDEN: tl.constexpr, D_OUT: tl.constexpr, LN_FIRST: tl.constexpr, BIAS1: tl.constexpr,
     BIAS2: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """All weights as scalars; what is missing has no elements."""
+    """All weights as scalars. A missing weight has no elements."""
     N: tl.constexpr = D_IN if LN_FIRST else D_OUT
     return (
         _scalars(fc1, HIDDEN * D_IN), _scalars(bias1, HIDDEN if BIAS1 else 0), _scalars(fc2, D_OUT * HIDDEN),
@@ -581,13 +581,13 @@ def short_backward_kernel(
         if LN_FIRST:
             d_norm = _multiply(du, normal, D_IN) + du
             du = _normalise_column_backward(du, normal, inverse, weights[5], D_IN)
-        found = _outer(dp, u, HIDDEN, D_IN) + _outer(ds, g, D_OUT, HIDDEN)
+        products = _outer(dp, u, HIDDEN, D_IN) + _outer(ds, g, D_OUT, HIDDEN)
         if RESIDUAL:
-            found = found + _outer(ds, v, D_OUT, D_IN)
+            products = products + _outer(ds, v, D_OUT, D_IN)
             du = _add(du, _transposed_product(weights[4], ds, D_OUT, D_IN), D_IN)
         else:
             du = _add(du, ds, D_IN)
-        totals = _add(totals, found + dp + ds + d_norm, SIZE)
+        totals = _add(totals, products + dp + ds + d_norm, SIZE)
         _store_column(dx, at, live, inner, du, D_IN)
     for i in tl.static_range(SIZE):
         tl.store(parts + tl.program_id(0).to(tl.int64) * SIZE + i, tl.sum(totals[i]))
@@ -654,7 +654,7 @@ def sum_kernel(
     SIZES, WANTED: elements of the seven in those rows, and as many or 0 for those that are wanted.
     """
     block = tl.program_id(0)
-    # Replaced where the block is found below.
+    # Replaced below, where the block belongs.
     source, rows, stride, out, width, first = matrices, n_matrices, matrix_stride, fc1, block * 0, block * 0
     outs = (fc1, fc2, residual, bias1, bias2, scale, shift)
     for i in tl.static_range(7):
@@ -730,7 +730,7 @@ def _weight_blocks(precision: str) -> dict[str, int]:
 
 
 def _kept_parts(kept: Tensor, x: Tensor, sizes: dict[str, int], columns: int) -> tuple[Tensor, Tensor]:
-    """pre, centred: views of what is kept; x stands for what is not."""
+    """pre and centred: views of the kept numbers, or x if they are not kept."""
     hidden = sizes["HIDDEN"] * columns
     return (kept, kept[hidden:]) if len(kept) > hidden else (kept, x) if len(kept) else (x, x)
 
@@ -740,27 +740,13 @@ def _present(tensors: Sequence[Tensor | None], other: Tensor) -> list[Tensor]:
     return [other if t is None else t.contiguous() for t in tensors]
 
 
-def forward(
-    x: Tensor,
-    fc1: Tensor,
-    bias1: Tensor | None,
-    fc2: Tensor,
-    bias2: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    activation: str,
-    ln_first: bool,
-    eps: float,
-    precision: str,
-    dtype: torch.dtype,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, *rest: Argument) -> tuple[Tensor, Tensor]:
     """x [outer, d_in, inner] -> y [outer, d_out, inner] of `dtype`, what the backward pass needs (1-d, empty unless
-    `keep`). x float32 or of 16 bits, weights float32."""
-    x, given = x.contiguous(), (fc1, bias1, fc2, bias2, residual, scale, shift)
+    `keep`). x float32 or of 16 bits, weights float32; they and the settings follow x as in op.py's schema."""
+    given, (activation, ln_first, eps, precision, dtype, keep) = rest[:7], rest[7:]
+    x = x.contiguous()
     outer, d_in, inner = x.shape
-    sizes, columns = _sizes(x, fc1, fc2), outer * inner
+    sizes, columns = _sizes(x, given[0], given[2]), outer * inner
     y = x.new_empty(outer, sizes["D_OUT"], inner, dtype=dtype)
     size = kept_size(outer, inner, d_in, sizes["HIDDEN"], sizes["D_OUT"], ln_first) if keep else 0
     kept = x.new_empty(size, dtype=STORAGE.get(precision, torch.float32))
@@ -781,35 +767,20 @@ def forward(
     return y, kept
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    kept: Tensor,
-    fc1: Tensor,
-    bias1: Tensor | None,
-    fc2: Tensor,
-    bias2: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    activation: str,
-    ln_first: bool,
-    eps: float,
-    precision: str,
-    need_x: bool,
-) -> list[Tensor]:
-    """Gradients of the weights that are not None, in their order, and after them, where `need_x`, the one of x."""
-    dy, x, given = dy.contiguous(), x.contiguous(), (fc1, bias1, fc2, bias2, residual, scale, shift)
+def backward(dy: Tensor, x: Tensor, kept: Tensor, *rest: Argument) -> list[Tensor]:
+    """Gradients of the weights that are not None, in their order, and then, with `need_x`, the one of x."""
+    given, (activation, ln_first, eps, precision, need_x) = rest[:7], rest[7:]
+    dy, x = dy.contiguous(), x.contiguous()
     if not x.numel():
-        found = [torch.zeros_like(w) for w in given if w is not None]
-        return [*found, torch.empty_like(x)] if need_x else found
+        gradients = [torch.zeros_like(w) for w in given if w is not None]
+        return [*gradients, torch.empty_like(x)] if need_x else gradients
     settings = {"eps": eps, "ACTIVATION": activation, "LN_FIRST": ln_first}
-    if max(_sizes(x, fc1, fc2).values()) <= SHORT:
+    if max(_sizes(x, given[0], given[2]).values()) <= SHORT:
         dx, *parts = _short_backward(dy, x, given, settings)
     else:
         dx, *parts = _long_backward(dy, x, kept, given, settings | {"PRECISION": precision})
-    found = _sums(*parts, given)
-    return [*found, dx] if need_x else found
+    gradients = _sums(*parts, given)
+    return [*gradients, dx] if need_x else gradients
 
 
 def pair_forward(
@@ -849,16 +820,16 @@ def pair_backward(dy: Tensor, x: Tensor, mixed: Tensor, kept: Tensor, *rest: Arg
     activation, ln_first, eps, precision, need_x = rest[14:]
     dy, x = dy.contiguous(), x.contiguous()
     if not x.numel():
-        found = [torch.zeros_like(w) for w in (*modality, *channel) if w is not None]
-        return [*found, torch.empty_like(x)] if need_x else found
+        gradients = [torch.zeros_like(w) for w in (*modality, *channel) if w is not None]
+        return [*gradients, torch.empty_like(x)] if need_x else gradients
     settings = {"eps": eps, "ACTIVATION": activation, "LN_FIRST": ln_first}
     rows = mixed.view(-1, mixed.shape[2], 1)
     d_mixed, *parts = _long_backward(
         dy.view(-1, dy.shape[2], 1), rows, kept, channel, settings | {"PRECISION": precision}
     )
     dx, *modality_parts = _short_backward(d_mixed.view(mixed.shape), x, modality, settings)
-    found = _sums(*modality_parts, modality, *parts, channel)
-    return [*found, dx] if need_x else found
+    gradients = _sums(*modality_parts, modality, *parts, channel)
+    return [*gradients, dx] if need_x else gradients
 
 
 def _short_backward(
@@ -908,21 +879,9 @@ def _long_backward(
     splits = triton.cdiv(columns, run)
     parts = x.new_empty(splits, matrices, dtype=torch.float32)
     weights_kernel[(tiles, splits)](
-        x,
-        scale,
-        shift,
-        pre,
-        d1,
-        d2,
-        parts,
-        columns,
-        inner,
-        run,
-        **settings,
-        **blocks,
-        num_warps=WARPS,
+        x, scale, shift, pre, d1, d2, parts, columns, inner, run, **settings, **blocks, num_warps=WARPS,
         num_stages=STAGES,
-    )
+    )  # fmt: skip
     return dx, parts, vectors
 
 
@@ -937,17 +896,17 @@ def _lengths(given: Sequence[Tensor | None]) -> tuple[int, ...]:
 def _sums(matrices: Tensor, vectors: Tensor, given: Sequence[Tensor | None], *other: object) -> list[Tensor]:
     """Gradients of the weights that are not None, in their order, from parts [programs, ...] of those of the matrices
     and of the vectors among them. `other` is the same three of a second axis, whose gradients follow."""
-    found, arguments, constexprs, blocks = _axis_sums(matrices, vectors, given)
+    gradients, arguments, constexprs, blocks = _axis_sums(matrices, vectors, given)
     if other:
         more, other_arguments, other_constexprs, other_blocks = _axis_sums(*other)
-        found, blocks = [*found, *more], blocks + other_blocks
+        gradients, blocks = [*gradients, *more], blocks + other_blocks
     else:
         other_arguments, other_constexprs = arguments, {"SIZES": (0,) * 7, "WANTED": (0,) * 7}
     sum_kernel[(blocks,)](
         *arguments, *other_arguments, **constexprs, **{f"OTHER_{k}": v for k, v in other_constexprs.items()},
         ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=WARPS,
     )  # fmt: skip
-    return found
+    return gradients
 
 
 def _axis_sums(
@@ -959,7 +918,7 @@ def _axis_sums(
     outs = (fc1, fc2, residual, bias1, bias2, scale, shift)
     wanted = tuple(0 if g is None else g.numel() for g in outs)
     parts = [matrices, len(matrices), matrices.stride(0), vectors, len(vectors), vectors.stride(0)]
-    found = [g for g in gradients if g is not None]
+    present = [g for g in gradients if g is not None]
     constexprs = {"SIZES": _lengths(given), "WANTED": wanted}
     blocks = sum(triton.cdiv(n, SUM_COLUMNS) for n in wanted)
-    return found, [*parts, *(matrices if g is None else g for g in outs)], constexprs, blocks
+    return present, [*parts, *(matrices if g is None else g for g in outs)], constexprs, blocks

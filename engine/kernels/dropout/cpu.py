@@ -17,7 +17,7 @@ SOURCE = Path(__file__).with_name("dropout.cpp")
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernel for float32 (and bfloat16) or float64, compiled at its first use; None (logged once) without one."""
+    """The kernel for float32 (and bfloat16) or float64, compiled at its first use; None (logged) if that fails."""
     arguments = [*[build.POINTER] * 2, build.SIZE, ctypes.c_uint64, ctypes.c_uint32, build.DOUBLE, build.INT]
     functions = {"dropout": arguments, "dropout_bf16": arguments}
     return build.library(SOURCE, dtype, functions, "torch's dropout runs")

@@ -1,15 +1,15 @@
-"""Neighbours on the CPU: a cheap product bounds all distances from below, and few rows are looked at closely.
+"""Neighbours on the CPU: a cheap product bounds all distances from below, and few rows are searched exactly.
 
-Prepared once for a bank: centred rows, rounded to int8 with a scale a row (where the processor multiplies int8 fast) or
-kept in float32, and the norm of what rounding took away. For a query q and a row b, rounded to q̂ and b̂, with
-residuals r = q − q̂ and s = b − b̂,
+Once for a bank, rows are centred. If the processor multiplies int8 fast, they are rounded to int8 with one scale per
+row, and the norms of the rounding errors are kept; else they stay in float32. For a query q and a row b, rounded to q̂
+and b̂, with residuals r = q − q̂ and s = b − b̂,
 
     |q − b|² = |q|² + |b|² − 2 q·b  >=  |q|² + |b|² − 2 (q̂·b̂ + |q||s| + |r||b̂|)
 
-so one product gives a lower bound for every row. Rows are searched in groups, those of least bound first, by exact
-distance in float64, until no bound is below the k-th distance found: the answer is exact whatever the product's
-precision, ties included, and in 128 dimensions some dozen rows a query are looked at. Where bounds say nothing (tight
-clusters far apart, many ties) the search visits more rows, at worst all.
+so one product gives a lower bound for every row. Groups of rows are searched by exact distance in float64, those of
+least bound first, until no bound is below the k-th distance. The answer is exact whatever the product's precision, ties
+included. In 128 dimensions the search visits some dozen rows per query. If the bounds tell little (tight clusters far
+apart, many ties), it visits more rows, at worst all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GROUP = 64  # rows that share one bound
 PRODUCTS = 1 << 23  # entries of one block of products: 32 MB
 ROWS = 8192  # rows prepared at a time, in float64
 
-# No NaN or infinity is assumed away: infinite distances mark what is not found yet.
+# NaN and infinity are allowed for: an infinite distance marks a neighbour that is not known yet.
 SUMS = {"reassoc", "contract", "nsz"}
 
 
@@ -99,7 +99,7 @@ def nearest(
     taken = np.zeros((draws, n), dtype=np.bool_)
     if isolate:
         np.put_along_axis(taken, query.numpy(), True, axis=1)
-    flat, found = query.reshape(-1), query.new_empty(draws * m, k)
+    flat, neighbours = query.reshape(-1), query.new_empty(draws * m, k)
     size = max(1, PRODUCTS // max(1, n))
     for at in range(0, len(flat), size):
         part = slice(at, at + size)
@@ -116,9 +116,9 @@ def nearest(
         draw = np.arange(at, at + len(some)) // m
         _search(
             z.numpy(), product, table, low, unit.item() ** 2, some, key.reshape(-1)[part].numpy(), draw, taken, first,
-            found[part].numpy(),
+            neighbours[part].numpy(),
         )  # fmt: skip
-    return found.reshape(draws, m, k)
+    return neighbours.reshape(draws, m, k)
 
 
 def _full_precision_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -171,12 +171,12 @@ def _mix(key, number):
 
 
 @njit(cache=True, nogil=True)
-def _search(z, product, bounds, low, unit2, query, key, draw, taken, first, found):
+def _search(z, product, bounds, low, unit2, query, key, draw, taken, first, neighbours):
     """The exact neighbours of each query, best group first; low [queries, groups] is used up."""
-    n, k = len(z), found.shape[1]
+    n, k = len(z), neighbours.shape[1]
     distance, chance = np.empty(k, np.float64), np.empty(k, np.int64)
     for i in range(len(query)):
-        q, isolated, best = query[i], taken[draw[i]], found[i]
+        q, isolated, best = query[i], taken[draw[i]], neighbours[i]
         scale, base, norm, residual = bounds[0, q], bounds[1, q], bounds[2, q], bounds[3, q]
         for r in range(k):
             distance[r], chance[r], best[r] = np.inf, 0, -1
@@ -216,25 +216,25 @@ def _search(z, product, bounds, low, unit2, query, key, draw, taken, first, foun
 
 def nearest_on_line(ascending: Tensor, order: Tensor, query: Tensor, key: Tensor, k: int) -> Tensor:
     """As `reference.nearest_on_line`."""
-    found = query.new_empty(*query.shape, k)
+    neighbours = query.new_empty(*query.shape, k)
     every = np.ones(query.shape[1], dtype=np.bool_)
     for t in range(len(query)):
-        _line(ascending.numpy(), order.numpy(), query[t].numpy(), key[t].numpy(), every, found[t].numpy())
-    return found
+        _line(ascending.numpy(), order.numpy(), query[t].numpy(), key[t].numpy(), every, neighbours[t].numpy())
+    return neighbours
 
 
 def within_strata(
     ascending: Tensor, order: Tensor, group: Tensor, start: Tensor, stop: Tensor, query: Tensor, key: Tensor, k: int
 ) -> Tensor:
     """As `reference.within_strata`."""
-    found = query.new_empty(*query.shape, k)
+    neighbours = query.new_empty(*query.shape, k)
     for t in range(len(query)):
         short = np.zeros(query.shape[1], dtype=np.bool_)
-        q, s, f = query[t].numpy(), key[t].numpy(), found[t].numpy()
+        q, s, f = query[t].numpy(), key[t].numpy(), neighbours[t].numpy()
         _strata(order.numpy(), group.numpy(), start.numpy(), stop.numpy(), q, s, f, short)
         if short.any():
             _line(ascending.numpy(), order.numpy(), q, s, short, f)
-    return found
+    return neighbours
 
 
 @njit(cache=True, nogil=True)
@@ -269,23 +269,23 @@ def _distinct(size, count, key, chosen):
 
 
 @njit(cache=True, nogil=True)
-def _strata(order, group, start, stop, query, key, found, short):
+def _strata(order, group, start, stop, query, key, neighbours, short):
     rest, before = _without(order, query)
-    k = found.shape[1]
+    k = neighbours.shape[1]
     for i in range(len(query)):
         g = group[query[i]]
         low, high = before[start[g]], before[stop[g]]
         short[i] = high - low < k
         if not short[i]:
-            _distinct(high - low, k, key[i], found[i])
+            _distinct(high - low, k, key[i], neighbours[i])
             for r in range(k):
-                found[i, r] = order[rest[low + found[i, r]]]
+                neighbours[i, r] = order[rest[low + neighbours[i, r]]]
 
 
 @njit(cache=True, nogil=True)
-def _line(ascending, order, query, key, wanted, found):
+def _line(ascending, order, query, key, wanted, neighbours):
     """Fills found[i] where wanted[i]."""
-    n, k = len(order), found.shape[1]
+    n, k = len(order), neighbours.shape[1]
     rest, _ = _without(order, query)
     last = len(rest)
     value = np.empty(last, ascending.dtype)
@@ -324,7 +324,7 @@ def _line(ascending, order, query, key, wanted, found):
             if r >= k - needed:
                 at = draw[r - (k - needed)]
                 at = low0 + at if at < high0 - low0 else low1 + at - (high0 - low0)
-            found[i, r] = order[rest[at]]
+            neighbours[i, r] = order[rest[at]]
 
 
 @njit(cache=True, nogil=True)

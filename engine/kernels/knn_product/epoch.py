@@ -1,4 +1,4 @@
-"""Product rows of a whole epoch: queries, keys and neighbours of all batches at once, then one launch a batch.
+"""Product rows of a whole epoch: queries, keys and neighbours of all batches at once, then one launch per batch.
 
     epoch = draw_epoch(sampler, terms, [32] * 40 + [4], generator)  # at the epoch's beginning
     rows = epoch.take(number)                                       # batch `number`: {"I(T;A|C)": (x, y, z), ...}
@@ -229,12 +229,12 @@ def draw_epoch(
         at = torch.tensor(alike, device=device)
         q, key = _queries_and_keys(n, len(alike) * count, m, generator, device)
         q, key = q.view(-1, count, m), key.view(-1, count, m)
-        found = torch.empty(*q.shape, k, dtype=torch.int64, device=device)
+        neighbours = torch.empty(*q.shape, k, dtype=torch.int64, device=device)
         for given, part in parts.items():
             flat = q[:, part].flatten(0, 1), key[:, part].flatten(0, 1)
-            found[:, part] = _neighbours(sampler, given, *flat).view(len(alike), -1, m, k)
+            neighbours[:, part] = _neighbours(sampler, given, *flat).view(len(alike), -1, m, k)
         query[:, :, :m].index_copy_(0, at, q)
-        neighbour[:, :, :m].index_copy_(0, at, found)
+        neighbour[:, :, :m].index_copy_(0, at, neighbours)
     return EpochProducts(bank, terms, [draw_of[str(term)] for term in terms], query, neighbour, sizes)
 
 
@@ -298,11 +298,11 @@ def from_lists(space: Space, query: Tensor, key: Tensor, k: int) -> Tensor:
     n = len(space.z)
     rows, distance = nearest_lists(space, min(n, 2 * k + 7))
     parts = [reference.select(rows, distance, *part, k) for part in _slices(n, query, key)]
-    found = torch.cat([part for part, _ in parts])
+    neighbours = torch.cat([part for part, _ in parts])
     undecided = torch.cat([part for _, part in parts]).nonzero()[:, 0]  # the host waits here
     if len(undecided):
-        found[undecided] = _searched(lambda q, s: space.neighbours(q, s, k), n, query[undecided], key[undecided])
-    return found
+        neighbours[undecided] = _searched(lambda q, s: space.neighbours(q, s, k), n, query[undecided], key[undecided])
+    return neighbours
 
 
 def nearest_lists(space: Space, length: int) -> tuple[Tensor, Tensor]:

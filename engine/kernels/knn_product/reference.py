@@ -4,9 +4,9 @@ Isolated sampling (CCMI, Molavipour et al.): m queries are drawn without replace
 from k rows of like z among the rows that are *not* queries, so that no row serves both roles. "Like z" is the k nearest
 neighbours in z for a continuous condition, and an equal value of z for a discrete one.
 
-All chance comes from the queries and one integer key a query, both drawn beforehand (`engine.kernels.knn_product.op`).
-What follows from them is the same on every backend and device: which of several tied rows are taken is decided by a
-hash of the query's key and the row. T draws are answered at once; a draw isolates its own queries only.
+All randomness is in the queries and in one integer key per query, which are drawn beforehand (`op.py`). What follows
+from them is the same on every backend and device: a hash of the query's key and the row decides which of several tied
+rows are taken. T draws are answered at once, and a draw isolates its own queries only.
 Nothing here waits for a device, except `label_strata`, which is called once for a bank.
 """
 
@@ -49,7 +49,7 @@ def nearest(z: Tensor, query: Tensor, key: Tensor, k: int, first: bool, isolate:
         int64 [T, m, k].
     """
     row = torch.arange(len(z), device=z.device)
-    found = query.new_empty(*query.shape, k)
+    neighbours = query.new_empty(*query.shape, k)
     z = wide(z)
     for t in range(len(query)):
         for block in torch.arange(query.shape[1], device=z.device).split(max(1, BLOCK // max(1, z.numel()))):
@@ -60,8 +60,8 @@ def nearest(z: Tensor, query: Tensor, key: Tensor, k: int, first: bool, isolate:
             if not first:
                 order = mix(key[t, block][:, None], row).argsort(dim=1, stable=True)
             nearest_first = torch.sort(distance.gather(1, order), dim=1, stable=True).indices[:, :k]
-            found[t, block] = order.gather(1, nearest_first)
-    return found
+            neighbours[t, block] = order.gather(1, nearest_first)
+    return neighbours
 
 
 def select(rows: Tensor, distance: Tensor, query: Tensor, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -84,10 +84,10 @@ def select(rows: Tensor, distance: Tensor, query: Tensor, key: Tensor, k: int) -
     gap = gap.masked_fill(taken.gather(1, near.flatten(1)).view_as(near), float("inf"))
     by_chance = (mix(key[..., None], near) << 31 | near).argsort(dim=-1)
     gap, nearest_first = torch.sort(gap.gather(-1, by_chance), dim=-1, stable=True)
-    found = near.gather(-1, by_chance).gather(-1, nearest_first[..., :k])
+    neighbours = near.gather(-1, by_chance).gather(-1, nearest_first[..., :k])
     if rows.shape[1] == len(rows):
-        return found, torch.zeros_like(taken[:, 0])
-    return found, (gap[..., k - 1] >= last).any(1)
+        return neighbours, torch.zeros_like(taken[:, 0])
+    return neighbours, (gap[..., k - 1] >= last).any(1)
 
 
 def nearest_on_line(ascending: Tensor, order: Tensor, query: Tensor, key: Tensor, k: int) -> Tensor:

@@ -56,17 +56,17 @@ def nearest(
     parts = triton.cdiv(tiles, tiles_each)
     bound = torch.empty(draws, m, parts, size, dtype=torch.float32, device=z.device)
     row = torch.empty(draws, m, parts, size, dtype=torch.int32, device=z.device)
-    found = torch.empty(draws, m, k, dtype=torch.int64, device=z.device)
-    if found.numel() == 0:
-        return found
+    neighbours = torch.empty(draws, m, k, dtype=torch.int64, device=z.device)
+    if neighbours.numel() == 0:
+        return neighbours
     bound_kernel[(parts, triton.cdiv(m, BOUND["BLOCK_M"]), draws)](
         coarse, bounds, query, taken, bound, row, n, m, d, parts, tiles_each, SIZE=size, **BOUND
     )
     rank_kernel[(m, draws)](
-        z, unit, query, key, taken, bound, row, found, n, m, d, parts,
+        z, unit, query, key, taken, bound, row, neighbours, n, m, d, parts,
         K=k, KEEP=triton.next_power_of_2(k), SIZE=size, PARTS=triton.next_power_of_2(parts * size), FIRST=first, **RANK,
     )  # fmt: skip
-    return found
+    return neighbours
 
 
 @triton.jit

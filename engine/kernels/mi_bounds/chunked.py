@@ -1,9 +1,9 @@
 """Statistics and gradients of embeddings' score matrices on the GPU by library products. Signatures: cpu.py.
 
-A chunk of rows at a time: the library multiplies, one kernel (scores.py) turns the chunk's scores into what is kept of
-them, and in backward passes into the scores' gradient, which the library multiplies again. Whatever the width of the
-embeddings, that is one product in a forward pass and three in a backward pass; `infonce_mean` needs three in all. The
-sums over the rows, dk, are taken in fp32 in the order of the chunks. Results are bitwise the same every time.
+The work is done one chunk of rows at a time. The library multiplies. One kernel (scores.py) turns the chunk's scores
+into statistics, or in backward passes into the scores' gradient, which the library multiplies again. Whatever the width
+of the embeddings, that is one product in a forward pass and three in a backward pass; InfoNCE's mean needs three in
+all. The sums over the rows, dk, are taken in fp32 in the order of the chunks. Results are bitwise the same every time.
 
 Memory: `plan.CHUNK_BYTES` for a chunk (or what `plan.LEAST_ROWS` rows need, if that is more), and fp32 copies of dq and
 dk.
@@ -154,17 +154,9 @@ def symmetric_statistics(q: Tensor, k: Tensor, scale: Tensor) -> tuple[Tensor, T
 
 
 def gradients(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    positives: Tensor | None,
-    exclude_self: bool,
-    row_weight: Tensor,
-    row_shift: Tensor | None,
-    col_weight: Tensor | None,
-    col_shift: Tensor | None,
-    diagonal: Tensor,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, row_weight: Tensor,
+    row_shift: Tensor | None, col_weight: Tensor | None, col_shift: Tensor | None, diagonal: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Three products."""
     pair = _Pair(q, k)
     factor, (row_weight, col_weight, diagonal) = in_range(q, scale, row_weight, col_weight, diagonal)
@@ -215,10 +207,10 @@ def mixture(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One product."""
     a = log_baseline.contiguous()
-    found, state = kernels.rows_like(q, 4), kernels.state_like(q)
+    statistics, state = kernels.rows_like(q, 4), kernels.state_like(q)
     for begin, scores, _ in _Chunks(_Pair(q, k), with_gradient=False):
-        kernels.mixture(scores, scale, a, alpha, begin, found, state)
-    return tuple(found)
+        kernels.mixture(scores, scale, a, alpha, begin, statistics, state)
+    return tuple(statistics)
 
 
 def mixture_gradients(
@@ -241,21 +233,21 @@ def mixture_gradients(
 def in_range(
     q: Tensor, scale: Tensor, *weights: Tensor | None, share: Callable[[], Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Weights [G, n] of a gradient as they are to be used, contiguous, and the factor of the products of embeddings.
+    """Weights [G, n] of a gradient, contiguous and in range, and the factor of the products of embeddings.
 
     The factor is `scale`. For fp16 weights are multiplied so that the largest gradient, the largest weight times the
     largest `share` [G, n], comes to HALF_RANGE, and the factor [G, 1, 1] undoes that: fp16 would lose the gradients of
     a large batch.
     """
-    found = [contiguous(w) for w in weights]
+    scaled = [contiguous(w) for w in weights]
     if q.dtype != torch.float16:
-        return scale, found
-    peak = torch.stack([w.abs().amax(1) for w in found if w is not None]).amax(0)
+        return scale, scaled
+    peak = torch.stack([w.abs().amax(1) for w in scaled if w is not None]).amax(0)
     if share is not None:
         peak = peak * share().amax(1)
     range_ = HALF_RANGE / torch.where(peak > 0, peak, HALF_RANGE)
-    found = [None if w is None else w * range_[:, None] for w in found]
-    return (scale / range_)[:, None, None], found
+    scaled = [None if w is None else w * range_[:, None] for w in scaled]
+    return (scale / range_)[:, None, None], scaled
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

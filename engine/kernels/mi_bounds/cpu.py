@@ -1,10 +1,10 @@
 """Streaming statistics and gradients of score matrices on the CPU: blocks of rows in one reused buffer.
 
-What comes from exponentials of embeddings' scores is computed by mi_bounds.cpp, where it can be had.
+Statistics that are exponentials of embeddings' scores are computed by mi_bounds.cpp, if it can be compiled.
 
 Scores are S = scale * q k^T, q [G, B, d], k [G, C, d]; they exist one block of rows at a time, O(B · block) memory.
 For scores that are given as a matrix, the functions beginning with `score_` do the same. Host functions: plain tensors
-in and out, fp32 or fp64, no autograd. One number of threads gives bitwise the same result every time.
+in and out, fp32 or fp64, no autograd. The same number of threads gives bitwise the same result every time.
 
 Row i's positive is column `positives[i]` (i if None); it is left out of every statistic and has a gradient of its own.
 With `exclude_self`, column i does not exist for row i.
@@ -38,7 +38,7 @@ WHOLE = 16  # numbers: whole vectors there
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernel for float32 or float64, compiled at its first use; None (logged once) where it cannot be had."""
+    """The kernel for float32 or float64, compiled at its first use; None (logged once) if it cannot be compiled."""
     pointer, size, count = build.POINTER, build.SIZE, build.INT
     functions = {
         "mi_exponentials": [pointer, pointer, *[size] * 3, pointer, size, *[pointer] * 4, count],
@@ -76,17 +76,9 @@ def statistics(
 
 
 def gradients(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    positives: Tensor | None,
-    exclude_self: bool,
-    row_weight: Tensor,
-    row_shift: Tensor | None,
-    col_weight: Tensor | None,
-    col_shift: Tensor | None,
-    diagonal: Tensor,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, row_weight: Tensor,
+    row_shift: Tensor | None, col_weight: Tensor | None, col_shift: Tensor | None, diagonal: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of q and k, recomputing the scores.
 
     With dS_ij = -row_weight_i e^(S_ij - row_shift_i) - col_weight_j e^(S_ij - col_shift_j) (the second term only where
@@ -121,20 +113,13 @@ def gradients(
 
 
 def fused(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    positives: Tensor | None,
-    exclude_self: bool,
-    kind: str,
-    tau: float,
-    weighting: str,
-    offset: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, kind: str, tau: float,
+    weighting: str, offset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Statistics and, from the same scores, the products that the gradients consist of: no score is computed twice.
 
-    The gradient of row i's other scores is, up to one factor a group that is known only when all rows are, proportional
-    to e^(S_ij - R_i) e^(rho_i - M), with R_i the LSE of the row and M a running maximum of rho, or to sigmoid(S_ij).
+    The gradient of row i's other scores is proportional to e^(S_ij - R_i) e^(rho_i - M), with R_i the LSE of the row
+    and M a running maximum of rho, or to sigmoid(S_ij). Its factor, one per group, is known only when all rows are.
 
     Args:
         weighting: "softmax": rho_i = R_i - logaddexp(R_i, D_i) (InfoNCE); "offset": rho_i = R_i - offset_i;
@@ -183,7 +168,7 @@ def infonce(
     """InfoNCE's losses, its state, and the gradients of the sum of the losses that are asked for.
 
     Args:
-        algorithm: one of the GPU's; here it means nothing.
+        algorithm: one of the GPU's; not used here.
         gradients: "none", "rows" (dq) or "both".
 
     Returns:
@@ -328,12 +313,12 @@ class _CompiledExponentials:
 
     def sums(self, weighted: Tensor, of_columns: Tensor) -> Tensor:
         """As there; both are contiguous."""
-        found = torch.empty_like(weighted)
-        library(found.dtype).mi_sums(
-            self._scores.data_ptr(), self._k.data_ptr(), weighted.data_ptr(), *self._sizes, found.data_ptr(),
+        of_rows = torch.empty_like(weighted)
+        library(of_rows.dtype).mi_sums(
+            self._scores.data_ptr(), self._k.data_ptr(), weighted.data_ptr(), *self._sizes, of_rows.data_ptr(),
             of_columns.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        return found
+        return of_rows
 
 
 def _exponential_blocks(
@@ -362,8 +347,8 @@ def _exponential_blocks(
         for begin in range(0, rows, step):
             block = q[group, begin : begin + step]
             own = begin if exclude_self else -1
-            found = _CompiledExponentials(begin, block, k[group], positives[begin : begin + step], own, buffer)
-            yield slice(group, group + 1), found
+            exponentials = _CompiledExponentials(begin, block, k[group], positives[begin : begin + step], own, buffer)
+            yield slice(group, group + 1), exponentials
 
 
 class _Mask:

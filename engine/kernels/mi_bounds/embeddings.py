@@ -49,7 +49,7 @@ def positives_in_range(
 ) -> tuple[Tensor, Tensor]:
     """Positives that are in range, and the scale, NaN where they were not.
 
-    Positives whose values may be looked at raise an EstimatorError instead.
+    If the host may read the positives, wrong ones raise an EstimatorError instead.
     """
     if looks_at(positives):
         check_positives(positives, columns, exclude_self)
@@ -62,7 +62,7 @@ def positives_in_range(
 
 
 def _scale(where: str, temperature: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """1 / temperature, 0-d. NaN if a tensor whose value is not looked at holds no positive number."""
+    """1 / temperature, 0-d. NaN if a tensor that the host does not read holds no positive number."""
     seen = check_temperature(where, temperature, device)
     if not isinstance(temperature, Tensor):
         return torch.full((), 1 / float(temperature), dtype=dtype, device=device)
@@ -74,7 +74,7 @@ def _scale(where: str, temperature: float | Tensor, device: torch.device, dtype:
 
 
 def check_temperature(where: str, temperature: float | Tensor, device: torch.device | None = None) -> bool:
-    """Refuse what is not one positive number.
+    """Refuse anything but one positive number.
 
     Args:
         where: the operation, for errors.
@@ -82,7 +82,7 @@ def check_temperature(where: str, temperature: float | Tensor, device: torch.dev
         device: of the embeddings; a tensor must be there, or on the CPU. None: anywhere.
 
     Returns:
-        False if the value was not looked at, because it is on a GPU or in a graph; else True.
+        Whether the value was read; it is not on a GPU or in a graph.
 
     Raises:
         EstimatorError: another value, type or device.

@@ -49,8 +49,7 @@ def infonce(
         q: Queries [B, d], or [G, B, d] for G losses at once. float16, bfloat16, float32 or float64.
         k: Keys [M, d] or [G, M, d], M >= B. Row i of k is the positive of row i of q; the others are its negatives.
         temperature: One positive number: a float, or a tensor of one element on the CPU or on q's device. A tensor
-            receives its gradient. The value of a tensor on a GPU is not looked at: if it is not positive, the loss is
-            NaN.
+            receives its gradient. The host does not read a tensor on a GPU: if it is not positive, the loss is NaN.
         cosine: Scale q, k and negatives to length 1 first.
         symmetric: The mean of the losses of q against k and of k against q. Needs M = B, and none of `negatives`,
             `positives` and `exclude_self`.
@@ -256,10 +255,10 @@ def mi_lower_bound(
 def _square(where: str, scores: Tensor) -> Tensor:
     """Scores [G, B, B] in full precision; [B, B] is one group."""
     scores = full_precision(scores)
-    found = scores if scores.dim() == 3 else scores[None]
-    if found.dim() != 3 or found.shape[1] != found.shape[2]:
+    square = scores if scores.dim() == 3 else scores[None]
+    if square.dim() != 3 or square.shape[1] != square.shape[2]:
         raise EstimatorError(where, f"scores {list(scores.shape)}", "[B, B] or [G, B, B]", "Score all pairs.")
-    return found
+    return square
 
 
 def _log_baseline(where: str, first: Tensor, log_baseline: Tensor | None, one: bool) -> Tensor | None:

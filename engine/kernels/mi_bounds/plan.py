@@ -1,4 +1,4 @@
-"""Which algorithm the bounds take on a GPU, how it cuts its work up, what it launches. Does not import triton.
+"""Which algorithm the bounds take on a GPU, how it divides its work, and what it launches. Does not import triton.
 
 fused    triton.py: embeddings of up to MAX_WIDTH, no memory beside the outputs
 chunked  chunked.py: library products of CHUNK_BYTES of scores at a time, any width
@@ -17,7 +17,7 @@ from engine.kernels import dispatch
 
 # Bytes of a chunk of the chunked algorithm: its scores in fp32, and their gradient where it does not take their place.
 CHUNK_BYTES = 256 << 20
-# Numbers of bf16 that hold one of fp32, and the multiplications from which splitting fp32 into them pays.
+# How many numbers of bf16 hold one of fp32, and how many multiplications make splitting worthwhile.
 PARTS = 3
 LEAST_SPLIT = 1 << 31
 # Of the parts of two numbers, largest first, those whose products are not below the numbers' own rounding.
@@ -25,7 +25,7 @@ KEPT = ((0, 0), (0, 1), (1, 0), (0, 2), (2, 0), (1, 1))
 # With how many of the other number's parts, the largest first, each part is multiplied.
 COUNTS = tuple(sum(i == part for i, _ in KEPT) for part in range(PARTS))
 LEAST_ROWS = 128
-# Bytes of scores in fp32 that plain torch may be given; it makes several tensors of that size.
+# The most bytes of scores in fp32 that plain torch is given. It makes several tensors of that size.
 EAGER_BYTES = 1 << 30
 # The widest embeddings that a fused program holds whole, so that it computes no product twice.
 MAX_WIDTH = 128
@@ -70,10 +70,10 @@ def choose(operation: str, q: Tensor, k: Tensor) -> str:
 
 
 def rule(precision: str, sizes: Mapping[str, int]) -> str:
-    """Where nothing was measured: fused where its programs, one for MAX_WIDTH rows, occupy a GPU's processors.
+    """The rule without measurements: fused if its programs, one per MAX_WIDTH rows, occupy a GPU's processors.
 
-    With fewer of them library products are faster, and so they are for fp32: a fused kernel multiplies it as three
-    products of tf32.
+    With fewer programs library products are faster. They are also faster for fp32, which a fused kernel multiplies as
+    three products of tf32.
     """
     many = sizes["groups"] * sizes["rows"] >= LEAST_FUSED_ROWS
     return "fused" if sizes["width"] <= MAX_WIDTH and precision in ("bf16", "fp16") and many else "chunked"
@@ -104,12 +104,12 @@ def roundings(q: Tensor) -> int:
 
 
 def scalings(q: Tensor, weights: int, more: int = 0) -> int:
-    """Launches that bring so many weights of a gradient into the range of fp16."""
+    """Launches that bring `weights` weights of a gradient into the range of fp16."""
     return 3 * weights + 8 + more if dispatch.precision_of(q.dtype) == "fp16" else 0
 
 
 def gradient_launches(q: Tensor, k: Tensor) -> int:
-    """Of chunked gradients: three products and a kernel a chunk, then dq and dk are scaled.
+    """Of chunked gradients: three products and one kernel per chunk, then dq and dk are scaled.
 
     Split embeddings take a product for each of their parts, for dq and for dk, and the parts' sums.
     """
@@ -119,7 +119,7 @@ def gradient_launches(q: Tensor, k: Tensor) -> int:
 
 
 def score_launches(q: Tensor, k: Tensor, kernels: int = 1) -> int:
-    """Of a pass over the scores alone: a product and so many kernels a chunk."""
+    """Of a pass over the scores alone: one product and `kernels` kernels per chunk."""
     return (SPLITTING if is_split(q, k) else 0) + (1 + kernels) * _chunks(q, k, False)
 
 

@@ -33,6 +33,9 @@ def bound_value(
 ) -> tuple[Tensor, Tensor]:
     """One bound on I(X;Y) from one batch of scores.
 
+    >>> bound_value(100 * torch.eye(4), "infonce")[0]  # log 4, the ceiling
+    tensor(1.3863)
+
     Args:
         scores: [B, B], `scores[i, j] = f(x_j, y_i)`, B >= 2.
         bound: one of `BOUNDS`.
@@ -55,40 +58,40 @@ def bound_value(
     check_settings(f"bound {bound}", alpha, smile_tau)
     with torch.autocast(scores.device.type, enabled=False):
         scores = full_precision(scores)
-        joint = scores.diagonal()
-        count = len(scores)
-        log_pairs = math.log(count * (count - 1))
-        a = scores.new_zeros(count) if log_baseline is None else log_baseline[:, 0].to(scores.dtype)
-        objective = None  # whose gradient stands in for the value's own
-
-        if bound == "infonce":
-            value = math.log(count) - infonce_of_scores(scores).mean()
-        elif bound == "dv":
-            value = _dv(scores)
-        elif bound == "mine":
-            value = _dv(scores)
-            if log_ema is not None:
-                log_mean = _off(scores).logsumexp((0, 1)) - log_pairs
-                objective = joint.mean() - (log_mean - log_ema.to(scores.dtype)).exp()
-        elif bound == "tuba":
-            value = 1 + (joint - a).mean() - ((_row_lse(scores) - a).logsumexp(0) - log_pairs).exp()
-        elif bound == "nwj":
-            value = _nwj(scores)
-        elif bound == "js_fgan":
-            value = _js_fgan(scores)
-        elif bound == "js":
-            # the JS critic tends to log r, NWJ's to 1 + log r: the value is NWJ's at 1 + f
-            value = _nwj(scores + 1)
-            objective = _js_fgan(scores)
-        elif bound == "smile":
-            value = joint.mean() - (_off(scores.clamp(-smile_tau, smile_tau)).logsumexp((0, 1)) - log_pairs)
-            objective = _js_fgan(scores)
-        else:
-            value = _interpolate(scores, a, alpha)
-
+        a = scores.new_zeros(len(scores)) if log_baseline is None else log_baseline[:, 0].to(scores.dtype)
+        value, objective = _value_and_objective(scores, bound, a, alpha, smile_tau, log_ema)
         if objective is None:
             return value.detach(), value
         return value.detach(), value.detach() + (objective - objective.detach())
+
+
+def _value_and_objective(
+    scores: Tensor, bound: str, a: Tensor, alpha: float, smile_tau: float, log_ema: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """A bound's value, and what is maximised in its place, if that is something else."""
+    joint = scores.diagonal()
+    count = len(scores)
+    log_pairs = math.log(count * (count - 1))
+    if bound == "infonce":
+        return math.log(count) - infonce_of_scores(scores).mean(), None
+    if bound == "dv" or (bound == "mine" and log_ema is None):
+        return _dv(scores), None
+    if bound == "mine":
+        log_mean = _off(scores).logsumexp((0, 1)) - log_pairs
+        return _dv(scores), joint.mean() - (log_mean - log_ema.to(scores.dtype)).exp()
+    if bound == "tuba":
+        return 1 + (joint - a).mean() - ((_row_lse(scores) - a).logsumexp(0) - log_pairs).exp(), None
+    if bound == "nwj":
+        return _nwj(scores), None
+    if bound == "js_fgan":
+        return _js_fgan(scores), None
+    if bound == "js":
+        # the JS critic tends to log r, NWJ's to 1 + log r: the value is NWJ's at 1 + f
+        return _nwj(scores + 1), _js_fgan(scores)
+    if bound == "smile":
+        clipped = scores.clamp(-smile_tau, smile_tau)
+        return joint.mean() - (_off(clipped).logsumexp((0, 1)) - log_pairs), _js_fgan(scores)
+    return _interpolate(scores, a, alpha), None
 
 
 def update_log_ema(log_ema: Tensor, scores: Tensor, rate: float) -> Tensor:

@@ -1,7 +1,7 @@
 """GPU kernels over scores that are stored: a caller's matrix, or a chunk of rows of products (chunked.py).
 
-A chunk [G, n, M] holds the rows from `begin` on of G matrices [N, M]. `scale` is what its numbers still have to be
-multiplied by; None where they are scores already. Statistics are read and written by the rows' place in [G, N].
+A chunk [G, n, M] holds the rows from `begin` on of G matrices [N, M]. Its numbers times `scale` are
+the scores; None if they are scores already. Statistics are read and written by the rows' place in [G, N].
 No atomics: results are bitwise the same every time.
 """
 
@@ -446,9 +446,9 @@ def score_gradients(scores: Tensor, row_weight: Tensor, row_shift: Tensor | None
 def score_mixture(scores: Tensor, log_baseline: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """cpu.score_mixture."""
     scores = scores.contiguous()
-    found = rows_like(scores, 4)
-    mixture(scores, None, log_baseline.contiguous(), alpha, 0, found, state_like(scores))
-    return tuple(found)
+    statistics = rows_like(scores, 4)
+    mixture(scores, None, log_baseline.contiguous(), alpha, 0, statistics, state_like(scores))
+    return tuple(statistics)
 
 
 def score_mixture_gradients(

@@ -213,7 +213,7 @@ def _gradients(
 
     dS = -weight e^(S - shift) summed over the sides that have one, or -weight sigmoid(S). At a row's positive it is the
     row's diagonal coefficient. With IS_SHARE weights are InfoNCE losses' gradients: dS = weight e^(S - shift), and
-    -weight times the coefficient at the positive. The factor is one number, or one a group.
+    -weight times the coefficient at the positive. The factor is one number, or one per group.
     """
     group = tl.program_id(1).to(tl.int64)
     own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -326,9 +326,9 @@ GRADIENTS: dict[str, dict[str | int, Config]] = {
 
 
 def tile(configs: dict[str, dict[str | int, Config]], precision: str, rows: int, width: int, arch: int | None) -> dict:
-    """Keywords of a launch for so many owned rows, all groups together."""
-    found = configs[precision]
-    block_m, block_n, block_d, warps, stages = found["few"] if rows < FEW_ROWS else found.get(arch, found["many"])
+    """Keywords of a launch for `rows` owned rows, all groups together."""
+    choices = configs[precision]
+    block_m, block_n, block_d, warps, stages = choices["few"] if rows < FEW_ROWS else choices.get(arch, choices["many"])
     block_w = max(16, triton.next_power_of_2(width))
     return {
         "WIDTH": width, "BLOCK_W": block_w, "BLOCK_D": min(block_d or block_w, block_w), "BLOCK_M": block_m,
@@ -386,17 +386,9 @@ def infonce_keys(
 
 
 def gradients(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    positives: Tensor | None,
-    exclude_self: bool,
-    row_weight: Tensor,
-    row_shift: Tensor | None,
-    col_weight: Tensor | None,
-    col_shift: Tensor | None,
-    diagonal: Tensor,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, scale: Tensor, positives: Tensor | None, exclude_self: bool, row_weight: Tensor,
+    row_shift: Tensor | None, col_weight: Tensor | None, col_shift: Tensor | None, diagonal: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     (q, k), precision = _operands(q, k)
     factor, (row_weight, col_weight, diagonal) = in_range(q, scale, row_weight, col_weight, diagonal)
     row, column = (row_weight, contiguous(row_shift)), (col_weight, contiguous(col_shift))
@@ -425,7 +417,7 @@ def _run(
 
 
 def _operands(*tensors: Tensor) -> tuple[list[Tensor], Precision]:
-    """Embeddings as tl.dot may be given them: contiguous, and rounded where it would truncate."""
+    """Embeddings in the form for tl.dot: contiguous, and rounded if it would truncate them."""
     precision = precision_of(tensors[0])
     tensors = [t.contiguous() for t in tensors]
     return [_rounded(t) for t in tensors] if precision.rounds else tensors, precision

@@ -1,4 +1,4 @@
-"""Layers of many small MLPs of one shape on the GPU: one launch a layer forward, one a layer backward.
+"""Layers of many small MLPs of one shape on the GPU: one launch per layer forward, one per layer backward.
 
 MLPs come in sections. In a first layer a section is the MLPs that read one input; a further layer is one section. A
 program works out one tile of one MLP's product, and the bias, the ReLU and its derivative belong to the product's
@@ -227,15 +227,9 @@ def _backward(
 
 
 def layer_forward(
-    inputs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    out: Tensor,
-    *,
-    shared: bool,
-    relu: bool,
-    second: Tensor | None = None,
-) -> None:
+    inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], out: Tensor, *, shared: bool,
+    relu: bool, second: Tensor | None = None,
+) -> None:  # fmt: skip
     """One layer of all MLPs of all sections. All tensors are fp32 and contiguous. One launch.
 
     Args:
@@ -259,26 +253,18 @@ def layer_forward(
 
 
 def layer_backward(
-    grad: Tensor,
-    below: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    of_weights: Sequence[Tensor],
-    of_biases: Sequence[Tensor],
-    of_below: Sequence[Tensor],
-    *,
-    shared: bool,
-    second: Tensor | None = None,
-    scale: Tensor | None = None,
-    places: Sequence[int] = (),
-) -> None:
+    grad: Tensor, below: Sequence[Tensor], weights: Sequence[Tensor], of_weights: Sequence[Tensor],
+    of_biases: Sequence[Tensor], of_below: Sequence[Tensor], *, shared: bool, second: Tensor | None = None,
+    scale: Tensor | None = None, places: Sequence[int] = (),
+) -> None:  # fmt: skip
     """Gradients of one layer of all MLPs. All tensors are fp32 and contiguous. One launch.
 
     Args:
         grad: [G, rows, OUT], of the layer's output before its activation.
         second: [G, m, OUT], the gradient of m more rows.
         below, weights: as `inputs` and `weights` of `layer_forward`; a hidden layer may have more rows than `grad`.
-        of_weights, of_biases, of_below: what is written, shaped as the tensors whose gradients they are; empty for what
-            is not wanted. Of a hidden layer the gradient before its ReLU.
+        of_weights, of_biases, of_below: the gradients to write, each in the shape of its tensor; empty if they are not
+            wanted. That of a hidden layer is the gradient before its ReLU.
         scale, places: the gradient of MLP g counts scale[places[g]] times; not with `shared`.
     """
     begins, ends, widths = _sections(weights)

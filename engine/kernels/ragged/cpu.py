@@ -21,7 +21,7 @@ KINDS = {torch.float32: 0, torch.float16: 1, torch.int32: 2}
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The kernel, compiled at its first use; None (logged once) where it cannot be had."""
+    """The kernel, compiled at its first use; None (logged once) if it cannot be compiled."""
     pointer, size, count, real = build.POINTER, build.SIZE, build.INT, build.DOUBLE
     functions = {
         "ragged_pad": [size, pointer, size, *[pointer] * 4, count],
@@ -42,13 +42,13 @@ def pad(values: Tensor, offsets: Tensor, rows: Tensor, width: int, fill: int, cl
 
 
 class Batches:
-    """Runs of `rows` out of several ragged arrays, padded a batch a call.
+    """Runs of `rows` out of several ragged arrays, padded one batch per call.
 
     Args:
         sources: (values, offsets, fill, closing, most, scale) each, as for `op.pad_batches`.
         rows: int64, of all batches end to end.
         sizes: rows of each batch.
-        widths: of each batch the widths of its tensors, one a source.
+        widths: for each batch, the widths of its tensors, one per source.
 
     Raises:
         ValueError: rows out of range.
@@ -95,14 +95,14 @@ class Batches:
         Args:
             lengths: int64, filled with the lengths of the last source's sequences.
         """
-        found = [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in self._shapes[number]]
+        batch = [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in self._shapes[number]]
         self._pad(
             len(self._sources), self._sources, self._sizes[number], self._rows.data_ptr() + 8 * self._starts[number],
             self._widths.ctypes.data + 8 * number * len(self._sources),
-            (ctypes.c_void_p * len(found))(*(out.data_ptr() for out in found)),
+            (ctypes.c_void_p * len(batch))(*(out.data_ptr() for out in batch)),
             None if lengths is None else lengths.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        return found
+        return batch
 
 
 class _Source(ctypes.Structure):

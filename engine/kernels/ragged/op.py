@@ -93,24 +93,24 @@ def pad_batches(
 ) -> Iterator[list[Tensor]]:
     """Padded batches out of several ragged arrays, one after another: an epoch of a loader.
 
-    On a CPU a batch is one call of the kernel.
+    On a CPU, one call of the kernel makes one batch.
 
     Args:
-        sources: what is padded; the same sequences of each.
+        sources: what is padded. All hold the same sequences.
         rows: int64, of all batches end to end.
         sizes: rows of each batch.
-        widths: of each batch the widths of its tensors, one a source, at least 1.
+        widths: for each batch, the widths of its tensors, one per source, at least 1.
 
     Yields:
-        The batch's tensors, one a source.
+        The batch's tensors, one per source.
 
     Raises:
         ValueError: on a CPU, rows out of range.
     """
     values = next(s.values for s in sources if s.values is not None)
     if registry.backend_for(values, "ragged_pad") == "cpu" and cpu.library() is not None:
-        found = [(s.values, s.offsets, s.fill, s.closing, s.most, s.scale) for s in sources]
-        batches = cpu.Batches(found, rows, sizes, widths)
+        given = [(s.values, s.offsets, s.fill, s.closing, s.most, s.scale) for s in sources]
+        batches = cpu.Batches(given, rows, sizes, widths)
         yield from map(batches.take, range(len(sizes)))
         return
     start = 0

@@ -22,7 +22,7 @@ SLOTS = {"gru": 4, "lstm": 5}  # values kept per unit, token and direction for t
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernel for float32 or float64, compiled at its first use; None (logged once) where it cannot be had."""
+    """The kernel for float32 or float64, compiled at its first use; None (logged once) if it cannot be compiled."""
     address, size, count = build.POINTER, build.SIZE, build.INT
     functions = {"recurrent": [count, count, *[size] * 4, *[address] * 5, count, *[address] * 4]}
     return build.library(SOURCE, dtype, functions, "torch.nn.GRU and LSTM run")
@@ -50,15 +50,9 @@ def forward(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str, tok
 
 
 def backward(
-    gradient: Tensor,
-    x: Tensor,
-    length: Tensor,
-    weights: Sequence[Tensor],
-    out: Tensor,
-    state: Tensor,
-    cell: str,
+    gradient: Tensor, x: Tensor, length: Tensor, weights: Sequence[Tensor], out: Tensor, state: Tensor, cell: str,
     input_gradient: bool,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """Gradients of the weights, in their order, and after them, where `input_gradient`, the one of x."""
     hidden, layers = weights[1].shape[1], len(weights) // 8
     x = x.contiguous()
@@ -76,13 +70,15 @@ def backward(
 
 
 def checked(length: Tensor, x: Tensor, tokens: int) -> Tensor:
-    """The kernel trusts the lengths with memory, so they are checked each time."""
+    """Lengths that the kernel may trust: wrong ones would make it read and write foreign memory."""
     if length.is_floating_point():
         raise DataError("lengths", f"{length.dtype}", "whole numbers", "Give numbers of frames.")
     length = length.to("cpu", torch.int64).contiguous()
     batch, width, _ = x.shape
     if length.shape != (batch,):
-        raise DataError("lengths", f"shape {list(length.shape)}", f"[{batch}], one a row", "Give each row its length.")
+        raise DataError(
+            "lengths", f"shape {list(length.shape)}", f"[{batch}], one per row", "Give each row its length."
+        )
     least, most = (int(v) for v in length.aminmax()) if batch else (1, 0)
     if least < 1 or most > width:
         raise DataError("lengths", f"values from {least} to {most}", f"values from 1 to {width}", "Drop empty rows.")
@@ -92,17 +88,10 @@ def checked(length: Tensor, x: Tensor, tokens: int) -> Tensor:
 
 
 def _run(
-    x: Tensor,
-    length: Tensor,
-    weights: Sequence[Tensor],
-    out: Tensor,
-    state: Tensor,
-    cell: str,
-    gradient: Tensor | None = None,
-    dx: Tensor | None = None,
-    dweights: Sequence[Tensor] = (),
+    x: Tensor, length: Tensor, weights: Sequence[Tensor], out: Tensor, state: Tensor, cell: str,
+    gradient: Tensor | None = None, dx: Tensor | None = None, dweights: Sequence[Tensor] = (),
     work: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     loaded = library(x.dtype)
     if loaded is None:
         raise RuntimeError("the compiled recurrent kernel is not available on this machine")
@@ -122,11 +111,13 @@ def _run(
 def check(x: Tensor, weights: Sequence[Tensor], cell: str) -> None:
     """Raise ValueError unless the shapes are those of a bidirectional torch.nn.GRU or LSTM with biases."""
     if cell not in GATES or not weights or len(weights) % 8 or x.ndim != 3:
-        raise ValueError(f"expected x [B, L, d], cell gru or lstm and 8 weights a layer; found {x.ndim}-d x, {cell!r}")
+        raise ValueError(
+            f"expected x [B, L, d], cell gru or lstm and 8 weights per layer; found {x.ndim}-d x, {cell!r}"
+        )
     hidden, features = weights[1].shape[-1], x.shape[2]
     rows = GATES[cell] * hidden
     for i in range(0, len(weights), 4):
         expected = [(rows, features if i < 8 else 2 * hidden), (rows, hidden), (rows,), (rows,)]
-        found = [tuple(w.shape) for w in weights[i : i + 4]]
-        if found != expected:
-            raise ValueError(f"weights of layer {i // 8}: found shapes {found}, expected {expected}")
+        shapes = [tuple(w.shape) for w in weights[i : i + 4]]
+        if shapes != expected:
+            raise ValueError(f"weights of layer {i // 8}: found shapes {shapes}, expected {expected}")

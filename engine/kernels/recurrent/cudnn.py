@@ -55,8 +55,8 @@ class _Governed(torch.autograd.Function):
         y, wanted = ctx.inner
         with cudnn_as_matmul(ctx.tf32):
             retain = torch._C._autograd._get_current_graph_task_keep_graph()
-            found = iter(torch.autograd.grad(y, wanted, gradient, retain_graph=retain))
-        of_x, *of_weights = (next(found) if need else None for need in _needed(ctx))
+            gradients = iter(torch.autograd.grad(y, wanted, gradient, retain_graph=retain))
+        of_x, *of_weights = (next(gradients) if need else None for need in _needed(ctx))
         return of_x, None, None, None, *of_weights
 
 
@@ -118,15 +118,9 @@ def forward(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str, tok
 
 
 def backward(
-    gradient: Tensor,
-    x: Tensor,
-    length: Tensor,
-    weights: Sequence[Tensor],
-    out: Tensor,
-    state: Tensor,
-    cell: str,
+    gradient: Tensor, x: Tensor, length: Tensor, weights: Sequence[Tensor], out: Tensor, state: Tensor, cell: str,
     input_gradient: bool,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """Gradients of the weights, then of x where `input_gradient`. The forward pass is run again: cuDNN's own reserve
     cannot be an output of an operation, because a graph must know the sizes of those."""
     with torch.enable_grad(), cudnn_as_matmul():

@@ -111,8 +111,8 @@ class _Recurrent(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple:
         x, length, out, state, *weights = ctx.saved_tensors
         need = ctx.needs_input_grad[0]
-        found = registry.call("recurrent_backward", gradient, x, length, weights, out, state, ctx.cell, need)
-        return (found[-1] if need else None, None, None, *found[: len(weights)])
+        gradients = registry.call("recurrent_backward", gradient, x, length, weights, out, state, ctx.cell, need)
+        return (gradients[-1] if need else None, None, None, *gradients[: len(weights)])
 
 
 def _fake_forward(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str, tokens: int) -> tuple:
@@ -122,17 +122,11 @@ def _fake_forward(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: st
 
 
 def _fake_backward(
-    gradient: Tensor,
-    x: Tensor,
-    length: Tensor,
-    weights: Sequence[Tensor],
-    out: Tensor,
-    state: Tensor,
-    cell: str,
+    gradient: Tensor, x: Tensor, length: Tensor, weights: Sequence[Tensor], out: Tensor, state: Tensor, cell: str,
     input_gradient: bool,
-) -> list[Tensor]:
-    found = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
-    return [*found, x.new_empty(x.shape)] if input_gradient else found
+) -> list[Tensor]:  # fmt: skip
+    gradients = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+    return [*gradients, x.new_empty(x.shape)] if input_gradient else gradients
 
 
 registry.register(

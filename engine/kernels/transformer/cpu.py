@@ -29,7 +29,7 @@ def add_norm(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Tensor, shift: Tensor, seed: Tensor | None,
     p: float, after: bool, eps: float, number: int, low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y [N, C] of the weight's type, and y of the type `low` where there is one (else of no element)."""
+    """y [N, C] of the weight's dtype, and y of the dtype `low` (empty without `low`)."""
     total = _total(x, bias, residual, weight, seed, 0 if after else p, number)
     y = _dropped(F.layer_norm(total, (total.shape[-1],), weight, shift, eps), seed, p if after else 0, number)
     return y, x.new_empty(0) if low is None else y.to(low, copy=True)
@@ -48,7 +48,7 @@ def add_norm_backward(
     grad: Tensor | None, grad_low: Tensor | None, x: Tensor, bias: Tensor | None, residual: Tensor | None,
     weight: Tensor, seed: Tensor | None, p: float, after: bool, eps: float, number: int, parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, of the residual, and of weight, shift and bias [3, C]; of no element where there is none."""
+    """Gradients of x, of the residual, and of weight, shift and bias [3, C]. One that does not exist is empty."""
     total = _total(x, bias, residual, weight, seed, 0 if after else p, number)
     whole = sum(g.to(weight.dtype) for g in (grad, grad_low) if g is not None)
     whole = _dropped(whole, seed, p if after else 0, number)
@@ -65,7 +65,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, parameters: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of x, and of the bias [C] where `parameters` asks for it (else of no element)."""
+    """Gradients of x, and of the bias [C] (empty without `parameters`)."""
     dx = torch.ops.aten.gelu_backward(grad.to(bias.dtype), x.to(bias.dtype) + bias)
     return dx.to(x.dtype, copy=True), dx.sum(0) if parameters else bias.new_empty(0)
 
@@ -84,7 +84,7 @@ def attention_backward(
     grad: Tensor, qkv: Tensor, q_bias: Tensor, k_bias: Tensor, v_bias: Tensor, mask: Tensor, seed: Tensor | None,
     p: float, heads: int, number: int, parameters: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of qkv, and of the biases [3, C] where `parameters` asks for them (else of no element)."""
+    """Gradients of qkv, and of the biases [3, C] (empty without `parameters`)."""
     q, k, v = reference.with_bias(qkv, q_bias, k_bias, v_bias, mask, heads)
     g = grad.to(q.dtype).view(*q.transpose(1, 2).shape).transpose(1, 2)
     weights = _softmax(q, k, mask)

@@ -18,8 +18,8 @@ from engine.errors import EstimatorError
 from engine.kernels.arguments import exact_type
 from engine.kernels.dropout.op import SEEDS
 from engine.kernels.gradients import differentiable_once
-from engine.kernels.registry import backend_for, call, lazy, register
-from engine.kernels.transformer import cpu, reference
+from engine.kernels.registry import backend_for, call, register_from
+from engine.kernels.transformer import reference
 
 WIDEST = 8192  # columns that one program of add_norm's kernel holds
 LONGEST, HEAD = 64, 64  # tokens of a text, and width of a head, that one program of attention's kernel holds
@@ -268,54 +268,37 @@ def _fake_bias_gelu_backward(grad, x, bias, parameters):
     return x.new_empty(x.shape), bias.new_empty(bias.shape if parameters else 0)
 
 
-_TRITON = "engine.kernels.transformer.triton"
+def _with_sums(*args) -> int:
+    """Launches of a backward pass; a second kernel adds up the programs' sums of the parameters' gradients."""
+    return 2 if args[-1] else 1
 
-register(
+
+_add = register_from("engine.kernels.transformer")
+_DROPOUT = "Tensor? seed, float p"
+_NORM = f"{_DROPOUT}, bool after, float eps, int number"
+_HEADS = f"Tensor qkv, Tensor q_bias, Tensor k_bias, Tensor v_bias, Tensor mask, {_DROPOUT}, int heads, int number"
+
+_add(
     "add_norm",
-    "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor shift, Tensor? seed, float p, bool after, "
-    "float eps, int number, ScalarType? low) -> (Tensor, Tensor)",
-    cpu=cpu.add_norm,
-    cuda=lazy(_TRITON, "add_norm"),
-    fake=_fake_add_norm,
-)
-register(
+    f"(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor shift, {_NORM}, ScalarType? low)"
+    " -> (Tensor, Tensor)",
+    "triton", _fake_add_norm, None,
+)  # fmt: skip
+_add(
     "add_norm_backward",
-    "(Tensor? grad, Tensor? grad_low, Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor? seed, float p, "
-    "bool after, float eps, int number, bool parameters) -> (Tensor, Tensor, Tensor)",
-    cpu=cpu.add_norm_backward,
-    cuda=lazy(_TRITON, "add_norm_backward"),
-    fake=_fake_add_norm_backward,
-    launches=lambda *args: 2 if args[-1] else 1,  # the programs' sums are added up by a second kernel
-)
-register(
-    "attention",
-    "(Tensor qkv, Tensor q_bias, Tensor k_bias, Tensor v_bias, Tensor mask, Tensor? seed, float p, int heads, "
-    "int number) -> Tensor",
-    cpu=cpu.attention,
-    cuda=lazy(_TRITON, "attention"),
-    fake=_fake_attention,
-)
-register(
+    f"(Tensor? grad, Tensor? grad_low, Tensor x, Tensor? bias, Tensor? residual, Tensor weight, {_NORM},"
+    " bool parameters) -> (Tensor, Tensor, Tensor)",
+    "triton", _fake_add_norm_backward, _with_sums,
+)  # fmt: skip
+_add("attention", f"({_HEADS}) -> Tensor", "triton", _fake_attention, None)
+_add(
     "attention_backward",
-    "(Tensor grad, Tensor qkv, Tensor q_bias, Tensor k_bias, Tensor v_bias, Tensor mask, Tensor? seed, float p, "
-    "int heads, int number, bool parameters) -> (Tensor, Tensor)",
-    cpu=cpu.attention_backward,
-    cuda=lazy(_TRITON, "attention_backward"),
-    fake=_fake_attention_backward,
-    launches=lambda *args: 2 if args[-1] else 1,
-)
-register(
-    "bias_gelu",
-    "(Tensor x, Tensor bias) -> Tensor",
-    cpu=cpu.bias_gelu,
-    cuda=lazy(_TRITON, "bias_gelu"),
-    fake=lambda x, bias: x.new_empty(x.shape),
-)
-register(
+    f"(Tensor grad, {_HEADS}, bool parameters) -> (Tensor, Tensor)",
+    "triton", _fake_attention_backward, _with_sums,
+)  # fmt: skip
+_add("bias_gelu", "(Tensor x, Tensor bias) -> Tensor", "triton", lambda x, bias: x.new_empty(x.shape), None)
+_add(
     "bias_gelu_backward",
     "(Tensor grad, Tensor x, Tensor bias, bool parameters) -> (Tensor, Tensor)",
-    cpu=cpu.bias_gelu_backward,
-    cuda=lazy(_TRITON, "bias_gelu_backward"),
-    fake=_fake_bias_gelu_backward,
-    launches=lambda *args: 2 if args[-1] else 1,
-)
+    "triton", _fake_bias_gelu_backward, _with_sums,
+)  # fmt: skip

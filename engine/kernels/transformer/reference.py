@@ -9,17 +9,9 @@ from engine.kernels.dropout import reference as dropout
 
 
 def add_norm(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor,
-    shift: Tensor,
-    seed: Tensor | None,
-    p: float,
-    after: bool,
-    eps: float,
-    number: int,
-) -> Tensor:
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Tensor, shift: Tensor, seed: Tensor | None,
+    p: float, after: bool, eps: float, number: int,
+) -> Tensor:  # fmt: skip
     """LayerNorm(residual + dropout(x + bias)), or dropout(LayerNorm(residual + x + bias)) with `after`."""
     total = x.to(weight.dtype)
     if bias is not None:
@@ -38,16 +30,9 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def attention(
-    qkv: Tensor,
-    q_bias: Tensor,
-    k_bias: Tensor,
-    v_bias: Tensor,
-    mask: Tensor,
-    seed: Tensor | None,
-    p: float,
-    heads: int,
-    number: int,
-) -> Tensor:
+    qkv: Tensor, q_bias: Tensor, k_bias: Tensor, v_bias: Tensor, mask: Tensor, seed: Tensor | None, p: float,
+    heads: int, number: int,
+) -> Tensor:  # fmt: skip
     """dropout(softmax(q k' / sqrt(d) + mask)) v of every head; see `op.attention`."""
     q, k, v = with_bias(qkv, q_bias, k_bias, v_bias, mask, heads)
     weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask.to(q.dtype)).softmax(-1)

@@ -25,7 +25,7 @@ from engine.loaders.formats.registry import RawDataset, RawSplit
 from engine.loaders.formats.source import DataFiles
 from engine.loaders.formats.tables import csv_header, label_of, read_table
 from engine.loaders.ragged import LengthRule, absent, from_sequences
-from engine.loaders.spool import steady
+from engine.loaders.spool import stable_content
 
 TITLE = "folder of arrays with a manifest.csv"
 COLUMNS = ("id", "split", "label", "audio", "vision", "text", "text_features")
@@ -131,7 +131,7 @@ def _array(manifest: Path, row: dict, kind: str) -> np.ndarray:
 
 def _npy(path: Path, at: str) -> np.ndarray:
     try:
-        return _parsed(steady(path))
+        return _parsed(stable_content(path))
     except EngineError:
         raise
     except Exception as cause:  # numpy parses the header as Python: a damaged one can raise anything

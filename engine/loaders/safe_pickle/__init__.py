@@ -27,7 +27,7 @@ from engine.loaders.safe_pickle.limits import LARGE, SHARING, SPARE, Limit, Refu
 from engine.loaders.safe_pickle.machine import Machine
 from engine.loaders.safe_pickle.settle import Settle
 from engine.loaders.safe_pickle.values import ALLOWED, decoded
-from engine.loaders.spool import steady
+from engine.loaders.spool import stable_content
 
 __all__ = ["ALLOWED", "LARGE", "decoded", "load", "loads"]
 
@@ -63,7 +63,7 @@ def loads(data: mmap.mmap | bytes) -> Any:
 def load(path: str | Path) -> Any:
     """Unpickle `path` under the allow-list.
 
-    Large arrays of the result are read-only views of the file's bytes, see `engine.loaders.spool.steady`.
+    Large arrays of the result are read-only views of the file's bytes, see `engine.loaders.spool.stable_content`.
 
     Raises:
         DataError: it is not a pickle, is damaged or truncated, asks for a name that is not in `ALLOWED`, or exceeds a
@@ -74,7 +74,7 @@ def load(path: str | Path) -> Any:
     try:
         if path.exists() and not path.is_file():
             raise OSError("no file")
-        data = steady(path)
+        data = stable_content(path)
     except OSError as cause:
         raise DataError(
             str(path), f"{cause.strerror or cause}", "a readable file", "Check the path and its permissions."

@@ -1,0 +1,68 @@
+"""Metrics of runs, and the tables they are saved in.
+
+`definitions` computes metrics from predictions and labels. `tables` takes means over seeds and reads and writes CSV.
+"""
+
+from engine.metrics.definitions import (
+    DATASET_SCALES,
+    PHQ_RANGE,
+    PREDICTIONS,
+    SCALES,
+    SIMS_EDGES,
+    Metrics,
+    avec2019_metrics,
+    classification_metrics,
+    metrics_for,
+    plain_metrics,
+    regression_metrics,
+    scale_of,
+    selection,
+    sentiment_classes,
+    sims_classes,
+    sims_metrics,
+    weighted_f1,
+)
+from engine.metrics.tables import (
+    Predictions,
+    csv_text,
+    mmsa_names,
+    mmsa_sims_names,
+    read_predictions,
+    reference_names,
+    summary,
+    text_of_csv,
+    write_metrics_csv,
+    write_predictions,
+    write_summary_csv,
+)
+
+__all__ = [
+    "DATASET_SCALES",
+    "PHQ_RANGE",
+    "PREDICTIONS",
+    "SCALES",
+    "SIMS_EDGES",
+    "Metrics",
+    "Predictions",
+    "avec2019_metrics",
+    "classification_metrics",
+    "csv_text",
+    "metrics_for",
+    "mmsa_names",
+    "mmsa_sims_names",
+    "plain_metrics",
+    "read_predictions",
+    "reference_names",
+    "regression_metrics",
+    "scale_of",
+    "selection",
+    "sentiment_classes",
+    "sims_classes",
+    "sims_metrics",
+    "summary",
+    "text_of_csv",
+    "weighted_f1",
+    "write_metrics_csv",
+    "write_predictions",
+    "write_summary_csv",
+]
