@@ -92,7 +92,7 @@ def parse_weights(weights: Mapping[str, float], where: str = WEIGHTS) -> dict[Te
     return parsed
 
 
-def stage1_weights(expressions: Iterable[Expression], weights: Mapping[str, float]) -> dict[Term, float]:
+def stage1_weights(expressions: Sequence[Expression], weights: Mapping[str, float]) -> dict[Term, float]:
     """The stage-1 weight of every term in these expressions: 1 where `weights` names none. MI comes before CMI.
 
     >>> stage1_weights([parse_expression("MI(F, T) + MI(F, A)")], {"MI(F, A)": 2.0}).values()
@@ -101,12 +101,13 @@ def stage1_weights(expressions: Iterable[Expression], weights: Mapping[str, floa
     Raises:
         ConfigError: a weight for a term that no expression uses.
     """
-    used = dict.fromkeys(term for expression in expressions for term, _ in expression.coefficients)
-    used = dict.fromkeys(sorted(used, key=lambda term: term.given is not None), 1.0)
+    from engine.terms import distinct_terms
+
+    used = dict.fromkeys(distinct_terms(expressions), 1.0)
     given = parse_weights(weights)
     for term in given:
         if term not in used:
-            allowed = ", ".join(map(term_text, used)) or "none, for there are no terms"
+            allowed = ", ".join(map(term_text, used)) or "none, because there are no terms"
             raise ConfigError(WEIGHTS, f"a weight for {term_text(term)}", f"a term in use: {allowed}", "Drop it.")
     return used | given
 

@@ -65,12 +65,13 @@ class DataConfig(Section):
 
     path: str = Field("", description="file or folder of features, or a store made by `engine convert`")
     format: str = Field(
-        "auto", description="family of the files: auto recognises it by content; a name refuses every other family"
+        "auto",
+        description="family of the files; auto recognises it by content; a name refuses files of every other family",
     )
     modalities: Annotated[list[Modality], as_modalities] = Field(
         list(MODALITIES),
         min_length=1,
-        description="what a sample is made of; data needs to hold no others, and terms that name one are left out",
+        description="what a sample is made of; the data may hold others; terms that name an absent one are left out",
     )
     audio_features: str = Field(
         "auto",
@@ -116,8 +117,8 @@ class DataConfig(Section):
     )
     length_rule: LengthRule = Field(
         "auto",
-        description="how padding is told from frames: recorded lengths where the file has them, else frames of zeros "
-        "(auto in fast mode); sum_zero is the published code's rule (auto in faithful mode)",
+        description="how padding is told from frames: by recorded lengths where the file has them, else by frames of "
+        "zeros (auto in fast mode); sum_zero is the published code's rule (auto in faithful mode)",
     )
     normalize_audio: Normalization = Field(
         "zscore",
@@ -137,8 +138,8 @@ class DataConfig(Section):
 
     loader: Loader = Field(
         "auto",
-        description="where batches are made: on the device that holds the whole split (resident), in an NVIDIA DALI "
-        "pipeline, in PyTorch worker processes; all give the same batches (auto: resident where it fits)",
+        description="where batches are made: on the device, which holds the whole split (resident), in an NVIDIA DALI "
+        "pipeline, or in PyTorch worker processes; all give the same batches (auto: resident where it fits)",
     )
     workers: Annotated[int | None, none] = Field(
         None,
@@ -151,8 +152,8 @@ class DataConfig(Section):
     )
     max_padding: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, none] = Field(
         None,
-        description="bound on the share of padding in an epoch's audio and vision: samples of like length come "
-        "together, no more than it takes; none: batches of any length",
+        description="bound on the share of padding in an epoch's audio and vision: samples of similar length are "
+        "batched together as far as needed; none: batches of any length",
     )
     augment: AugmentConfig = AugmentConfig()
 
@@ -277,17 +278,16 @@ class TrainConfig(Section):
     )
     amp: Annotated[Literal["off", "auto", "bf16", "fp16"], off] = Field(
         "auto",
-        description="type of the model's matrix products; auto: bf16 (older GPUs: fp16) where the hardware has units "
-        "for it, else and in faithful mode off, which is float32; losses, information terms and evaluation are "
-        "float32 always",
+        description="type of the model's matrix products; auto: bf16 (fp16 on older GPUs) where the hardware supports "
+        "it, else and in faithful mode off; off: float32; losses, information terms and evaluation are always float32",
     )
     compile: Annotated[Literal["off", "default", "reduce-overhead", "max-autotune"], off] = Field(
-        "off", description="torch.compile the layers that the model repeats, in this mode; off: nothing is compiled"
+        "off", description="torch.compile mode for the layers that the model repeats; off: nothing is compiled"
     )
     graphs: Annotated[Literal["auto", "off", "emulate"], off] = Field(
         "auto",
         description="both stages as CUDA graphs, each shape captured once and replayed (auto: on a GPU); emulate: the "
-        "same static functions uncaptured, on any device; off: one operation after another",
+        "same static functions without capture, on any device; off: one operation after another",
     )
     clip_norm: Annotated[float | None, none] = Field(
         None, gt=0, description="clip the norm of the stage's whole gradient; none: not clipped"

@@ -3,7 +3,7 @@
 A block is one of four kinds, and `kind` says which:
 
     run         a python block, or a shell block below the line `<!-- run -->`: executed
-    parsed      any other shell block: every command is checked against what exists, and not executed
+    parsed      any other shell block: every command is checked against what exists; a YAML block: loaded as settings
     not run     a block below a line `<!-- not run: REASON -->`
     no code     a block without a language, such as the layout of a file
 """

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine.cli import main
+from engine.config import load_config
 from engine.kernels import use_backend
 from tests.docs import blocks, scopes
 from tests.test_cli import documented
@@ -130,12 +131,19 @@ def test_every_block_is_counted():
     assert counts["not run"] == 1, [block.place for block in blocks.every() if block.kind == "not run"]
     assert counts["run"] >= 20 and counts["parsed"] >= 20
     languages = {block.language for block in blocks.every()}
-    assert languages <= {"python", "bash", ""}, languages
+    assert languages <= {"python", "bash", "yaml", ""}, languages
     fences = sum(page.read_text(encoding="utf-8").count("\n```") for page in blocks.PAGES)
     assert fences == 2 * len(blocks.every())
 
 
-PARSED = [b for b in blocks.every() if b.kind == "parsed"]
+PARSED = [b for b in blocks.every() if b.kind == "parsed" and b.language == "bash"]
+SETTINGS = [b for b in blocks.every() if b.kind == "parsed" and b.language == "yaml"]
+
+
+@pytest.mark.parametrize("block", SETTINGS, ids=[block.place for block in SETTINGS])
+def test_settings_load(block: blocks.Block, tmp_path: Path):
+    (tmp_path / "settings.yaml").write_text(block.code, encoding="utf-8")
+    load_config(tmp_path / "settings.yaml")
 
 
 @pytest.mark.parametrize("block", PARSED, ids=[block.place for block in PARSED])
