@@ -84,7 +84,7 @@ def estimate_cmi(
             50 rows, an option out of range or no longer there.
 
     Example:
-        >>> import numpy, engine
+        >>> import math, numpy, engine
         >>> z, e, f = numpy.random.default_rng(0).normal(size=(3, 500))
         >>> estimate = engine.estimate_cmi(z + e, z + e + f, z, steps=20, hidden=8)  # log(2) / 2 = 0.347
         >>> estimate.interval[0] < math.log(2) / 2 < estimate.interval[1]
