@@ -177,9 +177,11 @@ class TestStorage:
         assert features["a"].grad.abs().sum() > 0
 
     def test_few_tensors(self):
+        from engine.mimrl.settings import MIMRLObjectiveConfig
         from engine.mimrl.terms import mimrl_objective
 
-        assert len(list(mimrl_objective(SMALL, 6, 6).parameters())) == 22
+        small = MIMRLObjectiveConfig(compat="none", hidden=16, embed=8)
+        assert len(list(mimrl_objective(small, 6, 6).parameters())) == 22
 
 
 class TestSettings:

@@ -10,8 +10,11 @@ from engine.config import ObjectiveConfig
 from engine.errors import ConfigError, EstimatorError
 from engine.graphs import CaptureWatch, GraphRunner, NotCapturable
 from engine.kernels import registry
+from engine.mimrl.published import published_estimator
+from engine.mimrl.settings import MIMRLObjectiveConfig
 from engine.objective import CMI, MI, Objective
 from engine.step import TwoStageStep
+from engine.vocabulary import BOUNDS
 from tests.test_step import TwoFeatures, batches
 
 N, BATCH = 45, 10  # the last batch has 5 rows
@@ -31,9 +34,14 @@ def make(graphs, model=None, optimizer=adam, settings=None, device="cpu", **opti
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    settings = ObjectiveConfig(hidden=16, embed=8, **{"compat": "none"} | (settings or {}))
+    published = (settings or {}).get("compat") == "mimrl"
+    settings = (MIMRLObjectiveConfig if published else ObjectiveConfig)(hidden=16, embed=8, **settings or {})
     objective = Objective(
-        [0.1 * MI("X", "Y"), -0.1 * CMI("X", "C", given="Y")], {"X": 4, "Y": 4, "C": 1}, settings=settings
+        [0.1 * MI("X", "Y"), -0.1 * CMI("X", "C", given="Y")],
+        {"X": 4, "Y": 4, "C": 1},
+        settings=settings,
+        shared_draws=not published,
+        make_estimator=published_estimator if published else None,
     ).to(device)
     optimizers = optimizer(model.parameters()), optimizer(objective.parameters())
     return TwoStageStep(model, objective, nn.functional.mse_loss, *optimizers, graphs=graphs, **options)
@@ -54,9 +62,6 @@ def run(step, epochs=3, loader=None, **options):
 def assert_equal(a, b, rtol=1e-5, atol=1e-6):
     assert a[0] == pytest.approx(b[0], rel=rtol, abs=atol)
     torch.testing.assert_close(a[1], b[1], rtol=rtol, atol=atol)
-
-
-BOUNDS = ("infonce", "dv", "mine", "tuba", "nwj", "js", "js_fgan", "smile", "interpolate")
 
 
 @pytest.mark.parametrize("features", ["cached", "fresh", "bank"])
