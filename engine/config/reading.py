@@ -87,7 +87,7 @@ def parse_yaml(text: str) -> Any:
 def yaml_problem(cause: yaml.YAMLError) -> str:
     """What is wrong with the text, in one phrase."""
     problem = getattr(cause, "problem", None)
-    if problem is None and getattr(cause, "reason", None):  # a character that YAML does not allow
+    if problem is None and isinstance(cause, yaml.reader.ReaderError):  # a character that YAML does not allow
         problem = f"{cause.reason} (U+{cause.character:04X})" if isinstance(cause.character, int) else cause.reason
     return (problem or "text that is not YAML").removeprefix("found ")
 
