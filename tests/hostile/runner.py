@@ -129,6 +129,7 @@ def execute(case: Case, seconds: float = SECONDS) -> Outcome:
     folder = Path(tempfile.mkdtemp(dir=place()))
     words = case.make(folder)
     start, peak, killed = time.perf_counter(), 0.0, ""
+    shared = _resident(os.getpid())  # the child begins with its parent's memory, which is not its own
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -137,7 +138,7 @@ def execute(case: Case, seconds: float = SECONDS) -> Outcome:
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
             break
-        peak = max(peak, _resident(child))
+        peak = max(peak, _resident(child) - shared)
         waited = time.perf_counter() - start > WAIT
         killed = "large" if peak > MEGABYTES else "slow" if waited or _processor(child) > seconds else ""
         if killed:
@@ -157,7 +158,7 @@ def execute(case: Case, seconds: float = SECONDS) -> Outcome:
     page = "".join(p.read_text("utf-8", "replace") for p in folder.rglob("report.html"))
     told = "\nnote: the page tells what it lacks" if re.search("Not in this run folder|cannot be read", page) else ""
     shutil.rmtree(folder, ignore_errors=True)
-    return Outcome(case, code, elapsed, max(peak, usage.ru_maxrss / 1024), out + err + told, faults)
+    return Outcome(case, code, elapsed, max(peak, usage.ru_maxrss / 1024 - shared), out + err + told, faults)
 
 
 def _run(words: list[str], folder: Path) -> None:
