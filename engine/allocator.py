@@ -27,6 +27,10 @@ def keep_memory() -> bool:
 
     Returns:
         whether the setting was taken.
+
+    Example:
+        >>> keep_memory() in (True, False)
+        True
     """
     global _kept
     _kept = _set(LARGEST, MOST_KEPT)

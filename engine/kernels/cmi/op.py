@@ -64,6 +64,13 @@ def classifier_logits(
 
     Raises:
         EstimatorError: shapes, types or devices that do not fit.
+
+    Example:
+        >>> first, last = (torch.randn(1, 8, 6), torch.zeros(1, 8)), (torch.randn(1, 1, 8), torch.zeros(1, 1))
+        >>> x, y, z = torch.randn(3, 32, 2)
+        >>> joint, product = classifier_logits(first, [last], [x, y, z], [(0, 1, 2)], [(x[:4], y[:2], z[:2])], k=2)
+        >>> joint.shape, product.shape
+        (torch.Size([1, 32, 1]), torch.Size([1, 4, 1]))
     """
     weights = [t for layer in (first, *rest) for t in layer]
     flat = [part for three in product for part in three]

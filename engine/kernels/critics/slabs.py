@@ -8,7 +8,7 @@ slab holds whole rows, so that its softmax is known as soon as its scores are. O
 its columns take turns, and their layers are computed twice.
 
 Memory: a slab's layers, (depth + 3) · `SLAB_NUMBERS` numbers for `depth` hidden layers after the first (80 MiB in fp32
-and half of it in bf16 for the usual two), `BLOCKS` partial sums a layer, and a slab's scores.
+and half of it in bf16 for the usual two), `BLOCKS` partial sums per layer, and a slab's scores.
 
 Products are taken as torch takes them: in fp32, or in TF32 where torch.backends.cuda.matmul.allow_tf32 is set, with
 operands rounded to nearest. With torch.set_float32_matmul_precision("medium") layers are stored, and multiplied, in

@@ -7,11 +7,11 @@
 The rows are those that `ProductSampler.draw` would find for the same queries and keys. The bank does not change within
 an epoch, so its neighbours need not be searched anew for every batch: where an epoch asks for many, each row's nearest
 rows are listed once, and a draw skips its queries in the lists. A list that runs out, or ends within a tie, is not
-trusted: its draw is searched as before. Finding these draws makes the host wait once a condition; so may the check that
-a condition is finite. Nothing waits after that.
+trusted: its draw is searched as before. Finding these draws makes the host wait once per condition. The check that a
+condition is finite may wait, too. Nothing waits after that.
 
-Kept are 8·(1 + k) bytes a query and draw, and a copy of the features that terms use. At the epoch's beginning the lists
-take 16 bytes an entry, and working memory is bounded by SLICE and QUERIES: about 200 MB on a GPU, less on a CPU.
+Kept are 8·(1 + k) bytes per query and draw, and a copy of the features that terms use. At the epoch's beginning the
+lists take 16 bytes per entry, and working memory is bounded by SLICE and QUERIES: about 200 MB on a GPU, less on a CPU.
 """
 
 from __future__ import annotations

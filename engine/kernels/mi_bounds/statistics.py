@@ -6,7 +6,7 @@ the row's other scores, and the gradient is, for every score that is not a posit
     dV / dS_ij = -exp(S_ij - c_i)        infonce, dv, mine, nwj, tuba
     dV / dS_ij = -sigmoid(S_ij) / M      js, js_fgan, smile           M = B (B - 1)
 
-with one c_i a row. These are the functions R, M -> value and c. Everything is in nats and vectorised over groups.
+with one c_i per row. These are the functions R, M -> value and c. Everything is in nats and vectorised over groups.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 MOSI-shaped: words ~ clip(Gamma(2.2, 5.5), 1, 80); audio frames = 9·words·U(.6, 1.4) cut to 4..375, 5 features; vision
 frames = 11·words·U(.6, 1.4) cut to 4..500, 20 features; labels clip(N(0, 1.6), -3, 3).
 MOSEI-shaped: words ~ clip(Gamma(2.2, 9), 1, 200), 74 and 35 features, at most 500 frames of either.
-AVEC-shaped: interviews of 20 to 100 steps, one word a step, mfcc (39) and action units (49) with a row a step, labels
-in [0, 1] (PHQ-8 / 25).
+AVEC-shaped: interviews of 20 to 100 steps, one word per step, mfcc (39) and action units (49) with one row per step,
+labels in [0, 1] (PHQ-8 / 25).
 """
 
 from __future__ import annotations
