@@ -61,6 +61,13 @@ class Task:
         presets: package that holds its presets, or None.
         terms: information terms of settings that name none, as text ("0.1 * MI(Z, A)") or as expressions.
         discrete: features whose values are categories or few-valued labels.
+
+    Example:
+        >>> class Mine(Task):
+        ...     name, terms = "mine", ("0.1 * MI(Z, A)",)
+        >>> from engine import Config
+        >>> [term.name for term in Mine().expressions(Config())]
+        ['I(Z;A)']
     """
 
     name: str = ""

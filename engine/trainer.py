@@ -1,4 +1,15 @@
-"""Runs: from a config and a data path to a run folder, and back from a run folder to metrics and predictions."""
+"""Runs: from a config and a data path to a run folder, and back from a run folder to metrics and predictions.
+
+    >>> from engine import load_config
+    >>> from engine.loaders.make_data import make_data
+    >>> data = make_data("data", "mosi", 60, "declarelab")  # 60 generated samples
+    >>> quick = ["data.modalities=audio-vision", "objective.enabled=false", "epochs=1", "output.progress=false"]
+    >>> config = load_config("mosi", [*quick, f"data.path={data}"])
+    >>> train(config, "run").metrics["best_epoch"]
+    0
+
+The examples below go on with this run.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +72,12 @@ def train(
 
     Raises:
         EngineError: a problem with settings, data or the output folder, in one line.
+
+    Example:
+        >>> from engine import load_config
+        >>> config = load_config("run/config.yaml", ["epochs=2"])
+        >>> train(config, "run", resume=True).metrics["best_epoch"] in (0, 1)
+        True
     """
     _refuse_other_ranks()
     out = user_path(out)
@@ -82,6 +99,11 @@ def train_seeds(
     Args:
         resume: finished runs stay as they are; the others are resumed or begun.
         task: as for `train`.
+
+    Example:
+        >>> from engine import load_config
+        >>> [result.out.name for result in train_seeds(load_config("run/config.yaml"), "runs", seeds=[0, 1])]
+        ['seed0', 'seed1']
     """
     _refuse_other_ranks()
     out, config = user_path(out), _with_task(config, task)
@@ -132,6 +154,10 @@ def evaluate(
     Raises:
         CheckpointError, ConfigError, DataError: there is no such run or split, a label is missing, or features of other
             widths than the run was trained with.
+
+    Example:
+        >>> evaluate("run", "data/mosi_data_noalign.pkl", split="valid")["mae"] > 0
+        True
     """
     loaded = _load(run, device, task)
     split, dataset = open_split(loaded, data, split)
@@ -154,6 +180,10 @@ def predict(
 
     Arguments are those of `evaluate`. Samples need no labels: the column `label` holds the data's number, or
     nothing.
+
+    Example:
+        >>> predict("run", "data/mosi_data_noalign.pkl", "predictions.csv").name
+        'predictions.csv'
     """
     loaded = _load(run, device, task)
     split, dataset = open_split(loaded, data, split)
