@@ -129,11 +129,11 @@ def execute(case: Case, seconds: float = SECONDS) -> Outcome:
     folder = Path(tempfile.mkdtemp(dir=place()))
     words = case.make(folder)
     start, peak, killed = time.perf_counter(), 0.0, ""
-    shared = _resident(os.getpid())  # the child begins with its parent's memory, which is not its own
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         _run(words, folder)
+    shared = _resident(child)  # it begins with its parent's memory, which does not count
     while True:
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:

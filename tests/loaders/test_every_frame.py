@@ -60,7 +60,7 @@ def test_an_mmsa_file_that_is_padded_at_the_start(tmp_path, data, tokenizer, rul
         opened = open_dataset(path, DataConfig(length_rule=rule), tokenizer)
     assert [str(w.message).partition(": ")[2] for w in caught] == [
         f"{name}: padding found at the start of sequences (train, valid, test), where mmsa files have it at the end; "
-        "read so"
+        "removed at the start"
         for name in ("audio", "vision")
     ]
     assert np.array_equal(opened.splits["train"]._data.audio[0], data["train"][0].audio)

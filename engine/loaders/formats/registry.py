@@ -222,7 +222,7 @@ def remarks(source: DataFiles, raw: RawDataset) -> list[str]:
                 place = "none" if parts[turned[0]].usual is None else f"it at the {other}"
                 notes.append(
                     f"{what}: padding found at the {end} of sequences ({', '.join(turned)}), where {raw.format} files "
-                    f"have {place}; read so"
+                    f"have {place}; removed at the {end}"
                 )
         dropped = {s: p.dropped for s, p in parts.items() if p.dropped}
         if dropped:
