@@ -3,17 +3,14 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse
 import torch
 
 from engine import estimate_cmi, estimate_mi
 from engine.errors import EstimatorError
 from engine.samples import as_samples
-
-try:
-    import pandas as pd
-except ImportError:  # an optional guest: tests of data frames run where it is installed
-    pd = None
 
 DATA = np.arange(12, dtype=np.float64).reshape(6, 2) / 4
 
@@ -90,12 +87,10 @@ def test_refused_in_one_line(values, match):
 
 
 def test_sparse_matrices_are_refused():
-    sparse = pytest.importorskip("scipy.sparse", reason="needs scipy, which scikit-learn brings")
     with pytest.raises(EstimatorError, match=r"x: .*array of real numbers"):
-        as_samples("here", "x", sparse.eye(3))
+        as_samples("here", "x", scipy.sparse.eye(3))
 
 
-@pytest.mark.skipif(pd is None, reason="pandas is not installed")
 class TestPandas:
     def test_the_same_numbers(self):
         same(pd.DataFrame(DATA, index=[5, 4, 3, 2, 1, 0]))  # rows by position
