@@ -29,8 +29,7 @@ def keep_memory() -> bool:
         whether the setting was taken.
 
     Example:
-        >>> keep_memory() in (True, False)
-        True
+        >>> kept = keep_memory()
     """
     global _kept
     _kept = _set(LARGEST, MOST_KEPT)

@@ -60,7 +60,7 @@ def parse_term(text: str, where: str = WEIGHTS) -> Term:
     'I(Z;S|Y)'
 
     Raises:
-        ConfigError: it is none, such as a sum.
+        ConfigError: the text is not a single term, such as a sum.
     """
     return _Parser(text, where).only_term()
 

@@ -252,7 +252,7 @@ def open_dataset(
     """Open a data set for training, evaluation or prediction.
 
     Foreign formats are converted on first use. The store is kept beside the source, or in the user's cache folder if
-    that place cannot be written to. What was replaced or is missing is told once, as DataWarning.
+    that place cannot be written to. A DataWarning says once what was replaced or is missing.
 
     Args:
         path: a file or folder of any format, or a store.

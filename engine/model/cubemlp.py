@@ -27,7 +27,7 @@ _ACTIVATIONS = {
 
 
 def make_activation(name: str) -> nn.Module:
-    """The activation that `model.cubemlp.activate` calls `name`. ConfigError where there is none."""
+    """The activation that `model.cubemlp.activate` calls `name`. An unknown name raises ConfigError."""
     if name not in _ACTIVATIONS:
         raise ConfigError(
             "model.cubemlp.activate", repr(name), "one of " + ", ".join(_ACTIVATIONS), "Choose one of these."

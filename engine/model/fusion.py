@@ -130,7 +130,7 @@ def register_fusion(name: str, factory: Callable[[Config], nn.Module]) -> None:
 
 
 def make_fusion(config: Config) -> nn.Module:
-    """The fusion encoder that `model.fusion` names. ConfigError where there is none of that name or it has no `dim`."""
+    """The fusion encoder that `model.fusion` names. Raises ConfigError if it is unknown or has no `dim`."""
     factories = BUILT_IN | _REGISTERED
     name = config.model.fusion
     if name not in factories:

@@ -89,13 +89,13 @@ class DataFiles:
 
     @cached_property
     def head(self) -> bytes:
-        """The first 16 bytes of the (first) file. Formats that are not pickles are told by them."""
+        """The first 16 bytes of the (first) file. They identify every format that is not a pickle."""
         with next(iter(self.files.values())).open("rb") as file:
             return file.read(16)
 
     @cached_property
     def kind(self) -> Literal["pickle", "hdf5", "csv"]:
-        """What the (first) file is, judged by its first bytes. A CSV has no mark, and is told by its name."""
+        """What the (first) file is, judged by its first bytes. A CSV has no mark and is recognised by its name."""
         if self.head.startswith(b"\x89HDF\r\n\x1a\n"):
             return "hdf5"
         return "csv" if next(iter(self.files.values())).suffix.lower() == ".csv" else "pickle"
