@@ -107,7 +107,10 @@ def compile_all(jobs: Sequence[Job], workers: int | None = None) -> int:
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     start = time.perf_counter()
     with ThreadPoolExecutor(workers, initializer=_begin, initargs=(device,)) as pool:
-        failed = [reason for reason in pool.map(_attempt, jobs) if reason is not None]
+        reasons = list(pool.map(_attempt, jobs))
+    # Python 3.11's parser counts its depth over all threads, and may fail for that. Alone a job does not.
+    again = [job for job, reason in zip(jobs, reasons, strict=True) if reason is not None]
+    failed = [reason for job in again if (reason := _attempt(job)) is not None]
     log.info(
         "kernels: %d compiled in %.1f s on %d threads", len(jobs) - len(failed), time.perf_counter() - start, workers
     )
