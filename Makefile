@@ -79,5 +79,5 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "error: $(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "installing into $(VENV); the first time this takes minutes"
-	$(PIP) install --quiet --retries 10 $(VERSIONS) --editable '.[minilm,triton,report,csd,dali,docs,dev]'
+	$(PIP) install --quiet --retries 10 $(VERSIONS) --editable '.[minilm,triton,report,csd,dali,tune,docs,dev]'
 	@touch $(READY)

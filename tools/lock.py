@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "constraints.txt"
-EXTRAS = ("minilm", "triton", "report", "csd", "dali", "docs", "dev")
+EXTRAS = ("minilm", "triton", "report", "csd", "dali", "tune", "docs", "dev")
 # The two builds of one torch version disagree about triton: the CUDA build requires exactly the first; the CPU build
 # requires none, and pip then takes the newest allowed. So the range decides as an exact version would.
 TRITON = "triton>=3.7.1,<=3.9.0 ; sys_platform == 'linux'"
