@@ -297,6 +297,9 @@ class TrainConfig(Section):
         description="decay of a moving average of the model's weights, one update per batch; the average is what is "
         "evaluated and kept (auto: 0.98 in fast mode, none in faithful mode)",
     )
+    timeout: float = Field(
+        1800.0, gt=0, le=1e6, description="several ranks (torchrun): seconds that a rank waits for the others"
+    )
 
 
 class OutputConfig(Section):
