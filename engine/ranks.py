@@ -6,6 +6,7 @@ docs/ranks.md tells how to start them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import io
@@ -336,8 +337,8 @@ def _store() -> Any:
 def joined(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
     """The ranks of this run, within the context.
 
-    A process group that exists is used and left as it is. Else one is formed from torchrun's environment, and left at
-    the end. Outside of torchrun there is one rank.
+    A process group that exists is used. Else one is formed from torchrun's environment. It stays for the next run, until
+    the process ends or the block fails. Outside of torchrun there is one rank.
 
     Args:
         device: a run's setting `device`. "auto" and "cuda" are the GPU number LOCAL_RANK.
@@ -363,11 +364,17 @@ def joined(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterator[Ranks
         return
     own = rank_device(device)
     _form(rank, size, own, timeout_s)
+    atexit.register(_leave)
     try:
         yield Ranks(rank, size, own, timeout_s)
-    finally:
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group()
+    except BaseException:
+        _leave()  # which breaks the exchange that others wait in
+        raise
+
+
+def _leave() -> None:
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
 
 
 def _form(rank: int, size: int, device: torch.device, timeout_s: float) -> None:
