@@ -289,10 +289,15 @@ def test_mistakes_are_one_line_on_every_rank(ranks):
 
 def second_derivatives(rank, size):
     texts = []
-    for gather in (True, "ring"):
+    calls = (
+        lambda q, k: mi_lower_bound(q, k, bound="dv", gather=True),
+        lambda q, k: mi_lower_bound(q, k, bound="interpolate", gather="ring"),
+        lambda q, k: infonce(q, k, gather="ring"),
+        lambda q, k: infonce(q, k, gather=True),
+    )
+    for call in calls:
         q, k = (draw(4, 3, seed=s + rank).requires_grad_() for s in (0, 5))
-        value = mi_lower_bound(q, k, bound="dv", gather=gather)
-        (dq,) = torch.autograd.grad(value, q, create_graph=True)
+        (dq,) = torch.autograd.grad(call(q, k), q, create_graph=True)
         try:
             dq.square().sum().backward()
         except EngineError as error:
@@ -302,7 +307,8 @@ def second_derivatives(rank, size):
 
 def test_gradients_of_gradients_are_refused(ranks):
     for texts in ranks(2).run(second_derivatives):
-        assert len(texts) == 2 and all("gather" in text for text in texts)
+        assert len(texts) == 4 and all("a gradient of its gradient" in text for text in texts)
+        assert all("without gather" in text for text in texts[:3])
 
 
 def twice_differentiated(rank, size):

@@ -63,7 +63,7 @@ class RowLosses(torch.autograd.Function):
         return _gradients(ctx, (rows, columns, more, parameters), grad, coefficients)
 
 
-class Bound(torch.autograd.Function):
+class BoundOverRanks(torch.autograd.Function):
     """A bound of all ranks' rows, [G], and MINE's moving average, [G]. The same on every rank.
 
     Arguments: scoring, settings, log-baseline [G, b] or None, log_ema [G], like [G, b], and as for `RowLosses`.
@@ -143,7 +143,7 @@ def _mixture(arguments: tuple, a: Tensor, alpha: float) -> Mixture:
 def _gradients(ctx, tensors: tuple, grad: Tensor, coefficients: Coefficients, before: int = 0) -> tuple:
     """Gradients for the arguments of `RowLosses`: of rows, columns, further columns and parameters, where wanted.
 
-    before: how many arguments `Bound` has more before `like`.
+    before: how many arguments `BoundOverRanks` has more before `like`.
     """
     rows, columns, more, parameters = tensors
     wanted = ctx.needs_input_grad[2 + before :]

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
 from engine.kernels.arguments import exact_type
-from engine.kernels.critics.reference import Layers
 from engine.kernels.mi_bounds.embeddings import grouped, prepared, wrong_shapes
 from engine.kernels.mi_bounds.reference import embedding_scores, full_precision
-from engine.kernels.ranks.autograd import Bound, BoundSettings
-from engine.kernels.ranks.collectives import own_first
+from engine.kernels.ranks.autograd import BoundOverRanks, BoundSettings
+from engine.kernels.ranks.collectives import own_first, sum_over_ranks
 from engine.kernels.ranks.group import Ranks, agree, like
 from engine.kernels.ranks.streaming import Scoring
+
+if TYPE_CHECKING:
+    from engine.kernels.critics.reference import Layers
 
 
 def bound_over_ranks(
@@ -35,6 +38,8 @@ def bound_over_ranks(
         log_baseline: of this rank's rows.
         log_ema: as for `mi_lower_bound`; the same on every rank.
     """
+    from engine.kernels.mi_bounds.op import infonce
+
     where = f"bound {settings.bound} with gather"
     if k is None:
         return _of_scores(where, scores_or_q, ranks, settings, log_baseline, log_ema)
@@ -44,6 +49,10 @@ def bound_over_ranks(
     q, k, scale = prepared(where, q, k, temperature)
     q, k = grouped(q), grouped(k)
     columns = k if ranks.ring else own_first(k, ranks, counts, 1)
+    if settings.bound == "infonce" and not ranks.ring and log_ema is None:  # has faster kernels
+        losses = sum_over_ranks(infonce(q, columns, temperature=temperature, reduction="sum"), ranks)
+        value = math.log(sum(counts)) - losses / sum(counts)
+        return (value[0], value[0]) if one else (value, value)
     scoring = Scoring(_products, ranks, counts, q.shape[1], sum(counts))
     value, average = _bound(where, scoring, settings, q.shape[:2], q, columns, [scale], log_baseline, log_ema)
     return (value[0], average[0]) if one else (value, average)
@@ -131,7 +140,7 @@ def _bound(
     else:
         raise EstimatorError(where, f"log_ema {list(log_ema.shape)}", f"[{shape[0]}]", "Give one value per critic.")
     with torch.autocast(rows.device.type, enabled=False):
-        return Bound.apply(scoring, settings, a, average, like_rows, rows, columns, None, *parameters)
+        return BoundOverRanks.apply(scoring, settings, a, average, like_rows, rows, columns, None, *parameters)
 
 
 def _counts(where: str, ranks: Ranks, first: Tensor, second: Tensor) -> list[int]:

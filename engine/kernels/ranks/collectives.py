@@ -6,6 +6,7 @@ All ranks must call them in one order; in a backward pass the order is that of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -84,6 +85,8 @@ class _Sum(torch.autograd.Function):
 
 def _gathered(x: Tensor, ranks: Ranks, counts: Sequence[int]) -> Tensor:
     x, most = x.contiguous(), max(counts)
+    if most * math.prod(x.shape[1:]) == 0:
+        return x.new_empty(sum(counts), *x.shape[1:])
     equal = min(counts) == most
     if not equal:
         x = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])

@@ -57,7 +57,7 @@ def find_ranks(where: str, gather: bool | str, group: Any = None) -> Ranks | Non
     if gather not in GATHERS:
         raise ConfigError(where, f"gather = {gather!r}", "False, True or 'ring'", "Choose one of these.")
     if not (dist.is_available() and dist.is_initialized()):
-        if group is not None or _world_size() != 1:
+        if group is not None or (not torch.compiler.is_compiling() and _world_size() != 1):
             raise ConfigError(
                 f"{where} with gather={gather!r}", f"WORLD_SIZE={os.environ.get('WORLD_SIZE', '1')}, no process group",
                 "a process group", "Call torch.distributed.init_process_group first, or set gather=False.",
@@ -82,7 +82,12 @@ def _world_size() -> int:
 
 
 def agree(
-    where: str, ranks: Ranks, device: torch.device, rows: Mapping[str, int], same: Mapping[str, int]
+    where: str,
+    ranks: Ranks,
+    device: torch.device,
+    rows: Mapping[str, int],
+    same: Mapping[str, int],
+    empty: bool = False,
 ) -> dict[str, list[int]]:
     """Exchange numbers, one collective. All ranks raise the same error, so that none waits for another.
 
@@ -90,8 +95,9 @@ def agree(
         where: the operation, for errors.
         ranks: the ranks.
         device: where the tensors of the operation are.
-        rows: numbers that may differ between ranks, by name. None may be 0.
+        rows: numbers that may differ between ranks, by name.
         same: numbers that may not.
+        empty: whether `rows` may be 0.
 
     Returns:
         The `rows` of all ranks, rank 0 first, by name.
@@ -105,7 +111,7 @@ def agree(
     table = torch.stack(gathered).tolist()
     for place, name in enumerate((*rows, *same)):
         values = [row[place] for row in table]
-        if name in rows and 0 in values:
+        if name in rows and 0 in values and not empty:
             raise EstimatorError(
                 where, f"{name} on ranks {values}", "at least 1 on every rank", "Leave out what is left over."
             )
