@@ -155,18 +155,23 @@ def _gradients(ctx, tensors: tuple, grad: Tensor, coefficients: Coefficients, be
     of_parameters = [torch.zeros_like(p) if want else None for p, want in zip(parameters, wanted[3:], strict=True)]
     for block in ctx.scoring.blocks(columns, more, len(grad), (sums[1], sums[2])):
         places = [sums[0], block.gradient, *of_parameters]
-        leaves = [
-            t.detach().requires_grad_(place is not None)
-            for t, place in zip((rows, block.keys, *parameters), places, strict=True)
-        ]
-        with torch.enable_grad():
-            scores = ctx.scoring.score(leaves[0], leaves[1], leaves[2:])
-        used = [(leaf, place) for leaf, place in zip(leaves, places, strict=True) if place is not None]
-        of_scores = coefficients(scores.detach(), block)
-        found = torch.autograd.grad(scores, [leaf for leaf, _ in used], of_scores.to(scores.dtype), allow_unused=True)
-        for (_, place), gradient in zip(used, found, strict=True):
-            if gradient is not None:
-                place += gradient
+        _add_gradients(ctx.scoring, block, (rows, block.keys, *parameters), places, coefficients)
     given = (rows, columns, more)
     of_tensors = [None if s is None else s.to(t.dtype) for s, t in zip(sums, given, strict=True)]
     return None, None, *of_tensors, *of_parameters
+
+
+def _add_gradients(
+    scoring: Scoring, block: Block, tensors: Sequence[Tensor], places: Sequence[Tensor | None],
+    coefficients: Coefficients,
+) -> None:  # fmt: skip
+    """Add one block's gradients of rows, columns and parameters in their places; None for those that are not wanted."""
+    leaves = [t.detach().requires_grad_(place is not None) for t, place in zip(tensors, places, strict=True)]
+    with torch.enable_grad():
+        scores = scoring.score(leaves[0], leaves[1], leaves[2:])
+    used = [(leaf, place) for leaf, place in zip(leaves, places, strict=True) if place is not None]
+    of_scores = coefficients(scores.detach(), block).to(scores.dtype)
+    found = torch.autograd.grad(scores, [leaf for leaf, _ in used], of_scores, allow_unused=True)
+    for (_, place), gradient in zip(used, found, strict=True):
+        if gradient is not None:
+            place += gradient

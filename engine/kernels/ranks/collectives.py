@@ -15,6 +15,10 @@ from torch import Tensor
 
 from engine.kernels.ranks.group import Ranks
 
+# torch 2.13 renamed them
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def gather_rows(x: Tensor, ranks: Ranks, counts: Sequence[int], dim: int = 0) -> Tensor:
     """The rows of all ranks in their order, rank 0's first.
@@ -92,7 +96,7 @@ def _gathered(x: Tensor, ranks: Ranks, counts: Sequence[int]) -> Tensor:
         x = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
     out = x.new_empty(ranks.size * most, *x.shape[1:])
     # bytes: not every backend knows every dtype
-    dist.all_gather_into_tensor(_bytes(out), _bytes(x), group=ranks.group)
+    _all_gather(_bytes(out), _bytes(x), group=ranks.group)
     if equal:
         return out
     return torch.cat([part[:count] for part, count in zip(out.split(most), counts, strict=True)])
@@ -107,7 +111,7 @@ def _scattered(x: Tensor, ranks: Ranks, counts: Sequence[int]) -> Tensor:
     total = x.to(torch.promote_types(x.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
     if min(counts) == max(counts) and f"{x.device.type}:nccl" in str(dist.get_backend_config(ranks.group)):
         out = total.new_empty(counts[0], *x.shape[1:])
-        dist.reduce_scatter_tensor(out, total, group=ranks.group)
+        _reduce_scatter(out, total, group=ranks.group)
         return out.to(x.dtype)
     dist.all_reduce(total, group=ranks.group)
     begin = sum(counts[: ranks.rank])

@@ -21,7 +21,7 @@ from engine.kernels.ranks.group import Ranks
 from engine.kernels.ranks.ring import travel, travel_with_gradient
 
 BLOCK_NUMBERS = 2**21
-"""The most scores of a block: 8 MiB in fp32. At least one column is scored."""
+"""The most scores of a block, and the most numbers of its columns: 8 MiB in fp32. It has at least one column."""
 
 Score = Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
 """score(rows, columns, parameters) -> [G, rows, columns], in fp32 or fp64, differentiable."""
@@ -115,7 +115,7 @@ class Scoring:
         yield from self._split(Block(columns.narrow(-2, 0, self.rows), 0, 0, None), groups)
 
     def _split(self, part: Block, groups: int) -> Iterator[Block]:
-        width = max(1, BLOCK_NUMBERS // (groups * self.rows))
+        width = max(1, BLOCK_NUMBERS // max(groups * self.rows, part.keys[..., :1, :].numel()))
         for begin in range(0, part.keys.shape[-2], width):
             keys = part.keys[..., begin : begin + width, :]
             gradient = None if part.gradient is None else part.gradient[..., begin : begin + width, :]
