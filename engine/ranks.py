@@ -337,8 +337,8 @@ def _store() -> Any:
 def joined(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
     """The ranks of this run, within the context.
 
-    A process group that exists is used. Else one is formed from torchrun's environment. It stays for the next run, until
-    the process ends or the block fails. Outside of torchrun there is one rank.
+    A process group that exists is used. Else one is formed from torchrun's environment. It stays for the next run,
+    until the process ends or the block fails. Outside of torchrun there is one rank.
 
     Args:
         device: a run's setting `device`. "auto" and "cuda" are the GPU number LOCAL_RANK.

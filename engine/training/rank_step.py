@@ -29,6 +29,8 @@ class StepOnRanks(TwoStageStep):
     def __init__(self, ranks: Ranks, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options, graphs="off")
         self.ranks = ranks
+        if self.objective is not None:
+            self.objective.gather = "off"  # it is given the rows of all ranks
         self.eager = PassesOnRanks(self)
 
     def forward(self, inputs: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
