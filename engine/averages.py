@@ -43,6 +43,19 @@ class Average:
         self._on_device.clear()
         return self._sums
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors. The tensors may still be on the device."""
+        batches = [[list(names), total, weight] for names, (total, weight) in self._on_device.items()]
+        return {"batches": batches, "sums": {name: list(pair) for name, pair in self._sums.items()}}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> Average:
+        """The sums that `state_dict` gave."""
+        average = cls()
+        average._on_device = {tuple(n): (total.to(device), weight) for n, total, weight in state["batches"]}
+        average._sums = {name: (total, weight) for name, (total, weight) in state["sums"].items()}
+        return average
+
 
 @dataclass
 class EpochResult:

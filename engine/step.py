@@ -15,13 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from engine.averages import Average, EpochResult, WeightAverage, means
+from engine.averages import EpochResult, WeightAverage
 from engine.bank import FeatureBank
 from engine.compiled import compile_regions
+from engine.epoch import run_epoch
 from engine.errors import ConfigError, EstimatorError
 from engine.graph_state import DeviceNumbers
 from engine.objective import Objective, ObjectiveOutput, Rows
-from engine.passes import EagerPasses, OnBatch, batch_sizes, passes_of_epoch
+from engine.passes import EagerPasses, OnBatch, batch_sizes
+from engine.position import Position
 from engine.profile import part
 from engine.static import StaticPasses
 
@@ -267,6 +269,7 @@ class TwoStageStep:
         stage1_n: int = 1,
         stage1_features: StageOneFeatures = "cached",
         on_batch: OnBatch = lambda stage, batch_index: None,
+        position: Position | None = None,
     ) -> tuple[EpochResult, FeatureBank]:
         """`stage1_n` passes of stage 1, then one of stage 2.
 
@@ -282,6 +285,7 @@ class TwoStageStep:
                 reference. "cached": it runs once per epoch, and product rows come from that pass too. "bank": it does
                 not run, and the features of the last epoch are used.
             on_batch: called after every batch with the stage ("collect", "stage1", "stage2") and the batch's number.
+            position: follows the epoch, so that `on_batch` can save where it is; one that was loaded is gone on from.
 
         Returns:
             The means over the epoch with the features that stage 1 saw, and the bank for the next epoch.
@@ -298,26 +302,9 @@ class TwoStageStep:
                 "graphs", f"a {type(loader).__name__} without a length", "a loader that has one",
                 "Give a list, a DataLoader or another object with __len__, or use graphs off.",
             )  # fmt: skip
-        passes = self.static or self.eager
-        bank, fresh = bank if self.objective is not None else None, stage1_features == "fresh"
-        if bank is not None and stage1_n > 0 and stage1_features == "cached":
-            with part("collect"):
-                bank = passes.collect(loader, size, on_batch)
-        sizes = [None] if bank is None else passes_of_epoch(loader, size, bank, batch_size, stage1_n, fresh)
-        *of_stage1, of_stage2 = passes.begin_epoch(bank, sizes)
-        estimators = Average()
-        seen = passes.stage1_bank(size) if of_stage1 and fresh else bank
-        if of_stage1:
-            with part("stage1"):
-                for products in of_stage1:
-                    estimators.add_sums(passes.stage1(loader, seen, batch_size, fresh, products, on_batch))
-        with part("stage2"):
-            losses, information, next_bank = passes.stage2(loader, size, bank, of_stage2, on_batch)
-        result = EpochResult(**means(losses), information=means(information), estimators=means(estimators.sums()))
-        self._check_finite(result)
-        if seen is not None:
-            result.features = dict((seen if self.static is None else seen.copy()).tensors())
-        return result, next_bank
+        return run_epoch(
+            self, loader, size, bank, batch_size, stage1_n, stage1_features, on_batch, position or Position()
+        )
 
     def _check_finite(self, result: EpochResult) -> None:
         """Raise an error for an estimate that is not finite.

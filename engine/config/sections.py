@@ -297,6 +297,15 @@ class TrainConfig(Section):
         description="decay of a moving average of the model's weights, one update per batch; the average is what is "
         "evaluated and kept (auto: 0.98 in fast mode, none in faithful mode)",
     )
+    checkpoint_minutes: Annotated[Annotated[float, Field(gt=0)] | None, none] = Field(
+        10.0,
+        description="a checkpoint within the epoch after so many minutes, written beside training; none: none by time",
+    )
+    checkpoint_steps: Annotated[Annotated[int, Field(ge=1)] | None, none] = Field(
+        None,
+        description="a checkpoint after so many batches of any stage; training waits until it is written, so that a run "
+        "that is killed loses no more batches; none: none by batches",
+    )
 
 
 class OutputConfig(Section):
