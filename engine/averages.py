@@ -66,6 +66,7 @@ class EpochResult:
         information: of stage 2 or of evaluation. `estimators` is that of stage 1.
         prediction: [N, n], and `target`; of an evaluation only.
         features: of all samples in an evaluation. In training: those that stage 1 saw, of one state of the model.
+        skipped: steps of both stages that were left out because a loss or a gradient was not finite.
     """
 
     loss: float
@@ -75,6 +76,7 @@ class EpochResult:
     prediction: Tensor | None = None
     target: Tensor | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
+    skipped: int = 0
 
 
 class WeightAverage:

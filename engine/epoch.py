@@ -39,6 +39,7 @@ def run_epoch(
         position.total += 1
         on_batch(stage, number)
 
+    step.finite.begin(position)
     position.bank = bank
     if collects and position.enter("collect"):
         with part("collect"):
@@ -54,8 +55,10 @@ def run_epoch(
     position.enter("stage2")
     with part("stage2"):
         losses, information, next_bank = passes.stage2(loader, size, bank, of_stage2, done, position)
+    step.finite.require_a_step(losses)
     estimators = position.estimators.sums()
     result = EpochResult(**means(losses), information=means(information), estimators=means(estimators))
+    result.skipped = position.skipped
     step._check_finite(result)
     if seen is not None:
         result.features = dict((seen if step.static is None else seen.copy()).tensors())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,9 +61,7 @@ class EagerPasses:
     def __init__(self, step: TwoStageStep):
         self.step = step
 
-    def collect(
-        self, loader: Iterable, size: int, on_batch: OnBatch, position: Position | None = None
-    ) -> FeatureBank:
+    def collect(self, loader: Iterable, size: int, on_batch: OnBatch, position: Position | None = None) -> FeatureBank:
         """Features of every sample of `loader` in the model's present state, dropout included as in training."""
         position = position or Position()
         bank = position.filling = position.filling or FeatureBank(size)
@@ -120,17 +119,16 @@ class EagerPasses:
             bank: where the features come from, or with `fresh` where those that are computed go.
         """
         position = position or Position()
-        if fresh:
-            batches = self._computed(position.left(loader), bank)
-        else:
-            batches = self._shuffled(bank, batch_size, position)
+        batches = self._computed(position.left(loader), bank) if fresh else self._shuffled(bank, batch_size, position)
         estimators = position.sums("stage1")
-        for number, features in enumerate(batches, position.batches):
-            rows = len(next(iter(features.values())))
+        for number, (index, features) in enumerate(batches, position.batches):
+            rows = len(index)
             if rows < self.step.objective.min_batch:
                 continue
-            output = self.step.stage1(features, take(number, rows))
-            estimators.add(output.names, output.stacked_values, rows)
+            products = take(number, rows)
+            output = self.step.finite.guarded("stage1", number, index, partial(self.step.stage1, features, products))
+            if output is not None:
+                estimators.add(output.names, output.stacked_values, rows)
             on_batch("stage1", number)
         return estimators.sums()
 
@@ -150,9 +148,11 @@ class EagerPasses:
         for number, (inputs, target, index) in enumerate(map(unpack, position.left(loader)), position.batches):
             use = bank is not None and len(target) >= self.step.objective.min_batch
             products = take(number, len(target)) if use else None
-            output = self.step.stage2(inputs, target, products, information=use)
-            next_bank.store(index, output.features)
-            _add(output, len(target), losses, information)
+            run = partial(self.step.stage2, inputs, target, products, information=use)
+            output = self.step.finite.guarded("stage2", number, index, run)
+            if output is not None:
+                next_bank.store(index, output.features)
+                _add(output, len(target), losses, information)
             on_batch("stage2", number)
         return losses.sums(), information.sums(), next_bank
 
@@ -176,20 +176,22 @@ class EagerPasses:
             features={n: torch.cat([output.features[n] for output in outputs]) for n in outputs[0].features},
         )
 
-    def _computed(self, loader: Iterable, bank: FeatureBank) -> Iterator[dict[str, Tensor]]:
-        """Features of every batch in the model's present state, kept in `bank`."""
+    def _computed(self, loader: Iterable, bank: FeatureBank) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Rows and features of every batch in the model's present state, kept in `bank`."""
         for inputs, target, index in map(unpack, loader):
-            features = self.step.features(inputs, target)
-            bank.store(index, features)
-            yield features
+            features, rows, kept = self.step.finite.features(index, partial(self.step.features, inputs, target))
+            bank.store(rows, kept)
+            yield index, features
 
-    def _shuffled(self, bank: FeatureBank, batch_size: int, position: Position) -> Iterator[dict[str, Tensor]]:
-        """The bank's features in batches, in a new order."""
-        known = bank.tensors()
+    def _shuffled(
+        self, bank: FeatureBank, batch_size: int, position: Position
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Rows and features of the bank in batches, in a new order."""
+        known, stored = bank.tensors(), bank.filled.nonzero()[:, 0].cpu()
         if position.order is None:
             position.order = self.step.shuffled(len(next(iter(known.values()))))
         for rows in position.order.split(batch_size)[position.batches :]:
-            yield {name: value[rows.to(value.device)] for name, value in known.items()}
+            yield stored[rows.cpu()], {name: value[rows.to(value.device)] for name, value in known.items()}
 
 
 def _add(output: StepOutput, rows: int, losses: Average, information: Average) -> None:

@@ -34,6 +34,7 @@ class Position:
         filling: the bank that this pass fills.
         seen: the bank that fresh passes of stage 1 fill.
         estimators: sums over the passes of stage 1 that are done.
+        skipped: steps that were left out because they were not finite; `in_a_row` of them since the last one that was.
         seconds, waited: time that the epoch has taken, and how much of it went into waiting for batches.
 
     Example:
@@ -55,6 +56,7 @@ class Position:
         self.filling: FeatureBank | None = None
         self.seen: FeatureBank | None = None
         self.estimators = Average()
+        self.skipped = self.in_a_row = 0
         self.seconds, self.waited = 0.0, 0.0
         self._sums: dict[str, Average] = {}
         self.now: Callable[[], Mapping[str, Average]] = lambda: self._sums
@@ -89,20 +91,20 @@ class Position:
         return self._sums.setdefault(name, Average())
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors. The tensors are not copied: training changes them."""
+        """Plain values and tensors, without the times. The tensors are not copied: training changes them."""
         banks = {"filling": self.filling, "seen": self.seen}
         return {
             "stage": self.stage, "number": self.number, "batches": self.batches, "total": self.total,
+            "skipped": self.skipped, "in_a_row": self.in_a_row,
             "sizes": None if self.sizes is None else [None if s is None else torch.tensor(s) for s in self.sizes],
             "generator": self.generator, "order": self.order,
             "estimators": self.estimators.state_dict(),
             "sums": {name: average.state_dict() for name, average in self.now().items()},
-            "seconds": self.seconds, "waited": self.waited,
         } | {name: None if bank is None else bank.state_dict() for name, bank in banks.items()}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
         """Take over what `state_dict` gave. Its tensors move to `device`."""
-        for name in ("stage", "number", "batches", "total", "generator", "order", "seconds", "waited"):
+        for name in ("stage", "number", "batches", "total", "skipped", "in_a_row", "generator", "order"):
             setattr(self, name, state[name])
         sizes = state["sizes"]
         self.sizes = None if sizes is None else [None if s is None else s.tolist() for s in sizes]

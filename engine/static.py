@@ -69,9 +69,7 @@ class StaticPasses:
 
     # -- passes
 
-    def collect(
-        self, loader: Iterable, size: int, on_batch: OnBatch, position: Position | None = None
-    ) -> FeatureBank:
+    def collect(self, loader: Iterable, size: int, on_batch: OnBatch, position: Position | None = None) -> FeatureBank:
         """As `EagerPasses.collect`."""
         position = position or Position()
         bank = position.filling = self._bank("collect", size, position.filling)

@@ -19,7 +19,8 @@ from engine.averages import EpochResult, WeightAverage
 from engine.bank import FeatureBank
 from engine.compiled import compile_regions
 from engine.epoch import run_epoch
-from engine.errors import ConfigError, EstimatorError
+from engine.errors import ConfigError, EstimatorError, NonFiniteError
+from engine.finite import NonFinite
 from engine.graph_state import DeviceNumbers
 from engine.objective import Objective, ObjectiveOutput, Rows
 from engine.passes import EagerPasses, OnBatch, batch_sizes
@@ -64,6 +65,10 @@ class TwoStageStep:
         graphs: "off" or False runs one operation after another. "emulate" makes a static step (see `engine.static`) and
             never captures it. True captures it as CUDA graphs on a GPU, and is an error where that is impossible.
             "auto" captures it on a GPU where the model allows it, and is "off" elsewhere.
+        non_finite: what `train_epoch` does about a loss or a gradient that is not finite. "stop" raises an error that
+            names the term, the batch and its samples. "skip" leaves out the step, counts it in `EpochResult.skipped`,
+            and stops after `engine.finite.MOST_IN_A_ROW` of them in a row. `stage1` and `stage2` themselves raise a
+            NonFiniteError before the update, on a CPU.
 
     Example:
         >>> class Model(nn.Linear):
@@ -92,6 +97,7 @@ class TwoStageStep:
         label: str | None = "C",
         generator: torch.Generator | None = None,
         graphs: GraphMode = "off",
+        non_finite: str = "stop",
     ):
         self.model, self.objective, self.task_loss = model, objective, task_loss
         self.main_optimizer, self.estimator_optimizer = main_optimizer, estimator_optimizer
@@ -105,13 +111,22 @@ class TwoStageStep:
             compile_regions(model, compile)
         self.generator = generator or torch.Generator().manual_seed(0)
         self.held: DeviceNumbers | None = None  # set while a static pass runs
+        self.finite = NonFinite(self, non_finite)
         self.eager = EagerPasses(self)
         self.static = self._static_step(graphs)
 
     def _static_step(self, graphs: GraphMode) -> StaticPasses | None:
         on_gpu = next((p.is_cuda for p in self.model.parameters()), False)
-        if graphs in ("off", False) or (graphs == "auto" and not on_gpu):
+        skips = self.finite.policy == "skip"  # the host has to look at each step
+        if graphs in ("off", False) or (graphs == "auto" and (not on_gpu or skips)):
             return None
+        if skips:
+            raise ConfigError(
+                "graphs",
+                f"{graphs!r} with non_finite='skip'",
+                "one of the two",
+                "Use graphs off, or non_finite='stop'.",
+            )
         return StaticPasses(self, capture=on_gpu and graphs != "emulate", strict=graphs != "auto")
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
@@ -174,6 +189,7 @@ class TwoStageStep:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        self.finite.check_gradients(optimizer)
         with contextlib.nullcontext() if self.held is None else self.held.rates(optimizer):
             if scaler is None:
                 optimizer.step()
@@ -189,6 +205,7 @@ class TwoStageStep:
         self.objective.train()
         self._begin()
         output = self._run_stage1({k: v.detach() for k, v in features.items()}, products)
+        self.finite.check_loss(output.loss, None, output)
         self._update(output.loss, optimizer)
         return output
 
@@ -206,6 +223,7 @@ class TwoStageStep:
         self._begin()
         with self._frozen_estimators():
             output, loss = self._run_stage2(self._prepared(inputs), target, products, information)
+            self.finite.check_loss(output.loss, output.task, output.information)
             self._update(loss, optimizer, self.scaler)
         if self.average is not None:
             with part("average"):
@@ -291,6 +309,7 @@ class TwoStageStep:
             The means over the epoch with the features that stage 1 saw, and the bank for the next epoch.
 
         Raises:
+            NonFiniteError: a loss or a gradient is not finite, under non_finite="stop".
             EstimatorError: an estimate of this epoch is not finite, under on_degenerate="raise".
             ConfigError: a static step on a loader without a length, a model that cannot be captured, or no optimiser.
         """
@@ -307,10 +326,15 @@ class TwoStageStep:
         )
 
     def _check_finite(self, result: EpochResult) -> None:
-        """Raise an error for an estimate that is not finite.
+        """Raise an error for a task loss or an estimate that is not finite.
 
-        On a CPU the estimators do this themselves. On a GPU and in compiled graphs it is done here, once per epoch.
+        On a CPU each step is checked. On a GPU and in compiled graphs it is done here, once per epoch.
         """
+        if not math.isfinite(result.task) and self.scaler is None and self.finite.policy == "stop":
+            raise NonFiniteError(
+                "task loss", f"a mean of {result.task} in this epoch", "finite losses",
+                'Check the samples, lower train.lr, set train.clip_norm, or set train.non_finite="skip".',
+            )  # fmt: skip
         if self.objective is None or self.objective.settings.on_degenerate != "raise":
             return
         for name, value in (result.estimators | result.information).items():

@@ -103,7 +103,8 @@ class ResidentFeed:
 
     Args:
         loader: a resident loader.
-        begin: starts a pass and returns its batches' rows, the number of the loader's epoch, and the first batch's number.
+        begin: starts a pass and returns its batches' rows, the number of the loader's epoch, and that of the first
+            batch that is left.
         exact: also give the widths that a batch would have without buckets. The published mathematics depend on them.
     """
 

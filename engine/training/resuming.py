@@ -34,7 +34,7 @@ from engine.run_folder import (
 from engine.training import same_run
 from engine.training.random_state import set_random_state
 from engine.training.records import Record, line_of, parse_line
-from engine.training.saving import RunFiles
+from engine.training.saving import RunFiles, place_of
 
 Saved = tuple[dict[str, Any], dict[str, Any]]
 """State and meta of a checkpoint."""
@@ -91,18 +91,6 @@ def _newest_whole(newest: Path, before: Path) -> Saved:
         return state, meta
 
 
-def place_of(meta: dict[str, Any]) -> str:
-    """Where a checkpoint was taken, in words.
-
-    >>> place_of({"epoch": 2}), place_of({"epoch": 2, "within": {"epoch": 3, "stage": "stage2", "batches": 40}})
-    ('after epoch 2', 'in epoch 3, after 40 batches')
-    """
-    within = meta.get("within")
-    if within is None:
-        return f"after epoch {meta['epoch']}"
-    return f"in epoch {within['epoch']}, after {within['batches']} batch{'es' * (within['batches'] != 1)}"
-
-
 def restore(files: RunFiles, saved: Saved, position: Position) -> tuple[list[Record], FeatureBank | None]:
     """Put every part back as it was when the checkpoint was taken. Returns the history and the bank.
 
@@ -129,6 +117,7 @@ def restore(files: RunFiles, saved: Saved, position: Position) -> tuple[list[Rec
             parts.step.scaler.load_state_dict(state["scaler"])
         if "position" in state:
             position.load_state_dict(state["position"], parts.device)
+            position.seconds, position.waited = meta["within"]["seconds"], meta["within"]["waiting_seconds"]
         bank = FeatureBank.of(state["bank"], parts.device)
         parts.step.generator.set_state(state["generator"])
         set_random_state(state["rng"])

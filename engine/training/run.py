@@ -39,6 +39,7 @@ from engine.run_folder import (
     TOKENIZER,
     owned,
 )
+from engine.stopping import Stopped, StopSignals
 from engine.task import find_task
 from engine.training import resuming
 from engine.training.applying import own_tokenizer
@@ -46,7 +47,6 @@ from engine.training.parts import assemble, choose_device
 from engine.training.records import Record, record_of
 from engine.training.same_run import arithmetic, differing_splits
 from engine.training.saving import RunFiles
-from engine.stopping import Stopped, StopSignals
 from engine.training.warming import compiles_kernels, warm_kernels
 from engine.training.within import WithinEpochs
 
@@ -152,6 +152,7 @@ class TrainingRun:
             checks.disk_space(self.out, model, objective, c.train, present)
 
         self.parts = assemble(task, c, self.dataset, self.device, resumed, check_space)
+        self.parts.step.finite.ids = self.dataset.splits["train"].ids
         self.files = RunFiles(self.out, self.parts, self.arithmetic)
 
     def _train(self, history: list[Record], bank: FeatureBank | None, started: float) -> None:
@@ -233,6 +234,13 @@ class TrainingRun:
         record["seconds"] = time.perf_counter() - start
         record["waiting_seconds"] = parts.loaders["train"].waited
         record["train"] = record_of(self.config, trained)
+        if self.config.train.non_finite == "skip":
+            record["skipped_steps"] = trained.skipped
+            if trained.skipped:
+                warnings.warn(
+                    f"epoch {epoch}: {trained.skipped} steps left out, whose loss or gradient was not finite",
+                    stacklevel=2,
+                )
         # Epoch 0 trains without information terms, so its evaluation has none either: the losses stay comparable.
         informed = bank is not None and parts.informed
         with parts.step.averaged():

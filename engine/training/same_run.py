@@ -29,7 +29,7 @@ FREE = {
     "train.checkpoint_minutes", "train.checkpoint_steps",  # what is saved does not change the training
 }  # fmt: skip
 """Settings and sections that may change when a run is resumed."""
-ADVISED = {"train.lr", "train.clip_norm", "objective.on_degenerate"}
+ADVISED = {"train.lr", "train.clip_norm", "train.non_finite", "objective.on_degenerate"}
 """Settings that may also change when a run is resumed after it diverged."""
 
 

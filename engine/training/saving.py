@@ -101,7 +101,8 @@ class RunFiles:
     def save_within(self, history: list[Record], position: Position) -> Callable[[], None]:
         """Copy what is needed to go on within an epoch. The returned function writes it."""
         place = {"epoch": len(history), "stage": position.stage, "batches": position.total}
-        meta = self._meta(history) | {"history": self.lines, "within": place}
+        times = {"seconds": position.seconds, "waiting_seconds": position.waited}
+        meta = self._meta(history) | {"history": self.lines, "within": place | times}
         last = checkpoint.Snapshot(self._state(position.bank) | {"position": position.state_dict()})
 
         def write() -> None:
@@ -152,14 +153,16 @@ class RunFiles:
 
     def explain_failure(self, epoch: int, problem: EngineError) -> EngineError:
         """The error of an epoch that failed. Where the run has diverged, it says how the run can go on."""
-        if not epoch or not (isinstance(problem, EstimatorError) or problem.where == metrics.PREDICTIONS):
+        diverged = isinstance(problem, EstimatorError) or problem.where == metrics.PREDICTIONS
+        if not diverged or not (self.out / LAST).exists():
             return problem
+        place = place_of(checkpoint.load_meta(self.out / LAST))
         known = [*divergences(self.out), {"epoch": epoch - 1, "problem": str(problem)}]
         with self.sums.writing(DIVERGED):
             write_json(self.out / DIVERGED, known)
         return type(problem)(
             problem.where, problem.found, problem.expected,
-            f"{problem.do} The run in {self.out} can go on after epoch {epoch - 1} that way: with --resume and another "
+            f"{problem.do} The run in {self.out} can go on {place} that way: with --resume and another "
             f"{' or '.join(sorted(ADVISED))}.",
         )  # fmt: skip
 
@@ -217,6 +220,8 @@ class RunFiles:
             "wall_s": wall_s,
             "environment": environment(str(parts.device)),
         }
+        if parts.config.train.non_finite == "skip":
+            summary["skipped_steps"] = sum(r.get("skipped_steps", 0) for r in history)
         write_json(self.out / METRICS, summary)
         metrics.write_metrics_csv(self.out / METRICS_CSV, {k: v for k, v in summary.items() if v != {}})
         return summary
@@ -229,6 +234,18 @@ class RunFiles:
             for split, passes in (parts.loaders | {"train": parts.unshuffled_train}).items():
                 path = self.out / f"features_{split}.safetensors"
                 _write_features(path, parts.dataset.splits[split], parts.evaluate(split, passes))
+
+
+def place_of(meta: dict[str, Any]) -> str:
+    """Where a checkpoint was taken, in words.
+
+    >>> place_of({"epoch": 2}), place_of({"epoch": 2, "within": {"epoch": 3, "stage": "stage2", "batches": 40}})
+    ('after epoch 2', 'in epoch 3, after 40 batches')
+    """
+    within = meta.get("within")
+    if within is None:
+        return f"after epoch {meta['epoch']}"
+    return f"in epoch {within['epoch']}, after {within['batches']} batch{'es' * (within['batches'] != 1)}"
 
 
 def _numbers(record: Record, split: str) -> dict[str, Any]:

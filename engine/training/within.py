@@ -23,9 +23,7 @@ class WithinEpochs:
         agree: maps whether this process finds a checkpoint due to whether all do; for runs of several processes.
     """
 
-    def __init__(
-        self, train: TrainConfig, signals: StopSignals, save: Callable[[], None], wait: Callable[[], None]
-    ):
+    def __init__(self, train: TrainConfig, signals: StopSignals, save: Callable[[], None], wait: Callable[[], None]):
         self._signals, self._save, self._wait = signals, save, wait
         self._exact = train.checkpoint_steps is not None
         self._most = train.checkpoint_steps or math.inf
@@ -47,8 +45,8 @@ class WithinEpochs:
     def saved(self) -> None:
         """A checkpoint is being written.
 
-        With `checkpoint_steps` training waits for it, so that no more than that many batches are ever lost. Otherwise it
-        is written beside training.
+        With `checkpoint_steps` training waits for it, so that no more than that many batches are ever lost. Otherwise
+        it is written beside training.
         """
         if self._exact or self._signals.number:
             self._wait()
