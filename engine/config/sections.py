@@ -31,6 +31,7 @@ from engine.vocabulary import (
     Critic,
     DatasetName,
     Freeze,
+    Gather,
     LabelScale,
     LengthRule,
     Loader,
@@ -214,6 +215,11 @@ class ObjectiveConfig(Section):
     )
     k_neighbor: int = Field(2, ge=1, le=LONGEST, description="neighbours that a query row has in the product sampler")
     on_degenerate: OnDegenerate = Field("raise", description="what a batch of one or non-finite scores do")
+    gather: Gather = Field(
+        "gather",
+        description="with several ranks: estimates from the joined batch, by gathered rows or by keys that travel "
+        '(ring); "off": from each rank\'s own batch',
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -311,6 +317,9 @@ class TrainConfig(Section):
         None,
         description="a checkpoint after so many batches of any stage; training waits until it is written, so that a "
         "run that is killed loses no more batches; none: none by batches",
+    )
+    timeout: float = Field(
+        1800.0, gt=0, le=1e6, description="several ranks (torchrun): seconds that a rank waits for the others"
     )
 
 

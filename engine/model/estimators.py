@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,8 @@ class MIEstimator(nn.Module):
         on_degenerate: what to do with a batch of one, non-finite scores or a non-finite estimate. "raise" raises an
             EstimatorError. "skip" gives 0 as value, surrogate and loss, with zero gradients, and
             `details["skipped"]` = 1.
+        gather, group: as for `engine.kernels.infonce`: estimate from the batch that all ranks hold together. x and y
+            stay this rank's. Within an `Objective` its setting `gather` decides.
         compat: no longer an option. Anything but "none" is refused, with the class to use instead.
 
     Biases start at 0 and weights Xavier-uniform. Scores of standardised inputs are then of order 1, where every bound
@@ -139,9 +142,12 @@ class MIEstimator(nn.Module):
         ema_rate: float = 0.01,
         on_degenerate: str = "raise",
         *,
+        gather: bool | str = False,
+        group: Any = None,
         compat: str = "none",
     ):
         super().__init__()
+        self.gather, self.group = gather, group
         refuse_compat("MIEstimator", compat)
         check_choice("bound", bound, BOUNDS)
         check_choice("on_degenerate", on_degenerate, ON_DEGENERATE)
@@ -186,6 +192,10 @@ class MIEstimator(nn.Module):
         Raises:
             EstimatorError: shapes, types or devices that do not fit; a degenerate batch under on_degenerate="raise".
         """
+        if self.gather is not False and (ranks := ranks_of(self)) is not None:
+            from engine.model.over_ranks import mi_estimate
+
+            return mi_estimate(self, x, y, ranks)
         self._check_shapes(x, y)
         x, y = own_type(self._where(), self, x, y)
         if len(x) < 2:
@@ -449,6 +459,13 @@ def _zero_with_gradients(*tensors: Tensor) -> Tensor:
     """0 with a zero gradient for each of `tensors`, even for those that hold NaN or infinity."""
     total = sum(tensor.sum() for tensor in tensors)
     return torch.where(torch.zeros_like(total, dtype=torch.bool), total, torch.zeros_like(total))
+
+
+def ranks_of(estimator: Any) -> Any:
+    """The ranks that an estimator's own `gather` and `group` name; None if it computes alone."""
+    from engine.kernels.ranks.group import find_ranks
+
+    return find_ranks(type(estimator).__name__, estimator.gather, estimator.group)
 
 
 def refuse_compat(estimator: str, compat: str) -> None:

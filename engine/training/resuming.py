@@ -129,8 +129,9 @@ def _restore_history(files: RunFiles, state: dict[str, Any], meta: dict[str, Any
     path = files.out / HISTORY
     if "history" in state:  # older versions kept the records in the checkpoint
         history = json.loads(state["history"])
-        with files.sums.writing(HISTORY):
-            write_text(path, "".join(map(line_of, history)))
+        if files.parts.ranks.writes:
+            with files.sums.writing(HISTORY):
+                write_text(path, "".join(map(line_of, history)))
         files.lines = file_sum(path)
         return history
     size, crc = meta["history"]
@@ -140,8 +141,9 @@ def _restore_history(files: RunFiles, state: dict[str, Any], meta: dict[str, Any
             str(path), "contents that do not match their checksum", f"the epochs up to {meta['epoch']}",
             "The file is damaged or was edited: put the original back. The best model can still be evaluated.",
         )  # fmt: skip
-    with files.sums.writing(HISTORY):
-        append_text(path, "", at=size)
+    if files.parts.ranks.writes:
+        with files.sums.writing(HISTORY):
+            append_text(path, "", at=size)
     files.lines = size, crc
     return [parse_line(line) for line in content.splitlines()]
 

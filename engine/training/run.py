@@ -25,6 +25,7 @@ from engine.loaders.dataset import Dataset
 from engine.objective import Objective
 from engine.position import Position
 from engine.profile import Profiler
+from engine.ranks import Ranks
 from engine.report import write_report
 from engine.run_folder import (
     BEST,
@@ -41,6 +42,7 @@ from engine.run_folder import (
 )
 from engine.stopping import Stopped, StopSignals
 from engine.task import find_task
+from engine.torchrun import restartable, restarted
 from engine.training import resuming
 from engine.training.applying import own_tokenizer
 from engine.training.parts import assemble, choose_device
@@ -56,6 +58,7 @@ class TrainingRun:
 
     Args:
         config, out, callbacks, dataset, profile: as `engine.train` takes them.
+        ranks: the processes that train together; by default this one alone.
 
     Attributes:
         parts: what is trained, after `prepare`.
@@ -71,15 +74,20 @@ class TrainingRun:
         callbacks: Sequence[Callback] = (),
         dataset: Dataset | None = None,
         profile: bool = False,
+        ranks: Ranks | None = None,
     ):
-        self.config, self.out, self.extra_callbacks = config.resolve(), out, callbacks
-        self.dataset, self.profile, self.profiler = dataset, profile, None
+        self.config, self.out = config.resolve(), out
+        self.ranks = ranks or Ranks(device=choose_device(config.device))
+        self.extra_callbacks = callbacks if self.ranks.writes else ()
+        self.dataset, self.profile, self.profiler = dataset, profile and self.ranks.writes, None
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        self.device = choose_device(self.config.device)
+        self.device = self.ranks.device
         if self.device.type == "cpu":
             keep_memory()
         self.arithmetic = arithmetic(self.device, self.config.train.amp)
+        if self.ranks.size > 1:
+            self.arithmetic["ranks"] = self.ranks.size
         self.results: dict[str, EpochResult] = {}
         self.saving: Future | None = None
         self.position = Position()
@@ -97,36 +105,62 @@ class TrainingRun:
             raise ConfigError(
                 "profile", "one epoch", "two or more: the first has no information terms", "Set epochs=2."
             )
+        with self.ranks.failing_together():
+            return self._write(resume) if self.ranks.writes else self._follow(resume)
+
+    def _write(self, resume: bool) -> dict[str, Any]:
+        """The run on the rank that writes its folder."""
         with owned(self.out):
+            resume = resume or restarted(self.out)
             if not resume and any((self.out / mark).exists() for mark in MARKS):
                 raise OutputError(
                     str(self.out), "another run", "an empty or new folder",
                     "Choose another --out, or go on with --resume.",
                 )  # fmt: skip
             try:
-                return self._fit(resume)
+                with restartable(self.out):
+                    return self._fit(resume)
             except Exception:
                 if not resume and not (self.out / LAST).exists():  # there is no epoch to go on from: leave it free
                     for name in (CONFIG, NORMALIZER, *TOKENIZER, HISTORY, CHECKSUMS):
                         (self.out / name).unlink(missing_ok=True)
                 raise
 
+    def _follow(self, resume: bool) -> dict[str, Any]:
+        """The run on any other rank, which writes nothing. Rank 0 gives the warnings."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self._fit(resume)
+
     def _fit(self, resume: bool) -> dict[str, Any]:
+        resume = self.ranks.tell(resume)
+        with self.ranks.writer_first():  # data are converted once, and the folder is read before it is written
+            history, bank = self._begin(resume)
+        self.ranks.same_weights(self.parts.model, self.parts.objective)
+        if self.ranks.writes:
+            with self.ranks.alone():
+                self.files.write_settings()
+                if history:
+                    self.files.complete(history, within=self.position.resumed)
+        started = time.perf_counter() - sum(r["wall_seconds"] for r in history) - self.position.seconds
+        self._train(history, bank, started)
+        return self.ranks.from_writer(self._end(history, started) if self.ranks.writes else None)
+
+    def _begin(self, resume: bool) -> tuple[list[Record], FeatureBank | None]:
+        """Every part as it is before the first epoch that is left; the records of those before, and their bank."""
         saved = resuming.newest_checkpoint(self.out, self.config, self.arithmetic) if resume else None
         if resume and saved is None:
             warnings.warn(f"{self.out}: no epoch to go on from: the run begins at epoch 0", stacklevel=2)
         self.prepare(None if saved is None else saved[1])
-        history, bank = ([], None) if saved is None else resuming.restore(self.files, saved, self.position)
-        del saved
-        self.files.write_settings()
-        if history:
-            self.files.complete(history, within=self.position.resumed)
-        started = time.perf_counter() - sum(r["wall_seconds"] for r in history) - self.position.seconds
-        self._train(history, bank, started)
-        summary = self.files.write_summary(history, time.perf_counter() - started)
-        self.files.complete(history, ended=True)
-        if self.config.output.features:
-            self.files.write_features()
+        return ([], None) if saved is None else resuming.restore(self.files, saved, self.position)
+
+    def _end(self, history: list[Record], started: float) -> dict[str, Any]:
+        """Write what a finished run has beside its epochs, and return the content of metrics.json."""
+        with self.ranks.alone():
+            summary = self.files.write_summary(history, time.perf_counter() - started)
+            self.files.complete(history, ended=True)
+            if self.config.output.features:
+                self.files.write_features()
         if self.config.output.report:
             write_report(self.out)
         return summary
@@ -151,7 +185,7 @@ class TrainingRun:
             present = [self.out / name for name in (BEST, LAST, PREVIOUS)]
             checks.disk_space(self.out, model, objective, c.train, present)
 
-        self.parts = assemble(task, c, self.dataset, self.device, resumed, check_space)
+        self.parts = assemble(task, c, self.dataset, self.device, resumed, check_space, self.ranks)
         self.parts.step.finite.ids = self.dataset.splits["train"].ids
         self.files = RunFiles(self.out, self.parts, self.arithmetic)
 
@@ -176,21 +210,25 @@ class TrainingRun:
 
                 def save_within() -> None:
                     self._wait()
-                    self.saving = beside.submit(self.files.save_within(history, self._present()))
+                    if self.ranks.writes:
+                        self.saving = beside.submit(self.files.save_within(history, self._present()))
 
-                within = WithinEpochs(self.config.train, signals, save_within, self._wait)
+                within = WithinEpochs(self.config.train, signals, save_within, self._wait, self.ranks)
                 for epoch in range(len(history), self.config.epochs):
                     try:
                         record, bank = self._epoch(epoch, bank, on_batch)
                     except EngineError as problem:
                         self._wait()
-                        raise self.files.explain_failure(epoch, problem) from problem
+                        raise (
+                            self.files.explain_failure(epoch, problem) if self.ranks.writes else problem
+                        ) from problem
                     self._wait()
                     self.position = Position()
                     improved = self.parts.selection.improved(history, record)
                     history.append(record)
                     wall_s = time.perf_counter() - started
-                    self.saving = beside.submit(self.files.save(history, bank, self.results, improved, wall_s))
+                    if self.ranks.writes:
+                        self.saving = beside.submit(self.files.save(history, bank, self.results, improved, wall_s))
                     if self.extra_callbacks:  # which may read the folder
                         self._wait()
                     for callback in callbacks:
@@ -203,6 +241,8 @@ class TrainingRun:
 
     def _callbacks(self, history: list[Record]) -> list[Callback]:
         callbacks: list[Callback] = list(self.extra_callbacks)
+        if not self.ranks.writes:
+            return callbacks
         if self.config.output.tensorboard:
             callbacks.append(TensorBoardCallback(self.out / TENSORBOARD, history))
         if self.config.output.progress:
@@ -250,7 +290,8 @@ class TrainingRun:
             }
         for split, result in self.results.items():
             record[split] = record_of(self.config, result) if split in parts.scored else {}
-        if informed:
+        self.ranks.check_weights(f"epoch {epoch}", parts.model, parts.objective)
+        if informed and self.ranks.writes:
             self._read_terms(record, trained.features)
         self._step_schedules(record)
         record["wall_seconds"] = time.perf_counter() - start
