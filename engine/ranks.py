@@ -80,6 +80,14 @@ class Ranks:
 
     # -- exchange ----------------------------------------------------------------------------------
 
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers, on all ranks."""
+        if self.size == 1:
+            return number
+        value = torch.tensor([number], device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:

@@ -213,6 +213,7 @@ def _step(
         autocast=autocast_dtype(t.amp, device),
         compile=t.compile,
         generator=torch.Generator().manual_seed(config.seed),
+        non_finite=t.non_finite,
         **({"graphs": t.graphs} if ranks.size == 1 else {}),
     )
 
