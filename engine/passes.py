@@ -128,7 +128,7 @@ class EagerPasses:
             products = take(number, rows)
             output = self.step.finite.guarded("stage1", number, index, partial(self.step.stage1, features, products))
             if output is not None:
-                estimators.add(output.names, output.stacked_values, rows)
+                estimators.add(output.names, output.stacked_values, rows, self.step.finite.keep(output.loss))
             on_batch("stage1", number)
         return estimators.sums()
 
@@ -151,8 +151,9 @@ class EagerPasses:
             run = partial(self.step.stage2, inputs, target, products, information=use)
             output = self.step.finite.guarded("stage2", number, index, run)
             if output is not None:
-                next_bank.store(index, output.features)
-                _add(output, len(target), losses, information)
+                keep = self.step.finite.keep(output.loss)
+                next_bank.store(index, output.features, keep)
+                _add(output, len(target), losses, information, keep)
             on_batch("stage2", number)
         return losses.sums(), information.sums(), next_bank
 
@@ -179,8 +180,8 @@ class EagerPasses:
     def _computed(self, loader: Iterable, bank: FeatureBank) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Rows and features of every batch in the model's present state, kept in `bank`."""
         for inputs, target, index in map(unpack, loader):
-            features, rows, kept = self.step.finite.features(index, partial(self.step.features, inputs, target))
-            bank.store(rows, kept)
+            features, keep = self.step.finite.features(partial(self.step.features, inputs, target))
+            bank.store(index, features, keep)
             yield index, features
 
     def _shuffled(
@@ -194,7 +195,7 @@ class EagerPasses:
             yield stored[rows.cpu()], {name: value[rows.to(value.device)] for name, value in known.items()}
 
 
-def _add(output: StepOutput, rows: int, losses: Average, information: Average) -> None:
-    losses.add(("loss", "task"), torch.stack([output.loss, output.task]), rows)
+def _add(output: StepOutput, rows: int, losses: Average, information: Average, keep: Tensor | None = None) -> None:
+    losses.add(("loss", "task"), torch.stack([output.loss, output.task]), rows, keep)
     if output.information is not None:
-        information.add(output.information.names, output.information.stacked_values, rows)
+        information.add(output.information.names, output.information.stacked_values, rows, keep)

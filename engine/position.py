@@ -59,6 +59,7 @@ class Position:
         self.skipped = self.in_a_row = 0
         self.seconds, self.waited = 0.0, 0.0
         self._sums: dict[str, Average] = {}
+        self.before_saving: Callable[[], None] = lambda: None
         self.now: Callable[[], Mapping[str, Average]] = lambda: self._sums
 
     @property
@@ -92,6 +93,7 @@ class Position:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors, without the times. The tensors are not copied: training changes them."""
+        self.before_saving()
         banks = {"filling": self.filling, "seen": self.seen}
         return {
             "stage": self.stage, "number": self.number, "batches": self.batches, "total": self.total,

@@ -63,6 +63,7 @@ class StaticPasses:
         self._draws: dict[str, Any] = {}
         self._totals: dict[str, tuple[list[str], Tensor]] = {}
         self._counts: Counter[str] = Counter()  # samples that each of the totals holds
+        self._left_out: dict[str, Tensor] = {}  # of these, samples of steps that were left out
         self._banks: dict[str, FeatureBank] = {}
         self._watched: StateWatch | None = None
         self._settings: list[Any] = []
@@ -183,28 +184,32 @@ class StaticPasses:
     @torch.no_grad()
     def _collect_batch(self, key: Key) -> None:
         inputs, target, index = self._feed.batch(key, self.number)
-        self._banks["collect"].store(index, self.step.features(inputs, target))
+        features, keep = self.step.finite.features(partial(self.step.features, inputs, target))
+        self._banks["collect"].store(index, features, keep)
         self._counters.add_(1)
 
     def _stage1_batch(self, key: Key, fresh: bool) -> None:
         if fresh:
             inputs, target, index = self._feed.batch(key, self.number)
             with torch.no_grad():
-                features = self.step.features(inputs, target)
-                self._banks["stage1"].store(index, features)
+                features, keep = self.step.finite.features(partial(self.step.features, inputs, target))
+                self._banks["stage1"].store(index, features, keep)
         else:
             rows = self._order.index_select(0, self.number)[0, : key[0]]
             features = {name: value.index_select(0, rows) for name, value in self._known.items()}
-        output = self.step.stage1(features, self._take("training", key[0]))
-        self._add("stage1", output.names, output.stacked_values, key[0])
+        run = partial(self.step.stage1, features, self._take("training", key[0]))
+        output = self.step.finite.guarded("stage1", 0, None, run)
+        self._add("stage1", output.names, output.stacked_values, key[0], self.step.finite.keep(output.loss))
         self._counters.add_(1)
 
     def _stage2_batch(self, key: Key, information: bool) -> None:
         inputs, target, index = self._feed.batch(key, self.number)
         products = self._take("training", key[0]) if information else None
-        output = self.step.stage2(inputs, target, products, information=information)
-        self._banks["stage2"].store(index, output.features)
-        self._add_output(output, key[0])
+        run = partial(self.step.stage2, inputs, target, products, information=information)
+        output = self.step.finite.guarded("stage2", 0, None, run)
+        keep = self.step.finite.keep(output.loss)
+        self._banks["stage2"].store(index, output.features, keep)
+        self._add_output(output, key[0], keep)
         self._counters.add_(1)
 
     @torch.no_grad()
@@ -217,10 +222,10 @@ class StaticPasses:
         self._add_output(output, key[0])
         self._counters.add_(1)
 
-    def _add_output(self, output: StepOutput, size: int) -> None:
-        self._add("losses", ("loss", "task"), torch.stack([output.loss, output.task]), size)
+    def _add_output(self, output: StepOutput, size: int, keep: Tensor | None = None) -> None:
+        self._add("losses", ("loss", "task"), torch.stack([output.loss, output.task]), size, keep)
         if output.information is not None:
-            self._add("information", output.information.names, output.information.stacked_values, size)
+            self._add("information", output.information.names, output.information.stacked_values, size, keep)
 
     # -- what they share
 
@@ -230,6 +235,7 @@ class StaticPasses:
         self._check_settings()
         self._feed, self._place = self._feed_of(loader)
         self.step.held = self.held
+        self.step.finite.flags_for(self.device).number = self.number
         try:
             with self.graphs.stream():
                 self.number.fill_(position.batches)
@@ -338,24 +344,29 @@ class StaticPasses:
         with part("products"):
             return self._draws[stage].take(self._row, size)
 
-    def _add(self, name: str, names: Sequence[str], values: Tensor, weight: int) -> None:
+    def _add(self, name: str, names: Sequence[str], values: Tensor, weight: int, keep: Tensor | None = None) -> None:
         if name not in self._totals:
             self._totals[name] = list(names), torch.zeros_like(values, dtype=torch.float32)
+            self._left_out[name] = torch.zeros((), dtype=torch.int64, device=self.device)
+        if keep is not None:
+            values = torch.where(keep, values, torch.zeros_like(values))
+            self._left_out[name].add_(~keep, alpha=weight)
         self._totals[name][1].add_(values, alpha=weight)
 
     def _begin_sums(self, position: Position) -> None:
         """Begin a pass's sums at 0, or at what they were."""
         self._counts.clear()
-        for _, total in self._totals.values():
+        for name, (_, total) in self._totals.items():
             total.zero_()
+            self._left_out[name].zero_()
         for name, average in position.now().items():
             for names, total, count in average.state_dict()["batches"]:
                 self._add(name, names, total, 1)
                 self._counts[name] = count
         position.now = lambda: {
             name: Average.of({"batches": [[*self._totals[name], count]], "sums": {}}, self.device)
-            for name, count in self._counts.items()
-            if count
+            for name in self._counts
+            if (count := self._seen(name))
         }
 
     def _count(self, name: str, samples: int) -> None:
@@ -363,7 +374,13 @@ class StaticPasses:
 
     def _sums(self, name: str) -> Sums:
         """Sums of a pass, read from the device; empty where nothing was added."""
-        if not self._counts[name]:
+        count = self._seen(name)
+        if not count:
             return {}
         names, total = self._totals[name]
-        return {n: (value, self._counts[name]) for n, value in zip(names, total.tolist(), strict=True)}
+        return {n: (value, count) for n, value in zip(names, total.tolist(), strict=True)}
+
+    def _seen(self, name: str) -> int:
+        """Samples of the steps that were made, of those that the totals `name` hold."""
+        count, skips = self._counts[name], self.step.finite.policy == "skip"
+        return count - int(self._left_out[name]) if count and skips else count
