@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError, EstimatorError, NonFiniteError
-from engine.finite_flags import Flags, by_kind
+from engine.finite_flags import Flags, by_kind, first_not_finite
 from engine.model.estimators import readable
 from engine.position import Position
 from engine.vocabulary import NON_FINITE
@@ -54,6 +54,7 @@ class NonFinite:
         self.flags: Flags | None = None
         self._rows: Callable[[int], Tensor] | None = None
         self._before: list[tuple[Tensor, Tensor]] = []
+        self._noted: dict[tuple[str, ...], list[tuple[int, Tensor]]] = {}
 
     def begin(self, position: Position, rows: Callable[[int], Tensor] | None = None) -> None:
         """Count in the position of a new epoch, or of one that is gone on with.
@@ -77,13 +78,8 @@ class NonFinite:
         if self.step.scaler is not None:
             return
         if not self._looks(loss):
-            names, values = [], [loss.detach().reshape(1)]
-            if task is not None:
-                names, values = ["task loss"], [task.detach().reshape(1), *values]
-            if information is not None:
-                names += [f"objective term {name}" for name in information.names]
-                values.insert(-1, information.stacked_values)
-            self.flags_for(loss.device).note_losses([*names, "loss"], torch.cat([v.float() for v in values]))
+            if self.policy == "skip":
+                self.flags_for(loss.device).note_loss(loss)
             return
         if math.isfinite(loss.item()):
             return
@@ -152,8 +148,6 @@ class NonFinite:
             NonFiniteError, EstimatorError: as `run`, with the batch and its samples.
         """
         before = self._before = self._buffers() if self.policy == "skip" else []
-        if self.flags is not None and self.step.held is None:
-            self.flags.number.fill_(number)
         try:
             result = run()
         except EstimatorError as problem:
@@ -174,15 +168,12 @@ class NonFinite:
         Raises:
             NonFiniteError: a loss was not finite, or too many steps in a row were left out.
         """
+        found = self._first()
+        if found is not None:
+            name, number = found
+            index = None if self._rows is None or self.position.order is not None else self._rows(number)
+            raise self._placed(_error(name, "a value that is not finite"), self.position.stage, number, index)
         if self.flags is None:
-            return
-        if self.policy == "stop":
-            found = self.flags.read_first()
-            if found is not None:
-                name, number = found
-                index = None if self._rows is None or self.position.order is not None else self._rows(number)
-                error = _error(name, "a value that is not finite")
-                raise self._placed(error, self.position.stage, number, index)
             return
         left, most = self.flags.read_counts()
         self.position.skipped += left
@@ -233,6 +224,26 @@ class NonFinite:
             for buffer, value in before:
                 buffer.copy_(torch.where(keep.all(), buffer, value))
         return features, keep
+
+    def note(self, output: Any, number: int) -> None:
+        """Keep a batch's values until they are read, where the host does not look at them. Nothing is computed."""
+        if self.policy == "stop" and self.step.scaler is None and not self._looks(output.loss):
+            information = getattr(output, "information", output)
+            if information is not output:
+                self._noted.setdefault(("task",), []).append((number, output.task.reshape(1)))
+            if information is not None:
+                self._noted.setdefault(tuple(information.names), []).append((number, information.stacked_values))
+
+    def _first(self) -> tuple[str, int] | None:
+        """The first value that was noted and is not finite, as (name, batch). Waits for the device."""
+        noted = [(names, torch.stack([v for _, v in values])) for names, values in self._noted.items()]
+        numbers = [[number for number, _ in values] for values in self._noted.values()]
+        self._noted = {}
+        found = first_not_finite(noted, numbers) or first_not_finite(self.position.noted())
+        if found is None:
+            return None
+        name, number = found
+        return {"task": "task loss", "loss": "loss"}.get(name, f"objective term {name}"), number
 
     def require_a_step(self, losses: Mapping[str, Any]) -> None:
         """Raise NonFiniteError if all steps of stage 2 were left out."""

@@ -1,4 +1,4 @@
-"""Which steps were not finite, noted on the device, so that the host does not wait for every step."""
+"""Which steps are to be left out, noted on the device, so that the host does not wait for every step."""
 
 from __future__ import annotations
 
@@ -13,24 +13,16 @@ class Flags:
 
     Attributes:
         bad: float32 0-d, 1 where the present step is to be left out, else 0.
-        number: int64 [1], the present batch.
     """
 
     def __init__(self, device: torch.device):
         self.bad, self._one = torch.zeros((), device=device), torch.ones((), device=device)
-        self.number = torch.zeros(1, dtype=torch.int64, device=device)
         # steps left out since they were last read, in a row until now, and most in a row
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
-        self._first: dict[tuple[str, ...], Tensor] = {}
 
-    def note_losses(self, names: Sequence[str], values: Tensor) -> None:
-        """Note which of a step's losses [names] are not finite."""
-        key = tuple(names)
-        if key not in self._first:
-            self._first[key] = torch.full_like(values, -1, dtype=torch.int64)
-        wrong, first = ~values.isfinite(), self._first[key]
-        self.bad.copy_(wrong.any())
-        first.copy_(torch.where(wrong & (first < 0), self.number, first))
+    def note_loss(self, loss: Tensor) -> None:
+        """Note whether the loss of the step is not finite."""
+        self.bad.copy_(~loss.detach().isfinite())
 
     def note_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Note whether a gradient of the step is not finite."""
@@ -43,18 +35,6 @@ class Flags:
         in_a_row = (self._counts[1] + left) * left
         most = torch.maximum(self._counts[2], in_a_row)
         self._counts.copy_(torch.stack([self._counts[0] + left, in_a_row, most]))
-
-    def read_first(self) -> tuple[str, int] | None:
-        """The first loss that was not finite, and its batch; None: all were. Waits for the device, and begins anew."""
-        found = [
-            (number, name)
-            for names, first in self._first.items()
-            for name, number in zip(names, first.tolist(), strict=True)
-            if number >= 0
-        ]
-        for first in self._first.values():
-            first.fill_(-1)
-        return None if not found else min(found, key=lambda pair: pair[0])[::-1]
 
     def read_counts(self) -> tuple[int, int]:
         """Steps left out since the last reading, and the most in a row. Waits for the device."""
@@ -70,3 +50,24 @@ def by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         dense = tensor.coalesce().values() if tensor.is_sparse else tensor
         of_kind.setdefault((dense.device, dense.dtype), []).append(dense)
     return list(of_kind.values())
+
+
+def first_not_finite(
+    noted: Sequence[tuple[Sequence[str], Tensor]], numbers: Sequence[Sequence[int]] | None = None
+) -> tuple[str, int] | None:
+    """The first value that is not finite, as (name, batch). None: all are finite. Waits for the device.
+
+    Args:
+        noted: names and the values of some batches, [batches, names]. Of one batch the first counts.
+        numbers: of these batches; None: from 0.
+
+    >>> first_not_finite([(["a", "b"], torch.tensor([[1.0, 2.0], [3.0, float("inf")]]))])
+    ('b', 1)
+    """
+    found = []
+    for place, (names, values) in enumerate(noted):
+        for name, wrong in zip(names, (~values.isfinite()).T.cpu(), strict=True):
+            if wrong.any():
+                row = int(wrong.nonzero()[0])
+                found.append((row if numbers is None else numbers[place][row], place, name))
+    return None if not found else min(found, key=lambda f: f[:2])[::-2]

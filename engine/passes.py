@@ -128,6 +128,7 @@ class EagerPasses:
             products = take(number, rows)
             output = self.step.finite.guarded("stage1", number, index, partial(self.step.stage1, features, products))
             if output is not None:
+                self.step.finite.note(output, number)
                 estimators.add(output.names, output.stacked_values, rows, self.step.finite.keep(output.loss))
             on_batch("stage1", number)
         return estimators.sums()
@@ -151,6 +152,7 @@ class EagerPasses:
             run = partial(self.step.stage2, inputs, target, products, information=use)
             output = self.step.finite.guarded("stage2", number, index, run)
             if output is not None:
+                self.step.finite.note(output, number)
                 keep = self.step.finite.keep(output.loss)
                 next_bank.store(index, output.features, keep)
                 _add(output, len(target), losses, information, keep)
@@ -188,11 +190,15 @@ class EagerPasses:
         self, bank: FeatureBank, batch_size: int, position: Position
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Rows and features of the bank in batches, in a new order."""
-        known, stored = bank.tensors(), bank.filled.nonzero()[:, 0].cpu()
+        known, whole = bank.tensors(), bool(bank.filled.all())
+        stored = None if whole else bank.filled.nonzero()[:, 0].cpu()
         if position.order is None:
             position.order = self.step.shuffled(len(next(iter(known.values()))))
         for rows in position.order.split(batch_size)[position.batches :]:
-            yield stored[rows.cpu()], {name: value[rows.to(value.device)] for name, value in known.items()}
+            yield (
+                rows if stored is None else stored[rows.cpu()],
+                {name: value[rows.to(value.device)] for name, value in known.items()},
+            )
 
 
 def _add(output: StepOutput, rows: int, losses: Average, information: Average, keep: Tensor | None = None) -> None:

@@ -63,6 +63,8 @@ class StaticPasses:
         self._draws: dict[str, Any] = {}
         self._totals: dict[str, tuple[list[str], Tensor]] = {}
         self._counts: Counter[str] = Counter()  # samples that each of the totals holds
+        self._noted: dict[str, tuple[list[str], Tensor]] = {}  # values of every batch of a pass
+        self._batches = 0  # that these have room for
         self._left_out: dict[str, Tensor] = {}  # of these, samples of steps that were left out
         self._banks: dict[str, FeatureBank] = {}
         self._watched: StateWatch | None = None
@@ -111,6 +113,7 @@ class StaticPasses:
         if fresh and not position.batches:
             bank.clear()
         with self._pass(position.left(loader), first, position) as feed:
+            self._begin_notes(len(loader) if fresh else -(-bank.size // batch_size), position)
             if fresh:
                 keys = feed.steps()
             else:
@@ -138,6 +141,7 @@ class StaticPasses:
         step, position = self.step, position or Position()
         next_bank = position.filling = self._bank("stage2", size, position.filling)
         with self._pass(position.left(loader), first, position) as feed:
+            self._begin_notes(len(loader), position)
             for number, key in enumerate(feed.steps(), position.batches):
                 use = bank is not None and key[0] >= step.objective.min_batch
                 self.held.refresh_rates(step.main_optimizer)
@@ -200,6 +204,7 @@ class StaticPasses:
         run = partial(self.step.stage1, features, self._take("training", key[0]))
         output = self.step.finite.guarded("stage1", 0, None, run)
         self._add("stage1", output.names, output.stacked_values, key[0], self.step.finite.keep(output.loss))
+        self._note("stage1", output.names, output.stacked_values)
         self._counters.add_(1)
 
     def _stage2_batch(self, key: Key, information: bool) -> None:
@@ -210,6 +215,9 @@ class StaticPasses:
         keep = self.step.finite.keep(output.loss)
         self._banks["stage2"].store(index, output.features, keep)
         self._add_output(output, key[0], keep)
+        self._note("losses", ["task"], output.task.reshape(1))
+        if output.information is not None:
+            self._note("information", output.information.names, output.information.stacked_values)
         self._counters.add_(1)
 
     @torch.no_grad()
@@ -235,7 +243,6 @@ class StaticPasses:
         self._check_settings()
         self._feed, self._place = self._feed_of(loader)
         self.step.held = self.held
-        self.step.finite.flags_for(self.device).number = self.number
         try:
             with self.graphs.stream():
                 self.number.fill_(position.batches)
@@ -352,6 +359,25 @@ class StaticPasses:
             values = torch.where(keep, values, torch.zeros_like(values))
             self._left_out[name].add_(~keep, alpha=weight)
         self._totals[name][1].add_(values, alpha=weight)
+
+    def _note(self, name: str, names: Sequence[str], values: Tensor) -> None:
+        """Keep a batch's values until the pass is read: it is one small copy."""
+        if self.step.finite.policy == "skip" or self.step.scaler is not None:
+            return
+        if name not in self._noted:
+            table = torch.zeros(self._batches, len(names), dtype=values.dtype, device=self.device)
+            self._noted[name] = list(names), table
+        self._noted[name][1].index_copy_(0, self.number, values[None])
+
+    def _begin_notes(self, batches: int, position: Position) -> None:
+        """Begin a pass of so many batches with nothing noted."""
+        if batches > self._batches:
+            self._batches = batches
+            self._noted.clear()
+            self.graphs.clear()
+        for _, table in self._noted.values():
+            table.zero_()
+        position.noted = lambda: list(self._noted.values())
 
     def _begin_sums(self, position: Position) -> None:
         """Begin a pass's sums at 0, or at what they were."""
