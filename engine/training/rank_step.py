@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from engine.bank import FeatureBank
 from engine.passes import EagerPasses, unpack
 from engine.ranks import Ranks
 from engine.step import StepOutput, TwoStageStep
+from engine.training.passes import Share
 
 
 class StepOnRanks(TwoStageStep):
@@ -34,13 +36,19 @@ class StepOnRanks(TwoStageStep):
         self.eager = PassesOnRanks(self)
 
     def forward(self, inputs: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Prediction and features of the whole batch: `inputs` are this rank's rows or all, `target` is whole."""
-        prediction, features = super().forward(inputs, target)
-        if not self.ranks.together or len(prediction) == len(target):
-            return prediction, features
-        own = [name for name in features if name != self.label]
-        joined = self.ranks.join([prediction, *(features[name] for name in own)])
-        return joined[0], features | dict(zip(own, joined[1:], strict=True))
+        """Prediction and features of the whole batch: `inputs` are a `Share` of it or all, `target` is whole."""
+        if not isinstance(inputs, Share):
+            return super().forward(inputs, target)
+        if inputs.rows is None:
+            return super().forward(inputs.inputs, target)
+        prediction, features = super().forward(inputs.inputs, target[inputs.rows])
+        joined = self.ranks.join([prediction, *features.values()])
+        return joined[0], dict(zip(features, joined[1:], strict=True))
+
+    def _prepared(self, inputs: Any) -> Any:
+        if isinstance(inputs, Share):
+            return replace(inputs, inputs=super()._prepared(inputs.inputs))
+        return super()._prepared(inputs)
 
     def _apply(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
         self.ranks.average_gradients(p for group in optimizer.param_groups for p in group["params"])

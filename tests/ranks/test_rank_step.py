@@ -9,6 +9,7 @@ from engine.config import ObjectiveConfig
 from engine.objective import CMI, MI, Objective
 from engine.ranks import Ranks
 from engine.step import TwoStageStep
+from engine.training.passes import Share
 from engine.training.rank_step import StepOnRanks
 
 BATCH, ROWS = 8, 44  # five batches of 8, and a tail of 4; with 4 ranks the validation's tail is of 3
@@ -42,8 +43,9 @@ class Dealt:
     def __iter__(self):
         for rows in self.pieces:
             size, over = divmod(len(rows), self.ranks.size)
-            own = rows if over or not self.deals else rows[self.ranks.rank * size :][:size]
-            yield self.x[own], self.target[rows], rows
+            own = None if over else slice(self.ranks.rank * size, (self.ranks.rank + 1) * size)
+            inputs = self.x[rows] if own is None else self.x[rows][own]
+            yield Share(inputs, own) if self.deals else inputs, self.target[rows], rows
 
     def turns(self):
         last, rest = len(self.pieces) - 1, -len(self.pieces) % self.ranks.size
@@ -85,7 +87,12 @@ def steps(rank, size, bound, stage1_features, options):
     bank, information = None, []
     for _ in range(2):
         result, bank = step.train_epoch(
-            Dealt(*data, ranks), ROWS, bank, batch_size=BATCH, stage1_n=2, stage1_features=stage1_features
+            Dealt(*data, ranks, deals=size > 1),
+            ROWS,
+            bank,
+            batch_size=BATCH,
+            stage1_n=2,
+            stage1_features=stage1_features,
         )
         information.append({**result.information, **result.estimators})
     modules = {"model": step.model, "objective": step.objective}
