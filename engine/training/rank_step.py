@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from engine.passes import EagerPasses, unpack
 from engine.ranks import Ranks
 from engine.step import StepOutput, TwoStageStep
 from engine.training.passes import Share
+from engine.training.rank_objective import ObjectiveOnRanks
 
 
 class StepOnRanks(TwoStageStep):
@@ -32,7 +34,7 @@ class StepOnRanks(TwoStageStep):
         super().__init__(*arguments, **options, graphs="off")
         self.ranks = ranks
         if self.objective is not None:
-            self.objective.gather = "off"  # it is given the rows of all ranks
+            self.objective = ObjectiveOnRanks(self.objective, ranks)
         self.eager = PassesOnRanks(self)
 
     def forward(self, inputs: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -74,7 +76,8 @@ class PassesOnRanks(EagerPasses):
             inputs, target, _ = unpack(batch)
             use = bank is not None and len(target) >= self.step.objective.min_batch
             products = take(number, len(target)) if use else None
-            example = self.step.evaluated(inputs, target, products, use), target
+            with contextlib.nullcontext() if self.step.objective is None else self.step.objective.apart():
+                example = self.step.evaluated(inputs, target, products, use), target
             if counts:
                 own.append(example)
                 numbers.append(number)
