@@ -267,6 +267,6 @@ def test_the_slurm_example_is_valid_shell():
     text = script.read_text()
     options = {word.split("=")[0].strip("()") for word in text.split() if word.startswith("--")}
     known = {option for action in get_args_parser()._actions for option in action.option_strings}
-    of_others = {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue",
-                 "--signal", "--kill-on-bad-exit", "--preset", "--data", "--out", "--resume"}  # fmt: skip
+    of_others = "job-name nodes ntasks-per-node gpus-per-node cpus-per-task time requeue signal kill-on-bad-exit"
+    of_others = {f"--{name}" for name in f"{of_others} preset data out resume".split()}
     assert options - of_others <= known
