@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.averages import Average, EpochResult, Sums, means
 from engine.bank import FeatureBank
+from engine.batches import joined
 from engine.loaders.batch import Batch
 from engine.objective import Rows
 from engine.profile import part
@@ -122,6 +123,7 @@ class EagerPasses:
             output = self.step.stage1(features, take(number, rows))
             estimators.add(output.names, output.stacked_values, rows)
             on_batch("stage1", number)
+        self.step.flush()
         return estimators.sums()
 
     def stage2(
@@ -129,13 +131,15 @@ class EagerPasses:
     ) -> tuple[Sums, Sums, FeatureBank]:
         """The pass of stage 2: sums of the losses, sums of the information terms, and the next bank."""
         next_bank, losses, information = FeatureBank(size), Average(), Average()
-        for number, (inputs, target, index) in enumerate(map(unpack, loader)):
-            use = bank is not None and len(target) >= self.step.objective.min_batch
-            products = take(number, len(target)) if use else None
+        for number, (inputs, target, index, rows) in enumerate(self.step.batches(loader, size)):
+            use = bank is not None and rows >= self.step.objective.min_batch
+            products = take(number, rows) if use else None
             output = self.step.stage2(inputs, target, products, information=use)
-            next_bank.store(index, output.features)
-            _add(output, len(target), losses, information)
+            if index is not None:
+                next_bank.store(index, output.features)
+            _add(output, rows, losses, information)
             on_batch("stage2", number)
+        self.step.flush()
         return losses.sums(), information.sums(), next_bank
 
     def evaluate(self, loader: Iterable, bank: FeatureBank | None) -> EpochResult:
@@ -143,24 +147,24 @@ class EagerPasses:
         (take,) = self.begin_epoch(bank, [loader.batch_sizes() if hasattr(loader, "batch_sizes") else None])
         losses, information = Average(), Average()
         outputs, targets = [], []
-        for number, (inputs, target, _) in enumerate(map(unpack, loader)):
-            use = bank is not None and len(target) >= self.step.objective.min_batch
-            products = take(number, len(target)) if use else None
+        for number, (inputs, target, _, rows) in enumerate(self.step.batches(loader)):
+            use = bank is not None and rows >= self.step.objective.min_batch
+            products = take(number, rows) if use else None
             output = self.step.evaluated(inputs, target, products, use)
-            _add(output, len(target), losses, information)
+            _add(output, rows, losses, information)
             outputs.append(output)
             targets.append(target)
         return EpochResult(
             **means(losses.sums()),
             information=means(information.sums()),
-            prediction=torch.cat([output.prediction for output in outputs]),
-            target=torch.cat(targets),
+            prediction=joined([output.prediction for output in outputs]),
+            target=joined(targets),
             features={n: torch.cat([output.features[n] for output in outputs]) for n in outputs[0].features},
         )
 
     def _computed(self, loader: Iterable, bank: FeatureBank) -> Iterator[dict[str, Tensor]]:
         """Features of every batch in the model's present state, kept in `bank`."""
-        for inputs, target, index in map(unpack, loader):
+        for inputs, target, index, _ in self.step.batches(loader, bank.size):
             features = self.step.features(inputs, target)
             bank.store(index, features)
             yield features
