@@ -49,7 +49,8 @@ class ReadBatch(NamedTuple):
         if isinstance(self.inputs, Batch):
             batch = self.inputs if self.inputs.index.device == device else self.inputs.to(device)
             return ReadBatch(batch, batch.label, batch.index, self.rows)
-        return ReadBatch(*(_moved(part, device) for part in self[:3]), self.rows)
+        inputs, target, index = (_moved(part, device) for part in self[:3])
+        return ReadBatch(inputs, target, index, self.rows)
 
 
 def read_batch(item: Any, *, pass_target: bool = False) -> ReadBatch:

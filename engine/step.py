@@ -300,7 +300,7 @@ class TwoStageStep(Updates):
         optimizer, batch = self._optimizer("main_optimizer"), self.read(item)
         self.model.train()
         outputs = self._outputs(batch.inputs, batch.target)
-        known = self._known(recent, batch.rows)
+        known = self.known(recent, batch.rows)
         information = self.objective is not None and batch.rows >= self.objective.min_batch and known is not None
         for _ in range(stage1_n if information else 0):
             self.stage1(outputs.features, self.draw_products(known, batch.rows))
@@ -312,7 +312,7 @@ class TwoStageStep(Updates):
             recent.store({name: output.features[name] for name in self._readers})
         return output
 
-    def _known(self, recent: RecentFeatures | None, rows: int) -> Mapping[str, Tensor] | None:
+    def known(self, recent: RecentFeatures | None, rows: int) -> Mapping[str, Tensor] | None:
         """What product rows of a batch are drawn from: {} where none are needed, None where there is too little."""
         if self.objective is None or not self.objective.needs_products:
             return {}

@@ -63,6 +63,11 @@ def load_state(step: TwoStageStep, state: Mapping[str, Any]) -> None:
             "Make the model, the objective and the optimisers as they were when it was saved.",
         ) from cause  # fmt: skip
     if "random" in state:
-        torch.set_rng_state(state["random"]["cpu"].cpu())
-        if "cuda" in state["random"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([one.cpu() for one in state["random"]["cuda"]])
+        set_random(state["random"])
+
+
+def set_random(state: Mapping[str, Any]) -> None:
+    """Put back torch's own random state, the part "random"."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
