@@ -111,6 +111,11 @@ def _check_prediction(prediction: Any) -> None:
     )  # fmt: skip
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """float32 for a tensor of lower precision."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def check_prediction_rows(prediction: Any, rows: int) -> None:
     """Raise ConfigError for a prediction that has not one row per sample."""
     for part in prediction.values() if isinstance(prediction, dict) else [] if prediction is None else [prediction]:

@@ -16,20 +16,31 @@ import torch
 from torch import Tensor, nn
 
 from engine import step_state
-from engine.averages import Average, EpochResult, WeightAverage, means
+from engine.averages import EpochResult, WeightAverage
 from engine.bank import FeatureBank
 from engine.batches import KeywordInputs, ReadBatch, Target, check_index, mapped, read_batch, rows_of
 from engine.compiled import compile_regions
-from engine.errors import ConfigError, EstimatorError
+from engine.epoch import run_epoch
+from engine.errors import ConfigError, EstimatorError, NonFiniteError
+from engine.finite import NonFinite
 from engine.graph_state import DeviceNumbers
 from engine.objective import Objective, ObjectiveOutput, Rows
-from engine.outputs import Features, ReadOutput, check_features, check_prediction_rows, read_output, with_label
-from engine.passes import EagerPasses, OnBatch, batch_sizes, passes_of_epoch
+from engine.outputs import (
+    Features,
+    ReadOutput,
+    check_features,
+    check_prediction_rows,
+    full_precision,
+    read_output,
+    with_label,
+)
+from engine.passes import EagerPasses, OnBatch, batch_sizes
+from engine.position import Position
 from engine.profile import part
 from engine.recent import RecentFeatures
 from engine.static import StaticPasses
 from engine.step_checks import check_bank, task_of, unwrapped
-from engine.updates import Accumulation, Updates
+from engine.updates import Accumulation, Updates, without_grad
 
 StageOneFeatures = Literal["fresh", "cached", "bank"]
 GraphMode = Literal["auto", "emulate", "off"] | bool
@@ -79,6 +90,10 @@ class TwoStageStep(Updates):
             entry}, or names of entries. None: the features that the model returns.
         accumulate: micro-batches per update, in both stages. The gradient is that of the mean over all their rows.
             Information terms are estimated on each micro-batch, so InfoNCE sees only its negatives.
+        non_finite: what `train_epoch` does about a loss or a gradient that is not finite. "stop" raises an error that
+            names the term, the batch and its samples. "skip" leaves out the step, counts it in `EpochResult.skipped`,
+            and stops after `engine.finite.MOST_IN_A_ROW` of them in a row. `stage1` and `stage2` themselves raise a
+            NonFiniteError before the update, on a CPU.
 
     Attributes:
         backward: how a loss is differentiated; by default `loss.backward()`. Lightning's `manual_backward` and
@@ -115,6 +130,7 @@ class TwoStageStep(Updates):
         label: str | None = "C",
         generator: torch.Generator | None = None,
         graphs: GraphMode = "off",
+        non_finite: str = "stop",
         features: Features = None,
         accumulate: int = 1,
     ):
@@ -134,6 +150,7 @@ class TwoStageStep(Updates):
             compile_regions(model, compile)
         self.generator = generator or torch.Generator().manual_seed(0)
         self.held: DeviceNumbers | None = None  # set while a static pass runs
+        self.finite = NonFinite(self, non_finite)
         self.eager = EagerPasses(self)
         self.static = self._static_step(graphs)
         self.groups = {"main": Accumulation(accumulate), "estimators": Accumulation(accumulate)}
@@ -149,7 +166,8 @@ class TwoStageStep(Updates):
 
     def _static_step(self, graphs: GraphMode) -> StaticPasses | None:
         on_gpu = next((p.is_cuda for p in self.model.parameters()), False)
-        if graphs in ("off", False) or (graphs == "auto" and not on_gpu):
+        skips = self.finite.policy == "skip"  # the host has to look at each step
+        if graphs in ("off", False) or (graphs == "auto" and (not on_gpu or skips)):
             return None
         if self.accumulate > 1:
             if graphs == "auto":
@@ -158,6 +176,13 @@ class TwoStageStep(Updates):
                 "TwoStageStep", f"accumulate={self.accumulate} with graphs={graphs!r}", "one of the two",
                 "Use graphs off, or larger batches.",
             )  # fmt: skip
+        if skips:
+            raise ConfigError(
+                "graphs",
+                f"{graphs!r} with non_finite='skip'",
+                "one of the two",
+                "Use graphs off, or non_finite='stop'.",
+            )
         return StaticPasses(self, capture=on_gpu and graphs != "emulate", strict=graphs != "auto")
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
@@ -170,16 +195,16 @@ class TwoStageStep(Updates):
         """A batch of any loader as (inputs, target, index, rows), on the model's device."""
         return read_batch(item, pass_target=self.task_loss == "model").to(self.device)
 
-    def batches(self, loader: Iterable, size: int | None = None) -> Iterator[ReadBatch]:
+    def batches(self, loader: Iterable, size: int | None = None, by_row: bool = False) -> Iterator[ReadBatch]:
         """The loader's batches, read.
 
         Args:
             size: number of samples of the training set, where features are stored by row. Each batch must then tell
-                the rows of its samples; without an objective it need not.
+                the rows of its samples; without an objective it need not, unless `by_row`.
         """
         for item in loader:
             batch = read_batch(item, pass_target=self.task_loss == "model")
-            if size is not None and (self.objective is not None or batch.index is not None):
+            if size is not None and (by_row or self.objective is not None or batch.index is not None):
                 check_index(batch, size)
             yield batch.to(self.device)
 
@@ -193,8 +218,8 @@ class TwoStageStep(Updates):
         with torch.autocast(device.type, self.autocast) if lower else contextlib.nullcontext():
             output = self.model(**inputs) if isinstance(inputs, KeywordInputs) else self.model(inputs)
             prediction, features, loss = read_output(output, inputs, self._pick, self._readers)
-        prediction = mapped(_full, prediction)
-        features = {name: _full(value) for name, value in features.items()}
+        prediction = mapped(full_precision, prediction)
+        features = {name: full_precision(value) for name, value in features.items()}
         if self.label is not None and target is not None:
             features = with_label(features, self.label, target, prediction)
         if not torch.compiler.is_compiling():
@@ -231,6 +256,7 @@ class TwoStageStep(Updates):
         self.objective.train()
         self._begin()
         output = self._run_stage1({k: v.detach() for k, v in features.items()}, products)
+        self.finite.check_loss(output.loss, None, output)
         self._update(output.loss, optimizer, rows=len(next(iter(features.values()))))
         return output
 
@@ -259,6 +285,7 @@ class TwoStageStep(Updates):
     def _update_model(self, output: StepOutput, loss: Tensor, optimizer: torch.optim.Optimizer, target: Target) -> None:
         if self.task_loss is None and output.information is None:
             return  # there is nothing to learn from, as in the first epoch without a target
+        self.finite.check_loss(output.loss, output.task, output.information)
         if self._update(loss, optimizer, self.scaler, rows_of(target, output.features)):
             self._update_average()
 
@@ -335,7 +362,7 @@ class TwoStageStep(Updates):
             yield
             return
         self.objective.eval()
-        with _without_grad(self.objective):
+        with without_grad(self.objective):
             yield
 
     # -- whole passes ------------------------------------------------------------------------------
@@ -365,6 +392,7 @@ class TwoStageStep(Updates):
         stage1_n: int = 1,
         stage1_features: StageOneFeatures = "cached",
         on_batch: OnBatch = lambda stage, batch_index: None,
+        position: Position | None = None,
     ) -> tuple[EpochResult, FeatureBank]:
         """`stage1_n` passes of stage 1, then one of stage 2.
 
@@ -380,11 +408,13 @@ class TwoStageStep(Updates):
                 reference. "cached": it runs once per epoch, and product rows come from that pass too. "bank": it does
                 not run, and the features of the last epoch are used.
             on_batch: called after every batch with the stage ("collect", "stage1", "stage2") and the batch's number.
+            position: follows the epoch, so that `on_batch` can save where it is; one that was loaded is gone on from.
 
         Returns:
             The means over the epoch with the features that stage 1 saw, and the bank for the next epoch.
 
         Raises:
+            NonFiniteError: a loss or a gradient is not finite, under non_finite="stop".
             EstimatorError: an estimate of this epoch is not finite, under on_degenerate="raise".
             ConfigError: a static step on a loader without a length, a model that cannot be captured, or no optimiser.
         """
@@ -397,32 +427,20 @@ class TwoStageStep(Updates):
                 "Give a list, a DataLoader or another object with __len__, or use graphs off.",
             )  # fmt: skip
         check_bank(bank, size, self._readers)
-        passes = self.static or self.eager
-        bank, fresh = bank if self.objective is not None else None, stage1_features == "fresh"
-        if bank is not None and stage1_n > 0 and stage1_features == "cached":
-            with part("collect"):
-                bank = passes.collect(loader, size, on_batch)
-        sizes = [None] if bank is None else passes_of_epoch(loader, size, bank, batch_size, stage1_n, fresh)
-        *of_stage1, of_stage2 = passes.begin_epoch(bank, sizes)
-        estimators = Average()
-        seen = passes.stage1_bank(size) if of_stage1 and fresh else bank
-        if of_stage1:
-            with part("stage1"):
-                for products in of_stage1:
-                    estimators.add_sums(passes.stage1(loader, seen, batch_size, fresh, products, on_batch))
-        with part("stage2"):
-            losses, information, next_bank = passes.stage2(loader, size, bank, of_stage2, on_batch)
-        result = EpochResult(**means(losses), information=means(information), estimators=means(estimators.sums()))
-        self._check_finite(result)
-        if seen is not None:
-            result.features = dict((seen if self.static is None else seen.copy()).tensors())
-        return result, next_bank
+        return run_epoch(
+            self, loader, size, bank, batch_size, stage1_n, stage1_features, on_batch, position or Position()
+        )
 
     def _check_finite(self, result: EpochResult) -> None:
-        """Raise an error for an estimate that is not finite.
+        """Raise an error for a task loss or an estimate that is not finite.
 
-        On a CPU the estimators do this themselves. On a GPU and in compiled graphs it is done here, once per epoch.
+        On a CPU each step is checked. On a GPU and in compiled graphs it is done here, once per epoch.
         """
+        if not math.isfinite(result.task) and self.scaler is None and self.finite.policy == "stop":
+            raise NonFiniteError(
+                "task loss", f"a mean of {result.task} in this epoch", "finite losses",
+                'Check the samples, lower train.lr, set train.clip_norm, or set train.non_finite="skip".',
+            )  # fmt: skip
         if self.objective is None or self.objective.settings.on_degenerate != "raise":
             return
         for name, value in (result.estimators | result.information).items():
@@ -472,19 +490,3 @@ class TwoStageStep(Updates):
             CheckpointError: the state is of a step with other optimisers, average, scaler or modules.
         """
         step_state.load_state(self, state)
-
-
-def _full(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-@contextlib.contextmanager
-def _without_grad(module: nn.Module) -> Iterator[None]:
-    needing = [p for p in module.parameters() if p.requires_grad]
-    for p in needing:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in needing:
-            p.requires_grad_(True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine.averages import WeightAverage
 from engine.errors import ConfigError
+from engine.finite import NonFinite
 from engine.graph_state import DeviceNumbers
 from engine.objective import Objective
 from engine.profile import part
@@ -88,6 +89,7 @@ class Updates:
     average: WeightAverage | None
     scaler: torch.amp.GradScaler | None
     held: DeviceNumbers | None
+    finite: NonFinite
     accumulate: int
     backward: Callable[[Tensor], None]
     groups: dict[str, Accumulation]
@@ -164,9 +166,23 @@ class Updates:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        self.finite.check_gradients(optimizer)
         with contextlib.nullcontext() if self.held is None else self.held.rates(optimizer):
             if scaler is None:
                 optimizer.step()
             else:
                 scaler.step(optimizer)
                 scaler.update()
+
+
+@contextlib.contextmanager
+def without_grad(module: nn.Module) -> Iterator[None]:
+    """Within the context no parameter of the module requires gradients."""
+    needing = [p for p in module.parameters() if p.requires_grad]
+    for p in needing:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in needing:
+            p.requires_grad_(True)

@@ -11,10 +11,10 @@ writes critics, InfoNCE and both stages by hand. Both start from the same weight
 import math
 
 import torch
+from compare import Outcome, main
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compare import Outcome, main
 from engine import MI, Objective, TwoStageStep
 from engine.config import ObjectiveConfig
 

@@ -27,7 +27,7 @@ except ModuleNotFoundError as cause:
 class InformationModule(LightningModule):
     """Trains a model and its information terms in two stages on every batch (`TwoStageStep.train_batch`).
 
-    It logs `train_loss`, `train_task` and every term in nats, and `valid_loss` and the terms of validation. A checkpoint
+    It logs `train_loss`, `train_task` and every term in nats, and the same of validation under `valid_`. A checkpoint
     of Lightning holds all of its state. Override `configure_optimizers` for other optimisers: the model's comes first,
     then the estimators'. Batches and outputs may have every form that `TwoStageStep` takes.
 

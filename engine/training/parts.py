@@ -177,6 +177,7 @@ def _step(
         compile=t.compile,
         generator=torch.Generator().manual_seed(config.seed),
         graphs=t.graphs,
+        non_finite=t.non_finite,
     )
 
 

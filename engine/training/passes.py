@@ -28,9 +28,14 @@ class Passes:
     def __init__(self, loader: Loader, device: torch.device, prepare: Callable[[Batch], Batch], exact: bool = False):
         self.loader, self.device, self.prepare, self.exact = loader, device, prepare, exact
         self.epoch, self.passes, self.waited = 0, 0, 0.0
+        self._first = 0  # batch at which the next pass begins
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch, self.passes, self.waited = epoch, 0, 0.0
+        self.epoch, self.passes, self.waited, self._first = epoch, 0, 0.0, 0
+
+    def go_to(self, passes: int, batch: int) -> None:
+        """Go on after so many passes of the epoch, at a batch of the next one. Earlier batches are not read."""
+        self.passes, self._first = passes, batch
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -66,12 +71,17 @@ class Passes:
     def _number(self) -> int:
         return self.epoch * self.PASSES_PER_EPOCH + self.passes
 
-    def _begin(self) -> tuple[list[Tensor], int]:
-        number = self._number()
-        self.passes += 1
-        return self.loader.sampler.batches(number), number
+    def _begin(self) -> tuple[list[Tensor], int, int]:
+        number, first = self._number(), self._first
+        self.passes, self._first = self.passes + 1, 0
+        return self.loader.sampler.batches(number), number, first
 
     def _plain(self) -> Iterator[Batch]:
-        self.loader.set_epoch(self._number())
-        self.passes += 1
+        pieces, number, first = self._begin()
+        if not first:
+            self.loader.set_epoch(number)
+        elif first >= len(pieces):
+            return iter(())
+        else:
+            self.loader.load_state_dict({"epoch": number, "batch": first, "sampler": self.loader.sampler.state()})
         return iter(self.loader)

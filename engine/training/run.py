@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from engine.config import Config
 from engine.errors import ConfigError, DataError, EngineError, EstimatorError, OutputError
 from engine.loaders.dataset import Dataset
 from engine.objective import Objective
+from engine.position import Position
 from engine.profile import Profiler
 from engine.report import write_report
 from engine.run_folder import (
@@ -37,6 +39,7 @@ from engine.run_folder import (
     TOKENIZER,
     owned,
 )
+from engine.stopping import Stopped, StopSignals
 from engine.task import find_task
 from engine.training import resuming
 from engine.training.applying import own_tokenizer
@@ -45,6 +48,7 @@ from engine.training.records import Record, record_of
 from engine.training.same_run import arithmetic, differing_splits
 from engine.training.saving import RunFiles
 from engine.training.warming import compiles_kernels, warm_kernels
+from engine.training.within import WithinEpochs
 
 
 class TrainingRun:
@@ -57,6 +61,7 @@ class TrainingRun:
         parts: what is trained, after `prepare`.
         files: what it writes, after `prepare`.
         results: the last epoch's evaluation by split.
+        position: where the epoch is.
     """
 
     def __init__(
@@ -77,9 +82,17 @@ class TrainingRun:
         self.arithmetic = arithmetic(self.device, self.config.train.amp)
         self.results: dict[str, EpochResult] = {}
         self.saving: Future | None = None
+        self.position = Position()
 
     def fit(self, resume: bool) -> dict[str, Any]:
-        """Train, and return the content of metrics.json."""
+        """Train, and return the content of metrics.json. A signal that stopped it then does what it always does."""
+        try:
+            return self._fit_alone(resume)
+        except Stopped as stop:
+            signal.raise_signal(stop.number)
+            raise
+
+    def _fit_alone(self, resume: bool) -> dict[str, Any]:
         if self.profile and self.config.objective.enabled and self.config.epochs < 2:
             raise ConfigError(
                 "profile", "one epoch", "two or more: the first has no information terms", "Set epochs=2."
@@ -103,12 +116,12 @@ class TrainingRun:
         if resume and saved is None:
             warnings.warn(f"{self.out}: no epoch to go on from: the run begins at epoch 0", stacklevel=2)
         self.prepare(None if saved is None else saved[1])
-        history, bank = ([], None) if saved is None else resuming.restore(self.files, saved)
+        history, bank = ([], None) if saved is None else resuming.restore(self.files, saved, self.position)
         del saved
         self.files.write_settings()
         if history:
-            self.files.complete(history)
-        started = time.perf_counter() - sum(r["wall_seconds"] for r in history)
+            self.files.complete(history, within=self.position.resumed)
+        started = time.perf_counter() - sum(r["wall_seconds"] for r in history) - self.position.seconds
         self._train(history, bank, started)
         summary = self.files.write_summary(history, time.perf_counter() - started)
         self.files.complete(history, ended=True)
@@ -139,6 +152,7 @@ class TrainingRun:
             checks.disk_space(self.out, model, objective, c.train, present)
 
         self.parts = assemble(task, c, self.dataset, self.device, resumed, check_space)
+        self.parts.step.finite.ids = self.dataset.splits["train"].ids
         self.files = RunFiles(self.out, self.parts, self.arithmetic)
 
     def _train(self, history: list[Record], bank: FeatureBank | None, started: float) -> None:
@@ -152,12 +166,19 @@ class TrainingRun:
                 self.profiler.batch_done()
             for callback in callbacks:
                 callback.on_batch(stage, number)
+            within.batch_done()
 
         if compiles_kernels(self.device):
             warm_kernels(self.parts)
         try:
             # Saving goes on beside the next epoch; leaving this block waits for it.
-            with ThreadPoolExecutor(1) as beside:
+            with ThreadPoolExecutor(1) as beside, StopSignals() as signals:
+
+                def save_within() -> None:
+                    self._wait()
+                    self.saving = beside.submit(self.files.save_within(history, self._present()))
+
+                within = WithinEpochs(self.config.train, signals, save_within, self._wait)
                 for epoch in range(len(history), self.config.epochs):
                     try:
                         record, bank = self._epoch(epoch, bank, on_batch)
@@ -165,6 +186,7 @@ class TrainingRun:
                         self._wait()
                         raise self.files.explain_failure(epoch, problem) from problem
                     self._wait()
+                    self.position = Position()
                     improved = self.parts.selection.improved(history, record)
                     history.append(record)
                     wall_s = time.perf_counter() - started
@@ -173,6 +195,7 @@ class TrainingRun:
                         self._wait()
                     for callback in callbacks:
                         callback.on_epoch(record, improved)
+                    within.saved()
             self._wait()
         finally:
             for callback in callbacks:
@@ -183,8 +206,14 @@ class TrainingRun:
         if self.config.output.tensorboard:
             callbacks.append(TensorBoardCallback(self.out / TENSORBOARD, history))
         if self.config.output.progress:
-            callbacks.append(ProgressCallback(self.parts.selection.metric))
+            callbacks.append(ProgressCallback(self.parts.selection.metric, self.position.total))
         return callbacks
+
+    def _present(self) -> Position:
+        """The position, with the time that the epoch has taken."""
+        self.position.seconds = time.perf_counter() - self.epoch_began
+        self.position.waited = self.parts.loaders["train"].waited
+        return self.position
 
     def _wait(self) -> None:
         """Let the epoch before be saved, and raise what was in the way."""
@@ -196,7 +225,8 @@ class TrainingRun:
     def _epoch(
         self, epoch: int, bank: FeatureBank | None, on_batch: Callable[[str, int], None]
     ) -> tuple[Record, FeatureBank]:
-        parts, start = self.parts, time.perf_counter()
+        parts = self.parts
+        start = self.epoch_began = time.perf_counter() - self.position.seconds
         record: Record = {"epoch": epoch}
         for name, optimizer in parts.optimizers.items():
             record[f"lr_{name}"] = optimizer.param_groups[0]["lr"]
@@ -204,6 +234,13 @@ class TrainingRun:
         record["seconds"] = time.perf_counter() - start
         record["waiting_seconds"] = parts.loaders["train"].waited
         record["train"] = record_of(self.config, trained)
+        if self.config.train.non_finite == "skip":
+            record["skipped_steps"] = trained.skipped
+            if trained.skipped:
+                warnings.warn(
+                    f"epoch {epoch}: {trained.skipped} steps left out, whose loss or gradient was not finite",
+                    stacklevel=2,
+                )
         # Epoch 0 trains without information terms, so its evaluation has none either: the losses stay comparable.
         informed = bank is not None and parts.informed
         with parts.step.averaged():
@@ -226,13 +263,15 @@ class TrainingRun:
         parts, c = self.parts, self.config
         passes = parts.loaders["train"]
         passes.set_epoch(epoch)
+        passes.waited = self.position.waited
         # The first epoch has no bank, and so no first stage: the second is the first that tells where time goes.
-        profiled = self.profile and (bank is not None or not parts.informed)
+        profiled = self.profile and (bank is not None or not parts.informed) and not self.position.resumed
         self.profiler = Profiler(self.device, parts.batches()) if profiled else None
         with self.profiler.taken() if profiled else contextlib.nullcontext():
             trained = parts.step.train_epoch(
                 passes, parts.samples, bank, batch_size=c.batch_size,
                 stage1_n=c.train.stage1_n, stage1_features=c.train.stage1_features, on_batch=on_batch,
+                position=self.position,
             )  # fmt: skip
         if profiled:
             self.profiler.save(self.out / "profile")

@@ -26,9 +26,10 @@ FREE = {
     "data.path", "data.loader", "data.workers",  # which loader makes the batches does not change them
     "data.label_scale",  # what is reported does not change the training
     "train.graphs",  # how the steps are launched changes no more than rounding
+    "train.checkpoint_minutes", "train.checkpoint_steps",  # what is saved does not change the training
 }  # fmt: skip
 """Settings and sections that may change when a run is resumed."""
-ADVISED = {"train.lr", "train.clip_norm", "objective.on_degenerate"}
+ADVISED = {"train.lr", "train.clip_norm", "train.non_finite", "objective.on_degenerate"}
 """Settings that may also change when a run is resumed after it diverged."""
 
 
