@@ -130,9 +130,10 @@ class Task:
         return Objective(
             expressions,
             dims={"C": 1, **(widths or {})},
-            discrete=self.discrete,
+            discrete=dict.fromkeys(self.discrete) | label_classes(config),
             estimators=stage1_weights(expressions, config.objective.estimator_weights),
             settings=config.objective,
+            advise=False,  # `warnings` does so, once in a run
         )
 
     def loss(self, config: Config) -> nn.Module:
@@ -145,8 +146,11 @@ class Task:
         """Change a fresh model before its first epoch, such as its first prediction."""
 
     def warnings(self, config: Config, objective: Objective) -> Sequence[str]:
-        """What to tell the user once before training, such as terms that are left out."""
-        return ()
+        """What to tell the user once before training: by default, which terms have a bound that does not suit them."""
+        from engine.minimised import advice
+
+        terms, c = objective.expressions, config.objective
+        return advice(terms, c.bound, c.cmi_estimator) if c.enabled else ()
 
     def held_bytes(self, config: Config, batch_size: int) -> int:
         """Bytes of the largest tensor that a training step holds several times. 0: not known before the run."""
@@ -173,6 +177,11 @@ class Task:
     def commands(self) -> Sequence[Command]:
         """Commands of its own for the command line."""
         return ()
+
+
+def label_classes(config: Config) -> dict[str, int]:
+    """{"C": number of classes} for a classification, whose label C holds classes; {} for a regression."""
+    return {"C": config.model.num_class} if config.model.task == "classification" else {}
 
 
 def register_task(task: Task) -> Task:
