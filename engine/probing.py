@@ -175,7 +175,9 @@ def _columns(what: str, values: Any) -> Tensor:
     """Numbers as float64 [N, columns]."""
     tensor = torch.as_tensor(values).detach()
     if tensor.is_complex() or tensor.dim() not in (1, 2):
-        raise DataError(f"probe, {what}", f"{tensor.dtype} {list(tensor.shape)}", "real numbers [N, d] or [N]", "Reshape.")
+        raise DataError(
+            f"probe, {what}", f"{tensor.dtype} {list(tensor.shape)}", "real numbers [N, d] or [N]", "Reshape."
+        )
     tensor = tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
     if not tensor.isfinite().all():
         raise DataError(f"probe, {what}", "numbers that are not finite", "finite numbers", "Leave such rows out.")

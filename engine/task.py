@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from engine.loaders.dataset import Dataset
     from engine.objective import Objective
     from engine.report.words import Words
-    from engine.terms import Expression
+    from engine.terms import Expression, Term
 
 DEFAULT = "mimrl"
 """The task of settings that name none."""
@@ -151,6 +151,12 @@ class Task:
 
         terms, c = objective.expressions, config.objective
         return advice(terms, c.bound, c.cmi_estimator) if c.enabled else ()
+
+    def minimised(self, config: Config, objective: Objective) -> list[Term]:
+        """The terms that a probe examines after training: by default, those of negative total weight."""
+        from engine.minimised import minimised_terms
+
+        return minimised_terms(objective.expressions)
 
     def held_bytes(self, config: Config, batch_size: int) -> int:
         """Bytes of the largest tensor that a training step holds several times. 0: not known before the run."""

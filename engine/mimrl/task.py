@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from engine.loaders.dataset import Dataset
     from engine.objective import Objective
     from engine.report.words import Words
-    from engine.terms import Expression
+    from engine.terms import Expression, Term
 
 
 class MIMRLTask(Task):
@@ -84,6 +84,10 @@ class MIMRLTask(Task):
             f"{', '.join(out)}, which name another modality",
             *advice,
         ]
+
+    def minimised(self, config: Config, objective: Objective) -> list[Term]:
+        """Nothing of the published terms: their differences compare features, and nothing is to be removed."""
+        return [] if config.objective.c2 is not None else super().minimised(config, objective)
 
     def held_bytes(self, config: Config, batch_size: int) -> int:
         """Bytes of the fusion encoder's input, or of a wider one inside it."""

@@ -96,5 +96,7 @@ class LikelihoodCritic(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         q = self.q(x)
+        if self.training:
+            self.q.observe(y)
         with torch.autocast(x.device.type, enabled=False):
             return q.pairs(q.targets(y)).to(full_precision(x).dtype)

@@ -132,7 +132,8 @@ class MIEstimator(nn.Module):
         compat: no longer an option. Anything but "none" is refused, with the class to use instead.
 
     "club_sample" pairs each row with one other row. The buffer `draw` determines the pairs. It starts at random and
-    rises by 1 in every batch of training mode; eval mode leaves it.
+    rises by 1 in every batch of training mode; eval mode leaves it. A Gaussian q standardises y by a moving mean and
+    variance, which follow training mode, too. The bounds do not depend on them.
 
     Biases start at 0 and weights Xavier-uniform. Scores of standardised inputs are then of order 1, where every bound
     has a gradient.
@@ -264,7 +265,7 @@ class MIEstimator(nn.Module):
         """The estimate of a bound by q(y|x)."""
         if self.classes is not None and readable(y):
             check_classes(self._where(), y, self.classes)
-        q = self.q(x)
+        q, given = self.q(x), y
         with torch.autocast(x.device.type, enabled=False):
             y = q.targets(y)
             own = q.log_prob(y)
@@ -281,6 +282,8 @@ class MIEstimator(nn.Module):
         if not finite(value, loss):
             what = f"the estimate {value.item()} and the log-likelihood {-loss.item()}"
             return self._degenerate(what, "finite numbers", x, y)
+        if self.training:
+            self.q.observe(given)
         if self.bound == "club_sample" and self.training:
             update_buffer("the pairs of club_sample", self.draw, self.draw + 1)
         value, loss = (or_zero(t, self.on_degenerate) for t in (value, loss))

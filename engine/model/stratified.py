@@ -73,7 +73,7 @@ class StratifiedCLUB(nn.Module):
         counts = z.sum(0)
         if readable(z) and not bool((counts > 1).any()):
             return raise_or_skip(self, self._where(), f"{len(z)} rows of different z", "two rows of one z", x, y)
-        q = self.q(torch.cat([x, z.to(x.dtype)], 1))
+        q, given = self.q(torch.cat([x, z.to(x.dtype)], 1)), y
         with torch.autocast(x.device.type, enabled=False):
             y = q.targets(y)
             loss = -q.log_prob(y).mean()
@@ -87,6 +87,8 @@ class StratifiedCLUB(nn.Module):
         if not finite(value, loss):
             what = f"the estimate {value.item()} and the log-likelihood {-loss.item()}"
             return raise_or_skip(self, self._where(), what, "finite numbers", x, y)
+        if self.training:
+            self.q.observe(given)
         value, loss = (or_zero(t, self.on_degenerate) for t in (value, loss))
         return Estimate(value.detach(), value, loss, {"left_out": (~paired).sum()})
 

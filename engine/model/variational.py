@@ -23,12 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import EstimatorError
+from engine.kernels.gradients import update_buffer
 from engine.kernels.mi_bounds.reference import full_precision
 from engine.model.mlps import Initialise, build_mlp, run_mlp
 from engine.vocabulary import VARIATIONAL_BOUNDS
 
-LOG_VARIANCE_LIMIT = 10.0
-"""The log-variance of a Gaussian conditional lies within ± this. It suits features of a standard deviation near 1."""
+LOG_VARIANCE_LIMIT = 5.0
+"""The log-variance of a Gaussian conditional of standardised features lies within ± this.
+
+Without a limit, a confident conditional has larger gradients than anything else. A model that minimises CLUB then moves
+faster than the conditional can follow.
+"""
+
+RATE = 0.01
+"""Rate of the moving mean and variance by which a Gaussian conditional standardises y."""
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -37,6 +45,9 @@ LOG_2PI = math.log(2 * math.pi)
 class Gaussian:
     """q(y|x_j) for every row j: a normal distribution with mean [B, d] and a diagonal covariance.
 
+    It is the density of (y - centre) / scale. All bounds are the same for y and for its standardised form, because they
+    compare densities of one y.
+
     >>> q = Gaussian(torch.zeros(3, 1), torch.zeros(3, 1))
     >>> q.log_prob(torch.zeros(3, 1))[0]  # -log(2 pi) / 2
     tensor(-0.9189)
@@ -44,10 +55,12 @@ class Gaussian:
 
     mean: Tensor
     log_var: Tensor
+    centre: Tensor | float = 0.0
+    scale: Tensor | float = 1.0
 
     def targets(self, y: Tensor) -> Tensor:
-        """y as `log_prob` and the bounds take it."""
-        return full_precision(y)
+        """y as `log_prob` and the bounds take it, standardised."""
+        return (full_precision(y) - self.centre) / self.scale
 
     def log_prob(self, y: Tensor) -> Tensor:
         """log q(y_i|x_i), [B]."""
@@ -187,7 +200,8 @@ def _hashed(x: Tensor) -> Tensor:
 class GaussianNet(nn.Module):
     """x [B, dim_x] -> `Gaussian` of y [B, dim_y]: one MLP for the mean, one for the log-variance.
 
-    The log-variance is L tanh(output / L) with L = `LOG_VARIANCE_LIMIT`.
+    The log-variance is L tanh(output / L) with L = `LOG_VARIANCE_LIMIT`. Both are of standardised y. Buffers hold the
+    moving mean and variance of y, which `observe` updates.
     """
 
     def __init__(
@@ -197,10 +211,29 @@ class GaussianNet(nn.Module):
         self.activation = activation
         self.mean = build_mlp(dim_x, dim_y, hidden, layers, activation, initialise)
         self.log_var = build_mlp(dim_x, dim_y, hidden, layers, activation, initialise)
+        self.register_buffer("y_mean", torch.zeros(dim_y))
+        self.register_buffer("y_variance", torch.ones(dim_y))
+        self.register_buffer("begun", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Gaussian:
         mean, raw = (run_mlp(tower, x, self.activation) for tower in (self.mean, self.log_var))
-        return Gaussian(mean, LOG_VARIANCE_LIMIT * torch.tanh(raw / LOG_VARIANCE_LIMIT))
+        log_var = LOG_VARIANCE_LIMIT * torch.tanh(raw / LOG_VARIANCE_LIMIT)
+        return Gaussian(mean, log_var, self.y_mean, self.y_variance.sqrt())
+
+    @torch.no_grad()
+    def observe(self, y: Tensor) -> None:
+        """Let the moving mean and variance follow a batch of y. The first batch starts them.
+
+        A column that is constant or not finite in this batch changes nothing.
+        """
+        y = full_precision(y.detach())
+        mean, variance = y.mean(0), y.var(0, correction=0)
+        used = mean.isfinite() & variance.isfinite() & (variance > 0)
+        rate = torch.where(used, torch.where(self.begun > 0, RATE, 1.0), 0.0)
+        for buffer, value in ((self.y_mean, mean), (self.y_variance, variance)):
+            moved = buffer + rate * (torch.where(used, value, buffer) - buffer)
+            update_buffer("the moving mean of y", buffer, moved)
+        update_buffer("the moving mean of y", self.begun, self.begun.maximum(used.any().to(self.begun.dtype)))
 
 
 class CategoricalNet(nn.Module):
@@ -215,6 +248,9 @@ class CategoricalNet(nn.Module):
 
     def forward(self, x: Tensor) -> Categorical:
         return Categorical(run_mlp(self.logits, x, self.activation).log_softmax(1))
+
+    def observe(self, y: Tensor) -> None:
+        """Classes are not standardised."""
 
 
 def conditional_net(

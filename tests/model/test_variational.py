@@ -118,7 +118,7 @@ def test_value_surrogate_and_loss(bound: str, classes: int | None):
     estimator = make(bound, classes)
     x, y = batch(classes=classes)
     x.requires_grad_()
-    estimate = estimator(x, y)
+    estimate = estimator.eval()(x, y)
     assert estimate.value.shape == estimate.surrogate.shape == estimate.loss.shape == ()
     assert not estimate.value.requires_grad and estimate.surrogate.item() == estimate.value.item()
     q = estimator.q(x)
@@ -139,12 +139,16 @@ def test_gradients_of_the_features_are_those_of_the_value(bound: str, classes: i
     x, y = batch(6, classes, torch.float64)
     x.requires_grad_()
     inputs = (x,) if classes else (x, y.requires_grad_())
-    for read in (lambda e: e.surrogate, lambda e: e.loss):
-        assert torch.autograd.gradcheck(lambda *given: read(estimator(*given, *((y,) if classes else ()))), inputs)
+
+    def read(*given):
+        estimate = estimator(*given, y) if classes else estimator(*given)
+        return estimate.surrogate, estimate.loss
+
+    assert torch.autograd.gradcheck(read, inputs)
 
 
 def test_gradients_of_parameters_agree_with_finite_differences():
-    estimator = make("ba", activation="tanh").double()
+    estimator = make("ba", activation="tanh").double().eval()
     x, y = batch(6, dtype=torch.float64)
     names, values = zip(*estimator.named_parameters(), strict=True)
 
@@ -208,6 +212,7 @@ def test_the_pairs_of_club_sample_are_state():
     x, y = batch()
     estimator = make("club_sample")
     copy = make("club_sample")
+    estimator(x, y)  # which starts the moving mean
     first = estimator.draw.clone()
     values = [estimator(x, y).value for _ in range(3)]
     assert estimator.draw == first + 3 and len({v.item() for v in values}) == 3
@@ -215,6 +220,19 @@ def test_the_pairs_of_club_sample_are_state():
     assert copy(x, y).value == estimator(x, y).value
     estimator.eval()
     assert estimator(x, y).value == estimator(x, y).value  # read, not changed
+
+
+def test_y_is_standardised():
+    """Another unit and origin of y change no bound. The first batch starts the moving mean, others move it by 1 %."""
+    x, y = batch(64)
+    for bound in VARIATIONAL_BOUNDS:
+        near, far = make(bound), make(bound)
+        far.load_state_dict(near.state_dict())
+        near(x, y), far(x, 40 * y + 900)
+        torch.testing.assert_close(far.q.y_mean, 40 * y.mean(0) + 900)
+        assert far.eval()(x, 40 * y + 900).value.item() == pytest.approx(near.eval()(x, y).value.item(), abs=1e-3)
+        far.train()(x, 40 * y)
+        torch.testing.assert_close(far.q.y_mean, 40 * y.mean(0) + 891)
 
 
 def test_settings_that_do_not_fit():
@@ -236,7 +254,7 @@ def test_stratified_club_is_club_within_each_stratum(classes: int | None):
     torch.manual_seed(0)
     x, y = batch(14, classes, torch.float64)
     z = torch.tensor([0, 1, 2, 0, 1, 1, 0, 0, 1, 0, 1, 3, 3, 3])[:, None].double()
-    estimator = StratifiedCLUB(4, 1 if classes else 3, 5, classes, **SMALL).double()
+    estimator = StratifiedCLUB(4, 1 if classes else 3, 5, classes, **SMALL).double().eval()
     estimate = estimator(x, y, z)
     assert estimate.details["left_out"] == 1  # the only row of stratum 2
     total, count = 0.0, 0
@@ -298,7 +316,7 @@ def test_softplus_and_likelihood_critics():
     scores = nn.functional.softplus(inner(x, y))
     value = MIEstimator(4, 3, critic=SoftplusCritic(inner))(x, y).value
     torch.testing.assert_close(value, math.log(12) - nn.functional.cross_entropy(scores, torch.arange(12)).detach())
-    critic = LikelihoodCritic(4, 3, hidden=16)
+    critic = LikelihoodCritic(4, 3, hidden=16).eval()
     q = critic.q(x)
     expected = torch.stack([Normal(q.mean, (q.log_var / 2).exp()).log_prob(row).sum(1) for row in y])
     torch.testing.assert_close(critic(x, y), expected)
