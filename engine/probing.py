@@ -88,7 +88,7 @@ def probe(
         DataError: shapes that do not fit, numbers that are not finite, a constant target, or too few rows.
     """
     x, y = _columns("features", features), _columns("target", target)
-    _check(x, y, neighbours if known is not None else 2 * neighbours)
+    _check(x, y, 2 * neighbours if known is None else 2)
     if known is None:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
         halves = order[: len(x) // 2], order[len(x) // 2 :]

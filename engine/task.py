@@ -130,7 +130,7 @@ class Task:
         return Objective(
             expressions,
             dims={"C": 1, **(widths or {})},
-            discrete=dict.fromkeys(self.discrete) | label_classes(config),
+            discrete={name: label_classes(config).get(name) for name in self.discrete},
             estimators=stage1_weights(expressions, config.objective.estimator_weights),
             settings=config.objective,
             advise=False,  # `warnings` does so, once in a run
