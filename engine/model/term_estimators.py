@@ -89,7 +89,7 @@ class TermEstimators(nn.Module):
 
         Args:
             features: [B, width] each.
-            products: product rows of every conditional term, by the term's name.
+            products: product rows of the conditional terms that need them, by the term's name.
         """
         parts = []
         rows = {} if products is None else {k: products[n] for k, n in self._names.items() if n in products}
@@ -100,7 +100,7 @@ class TermEstimators(nn.Module):
             parts.append(estimates)
         for key in self._alone:
             given = tuple(features[f] for f in self._features[key])
-            estimate = self._modules[key](*given) if len(given) == 2 else self._modules[key](given, tuple(rows[key]))
+            estimate = self._modules[key](given, tuple(rows[key])) if key in rows else self._modules[key](*given)
             parts.append(Estimates.of({self._names[key]: estimate}))
         return TermEstimates(list(self._names.values()), parts, self._pieces)
 
@@ -111,8 +111,9 @@ class TermEstimators(nn.Module):
 
     @property
     def streams(self) -> bool:
-        """Whether all unconditional terms are in groups. Groups never store the scores of all pairs of rows."""
-        return not any(len(self._features[key]) == 2 for key in self._alone)
+        """Whether no unconditional term stores the scores of all pairs of rows. Groups never do."""
+        alone = [self._modules[key] for key in self._alone if len(self._features[key]) == 2]
+        return all(getattr(estimator, "streams", False) for estimator in alone)
 
     def _arrange(self) -> None:
         """Note where each term's entry stands. Called again whenever an estimator leaves its group."""
