@@ -19,12 +19,11 @@ from torch import Tensor
 
 from engine.errors import EstimatorError
 from engine.kernels.arguments import exact_type, wants_gradient
+from engine.kernels.contrastive.op import Given, Options, check_reduction, extended_infonce
 from engine.kernels.mi_bounds import autograd, plan, reference
 from engine.kernels.mi_bounds.embeddings import grouped, normalised, positives_in_range, prepared, wrong_shapes
 from engine.kernels.mi_bounds.reference import BOUNDS, check_settings, full_precision
 from engine.kernels.registry import backend_for, log_size
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def infonce(
@@ -37,6 +36,15 @@ def infonce(
     negatives: Tensor | None = None,
     positives: Tensor | None = None,
     exclude_self: bool = False,
+    labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    in_batch: bool | None = None,
+    decoupled: bool = False,
+    hardness: float = 0.0,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """The InfoNCE loss, to be minimised: mean over i of -log softmax_j(q_i . k_j / temperature) at i's positive.
@@ -78,12 +86,18 @@ def infonce(
         >>> round(float(infonce(q, 0 * q)), 4)  # all scores are equal: log 4
         1.3863
     """
-    if reduction not in REDUCTIONS:
-        raise EstimatorError("infonce", f"reduction {reduction!r}", f"one of {', '.join(REDUCTIONS)}", "Choose one.")
+    check_reduction("infonce", reduction)
     exact_type("infonce", q, k, negatives)
     if cosine:
         q, k, negatives = (None if x is None else normalised(x) for x in (q, k, negatives))
-    if negatives is not None and negatives.dim() == q.dim() + 1:
+    given = Given(positives, labels, key_labels, mask, row_ids, key_ids, exclude_self)
+    options = Options(decoupled, hardness, label_smoothing)
+    own = negatives is not None and negatives.dim() == q.dim() + 1
+    several = positives is not None and positives.dim() == 2
+    # without saying so, the keys of the batch are negatives unless rows have their own
+    if several or in_batch is own or any(x is not None for x in given[1:-1]) or options != Options():
+        return extended_infonce(q, k, negatives, temperature, given, in_batch, symmetric, options, reduction)
+    if own:
         if symmetric or exclude_self or positives is not None:
             what = "symmetric, exclude_self or positives with negatives of each row's own"
             raise EstimatorError("infonce", what, "none of these", "Leave them out.")
