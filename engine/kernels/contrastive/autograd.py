@@ -42,6 +42,38 @@ class RowStatistics(torch.autograd.Function):
         return dq, dk, of_scale, of_bias, *[None] * (2 + len(pairs) + 1)
 
 
+class FusedLosses(torch.autograd.Function):
+    """Sums of the losses of every group, and how many rows have one, [G] each.
+
+    The forward pass also computes the gradients, while it has the scores.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, scale, bias, joint, options, *pairs):
+        with_keys = ctx.needs_input_grad[1]
+        found, other, dq, dk, of_joint = call(
+            "contrastive_fused", q, k, scale, bias, joint, *options, with_keys, *pairs
+        )
+        ctx.save_for_backward(q, k, scale, bias, joint, dq, dk, of_joint, other)
+        count = found.new_full(found.shape[:1], found.shape[1]) if bias is not None else other.sum(1)
+        ctx.mark_non_differentiable(count)
+        return found.sum(1), count
+
+    @staticmethod
+    @differentiable_once("infonce")
+    def backward(ctx, grad, _):
+        q, _, scale, bias, joint, dq, dk, of_joint, other = ctx.saved_tensors
+        factor = grad[:, None, None]
+        dq = dq * factor
+        of_scale = of_bias = None
+        if ctx.needs_input_grad[2]:
+            of_scale = (q * dq).sum() / scale
+        if bias is not None and ctx.needs_input_grad[3]:
+            of_bias = (other * grad[:, None]).sum()
+        of_joint = None if joint is None else of_joint * grad[:, None]
+        return dq, dk * factor if ctx.needs_input_grad[1] else None, of_scale, of_bias, of_joint, *[None] * 8
+
+
 class OwnScores(torch.autograd.Function):
     """q_i . keys_ij, [G, B, d] and [G, B, n, d] to [G, B, n], a few rows at a time: no second [G, B, n, d] is made.
 

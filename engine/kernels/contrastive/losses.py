@@ -80,6 +80,26 @@ def losses(statistics: Statistics, options: Options) -> tuple[Tensor, Tensor]:
     return torch.where(has, found, 0.0), has
 
 
+def gradients(statistics: Statistics, options: Options) -> Statistics:
+    """Derivatives of each row's loss with respect to its statistics, as autograd takes them of `losses`."""
+    found, has = losses(statistics, options)
+    one = has.to(found.dtype)
+    if options.decoupled:
+        of_z, of_positives = one, -one
+    else:
+        of_z = one * torch.sigmoid(_log_denominator(statistics, options) - torch.where(has, statistics.positives, 0.0))
+        of_positives = -of_z
+    of_spread, zero = one, torch.zeros_like(one)
+    of_total = zero
+    if options.smoothing:
+        count = statistics.positive_count + statistics.negative_count
+        of_total = one * -options.smoothing / count.clamp(min=1)
+        # of the positives' mean, which is `positives` less `spread`
+        of_positives = of_positives - of_total * statistics.negative_count
+        of_spread = of_spread + of_total * statistics.negative_count
+    return Statistics(of_positives, of_spread, of_z, -of_z if options.hardness else zero, of_total, zero, zero)
+
+
 def _log_denominator(statistics: Statistics, options: Options) -> Tensor:
     """log Z; -inf without negatives."""
     if not options.hardness:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
-from engine.kernels.arguments import check_number, exact_type, looks_at
+from engine.kernels.arguments import check_number, exact_type, looks_at, wants_gradient
 from engine.kernels.contrastive import autograd, plan, reference
 from engine.kernels.contrastive.losses import Options, Statistics, losses, with_more_negatives, without_keys
 from engine.kernels.contrastive.pairs import Pairs
@@ -74,12 +74,11 @@ def extended_infonce(
     # without the keys of the batch no shared key is a positive
     pairs, own_mask = _pairs(where, keys, given, alone=in_batch and (own or negatives is None), listed=in_batch)
     pairs, keys = _in_range(where, pairs, keys)
-    found, has = row_losses(keys, pairs, own_mask, options)
-    found = _reduced(where, found, has, reduction, q.dim() == 3)
+    found = _reduced_losses(where, keys, pairs, own_mask, options, reduction, q.dim() == 3)
     if symmetric:
         turned = keys._replace(q=keys.shared, shared=keys.q)
-        other, has = row_losses(turned, pairs.transposed(), None, options)
-        found = (found + _reduced(where, other, has, reduction, q.dim() == 3)) / 2
+        other = _reduced_losses(where, turned, pairs.transposed(), None, options, reduction, q.dim() == 3)
+        found = (found + other) / 2
     return found
 
 
@@ -142,38 +141,70 @@ def siglip(
     pairs, _ = _pairs(where, keys, given, alone=negatives is None, listed=True)
     pairs, keys = _in_range(where, pairs, keys)
     offset = _bias(where, bias, keys.scale)
-    if _backend(keys.q, keys.shared) == "reference":
-        found = reference.sigmoid_losses(keys.q, keys.shared, keys.scale, offset, pairs)
+    with torch.autocast(keys.q.device.type, enabled=False):
+        return _reduced_sigmoid(keys, pairs, _bias(where, bias, keys.scale), reduction, q.dim() == 3)
+
+
+def _reduced_sigmoid(keys: Keys, pairs: Pairs, bias: Tensor, reduction: str, groups: bool) -> Tensor:
+    backend, embeddings = _backend(keys.q, keys.shared), (keys.q, keys.shared, keys.scale, bias)
+    if backend == "cpu" and reduction != "none" and wants_gradient(*embeddings):
+        found, _ = autograd.FusedLosses.apply(*embeddings, None, Options(), *pairs)
+        found = found / keys.q.shape[1] if reduction == "mean" else found
+        return found if groups else found[0]
+    if backend == "reference":
+        found = reference.sigmoid_losses(*embeddings, pairs)
     else:
-        found = autograd.RowStatistics.apply(keys.q, keys.shared, keys.scale, offset, 0.0, False, *pairs)[0]
-    found = found if q.dim() == 3 else found[0]
-    if reduction == "none":
-        return found
-    return found.mean(-1) if reduction == "mean" else found.sum(-1)
+        found = autograd.RowStatistics.apply(*embeddings, 0.0, False, *pairs)[0]
+    if reduction != "none":
+        found = found.mean(-1) if reduction == "mean" else found.sum(-1)
+    return found if groups else found[0]
 
 
 def row_losses(keys: Keys, pairs: Pairs, own_mask: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """Losses of rows [G, B], and which rows have one. own_mask: bool [B, n], own negatives that are left out."""
     q, shared, own_positive, own_negatives, scale = keys
-    with torch.autocast(q.device.type, enabled=False):
-        if _backend(q, shared) == "reference":
-            return reference.softmax_losses(
-                q, shared, scale, pairs, own_positive, own_negatives, own_mask, options
-            )  # fmt: skip
-        if shared is None:
-            found = without_keys(*q.shape[:2], scale)
-        else:
-            settings = options.hardness, options.smoothing > 0
-            found = Statistics(*autograd.RowStatistics.apply(q, shared, scale, None, *settings, *pairs).unbind(0))
-        if own_negatives is not None:
-            own = scale * autograd.scores_of_own(q, own_negatives)
-            found = with_more_negatives(found, own, own_mask, options)
-        if own_positive is not None:
-            joint = scale * autograd.scores_of_own(q, own_positive[:, :, None])[..., 0]
-            found = found._replace(
-                positives=joint, spread=torch.zeros_like(joint), positive_count=torch.ones_like(joint)
+    if _backend(q, shared) == "reference":
+        return reference.softmax_losses(q, shared, scale, pairs, own_positive, own_negatives, own_mask, options)
+    if shared is None:
+        found = without_keys(*q.shape[:2], scale)
+    else:
+        settings = options.hardness, options.smoothing > 0
+        found = Statistics(*autograd.RowStatistics.apply(q, shared, scale, None, *settings, *pairs).unbind(0))
+    if own_negatives is not None:
+        found = with_more_negatives(found, scale * autograd.scores_of_own(q, own_negatives), own_mask, options)
+    if own_positive is not None:
+        joint = _joint(keys)
+        found = found._replace(positives=joint, spread=torch.zeros_like(joint), positive_count=torch.ones_like(joint))
+    return losses(found, options)
+
+
+def _joint(keys: Keys) -> Tensor | None:
+    """Scores of positives that are not among the shared keys, [G, B]."""
+    if keys.own_positive is None:
+        return None
+    return keys.scale * autograd.scores_of_own(keys.q, keys.own_positive[:, :, None])[..., 0]
+
+
+def _reduced_losses(
+    where: str, keys: Keys, pairs: Pairs, own_mask: Tensor | None, options: Options, reduction: str, groups: bool
+) -> Tensor:
+    """The loss in its last form; `groups`: whether the caller gave a first dimension of groups."""
+    with torch.autocast(keys.q.device.type, enabled=False):
+        fused = keys.shared is not None and keys.own_negatives is None and reduction != "none"
+        gradient = wants_gradient(keys.q, keys.shared, keys.own_positive, keys.scale)
+        if fused and gradient and _backend(keys.q, keys.shared) == "cpu":
+            total, count = autograd.FusedLosses.apply(
+                keys.q, keys.shared, keys.scale, None, _joint(keys), options, *pairs
             )
-        return losses(found, options)
+            _tell_of_missing(where, count, keys.q.shape[1], reduction)
+            found = total / count if reduction == "mean" else total
+            return found if groups else found[0]
+        found, has = row_losses(keys, pairs, own_mask, options)
+        has = has.expand(found.shape)
+        _tell_of_missing(where, has.sum(-1), keys.q.shape[1], reduction)
+        if reduction != "none":
+            found = found.sum(-1) / has.sum(-1) if reduction == "mean" else found.sum(-1)
+        return found if groups else found[0]
 
 
 def check_reduction(where: str, reduction: str) -> None:
@@ -333,25 +364,20 @@ def _bias(where: str, bias: float | Tensor, scale: Tensor) -> Tensor:
     return bias.reshape(()).to(device=scale.device, dtype=scale.dtype)
 
 
-def _reduced(where: str, found: Tensor, has: Tensor, reduction: str, groups: bool) -> Tensor:
-    """Losses [G, B] reduced; the mean is that of rows that have a loss."""
-    found, has = (found, has.expand(found.shape)) if groups else (found[0], has.expand(found.shape)[0])
-    if looks_at(has) and not has.all():
-        count, total = int((~has).sum()), has.numel()
-        if reduction == "mean" and not has.any(-1).all():
-            do = "Draw batches that hold several samples of a class."
-            raise EstimatorError(where, "no row with a positive", "one at least", do)
-        _tell(f"{where}: {count} of {total} rows have no positive (or no negative that they need). They have the loss 0 "
-              "and are left out of the mean. This is said once.")
-    if reduction == "none":
-        return found
-    return found.sum(-1) / has.sum(-1) if reduction == "mean" else found.sum(-1)
-
-
-def _tell(sentence: str) -> None:
-    if "rows" not in _told:
-        _told.add("rows")
-        log.warning(sentence)
+def _tell_of_missing(where: str, count: Tensor, rows: int, reduction: str) -> None:
+    """Say once that rows have no loss, and refuse a mean of none. count: how many rows of each group have one, [G]."""
+    if not looks_at(count) or (count == rows).all():
+        return
+    if reduction == "mean" and not count.all():
+        do = "Draw batches that hold several samples of a class."
+        raise EstimatorError(where, "no row with a positive", "one at least", do)
+    if where not in _told:
+        _told.add(where)
+        log.warning(
+            "%s: %d of %d rows have no positive (or lack the negatives that are their denominator). They have the loss "
+            "0, and the mean leaves them out. This is said once.",
+            where, int((rows - count).sum()), rows * len(count),
+        )  # fmt: skip
 
 
 def _backend(q: Tensor, shared: Tensor | None) -> str:

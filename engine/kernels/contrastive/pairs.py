@@ -59,16 +59,44 @@ class Pairs(NamedTuple):
             found = self.mask[begin:end].clone() if found is None else found | self.mask[begin:end]
         return found
 
-    def single(self, begin: int, end: int, keys: int, device: torch.device) -> Tensor | None:
-        """Each row's one positive column, int64 [end - begin]; None unless every row has exactly one."""
-        if self.labels is not None:
-            return None
-        if self.positives is None:
-            return torch.arange(begin, end, device=device) if end <= keys and not self.exclude_self else None
-        listed = self.positives[begin:end]
-        return listed[:, 0] if listed.shape[1] == 1 and bool((listed >= 0).all()) else None
-
 
 def _own(begin: int, end: int, keys: int, device: torch.device) -> Tensor:
     return torch.arange(begin, end, device=device)[:, None] == torch.arange(keys, device=device)
 
+
+
+class PositiveLists:
+    """The positive columns of rows one after the other, without looking at all pairs."""
+
+    def __init__(self, pairs: Pairs):
+        self.pairs = pairs
+        if pairs.labels is not None:
+            found, self.order = pairs.key_labels.sort(stable=True)
+            labels = pairs.labels.contiguous()
+            self.begin = torch.searchsorted(found, labels)
+            self.count = torch.searchsorted(found, labels, right=True) - self.begin
+        elif pairs.positives is not None:
+            # a column that is listed twice is one positive
+            self.listed = pairs.positives.sort(1).values
+            self.kept = self.listed >= 0
+            self.kept[:, 1:] &= self.listed[:, 1:] != self.listed[:, :-1]
+
+    def of(self, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For rows from `begin` to `end`: the row less `begin` and the column of every positive, and their counts."""
+        if self.pairs.labels is not None:
+            count = self.count[begin:end]
+            rows = torch.arange(end - begin, device=count.device).repeat_interleave(count)
+            place = torch.arange(len(rows), device=count.device) - (count.cumsum(0) - count)[rows]
+            columns = self.order[self.begin[begin:end][rows] + place]
+        elif self.pairs.positives is not None:
+            kept = self.kept[begin:end]
+            rows, columns = kept.nonzero()[:, 0], self.listed[begin:end][kept]
+            count = kept.sum(1)
+        else:
+            columns = torch.arange(begin, end)
+            rows, count = columns - begin, torch.ones_like(columns)
+        if self.pairs.exclude_self:
+            other = columns != rows + begin
+            rows, columns = rows[other], columns[other]
+            count = torch.zeros_like(count).scatter_add_(0, rows, torch.ones_like(rows))
+        return rows, columns, count
