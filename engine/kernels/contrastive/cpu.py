@@ -79,8 +79,8 @@ def statistics(
 
     Args:
         q: [G, B, d]. k: [G, M, d]. scale: 0-d.
-        bias: 0-d, for the sigmoid loss: then the first row is the sum of softplus(-(S + bias)) over the positives and of
-            softplus(S + bias) over the negatives, and the others are undefined.
+        bias: 0-d, for the sigmoid loss: then the first row is the sum of softplus(-(S + bias)) over the positives and
+            of softplus(S + bias) over the negatives, and the others are undefined.
         hardness: as in `losses.Options`.
         with_total: whether the sum over the negatives is wanted. Their number is counted for that and for hardness.
         pairs: the fields of `pairs.Pairs`.

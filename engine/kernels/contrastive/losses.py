@@ -110,7 +110,9 @@ def _log_denominator(statistics: Statistics, options: Options) -> Tensor:
     return torch.where(has, found, -math.inf)
 
 
-def with_more_negatives(statistics: Statistics, scores: Tensor, left_out: Tensor | None, options: Options) -> Statistics:
+def with_more_negatives(
+    statistics: Statistics, scores: Tensor, left_out: Tensor | None, options: Options
+) -> Statistics:
     """The statistics with further negatives of each row, scores [G, B, n].
 
     Args:

@@ -3,8 +3,8 @@
     infonce(q, k, labels=...)       the options of `engine.kernels.infonce` that its own fast path does not have
     siglip(q, k, temperature, bias) the sigmoid loss
 
-The backends give a few statistics of every row and differentiate them (`autograd.RowStatistics`). Losses are formulas of
-these numbers (`losses.py`). The reference takes the formulas over all scores.
+The backends give a few statistics of every row and differentiate them (`autograd.RowStatistics`). Losses are formulas
+of these numbers (`losses.py`). The reference takes the formulas over all scores.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def siglip(
         k: Keys [M, d] or [G, M, d]. Row i of k is the positive of row i of q, unless `positives` or `labels` are given.
         temperature: One positive number, as for `infonce`. A tensor receives its gradient.
         bias: One number, a float or a tensor of one element. A tensor receives its gradient.
-        cosine: As for `infonce`; and so are `negatives` [M', d], `positives`, `labels`, `key_labels`, `mask`, `row_ids`,
-            `key_ids` and `exclude_self`. A row without a positive has its negatives' terms.
+        cosine: As for `infonce`; and so are `negatives` [M', d], `positives`, `labels`, `key_labels`, `mask`,
+            `row_ids`, `key_ids` and `exclude_self`. A row without a positive has its negatives' terms.
         reduction: "mean" over rows, "sum" or "none".
 
     Returns:
@@ -140,7 +140,6 @@ def siglip(
     keys = _keys(where, q, k, negatives, False, True, temperature)
     pairs, _ = _pairs(where, keys, given, alone=negatives is None, listed=True)
     pairs, keys = _in_range(where, pairs, keys)
-    offset = _bias(where, bias, keys.scale)
     with torch.autocast(keys.q.device.type, enabled=False):
         return _reduced_sigmoid(keys, pairs, _bias(where, bias, keys.scale), reduction, q.dim() == 3)
 
@@ -293,7 +292,8 @@ def _pairs(where: str, keys: Keys, given: Given, alone: bool, listed: bool) -> t
             expected = f"{name}, int64 {list(shape)}, because there are {count} keys"
             raise EstimatorError(where, f"no {name}", expected, "Give them for k, then for negatives.")
         tensor = stands_in if tensor is None else tensor
-        return tensor if tensor is None else _checked(where, name, tensor, torch.int64, shape, device)
+        # a view, because torch.compile takes no tensor twice
+        return tensor if tensor is None else _checked(where, name, tensor, torch.int64, shape, device).view(shape)
 
     labels = integers("labels", given.labels, (rows,), None)
     row_ids = integers("row_ids", given.row_ids, (rows,), None)
@@ -319,8 +319,10 @@ def _checked(
     right = isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.device == device
     if not right or tuple(tensor.shape) != shape:
         kind = str(dtype).removeprefix("torch.")
-        what = f"{name} {list(tensor.shape)} of {tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else (
-            f"{name}, a {type(tensor).__name__}"
+        what = (
+            f"{name} {list(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+            if isinstance(tensor, Tensor)
+            else (f"{name}, a {type(tensor).__name__}")
         )
         raise EstimatorError(where, what, f"{kind} {list(shape)} on {device}", f"Change {name}.")
     return tensor

@@ -50,7 +50,7 @@ class Pairs(NamedTuple):
         return found & ~_own(begin, end, keys, device) if self.exclude_self else found
 
     def left_out(self, begin: int, end: int, keys: int, device: torch.device) -> Tensor | None:
-        """Where pairs are no negatives, a new bool tensor as for `positive`; positives may be among them. None: nowhere."""
+        """Where pairs are no negatives, as for `positive`; positives may be among them. None: nowhere."""
         found = _own(begin, end, keys, device) if self.exclude_self else None
         if self.row_ids is not None:
             of_one_id = self.row_ids[begin:end, None] == self.key_ids
@@ -62,7 +62,6 @@ class Pairs(NamedTuple):
 
 def _own(begin: int, end: int, keys: int, device: torch.device) -> Tensor:
     return torch.arange(begin, end, device=device)[:, None] == torch.arange(keys, device=device)
-
 
 
 class PositiveLists:

@@ -25,6 +25,9 @@ def softmax_losses(
     count, negative_count = positive.sum(-1), negative.sum(-1)
     has = (count > 0) & (negative_count > 0) if options.decoupled else count > 0
     mean = torch.where(positive, scores, 0.0).sum(-1) / count.clamp(min=1)
+    # of one positive it is 0, and so is its gradient, because nothing else is added to that of `centred`
+    centred = scores - mean.detach()[..., None]
+    spread = masked_lse(centred, positive) - torch.where(positive, centred, 0.0).sum(-1) / count.clamp(min=1)
     of_positives = torch.where(has, masked_lse(scores, positive), 0.0)
     log_z = masked_lse((1 + options.hardness) * scores, negative)
     if options.hardness:
@@ -33,7 +36,7 @@ def softmax_losses(
     if options.decoupled:
         found = torch.where(has, log_z, 0.0) - mean
     else:
-        found = of_positives - mean + softplus(log_z - of_positives)
+        found = torch.where(has, spread, 0.0) + softplus(log_z - of_positives)
     if options.smoothing:
         among_all = torch.where(positive | negative, scores, 0.0).sum(-1) / (count + negative_count).clamp(min=1)
         found = found + options.smoothing * (mean - among_all)
@@ -75,5 +78,3 @@ def _all_pairs(
 def own_scores(q: Tensor, keys: Tensor) -> Tensor:
     """q_i . keys_ij: [G, B, d] and [G, B, n, d] to [G, B, n]. Sums, because products may be tf32 on a GPU."""
     return (full_precision(q)[:, :, None] * full_precision(keys)).sum(-1)
-
-
