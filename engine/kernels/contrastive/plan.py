@@ -33,8 +33,9 @@ def statistics_launches(q: Tensor, k: Tensor, *rest) -> int:
 
 
 def gradients_launches(q: Tensor, k: Tensor, scale, bias, hardness, with_keys, grads, *rest) -> int:
-    """As those of the bounds; the weights of the rows are put in order by one multiplication."""
-    return bounds.gradient_launches(q, k) + bounds.scalings(q, 1)
+    """As those of the bounds. The rows' weights of several groups are put in order."""
+    turned_back = 2 if bias is not None and q.dtype == torch.float16 else 0
+    return bounds.gradient_launches(q, k) + bounds.scalings(q, 1, 3 if hardness else 0) + (q.shape[0] > 1) + turned_back
 
 
 def _measured(device: torch.device, dtype: torch.dtype, sizes: dispatch.Sizes) -> Callable[[], None]:

@@ -232,7 +232,7 @@ def gradients(
     pair, roles, (groups, rows, _) = _Pair(q, k), _Roles(Pairs(*pairs)), q.shape
     sums = torch.empty((groups, rows), dtype=torch.float32, device=q.device)
     share = (lambda: grads.new_full((groups, 1), 1 + 2 * hardness)) if hardness else None
-    factor, (grads,) = in_range(q, scale, grads.transpose(0, 1).flatten(1), share=share)
+    factor, (grads,) = in_range(q, scale, grads.transpose(0, 1).contiguous().view(groups, -1), share=share)
     totals = _Sums(pair)
     for begin, scores, gradient in _Chunks(pair, with_gradient=True):
         height, columns = scores.shape[1:]
