@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ class InformationModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Give the step Lightning's optimisers, which count the updates, and the state of a checkpoint."""
-        self.step.main_optimizer, self.step.estimator_optimizer = self.optimizers()
+        self.step.main_optimizer, self.step.estimator_optimizer = cast("list[Any]", self.optimizers())
         self.step.backward = self.manual_backward
         if self._loaded is not None:
             optimizers = {
