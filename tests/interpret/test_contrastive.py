@@ -7,7 +7,7 @@ from tests.interpret.guards import Guards, require_interpreter
 
 require_interpreter()
 
-from engine.kernels import dispatch, registry
+from engine.kernels import dispatch, registry, use_backend
 from engine.kernels.contrastive import plan, triton
 from engine.kernels.contrastive.losses import ROWS
 from engine.kernels.contrastive.pairs import Pairs
@@ -15,6 +15,7 @@ from engine.kernels.mi_bounds import plan as bounds
 from tests.interpret.test_mi_bounds import Launches
 from tests.kernels.contrastive_cases import NAMES, contrastive_case
 from tests.kernels.mi_cases import assert_as_good_as_torch, cast, draw, evaluate
+from tests.kernels.test_contrastive_libraries import EQUAL, TRITON_TOLERANCE, assert_equal, evaluated
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,14 @@ def check_case(name, rows, reduction="mean", width=20):
 def test_the_reference(name):
     for rows, reduction in ((7, "none"), (70, "mean")):
         check_case(name, rows, reduction)
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal_to_libraries(name):
+    case = EQUAL[name]
+    with use_backend("reference"):
+        expected = evaluated(case.theirs, case.tensors)
+    assert_equal(evaluated(case.ours, tuple(t.float() for t in case.tensors)), expected, TRITON_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["labels", "queue alone, ids", "hard", "siglip, labels"])
