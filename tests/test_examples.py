@@ -55,6 +55,6 @@ def test_a_comparison_is_printed():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     title, engine, plain, difference = done.stdout.splitlines()
-    assert title.split() == ["final", "loss", "accuracy", "seconds", "peak", "MiB"]
+    assert title.split() == ["final", "loss", "accuracy", "CPU", "s", "peak", "MiB"]
     assert engine.split()[:2] == ["engine", plain.split()[1]] and plain.startswith("plain")
     assert float(difference.split()[-1]) < 1e-4
