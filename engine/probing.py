@@ -139,7 +139,8 @@ def _classes(parts: list[Any], k: int) -> Probe:
         right["linear"] += int((_ridge(x, one_hot, unseen).argmax(1) == truth).sum())
         right["chance"] += int((one_hot.sum(0).argmax() == truth).sum())
         count += len(truth)
-    return Probe("accuracy", *(n / count for n in right.values()), count, k)
+    knn, linear, chance = (right[name] / count for name in ("knn", "linear", "chance"))
+    return Probe("accuracy", knn, linear, chance, count, k)
 
 
 def _neighbour_means(x: Tensor, y: Tensor, unseen: Tensor, k: int) -> Tensor:
