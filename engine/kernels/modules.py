@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ class InfoNCE(nn.Module):
         cosine: As for `infonce`.
         symmetric: As for `infonce`.
         reduction: As for `infonce`.
+        gather: As for `infonce`: take the keys of all ranks.
+        group: As for `infonce`.
+        local_loss: As for `infonce`.
 
     Raises:
         EstimatorError: A temperature that is not one positive number, or whatever `infonce` raises.
@@ -42,8 +46,12 @@ class InfoNCE(nn.Module):
         cosine: bool = False,
         symmetric: bool = False,
         reduction: str = "mean",
+        gather: bool | str = False,
+        group: Any = None,
+        local_loss: bool = False,
     ):
         super().__init__()
+        self.over_ranks = {"gather": gather, "group": group, "local_loss": local_loss}
         if isinstance(temperature, Tensor) and temperature.numel() == 1:
             temperature = temperature.item()
         check_temperature("InfoNCE", temperature)
@@ -68,7 +76,7 @@ class InfoNCE(nn.Module):
         """Arguments and result of `infonce`: a loss in nats, to be minimised."""
         return infonce(
             q, k, temperature=self.temperature, cosine=self.cosine, symmetric=self.symmetric, negatives=negatives,
-            positives=positives, exclude_self=exclude_self, reduction=self.reduction,
+            positives=positives, exclude_self=exclude_self, reduction=self.reduction, **self.over_ranks,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -87,6 +95,8 @@ class MILowerBound(nn.Module):
         smile_tau: As for `mi_lower_bound`.
         ema_rate: As for `mi_lower_bound`.
         groups: For mine: the number of critics; None for inputs without a first dimension of groups.
+        gather: As for `mi_lower_bound`: the bound of the joined batch of all ranks.
+        group: As for `mi_lower_bound`.
 
     Raises:
         EstimatorError: Numbers out of range, or whatever `mi_lower_bound` raises.
@@ -107,8 +117,11 @@ class MILowerBound(nn.Module):
         smile_tau: float = 5.0,
         ema_rate: float = 0.01,
         groups: int | None = None,
+        gather: bool | str = False,
+        group: Any = None,
     ):
         super().__init__()
+        self.over_ranks = {"gather": gather, "group": group}
         check_settings("MILowerBound", alpha, smile_tau, ema_rate)
         self.bound, self.alpha, self.smile_tau, self.ema_rate = bound, alpha, smile_tau, ema_rate
         if bound == "mine":
@@ -126,7 +139,7 @@ class MILowerBound(nn.Module):
         """Arguments and result of `mi_lower_bound`: a bound in nats, to be maximised."""
         settings = {
             "bound": self.bound, "log_baseline": log_baseline, "alpha": self.alpha, "smile_tau": self.smile_tau,
-            "temperature": temperature,
+            "temperature": temperature, **self.over_ranks,
         }  # fmt: skip
         if self.bound != "mine":
             return mi_lower_bound(scores_or_q, k, **settings)
