@@ -256,8 +256,13 @@ class Objective(nn.Module):
 
     @property
     def min_batch(self) -> int:
-        """The smallest batch on which every term is defined: 2, or k_neighbor where product rows are needed."""
-        return max(2, self.settings.k_neighbor) if self.needs_products else 2
+        """The smallest batch on which every term is defined.
+
+        2; k_neighbor where product rows are needed; and one more row than a condition has classes where rows of one
+        class are compared, because two of them must be there.
+        """
+        least = [self.classes[t.given] + 1 for t in self.terms if t.given in self.classes and t.from_above]
+        return max(2, self.settings.k_neighbor if self.needs_products else 2, *least)
 
     def sample_products(
         self, bank: Mapping[str, Tensor], batch_size: int, generator: torch.Generator | None = None
