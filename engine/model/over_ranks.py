@@ -214,7 +214,9 @@ def joined(module: nn.Module, arguments: tuple, ranks: Ranks) -> Estimate:
 def estimate_of(module: nn.Module, arguments: tuple, ranks: Ranks) -> Estimate:
     """The estimate of a term's own module from the joined batch."""
     if isinstance(module, MIEstimator):
-        return mi_estimate(module, *arguments, ranks)
+        x, y = arguments
+        return mi_estimate(module, x, y, ranks)
     if isinstance(module, CMIEstimator):
-        return cmi_estimate(module, *arguments, ranks)
+        joint, product = arguments
+        return cmi_estimate(module, joint, product, ranks)
     return joined(module, arguments, ranks)
