@@ -19,7 +19,7 @@ from bench import machine
 
 CASES = ((1, 0.5), (1, 0.9), (5, 0.5), (5, 0.9), (20, 0.3), (20, 0.6))
 BOUNDS = ("club", "club_sample", "l1out", "ba")
-STEPS, BATCH, READINGS = 1500, 256, 100
+STEPS, BATCH, READINGS = 1000, 256, 100
 RESULT = machine.ROOT / "bench" / "results" / "bounds" / "upper_bounds.json"
 
 

@@ -46,7 +46,7 @@ def advice(expressions: Iterable[Expression], bound: str, conditional: str) -> l
         names, hows = ", ".join(map(str, below)), ", ".join(dict.fromkeys(below.values()))
         texts.append(
             f"{names}: minimised by an estimate from below ({hows}), which can read 0 while information is there. "
-            'Upper bounds: MI(..., bound="club"), "club_sample" or "l1out". What is left: engine.probe.'
+            'Upper bounds: bound="club", "club_sample" or "l1out" (conditional: "club"). What is left: engine.probe.'
         )
     if above:
         texts.append(

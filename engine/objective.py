@@ -28,17 +28,22 @@ from engine.config import ObjectiveConfig
 from engine.constant import Constant
 from engine.errors import ConfigError, EstimatorError
 from engine.kernels.knn_product import Bank, EpochProducts, ProductRows, ProductSampler, draw_epoch
+from engine.kernels.ranks.group import find_ranks
 from engine.minimised import advice
 from engine.model.default import default_estimator
 from engine.model.estimators import Estimate
 from engine.model.term_estimators import TermEstimates, TermEstimators
 from engine.readings import Reading
 from engine.terms import CMI, MI, Expression, Sums, Term, distinct_terms
+from engine.vocabulary import GATHERS
 
 __all__ = ["CMI", "MI", "Expression", "Objective", "ObjectiveOutput", "Sums", "Term", "default_estimator"]
 
 MOST_PAIRED = 256
 """The most rows that are read at once where each pair of rows takes a pass of a network. It keeps reading cheap."""
+
+STAGES = ("estimators", "model")
+"""What the estimators minimise, and what the model does."""
 
 MakeEstimator = Callable[[Term, Mapping[str, int], ObjectiveConfig], nn.Module]
 """Builds a term's estimator from the term, the features' widths and the estimators' settings."""
@@ -110,6 +115,10 @@ class Objective(nn.Module):
             `default_estimator`, an `MIEstimator` or a `CMIEstimator`. See `replace` for how it is called.
         shared_draws: whether terms of equal condition share their product rows.
         advise: whether to warn of a lower bound that is minimised and of an upper bound that is maximised.
+        gather: of several processes, whether estimates are those of the batch that all ranks hold together: "off",
+            "gather" or "ring"; see `engine.kernels.infonce`. None: as `settings.gather` says, by default "gather".
+            Without a process group it changes nothing.
+        group: the process group; None for the default one.
 
     `estimators[term]` is the estimator of one term. Estimators of one shape share their parameters; `replace`, `freeze`
     and `split` take one out.
@@ -135,12 +144,17 @@ class Objective(nn.Module):
         make_estimator: MakeEstimator | None = None,
         shared_draws: bool = True,
         advise: bool = True,
+        gather: str | None = None,
+        group: Any = None,
     ):
         super().__init__()
         self.expressions = tuple(expressions)
         self.settings = settings or ObjectiveConfig()
         self.discrete, self.shared_draws = frozenset(discrete), shared_draws
         self.classes = {name: n for name, n in discrete.items() if n} if isinstance(discrete, Mapping) else {}
+        self.gather, self.group = self.settings.gather if gather is None else gather, group
+        if self.gather not in GATHERS:
+            raise ConfigError("objective.gather", repr(gather), f"one of {', '.join(GATHERS)}", "Choose one.")
         if estimators is None:
             estimators = dict.fromkeys(distinct_terms(self.expressions), 1.0)
         _check(self.expressions, estimators, dims)
@@ -242,8 +256,13 @@ class Objective(nn.Module):
 
     @property
     def min_batch(self) -> int:
-        """The smallest batch on which every term is defined: 2, or k_neighbor where product rows are needed."""
-        return max(2, self.settings.k_neighbor) if self.needs_products else 2
+        """The smallest batch on which every term is defined.
+
+        2; k_neighbor where product rows are needed; and one more row than a condition has classes where rows of one
+        class are compared, because two of them must be there.
+        """
+        least = [self.classes[t.given] + 1 for t in self.terms if t.given in self.classes and t.from_above]
+        return max(2, self.settings.k_neighbor if self.needs_products else 2, *least)
 
     def sample_products(
         self, bank: Mapping[str, Tensor], batch_size: int, generator: torch.Generator | None = None
@@ -353,6 +372,22 @@ class Objective(nn.Module):
 
     # -- the two losses ----------------------------------------------------------------------------
 
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        products: Mapping[str, Rows] | None = None,
+        stage: str = "estimators",
+    ) -> ObjectiveOutput:
+        """`estimator_loss` for stage "estimators", `model_loss` for "model". It is what DDP and FSDP wrap.
+
+        Raises:
+            ConfigError: another stage.
+        """
+        if stage not in STAGES:
+            raise ConfigError("Objective.forward", f"stage {stage!r}", f"one of {', '.join(STAGES)}", "Choose one.")
+        loss = self.estimator_loss if stage == "estimators" else self.model_loss
+        return loss(features, products)
+
     def estimate(
         self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None
     ) -> dict[str, Estimate]:
@@ -372,7 +407,10 @@ class Objective(nn.Module):
                     f"objective term {term}", "no product rows", "rows from Objective.sample_products",
                     "Pass products=.",
                 )  # fmt: skip
-        return self.estimators(features, products)
+        ranks = None
+        if self.gather != "off":
+            ranks = find_ranks("objective", {"gather": True}.get(self.gather, self.gather), self.group)
+        return self.estimators(features, products, ranks)
 
     def _check_features(self, features: Mapping[str, Tensor]) -> None:
         for name, term in self._readers.items():

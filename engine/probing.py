@@ -31,7 +31,7 @@ class Probe:
     """What predictors reach on unseen rows.
 
     Attributes:
-        kind: "r2", the coefficient of determination, averaged over the target's columns; or "accuracy".
+        kind: "r2", the coefficient of determination of all columns together, or "accuracy".
         knn: by nearest neighbours. Of independent features R² is about -1/neighbours.
         linear: by ridge regression, for classes on one-hot targets.
         chance: what needs no features: 0 for R², and for classes the accuracy of always naming the commonest one.
@@ -105,22 +105,23 @@ def probe(
 
 
 def _numbers(parts: list[Any], k: int) -> Probe:
-    """R² over all parts: 1 - (squared error) / (squared distance from the mean), averaged over columns that vary."""
-    errors: dict[str, Tensor] = {}
-    for (x, y), (unseen, _) in parts:
+    """R² over all parts: 1 - (squared error) / (squared distance from the mean), both summed over the columns.
+
+    Columns are standardised by the rows that the predictors know, so that none counts more for its unit, and none for
+    hardly varying in the unseen rows.
+    """
+    errors = {"knn": 0.0, "linear": 0.0}
+    spread, count = 0.0, 0
+    for (x, y), (unseen, wanted) in parts:
         x, unseen = _standardised(x, unseen)
-        for name, predicted in (("knn", _neighbour_means(x, y, unseen, k)), ("linear", _ridge(x, y, unseen))):
-            errors[name] = torch.cat([errors[name], predicted]) if name in errors else predicted
-    truth = torch.cat([y for _, (_, y) in parts])
-    spread = (truth - truth.mean(0)).square().sum(0)
-    varying = spread > 1e-12 * truth.square().sum(0)
-    if not varying.any():
+        y, wanted = _standardised(y, wanted)
+        errors["knn"] += (wanted - _neighbour_means(x, y, unseen, k)).square().sum().item()
+        errors["linear"] += (wanted - _ridge(x, y, unseen)).square().sum().item()
+        spread += (wanted - wanted.mean(0)).square().sum().item()
+        count += len(wanted)
+    if spread <= 1e-12 * count:
         raise DataError("probe, target", "a constant", "a target that varies", "Give another target.")
-    r2 = {
-        name: (1 - (truth - predicted).square().sum(0)[varying] / spread[varying]).mean().item()
-        for name, predicted in errors.items()
-    }
-    return Probe("r2", r2["knn"], r2["linear"], 0.0, len(truth), k)
+    return Probe("r2", 1 - errors["knn"] / spread, 1 - errors["linear"] / spread, 0.0, count, k)
 
 
 def _classes(parts: list[Any], k: int) -> Probe:
@@ -139,7 +140,8 @@ def _classes(parts: list[Any], k: int) -> Probe:
         right["linear"] += int((_ridge(x, one_hot, unseen).argmax(1) == truth).sum())
         right["chance"] += int((one_hot.sum(0).argmax() == truth).sum())
         count += len(truth)
-    return Probe("accuracy", *(n / count for n in right.values()), count, k)
+    knn, linear, chance = (right[name] / count for name in ("knn", "linear", "chance"))
+    return Probe("accuracy", knn, linear, chance, count, k)
 
 
 def _neighbour_means(x: Tensor, y: Tensor, unseen: Tensor, k: int) -> Tensor:

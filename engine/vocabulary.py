@@ -30,6 +30,7 @@ Optimizer = Literal["adam", "sgd"]
 ScheduleKind = Literal["none", "step", "multi_step", "exp", "plateau"]
 Stage1Features = Literal["auto", "fresh", "cached", "bank"]
 DatasetName = Literal["mosi", "mosei", "sims", "avec2019", "custom"]
+Gather = Literal["off", "gather", "ring"]
 LabelScale = Literal["auto", "mosi", "sims", "phq8", "none"]
 
 BOUNDS: tuple[str, ...] = get_args(Bound)
@@ -37,6 +38,7 @@ VARIATIONAL_BOUNDS: tuple[str, ...] = get_args(VariationalBound)
 UPPER_BOUNDS = VARIATIONAL_BOUNDS[:3]
 CRITICS: tuple[str, ...] = get_args(Critic)
 BASELINES: tuple[str, ...] = get_args(Baseline)
+GATHERS: tuple[str, ...] = get_args(Gather)
 ENCODERS: tuple[str, ...] = get_args(Encoder)
 ON_DEGENERATE: tuple[str, ...] = get_args(OnDegenerate)
 NON_FINITE: tuple[str, ...] = get_args(NonFinitePolicy)

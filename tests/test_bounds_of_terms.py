@@ -132,6 +132,8 @@ def test_each_term_has_the_estimator_of_its_bound():
     assert not of_terms.estimators.streams  # l1out and concat store all pairs
     assert objective(EXPRESSIONS[:3]).estimators.streams
     assert not objective([-MI("X", "Y", bound="club"), EXPRESSIONS[5]]).needs_products
+    assert objective(EXPRESSIONS[:5]).min_batch == 2
+    assert objective().min_batch == 4  # of 4 rows, two have one of the 3 classes
     of_class = objective([-MI("X", "C", bound="club")]).estimators["X_C_by_club"]
     assert of_class.classes == 3 and hasattr(of_class.q, "logits")
 

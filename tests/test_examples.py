@@ -18,7 +18,7 @@ def beside_each_other(monkeypatch):
 
 def example(name: str):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where processes that it starts find it
     spec.loader.exec_module(module)
     return module
 
@@ -30,7 +30,7 @@ def test_an_information_term_helps_a_foreign_model():
     assert with_term[0] > without[0] + 0.01  # accuracy on new events
 
 
-@pytest.mark.parametrize("name", ["mmim_style", "club_style", "supcon"])
+@pytest.mark.parametrize("name", ["mmim_style", "club_style", "supcon", "clip_style"])
 def test_the_engine_trains_as_the_plain_version_does(name):
     """Roundoff grows with the steps, so the first ones are compared."""
     script = example(name)
@@ -58,3 +58,11 @@ def test_a_comparison_is_printed():
     assert title.split() == ["final", "loss", "accuracy", "CPU", "s", "peak", "MiB"]
     assert engine.split()[:2] == ["engine", plain.split()[1]] and plain.startswith("plain")
     assert float(difference.split()[-1]) < 1e-4
+
+
+def test_an_upper_bound_removes_more_than_training_without_one():
+    script = example("leak")
+    without, with_term = script.train("none"), script.train("club")
+    assert without["knn"] > 0.4 and without["linear"] > 0.4
+    assert with_term["knn"] < 0.2 and with_term["linear"] < 0.2
+    assert with_term["loss"] < 0.2  # M, of variance 1, is still there

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 
@@ -24,9 +25,12 @@ def test_regression_agrees_with_scikit_learn():
     found = probe(x, y, known=(seen, known), neighbours=7)
     scaler = StandardScaler().fit(seen.double().numpy())
     a, b = scaler.transform(seen.double().numpy()), scaler.transform(x.double().numpy())
-    y, known = y.double().numpy(), known.double().numpy()
-    knn = KNeighborsRegressor(7).fit(a, known).score(b, y)
-    linear = Ridge(RIDGE * len(a)).fit(a, known).score(b, y)
+    of_target = StandardScaler().fit(known.double().numpy())
+    y, known = of_target.transform(y.double().numpy()), of_target.transform(known.double().numpy())
+    knn, linear = (
+        r2_score(y, model.fit(a, known).predict(b), multioutput="variance_weighted")
+        for model in (KNeighborsRegressor(7), Ridge(RIDGE * len(a)))
+    )
     assert (found.kind, found.rows, found.chance) == ("r2", 200, 0.0)
     assert (found.knn, found.linear) == pytest.approx((knn, linear), abs=1e-9)
     assert found.left == max(found.knn, found.linear) and found.to_dict()["left"] == found.left
@@ -54,6 +58,12 @@ def test_cross_fit_sees_what_is_there_and_nothing_else():
     independent = probe(x, y[torch.randperm(1000, generator=torch.Generator().manual_seed(1))])
     assert -0.2 < independent.knn < 0 and -0.05 < independent.linear < 0.05
     assert probe(x, y) == probe(x.numpy(), y.numpy()) == engine.probe(x.double(), y.double())
+
+
+def test_a_column_that_hardly_varies_in_the_unseen_rows_does_not_decide():
+    (x, y), (seen, known) = rows(200, 1), rows(600, 0)
+    y[:, 1] = y[:, 1] * 1e-3
+    assert probe(x, y, known=(seen, known)).knn > -2
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from engine.vocabulary import (
     Critic,
     DatasetName,
     Freeze,
+    Gather,
     LabelScale,
     LengthRule,
     Loader,
@@ -215,6 +216,11 @@ class ObjectiveConfig(Section):
     )
     k_neighbor: int = Field(2, ge=1, le=LONGEST, description="neighbours that a query row has in the product sampler")
     on_degenerate: OnDegenerate = Field("raise", description="what a batch of one or non-finite scores do")
+    gather: Gather = Field(
+        "gather",
+        description="with several ranks: estimates from the joined batch, by gathered rows or by keys that travel "
+        '(ring); "off": from each rank\'s own batch',
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -53,7 +53,7 @@ def update_buffer(where: str, buffer: Tensor, value: Tensor) -> None:
         ) from None  # fmt: skip
 
 
-def differentiable_once(operation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def differentiable_once(operation: str, remedy: str = _REMEDY) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator for the backward method of an autograd.Function: differentiating its result raises ConfigError.
 
     torch's `once_differentiable` does so only if the incoming gradient requires a gradient itself. That of a mean does
@@ -61,6 +61,7 @@ def differentiable_once(operation: str) -> Callable[[Callable[..., Any]], Callab
 
     Args:
         operation: what users call, for the error.
+        remedy: what to do about it, for the error.
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,13 +71,13 @@ def differentiable_once(operation: str) -> Callable[[Callable[..., Any]], Callab
                 return backward(ctx, *grads)
             if transformed() or batched(*grads):
                 what = "a batch of gradients (is_grads_batched, vectorize), or forward-mode AD"
-                raise ConfigError(f"backward pass of {operation}", what, "one plain gradient", _REMEDY)
+                raise ConfigError(f"backward pass of {operation}", what, "one plain gradient", remedy)
             if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
-            anchors = _anchors(operation, ctx, grads)
+            anchors = _anchors(operation, remedy, ctx, grads)
             with torch.no_grad():
                 gradients = backward(ctx, *grads)
-            return _last(operation, anchors, gradients if isinstance(gradients, tuple) else (gradients,))
+            return _last(operation, remedy, anchors, gradients if isinstance(gradients, tuple) else (gradients,))
 
         wrapper.differentiable_once = True
         return wrapper
@@ -84,7 +85,7 @@ def differentiable_once(operation: str) -> Callable[[Callable[..., Any]], Callab
     return decorate
 
 
-def _anchors(operation: str, ctx: Any, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
+def _anchors(operation: str, remedy: str, ctx: Any, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
     """Tensors on which the gradients depend: all inputs that require one, and the incoming gradients.
 
     An input that is neither saved nor a leaf cannot be reached. Its second gradient could not be refused later, so the
@@ -96,34 +97,36 @@ def _anchors(operation: str, ctx: Any, grads: tuple[Tensor | None, ...]) -> list
         if node is None or (node, number) in known:
             continue
         if not hasattr(node, "variable"):
-            raise _refusal(operation)
+            raise _refusal(operation, remedy)
         held.append(node.variable)
     return held
 
 
-def _last(operation: str, anchors: list[Tensor], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _last(
+    operation: str, remedy: str, anchors: list[Tensor], gradients: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     """The same gradients, but their own gradients are refused."""
     if not anchors or all(g is None for g in gradients):
         return gradients
-    left = iter(_Last.apply(operation, len(anchors), *anchors, *(g for g in gradients if g is not None)))
+    left = iter(_Last.apply(operation, remedy, len(anchors), *anchors, *(g for g in gradients if g is not None)))
     return tuple(None if g is None else next(left) for g in gradients)
 
 
 class _Last(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, operation: str, anchors: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.operation = operation
+    def forward(ctx: Any, operation: str, remedy: str, anchors: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.refusal = operation, remedy
         return tensors[anchors:]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> None:
-        raise _refusal(ctx.operation)
+        raise _refusal(*ctx.refusal)
 
 
-def _refusal(operation: str) -> ConfigError:
+def _refusal(operation: str, remedy: str) -> ConfigError:
     return ConfigError(
         f"backward pass of {operation}", "a gradient of its gradient, as a gradient penalty needs it",
-        "first gradients alone", _REMEDY,
+        "first gradients alone", remedy,
     )  # fmt: skip
 
 

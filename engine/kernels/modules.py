@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,9 @@ class InfoNCE(_Temperature):
         hardness: As for `infonce`.
         label_smoothing: As for `infonce`.
         reduction: As for `infonce`.
+        gather: As for `infonce`: take the keys of all ranks.
+        group: As for `infonce`.
+        local_loss: As for `infonce`.
 
     Raises:
         EstimatorError: A temperature that is not one positive number or below 1 / max_scale, or whatever `infonce`
@@ -87,8 +91,12 @@ class InfoNCE(_Temperature):
         hardness: float = 0.0,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
+        gather: bool | str = False,
+        group: Any = None,
+        local_loss: bool = False,
     ):
         super().__init__(temperature, learnable, max_scale)
+        self.over_ranks = {"gather": gather, "group": group, "local_loss": local_loss}
         self.cosine, self.symmetric, self.reduction = cosine, symmetric, reduction
         self.decoupled, self.hardness, self.label_smoothing = decoupled, hardness, label_smoothing
 
@@ -114,7 +122,7 @@ class InfoNCE(_Temperature):
             q, k, temperature=self.temperature, cosine=self.cosine, symmetric=self.symmetric, negatives=negatives,
             positives=positives, exclude_self=exclude_self, labels=labels, key_labels=key_labels, mask=mask,
             row_ids=row_ids, key_ids=key_ids, in_batch=in_batch, decoupled=self.decoupled, hardness=self.hardness,
-            label_smoothing=self.label_smoothing, reduction=self.reduction,
+            label_smoothing=self.label_smoothing, reduction=self.reduction, **self.over_ranks,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -241,6 +249,8 @@ class MILowerBound(nn.Module):
         smile_tau: As for `mi_lower_bound`.
         ema_rate: As for `mi_lower_bound`.
         groups: For mine: the number of critics; None for inputs without a first dimension of groups.
+        gather: As for `mi_lower_bound`: the bound of the joined batch of all ranks.
+        group: As for `mi_lower_bound`.
 
     Raises:
         EstimatorError: Numbers out of range, or whatever `mi_lower_bound` raises.
@@ -261,8 +271,11 @@ class MILowerBound(nn.Module):
         smile_tau: float = 5.0,
         ema_rate: float = 0.01,
         groups: int | None = None,
+        gather: bool | str = False,
+        group: Any = None,
     ):
         super().__init__()
+        self.over_ranks = {"gather": gather, "group": group}
         check_settings("MILowerBound", alpha, smile_tau, ema_rate)
         self.bound, self.alpha, self.smile_tau, self.ema_rate = bound, alpha, smile_tau, ema_rate
         if bound == "mine":
@@ -280,7 +293,7 @@ class MILowerBound(nn.Module):
         """Arguments and result of `mi_lower_bound`: a bound in nats, to be maximised."""
         settings = {
             "bound": self.bound, "log_baseline": log_baseline, "alpha": self.alpha, "smile_tau": self.smile_tau,
-            "temperature": temperature,
+            "temperature": temperature, **self.over_ranks,
         }  # fmt: skip
         if self.bound != "mine":
             return mi_lower_bound(scores_or_q, k, **settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from engine.model.estimators import (
     or_zero,
     own_type,
     raise_or_skip,
+    ranks_of,
     refuse_compat,
     run_mlp,
     scalars,
@@ -46,6 +49,8 @@ class CMIEstimator(nn.Module):
         on_degenerate: what to do with a joint batch of one, no product rows or non-finite logits. "raise" raises an
             EstimatorError. "skip" gives 0 as value, surrogate and loss, with zero gradients, and
             `details["skipped"]` = 1.
+        gather, group: as for `engine.kernels.infonce`: estimate from the joint and product rows of all ranks. The
+            logits are gathered, for "ring", too: they are one number a row.
         compat: no longer an option. Anything but "none" is refused, with the class to use instead.
 
     Biases start at 0, weights Xavier-uniform. `state_dict` names: classifier.{0,2,4,6}.{weight,bias}.
@@ -64,9 +69,12 @@ class CMIEstimator(nn.Module):
         estimator: str = "ldr",
         on_degenerate: str = "raise",
         *,
+        gather: bool | str = False,
+        group: Any = None,
         compat: str = "none",
     ):
         super().__init__()
+        self.gather, self.group = gather, group
         refuse_compat("CMIEstimator", compat)
         check_choice("estimator", estimator, READINGS)
         check_choice("on_degenerate", on_degenerate, ON_DEGENERATE)
@@ -113,6 +121,10 @@ class CMIEstimator(nn.Module):
         Raises:
             EstimatorError: shapes, types or devices that do not fit; a degenerate batch under on_degenerate="raise".
         """
+        if self.gather is not False and (ranks := ranks_of(self)) is not None:
+            from engine.model.over_ranks import cmi_estimate
+
+            return cmi_estimate(self, joint, product, ranks)
         self._check_shapes("joint", joint)
         self._check_shapes("product", product)
         parts = own_type(self._where(), self, *joint, *product)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +130,8 @@ class MIEstimator(nn.Module):
             `details["skipped"]` = 1.
         classes: for bounds of a conditional, where y holds classes: their number. y is [B, 1] with 0 ... classes - 1,
             or [B, classes] with one-hot rows. None: y is continuous and q is Gaussian.
+        gather, group: as for `engine.kernels.infonce`: estimate from the batch that all ranks hold together. x and y
+            stay this rank's. Within an `Objective` its setting `gather` decides.
         compat: no longer an option. Anything but "none" is refused, with the class to use instead.
 
     "club_sample" pairs each row with one other row. The buffer `draw` determines the pairs. It starts at random and
@@ -162,9 +165,12 @@ class MIEstimator(nn.Module):
         on_degenerate: str = "raise",
         *,
         classes: int | None = None,
+        gather: bool | str = False,
+        group: Any = None,
         compat: str = "none",
     ):
         super().__init__()
+        self.gather, self.group = gather, group
         refuse_compat("MIEstimator", compat)
         check_choice("bound", bound, BOUNDS + VARIATIONAL_BOUNDS)
         check_choice("on_degenerate", on_degenerate, ON_DEGENERATE)
@@ -227,6 +233,10 @@ class MIEstimator(nn.Module):
         Raises:
             EstimatorError: shapes, types or devices that do not fit; a degenerate batch under on_degenerate="raise".
         """
+        if self.gather is not False and (ranks := ranks_of(self)) is not None:
+            from engine.model.over_ranks import mi_estimate
+
+            return mi_estimate(self, x, y, ranks)
         self._check_shapes(x, y)
         x, y = own_type(self._where(), self, x, y)
         if len(x) < 2:
@@ -467,6 +477,13 @@ def _zero_with_gradients(*tensors: Tensor) -> Tensor:
     """0 with a zero gradient for each of `tensors`, even for those that hold NaN or infinity."""
     total = sum(tensor.sum() for tensor in tensors)
     return torch.where(torch.zeros_like(total, dtype=torch.bool), total, torch.zeros_like(total))
+
+
+def ranks_of(estimator: Any) -> Any:
+    """The ranks that an estimator's own `gather` and `group` name; None if it computes alone."""
+    from engine.kernels.ranks.group import find_ranks
+
+    return find_ranks(type(estimator).__name__, estimator.gather, estimator.group)
 
 
 def refuse_compat(estimator: str, compat: str) -> None:

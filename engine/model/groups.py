@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from engine.kernels.knn_product.op import ProductRows
 from engine.kernels.mi_bounds.op import mi_lower_bound
 from engine.model.cmi import CMIEstimator
 from engine.model.estimators import Estimate, Estimates, MIEstimator, finite, mlp_layers, or_zero
+
+if TYPE_CHECKING:
+    from engine.kernels.ranks.group import Ranks
 
 Rows = Sequence[Tensor]
 
@@ -176,12 +179,20 @@ class MIGroup(Group):
         """What each estimator is called with."""
         return {name: (features[x], features[y]) for name, (x, y) in zip(self.names, self.features, strict=True)}
 
-    def forward(self, features: Mapping[str, Tensor]) -> Estimates:
+    def forward(self, features: Mapping[str, Tensor], ranks: Ranks | None = None) -> Estimates:
         """features [B, width] each -> all estimates.
+
+        Args:
+            features: of this process.
+            ranks: estimate from the joined batch of these ranks.
 
         Raises:
             EstimatorError: as the estimators do.
         """
+        if ranks is not None:
+            from engine.model.over_ranks import mi_group_estimates
+
+            return mi_group_estimates(self, features, ranks)
         inputs = [features[source] for source in self.sources]
         value = self._together(inputs) if self._fits(inputs) else None
         if value is None:
@@ -254,19 +265,31 @@ class CMIGroup(Group):
             for name, read in zip(self.names, self.features, strict=True)
         }
 
-    def forward(self, features: Mapping[str, Tensor], products: Mapping[str, Rows]) -> Estimates:
+    def forward(
+        self, features: Mapping[str, Tensor], products: Mapping[str, Rows], ranks: Ranks | None = None
+    ) -> Estimates:
         """All estimates.
 
         Args:
             features: [B, width] each, of the joint rows.
             products: the product rows (x, y, z) of each estimator. y and z of `ProductRows` are not repeated.
+            ranks: estimate from the joint and product rows of these ranks.
 
         Raises:
             EstimatorError: as the estimators do.
         """
+        if ranks is not None:
+            from engine.model.over_ranks import cmi_group_estimates
+
+            return cmi_group_estimates(self, features, products, ranks)
         return self._together(features, products) or self.one_by_one(self.arguments(features, products))
 
     def _together(self, features: Mapping[str, Tensor], products: Mapping[str, Rows]) -> Estimates | None:
+        logits = self.logits(features, products)
+        return None if logits is None else self.read(*logits)
+
+    def logits(self, features: Mapping[str, Tensor], products: Mapping[str, Rows]) -> tuple[Tensor, Tensor] | None:
+        """Logits of joint [n, B, outputs] and of product rows; None where the estimators cannot run together."""
         joint = [features[source] for source in self.sources]
         rows = [products[name] for name in self.names]
         ks = {r.k if isinstance(r, ProductRows) else 1 for r in rows}
@@ -278,7 +301,10 @@ class CMIGroup(Group):
         if used < len(joint[0]):
             joint = [j[:used] for j in joint]
         first, *rest = ((layer.weight, layer.bias) for layer in self.layers)
-        of_joint, of_product = classifier_logits(first, rest, joint, self.slots, parts, k)
+        return classifier_logits(first, rest, joint, self.slots, parts, k)
+
+    def read(self, of_joint: Tensor, of_product: Tensor) -> Estimates | None:
+        """All estimates from the logits; None where an estimator would find the batch degenerate."""
         if not finite(of_joint, of_product):
             return None
         with torch.autocast(of_joint.device.type, enabled=False):

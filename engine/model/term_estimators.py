@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from engine.errors import ConfigError
 from engine.model.estimators import Estimate, Estimates
 from engine.model.groups import CMIGroup, Group, MIGroup, Rows
+
+if TYPE_CHECKING:
+    from engine.kernels.ranks.group import Ranks
 
 
 @dataclass
@@ -84,23 +87,31 @@ class TermEstimators(nn.Module):
 
     # -- evaluation --------------------------------------------------------------------------------
 
-    def forward(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None) -> TermEstimates:
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        products: Mapping[str, Rows] | None = None,
+        ranks: Ranks | None = None,
+    ) -> TermEstimates:
         """Every term's estimate.
 
         Args:
             features: [B, width] each.
             products: product rows of the conditional terms that need them, by the term's name.
+            ranks: estimate from the joined batch of these ranks.
         """
         parts = []
         rows = {} if products is None else {k: products[n] for k, n in self._names.items() if n in products}
         for group in self.groups:
-            estimates = group(features) if isinstance(group, MIGroup) else group(features, rows)
+            given = (features,) if isinstance(group, MIGroup) else (features, rows)
+            estimates = group(*given, ranks=ranks)
             estimates.names = [self._names[key] for key in estimates.names]
             estimates.details = {self._names[key]: of_one for key, of_one in estimates.details.items()}
             parts.append(estimates)
         for key in self._alone:
             given = tuple(features[f] for f in self._features[key])
-            estimate = self._modules[key](given, tuple(rows[key])) if key in rows else self._modules[key](*given)
+            arguments = (given, tuple(rows[key])) if key in rows else given
+            estimate = self._modules[key](*arguments) if ranks is None else _over(ranks, self._modules[key], arguments)
             parts.append(Estimates.of({self._names[key]: estimate}))
         return TermEstimates(list(self._names.values()), parts, self._pieces)
 
@@ -212,6 +223,12 @@ class TermEstimators(nn.Module):
         for n, group in enumerate(self.groups):
             group.restack(state_dict, prefix, f"{prefix}groups.{n}.", absent=self._alone)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _over(ranks: Ranks, module: nn.Module, arguments: tuple[Any, ...]) -> Estimate:
+    from engine.model.over_ranks import estimate_of
+
+    return estimate_of(module, arguments, ranks)
 
 
 class EstimatorView:

@@ -56,7 +56,7 @@ def write_left(files: RunFiles, history: list[Record], summary: dict[str, Any]) 
 def probe_term(
     term: Term, known: Mapping[str, Tensor], unseen: Mapping[str, Tensor], classes: Mapping[str, int]
 ) -> Probe:
-    """A probe of the term's y from its x. For I(x;y|z): from x and z, where chance is what z alone gives.
+    """A probe of the term's y from its x. For I(x;y|z): from x and z, where chance is what z alone gives, if more.
 
     Args:
         known, unseen: features [rows, width] by name.
@@ -70,7 +70,7 @@ def probe_term(
     if term.given is None:
         return of(term.x)
     alone = of(term.given)
-    return replace(of(term.x, term.given), chance=max(alone.knn, alone.linear))
+    return replace(of(term.x, term.given), chance=max(alone.knn, alone.linear, alone.chance))
 
 
 def _reading(record: Record, name: str) -> float | None:

@@ -13,6 +13,7 @@ activation plain torch runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,11 @@ from engine.kernels.critics.plain import FEW_ROWS, concat_shapes, grad_shapes, p
 from engine.kernels.critics.plan import concat_algorithm, tower_algorithm
 from engine.kernels.critics.reference import Layers
 from engine.kernels.gradients import differentiable_once
-from engine.kernels.mi_bounds.op import infonce
+from engine.kernels.mi_bounds.op import infonce, mi_lower_bound
 from engine.kernels.mi_bounds.reference import infonce_of_scores
+from engine.kernels.ranks.autograd import BoundSettings
+from engine.kernels.ranks.bounds import concat_bound
+from engine.kernels.ranks.group import find_ranks
 from engine.kernels.registry import backend_for, call, log_size
 
 
@@ -74,6 +78,9 @@ def grouped_infonce(
     rows: Sequence[int],
     columns: Sequence[int],
     activation: str = "relu",
+    *,
+    gather: bool | str = False,
+    group: Any = None,
 ) -> Tensor:
     """InfoNCE bounds of several separate critics at once, to be maximised.
 
@@ -88,6 +95,8 @@ def grouped_infonce(
         rows: For every critic, the number of the MLP that embeds y, in the order of `grouped_mlp`'s output.
         columns: For every critic, the number of the MLP that embeds x. Every MLP belongs to exactly one critic.
         activation: As for `grouped_mlp`.
+        gather: As for `infonce`: the bounds of the joined batch of all ranks. Embeddings are gathered, or travel.
+        group: As for `infonce`.
 
     Returns:
         The bounds [G] in nats, float32 (float64 if any tensor is float64). NaN for a critic with a score that is not
@@ -114,6 +123,10 @@ def grouped_infonce(
             "grouped_infonce", f"rows {list(rows)} and columns {list(columns)} of {count} MLPs", "every MLP once",
             "Name for every critic the MLP of y in `rows` and that of x in `columns`.",
         )  # fmt: skip
+    if find_ranks("grouped_infonce", gather, group) is not None:
+        embedded = grouped_mlp(inputs, first, rest, activation)
+        q, k = entries(embedded, rows), entries(embedded, columns)
+        return mi_lower_bound(q, k, gather=gather, group=group)
     backend = _towers_on(inputs[0], activation)
     if backend == "reference" or (backend == "triton" and len(inputs[0]) > FEW_ROWS):
         # many rows: scores are streamed, where the operation would store them
@@ -196,8 +209,9 @@ def concat_scores(x: Tensor, y: Tensor, layers: Layers, activation: str = "relu"
 
 
 def concat_infonce(
-    x: Tensor, y: Tensor, layers: Layers, activation: str = "relu", *, transpose: bool = False
-) -> Tensor:
+    x: Tensor, y: Tensor, layers: Layers, activation: str = "relu", *, transpose: bool = False,
+    gather: bool | str = False, group: Any = None,
+) -> Tensor:  # fmt: skip
     """The InfoNCE bound on I(X;Y) with a concat critic, to be maximised: log B + mean_i log softmax_j(S_ij) at j = i.
 
     The scores are not stored: memory is O(B). On the CPU, value and gradient take one pass over the pairs, a row at a
@@ -209,6 +223,8 @@ def concat_infonce(
         layers: As for `concat_scores`.
         activation: As for `concat_scores`.
         transpose: Take the softmax over y for every x instead.
+        gather: As for `infonce`: the bound of the joined batch of all ranks. Each rank scores its own y against all x.
+        group: As for `infonce`.
 
     Returns:
         The bound in nats, 0-d, float32 (float64 if any tensor is float64). NaN if a score is not finite.
@@ -226,6 +242,8 @@ def concat_infonce(
         tensor(True)
     """
     x, y, layers = _exact_pairs("concat_infonce", x, y, layers, activation)
+    if (ranks := find_ranks("concat_infonce", gather, group)) is not None:
+        return concat_bound(x, y, layers, activation, ranks, BoundSettings("infonce"), transpose=transpose)[0]
     _check_rows("concat_infonce", x)
     if len(x) != len(y):
         raise EstimatorError("concat_infonce", f"{len(x)} and {len(y)} rows", "as many of x as of y", "Give pairs.")

@@ -13,6 +13,7 @@ dtype. Every backend is bitwise deterministic. Gradients of gradients raise Conf
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,9 @@ def infonce(
     hardness: float = 0.0,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    gather: bool | str = False,
+    group: Any = None,
+    local_loss: bool = False,
 ) -> Tensor:
     """The InfoNCE loss, to be minimised: mean over i of -log softmax_j(q_i . k_j / temperature) at i's positive.
 
@@ -86,12 +90,19 @@ def infonce(
         reduction: "mean", "sum" or "none". A row without a positive (or, decoupled, without a negative) has the loss 0,
             and the mean leaves it out. On the CPU the log says once how many there were, and a mean of none is an
             error; on a GPU it is NaN.
+        gather: Of several processes, take the keys of all ranks: True gathers them, "ring" passes them around and never
+            holds all. The loss is that of one process on the joined batch, rank 0's rows first, and gradients that are
+            averaged over ranks (DDP) are its gradients. `negatives` are the same on every rank. `positives` stay
+            numbers in this rank's [k; negatives]. "none" gives the losses of this rank's rows.
+        group: The process group of `gather`; None for the default one.
+        local_loss: With `gather`, the mean or sum over this rank's rows, against the keys of all ranks.
 
     Returns:
         The loss in nats: 0-d, or [G] for groups; for "none" [B] or [G, B]. float32 (float64 for float64 inputs).
 
     Raises:
         EstimatorError: Shapes, types, devices, indices or options that do not fit, or no rows.
+        ConfigError: `gather` where WORLD_SIZE is above 1 and there is no process group.
 
     Source:
         van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018. Khosla et al.,
@@ -110,14 +121,26 @@ def infonce(
     """
     check_reduction("infonce", reduction)
     exact_type("infonce", q, k, negatives)
-    if cosine:
-        q, k, negatives = (None if x is None else normalised(x) for x in (q, k, negatives))
     given = Given(positives, labels, key_labels, mask, row_ids, key_ids, exclude_self)
     options = Options(decoupled, hardness, label_smoothing)
     own = negatives is not None and negatives.dim() == q.dim() + 1
     several = positives is not None and positives.dim() == 2
     # without saying so, the keys of the batch are negatives unless rows have their own
-    if several or in_batch is own or any(x is not None for x in given[1:-1]) or options != Options():
+    extended = several or in_batch is own or any(x is not None for x in given[1:-1]) or options != Options()
+    if gather is not False or group is not None or local_loss:
+        if extended:
+            raise EstimatorError(
+                "infonce", "gather, group or local_loss with labels, several positives, mask, ids or other options",
+                "one of the two", "Gather embeddings and labels yourself, or leave these options out.",
+            )  # fmt: skip
+        plain = {"temperature": temperature, "cosine": cosine, "symmetric": symmetric, "negatives": negatives}
+        plain |= {"positives": positives, "exclude_self": exclude_self, "reduction": reduction}
+        over_ranks = _infonce_over_ranks(q, k, gather, group, local_loss, plain)
+        if over_ranks is not None:
+            return over_ranks
+    if cosine:
+        q, k, negatives = (None if x is None else normalised(x) for x in (q, k, negatives))
+    if extended:
         return extended_infonce(q, k, negatives, temperature, given, in_batch, symmetric, options, reduction)
     if own:
         if symmetric or exclude_self or positives is not None:
@@ -131,6 +154,19 @@ def infonce(
     q, k, scale = prepared("infonce", q, k, temperature)
     _check_options(q, k, negatives is not None, positives, exclude_self, symmetric)
     return _infonce(q, k, scale, positives, exclude_self, symmetric, reduction)
+
+
+def _infonce_over_ranks(
+    q: Tensor, k: Tensor, gather: bool | str, group: Any, local_loss: bool, options: dict[str, Any]
+) -> Tensor | None:
+    """`infonce` of the joined batch; None if this process is alone."""
+    from engine.kernels.ranks.group import find_ranks
+    from engine.kernels.ranks.infonce import infonce_over_ranks
+
+    if local_loss and gather is False:
+        raise EstimatorError("infonce(local_loss=True)", "gather=False", "gather=True or 'ring'", "Set gather.")
+    ranks = find_ranks("infonce", gather, group)
+    return None if ranks is None else infonce_over_ranks(q, k, ranks, local_loss, options)
 
 
 def _check_options(
@@ -220,6 +256,8 @@ def mi_lower_bound(
     temperature: float | Tensor = 1.0,
     log_ema: Tensor | None = None,
     ema_rate: float = 0.01,
+    gather: bool | str = False,
+    group: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A lower bound on I(X;Y) from a batch, to be maximised, of one critic or of many at once.
 
@@ -238,6 +276,10 @@ def mi_lower_bound(
         log_ema: For mine: 0-d or [G], log of the moving average of mean e^S before this batch; -inf begins it. Without
             it mine has the gradient of dv.
         ema_rate: For mine: weight of this batch in the moving average, in (0, 1].
+        gather: As for `infonce`: the bound of the joined batch of all ranks. Embeddings and `log_baseline` are this
+            rank's; `log_ema` is the same on every rank. Scores are this rank's rows against the columns of all ranks in
+            their order, [b, N] or [G, b, N].
+        group: As for `infonce`.
 
     Returns:
         The bound in nats, 0-d or [G], float32 (float64 for float64 inputs). With `log_ema` a pair: the bound, and the
@@ -245,6 +287,7 @@ def mi_lower_bound(
 
     Raises:
         EstimatorError: Shapes, types or devices that do not fit, B < 2, an unknown bound, or numbers out of range.
+        ConfigError: As for `infonce`.
 
     Source:
         Poole et al., On Variational Bounds of Mutual Information, ICML 2019; Song and Ermon, Understanding the
@@ -263,6 +306,11 @@ def mi_lower_bound(
         raise EstimatorError(where, "an unknown bound", f"one of {', '.join(BOUNDS)}", "Choose one of these.")
     exact_type(where, scores_or_q, k, log_baseline, log_ema)
     check_settings(where, alpha, smile_tau, ema_rate)
+    settings = (bound, float(alpha), float(smile_tau), 1.0 if log_ema is None else float(ema_rate))
+    if gather is not False or group is not None:
+        over_ranks = _bound_over_ranks(scores_or_q, k, gather, group, settings, temperature, log_baseline, log_ema)
+        if over_ranks is not None:
+            return over_ranks[0] if log_ema is None else over_ranks
     q = scale = None
     if k is None:
         first = scores = _square(where, scores_or_q)
@@ -278,7 +326,6 @@ def mi_lower_bound(
     one = scores_or_q.dim() != 3
     a = _log_baseline(where, first, log_baseline, one) if bound in ("tuba", "interpolate") else None
     ema = _log_average(where, first, log_ema)
-    settings = (bound, float(alpha), float(smile_tau), 1.0 if log_ema is None else float(ema_rate))
     if k is None:
         value, ema = _bound_of_scores(scores, a, ema, settings)
     else:
@@ -286,6 +333,21 @@ def mi_lower_bound(
     if one:
         value, ema = value[0], ema[0]
     return value if log_ema is None else (value, ema.detach())
+
+
+def _bound_over_ranks(
+    scores_or_q: Tensor, k: Tensor | None, gather: bool | str, group: Any, settings: _Settings,
+    temperature: float | Tensor, log_baseline: Tensor | None, log_ema: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """The bound of the joined batch and MINE's average; None if this process is alone."""
+    from engine.kernels.ranks.autograd import BoundSettings
+    from engine.kernels.ranks.bounds import bound_over_ranks
+    from engine.kernels.ranks.group import find_ranks
+
+    ranks = find_ranks("mi_lower_bound", gather, group)
+    if ranks is None:
+        return None
+    return bound_over_ranks(scores_or_q, k, ranks, BoundSettings(*settings), temperature, log_baseline, log_ema)
 
 
 def _square(where: str, scores: Tensor) -> Tensor:

@@ -25,6 +25,29 @@ SIGMOID_GRADIENT = ("js", "js_fgan", "smile")
 JOINT, REST, LSE, SHARE = range(4)
 
 
+class Rows:
+    """Sums over rows, [..., B] -> [...]: here over those of this process. `engine.kernels.ranks` sums over ranks."""
+
+    @staticmethod
+    def count(x: Tensor) -> int:
+        return x.shape[-1]
+
+    @staticmethod
+    def mean(x: Tensor) -> Tensor:
+        return x.mean(-1)
+
+    @staticmethod
+    def sum(x: Tensor) -> Tensor:
+        return x.sum(-1)
+
+    @staticmethod
+    def logsumexp(x: Tensor) -> Tensor:
+        return x.logsumexp(-1)
+
+
+OWN_ROWS = Rows()
+
+
 @dataclass
 class Finish:
     """Value and gradient of one bound from its row statistics, for every group.
@@ -47,8 +70,9 @@ class Finish:
 
 
 def finish(
-    bound: str, joint: Tensor, rest: Tensor, log_baseline: Tensor | None, log_ema: Tensor, ema_rate: float
-) -> Finish:
+    bound: str, joint: Tensor, rest: Tensor, log_baseline: Tensor | None, log_ema: Tensor, ema_rate: float,
+    rows: Rows = OWN_ROWS,
+) -> Finish:  # fmt: skip
     """Value and gradient coefficients from row statistics.
 
     Args:
@@ -59,38 +83,39 @@ def finish(
         log_baseline: [G, B] or None; used by `tuba`.
         log_ema: [G], MINE's moving average before this batch; -inf if it has not begun.
         ema_rate: weight of this batch in the average.
+        rows: how sums over all rows are taken.
     """
-    count = joint.shape[-1]
+    count = rows.count(joint)
     pairs = count * (count - 1)
     log_pairs = math.log(pairs)
-    mean_joint = joint.mean(-1)
+    mean_joint = rows.mean(joint)
     baseline = None
 
     if bound in SIGMOID_GRADIENT:
         if bound == "js_fgan":
-            value = -softplus(-joint).mean(-1) - rest.sum(-1) / pairs
+            value = -rows.mean(softplus(-joint)) - rows.sum(rest) / pairs
         elif bound == "js":
             # the JS critic tends to log r, NWJ's to 1 + log r: the value is NWJ's at 1 + f
-            value = 1 + mean_joint - (rest.logsumexp(-1) - log_pairs).exp()
+            value = 1 + mean_joint - (rows.logsumexp(rest) - log_pairs).exp()
         else:
-            value = mean_joint - (rest.logsumexp(-1) - log_pairs)
+            value = mean_joint - (rows.logsumexp(rest) - log_pairs)
         return Finish(value, log_ema, torch.full_like(value, log_pairs), None, torch.sigmoid(-joint) / count, None)
 
     diagonal = torch.full_like(joint, 1 / count)
     if bound == "infonce":
         # D_i - logaddexp(R_i, D_i), in the form that keeps its digits where one of the two dominates
-        value = math.log(count) + logsigmoid(joint - rest).mean(-1)
+        value = math.log(count) + rows.mean(logsigmoid(joint - rest))
         constant = torch.full_like(value, math.log(count))
         shift = torch.logaddexp(rest, joint) + math.log(count)
         diagonal = torch.sigmoid(rest - joint) / count
     elif bound == "tuba":
         a = torch.zeros_like(joint) if log_baseline is None else log_baseline
-        value = 1 + (joint - a).mean(-1) - ((rest - a).logsumexp(-1) - log_pairs).exp()
+        value = 1 + rows.mean(joint - a) - (rows.logsumexp(rest - a) - log_pairs).exp()
         constant = torch.full_like(value, log_pairs)
         shift = a + log_pairs
         baseline = (rest - shift).exp() - 1 / count
     else:
-        log_sum = rest.logsumexp(-1)
+        log_sum = rows.logsumexp(rest)
         if bound == "nwj":
             value = mean_joint - (log_sum - 1 - log_pairs).exp()
             constant = torch.full_like(log_sum, 1 + log_pairs)
@@ -118,7 +143,7 @@ def log_weights(alpha: float) -> tuple[float, float]:
 
 
 def interpolated(
-    joint: Tensor, rest: Tensor, excess: Tensor, shares: Tensor, a: Tensor, alpha: float
+    joint: Tensor, rest: Tensor, excess: Tensor, shares: Tensor, a: Tensor, alpha: float, rows: Rows = OWN_ROWS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The interpolated bound from its row statistics.
 
@@ -127,18 +152,19 @@ def interpolated(
         excess: [G, B], sum over j != i of A_ij - D_i.
         shares: [G, B], sum over j != i of 1 - p_ij, the share of A_ij that comes from the log-baseline.
         a: [G, B], log-baseline.
+        rows: how sums over all rows are taken.
 
     Returns:
         value [G]; log m_i + log(1 - p_ii) [G, B], the weight of row i in the marginal term; dV / da_i [G, B].
     """
-    count = joint.shape[-1]
+    count = rows.count(joint)
     pairs = count * (count - 1)
     log_alpha, log_beta = log_weights(alpha)
     log_mean = rest - math.log(count - 1)
     log_m = log_mean - torch.logaddexp(log_alpha + log_mean, log_beta + a)
     # relative to the log-mean, so that alpha = 1 gives exactly 0
     log_marginal = -torch.logaddexp(torch.full_like(a, log_alpha), log_beta + a - log_mean)
-    value = 1 - excess.sum(-1) / pairs - log_marginal.exp().mean(-1)
+    value = 1 - rows.sum(excess) / pairs - rows.mean(log_marginal.exp())
     weight = log_m + logsigmoid(-(log_alpha + log_mean - log_beta - a))
     return value, weight, weight.exp() / count - shares / pairs
 
