@@ -81,7 +81,8 @@ class Passes:
             if not deals:
                 yield batch
                 continue
-            torch.manual_seed(seed_of(self.loader.sampler.seed, number, place, self.ranks.rank))
+            drawing = self.ranks.rank if rows is not None else 0  # on a whole batch all ranks do the very same
+            torch.manual_seed(seed_of(self.loader.sampler.seed, number, place, drawing))
             yield Share(batch, rows), whole.label.to(self.device), whole.index.to(self.device)
 
     def turns(self) -> Iterator[tuple[int, bool, Batch]]:
