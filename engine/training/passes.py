@@ -20,10 +20,16 @@ from engine.ranks import Ranks, seed_of
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank computes of a batch: `inputs` are its `rows`, or the whole batch where `rows` is None."""
+    """What one rank computes of a batch.
+
+    Attributes:
+        inputs: its `rows`, or the whole batch where `rows` is None.
+        seed: of the model's random numbers, such as dropout's.
+    """
 
     inputs: Any
     rows: slice | None
+    seed: int = 0
 
 
 class Passes:
@@ -34,9 +40,8 @@ class Passes:
         prepare: what is done to a batch before it moves to the device.
         exact: whether a static step's batches also tell their widths before rounding up to a bucket.
         ranks: the ranks of the run.
-        deals: whether each rank gets its own rows of every batch, as (`Share`, all labels, all row numbers). Dropout
-            is then seeded anew for every batch and rank. A batch whose rows the number of ranks does not divide is
-            given whole to every rank.
+        deals: whether each rank gets its own rows of every batch, as (`Share`, all labels, all row numbers). A batch
+            whose rows the number of ranks does not divide is given whole to every rank.
     """
 
     PASSES_PER_EPOCH = 1000
@@ -82,8 +87,8 @@ class Passes:
                 yield batch
                 continue
             drawing = self.ranks.rank if rows is not None else 0  # on a whole batch all ranks do the very same
-            torch.manual_seed(seed_of(self.loader.sampler.seed, number, place, drawing))
-            yield Share(batch, rows), whole.label.to(self.device), whole.index.to(self.device)
+            seed = seed_of(self.loader.sampler.seed, number, place, drawing)
+            yield Share(batch, rows, seed), whole.label.to(self.device), whole.index.to(self.device)
 
     def turns(self) -> Iterator[tuple[int, bool, Batch]]:
         """The batches that fall to this rank when the ranks take turns, whole, with their numbers.

@@ -42,9 +42,12 @@ class StepOnRanks(TwoStageStep):
         """What the model gives for the whole batch: `inputs` are a `Share` of it or all, `target` is whole."""
         if not isinstance(inputs, Share):
             return super()._outputs(inputs, target)
-        if inputs.rows is None:
-            return super()._outputs(inputs.inputs, target)
-        prediction, features, loss = super()._outputs(inputs.inputs, target[inputs.rows])
+        # Apart from the model, the generators of all ranks draw the same. So a checkpoint holds one state for all.
+        with torch.random.fork_rng([target.device] if target.is_cuda else []):
+            torch.manual_seed(inputs.seed)
+            if inputs.rows is None:
+                return super()._outputs(inputs.inputs, target)
+            prediction, features, loss = super()._outputs(inputs.inputs, target[inputs.rows])
         joined = self.ranks.join([prediction, *features.values()])
         return ReadOutput(joined[0], dict(zip(features, joined[1:], strict=True)), loss)
 

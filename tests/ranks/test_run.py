@@ -71,7 +71,7 @@ def trained(rank, size, settings, out):
     return {k: v for k, v in result.metrics.items() if k in ("best_epoch", "valid", "test")}
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_run_is_that_of_one_process(ranks, data, tmp_path, size):
     settings = [*QUICK, f"data.path={data}"]
     alone = trained(0, 1, settings, tmp_path / "one")
