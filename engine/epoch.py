@@ -39,7 +39,7 @@ def run_epoch(
         position.total += 1
         on_batch(stage, number)
 
-    step.finite.begin(position)
+    step.finite.begin(position, getattr(loader, "rows", None))
     position.bank = bank
     if collects and position.enter("collect"):
         with part("collect"):
@@ -52,9 +52,11 @@ def run_epoch(
                 if position.enter("stage1", number):
                     sums = passes.stage1(loader, seen, batch_size, fresh, products, done, position)
                     position.estimators.add_sums(sums)
+                    step.finite.read()
     position.enter("stage2")
     with part("stage2"):
         losses, information, next_bank = passes.stage2(loader, size, bank, of_stage2, done, position)
+    step.finite.read()
     step.finite.require_a_step(losses)
     estimators = position.estimators.sums()
     result = EpochResult(**means(losses), information=means(information), estimators=means(estimators))

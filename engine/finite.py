@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.errors import ConfigError, EstimatorError, NonFiniteError
+from engine.finite_flags import Flags, by_kind, first_not_finite
 from engine.model.estimators import readable
 from engine.position import Position
 from engine.vocabulary import NON_FINITE
@@ -30,7 +31,8 @@ class NonFinite:
     """What a `TwoStageStep` does about losses and gradients that are not finite.
 
     On a CPU each step is checked before its update, so that a `NonFiniteError` leaves the parameters as they were. On a
-    GPU the host would have to wait for it: there, the means of the epoch are checked.
+    GPU and in a static step the host does not wait: losses are noted on the device and read at the end of a pass, and a
+    step is left out there.
 
     Args:
         step: whose steps are checked.
@@ -49,12 +51,21 @@ class NonFinite:
         self.step, self.policy = step, policy
         self.ids: Sequence[str] | None = None
         self.position = Position()
+        self.flags: Flags | None = None
+        self._rows: Callable[[int], Tensor] | None = None
+        self._before: list[tuple[Tensor, Tensor]] = []
+        self._noted: dict[tuple[str, ...], list[tuple[int, Tensor]]] = {}
 
-    def begin(self, position: Position) -> None:
-        """Count in the position of a new epoch, or of one that is gone on with."""
+    def begin(self, position: Position, rows: Callable[[int], Tensor] | None = None) -> None:
+        """Count in the position of a new epoch, or of one that is gone on with.
+
+        Args:
+            rows: gives the rows of a batch of the loader's present pass.
+        """
         if not position.resumed:
             position.in_a_row = self.position.in_a_row
-        self.position = position
+        self.position, self._rows = position, rows
+        position.before_saving = self.read
 
     # -- one step --
 
@@ -64,7 +75,13 @@ class NonFinite:
         Args:
             task: the part of it that is the task loss; None in stage 1.
         """
-        if not self._looks(loss) or math.isfinite(loss.item()) or self.step.scaler is not None:
+        if self.step.scaler is not None:
+            return
+        if not self._looks(loss):
+            if self.policy == "skip":
+                self.flags_for(loss.device).note_loss(loss)
+            return
+        if math.isfinite(loss.item()):
             return
         if task is not None and not math.isfinite(task.item()):
             raise _error("task loss", f"a loss of {task.item()}")
@@ -78,7 +95,11 @@ class NonFinite:
     def check_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise NonFiniteError for clipped gradients that are not finite. A loss scaler looks at its own itself."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not parameters or not self._looks(parameters[0]) or self.step.scaler is not None:
+        if not parameters or self.step.scaler is not None:
+            return
+        if not self._looks(parameters[0]):
+            if self.policy == "skip":
+                self._skip_on_device(optimizer, parameters)
             return
         if not _any_non_finite([p.grad for p in parameters]):
             return
@@ -89,9 +110,34 @@ class NonFinite:
         more = f" and {len(names) - 1} more parameters" if len(names) > 1 else ""
         raise _error(f"gradient of {names[0] if names else 'a parameter'}{more}", "values that are not finite")
 
+    def _skip_on_device(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Have the optimiser and the moving average leave out a step that is not finite, and put the buffers back."""
+        flags = self.flags_for(parameters[0].device)
+        flags.note_gradients([p.grad for p in parameters])
+        optimizer.found_inf = flags.bad  # which a fused Adam reads on the device
+        if self.step.average is not None:
+            self.step.average.hold = flags.bad
+        for buffer, value in self._before:
+            buffer.copy_(torch.where(flags.bad > 0, value, buffer))
+
     def _looks(self, tensor: Tensor) -> bool:
-        """Whether the host may read the tensor. To skip a step on a GPU it has to."""
-        return readable(tensor) or (self.policy == "skip" and self.step.held is None and tensor.is_cuda)
+        """Whether the host may read the tensor. It has to, to leave out the step of most optimisers."""
+        return readable(tensor) or (self.policy == "skip" and self.step.held is None and not self.skips_on_device())
+
+    def skips_on_device(self) -> bool:
+        """Whether the step's optimisers can leave out a step without the host: Adam and AdamW, fused."""
+        own = [o for o in (self.step.main_optimizer, self.step.estimator_optimizer) if o is not None]
+        return all(isinstance(o, torch.optim.Adam) and all(g.get("fused") for g in o.param_groups) for o in own)
+
+    def flags_for(self, device: torch.device) -> Flags:
+        """What notes steps on the device."""
+        if self.flags is None:
+            self.flags = Flags(device)
+        return self.flags
+
+    def keep(self, loss: Tensor) -> Tensor | None:
+        """Whether the present step is made: a bool on the device, or None where the host knows that it is."""
+        return None if self.policy == "stop" or self._looks(loss) else self.flags_for(loss.device).bad == 0
 
     # -- batches of an epoch --
 
@@ -101,7 +147,7 @@ class NonFinite:
         Raises:
             NonFiniteError, EstimatorError: as `run`, with the batch and its samples.
         """
-        before = self._buffers() if self.policy == "skip" else []
+        before = self._before = self._buffers() if self.policy == "skip" else []
         try:
             result = run()
         except EstimatorError as problem:
@@ -111,8 +157,30 @@ class NonFinite:
                 raise self._placed(problem, stage, number, index) from problem
             self._leave_out(problem, stage, number, index, before)
             return None
+        if self.flags is not None and self.policy == "skip":
+            self.flags.count()
         self.position.in_a_row = 0
         return result
+
+    def read(self) -> None:
+        """Take what was noted on the device into the position.
+
+        Raises:
+            NonFiniteError: a loss was not finite, or too many steps in a row were left out.
+        """
+        found = self._first()
+        if found is not None:
+            name, number = found
+            index = None if self._rows is None or self.position.order is not None else self._rows(number)
+            raise self._placed(_error(name, "a value that is not finite"), self.position.stage, number, index)
+        if self.flags is None:
+            return
+        left, most = self.flags.read_counts()
+        self.position.skipped += left
+        if self.step.average is not None and self.position.stage == "stage2":
+            self.step.average.updates -= left
+        if most >= MOST_IN_A_ROW:
+            raise _error("losses or gradients", f"{most} steps in a row that were left out")
 
     def _buffers(self) -> list[tuple[Tensor, Tensor]]:
         modules = [m for m in (self.step.model, self.step.objective) if m is not None]
@@ -146,19 +214,36 @@ class NonFinite:
             where += f" ({len(rows)} samples, {kind} {', '.join(names)}{', ...' * (len(rows) > NAMED)})"
         return type(problem)(problem.where, f"{problem.found} in {where}", problem.expected, problem.do)
 
-    def features(
-        self, index: Tensor, run: Callable[[], dict[str, Tensor]]
-    ) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Tensor]]:
-        """What `run` returns, and the rows and features of it that a bank may hold: under "skip" only finite ones."""
+    def features(self, run: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What `run` returns, and which rows of it a bank may hold: None for all, under "skip" a bool [B]."""
         if self.policy == "stop":
-            features = run()
-            return features, index, features
+            return run(), None
         before, features = self._buffers(), run()
         keep = torch.stack([value.reshape(len(value), -1).isfinite().all(1) for value in features.values()]).all(0)
-        if keep.all():
-            return features, index, features
-        _put_back(before)
-        return features, index[keep], {name: value[keep] for name, value in features.items()}
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(torch.where(keep.all(), buffer, value))
+        return features, keep
+
+    def note(self, output: Any, number: int) -> None:
+        """Keep a batch's values until they are read, where the host does not look at them. Nothing is computed."""
+        if self.policy == "stop" and self.step.scaler is None and not self._looks(output.loss):
+            information = getattr(output, "information", output)
+            if information is not output:
+                self._noted.setdefault(("task",), []).append((number, output.task.reshape(1)))
+            if information is not None:
+                self._noted.setdefault(tuple(information.names), []).append((number, information.stacked_values))
+
+    def _first(self) -> tuple[str, int] | None:
+        """The first value that was noted and is not finite, as (name, batch). Waits for the device."""
+        noted = [(names, torch.stack([v for _, v in values])) for names, values in self._noted.items()]
+        numbers = [[number for number, _ in values] for values in self._noted.values()]
+        self._noted = {}
+        found = first_not_finite(noted, numbers) or first_not_finite(self.position.noted())
+        if found is None:
+            return None
+        name, number = found
+        return {"task": "task loss", "loss": "loss"}.get(name, f"objective term {name}"), number
 
     def require_a_step(self, losses: Mapping[str, Any]) -> None:
         """Raise NonFiniteError if all steps of stage 2 were left out."""
@@ -182,12 +267,8 @@ def _put_back(before: list[tuple[Tensor, Tensor]]) -> None:
 
 def _any_non_finite(gradients: Sequence[Tensor]) -> bool:
     """Whether a value is NaN or infinite. The fastest look at many tensors is the one that loss scaling takes."""
-    of_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for gradient in gradients:
-        dense = gradient.coalesce().values() if gradient.is_sparse else gradient
-        of_kind.setdefault((dense.device, dense.dtype), []).append(dense)
-    for (device, _), tensors in of_kind.items():
-        found, one = torch.zeros((), device=device), torch.ones((), device=device)
+    for tensors in by_kind(gradients):
+        found, one = torch.zeros((), device=tensors[0].device), torch.ones((), device=tensors[0].device)
         torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, one)
         if found.item():
             return True

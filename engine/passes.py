@@ -129,7 +129,8 @@ class EagerPasses:
             products = take(number, rows)
             output = self.step.finite.guarded("stage1", number, index, partial(self.step.stage1, features, products))
             if output is not None:
-                estimators.add(output.names, output.stacked_values, rows)
+                self.step.finite.note(output, number)
+                estimators.add(output.names, output.stacked_values, rows, self.step.finite.keep(output.loss))
             on_batch("stage1", number)
         self._flush("stage1")
         return estimators.sums()
@@ -154,9 +155,11 @@ class EagerPasses:
             run = partial(self.step.stage2, inputs, target, products, information=use)
             output = self.step.finite.guarded("stage2", number, index, run)
             if output is not None:
+                self.step.finite.note(output, number)
+                keep = self.step.finite.keep(output.loss)
                 if index is not None:
-                    next_bank.store(index, output.features)
-                _add(output, rows, losses, information)
+                    next_bank.store(index, output.features, keep)
+                _add(output, rows, losses, information, keep)
             on_batch("stage2", number)
         self._flush("stage2")
         return losses.sums(), information.sums(), next_bank
@@ -189,22 +192,26 @@ class EagerPasses:
     def _computed(self, loader: Iterable, bank: FeatureBank) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Rows and features of every batch in the model's present state, kept in `bank`."""
         for inputs, target, index, _ in self.step.batches(loader, bank.size, by_row=True):
-            features, rows, kept = self.step.finite.features(index, partial(self.step.features, inputs, target))
-            bank.store(rows, kept)
+            features, keep = self.step.finite.features(partial(self.step.features, inputs, target))
+            bank.store(index, features, keep)
             yield index, features
 
     def _shuffled(
         self, bank: FeatureBank, batch_size: int, position: Position
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Rows and features of the bank in batches, in a new order."""
-        known, stored = bank.tensors(), bank.filled.nonzero()[:, 0].cpu()
+        known, whole = bank.tensors(), bool(bank.filled.all())
+        stored = None if whole else bank.filled.nonzero()[:, 0].cpu()
         if position.order is None:
             position.order = self.step.shuffled(len(next(iter(known.values()))))
         for rows in position.order.split(batch_size)[position.batches :]:
-            yield stored[rows.cpu()], {name: value[rows.to(value.device)] for name, value in known.items()}
+            yield (
+                rows if stored is None else stored[rows.cpu()],
+                {name: value[rows.to(value.device)] for name, value in known.items()},
+            )
 
 
-def _add(output: StepOutput, rows: int, losses: Average, information: Average) -> None:
-    losses.add(("loss", "task"), torch.stack([output.loss, output.task]), rows)
+def _add(output: StepOutput, rows: int, losses: Average, information: Average, keep: Tensor | None = None) -> None:
+    losses.add(("loss", "task"), torch.stack([output.loss, output.task]), rows, keep)
     if output.information is not None:
-        information.add(output.information.names, output.information.stacked_values, rows)
+        information.add(output.information.names, output.information.stacked_values, rows, keep)

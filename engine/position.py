@@ -59,6 +59,8 @@ class Position:
         self.skipped = self.in_a_row = 0
         self.seconds, self.waited = 0.0, 0.0
         self._sums: dict[str, Average] = {}
+        self.noted: Callable[[], list[tuple[list[str], Tensor]]] = list
+        self.before_saving: Callable[[], None] = lambda: None
         self.now: Callable[[], Mapping[str, Average]] = lambda: self._sums
 
     @property
@@ -73,7 +75,7 @@ class Position:
             self.stage, self.number, self.batches = stage, number, 0
             self.order = self.filling = None
             self._sums = {}
-            self.now = lambda: self._sums
+            self.now, self.noted = lambda: self._sums, list
         return there >= here
 
     def left(self, loader: Iterable) -> Iterable:
@@ -92,6 +94,7 @@ class Position:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors, without the times. The tensors are not copied: training changes them."""
+        self.before_saving()
         banks = {"filling": self.filling, "seen": self.seen}
         return {
             "stage": self.stage, "number": self.number, "batches": self.batches, "total": self.total,

@@ -64,6 +64,9 @@ class StaticPasses:
         self._draws: dict[str, Any] = {}
         self._totals: dict[str, tuple[list[str], Tensor]] = {}
         self._counts: Counter[str] = Counter()  # samples that each of the totals holds
+        self._noted: dict[str, tuple[list[str], Tensor]] = {}  # values of every batch of a pass
+        self._batches = 0  # that these have room for
+        self._left_out: dict[str, Tensor] = {}  # of these, samples of steps that were left out
         self._banks: dict[str, FeatureBank] = {}
         self._watched: StateWatch | None = None
         self._settings: list[Any] = []
@@ -111,6 +114,7 @@ class StaticPasses:
         if fresh and not position.batches:
             bank.clear()
         with self._pass(position.left(loader), first, position) as feed:
+            self._begin_notes(len(loader) if fresh else -(-bank.size // batch_size), position)
             if fresh:
                 keys = feed.steps()
             else:
@@ -138,6 +142,7 @@ class StaticPasses:
         step, position = self.step, position or Position()
         next_bank = position.filling = self._bank("stage2", size, position.filling)
         with self._pass(position.left(loader), first, position) as feed:
+            self._begin_notes(len(loader), position)
             for number, key in enumerate(feed.steps(), position.batches):
                 use = bank is not None and key[0] >= step.objective.min_batch
                 self.held.refresh_rates(step.main_optimizer)
@@ -184,28 +189,36 @@ class StaticPasses:
     @torch.no_grad()
     def _collect_batch(self, key: Key) -> None:
         inputs, target, index = self._feed.batch(key, self.number)
-        self._banks["collect"].store(index, self.step.features(inputs, target))
+        features, keep = self.step.finite.features(partial(self.step.features, inputs, target))
+        self._banks["collect"].store(index, features, keep)
         self._counters.add_(1)
 
     def _stage1_batch(self, key: Key, fresh: bool) -> None:
         if fresh:
             inputs, target, index = self._feed.batch(key, self.number)
             with torch.no_grad():
-                features = self.step.features(inputs, target)
-                self._banks["stage1"].store(index, features)
+                features, keep = self.step.finite.features(partial(self.step.features, inputs, target))
+                self._banks["stage1"].store(index, features, keep)
         else:
             rows = self._order.index_select(0, self.number)[0, : key[0]]
             features = {name: value.index_select(0, rows) for name, value in self._known.items()}
-        output = self.step.stage1(features, self._take("training", key[0]))
-        self._add("stage1", output.names, output.stacked_values, key[0])
+        run = partial(self.step.stage1, features, self._take("training", key[0]))
+        output = self.step.finite.guarded("stage1", 0, None, run)
+        self._add("stage1", output.names, output.stacked_values, key[0], self.step.finite.keep(output.loss))
+        self._note("stage1", output.names, output.stacked_values)
         self._counters.add_(1)
 
     def _stage2_batch(self, key: Key, information: bool) -> None:
         inputs, target, index = self._feed.batch(key, self.number)
         products = self._take("training", key[0]) if information else None
-        output = self.step.stage2(inputs, target, products, information=information)
-        self._banks["stage2"].store(index, output.features)
-        self._add_output(output, key[0])
+        run = partial(self.step.stage2, inputs, target, products, information=information)
+        output = self.step.finite.guarded("stage2", 0, None, run)
+        keep = self.step.finite.keep(output.loss)
+        self._banks["stage2"].store(index, output.features, keep)
+        self._add_output(output, key[0], keep)
+        self._note("losses", ["task"], output.task.reshape(1))
+        if output.information is not None:
+            self._note("information", output.information.names, output.information.stacked_values)
         self._counters.add_(1)
 
     @torch.no_grad()
@@ -218,10 +231,10 @@ class StaticPasses:
         self._add_output(output, key[0])
         self._counters.add_(1)
 
-    def _add_output(self, output: StepOutput, size: int) -> None:
-        self._add("losses", ("loss", "task"), torch.stack([output.loss, output.task]), size)
+    def _add_output(self, output: StepOutput, size: int, keep: Tensor | None = None) -> None:
+        self._add("losses", ("loss", "task"), torch.stack([output.loss, output.task]), size, keep)
         if output.information is not None:
-            self._add("information", output.information.names, output.information.stacked_values, size)
+            self._add("information", output.information.names, output.information.stacked_values, size, keep)
 
     # -- what they share
 
@@ -339,24 +352,48 @@ class StaticPasses:
         with part("products"):
             return self._draws[stage].take(self._row, size)
 
-    def _add(self, name: str, names: Sequence[str], values: Tensor, weight: int) -> None:
+    def _add(self, name: str, names: Sequence[str], values: Tensor, weight: int, keep: Tensor | None = None) -> None:
         if name not in self._totals:
             self._totals[name] = list(names), torch.zeros_like(values, dtype=torch.float32)
+            self._left_out[name] = torch.zeros((), dtype=torch.int64, device=self.device)
+        if keep is not None:
+            values = torch.where(keep, values, torch.zeros_like(values))
+            self._left_out[name].add_(~keep, alpha=weight)
         self._totals[name][1].add_(values, alpha=weight)
+
+    def _note(self, name: str, names: Sequence[str], values: Tensor) -> None:
+        """Keep a batch's values until the pass is read: it is one small copy."""
+        if self.step.finite.policy == "skip" or self.step.scaler is not None:
+            return
+        if name not in self._noted:
+            table = torch.zeros(self._batches, len(names), dtype=values.dtype, device=self.device)
+            self._noted[name] = list(names), table
+        self._noted[name][1].index_copy_(0, self.number, values[None])
+
+    def _begin_notes(self, batches: int, position: Position) -> None:
+        """Begin a pass of so many batches with nothing noted."""
+        if batches > self._batches:
+            self._batches = batches
+            self._noted.clear()
+            self.graphs.clear()
+        for _, table in self._noted.values():
+            table.zero_()
+        position.noted = lambda: list(self._noted.values())
 
     def _begin_sums(self, position: Position) -> None:
         """Begin a pass's sums at 0, or at what they were."""
         self._counts.clear()
-        for _, total in self._totals.values():
+        for name, (_, total) in self._totals.items():
             total.zero_()
+            self._left_out[name].zero_()
         for name, average in position.now().items():
             for names, total, count in average.state_dict()["batches"]:
                 self._add(name, names, total, 1)
                 self._counts[name] = count
         position.now = lambda: {
             name: Average.of({"batches": [[*self._totals[name], count]], "sums": {}}, self.device)
-            for name, count in self._counts.items()
-            if count
+            for name in self._counts
+            if (count := self._seen(name))
         }
 
     def _count(self, name: str, samples: int) -> None:
@@ -364,7 +401,13 @@ class StaticPasses:
 
     def _sums(self, name: str) -> Sums:
         """Sums of a pass, read from the device; empty where nothing was added."""
-        if not self._counts[name]:
+        count = self._seen(name)
+        if not count:
             return {}
         names, total = self._totals[name]
-        return {n: (value, self._counts[name]) for n, value in zip(names, total.tolist(), strict=True)}
+        return {n: (value, count) for n, value in zip(names, total.tolist(), strict=True)}
+
+    def _seen(self, name: str) -> int:
+        """Samples of the steps that were made, of those that the totals `name` hold."""
+        count, skips = self._counts[name], self.step.finite.policy == "skip"
+        return count - int(self._left_out[name]) if count and skips else count

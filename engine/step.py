@@ -166,8 +166,8 @@ class TwoStageStep(Updates):
 
     def _static_step(self, graphs: GraphMode) -> StaticPasses | None:
         on_gpu = next((p.is_cuda for p in self.model.parameters()), False)
-        skips = self.finite.policy == "skip"  # the host has to look at each step
-        if graphs in ("off", False) or (graphs == "auto" and (not on_gpu or skips)):
+        guided = self.finite.policy == "skip" and not self.finite.skips_on_device()
+        if graphs in ("off", False) or (graphs == "auto" and (not on_gpu or guided)):
             return None
         if self.accumulate > 1:
             if graphs == "auto":
@@ -176,13 +176,11 @@ class TwoStageStep(Updates):
                 "TwoStageStep", f"accumulate={self.accumulate} with graphs={graphs!r}", "one of the two",
                 "Use graphs off, or larger batches.",
             )  # fmt: skip
-        if skips:
+        if guided:
             raise ConfigError(
-                "graphs",
-                f"{graphs!r} with non_finite='skip'",
-                "one of the two",
-                "Use graphs off, or non_finite='stop'.",
-            )
+                "graphs", f"{graphs!r} with non_finite='skip' and an optimiser that the host has to tell",
+                "one that skips on the device: fused Adam or AdamW", "Use one, or graphs off, or non_finite='stop'.",
+            )  # fmt: skip
         return StaticPasses(self, capture=on_gpu and graphs != "emulate", strict=graphs != "auto")
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:

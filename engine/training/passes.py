@@ -67,6 +67,10 @@ class Passes:
         """Go on after so many passes of the epoch, at a batch of the next one. Earlier batches are not read."""
         self.passes, self._first = passes, batch
 
+    def rows(self, batch: int) -> Tensor:
+        """The rows of a batch of the present pass."""
+        return self.loader.sampler.batches(self._number() - 1)[batch]
+
     def __len__(self) -> int:
         return len(self.loader)
 
