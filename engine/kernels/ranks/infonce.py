@@ -45,7 +45,7 @@ def infonce_over_ranks(q: Tensor, k: Tensor, ranks: Ranks, local_loss: bool, opt
         raise wrong_shapes("infonce", q, k, "[B, d] and [M, d], or [G, B, d] and [G, M, d]")
     if options.get("in_batch") is False:
         raise EstimatorError(
-            "infonce with gather", "in_batch=False", "the keys of the batch as negatives, for they are what is gathered",
+            "infonce with gather", "in_batch=False", "the keys of the batch as negatives: they are what is gathered",
             "Set gather=False: DDP averages the ranks' losses.",
         )  # fmt: skip
     _check_options(q, given, [n for n, v in options.items() if n not in known and _is_given(v)], known)
