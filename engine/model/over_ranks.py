@@ -197,9 +197,9 @@ def cmi_group_estimates(
 
 
 def joined(module: nn.Module, arguments: tuple, ranks: Ranks) -> Estimate:
-    """What a module gives for the gathered features: as x, y, or as (x, y, z) of joint and of product rows."""
+    """What a module gives for the gathered features: as x, y (and z), or as (x, y, z) of joint and of product rows."""
     if isinstance(arguments[0], Tensor):
-        rows = gather_features(dict(zip("xy", arguments, strict=True)), ranks)
+        rows = gather_features(dict(zip("xyz", arguments, strict=False)), ranks)
         arguments = tuple(rows.values())
     else:
         joint = gather_features(dict(zip("xyz", arguments[0], strict=True)), ranks)

@@ -40,6 +40,7 @@ from engine.run_folder import (
 from engine.task import find_task
 from engine.training import resuming
 from engine.training.applying import own_tokenizer
+from engine.training.left import write_left
 from engine.training.parts import assemble, choose_device
 from engine.training.records import Record, record_of
 from engine.training.same_run import arithmetic, differing_splits
@@ -112,6 +113,7 @@ class TrainingRun:
         self._train(history, bank, started)
         summary = self.files.write_summary(history, time.perf_counter() - started)
         self.files.complete(history, ended=True)
+        write_left(self.files, history, summary)
         if self.config.output.features:
             self.files.write_features()
         if self.config.output.report:
