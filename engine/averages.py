@@ -43,6 +43,19 @@ class Average:
         self._on_device.clear()
         return self._sums
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors. The tensors may still be on the device."""
+        batches = [[list(names), total, weight] for names, (total, weight) in self._on_device.items()]
+        return {"batches": batches, "sums": {name: list(pair) for name, pair in self._sums.items()}}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> Average:
+        """The sums that `state_dict` gave."""
+        average = cls()
+        average._on_device = {tuple(n): (total.to(device), weight) for n, total, weight in state["batches"]}
+        average._sums = {name: (total, weight) for name, (total, weight) in state["sums"].items()}
+        return average
+
 
 @dataclass
 class EpochResult:
@@ -53,6 +66,7 @@ class EpochResult:
         information: of stage 2 or of evaluation. `estimators` is that of stage 1.
         prediction: [N, n], and `target`; of an evaluation only.
         features: of all samples in an evaluation. In training: those that stage 1 saw, of one state of the model.
+        skipped: steps of both stages that were left out because a loss or a gradient was not finite.
     """
 
     loss: float
@@ -62,6 +76,7 @@ class EpochResult:
     prediction: Tensor | None = None
     target: Tensor | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
+    skipped: int = 0
 
 
 class WeightAverage:

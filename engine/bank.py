@@ -57,6 +57,18 @@ class FeatureBank:
         copied.load_state_dict(self.state_dict())
         return copied
 
+    @classmethod
+    def of(cls, state: Mapping[str, Any] | None, device: torch.device | str | None = None) -> FeatureBank | None:
+        """The bank that `state_dict` gave, on `device`; None of None."""
+        if state is None:
+            return None
+        bank = cls(len(state["filled"]))
+        bank.load_state_dict(state)
+        if device is not None:
+            bank.filled = bank.filled.to(device)
+            bank.rows = {name: value.to(device) for name, value in bank.rows.items()}
+        return bank
+
     def state_dict(self) -> dict[str, Any]:
         return {"filled": self.filled, "rows": self.rows}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError
+from engine.torchrun import torchrun_shard
+
+__all__ = ["Lengths", "Sampler", "epoch_order", "torchrun_shard"]
 
 
 def epoch_order(count: int, shuffle: bool, seed: int, epoch: int) -> Tensor:
@@ -22,21 +23,6 @@ def epoch_order(count: int, shuffle: bool, seed: int, epoch: int) -> Tensor:
     if not shuffle:
         return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
-
-
-def torchrun_shard() -> tuple[int, int]:
-    """(rank, world size) as torchrun sets them in the environment; (0, 1) outside of torchrun.
-
-    Raises:
-        ConfigError: RANK or WORLD_SIZE is not a number, or RANK is not below WORLD_SIZE.
-    """
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
-        raise ConfigError(
-            "environment", f"RANK={rank} and WORLD_SIZE={world}", "numbers with RANK < WORLD_SIZE",
-            "Start with torchrun.",
-        )  # fmt: skip
-    return int(rank), int(world)
 
 
 @dataclass(frozen=True)
@@ -71,8 +57,9 @@ class Sampler:
             allows. If even sorting all samples does not reach it, all samples are sorted. None: no sorting. It has no
             effect without `shuffle`.
         shard: (rank, world size). Batches of world size x batch_size are dealt out sample by sample. All processes take
-            the same number of steps, and together they see every sample once. If the last batch has fewer samples than
-            there are processes, some processes end one step earlier.
+            the same number of steps, and together they see every sample once. A last batch with fewer samples than
+            there are processes takes some from the batch before. Only where that cannot give them some too (a
+            batch_size of 1, or a single batch) do some processes end one step earlier.
         lengths: needed for `max_padding`.
 
     >>> [batch.tolist() for batch in Sampler(5, 2).batches(epoch=0)]
@@ -100,6 +87,9 @@ class Sampler:
         short = len(pieces[-1]) if pieces else 0
         if pieces and ((self.drop_last and short < size) or (self.drop_singleton and short < min(size, 2 * world))):
             pieces.pop()
+        if len(pieces) > 1 and len(pieces[-1]) < world <= size // 2:
+            last = torch.cat(pieces[-2:])
+            pieces[-2:] = [last[:-world], last[-world:]]
         if self.shuffle and self.max_padding is not None:
             # its own generator, so that batches are not permuted as the first samples were
             generator = torch.Generator().manual_seed(((self.seed + epoch) << 1) ^ 0x5BD1E995)
