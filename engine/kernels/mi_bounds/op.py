@@ -93,7 +93,9 @@ def infonce(
         gather: Of several processes, take the keys of all ranks: True gathers them, "ring" passes them around and never
             holds all. The loss is that of one process on the joined batch, rank 0's rows first, and gradients that are
             averaged over ranks (DDP) are its gradients. `negatives` are the same on every rank. `positives` stay
-            numbers in this rank's [k; negatives]. "none" gives the losses of this rank's rows.
+            numbers in this rank's [k; negatives], and so do the columns of `key_labels` and `key_ids`. "none" gives the
+            losses of this rank's rows. `mask`, `in_batch` and a row's own negatives are refused; "ring" refuses labels,
+            ids, several positives, `decoupled`, `hardness` and `label_smoothing`, too.
         group: The process group of `gather`; None for the default one.
         local_loss: With `gather`, the mean or sum over this rank's rows, against the keys of all ranks.
 
@@ -121,26 +123,24 @@ def infonce(
     """
     check_reduction("infonce", reduction)
     exact_type("infonce", q, k, negatives)
+    if gather is not False or group is not None or local_loss:
+        given = {
+            "temperature": temperature, "cosine": cosine, "symmetric": symmetric, "negatives": negatives,
+            "positives": positives, "exclude_self": exclude_self, "labels": labels, "key_labels": key_labels,
+            "mask": mask, "row_ids": row_ids, "key_ids": key_ids, "in_batch": in_batch, "decoupled": decoupled,
+            "hardness": hardness, "label_smoothing": label_smoothing, "reduction": reduction,
+        }  # fmt: skip
+        over_ranks = _infonce_over_ranks(q, k, gather, group, local_loss, given)
+        if over_ranks is not None:
+            return over_ranks
+    if cosine:
+        q, k, negatives = (None if x is None else normalised(x) for x in (q, k, negatives))
     given = Given(positives, labels, key_labels, mask, row_ids, key_ids, exclude_self)
     options = Options(decoupled, hardness, label_smoothing)
     own = negatives is not None and negatives.dim() == q.dim() + 1
     several = positives is not None and positives.dim() == 2
     # without saying so, the keys of the batch are negatives unless rows have their own
-    extended = several or in_batch is own or any(x is not None for x in given[1:-1]) or options != Options()
-    if gather is not False or group is not None or local_loss:
-        if extended:
-            raise EstimatorError(
-                "infonce", "gather, group or local_loss with labels, several positives, mask, ids or other options",
-                "one of the two", "Gather embeddings and labels yourself, or leave these options out.",
-            )  # fmt: skip
-        plain = {"temperature": temperature, "cosine": cosine, "symmetric": symmetric, "negatives": negatives}
-        plain |= {"positives": positives, "exclude_self": exclude_self, "reduction": reduction}
-        over_ranks = _infonce_over_ranks(q, k, gather, group, local_loss, plain)
-        if over_ranks is not None:
-            return over_ranks
-    if cosine:
-        q, k, negatives = (None if x is None else normalised(x) for x in (q, k, negatives))
-    if extended:
+    if several or in_batch is own or any(x is not None for x in given[1:-1]) or options != Options():
         return extended_infonce(q, k, negatives, temperature, given, in_batch, symmetric, options, reduction)
     if own:
         if symmetric or exclude_self or positives is not None:
