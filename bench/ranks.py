@@ -2,7 +2,7 @@
 
     python -m bench.ranks --rows 4096 --width 1024
 
-Every figure is of fresh processes on this machine, joined by gloo: how much the peak of the resident memory rises in one
+Every figure is of fresh processes on this machine, joined by gloo: how much the peak of resident memory rises in one
 forward and backward pass, above what the process holds with its embeddings made. The most of all ranks is printed.
 """
 

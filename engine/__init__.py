@@ -21,6 +21,7 @@ _HOME = {
     "Objective": "engine.objective",
     "MI": "engine.objective",
     "CMI": "engine.objective",
+    "probe": "engine.probing",
     "TwoStageStep": "engine.step",
     "MIEstimator": "engine.model.estimators",
     "CMIEstimator": "engine.model.cmi",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from engine.objective import CMI as CMI
     from engine.objective import MI as MI
     from engine.objective import Objective as Objective
+    from engine.probing import probe as probe
     from engine.step import TwoStageStep as TwoStageStep
     from engine.task import Task as Task
     from engine.task import register_task as register_task

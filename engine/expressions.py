@@ -5,10 +5,11 @@ A text is a weighted sum of `MI(X, Y)` and `CMI(X, Y | Z)`, with an optional nam
     text    = [name "="] sum
     sum     = product {("+" | "-") product}
     product = factor {("*" | "/") factor}
-    factor  = ["-" | "+"] (number | "MI(X, Y)" | "CMI(X, Y | Z)" | "(" sum ")")
+    factor  = ["-" | "+"] (number | "MI(X, Y" own ")" | "CMI(X, Y | Z" own ")" | "(" sum ")")
+    own     = ["," "bound" "=" word] ["," "critic" "=" word]
 
-It means what the same sum means in Python. Names of features are words, or stand in double quotes. Nothing of a text is
-executed.
+It means what the same sum means in Python: `MI(Z, S, bound=club)` has a bound of its own. Names of features are words,
+or stand in double quotes. Nothing of a text is executed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ TERMS = "objective.terms"
 WEIGHTS = "objective.estimator_weights"
 FORM = 'a sum such as 0.01 * (MI(X, Y) - CMI(X, Y | Z)), with "name =" in front if it is to have one'
 DEEPEST = 50
+OPTIONS = ("bound", "critic")
+"""What a term may have of its own, as name=value."""
 
 _TOKEN = re.compile(
     r"""\s*(?:(?P<number>\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)
@@ -152,7 +155,8 @@ def term_text(term: Term) -> str:
     'CMI(Z, S | Y)'
     """
     pair = f"{_name(term.x)}, {_name(term.y)}"
-    return f"MI({pair})" if term.given is None else f"CMI({pair} | {_name(term.given)})"
+    own = "".join(f", {name}={value}" for name in OPTIONS if (value := getattr(term, name)) is not None)
+    return f"MI({pair}{own})" if term.given is None else f"CMI({pair} | {_name(term.given)}{own})"
 
 
 def _number(value: float) -> str:
@@ -281,12 +285,34 @@ class _Parser:
         self._take(",")
         y = self._feature()
         if text == "MI":
-            self._take(")")
-            return MI(x, y)
+            return self._with_options(lambda own: MI(x, y, **own))
         self._take("|")
         given = self._feature()
-        self._take(")")
-        return CMI(x, y, given=given)
+        return self._with_options(lambda own: CMI(x, y, given=given, **own))
+
+    def _with_options(self, make: Callable[[dict[str, str]], Expression]) -> Expression:
+        """The term that `make` makes of the options that follow, up to its closing bracket."""
+        own: dict[str, str] = {}
+        while self._take(")", ",") == ",":
+            option = self._word(" or ".join(name for name in OPTIONS if name not in own))
+            if option not in OPTIONS or option in own:
+                self.next -= 1
+                raise self._error(" or ".join(f"{name}=" for name in OPTIONS if name not in own) or ")")
+            self._take("=")
+            own[option] = self._word("a word")
+        try:
+            return make(own)
+        except (ConfigError, TypeError) as problem:  # such as CMI with a critic
+            self.next -= 2  # to the last option's value
+            known = problem.expected if isinstance(problem, ConfigError) else "no critic= for CMI"
+            raise self._error(known) from problem
+
+    def _word(self, what: str) -> str:
+        kind, text, _ = self.tokens[self.next] if self.next < len(self.tokens) else ("end", "", 0)
+        if kind != "word":
+            raise self._error(what)
+        self.next += 1
+        return text
 
     def _feature(self, what: str = "the name of a feature") -> str:
         kind, text, _ = self.tokens[self.next] if self.next < len(self.tokens) else ("end", "", 0)

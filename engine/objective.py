@@ -15,9 +15,10 @@ estimators. Stage 2, `model_loss`, moves the features.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ from engine.constant import Constant
 from engine.errors import ConfigError, EstimatorError
 from engine.kernels.knn_product import Bank, EpochProducts, ProductRows, ProductSampler, draw_epoch
 from engine.kernels.ranks.group import find_ranks
-from engine.model.cmi import CMIEstimator
-from engine.model.estimators import Estimate, MIEstimator
+from engine.minimised import advice
+from engine.model.default import default_estimator
+from engine.model.estimators import Estimate
 from engine.model.term_estimators import TermEstimates, TermEstimators
 from engine.readings import Reading
 from engine.terms import CMI, MI, Expression, Sums, Term, distinct_terms
@@ -103,13 +105,16 @@ class Objective(nn.Module):
         expressions: what to maximise. A negative weight minimises. Names must differ.
         dims: the width of every feature that an expression names. Features are float [B, width].
         discrete: features that hold categories or few-valued labels. Product rows given one of them are drawn within
-            strata of equal value instead of among nearest neighbours.
+            strata of equal value instead of among nearest neighbours. {feature: number of classes} says that it holds
+            0 ... classes - 1, or one-hot rows. The bounds "club", "club_sample", "l1out" and "ba" then predict classes;
+            without a number (None) they predict numbers.
         estimators: order and stage-1 weights of the estimators, as {term: weight}. By default every term has weight 1,
             in order of appearance, MI before CMI.
         settings: the estimators' settings.
         make_estimator: builds a term's estimator from the term, `dims` and `settings`; by default
             `default_estimator`, an `MIEstimator` or a `CMIEstimator`. See `replace` for how it is called.
         shared_draws: whether terms of equal condition share their product rows.
+        advise: whether to warn of a lower bound that is minimised and of an upper bound that is maximised.
         gather: of several processes, whether estimates are those of the batch that all ranks hold together: "off",
             "gather" or "ring"; see `engine.kernels.infonce`. None: as `settings.gather` says, by default "gather".
             Without a process group it changes nothing.
@@ -133,11 +138,12 @@ class Objective(nn.Module):
         expressions: Iterable[Expression],
         dims: Mapping[str, int],
         *,
-        discrete: Iterable[str] = (),
+        discrete: Iterable[str] | Mapping[str, int | None] = (),
         estimators: Mapping[Term, float] | None = None,
         settings: ObjectiveConfig | None = None,
         make_estimator: MakeEstimator | None = None,
         shared_draws: bool = True,
+        advise: bool = True,
         gather: str | None = None,
         group: Any = None,
     ):
@@ -145,6 +151,7 @@ class Objective(nn.Module):
         self.expressions = tuple(expressions)
         self.settings = settings or ObjectiveConfig()
         self.discrete, self.shared_draws = frozenset(discrete), shared_draws
+        self.classes = {name: n for name, n in discrete.items() if n} if isinstance(discrete, Mapping) else {}
         self.gather, self.group = self.settings.gather if gather is None else gather, group
         if self.gather not in GATHERS:
             raise ConfigError("objective.gather", repr(gather), f"one of {', '.join(GATHERS)}", "Choose one.")
@@ -154,9 +161,10 @@ class Objective(nn.Module):
         self.stage1_weights = dict(estimators)
         self.terms = tuple(self.stage1_weights)
         self._readers = {name: term for term in self.terms for name in term.features}
-        self._conditional = tuple(t for t in self.terms if t.given is not None)
+        self._conditional = tuple(t for t in self.terms if t.needs_products)
+        make_estimator = make_estimator or partial(default_estimator, classes=self.classes)
         self.estimators = TermEstimators(
-            {t.key: (make_estimator or default_estimator)(t, dims, self.settings) for t in self.terms},
+            {t.key: make_estimator(t, dims, self.settings) for t in self.terms},
             {t.key: str(t) for t in self.terms},
             {t.key: t.features for t in self.terms},
         )
@@ -165,6 +173,9 @@ class Objective(nn.Module):
         folded = [e.folded() for e in self.expressions]
         self._stage2 = Constant([-sum(f.get(term, 0.0) for f in folded) for term in self.terms])
         self._make_constants()
+        if advise:
+            for text in advice(self.expressions, self.settings.bound, self.settings.cmi_estimator):
+                warnings.warn(text, stacklevel=2)
 
     # -- single estimators -------------------------------------------------------------------------
 
@@ -188,7 +199,8 @@ class Objective(nn.Module):
         Args:
             term: as for `split`.
             module: returns an `Estimate`. It is called as module(x, y), like `MIEstimator`; for a conditional term as
-                module((x, y, z), (x, y, z)) with joint and product rows, like `CMIEstimator`.
+                module((x, y, z), (x, y, z)) with joint and product rows, like `CMIEstimator`; for one by "club" as
+                module(x, y, z), like `StratifiedCLUB`.
 
         Raises:
             ConfigError: there is no such term, or `module` is no module.
@@ -239,13 +251,18 @@ class Objective(nn.Module):
 
     @property
     def needs_products(self) -> bool:
-        """Whether any term is conditional, so that `estimator_loss` and `model_loss` need product rows."""
+        """Whether `estimator_loss` and `model_loss` need product rows, as conditional terms by a classifier do."""
         return bool(self._conditional)
 
     @property
     def min_batch(self) -> int:
-        """The smallest batch on which every term is defined: 2, or k_neighbor where product rows are needed."""
-        return max(2, self.settings.k_neighbor) if self.needs_products else 2
+        """The smallest batch on which every term is defined.
+
+        2; k_neighbor where product rows are needed; and one more row than a condition has classes where rows of one
+        class are compared, because two of them must be there.
+        """
+        least = [self.classes[t.given] + 1 for t in self.terms if t.given in self.classes and t.from_above]
+        return max(2, self.settings.k_neighbor if self.needs_products else 2, *least)
 
     def sample_products(
         self, bank: Mapping[str, Tensor], batch_size: int, generator: torch.Generator | None = None
@@ -429,6 +446,10 @@ def _check(expressions: Sequence[Expression], weights: Mapping[Term, float], dim
     if missing := [str(t) for t in used if t not in weights]:
         raise ConfigError("objective.estimators", f"no weight for {missing}", "one for every term", "Add them.")
     coefficients = [c for e in expressions for c in e.folded().values()]
+    keys = [t.key for t in used]
+    if shared := next((t for t in used if keys.count(t.key) > 1), None):
+        found = f"another term with the key {shared.key!r} of {shared}"
+        raise ConfigError("objective", found, "terms with distinct keys", "Rename a feature.")
     if infinite := [x for x in (*coefficients, *weights.values()) if not math.isfinite(x)]:
         raise ConfigError("objective", f"a weight of {infinite[0]}", "finite weights", "Correct it.")
     for term in used:
@@ -437,31 +458,6 @@ def _check(expressions: Sequence[Expression], weights: Mapping[Term, float], dim
                 f"objective term {term}", f"no width for feature {absent[0]!r}", f"one of {sorted(dims)}",
                 "Add it to dims.",
             )  # fmt: skip
-
-
-def default_estimator(term: Term, dims: Mapping[str, int], settings: ObjectiveConfig) -> nn.Module:
-    """The estimator that an objective builds for a term: `MIEstimator`, or `CMIEstimator` for a conditional one."""
-    s = settings
-    if term.given is None:
-        return MIEstimator(
-            dims[term.x],
-            dims[term.y],
-            critic=s.critic,
-            bound=s.bound,
-            baseline=s.baseline,
-            hidden=s.hidden,
-            embed=s.embed,
-            alpha=s.alpha,
-            smile_tau=s.smile_tau,
-            ema_rate=s.ema_rate,
-            on_degenerate=s.on_degenerate,
-        )
-    return CMIEstimator(
-        max(dims[term.x], dims[term.y], dims[term.given]),
-        hidden=s.hidden,
-        estimator=s.cmi_estimator,
-        on_degenerate=s.on_degenerate,
-    )
 
 
 def without_features(expressions: Iterable[Expression], absent: Iterable[str]) -> list[Expression]:

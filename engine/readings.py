@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,7 @@ def mark(term: str, value: float | None, ceiling: float | None) -> str:
         return ""
     if ceiling is not None and value > ceiling - NEAR_CEILING:
         return "at its ceiling"
-    if "|" in term and abs(value) < NOISE:
+    if "|" in term and not term.endswith(" by club") and abs(value) < NOISE:
         return "noise"
     return "below 0" if value < 0 else ""
 
@@ -162,9 +163,10 @@ def _number(value: Any) -> float | None:
 
 
 def is_term(name: str) -> bool:
-    """Whether a name is that of a single term, I(x;y) or I(x;y|z), and not of a sum.
+    """Whether a name is that of a single term, I(x;y) or I(x;y|z), with a bound of its own or not, and not of a sum.
 
-    >>> is_term("I(F;T)"), is_term("I(T;A)+I(T;V)")
-    (True, False)
+    >>> is_term("I(F;T)"), is_term("I(Z;S) by club"), is_term("I(T;A)+I(T;V)")
+    (True, True, False)
     """
-    return name.startswith("I(") and name.find(")") == len(name) - 1
+    quantity, closed, own = name.partition(")")
+    return quantity.startswith("I(") and bool(closed) and re.fullmatch(r"( by [\w ]+)?", own) is not None

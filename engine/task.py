@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from engine.loaders.dataset import Dataset
     from engine.objective import Objective
     from engine.report.words import Words
-    from engine.terms import Expression
+    from engine.terms import Expression, Term
 
 DEFAULT = "mimrl"
 """The task of settings that name none."""
@@ -130,9 +130,10 @@ class Task:
         return Objective(
             expressions,
             dims={"C": 1, **(widths or {})},
-            discrete=self.discrete,
+            discrete={name: label_classes(config).get(name) for name in self.discrete},
             estimators=stage1_weights(expressions, config.objective.estimator_weights),
             settings=config.objective,
+            advise=False,  # `warnings` does so, once in a run
         )
 
     def loss(self, config: Config) -> nn.Module:
@@ -145,8 +146,17 @@ class Task:
         """Change a fresh model before its first epoch, such as its first prediction."""
 
     def warnings(self, config: Config, objective: Objective) -> Sequence[str]:
-        """What to tell the user once before training, such as terms that are left out."""
-        return ()
+        """What to tell the user once before training: by default, which terms have a bound that does not suit them."""
+        from engine.minimised import advice
+
+        terms, c = objective.expressions, config.objective
+        return advice(terms, c.bound, c.cmi_estimator) if c.enabled else ()
+
+    def minimised(self, config: Config, objective: Objective) -> list[Term]:
+        """The terms that a probe examines after training: by default, those of negative total weight."""
+        from engine.minimised import minimised_terms
+
+        return minimised_terms(objective.expressions)
 
     def held_bytes(self, config: Config, batch_size: int) -> int:
         """Bytes of the largest tensor that a training step holds several times. 0: not known before the run."""
@@ -173,6 +183,11 @@ class Task:
     def commands(self) -> Sequence[Command]:
         """Commands of its own for the command line."""
         return ()
+
+
+def label_classes(config: Config) -> dict[str, int]:
+    """{"C": number of classes} for a classification, whose label C holds classes; {} for a regression."""
+    return {"C": config.model.num_class} if config.model.task == "classification" else {}
 
 
 def register_task(task: Task) -> Task:

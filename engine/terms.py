@@ -14,22 +14,64 @@ import torch
 from torch import Tensor
 
 from engine.constant import Constant
+from engine.errors import ConfigError
+from engine.vocabulary import BOUNDS, CONDITIONAL_ESTIMATORS, CRITICS, UPPER_BOUNDS, VARIATIONAL_BOUNDS
 
 
 @dataclass(frozen=True)
 class Term:
     """One information quantity between named features: I(x;y), or I(x;y|given). In nats.
 
-    >>> str(Term("Z", "S", given="Y"))
-    'I(Z;S|Y)'
+    Equal quantities with different bounds or critics are different terms: each has an estimator of its own.
+
+    >>> str(Term("Z", "S", given="Y")), str(Term("Z", "S", bound="club"))
+    ('I(Z;S|Y)', 'I(Z;S) by club')
+
+    Args:
+        bound: how the term is estimated; None: as the objective's settings say.
+        critic: kind of the critic; None: as the objective's settings say. A bound without a critic has none.
+
+    Raises:
+        ConfigError: a bound or a critic that such a term cannot have.
     """
 
     x: str
     y: str
     given: str | None = None
+    bound: str | None = None
+    critic: str | None = None
+
+    def __post_init__(self) -> None:
+        conditional = self.given is not None
+        known = (*CONDITIONAL_ESTIMATORS, "club") if conditional else BOUNDS + VARIATIONAL_BOUNDS
+        if self.bound is not None and self.bound not in known:
+            raise ConfigError(
+                f"bound of {self._quantity}", repr(self.bound), f"one of {', '.join(known)}", "Choose one of these."
+            )
+        if self.critic is None:
+            return
+        if conditional or self.bound in VARIATIONAL_BOUNDS or self.critic not in CRITICS:
+            allowed = f"one of {', '.join(CRITICS)}, for an unconditional term by a bound of scores"
+            raise ConfigError(f"critic of {self}", repr(self.critic), allowed, "Change critic=, or drop it.")
 
     def __str__(self) -> str:
+        own = [self.bound, None if self.critic is None else f"{self.critic} critic"]
+        how = " and ".join(filter(None, own))
+        return f"{self._quantity} by {how}" if how else self._quantity
+
+    @property
+    def _quantity(self) -> str:
         return f"I({self.x};{self.y})" if self.given is None else f"I({self.x};{self.y}|{self.given})"
+
+    @property
+    def from_above(self) -> bool:
+        """Whether the term has an upper bound."""
+        return self.bound in UPPER_BOUNDS
+
+    @property
+    def needs_products(self) -> bool:
+        """Whether the term's estimator compares the batch with product rows, which are drawn from a bank."""
+        return self.given is not None and not self.from_above
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -39,11 +81,13 @@ class Term:
     @property
     def key(self) -> str:
         """The term's key in `Objective.estimators`. Names of modules may hold neither dots nor brackets."""
+        own = "_".join(filter(None, (self.bound, self.critic)))
+        suffix = f"_by_{own}" if own else ""
         if self.given is None:
-            return f"{self.x}_{self.y}"
+            return f"{self.x}_{self.y}{suffix}"
         if len(self.x) == len(self.y) == len(self.given) == 1:
-            return f"{self.x}{self.y}_{self.given}"
-        return f"{self.x}_{self.y}_given_{self.given}"
+            return f"{self.x}{self.y}_{self.given}{suffix}"
+        return f"{self.x}_{self.y}_given_{self.given}{suffix}"
 
 
 @dataclass(frozen=True)
@@ -103,22 +147,33 @@ class Expression:
     __mul__ = __rmul__
 
 
-def MI(x: str, y: str) -> Expression:
+def MI(x: str, y: str, *, bound: str | None = None, critic: str | None = None) -> Expression:
     """Mutual information I(x;y) between two named features, in nats.
 
     >>> (MI("text", "audio") + MI("text", "video")).name
     'I(text;audio)+I(text;video)'
+    >>> MI("Z", "S", bound="club").name
+    'I(Z;S) by club'
+
+    Args:
+        bound: one of `engine.vocabulary.BOUNDS`, or of `VARIATIONAL_BOUNDS`, which predict y from x: "club",
+            "club_sample" and "l1out" are upper bounds, "ba" is a lower one. None: `objective.bound`.
+        critic: "separate" or "concat". None: `objective.critic`.
     """
-    return Expression(((Term(x, y), 1.0),))
+    return Expression(((Term(x, y, bound=bound, critic=critic), 1.0),))
 
 
-def CMI(x: str, y: str, *, given: str) -> Expression:
+def CMI(x: str, y: str, *, given: str, bound: str | None = None) -> Expression:
     """Conditional mutual information I(x;y|given) between named features, in nats.
 
     >>> CMI("Z", "S", given="Y").name
     'I(Z;S|Y)'
+
+    Args:
+        bound: "ldr", "dv" or "nwj", which a classifier of joint and product rows gives, or "club", an upper bound for a
+            condition of classes (`engine.model.stratified`). None: `objective.cmi_estimator`.
     """
-    return Expression(((Term(x, y, given), 1.0),))
+    return Expression(((Term(x, y, given, bound), 1.0),))
 
 
 class Sums:

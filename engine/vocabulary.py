@@ -7,6 +7,7 @@ True
 from typing import Literal, get_args
 
 Bound = Literal["infonce", "dv", "mine", "tuba", "nwj", "js", "js_fgan", "smile", "interpolate"]
+VariationalBound = Literal["club", "club_sample", "l1out", "ba"]
 Critic = Literal["separate", "concat"]
 Baseline = Literal["constant", "unnormalized", "gaussian"]
 ConditionalEstimator = Literal["ldr", "dv", "nwj"]
@@ -33,6 +34,8 @@ Gather = Literal["off", "gather", "ring"]
 LabelScale = Literal["auto", "mosi", "sims", "phq8", "none"]
 
 BOUNDS: tuple[str, ...] = get_args(Bound)
+VARIATIONAL_BOUNDS: tuple[str, ...] = get_args(VariationalBound)
+UPPER_BOUNDS = VARIATIONAL_BOUNDS[:3]
 CRITICS: tuple[str, ...] = get_args(Critic)
 BASELINES: tuple[str, ...] = get_args(Baseline)
 GATHERS: tuple[str, ...] = get_args(Gather)

@@ -189,7 +189,8 @@ class ObjectiveConfig(Section):
         max_length=1000,
         json_schema_extra=COMMON,
         description='weighted sums of MI(X, Y) and CMI(X, Y | Z) of named features, such as "0.01 * MI(F, T)" or '
-        '"inv = 0.01 * (MI(T, A) + MI(T, V))"; positive weights maximise; empty: the task\'s own terms',
+        '"inv = 0.01 * (MI(T, A) + MI(T, V))"; positive weights maximise; MI(X, Y, bound=club) has a bound of its own; '
+        "empty: the task's own terms",
     )
     estimator_weights: dict[str, float] = Field(
         {},

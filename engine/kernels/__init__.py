@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "infonce": "engine.kernels.mi_bounds.op",
     "mi_lower_bound": "engine.kernels.mi_bounds.op",
+    "siglip": "engine.kernels.contrastive.op",
     "grouped_mlp": "engine.kernels.critics.op",
     "grouped_infonce": "engine.kernels.critics.op",
     "concat_scores": "engine.kernels.critics.op",
@@ -21,6 +22,8 @@ _HOME = {
     "cmi": "engine.kernels.cmi.op",
     "cube_mix": "engine.kernels.cube_mix.op",
     "InfoNCE": "engine.kernels.modules",
+    "SigLIP": "engine.kernels.modules",
+    "KeyQueue": "engine.kernels.modules",
     "MILowerBound": "engine.kernels.modules",
     "use_backend": "engine.kernels.registry",
     "warm_up": "engine.kernels.warm",
@@ -31,6 +34,7 @@ __all__ = [*_HOME]
 if TYPE_CHECKING:
     from engine.kernels.cmi.op import classifier_logits as classifier_logits
     from engine.kernels.cmi.op import cmi as cmi
+    from engine.kernels.contrastive.op import siglip as siglip
     from engine.kernels.critics.op import concat_infonce as concat_infonce
     from engine.kernels.critics.op import concat_scores as concat_scores
     from engine.kernels.critics.op import grouped_infonce as grouped_infonce
@@ -40,7 +44,9 @@ if TYPE_CHECKING:
     from engine.kernels.mi_bounds.op import infonce as infonce
     from engine.kernels.mi_bounds.op import mi_lower_bound as mi_lower_bound
     from engine.kernels.modules import InfoNCE as InfoNCE
+    from engine.kernels.modules import KeyQueue as KeyQueue
     from engine.kernels.modules import MILowerBound as MILowerBound
+    from engine.kernels.modules import SigLIP as SigLIP
     from engine.kernels.registry import use_backend as use_backend
     from engine.kernels.warm import warm_up as warm_up
 

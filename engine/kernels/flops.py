@@ -174,6 +174,19 @@ def _infonce(
     return _scores({"none": 1, "rows": 2, "both": 3}[gradients])(q, k)
 
 
+def _contrastive_gradients(
+    q: Shape, k: Shape, scale: Shape, bias: Shape | None, hardness: float, with_keys: bool, *_: Any, **__: Any
+) -> int:
+    return _scores(2 + with_keys)(q, k)
+
+
+def _contrastive_fused(
+    q: Shape, k: Shape, scale: Shape, bias: Shape | None, joint: Shape | None, decoupled: bool, hardness: float,
+    smoothing: float, with_keys: bool, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    return _scores(2 + with_keys)(q, k)
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "critics_mlp_forward": _mlp_forward,
     "critics_mlp_backward": _mlp_backward,
@@ -191,6 +204,9 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "recurrent_forward": _recurrent_forward,
     "recurrent_backward": _recurrent_backward,
     "knn_nearest": _knn_nearest,
+    "contrastive_statistics": _scores(1),
+    "contrastive_gradients": _contrastive_gradients,
+    "contrastive_fused": _contrastive_fused,
     "mi_infonce": _infonce,
     "mi_infonce_keys": _scores(2),
     "mi_infonce_gradients": _scores(3),
@@ -205,7 +221,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
 
 def register() -> None:
     """Tell torch the formulas; a second call does nothing."""
-    for folder in ("cmi", "critics", "cube_mix", "knn_product", "mi_bounds", "recurrent"):
+    for folder in ("cmi", "contrastive", "critics", "cube_mix", "knn_product", "mi_bounds", "recurrent"):
         import_module(f"engine.kernels.{folder}.op")  # which registers the operations
     for name, formula in FORMULAS.items():
         operation = getattr(torch.ops.engine, name)

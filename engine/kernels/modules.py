@@ -8,30 +8,71 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.kernels.gradients import update_buffer
+from engine.errors import EstimatorError
+from engine.kernels.arguments import check_count, check_number
+from engine.kernels.contrastive.op import siglip
+from engine.kernels.gradients import transformed, update_buffer
 from engine.kernels.mi_bounds.embeddings import check_temperature
 from engine.kernels.mi_bounds.op import infonce, mi_lower_bound
 from engine.kernels.mi_bounds.reference import check_settings
 
 
-class InfoNCE(nn.Module):
+class _Temperature(nn.Module):
+    """A temperature that is kept, or whose logarithm is the parameter `log_temperature`."""
+
+    def __init__(self, temperature: float, learnable: bool, max_scale: float | None):
+        super().__init__()
+        name = type(self).__name__
+        if isinstance(temperature, Tensor) and temperature.numel() == 1:
+            temperature = temperature.item()
+        check_temperature(name, temperature)
+        if max_scale is not None:
+            check_number(name, "max_scale", max_scale, 0, above=True)
+            if temperature < 1 / max_scale:
+                what = f"temperature {temperature:g} with max_scale {max_scale:g}"
+                raise EstimatorError(name, what, f"at least {1 / max_scale:g}", "Change one of them.")
+        self.fixed_temperature, self.max_scale = temperature, max_scale
+        if learnable:
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+
+    @property
+    def temperature(self) -> float | Tensor:
+        return self.log_temperature.exp() if hasattr(self, "log_temperature") else self.fixed_temperature
+
+    def clamp_(self) -> None:
+        """Bring a learned 1 / temperature back to `max_scale`, as CLIP does after every step. `forward` calls it."""
+        if self.max_scale is not None and hasattr(self, "log_temperature") and not transformed():
+            with torch.no_grad():
+                self.log_temperature.clamp_(min=-math.log(self.max_scale))
+
+    def extra_repr(self) -> str:
+        return f"temperature={torch.as_tensor(self.temperature).item():.4g}"
+
+
+class InfoNCE(_Temperature):
     """`engine.kernels.infonce` with a temperature that the module keeps, and learns if `learnable`.
 
     Args:
         temperature: A positive number; where it is learned, its value at the start.
         learnable: Make its logarithm the parameter `log_temperature`.
+        max_scale: The most that a learned 1 / temperature may be; CLIP takes 100. In training mode the parameter is
+            brought back at the start of every call. None: no limit.
         cosine: As for `infonce`.
         symmetric: As for `infonce`.
+        decoupled: As for `infonce`.
+        hardness: As for `infonce`.
+        label_smoothing: As for `infonce`.
         reduction: As for `infonce`.
         gather: As for `infonce`: take the keys of all ranks.
         group: As for `infonce`.
         local_loss: As for `infonce`.
 
     Raises:
-        EstimatorError: A temperature that is not one positive number, or whatever `infonce` raises.
+        EstimatorError: A temperature that is not one positive number or below 1 / max_scale, or whatever `infonce`
+            raises.
 
     Example:
-        >>> clip = InfoNCE(temperature=0.07, learnable=True, cosine=True, symmetric=True)
+        >>> clip = InfoNCE(temperature=0.07, learnable=True, max_scale=100, cosine=True, symmetric=True)
         >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
         >>> clip(image, text).backward()
         >>> clip.log_temperature.grad.shape
@@ -43,26 +84,21 @@ class InfoNCE(nn.Module):
         temperature: float = 1.0,
         *,
         learnable: bool = False,
+        max_scale: float | None = None,
         cosine: bool = False,
         symmetric: bool = False,
+        decoupled: bool = False,
+        hardness: float = 0.0,
+        label_smoothing: float = 0.0,
         reduction: str = "mean",
         gather: bool | str = False,
         group: Any = None,
         local_loss: bool = False,
     ):
-        super().__init__()
+        super().__init__(temperature, learnable, max_scale)
         self.over_ranks = {"gather": gather, "group": group, "local_loss": local_loss}
-        if isinstance(temperature, Tensor) and temperature.numel() == 1:
-            temperature = temperature.item()
-        check_temperature("InfoNCE", temperature)
         self.cosine, self.symmetric, self.reduction = cosine, symmetric, reduction
-        self.fixed_temperature = temperature
-        if learnable:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
-
-    @property
-    def temperature(self) -> float | Tensor:
-        return self.log_temperature.exp() if hasattr(self, "log_temperature") else self.fixed_temperature
+        self.decoupled, self.hardness, self.label_smoothing = decoupled, hardness, label_smoothing
 
     def forward(
         self,
@@ -72,16 +108,134 @@ class InfoNCE(nn.Module):
         negatives: Tensor | None = None,
         positives: Tensor | None = None,
         exclude_self: bool = False,
+        labels: Tensor | None = None,
+        key_labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        row_ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+        in_batch: bool | None = None,
     ) -> Tensor:
         """Arguments and result of `infonce`: a loss in nats, to be minimised."""
+        if self.training:
+            self.clamp_()
         return infonce(
             q, k, temperature=self.temperature, cosine=self.cosine, symmetric=self.symmetric, negatives=negatives,
-            positives=positives, exclude_self=exclude_self, reduction=self.reduction, **self.over_ranks,
+            positives=positives, exclude_self=exclude_self, labels=labels, key_labels=key_labels, mask=mask,
+            row_ids=row_ids, key_ids=key_ids, in_batch=in_batch, decoupled=self.decoupled, hardness=self.hardness,
+            label_smoothing=self.label_smoothing, reduction=self.reduction, **self.over_ranks,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        temperature = torch.as_tensor(self.temperature).item()
-        return f"temperature={temperature:.4g}, cosine={self.cosine}, symmetric={self.symmetric}"
+        return f"{super().extra_repr()}, cosine={self.cosine}, symmetric={self.symmetric}"
+
+
+class SigLIP(_Temperature):
+    """`engine.kernels.siglip` with a temperature and a bias that the module learns, or keeps.
+
+    Args:
+        temperature: A positive number, at the start. The default is that of the paper.
+        bias: A number, at the start. The default is that of the paper.
+        learnable: Make the temperature's logarithm and the bias the parameters `log_temperature` and `bias`.
+        max_scale: As for `InfoNCE`.
+        cosine: As for `infonce`.
+        reduction: As for `siglip`.
+
+    Raises:
+        EstimatorError: As for `InfoNCE`, or whatever `siglip` raises.
+
+    Example:
+        >>> loss = SigLIP()
+        >>> loss(torch.randn(8, 16), torch.randn(8, 16)).backward()
+        >>> loss.bias.grad.shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        bias: float = -10.0,
+        *,
+        learnable: bool = True,
+        max_scale: float | None = None,
+        cosine: bool = True,
+        reduction: str = "mean",
+    ):
+        super().__init__(temperature, learnable, max_scale)
+        check_number("SigLIP", "bias", bias)
+        self.bias = nn.Parameter(torch.tensor(float(bias))) if learnable else float(bias)
+        self.cosine, self.reduction = cosine, reduction
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        negatives: Tensor | None = None,
+        positives: Tensor | None = None,
+        labels: Tensor | None = None,
+        key_labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        row_ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+        exclude_self: bool = False,
+    ) -> Tensor:
+        """Arguments and result of `siglip`: a loss in nats, to be minimised."""
+        if self.training:
+            self.clamp_()
+        return siglip(
+            q, k, self.temperature, self.bias, cosine=self.cosine, negatives=negatives, positives=positives,
+            labels=labels, key_labels=key_labels, mask=mask, row_ids=row_ids, key_ids=key_ids,
+            exclude_self=exclude_self, reduction=self.reduction,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bias={torch.as_tensor(self.bias).item():.4g}, cosine={self.cosine}"
+
+
+class KeyQueue(nn.Module):
+    """The last keys that were pushed, as the negatives of MoCo. Buffers `stored` and `position`, in state_dict.
+
+    It starts with random directions, as MoCo's does; they are easy negatives until `size` keys have been pushed.
+
+    Args:
+        size: How many keys it holds.
+        width: Their width.
+
+    Raises:
+        EstimatorError: Sizes that are no whole numbers above 0, or keys that do not fit.
+
+    Example:
+        >>> queue, q, k = KeyQueue(64, 8), torch.randn(4, 8), torch.randn(4, 8)
+        >>> loss = InfoNCE(0.07, cosine=True)(q, k, negatives=queue.keys(), in_batch=False)
+        >>> queue.push(k)
+        >>> torch.equal(queue.keys()[:4], k)
+        True
+    """
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        check_count("KeyQueue", "size", size)
+        check_count("KeyQueue", "width", width)
+        self.register_buffer("stored", nn.functional.normalize(torch.randn(size, width), dim=1))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    def keys(self) -> Tensor:
+        """A copy, [size, width], so that a later `push` does not change what a backward pass needs."""
+        return self.stored.clone()
+
+    @torch.no_grad()
+    def push(self, keys: Tensor) -> None:
+        """Replace the oldest keys by `keys`, [n, width], n at most `size`."""
+        size, width = self.stored.shape
+        if keys.dim() != 2 or keys.shape[1] != width or len(keys) > size:
+            expected = f"[n, {width}] with n at most {size}"
+            raise EstimatorError("KeyQueue", f"keys {list(keys.shape)}", expected, "Push the keys of one batch.")
+        place = (self.position + torch.arange(len(keys), device=self.stored.device)) % size
+        self.stored[place] = keys.to(self.stored)
+        self.position.copy_((self.position + len(keys)) % size)
+
+    def extra_repr(self) -> str:
+        return f"size={self.stored.shape[0]}, width={self.stored.shape[1]}"
 
 
 class MILowerBound(nn.Module):

@@ -29,6 +29,7 @@ from engine.kernels.mi_bounds.reference import full_precision
 from engine.mimrl.settings import LastActivation
 from engine.model.cmi import CMIEstimator
 from engine.model.estimators import MIEstimator, check_choice
+from engine.vocabulary import BOUNDS, VARIATIONAL_BOUNDS
 
 if TYPE_CHECKING:
     from engine.config import ObjectiveConfig
@@ -59,6 +60,10 @@ class PublishedMIEstimator(MIEstimator):
     keeps_average = False
 
     def __init__(self, dim_x: int, dim_y: int, critic: str = "separate", bound: str = "infonce", **options: Any):
+        if bound in VARIATIONAL_BOUNDS:
+            raise EstimatorError(
+                "PublishedMIEstimator", f"bound={bound}", f"one of {', '.join(BOUNDS)}", "Use mode=fast or MIEstimator."
+            )
         super().__init__(dim_x, dim_y, critic, bound, alpha=ALPHA, smile_tau=SMILE_TAU, **options)
         self.critic.transpose = critic == "concat"
 
@@ -141,13 +146,15 @@ def published_estimator(term: Term, dims: Mapping[str, int], settings: Objective
     s = settings
     if term.given is None:
         return PublishedMIEstimator(
-            dims[term.x], dims[term.y], critic=s.critic, bound=s.bound, baseline=s.baseline, hidden=s.hidden,
-            embed=s.embed, on_degenerate=s.on_degenerate,
+            dims[term.x], dims[term.y], critic=term.critic or s.critic, bound=term.bound or s.bound,
+            baseline=s.baseline, hidden=s.hidden, embed=s.embed, on_degenerate=s.on_degenerate,
         )  # fmt: skip
+    if term.bound == "club":
+        raise EstimatorError(f"objective term {term}", "no published estimator", "another bound", "Use mode=fast.")
     return PublishedCMIEstimator(
         max(dims[term.x], dims[term.y], dims[term.given]),
         hidden=s.hidden,
-        estimator=s.cmi_estimator,
+        estimator=term.bound or s.cmi_estimator,
         last_activate=getattr(s, "cmi_last_activate", "sigmoid"),
         on_degenerate=s.on_degenerate,
     )

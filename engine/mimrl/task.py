@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from engine.config import Config, Section
 from engine.mimrl import settings
-from engine.task import Inputs, Task
+from engine.task import Inputs, Task, label_classes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from engine.loaders.dataset import Dataset
     from engine.objective import Objective
     from engine.report.words import Words
-    from engine.terms import Expression
+    from engine.terms import Expression, Term
 
 
 class MIMRLTask(Task):
@@ -61,7 +61,8 @@ class MIMRLTask(Task):
     def objective(self, config: Config, model: nn.Module) -> Objective:
         from engine.mimrl.terms import mimrl_objective
 
-        return mimrl_objective(config.objective, model.fused_dim, config.model.d_common, config.data.modalities)
+        classes, d_common = label_classes(config).get("C"), config.model.d_common
+        return mimrl_objective(config.objective, model.fused_dim, d_common, config.data.modalities, classes)
 
     def start(self, config: Config, model: nn.Module, dataset: Dataset) -> None:
         """In fast mode a regression begins at the mean label."""
@@ -69,17 +70,24 @@ class MIMRLTask(Task):
             model.start_at(float(dataset.splits["train"].label[:, 0].mean()))
 
     def warnings(self, config: Config, objective: Objective) -> Sequence[str]:
-        """The terms that name a modality which `data.modalities` leaves out."""
+        """The terms that name a modality which `data.modalities` leaves out, and what `Task` says of written terms."""
         from engine.mimrl.terms import weights_of
 
+        # the published terms have their bounds, whoever trains them
+        advice = () if config.objective.c2 is not None else super().warnings(config, objective)
         out = [str(term) for term in weights_of(config.objective) if term not in objective.terms]
         if not config.objective.enabled or not out:
-            return ()
+            return advice
         kept = ", ".join(map(str, objective.terms))
         return [
             f"data.modalities=[{', '.join(config.data.modalities)}]: the objective keeps {kept} and leaves out "
-            f"{', '.join(out)}, which name another modality"
+            f"{', '.join(out)}, which name another modality",
+            *advice,
         ]
+
+    def minimised(self, config: Config, objective: Objective) -> list[Term]:
+        """Nothing of the published terms: their differences compare features, and nothing is to be removed."""
+        return [] if config.objective.c2 is not None else super().minimised(config, objective)
 
     def held_bytes(self, config: Config, batch_size: int) -> int:
         """Bytes of the fusion encoder's input, or of a wider one inside it."""

@@ -33,18 +33,24 @@ def expressions_of(settings: mimrl.MIMRLObjectiveConfig, modalities: Sequence[st
 
 
 def mimrl_objective(
-    settings: mimrl.MIMRLObjectiveConfig, fused_dim: int, d_common: int, modalities: Sequence[str] = MODALITIES
+    settings: mimrl.MIMRLObjectiveConfig,
+    fused_dim: int,
+    d_common: int,
+    modalities: Sequence[str] = MODALITIES,
+    classes: int | None = None,
 ) -> Objective:
     """The objective of MIMRL on features F [B, fused_dim], T, A, V [B, d_common] and label C [B, 1].
 
     Args:
         modalities: of text, audio and vision those that there are. Terms that name another are left out.
+        classes: number of classes of the label; None for a regression.
     """
     published = settings.compat == "mimrl"
     return Objective(
         expressions_of(settings, modalities),
         dims={"F": fused_dim, "T": d_common, "A": d_common, "V": d_common, "C": 1},
-        discrete=() if published else ("C",),
+        discrete={} if published else {"C": classes},
+        advise=False,
         shared_draws=not published,
         make_estimator=published_estimator if published else None,
         estimators=weights_of(settings, modalities),

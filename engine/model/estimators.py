@@ -1,11 +1,10 @@
-"""Estimators of mutual information as modules: critic, log-baseline, bound. All values are in nats."""
+"""Estimators of mutual information as modules: critic, log-baseline, bound; or a learned conditional. In nats."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,14 +13,30 @@ from torch import Tensor, nn
 from engine.errors import EstimatorError
 from engine.kernels.arguments import exact_type
 from engine.kernels.cmi import READINGS
-from engine.kernels.critics import ACTIVATIONS, concat_infonce, concat_scores, mlp
+from engine.kernels.critics import concat_infonce, concat_scores
 from engine.kernels.gradients import transformed, update_buffer
 from engine.kernels.mi_bounds import BOUNDS, bound_value, update_log_ema
 from engine.kernels.mi_bounds.reference import check_settings, full_precision
 from engine.kernels.registry import is_static
-from engine.vocabulary import BASELINES, CRITICS, ON_DEGENERATE
-
-MODULES = {"relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "leakyrelu": nn.LeakyReLU, "tanh": nn.Tanh}
+from engine.model.custom_critics import CustomCritic
+from engine.model.mlps import Initialise as Initialise
+from engine.model.mlps import build_mlp as build_mlp
+from engine.model.mlps import check_choice as check_choice
+from engine.model.mlps import mlp_layers as mlp_layers
+from engine.model.mlps import run_mlp as run_mlp
+from engine.model.mlps import xavier as xavier
+from engine.model.variational import (
+    CategoricalMarginal,
+    GaussianMarginal,
+    check_classes,
+    check_conditional,
+    club,
+    club_sample,
+    conditional_net,
+    leave_one_out_bound,
+    other_rows,
+)
+from engine.vocabulary import BASELINES, CRITICS, ON_DEGENERATE, VARIATIONAL_BOUNDS
 
 
 @dataclass
@@ -81,16 +96,16 @@ class Estimates:
         return estimates
 
 
-Initialise = Callable[[nn.Linear], None]
-"""Sets the initial weights of a fresh layer in place."""
-
-
 class MIEstimator(nn.Module):
-    """An estimate of I(X;Y), with its trainable critic and log-baseline.
+    """An estimate of I(X;Y), with its trainable critic and log-baseline, or with a learned conditional q(y|x).
 
-    The bounds are defined in `engine.kernels.mi_bounds`. DV, SMILE and JS are estimates without being bounds. Values
-    are never clipped; a negative value means that the critic is not trained yet. InfoNCE cannot exceed log B, and the
-    interpolated bound cannot exceed 1 + log((B - 1) / alpha).
+    The bounds of scores are defined in `engine.kernels.mi_bounds`. DV, SMILE and JS are estimates without being bounds.
+    Values are never clipped; a negative value means that the critic is not trained yet. InfoNCE cannot exceed log B,
+    and the interpolated bound cannot exceed 1 + log((B - 1) / alpha).
+
+    The bounds of a conditional are defined in `engine.model.variational`: "club", "club_sample" and "l1out" are upper
+    bounds where q is near p(y|x), and "ba" is a lower bound. Their loss is the negative log-likelihood of q, and not
+    the negated bound.
 
     >>> estimator = MIEstimator(dim_x=8, dim_y=4)
     >>> estimate = estimator(torch.randn(32, 8), torch.randn(32, 4))
@@ -99,8 +114,9 @@ class MIEstimator(nn.Module):
 
     Args:
         dim_x, dim_y: widths of x and y.
-        critic: "separate", h(y) g(x)^T, or "concat", f([x; y]) on all pairs.
-        bound: one of `engine.kernels.mi_bounds.BOUNDS`.
+        critic: "separate", h(y) g(x)^T, or "concat", f([x; y]) on all pairs; or a module that maps x [B, dim_x] and
+            y [B, dim_y] to scores [B, B], `scores[i, j] = f(x_j, y_i)`. A conditional needs none and ignores the name.
+        bound: one of `engine.vocabulary.BOUNDS` or `VARIATIONAL_BOUNDS`.
         baseline: log a(y), used by `tuba` and `interpolate`: "constant" (0), "unnormalized" (an MLP) or "gaussian" (see
             `LogBaseline`).
         hidden, embed, layers, activation: the MLPs have `layers` + 1 hidden layers of width `hidden`. `embed` is the
@@ -112,9 +128,15 @@ class MIEstimator(nn.Module):
         on_degenerate: what to do with a batch of one, non-finite scores or a non-finite estimate. "raise" raises an
             EstimatorError. "skip" gives 0 as value, surrogate and loss, with zero gradients, and
             `details["skipped"]` = 1.
+        classes: for bounds of a conditional, where y holds classes: their number. y is [B, 1] with 0 ... classes - 1,
+            or [B, classes] with one-hot rows. None: y is continuous and q is Gaussian.
         gather, group: as for `engine.kernels.infonce`: estimate from the batch that all ranks hold together. x and y
             stay this rank's. Within an `Objective` its setting `gather` decides.
         compat: no longer an option. Anything but "none" is refused, with the class to use instead.
+
+    "club_sample" pairs each row with one other row. The buffer `draw` determines the pairs. It starts at random and
+    rises by 1 in every batch of training mode; eval mode leaves it. A Gaussian q standardises y by a moving mean and
+    variance, which follow training mode, too. The bounds do not depend on them.
 
     Biases start at 0 and weights Xavier-uniform. Scores of standardised inputs are then of order 1, where every bound
     has a gradient.
@@ -130,7 +152,7 @@ class MIEstimator(nn.Module):
         self,
         dim_x: int,
         dim_y: int,
-        critic: str = "separate",
+        critic: str | nn.Module = "separate",
         bound: str = "infonce",
         baseline: str = "constant",
         hidden: int = 256,
@@ -142,6 +164,7 @@ class MIEstimator(nn.Module):
         ema_rate: float = 0.01,
         on_degenerate: str = "raise",
         *,
+        classes: int | None = None,
         gather: bool | str = False,
         group: Any = None,
         compat: str = "none",
@@ -149,13 +172,25 @@ class MIEstimator(nn.Module):
         super().__init__()
         self.gather, self.group = gather, group
         refuse_compat("MIEstimator", compat)
-        check_choice("bound", bound, BOUNDS)
+        check_choice("bound", bound, BOUNDS + VARIATIONAL_BOUNDS)
         check_choice("on_degenerate", on_degenerate, ON_DEGENERATE)
         check_settings("MIEstimator", alpha, smile_tau, ema_rate)
         self.dim_x, self.dim_y = dim_x, dim_y
         self.bound, self.on_degenerate = bound, on_degenerate
         self.alpha, self.smile_tau, self.ema_rate = alpha, smile_tau, ema_rate
-        self.critic = Critic(dim_x, dim_y, critic, hidden, embed, layers, activation, self.initialise)
+        self.classes = classes
+        check_conditional(bound, critic, dim_y, classes)
+        if bound in VARIATIONAL_BOUNDS:
+            self.q = conditional_net(dim_x, dim_y, classes, hidden, layers, activation, self.initialise)
+            if bound == "ba":
+                self.marginal = GaussianMarginal(dim_y) if classes is None else CategoricalMarginal(classes)
+            if bound == "club_sample":
+                self.register_buffer("draw", torch.randint(2**31, ()))
+            return
+        if isinstance(critic, nn.Module):
+            self.critic = CustomCritic(critic)
+        else:
+            self.critic = Critic(dim_x, dim_y, critic, hidden, embed, layers, activation, self.initialise)
         self.baseline = LogBaseline(dim_y, baseline, hidden, layers, activation, self.initialise)
         if bound == "mine" and self.keeps_average:
             # -inf is the logarithm of an average that has not begun
@@ -172,7 +207,13 @@ class MIEstimator(nn.Module):
 
         A group computes the bounds of `engine.kernels.mi_bounds`, and the negated bound as the loss.
         """
-        return self._settings() if type(self) is MIEstimator else None
+        own = type(self) is MIEstimator and self.bound in BOUNDS and isinstance(self.critic, Critic)
+        return self._settings() if own else None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the memory of one estimate grows with the rows only, and not with their pairs."""
+        return self.bound in VARIATIONAL_BOUNDS and self.bound != "l1out"
 
     def _settings(self) -> tuple:
         return type(self), self.bound, self.alpha, self.smile_tau, self.ema_rate, self.on_degenerate
@@ -202,6 +243,8 @@ class MIEstimator(nn.Module):
             return self._degenerate(
                 f"a batch of {len(x)}", "at least 2 samples: one alone has no product samples", x, y
             )
+        if self.bound in VARIATIONAL_BOUNDS:
+            return self._of_conditional(x, y)
         if self.bound == "infonce" and self.critic.has_infonce:
             value = self.critic.infonce(x, y)
             if not finite(value):
@@ -209,6 +252,8 @@ class MIEstimator(nn.Module):
             value = or_zero(value, self.on_degenerate)
             return Estimate(value.detach(), value, -value)
         scores, log_baseline = self.critic(x, y), self.baseline(y)
+        if isinstance(self.critic, CustomCritic) and readable(scores):
+            self.critic.check_orientation(x, y)
         if not finite(scores):
             return self._degenerate("non-finite scores", "finite scores", x, y)
         log_ema = None
@@ -225,6 +270,34 @@ class MIEstimator(nn.Module):
         loss = self.loss_of(scores, surrogate)
         value, surrogate, loss = (or_zero(t, self.on_degenerate) for t in (value, surrogate, loss))
         return Estimate(value, surrogate, loss)
+
+    def _of_conditional(self, x: Tensor, y: Tensor) -> Estimate:
+        """The estimate of a bound by q(y|x)."""
+        if self.classes is not None and readable(y):
+            check_classes(self._where(), y, self.classes)
+        q, given = self.q(x), y
+        with torch.autocast(x.device.type, enabled=False):
+            y = q.targets(y)
+            own = q.log_prob(y)
+            loss = -own.mean()
+            if self.bound == "club":
+                value = club(q, y)
+            elif self.bound == "club_sample":
+                value = club_sample(q, y, other_rows(len(y), self.draw))
+            elif self.bound == "l1out":
+                value = leave_one_out_bound(q, y)
+            else:
+                marginal = self.marginal(y)
+                value, loss = (own - marginal).mean(), loss - marginal.mean()
+        if not finite(value, loss):
+            what = f"the estimate {value.item()} and the log-likelihood {-loss.item()}"
+            return self._degenerate(what, "finite numbers", x, y)
+        if self.training:
+            self.q.observe(given)
+        if self.bound == "club_sample" and self.training:
+            update_buffer("the pairs of club_sample", self.draw, self.draw + 1)
+        value, loss = (or_zero(t, self.on_degenerate) for t in (value, loss))
+        return Estimate(value.detach(), value, loss)
 
     def reset_average(self) -> None:
         """Forget MINE's moving average, so that the next batch starts it anew. Other bounds have none."""
@@ -335,49 +408,6 @@ class LogBaseline(nn.Module):
         return y.new_zeros(len(y), 1)
 
 
-def xavier(layer: nn.Linear) -> None:
-    """Xavier-uniform weights, and biases of 0."""
-    nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-
-
-def build_mlp(
-    dim_in: int, dim_out: int, hidden: int, layers: int, activation: str, initialise: Initialise | None = None
-) -> nn.Sequential:
-    """An MLP of `layers` + 1 hidden layers, each started by `initialise` (default: `xavier`)."""
-    check_choice("activation", activation, tuple(ACTIVATIONS))
-    widths = [dim_in] + [hidden] * (layers + 1) + [dim_out]
-    modules: list[nn.Module] = []
-    for width_in, width_out in pairwise(widths):
-        linear = nn.Linear(width_in, width_out)
-        (initialise or xavier)(linear)
-        modules += [linear, MODULES[activation]()]
-    return nn.Sequential(*modules[:-1])
-
-
-def mlp_layers(tower: nn.Module, activation: str = "relu") -> list[tuple[Tensor, Tensor]] | None:
-    """(weight, bias) of each linear layer, for the functions of `engine.kernels.critics`.
-
-    None where `tower` is not, or no longer, what `build_mlp` makes: another module or activation, an extra layer, or a
-    hook. Such a tower must be called as a module.
-    """
-    if type(tower) is not nn.Sequential or _has_hooks(tower):
-        return None
-    modules = list(tower)
-    linear, between = modules[::2], modules[1::2]
-    fits = len(linear) == len(between) + 1 and not any(_has_hooks(m) for m in modules)
-    fits = fits and all(type(m) is nn.Linear and m.bias is not None for m in linear)
-    if not (fits and all(type(m) is MODULES[activation] and _has_defaults(m) for m in between)):
-        return None
-    return [(m.weight, m.bias) for m in linear]
-
-
-def run_mlp(tower: nn.Module, x: Tensor, activation: str = "relu") -> Tensor:
-    """[B, d] -> [B, n], fp32 (fp64 for fp64): by the kernels' `mlp`, or by the module itself if it was changed."""
-    layers = mlp_layers(tower, activation)
-    return full_precision(tower(x)) if layers is None else mlp(x, layers, activation)
-
-
 def own_type(where: str, estimator: nn.Module, *features: Tensor) -> list[Tensor]:
     """Features in the type of the estimator's parameters: whole numbers are converted.
 
@@ -396,18 +426,6 @@ def own_type(where: str, estimator: nn.Module, *features: Tensor) -> list[Tensor
                 "Convert the features with .to(dtype), or the estimator.",
             )  # fmt: skip
     return [f if f.is_floating_point() else f.to(own.dtype) for f in features]
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def _has_defaults(activation: nn.Module) -> bool:
-    """Whether an activation's settings are those of `ACTIVATIONS`."""
-    defaults = {"negative_slope": 0.01, "alpha": 1.0, "approximate": "none"}
-    return all(getattr(activation, name, value) == value for name, value in defaults.items())
 
 
 def readable(tensor: Tensor) -> bool:
@@ -474,8 +492,3 @@ def refuse_compat(estimator: str, compat: str) -> None:
         raise EstimatorError(
             f"{estimator}(compat=...)", repr(compat), "no such option", f"Use the class Published{estimator} instead."
         )
-
-
-def check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise EstimatorError(what, repr(value), f"one of {', '.join(choices)}", "Choose one of these.")

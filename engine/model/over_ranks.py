@@ -197,9 +197,9 @@ def cmi_group_estimates(
 
 
 def joined(module: nn.Module, arguments: tuple, ranks: Ranks) -> Estimate:
-    """What a module gives for the gathered features: as x, y, or as (x, y, z) of joint and of product rows."""
+    """What a module gives for the gathered features: as x, y (and z), or as (x, y, z) of joint and of product rows."""
     if isinstance(arguments[0], Tensor):
-        rows = gather_features(dict(zip("xy", arguments, strict=True)), ranks)
+        rows = gather_features(dict(zip("xyz", arguments, strict=False)), ranks)
         arguments = tuple(rows.values())
     else:
         joint = gather_features(dict(zip("xyz", arguments[0], strict=True)), ranks)
@@ -214,7 +214,9 @@ def joined(module: nn.Module, arguments: tuple, ranks: Ranks) -> Estimate:
 def estimate_of(module: nn.Module, arguments: tuple, ranks: Ranks) -> Estimate:
     """The estimate of a term's own module from the joined batch."""
     if isinstance(module, MIEstimator):
-        return mi_estimate(module, *arguments, ranks)
+        x, y = arguments
+        return mi_estimate(module, x, y, ranks)
     if isinstance(module, CMIEstimator):
-        return cmi_estimate(module, *arguments, ranks)
+        joint, product = arguments
+        return cmi_estimate(module, joint, product, ranks)
     return joined(module, arguments, ranks)

@@ -97,7 +97,7 @@ class TermEstimators(nn.Module):
 
         Args:
             features: [B, width] each.
-            products: product rows of every conditional term, by the term's name.
+            products: product rows of the conditional terms that need them, by the term's name.
             ranks: estimate from the joined batch of these ranks.
         """
         parts = []
@@ -110,7 +110,7 @@ class TermEstimators(nn.Module):
             parts.append(estimates)
         for key in self._alone:
             given = tuple(features[f] for f in self._features[key])
-            arguments = given if len(given) == 2 else (given, tuple(rows[key]))
+            arguments = (given, tuple(rows[key])) if key in rows else given
             estimate = self._modules[key](*arguments) if ranks is None else _over(ranks, self._modules[key], arguments)
             parts.append(Estimates.of({self._names[key]: estimate}))
         return TermEstimates(list(self._names.values()), parts, self._pieces)
@@ -122,8 +122,9 @@ class TermEstimators(nn.Module):
 
     @property
     def streams(self) -> bool:
-        """Whether all unconditional terms are in groups. Groups never store the scores of all pairs of rows."""
-        return not any(len(self._features[key]) == 2 for key in self._alone)
+        """Whether no unconditional term stores the scores of all pairs of rows. Groups never do."""
+        alone = [self._modules[key] for key in self._alone if len(self._features[key]) == 2]
+        return all(getattr(estimator, "streams", False) for estimator in alone)
 
     def _arrange(self) -> None:
         """Note where each term's entry stands. Called again whenever an estimator leaves its group."""

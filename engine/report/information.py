@@ -45,7 +45,7 @@ def information_section(run: Run) -> str:
         if each
         else ""
     )
-    table = _readings(run)
+    table = _readings(run) + _left(run)
     lead = f"<p>{' '.join(filter(None, notes))}</p>{epoch_legend(run)}"
     return f'{lead}<div class="grid4">{"".join(cards)}</div>{table}{details}'
 
@@ -70,6 +70,33 @@ def _readings(run: Run) -> str:
     title = f"The terms on all rows together, epoch {epoch}"
     about = "nats; batches are read in stage 2, parts of a term in stage 1; held-out rows count most"
     return f'<div class="below">{card(title, table_of(f"<tr><th></th>{head}</tr>", rows) + notes, about)}</div>'
+
+
+def _left(run: Run) -> str:
+    """A table of what probes find of the terms that were minimised: term, reading, and what is left where."""
+    left = {name: part(part(run.metrics, "left"), name) for name in list(part(run.metrics, "left"))[:MOST_SHOWN]}
+    splits = [split for split in ("valid", "test") if any(part(of_one, split) for of_one in left.values())]
+    if not splits:
+        return ""
+    heads = ("kNN", "linear", "chance", "left")
+    head = "<th></th><th>reading</th>" + "".join(f"<th>{split}, {name}</th>" for split in splits for name in heads)
+    rows = ""
+    for name, of_one in left.items():
+        cells = f"<th>{escape(name)}</th><td>{number(of_one.get('reading'))}</td>"
+        for split in splits:
+            found = part(of_one, split)
+            kind = {"r2": "R²", "accuracy": "accuracy"}.get(str(found.get("kind")), "")
+            cells += "".join(f"<td>{number(found.get(key))}</td>" for key in ("knn", "linear", "chance"))
+            cells += f'<td class="main">{number(found.get("left"))}<small>{kind}</small></td>'
+        rows += f"<tr>{cells}</tr>"
+    note = (
+        "Predictors of the second feature from the first, which learnt from the training rows: nearest neighbours, and "
+        "ridge regression. Left is the better one above chance. Chance is 0 for R², the commonest class for accuracy, "
+        "and for a conditional term what the condition alone gives. A term that reads 0 nats can have much left."
+    )
+    return (
+        f'<div class="below">{card("What is left of minimised terms", table_of(f"<tr>{head}</tr>", rows), note)}</div>'
+    )
 
 
 def _reading_cells(row: TermRow | None) -> str:

@@ -45,6 +45,7 @@ from engine.task import find_task
 from engine.torchrun import restartable, restarted
 from engine.training import resuming
 from engine.training.applying import own_tokenizer
+from engine.training.left import write_left
 from engine.training.parts import assemble, choose_device
 from engine.training.records import Record, record_of
 from engine.training.same_run import arithmetic, differing_splits
@@ -159,6 +160,7 @@ class TrainingRun:
         with self.ranks.alone():
             summary = self.files.write_summary(history, time.perf_counter() - started)
             self.files.complete(history, ended=True)
+            write_left(self.files, history, summary)
             if self.config.output.features:
                 self.files.write_features()
         if self.config.output.report:
@@ -203,7 +205,8 @@ class TrainingRun:
             within.batch_done()
 
         if compiles_kernels(self.device):
-            warm_kernels(self.parts)
+            with self.ranks.alone():
+                warm_kernels(self.parts)
         try:
             # Saving goes on beside the next epoch; leaving this block waits for it.
             with ThreadPoolExecutor(1) as beside, StopSignals() as signals:

@@ -91,5 +91,5 @@ def _two_views(folder: Path) -> dict[str, Any]:
         "torch": torch, "model": model, "task_loss": nn.functional.mse_loss, "main_optimizer": optimizers[0],
         "estimator_optimizer": optimizers[1], "loader": loader, "n_train": rows, "bank": bank, "step": step,
         "generator": generator, "number": 0, "module": MIEstimator(8, 8), "tower": nn.Linear(8, 128),
-        "TwoStageStep": TwoStageStep,
+        "TwoStageStep": TwoStageStep, "z": torch.randn(60, 8), "s": torch.randn(60, 2),
     }  # fmt: skip

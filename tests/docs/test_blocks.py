@@ -9,8 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from engine.cli import main
+from engine.cli.parser import build_parser
 from engine.config import load_config
 from engine.kernels import use_backend
 from tests.docs import blocks, scopes
@@ -65,6 +67,10 @@ def test_blocks_run_in_a_process_of_their_own(page: str, tmp_path: Path):
 # -- what a page's blocks must have done --
 
 
+def _ranks(scope: dict) -> None:
+    assert scope["total"] == 3.0
+
+
 def _data(scope: dict) -> None:
     """A batch has seven samples, and the reader of the page reads JSON lines."""
     import json
@@ -113,12 +119,24 @@ def _readme(scope: dict) -> None:
     assert low <= scope["estimate"].value <= high
 
 
+def _other_loops(scope: dict) -> None:
+    import torch
+
+    assert set(scope["result"].information) == {"I(A;B)"}
+    (saved,) = Path("bert").glob("checkpoint-*/estimators.pt")
+    for path in (saved, "step.pt", "accelerated.pt"):
+        assert torch.load(path, weights_only=True)
+    assert scope["module"].trainer.global_step == 2 * 4 + 7  # the first batch finds no recent features for stage 1
+
+
 CHECKS = {
     "README.md": _readme,
     "data.md": _data,
     "formats.md": _formats,
     "kernels.md": _kernels,
     "loaders.md": _loaders,
+    "ranks.md": _ranks,
+    "other_loops.md": _other_loops,
 }
 
 
@@ -169,6 +187,15 @@ def _check(command: str, block: blocks.Block) -> None:
     elif program == "pytest":
         paths = [word for word in words[1:] if word.startswith("tests")]
         assert paths and all((blocks.PROJECT / path).exists() for path in paths), command
+    elif program == "torchrun":
+        place = words.index("-m")
+        assert words[place + 1] == "engine", command
+        _, rest = build_parser().parse_known_args(words[place + 2 :])
+        assert all("=" in word for word in rest), command
+        options = {o for action in get_args_parser()._actions for o in action.option_strings}
+        assert {word for word in words[1:place] if word.startswith("--")} <= options, command
+    elif program == "sbatch":
+        assert (blocks.PROJECT / words[1]).is_file(), command
     elif program == "pip":
         extras = re.findall(r"\[([\w,]+)\]", command)
         for extra in (part for group in extras for part in group.split(",")):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import engine
-from engine.kernels import classifier_logits, cmi, cube_mix, infonce, mi_lower_bound
+from engine.kernels import classifier_logits, cmi, cube_mix, infonce, mi_lower_bound, siglip
 from engine.kernels.critics.op import concat_infonce, concat_scores, grouped_infonce, grouped_mlp
 from engine.kernels.cube_mix import op as cube
 from engine.kernels.dropout.op import dropout
@@ -87,6 +87,16 @@ def cases() -> dict[str, Case]:
         "infonce, symmetric": (lambda q, k: infonce(q, k, symmetric=True), [q, k]),
         "infonce, positives": (lambda q: infonce(q, q, positives=positives, exclude_self=True), [q]),
         "infonce, own negatives": (lambda q, k, n: infonce(q, k, negatives=n), [q, k, draw(4, 2, 3, seed=3)]),
+        "infonce, labels": (lambda q, k, t: infonce(q, k, temperature=t, labels=positives % 2), [q, k, temperature]),
+        "infonce, hard": (lambda q, k: infonce(q, k, row_ids=positives % 3, hardness=0.5, reduction="none"), [q, k]),
+        "infonce, MoCo": (lambda q, k, n: infonce(q, k, negatives=n, in_batch=False), [q, k, draw(5, 3, seed=3)]),
+        "infonce, own negatives decoupled": (
+            lambda q, k, n: infonce(q, k, negatives=n, decoupled=True), [q, k, draw(4, 2, 3, seed=3)]
+        ),
+        "infonce, own negatives and the batch": (
+            lambda q, k, n: infonce(q, k, negatives=n, in_batch=True), [q, k, draw(4, 2, 3, seed=3)]
+        ),
+        "siglip": (lambda q, k, t, b: siglip(q, k, t, b), [q, k, temperature, draw(seed=4)]),
         "towers": critic_cases.by_tensors(grouped_mlp, critic_cases.grouped(4, (3, 2), (2, 1), 4, 2, 1)),
         "critics": critic_cases.by_tensors(
             lambda *c: grouped_infonce(*c, [0, 3], [1, 2]), critic_cases.grouped(4, (3, 2), (2, 2), 4, 2, 1)

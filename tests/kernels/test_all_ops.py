@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels import classifier_logits, cmi, cube_mix, infonce, mi_lower_bound, registry
+from engine.kernels import classifier_logits, cmi, cube_mix, infonce, mi_lower_bound, registry, siglip
 from engine.kernels.critics.op import concat_infonce, concat_scores, grouped_infonce, grouped_mlp
 from engine.kernels.knn_product import cpu as knn
 from engine.kernels.recurrent import op as recurrent
@@ -53,6 +53,9 @@ def all_cases() -> dict[str, Case]:
     return {
         "infonce": (infonce, [draw(9, 4), draw(11, 4, seed=1)]),
         "symmetric": (lambda q, k: infonce(q, k, symmetric=True), [draw(9, 4), draw(9, 4, seed=1)]),
+        "labels": (lambda q, k: infonce(q, k, labels=torch.arange(9) % 4), [draw(9, 4), draw(9, 4, seed=1)]),
+        "ids": (lambda q, k: infonce(q, k, row_ids=torch.arange(9) % 4, reduction="none"), [draw(9, 4), draw(9, 4)]),
+        "siglip": (siglip, [draw(9, 4), draw(9, 4, seed=1)]),
         "bound": (lambda q, k: mi_lower_bound(q, k, bound="smile"), [draw(9, 4), draw(9, 4, seed=1)]),
         "scores": (lambda s: mi_lower_bound(s, bound="interpolate"), [draw(2, 9, 9)]),
         "towers": critic_cases.by_tensors(grouped_mlp, critic_cases.grouped(9, (3, 4), (2, 1), 8, 4, **single)),

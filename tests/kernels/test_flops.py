@@ -80,6 +80,18 @@ def test_streaming_computes_its_scores_again():
     assert counted(lambda: mi_lower_bound(q.detach(), k.detach(), bound="nwj"), "cpu") == product
 
 
+def test_contrastive_losses_do_what_plain_torch_does():
+    """With a mean the scores are computed once; per row they are computed again. A queue receives no gradient."""
+    q, k, queue, labels = leaf(B, D), leaf(B, D), leaf(9, D).detach(), torch.arange(B) % 2
+    scores = 2 * B * B * D
+    for reduction, times in (("mean", 3), ("none", 4)):
+        function = lambda r=reduction: infonce(q, k, labels=labels, reduction=r).sum().backward()  # noqa: E731
+        assert counted(function, "cpu") == times * scores
+    assert counted(lambda: infonce(q, k, labels=labels).backward(), "reference") == 3 * scores
+    of_queue = counted(lambda: infonce(q, k, negatives=queue, in_batch=False).backward(), "cpu")
+    assert of_queue == 2 * 2 * B * 9 * D
+
+
 def test_classifiers_of_conditional_information_read_a_label_as_one_column():
     joint, k, p = [leaf(B, D), leaf(B, 1), leaf(B, D)], 2, 4
     product = [(torch.randn(p, D), torch.randn(p // k, 1), torch.randn(p // k, D))]

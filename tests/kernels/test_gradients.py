@@ -16,7 +16,7 @@ from tests.kernels.differentiable import bare_cases, cases, functions
 
 CASES, BARE = cases(), bare_cases()
 # whose gradients have gradients themselves: torch's own operations, or linear ones
-SECOND = ("dropout", "infonce, own negatives")
+SECOND = ("dropout", "infonce, own negatives", "infonce, own negatives decoupled")
 REMEDY = r'use_backend\("reference"\)'
 
 
@@ -131,7 +131,7 @@ def test_every_function_has_a_case():
 
 
 def test_every_function_is_told_apart_by_its_backward():
-    twice = {"_Dropout", "_Reordered", "_Last", "_Gather", "_Scatter", "_Sum"}
+    twice = {"_Dropout", "_Reordered", "_Last", "OwnScores", "_Gather", "_Scatter", "_Sum"}
     for function in functions():
         assert (function.__name__ in twice) != getattr(function.backward, "differentiable_once", False), function
 
@@ -221,7 +221,7 @@ class TestTransforms:
         with pytest.raises(ConfigError, match=REMEDY):
             torch.autograd.grad(out, leaves[0], torch.stack([torch.ones_like(out)] * 2), is_grads_batched=True)
 
-    @pytest.mark.parametrize("name", ["dropout", "infonce, own negatives"])
+    @pytest.mark.parametrize("name", SECOND)
     def test_batches_of_gradients(self, name: str):
         function, tensors = CASES[name]
         leaves = fresh(tensors)

@@ -154,6 +154,88 @@ INFONCE = {
     "local": {"local_loss": True},
     "symmetric rows": {"symmetric": True, "reduction": "none"},
 }
+# With gathered keys alone.
+GATHERED = {
+    "labels": {"labels": True},
+    "labels of views": {"labels": True, "exclude_self": True, "cosine": True},
+    "labels, queue": {"labels": True, "negatives": True},
+    "ids": {"row_ids": True},
+    "ids, symmetric": {"row_ids": True, "symmetric": True},
+    "several positives": {"positives": True},
+    "decoupled": {"decoupled": True},
+    "hardness": {"hardness": 0.7},
+    "smoothing": {"label_smoothing": 0.2},
+    "labels, local": {"labels": True, "exclude_self": True, "local_loss": True},
+    "labels, rows": {"labels": True, "reduction": "none"},
+}
+
+
+def gathered_options(name, rows, queue) -> dict:
+    """Options of a rank's rows, or with all rows those of the joined batch."""
+    options = dict(GATHERED[name])
+    labels = torch.tensor([0, 1, 2, 0, 1, 3, 0, 0, 1, 2, 5, 1, 4, 0, 2, 2])[rows]  # 3, 4 and 5 have one sample
+    if "labels" in options:
+        options["labels"] = labels
+    if "row_ids" in options:
+        options["row_ids"] = labels
+    if "negatives" in options:
+        options |= {"negatives": queue, "key_labels": torch.cat([labels, torch.tensor([1, 3, 9])])}
+    if "positives" in options:  # its own and the next one of the rank; the first row has none
+        own_numbers = torch.arange(len(labels))
+        options["positives"] = torch.stack([own_numbers, (own_numbers + 1) % len(labels)], 1)
+        options["positives"][0] = -1
+    return options
+
+
+def gathered_on_a_rank(rank, size, counts):
+    results = []
+    for name in GATHERED:
+        q, k, temperature, queue = infonce_inputs(counts)
+        begin = sum(counts[:rank])
+        leaves = [own(q, rank, counts).clone(), own(k, rank, counts).clone(), temperature, queue]
+        leaves = [x.requires_grad_() for x in leaves]
+        options = gathered_options(name, slice(begin, begin + counts[rank]), leaves[3])
+        loss = infonce(leaves[0], leaves[1], temperature=leaves[2], gather=True, **options)
+        gradients = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, leaves, strict=True)]
+        results.append([loss.detach(), *gradients])
+    return results
+
+
+def test_options_of_labels_and_weights_equal_the_joined_batch(ranks):
+    """One process on the joined batch computes the same options; tests/kernels compares these with formulas."""
+    counts = (4, 2, 6, 4)
+    parts = [slice(0, 4), slice(4, 6), slice(6, 12), slice(12, 16)]
+    results = ranks(4).run(gathered_on_a_rank, counts)
+    for number, name in enumerate(GATHERED):
+        leaves = [x.requires_grad_() for x in infonce_inputs(counts)]
+        options = gathered_options(name, slice(None), leaves[3])
+        if name == "several positives":
+            of_ranks = [gathered_options(name, rows, None)["positives"] for rows in parts]
+            joined = [torch.where(p < 0, p, p + rows.start) for p, rows in zip(of_ranks, parts, strict=True)]
+            options["positives"] = torch.cat(joined)
+        local, reduction = options.pop("local_loss", False), options.pop("reduction", "mean")
+        losses = infonce(leaves[0], leaves[1], temperature=leaves[2], reduction="none", **options)
+        if local:
+            # rows whose label is alone have no positive: 5, 10 and 12
+            having = [[n for n in range(16)[rows] if n not in (5, 10, 12)] for rows in parts]
+            expected = [losses[torch.tensor(numbers)].mean() for numbers in having]
+            total = torch.stack(expected).mean()
+        elif reduction == "none":
+            expected, total = list(losses.split(list(counts))), losses.sum() / 4
+        else:
+            total = infonce(leaves[0], leaves[1], temperature=leaves[2], **options)
+            expected = [total] * 4
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        for rank, result in enumerate(results):
+            torch.testing.assert_close(result[number][0], expected[rank].detach(), msg=lambda m, n=name: f"{n}: {m}")
+            for which in (0, 1):
+                right = 4 * own(gradients[which], rank, counts)
+                torch.testing.assert_close(result[number][1 + which], right, msg=lambda m, n=name: f"{n}: {m}")
+        for which in (2, 3):
+            found = torch.stack([result[number][1 + which] for result in results]).mean(0)
+            right = torch.zeros_like(found) if gradients[which] is None else gradients[which]
+            torch.testing.assert_close(found, right, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def infonce_options(name, rank, counts, queue):
@@ -266,6 +348,9 @@ def refused(rank, size):
         "scores": lambda: mi_lower_bound(q @ q.T, gather=True),
         "ring of scores": lambda: mi_lower_bound(q @ q.T, gather="ring"),
         "positives": lambda: infonce(q, q, positives=torch.full((4,), 4), gather="ring"),
+        "mask": lambda: infonce(q, q, mask=torch.zeros(4, 4, dtype=torch.bool), gather=True),
+        "labels on the ring": lambda: infonce(q, q, labels=torch.arange(4), gather="ring"),
+        "queue without the batch": lambda: infonce(q, q, negatives=q, in_batch=False, gather=True),
         "baseline": lambda: mi_lower_bound(q, q, bound="tuba", log_baseline=q, gather=True),
     }
     texts = {}

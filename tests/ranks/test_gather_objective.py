@@ -62,15 +62,19 @@ CASES = {
     "published concat": {"published": True, "critic": "concat"},
     "published mine": {"published": True, "bound": "mine"},
     "own": {"own": True},
+    "club": {"upper": "club"},
+    "leave one out": {"upper": "l1out"},
 }
 
 
 def build(name: str, gather: str) -> Objective:
     options = dict(CASES[name])
     published, custom = options.pop("published", False), options.pop("own", False)
+    upper = options.pop("upper", None)
     settings = ObjectiveConfig(hidden=6, embed=5, ema_rate=0.3, k_neighbor=K, **options)
     torch.manual_seed(3)
-    terms = [0.5 * MI("Z", "Y"), -0.2 * MI("Z", "S"), 0.3 * CMI("Z", "Y", given="S"), 0.1 * CMI("Y", "Z", given="S")]
+    second = 0.2 * MI("Z", "S") if upper is None else -0.2 * MI("Z", "S", bound=upper)
+    terms = [0.5 * MI("Z", "Y"), second, 0.3 * CMI("Z", "Y", given="S"), 0.1 * CMI("Y", "Z", given="S")]
     objective = Objective(
         terms, dims=DIMS, settings=settings, make_estimator=published_estimator if published else None, gather=gather
     ).double()
@@ -363,6 +367,33 @@ def test_ddp_of_an_objective_trains_like_one_process(ranks, size, gather):
         right = stages(build(name, "off"), encoder_of(), slice(None), products, lambda module: module)
         for result in results:
             torch.testing.assert_close(result[name], right, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def sharded_on_a_rank(rank, size, counts):
+    from torch.distributed.fsdp import fully_shard
+
+    features = {n: own(v, rank, counts) for n, v in batch(counts).items()}
+    objective = fully_shard(build("dv", "ring"))
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        objective(features, product_rows(counts)[rank]).loss.backward()
+        optimizer.step()
+    return {n: p.full_tensor().detach() for n, p in objective.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_fsdp2_of_an_objective_trains_like_one_process(ranks):
+    counts = ROWS[2]
+    results = ranks(2).run(sharded_on_a_rank, counts)
+    objective = build("dv", "off")
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        objective(batch(counts), joined_products(product_rows(counts))).loss.backward()
+        optimizer.step()
+    for result in results:
+        torch.testing.assert_close(result, {n: p.detach() for n, p in objective.named_parameters()})
 
 
 # -- one process -----------------------------------------------------------------------------------

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from engine.errors import EstimatorError
 from engine.kernels.arguments import exact_type, wants_gradient
+from engine.kernels.contrastive.op import Given, Options, check_reduction, extended_infonce
 from engine.kernels.mi_bounds import autograd, plan, reference
 from engine.kernels.mi_bounds.embeddings import grouped, normalised, positives_in_range, prepared, wrong_shapes
 from engine.kernels.mi_bounds.reference import BOUNDS, check_settings, full_precision
 from engine.kernels.registry import backend_for, log_size
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def infonce(
@@ -38,6 +37,15 @@ def infonce(
     negatives: Tensor | None = None,
     positives: Tensor | None = None,
     exclude_self: bool = False,
+    labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    in_batch: bool | None = None,
+    decoupled: bool = False,
+    hardness: float = 0.0,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
     gather: bool | str = False,
     group: Any = None,
@@ -45,9 +53,10 @@ def infonce(
 ) -> Tensor:
     """The InfoNCE loss, to be minimised: mean over i of -log softmax_j(q_i . k_j / temperature) at i's positive.
 
-    With M keys, log M minus this loss is a lower bound on mutual information in nats. SimCLR passes both views as q and
-    as k, with `positives` and `exclude_self`. CLIP sets `symmetric` and `cosine` and learns the temperature. MoCo
-    passes its queue as `negatives`.
+    With M keys, log M minus this loss is a lower bound on mutual information in nats, unless a later option changes the
+    loss. SimCLR passes both views as q and as k, with `positives` and `exclude_self`. CLIP sets `symmetric` and
+    `cosine` and learns the temperature. MoCo passes its queue as `negatives` and sets `in_batch=False`. Supervised
+    contrastive learning gives `labels`.
 
     Args:
         q: Queries [B, d], or [G, B, d] for G losses at once. float16, bfloat16, float32 or float64.
@@ -58,17 +67,35 @@ def infonce(
         symmetric: The mean of the losses of q against k and of k against q. Needs M = B, and none of `negatives`,
             `positives` and `exclude_self`.
         negatives: [M', d] or [G, M', d]: further keys for all rows, such as a queue. Or [B, n, d] or [G, B, n, d]: each
-            row's own n negatives, which are then its only ones; k must have q's shape, and `symmetric`, `positives` and
-            `exclude_self` are not allowed. Negatives receive gradients if they need them.
+            row's own n negatives, which are then its only ones unless `in_batch=True`; k must have q's shape then.
+            Negatives receive gradients if they need them.
         positives: int64 [B], the column of each row's positive in [k; negatives]. Default: the row's own number. A
             column out of range, or one that `exclude_self` leaves out, raises an error on the CPU and gives NaN on a
-            GPU.
+            GPU. Or int64 [B, P], several positives of each row, filled up with -1: the loss of a row is the mean over
+            its positives (L_out), whose denominators hold all keys.
         exclude_self: Leave out column i for row i, for q and k that are the same samples.
-        reduction: "mean", "sum" or "none".
+        labels: int64 [B]. A row's positives are the keys of its label, in place of `positives`.
+        key_labels: int64, the labels of the columns of [k; negatives]. Default: `labels`, where k is all and M = B.
+        mask: bool. True: this key is no negative of this row; positives stay what they are. Its columns are those of
+            [k; negatives], and with `in_batch=False` those of negatives; a row's own negatives come last.
+        row_ids: int64 [B]. Keys of a row's id that are not its positives are left out: false negatives, without a
+            [B, M] mask.
+        key_ids: int64, the ids of the columns that all rows share. Default: `row_ids`, where k is all and M = B.
+        in_batch: Whether the keys of the batch are negatives. False needs `negatives`: these alone are negatives, and
+            row i of k is the positive. Default: True, or False where rows have their own negatives.
+        decoupled: Leave the positives out of the denominator (decoupled contrastive learning). Can be negative.
+        hardness: Weigh negatives in proportion to e^(hardness * score), their mean weight being 1; 0 weighs all alike.
+            The gradient goes through the weights.
+        label_smoothing: The share of the target, in [0, 1], that is spread evenly over all keys that take part.
+        reduction: "mean", "sum" or "none". A row without a positive (or, decoupled, without a negative) has the loss 0,
+            and the mean leaves it out. On the CPU the log says once how many there were, and a mean of none is an
+            error; on a GPU it is NaN.
         gather: Of several processes, take the keys of all ranks: True gathers them, "ring" passes them around and never
             holds all. The loss is that of one process on the joined batch, rank 0's rows first, and gradients that are
             averaged over ranks (DDP) are its gradients. `negatives` are the same on every rank. `positives` stay
-            numbers in this rank's [k; negatives]. "none" gives the losses of this rank's rows.
+            numbers in this rank's [k; negatives], and so do the columns of `key_labels` and `key_ids`. "none" gives the
+            losses of this rank's rows. `mask`, `in_batch` and a row's own negatives are refused; "ring" refuses labels,
+            ids, several positives, `decoupled`, `hardness` and `label_smoothing`, too.
         group: The process group of `gather`; None for the default one.
         local_loss: With `gather`, the mean or sum over this rank's rows, against the keys of all ranks.
 
@@ -80,7 +107,10 @@ def infonce(
         ConfigError: `gather` where WORLD_SIZE is above 1 and there is no process group.
 
     Source:
-        van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018.
+        van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018. Khosla et al.,
+        Supervised Contrastive Learning, NeurIPS 2020 (labels). He et al., Momentum Contrast, CVPR 2020 (in_batch). Yeh
+        et al., Decoupled Contrastive Learning, ECCV 2022. Robinson et al., Contrastive Learning with Hard Negative
+        Samples, ICLR 2021 (hardness, without its debiasing).
 
     Example:
         >>> q = torch.eye(4)
@@ -88,19 +118,31 @@ def infonce(
         True
         >>> round(float(infonce(q, 0 * q)), 4)  # all scores are equal: log 4
         1.3863
+        >>> round(float(infonce(q, q, labels=torch.tensor([0, 0, 1, 1]), exclude_self=True)), 4)  # log 3
+        1.0986
     """
-    if reduction not in REDUCTIONS:
-        raise EstimatorError("infonce", f"reduction {reduction!r}", f"one of {', '.join(REDUCTIONS)}", "Choose one.")
+    check_reduction("infonce", reduction)
     exact_type("infonce", q, k, negatives)
     if gather is not False or group is not None or local_loss:
-        options = {"temperature": temperature, "cosine": cosine, "symmetric": symmetric, "negatives": negatives}
-        options |= {"positives": positives, "exclude_self": exclude_self, "reduction": reduction}
-        over_ranks = _infonce_over_ranks(q, k, gather, group, local_loss, options)
+        given = {
+            "temperature": temperature, "cosine": cosine, "symmetric": symmetric, "negatives": negatives,
+            "positives": positives, "exclude_self": exclude_self, "labels": labels, "key_labels": key_labels,
+            "mask": mask, "row_ids": row_ids, "key_ids": key_ids, "in_batch": in_batch, "decoupled": decoupled,
+            "hardness": hardness, "label_smoothing": label_smoothing, "reduction": reduction,
+        }  # fmt: skip
+        over_ranks = _infonce_over_ranks(q, k, gather, group, local_loss, given)
         if over_ranks is not None:
             return over_ranks
     if cosine:
         q, k, negatives = (None if x is None else normalised(x) for x in (q, k, negatives))
-    if negatives is not None and negatives.dim() == q.dim() + 1:
+    given = Given(positives, labels, key_labels, mask, row_ids, key_ids, exclude_self)
+    options = Options(decoupled, hardness, label_smoothing)
+    own = negatives is not None and negatives.dim() == q.dim() + 1
+    several = positives is not None and positives.dim() == 2
+    # without saying so, the keys of the batch are negatives unless rows have their own
+    if several or in_batch is own or any(x is not None for x in given[1:-1]) or options != Options():
+        return extended_infonce(q, k, negatives, temperature, given, in_batch, symmetric, options, reduction)
+    if own:
         if symmetric or exclude_self or positives is not None:
             what = "symmetric, exclude_self or positives with negatives of each row's own"
             raise EstimatorError("infonce", what, "none of these", "Leave them out.")

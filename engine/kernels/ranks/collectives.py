@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,14 @@ from torch import Tensor
 
 from engine.kernels.ranks.group import Ranks
 
-# torch 2.13 renamed them
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+def _named(*names: str) -> Any:
+    """The first of these collectives that torch has. It may have none at all, and renamed some in 2.13."""
+    return next((getattr(dist, name) for name in names if hasattr(dist, name)), None)
+
+
+_all_gather = _named("all_gather_single", "all_gather_into_tensor")
+_reduce_scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
 
 
 def gather_rows(x: Tensor, ranks: Ranks, counts: Sequence[int], dim: int = 0) -> Tensor:

@@ -104,7 +104,13 @@ def agree(
 
     Raises:
         EstimatorError: a rank without rows, or ranks that differ.
+        ConfigError: a CUDA graph is being captured.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ConfigError(
+            where, "a CUDA graph being captured", "a plain call: the host reads the ranks' numbers of rows",
+            "Set train.graphs=off, or gather=False.",
+        )  # fmt: skip
     own = torch.tensor([*rows.values(), *same.values()], device=device)
     gathered = [torch.empty_like(own) for _ in range(ranks.size)]
     dist.all_gather(gathered, own, group=ranks.group)

@@ -30,6 +30,7 @@ def travel(own: Tensor, ranks: Ranks, counts: Sequence[int]) -> Iterator[tuple[i
         yield source, keys
         if arriving is not None:
             keys = _arrived(*arriving)
+            arriving = None  # it holds the keys that were sent
 
 
 def travel_with_gradient(

@@ -1,0 +1,88 @@
+"""Probes of what is left: against scikit-learn, on independent and on dependent features, and their errors."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from sklearn.preprocessing import StandardScaler
+
+import engine
+from engine.errors import DataError
+from engine.probing import RIDGE, probe
+
+
+def rows(n: int = 600, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 5, generator=generator) * torch.tensor([1.0, 10.0, 0.1, 1.0, 1.0]) + 3
+    y = torch.stack([(x[:, 0] - 3).square(), x[:, 1] + torch.randn(n, generator=generator)], 1)
+    return x, y
+
+
+def test_regression_agrees_with_scikit_learn():
+    (x, y), (seen, known) = rows(200, 1), rows(600, 0)
+    found = probe(x, y, known=(seen, known), neighbours=7)
+    scaler = StandardScaler().fit(seen.double().numpy())
+    a, b = scaler.transform(seen.double().numpy()), scaler.transform(x.double().numpy())
+    of_target = StandardScaler().fit(known.double().numpy())
+    y, known = of_target.transform(y.double().numpy()), of_target.transform(known.double().numpy())
+    knn, linear = (
+        r2_score(y, model.fit(a, known).predict(b), multioutput="variance_weighted")
+        for model in (KNeighborsRegressor(7), Ridge(RIDGE * len(a)))
+    )
+    assert (found.kind, found.rows, found.chance) == ("r2", 200, 0.0)
+    assert (found.knn, found.linear) == pytest.approx((knn, linear), abs=1e-9)
+    assert found.left == max(found.knn, found.linear) and found.to_dict()["left"] == found.left
+
+
+def test_classes_agree_with_scikit_learn():
+    (x, y), (seen, known) = rows(200, 1), rows(600, 0)
+    labels, of_known = ((t[:, 0] > 0.5).long() + (t[:, 0] > 2).long() for t in (y, known))
+    found = probe(x, labels, known=(seen, of_known), discrete=True, neighbours=7)
+    scaler = StandardScaler().fit(seen.double().numpy())
+    a, b = scaler.transform(seen.double().numpy()), scaler.transform(x.double().numpy())
+    assert found.knn == pytest.approx(KNeighborsClassifier(7).fit(a, of_known).score(b, labels), abs=0.011)  # ties
+    commonest = np.bincount(of_known).argmax()
+    assert found.chance == pytest.approx((labels == commonest).double().mean().item())
+    one_hot = torch.nn.functional.one_hot(labels, 3)
+    assert (
+        probe(x, one_hot, known=(seen, torch.nn.functional.one_hot(of_known, 3)), discrete=True, neighbours=7) == found
+    )
+
+
+def test_cross_fit_sees_what_is_there_and_nothing_else():
+    x, y = rows(1000)
+    assert probe(x, y).rows == 1000
+    assert probe(x, y).knn > 0.6 and probe(x, y).linear < 0.6  # the square is not linear
+    independent = probe(x, y[torch.randperm(1000, generator=torch.Generator().manual_seed(1))])
+    assert -0.2 < independent.knn < 0 and -0.05 < independent.linear < 0.05
+    assert probe(x, y) == probe(x.numpy(), y.numpy()) == engine.probe(x.double(), y.double())
+
+
+def test_a_column_that_hardly_varies_in_the_unseen_rows_does_not_decide():
+    (x, y), (seen, known) = rows(200, 1), rows(600, 0)
+    y[:, 1] = y[:, 1] * 1e-3
+    assert probe(x, y, known=(seen, known)).knn > -2
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda x, y: (x, y[:50]), "as many"),
+        (lambda x, y: (x[:10], y[:10]), "20 rows or more"),
+        (lambda x, y: (x * float("nan"), y), "not finite"),
+        (lambda x, y: (x, y * 0), "a constant"),
+        (lambda x, y: (x[None], y), "real numbers"),
+    ],
+)
+def test_errors(change, text):
+    with pytest.raises(DataError, match=text) as caught:
+        probe(*change(*rows(100)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_single_class_is_an_error():
+    x, _ = rows(100)
+    with pytest.raises(DataError, match="a single class"):
+        probe(x, torch.ones(100), discrete=True)
