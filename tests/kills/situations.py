@@ -116,8 +116,8 @@ class Place:
         Args:
             before: the batches that were done before it was stopped; at most `most` of them may be done again.
             told: what has to be said.
-            signalled: whether a signal had it save where an uninterrupted run saves nothing: the last checkpoint but one
-                is another then.
+            signalled: whether a signal had it save where an uninterrupted run saves nothing. The last checkpoint but
+                one is another then.
         """
         after = self.steps()
         ended = self.engine(self.words(out, *[SEEDS] * (kind == SEEDS), resume=True), after)
