@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.errors import ConfigError, EngineError
+from engine.kernels.gradients import differentiable_once
 from engine.torchrun import torchrun_shard
 
 TIMEOUT_S = 1800.0
@@ -307,6 +308,7 @@ class _Join(torch.autograd.Function):
         return torch.cat(ranks._all_gathered(rows))
 
     @staticmethod
+    @differentiable_once("rows joined over ranks", "Join them with engine.kernels.ranks.collectives.gather_rows.")
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         gradient = gradient.contiguous().clone()

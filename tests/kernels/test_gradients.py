@@ -114,8 +114,8 @@ def engine_functions_of(output: Tensor) -> set[str]:
     return found & own
 
 
-# These need several processes: tests/ranks/test_gather.py has their cases.
-OVER_RANKS = {"RowLosses", "BoundOverRanks", "_Gather", "_Scatter", "_Sum"}
+# These need several processes: tests/ranks has their cases.
+OVER_RANKS = {"RowLosses", "BoundOverRanks", "_Gather", "_Scatter", "_Sum", "_Join"}
 
 
 def test_every_function_has_a_case():
