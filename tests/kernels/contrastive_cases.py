@@ -70,8 +70,10 @@ SIGLIP: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
 NAMES = (*INFONCE, *SIGLIP)
 
 
-def contrastive_case(name: str, rows: int, width: int, reduction: str = "mean") -> tuple[Function, dict[str, Tensor]]:
-    """Function and fp64 inputs of a case: scores of order 3."""
+def contrastive_case(
+    name: str, rows: int, width: int, reduction: str = "mean", wrap: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> tuple[Function, dict[str, Tensor]]:
+    """Function and fp64 inputs of a case: scores of order 3. `wrap` is applied to labels, ids, masks and positives."""
     given, options = (INFONCE | SIGLIP)[name]
     scale = (9 / width) ** 0.25
     inputs = {
@@ -92,5 +94,6 @@ def contrastive_case(name: str, rows: int, width: int, reduction: str = "mean") 
     made = {n: build(rows, columns if n == "mask" else keys) for n, build in _BUILD.items() if n in given}
     if "several" in given:
         made["positives"] = _several(rows, keys)
+    made = {key: wrap(tensor) for key, tensor in made.items()}
     function = siglip if name in SIGLIP else infonce
     return (lambda **tensors: function(**tensors, reduction=reduction, **made, **options)), inputs

@@ -21,11 +21,15 @@ class Result:
     summands: dict[str, float]
 
 
-def evaluate(function: Callable[..., Tensor], inputs: dict[str, Tensor], backend: str) -> Result:
-    """Value of `function(**inputs)` and gradients of an uneven weighting of it, fp64 for comparison."""
-    inputs = {
-        name: x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for name, x in inputs.items()
-    }
+def evaluate(function: Callable[..., Tensor], inputs: dict[str, Tensor], backend: str, clone: bool = True) -> Result:
+    """Value of `function(**inputs)` and gradients of an uneven weighting of it, fp64 for comparison.
+
+    clone: False leaves the inputs in their memory, so that what lies around it is what a kernel finds there.
+    """
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    if clone:
+        inputs = {name: x.clone(memory_format=torch.preserve_format) for name, x in inputs.items()}
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
     with use_backend(backend):
         value = function(**inputs)
         weights = torch.linspace(0.5, -1.5, value.numel(), dtype=value.dtype).view(value.shape)

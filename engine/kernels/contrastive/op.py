@@ -23,7 +23,7 @@ from engine.kernels.contrastive import autograd, plan, reference
 from engine.kernels.contrastive.losses import Options, Statistics, losses, with_more_negatives, without_keys
 from engine.kernels.contrastive.pairs import Pairs
 from engine.kernels.mi_bounds.embeddings import grouped, normalised, prepared, wrong_shapes
-from engine.kernels.registry import backend_for
+from engine.kernels.registry import backend_for, is_static
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -368,7 +368,7 @@ def _bias(where: str, bias: float | Tensor, scale: Tensor) -> Tensor:
 
 def _tell_of_missing(where: str, count: Tensor, rows: int, reduction: str) -> None:
     """Say once that rows have no loss, and refuse a mean of none. count: how many rows of each group have one, [G]."""
-    if not looks_at(count) or (count == rows).all():
+    if is_static() or not looks_at(count) or (count == rows).all():
         return
     if reduction == "mean" and not count.all():
         do = "Draw batches that hold several samples of a class."

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine.errors import EstimatorError
 from engine.kernels.arguments import exact_type, wants_gradient
+from engine.kernels.contrastive.autograd import CHUNK_BYTES, scores_of_own
 from engine.kernels.contrastive.op import Given, Options, check_reduction, extended_infonce
 from engine.kernels.mi_bounds import autograd, plan, reference
 from engine.kernels.mi_bounds.embeddings import grouped, normalised, positives_in_range, prepared, wrong_shapes
@@ -238,9 +239,16 @@ def _losses_of_own_negatives(q: Tensor, k: Tensor, negatives: Tensor, temperatur
     exact = exact_type("infonce", q, k, negatives)
     q, k, scale = prepared("infonce", q, k, temperature)
     with torch.autocast(q.device.type, enabled=False):
-        # sums, not matrix products, which may be tf32 on a GPU
-        q, keys = q.to(exact), torch.cat([k.to(exact)[..., None, :], negatives.to(exact)], -2)
-        scores = scale * (q[..., None, :] * keys).sum(-1)
+        if 4 * negatives.numel() > CHUNK_BYTES:
+            # a few rows at a time, without copies of all negatives
+            own = negatives if q.dim() == 3 else negatives[None]
+            parts = [scores_of_own(grouped(q), keys) for keys in (grouped(k)[:, :, None], own)]
+            scores = scale * torch.cat([part.to(exact) for part in parts], -1)
+            scores = scores if q.dim() == 3 else scores[0]
+        else:
+            # sums, not matrix products, which may be tf32 on a GPU
+            q, keys = q.to(exact), torch.cat([k.to(exact)[..., None, :], negatives.to(exact)], -2)
+            scores = scale * (q[..., None, :] * keys).sum(-1)
         first = torch.zeros(q.shape[-2], dtype=torch.int64, device=q.device)
         return reference.infonce_of_scores(scores, positives=first)
 
