@@ -72,7 +72,7 @@ def probe(
     """How well `target` can be predicted from `features`, on unseen rows.
 
     >>> z = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
-    >>> probe(z, z[:, :1].square()).left > 0.5, probe(z, z.flip(0)).left < 0.1
+    >>> probe(z, z[:, :1].abs()).left > 0.4, probe(z, z.flip(0)).left < 0.1
     (True, True)
 
     Args:

@@ -1,11 +1,16 @@
 """Terms with bounds of a conditional over ranks train like one process on the joined batch."""
 
+import json
+
+import pytest
 import torch
 
 from engine.config import ObjectiveConfig
+from engine.loaders.make_data import make_data
 from engine.objective import CMI, MI, Objective
 from engine.vocabulary import VARIATIONAL_BOUNDS
 from tests.ranks.test_gather_objective import ROWS, own
+from tests.ranks.test_run import QUICK, assert_same_run, trained
 
 TERMS = [
     *(-0.3 * MI("Z", "Y", bound=bound) for bound in VARIATIONAL_BOUNDS),
@@ -60,3 +65,18 @@ def test_objective_equals_the_joined_batch(ranks):
             torch.testing.assert_close(gradient / 2, own(right["features"][name], rank, counts), **close)
     for name, gradient in right["gradients"].items():
         torch.testing.assert_close(sum(found["gradients"][name] for found in results) / 2, gradient, **close)
+
+
+def test_a_run_that_minimises_terms_is_that_of_one_process(ranks, tmp_path):
+    path = make_data(tmp_path / "mosi", "mosi", 60, "declarelab")
+    terms = '["0.01 * MI(F, A)", "-0.01 * MI(F, V, bound=club_sample)", "-0.01 * MI(F, C, bound=club)"]'
+    settings = [*QUICK, f"data.path={path}", f"objective.terms={terms}"]
+    trained(0, 1, settings, tmp_path / "one")
+    ranks(2).run(trained, settings, str(tmp_path / "many"))
+    assert_same_run(tmp_path / "many", tmp_path / "one")
+    found, expected = (json.loads((tmp_path / name / "metrics.json").read_text())["left"] for name in ("many", "one"))
+    assert list(found) == ["I(F;V) by club_sample", "I(F;C) by club"]
+    for term in found:
+        for split in ("valid", "test"):
+            one, other = ({k: v for k, v in of[term][split].items() if k != "kind"} for of in (found, expected))
+            assert one == pytest.approx(other, rel=1e-3, abs=1e-3)
