@@ -9,10 +9,13 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from engine.errors import ConfigError
-from engine.objective import CMI, MI
+from engine.objective import CMI, MI, Objective
 from engine.recent import RecentFeatures
 from engine.step import TwoStageStep
-from tests.test_other_loops import Pair, data, objective_of, same, weights
+from tests.docs import blocks
+from tests.test_other_loops import SETTINGS, Pair, data, objective_of, same, weights
+
+PAGE = blocks.PROJECT / "docs" / "other_loops.md"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -119,3 +122,35 @@ def test_accelerate_trains_as_the_step_alone_does():
             step.train_batch(batch)
         ends.append(weights(step))
     assert same(*ends)
+
+
+def hugging_face_weights(folder, batch: int, accumulate: int) -> list[torch.Tensor]:
+    """Weights after two updates of the page's Trainer on 8 rows each, with a term of weight 0."""
+    from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+    (code,) = [b.code for b in blocks.of_page(PAGE) if "class InformationTrainer" in b.code]
+    scope = {"torch": torch}
+    exec(code.split("torch.manual_seed")[0], scope)
+    torch.manual_seed(0)
+    rows = [
+        {"input_ids": torch.randint(0, 50, (6,)), "attention_mask": torch.ones(6, dtype=torch.long), "labels": i % 2}
+        for i in range(16)
+    ]
+    sizes = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(**sizes, intermediate_size=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    bert = BertForSequenceClassification(config)
+    arguments = TrainingArguments(
+        str(folder), max_steps=2, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+        report_to="none", use_cpu=True, disable_tqdm=True, optim="sgd", learning_rate=0.5, max_grad_norm=0.0,
+        lr_scheduler_type="constant", save_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    objective = Objective([0.0 * MI("A", "B")], {"A": 8, "B": 8}, settings=SETTINGS)
+    trainer = scope["InformationTrainer"](bert, arguments, train_dataset=rows, objective=objective)
+    trainer.train()
+    return [p.detach().clone() for p in bert.parameters()]
+
+
+def test_hugging_face_micro_batches_are_equal_to_the_large_batch(tmp_path):
+    large, small = hugging_face_weights(tmp_path, 8, 1), hugging_face_weights(tmp_path, 4, 2)
+    for a, b in zip(large, small, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
