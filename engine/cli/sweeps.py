@@ -61,17 +61,17 @@ def _print_sweep(result: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from engine.sweeps.files import _mean_std
+    from engine.sweeps.files import mean_std
 
     metric = result.metric
     table = Table("setting", "runs", f"valid {metric}")
     table.columns[2].justify = "right"
     for cell in result.cells:
         runs = f"{len(cell.valid)}" + (f", {len(cell.failed)} failed" if cell.failed else "")
-        table.add_row(escape(cell.setting.name), runs, _mean_std([one.get(metric) for one in cell.valid.values()]))
+        table.add_row(escape(cell.setting.name), runs, mean_std([one.get(metric) for one in cell.valid.values()]))
     console().print(table)
     if result.chosen is not None:
-        test = _mean_std([result.chosen.test[seed].get(metric) for seed in result.seeds])
+        test = mean_std([result.chosen.test[seed].get(metric) for seed in result.seeds])
         say(f"chosen on valid: {result.chosen.setting.name}, test {metric} {test}")
 
 

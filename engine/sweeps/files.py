@@ -127,9 +127,9 @@ def _lead(result: SweepResult) -> str:
     if chosen is None:
         return ""
     how = "highest" if result.higher_is_better else "lowest"
-    valid = _mean_std([chosen.valid[seed].get(metric) for seed in result.seeds])
+    valid = mean_std([chosen.valid[seed].get(metric) for seed in result.seeds])
     test = [chosen.test.get(seed, {}).get(metric) for seed in result.seeds]
-    told = f" Its test {escape(metric)} is <b>{_mean_std(test)}</b>." if _all_numbers(test) else ""
+    told = f" Its test {escape(metric)} is <b>{mean_std(test)}</b>." if _all_numbers(test) else ""
     over = f"mean over {len(result.seeds)} seeds" if len(result.seeds) > 1 else "one seed"
     return (
         f'<p class="lead">Chosen: <b>{escape(chosen.setting.name)}</b>, with the {how} valid {escape(metric)}, '
@@ -147,7 +147,7 @@ def _settings_table(result: SweepResult) -> str:
         about += f"<small>{len(cell.valid)} of {len(result.seeds)} runs ended</small>" if missing else ""
         cells = "".join(
             f'<td class="{"main" if name == result.metric else ""}">'
-            f"{_mean_std([one.get(name) for one in cell.valid.values()])}</td>"
+            f"{mean_std([one.get(name) for one in cell.valid.values()])}</td>"
             for name in names
         )
         rows.append(f"<tr><th>{rank}. {escape(cell.setting.name)}{about}</th><td>{len(cell.valid)}</td>{cells}</tr>")
@@ -168,8 +168,7 @@ def _chosen_section(result: SweepResult) -> str:
         test = [chosen.test.get(seed, {}).get(name) for seed in result.seeds]
         by_seed = "".join(f"<td>{number(value, 4)}</td>" for value in test) if len(test) <= 10 else ""
         rows.append(
-            f"<tr><th>{escape(name)}</th><td>{_mean_std(valid)}</td>"
-            f'<td class="main">{_mean_std(test)}</td>{by_seed}</tr>'
+            f'<tr><th>{escape(name)}</th><td>{mean_std(valid)}</td><td class="main">{mean_std(test)}</td>{by_seed}</tr>'
         )
     seeds = (
         "".join(f"<th>seed {seed}<small>test</small></th>" for seed in result.seeds) if len(result.seeds) <= 10 else ""
@@ -251,9 +250,9 @@ def _tuning_lead(result: TuneResult) -> str:
     )
     seeds = result.seeds
     if seeds is not None and (chosen := seeds.chosen) is not None:
-        valid = _mean_std([chosen.valid[seed].get(result.metric) for seed in seeds.seeds])
+        valid = mean_std([chosen.valid[seed].get(result.metric) for seed in seeds.seeds])
         test = [chosen.test.get(seed, {}).get(result.metric) for seed in seeds.seeds]
-        told = f", test <b>{_mean_std(test)}</b>" if _all_numbers(test) else ""
+        told = f", test <b>{mean_std(test)}</b>" if _all_numbers(test) else ""
         lead += f" With {len(seeds.seeds)} seeds: valid <b>{valid}</b>{told}."
     return (
         f'{lead}</p><p class="muted">Trials are ranked and pruned on the valid split. No test metric was read before '
@@ -360,7 +359,7 @@ def _all_numbers(values: Sequence[Any]) -> bool:
     return bool(values) and all(isinstance(value, (int, float)) for value in values)
 
 
-def _mean_std(values: Sequence[Any]) -> str:
+def mean_std(values: Sequence[Any]) -> str:
     if not _all_numbers(values):
         return "–"
     from engine.metrics import summary

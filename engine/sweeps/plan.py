@@ -67,7 +67,7 @@ def require_same(where: str, saved: Mapping[str, Any], given: Mapping[str, Any])
         )
 
 
-def checked_base(config: Config, out: Path, threads: int, saved: Mapping[str, Any] | None) -> Config:
+def checked_base(config: Config, threads: int, saved: Mapping[str, Any] | None) -> Config:
     """The settings of all runs: quiet, and with the number of threads that the first start chose.
 
     Raises:
@@ -90,7 +90,9 @@ def checked_base(config: Config, out: Path, threads: int, saved: Mapping[str, An
 def open_data_once(config: Config) -> None:
     """Open the data: a problem of it is told before the first run, and the runs find the store that is made of it."""
     from engine.task import find_task
+    from engine.training.parts import choose_device
 
+    choose_device(config.device)
     find_task(config.task).open_data(config.resolve(), config.data.path)
 
 

@@ -84,9 +84,8 @@ class _Worker:
         return Event(job, message.pop("kind"), message)
 
     def close(self, patience: float) -> None:
-        """End it. SIGTERM first, so that a run may write what it must."""
-        if self.job is not None and self.process.poll() is None:
-            self.process.terminate()
+        """End it. A run that was asked to end has `patience` seconds to write what it must."""
+        if self.job is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(patience)
         for stream in (self.stdin, self.stdout):

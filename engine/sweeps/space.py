@@ -197,6 +197,7 @@ def _kinds(annotation: Any) -> set[Any]:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _kinds(args[0])
-    if origin is Union or type(annotation).__name__ == "UnionType":
+    # Of a list, too: where one number stands for all of them, checking the bounds accepts it.
+    if origin in (Union, list, tuple) or type(annotation).__name__ == "UnionType":
         return {kind for arg in args for kind in _kinds(arg)}
     return {annotation} if isinstance(annotation, type) else {origin}

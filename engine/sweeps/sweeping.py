@@ -172,11 +172,11 @@ def sweep(
         ['train.lr=0.001', 'train.lr=0.01']
     """
     out = user_path(out)
-    seeds = _checked_seeds([config.seed] if seeds is None else list(seeds))
-    name = _known_task(config, task)
+    seeds = checked_seeds([config.seed] if seeds is None else list(seeds))
+    name = known_task(config, task)
     saved = plans.saved_plan(out)
     jobs, threads, gpus = resources(config, jobs)
-    base = plans.checked_base(config, out, threads, saved)
+    base = plans.checked_base(config, threads, saved)
     settings = grid_of(base, space or {}, named)
     if len(settings) * len(seeds) > MOST_RUNS:
         raise ConfigError("grid", f"{len(settings) * len(seeds)} runs", f"at most {MOST_RUNS}", "Use fewer values.")
@@ -193,7 +193,7 @@ def sweep(
     plans.open_data_once(settings[0].config)
     with owned(out):
         plans.begin(out, plan)
-        train_all(result, jobs, gpus, task, say or _to_stderr, lambda: write_results(result, base))
+        train_all(result, jobs, gpus, task, say or to_stderr, lambda: write_results(result, base))
     return result
 
 
@@ -205,7 +205,7 @@ def train_all(
     say: Callable[[str], None],
     write: Callable[[], Any],
 ) -> None:
-    """Train the runs of a sweep. `write` is called after each of them."""
+    """Train the runs of a sweep. `write` is called now and then, and at the end."""
     out = result.out
     todo: list[tuple[Job, Cell, int]] = []
     for cell in result.cells:
@@ -216,7 +216,7 @@ def train_all(
             todo.append((Job(label, run_folder(out, cell.setting.name, seed), one, log), cell, seed))
     of = {job.name: (cell, seed) for job, cell, seed in todo}
     progress = Progress(len(todo), jobs, say)
-    waiting = iter(todo)
+    waiting, written, cost = iter(todo), -math.inf, 0.0
     with Pool(min(jobs, len(todo)), task, gpus) as pool:
         while True:
             while pool.free and (following := next(waiting, None)) is not None:
@@ -229,8 +229,13 @@ def train_all(
                     continue
                 _note(*of[event.job.name], event)
                 progress.ended(event, result.metric)
-                result.rank()
-                write()
+                if (began := time.monotonic()) > written + 20 * cost:  # the tables of a large sweep cost seconds
+                    result.rank()
+                    write()
+                    written = time.monotonic()
+                    cost = written - began
+    result.rank()
+    write()
 
 
 def _note(cell: Cell, seed: int, event: Event) -> None:
@@ -272,17 +277,17 @@ class Progress:
         return f"; about {left:.0f} s left" if left < 100 else f"; about {left / 60:.0f} min left"
 
 
-def _to_stderr(line: str) -> None:
+def to_stderr(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)
 
 
-def _checked_seeds(seeds: list[int]) -> list[int]:
+def checked_seeds(seeds: list[int]) -> list[int]:
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(s) is int and 0 <= s < 2**32 for s in seeds):
         raise ConfigError("seeds", f"{seeds}"[:60], "different integers from 0 to 2**32 - 1", "Change the seeds.")
     return sorted(seeds)
 
 
-def _known_task(config: Config, task: str | None) -> str:
+def known_task(config: Config, task: str | None) -> str:
     """The name of the task, which has to be that of the settings.
 
     Raises:

@@ -21,9 +21,9 @@ from engine.sweeps.sweeping import (
     Cell,
     Progress,
     SweepResult,
-    _checked_seeds,
-    _known_task,
-    _to_stderr,
+    checked_seeds,
+    known_task,
+    to_stderr,
     train_all,
 )
 from engine.task import find_task
@@ -112,11 +112,11 @@ def tune(
         raise ConfigError("trials", str(trials), f"a number from 1 to {MOST_TRIALS}", "Change the number.")
     if pruner not in PRUNERS:
         raise ConfigError("pruner", str(pruner), f"one of {', '.join(PRUNERS)}", "Choose one of these.")
-    seeds = None if seeds is None else _checked_seeds(list(seeds))
-    name = _known_task(config, task)
+    seeds = None if seeds is None else checked_seeds(list(seeds))
+    name = known_task(config, task)
     saved = plans.saved_plan(out)
     jobs, threads, gpus = resources(config, jobs)
-    base = plans.checked_base(config, out, threads, saved)
+    base = plans.checked_base(config, threads, saved)
     searched = read_space(space, base)
     metric, higher = find_task(name).selection(base.resolve())
     plan = {
@@ -135,7 +135,7 @@ def tune(
         plans.begin(out, plan | {"owner": owner, "storage": place})
         shared = plan | {"settings": {k: v for k, v in plan["settings"].items() if k != "threads"}}
         kept = Study(out, searched, shared, owner, base.seed, higher, pruner, jobs, storage, study)
-        search = Search(kept, out, base, TuneResult(out, metric, higher, searched, []), config, say or _to_stderr)
+        search = Search(kept, out, base, TuneResult(out, metric, higher, searched, []), config, say or to_stderr)
         search.run(trials, jobs, gpus, task)
         if seeds is not None and search.result.config is not None:
             search.train_seeds(seeds, jobs, gpus, task)
