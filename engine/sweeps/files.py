@@ -10,12 +10,11 @@ from typing import Any
 from engine.config import Config
 from engine.files import write_json, write_text
 from engine.metrics import csv_text
-from engine.metrics.tables import _write_rows as write_rows
-from engine.report.charts import escape, number
+from engine.metrics.tables import write_rows
+from engine.report.charts import escape, number, points
 from engine.report.environment import environment
 from engine.report.page import page_of
 from engine.report.pieces import card, table_of
-from engine.sweeps.charts import points
 from engine.sweeps.plan import starts
 from engine.sweeps.settings import value_text
 from engine.sweeps.space import Range
