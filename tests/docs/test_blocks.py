@@ -1,6 +1,7 @@
 """Every code block of the README and the pages runs, or is checked against what exists, or says why not."""
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -113,12 +114,19 @@ def _readme(scope: dict) -> None:
     assert low <= scope["estimate"].value <= high
 
 
+def _sweeps(scope: dict) -> None:
+    assert len(scope["result"].cells) == 2 and len(scope["found"].ended) == 3
+    named = json.loads(Path("runs/named/sweep.json").read_text())
+    assert {row["name"].partition(",")[0] for row in named["settings"]} == {"plain", "terms"}
+
+
 CHECKS = {
     "README.md": _readme,
     "data.md": _data,
     "formats.md": _formats,
     "kernels.md": _kernels,
     "loaders.md": _loaders,
+    "sweeps.md": _sweeps,
 }
 
 
