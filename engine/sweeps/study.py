@@ -18,7 +18,7 @@ from typing import Any
 
 from engine.errors import ConfigError, DataError, EngineError
 from engine.sweeps.plan import require_same
-from engine.sweeps.space import Range, Space
+from engine.sweeps.space import Choice, Range, Space
 
 DATABASE = "study.db"
 OWNER, PLAN, PROBLEM, EPOCHS, BEST_EPOCH = "owner", "plan", "problem", "epochs", "best_epoch"
@@ -65,7 +65,14 @@ def storage_errors(where: str) -> Iterator[None]:
 
     try:
         yield
-    except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, KeyError) as cause:
+    except (
+        optuna.exceptions.OptunaError,
+        sqlalchemy.exc.SQLAlchemyError,
+        ImportError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as cause:
         text = " ".join(str(cause).split())[:200]
         raise DataError(
             where, f"{type(cause).__name__}: {text}", "a storage of Optuna that can be used", "Check --storage."
@@ -220,10 +227,13 @@ class Study:
             state = "lost"
         values = {}
         for name, one in self.space.items():
-            if name in trial.params:
-                value = trial.params[name]
-                known = isinstance(one, Range) or value not in one.labels
-                values[name] = value if known else one.values[one.labels.index(value)]  # type: ignore[union-attr]
+            value = trial.params.get(name)
+            if isinstance(one, Range) and type(value) in (int, float):
+                values[name] = value
+            elif isinstance(one, Choice) and value in one.labels:
+                values[name] = one.values[one.labels.index(value)]
+        if state == "finished" and len(values) < len(self.space):
+            state, problem = "failed", "values that are not of the search space"
         value = trial.value if state == "finished" else None
         here = trial.user_attrs.get(OWNER) == self.owner
         return Trial(trial.number, state, value, values, dict(trial.intermediate_values), problem, here)
@@ -237,6 +247,14 @@ class Study:
             with storage_errors(self.where):
                 for trial in running:
                     self._beat(trial)
+
+    def others(self) -> bool:
+        """Whether other machines still have trials."""
+        if not self.shared:
+            return False
+        with storage_errors(self.where):
+            self._give_up_lost()
+        return any(trial.state == "running" and not trial.here for trial in self.trials())
 
     def _beat(self, trial: Any) -> None:
         if hasattr(self.storage, "record_heartbeat"):
@@ -254,6 +272,8 @@ def _storage(folder: Path, storage: str | None) -> Any:
     import optuna
 
     if storage is None:
+        if "?" in str(folder.resolve()):  # which ends the path in a URL
+            raise ConfigError("--out", str(folder), "a path without ?", "Choose another --out.")
         return optuna.storages.RDBStorage(f"sqlite:///{(folder / DATABASE).resolve()}")
     if storage.endswith(".log"):
         from optuna.storages.journal import JournalFileBackend

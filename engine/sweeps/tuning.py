@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,7 @@ def tune(
         shared = plan | {"settings": {k: v for k, v in plan["settings"].items() if k != "threads"}}
         kept = Study(out, searched, shared, owner, base.seed, higher, pruner, jobs, storage, study)
         search = Search(kept, out, base, TuneResult(out, metric, higher, searched, []), config, say or to_stderr)
-        search.run(trials, jobs, gpus, task)
+        search.run(trials, jobs, gpus, task, wait=seeds is not None)
         if seeds is not None and search.result.config is not None:
             search.train_seeds(seeds, jobs, gpus, task)
     return search.result
@@ -160,8 +161,8 @@ class Search:
         self.study, self.out, self.base, self.result, self.given, self.say = study, out, base, result, given, say
         self.running: dict[str, Any] = {}
 
-    def run(self, total: int, jobs: int, gpus: Sequence[str], task: str | None) -> None:
-        """Train until `total` trials have ended."""
+    def run(self, total: int, jobs: int, gpus: Sequence[str], task: str | None, wait: bool) -> None:
+        """Train until `total` trials have ended. `wait`: for those of other machines, too."""
         stopped = self.study.stopped()
         self._write()
         progress = Progress(total, jobs, self.say)
@@ -173,6 +174,9 @@ class Search:
                 while pool.free and (trial := stopped.pop(0) if stopped else self.study.new(total)) is not None:
                     self._start(pool, trial, progress)
                 if not pool.busy:
+                    if wait and self.study.others():
+                        time.sleep(5.0)
+                        continue
                     break
                 for event in pool.events(timeout=10.0):
                     self._handle(pool, event, progress)

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,13 @@ PLAN = {"kind": "tuning", "space": {key: one.plain() for key, one in SPACE.items
 
 def study(folder: Path, owner: str = "me", plan: dict = PLAN, **options: object) -> Study:
     return Study(folder, SPACE, plan, owner, 0, False, "median", 1, **options)  # type: ignore[arg-type]
+
+
+def drawn(one: Study, total: int) -> Any:
+    """A new trial with its values."""
+    trial = one.new(total)
+    one.values(trial)
+    return trial
 
 
 def loss(values: dict) -> float:
@@ -68,7 +76,7 @@ def test_an_interrupted_search_draws_what_an_uninterrupted_one_draws(tmp_path: P
 
 def test_no_trial_stays_running(tmp_path: Path):
     one = study(tmp_path)
-    lost = [one.new(5) for _ in range(3)]
+    lost = [drawn(one, 5), drawn(one, 5), one.new(5)]
     one.finish(lost[1], 1.0, 0)
     again = study(tmp_path)
     stopped = again.stopped()
@@ -85,24 +93,24 @@ def test_the_median_rule_prunes(tmp_path: Path):
     """Five trials with medians 1.0 at every epoch; epoch 0 is never judged, and the last one is not asked."""
     one = study(tmp_path)
     for base in (0.8, 0.9, 1.0, 1.1, 1.2):
-        trial = one.new(9)
+        trial = drawn(one, 9)
         assert all(one.report(trial, epoch, base, last=epoch == 2) for epoch in range(3))
         one.finish(trial, base, 0)
-    trial = one.new(9)
+    trial = drawn(one, 9)
     assert one.report(trial, 0, 5.0, last=False)
     assert not one.report(trial, 1, 1.01, last=False)
     assert one.report(trial, 1, 1.01, last=True)
     one.prune(trial)
-    trial = one.new(9)
+    trial = drawn(one, 9)
     assert one.report(trial, 0, 5.0, last=False) and one.report(trial, 1, 0.99, last=False)
     assert one.trials()[5].state == "pruned" and one.trials()[5].epochs == {0: 5.0, 1: 1.01}
 
 
 def test_nan_is_a_failure_and_never_the_best(tmp_path: Path):
     one = study(tmp_path)
-    one.finish(one.new(3), float("nan"), 0)
-    one.finish(one.new(3), 2.0, 0)
-    one.fail(one.new(3), "train.lr: found ...")
+    one.finish(drawn(one, 3), float("nan"), 0)
+    one.finish(drawn(one, 3), 2.0, 0)
+    one.fail(drawn(one, 3), "train.lr: found ...")
     assert [(t.state, t.problem) for t in one.trials()] == [
         ("failed", "the valid metric is NaN"), ("finished", ""), ("failed", "train.lr: found ..."),
     ]  # fmt: skip
@@ -114,18 +122,20 @@ def test_machines_share_a_storage(tmp_path: Path):
     """Each goes on with its own trials; the count is that of all; a machine that is gone is given up."""
     url = f"sqlite:///{tmp_path}/shared.db"
     here, there = (study(tmp_path, owner, storage=url) for owner in ("here", "there"))
-    mine, theirs = here.new(3), there.new(3)
+    mine, theirs = drawn(here, 3), drawn(there, 3)
     assert [t.number for t in study(tmp_path, "here", storage=url).stopped()] == [mine.number]
+    assert here.others()
     here.finish(mine, 1.0, 0)
     assert here.new(3) is not None and here.new(3) is None
     with sqlite3.connect(tmp_path / "shared.db") as database:
         database.execute("UPDATE trial_heartbeats SET heartbeat = '2020-01-01' WHERE trial_id = ?", (theirs._trial_id,))
     assert here.new(3) is not None  # instead of the lost one
+    assert not here.others()
     assert [t.state for t in here.trials()] == ["finished", "lost", "running", "running"]
     with pytest.raises(ConfigError, match="another tuning"):
         study(tmp_path, "third", {**PLAN, "space": {"train.lr": [1, 2]}}, storage=url)
     log = study(tmp_path, "here", storage=str(tmp_path / "journal.log"))
-    log.finish(log.new(1), 1.0, 0)
+    log.finish(drawn(log, 1), 1.0, 0)
     assert log.new(1) is None
 
 
@@ -145,6 +155,19 @@ def test_a_damaged_or_foreign_study_is_one_line(tmp_path: Path):
     other.optimize(lambda trial: trial.suggest_float("x", 0, 1), 1)
     with pytest.raises(ConfigError, match="a study 'engine' of another program"):
         study(tmp_path)
+
+
+def test_values_of_strangers_are_not_believed(tmp_path: Path):
+    """A database whose trials have values outside the space: they are named, and none of them is the best."""
+    one = study(tmp_path)
+    one.finish(drawn(one, 3), 0.5, 0)
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        foreign = json.dumps({"name": "CategoricalDistribution", "attributes": {"choices": ["<script>"]}})
+        change = "UPDATE trial_params SET distribution_json = ?, param_value = 0 WHERE param_name = 'batch_size'"
+        database.execute(change, (foreign,))
+    (trial,) = study(tmp_path).trials()
+    assert trial.state == "failed" and "not of the search space" in trial.problem and "batch_size" not in trial.values
+    assert study(tmp_path).best() is None
 
 
 # -- the command --
