@@ -13,7 +13,7 @@ from engine.files import user_path
 
 
 def _common(a: argparse.Namespace, fixed: list[str]) -> Any:
-    config = chosen_config(a, fixed)
+    config: Any = chosen_config(a, fixed)
     if a.data:
         config.data.path = a.data
     return config

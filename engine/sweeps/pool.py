@@ -61,7 +61,8 @@ class _Worker:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.stdin: IO[bytes] = self.process.stdin
         self.stdout: IO[bytes] = self.process.stdout
-        self.task, self.job = task, None
+        self.task = task
+        self.job: Job | None = None
 
     def tell(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended, which its output tells
@@ -69,7 +70,7 @@ class _Worker:
             self.stdin.flush()
 
     def start(self, job: Job) -> None:
-        self.job: Job | None = job
+        self.job = job
         config = job.config.model_dump(mode="json")
         self.tell({"settings": config, "folder": str(job.folder), "log": str(job.log), "task": self.task})
 

@@ -120,7 +120,7 @@ def tune(
     base = plans.checked_base(config, threads, saved)
     searched = read_space(space, base)
     metric, higher = find_task(name).selection(base.resolve())
-    plan = {
+    plan: dict[str, Any] = {
         "kind": "tuning",
         "settings": plans.comparable(base),
         "space": {key: one.plain() for key, one in searched.items()},
