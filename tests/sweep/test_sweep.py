@@ -69,12 +69,11 @@ def test_the_report_shows_test_numbers_of_the_chosen_settings_only(whole_sweep: 
 
 
 @LINUX
-def test_a_sweep_that_is_killed_three_times_goes_on(whole_sweep: tuple[Path, str], data: Path, tmp_path: Path):
+def test_a_sweep_that_is_killed_twice_goes_on(whole_sweep: tuple[Path, str], data: Path, tmp_path: Path):
     """kill -9 of the command: its processes end with it, and the same command ends as an uninterrupted one does."""
     out = tmp_path / "sweep"
     moments = (
-        lambda: any(out.glob("runs/*/*/config.yaml")),  # a run has begun
-        lambda: any(out.glob("runs/*/*/last.safetensors")),  # it has an epoch
+        lambda: any(out.glob("runs/*/*/last.safetensors")),  # a run has an epoch
         lambda: len(list(out.glob("runs/*/*/config.yaml"))) == 3,  # two have ended
     )
     for reached in moments:
@@ -86,12 +85,12 @@ def test_a_sweep_that_is_killed_three_times_goes_on(whole_sweep: tuple[Path, str
     code, output = Started("sweep", data, out, *SWEEP, "--jobs", "1").end()
     assert code == 0 and "finished before" in output, output
     assert (out / "sweep.json").read_bytes() == (whole_sweep[0] / "sweep.json").read_bytes()
-    assert "started 4 times, interrupted 3" in (out / "report.html").read_text()
+    assert "started 3 times, interrupted 2" in (out / "report.html").read_text()
 
 
 @LINUX
 def test_ctrl_c_ends_the_runs_too(data: Path, tmp_path: Path):
-    begun = Started("sweep", data, tmp_path / "sweep", *SWEEP, "--jobs", "2")
+    begun = Started("sweep", data, tmp_path / "sweep", *SWEEP, "--jobs", "1")
     begun.wait_for(lambda: any(tmp_path.glob("sweep/runs/*/*/config.yaml")))
     children = begun.stop(signal.SIGINT)
     code, output = begun.end()
