@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,11 +60,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         return call
 
     def module(name: str, **functions: Any) -> None:
+        parent, _, child = name.rpartition(".")
+        owner = import_module(parent)  # before one of its modules is replaced
         stand_in = ModuleType(name)
         stand_in.__dict__.update(functions)
         monkeypatch.setitem(sys.modules, name, stand_in)
-        parent, _, child = name.rpartition(".")
-        monkeypatch.setattr(sys.modules.get(parent) or __import__(parent, fromlist="_"), child, stand_in, raising=False)
+        monkeypatch.setattr(owner, child, stand_in, raising=False)
 
     def seeds_result(config: Config, out: Path, seeds: list[int], resume: bool) -> list[Result]:
         (out / "summary.json").parent.mkdir(parents=True, exist_ok=True)
