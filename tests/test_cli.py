@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,12 +23,14 @@ from engine.cli.training import split_seeds, train_epilog
 from engine.config import Config, common_keys, load_config, presets
 from engine.errors import DataError
 from engine.run_folder import FILES
+from engine.sweeps.settings import read_words
+from engine.sweeps.space import is_searched, read_space_words
 
 PROJECT = Path(__file__).resolve().parents[1]
 METRICS = {"best_epoch": 3, "test": {"mae": 0.75, "corr": 0.7, "acc7": None}}
 COMMANDS = (
     "train", "evaluate", "predict", "convert", "make-data", "inspect", "import", "import-command", "report", "demo",
-    "config",
+    "config", "sweep", "tune",
 )  # fmt: skip
 
 
@@ -57,11 +60,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         return call
 
     def module(name: str, **functions: Any) -> None:
+        parent, _, child = name.rpartition(".")
+        owner = import_module(parent)  # before one of its modules is replaced
         stand_in = ModuleType(name)
         stand_in.__dict__.update(functions)
         monkeypatch.setitem(sys.modules, name, stand_in)
-        parent, _, child = name.rpartition(".")
-        monkeypatch.setattr(sys.modules.get(parent) or __import__(parent, fromlist="_"), child, stand_in, raising=False)
+        monkeypatch.setattr(owner, child, stand_in, raising=False)
 
     def seeds_result(config: Config, out: Path, seeds: list[int], resume: bool) -> list[Result]:
         (out / "summary.json").parent.mkdir(parents=True, exist_ok=True)
@@ -403,7 +407,11 @@ def test_documented_commands_are_accepted(line: str):
     arguments, rest = build_parser().parse_known_args(words)
     settings = split_settings(arguments, rest)
     if settings:
-        load_config(getattr(arguments, "preset", None) or "mosi", split_seeds(settings)[1])
+        config = getattr(arguments, "preset", None) or "mosi"
+        _, settings = split_seeds(settings)
+        searched = [word for word in settings if is_searched(word)] if arguments.command in ("sweep", "tune") else []
+        loaded = load_config(config, [word for word in settings if word not in searched])
+        read_space_words(searched, loaded) if arguments.command == "tune" else read_words(searched, loaded.task)
 
 
 def test_the_documentation_shows_every_command():
