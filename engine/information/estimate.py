@@ -144,14 +144,7 @@ class Estimate(Mapping[str, Any]):
             EstimatorError: matplotlib is not installed.
             OutputError: the picture cannot be written.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise EstimatorError(
-                "plot", "no matplotlib", "matplotlib to be installed", "Run pip install matplotlib."
-            ) from None
-        figure = Figure(figsize=(6, 3.2), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = new_figure("plot", 6, 3.2)
         for name, style in (("training", ":"), ("held_out", "-")):
             points = [(r["step"], r[name]) for r in self.history if r.get(name) is not None]
             if points:
@@ -162,9 +155,7 @@ class Estimate(Mapping[str, Any]):
             axes.axhline(self.ceiling, color="grey", linestyle="--", linewidth=1, label="ceiling")
         axes.set(xlabel="training step", ylabel="nats", title=self.method)
         axes.legend(frameon=False)
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "svg")
-        return Path(path)
+        return save_figure(figure, path)
 
     def __float__(self) -> float:
         return self.value
@@ -206,6 +197,25 @@ def value_flags(raw: float, lowest: float, error: float) -> list[str]:
     """The flags of a value that may be none: of the raw reading, and of the lowest value that is thought likely."""
     said = {"below zero": raw < 0, "noise": lowest <= SIGMAS * error}
     return [flag for flag, is_so in said.items() if is_so]
+
+
+def new_figure(where: str, width: float, height: float) -> tuple[Any, Any]:
+    """A figure of matplotlib of this size in inches, and its axes."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise EstimatorError(
+            where, "no matplotlib", "matplotlib to be installed", "Run pip install matplotlib."
+        ) from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Write a figure in the format of the path's ending, whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "svg")
+    return Path(path)
 
 
 def _plain(value: Any) -> Any:

@@ -252,7 +252,7 @@ def _measure_mixed(x: Side, y: Side, flags: list[str], group: Tensor | None, gen
             values = normal_scores(side.values)[:, 0].double()
         flags += ["rare categories"] * (merged and "rare categories" not in flags)
         columns.append(Column(values, side.wholly_discrete))
-    few, many = mixed_information(*columns, group, generator).values()
+    few, many = mixed_information(columns[0], columns[1], group, generator).values()
     value, other, error = few.mean().item(), many.mean().item(), NEIGHBOUR_NOISE * standard_error(few, group)
     ceiling = None
     if not x.wholly_discrete and not y.wholly_discrete:
