@@ -67,7 +67,7 @@ def _cubic(rows: int, generator: np.random.Generator) -> tuple[Array, Array]:
 
 def _cubic_information() -> float:
     """The entropy of x³ plus noise, by integrals over a line, less the noise's."""
-    x = np.linspace(-7, 7, 60_001)
+    x = np.linspace(-6, 6, 4001)
     weight = np.exp(normal_log_density(x, 0, 1)) * (x[1] - x[0])
 
     def log_density(y: Array) -> Array:
@@ -75,7 +75,7 @@ def _cubic_information() -> float:
         return np.log(np.maximum(near, 1e-300))
 
     noise = 0.5 * math.log(2 * math.pi * math.e * CUBE_NOISE**2)
-    return line_entropy(log_density, -350, 350, 7001) - noise
+    return line_entropy(log_density, -220, 220, 1761) - noise
 
 
 def _label(rows: int, generator: np.random.Generator) -> tuple[Array, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -398,10 +399,16 @@ def _candidates(
         for rows in training.training:
             fit = canonical(x[rows], y[rows])
             turned.append(fit.variates(x, y, least_correlation(len(rows), x.shape[1], y.shape[1])))
-        candidates.append((Separate, Inputs(*(torch.stack(side) for side in zip(*turned, strict=True)))))
+        candidates.append((Separate, Inputs(*(_stacked(side) for side in zip(*turned, strict=True)))))
     if values is not None and x.shape[1] + y.shape[1] <= PAIR_COLUMNS:
         candidates.append((Concatenated, Inputs(*(_each_fold(side, training) for side in values))))
     return candidates
+
+
+def _stacked(folds: Sequence[Tensor]) -> Tensor:
+    """[folds, N, columns]. A rare category may not occur in a fold, which then has fewer directions; zeros stand in."""
+    widest = max(fold.shape[1] for fold in folds)
+    return torch.stack([torch.nn.functional.pad(fold, (0, widest - fold.shape[1])) for fold in folds])
 
 
 @torch.no_grad()

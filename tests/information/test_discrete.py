@@ -93,6 +93,17 @@ def test_rare_categories_are_read_as_one():
     assert not merge_rare(torch.tensor([0.0, 0, 1, 1]), 2)[1]
 
 
+def test_a_category_that_does_not_occur_in_a_fold():
+    """Its indicator is then constant in the training rows of that fold."""
+    label, y, generator = labels(300)
+    rare = label.astype(object)
+    rare[:2] = ["once", "once"]
+    estimate = estimate_mi(
+        rare, np.stack([y, generator.normal(size=300)], 1), discrete="x", groups=np.arange(300) // 3, steps=50
+    )
+    assert estimate.interval[0] <= label_information() <= estimate.interval[1]
+
+
 def test_mixed_information_of_continuous_columns_is_that_of_neighbours():
     """Without ties and categories both are the same formula (Kraskov et al. 2004)."""
     x, noise = torch.randn(2, 700, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
