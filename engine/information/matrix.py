@@ -156,7 +156,7 @@ def mi_matrix(
         >>> import numpy, engine
         >>> x, y, noise = numpy.random.default_rng(0).normal(size=(3, 500))
         >>> matrix = engine.mi_matrix(numpy.stack([x, y, x + noise], 1))
-        >>> matrix.values[0, 2] > 0.2 > matrix.values[0, 1]
+        >>> bool(matrix.values[0, 2] > 0.2 > matrix.values[0, 1])
         True
     """
     table = _Table(frame, discrete)
