@@ -116,13 +116,13 @@ def _label_given_z(rows: int, generator: np.random.Generator) -> tuple[Array, ..
     return label, y[:, :1] + z[:, :1] * 2, z
 
 
-def coverage(name: str, seeds: range, rows: int) -> dict[str, Any]:
+def coverage(name: str, seeds: range, rows: int, **settings: Any) -> dict[str, Any]:
     """How many intervals of a case hold its truth, the mean error of the values, and seconds an estimate."""
     task, estimator, options = cases()[name]
     values, widths, inside, started = [], [], 0, time.process_time()
     for seed in seeds:
         sample = task.sample(rows, seed)
-        estimate = estimator(*(sample[key] for key in "xyz" if key in sample), seed=seed, **options)
+        estimate = estimator(*(sample[key] for key in "xyz" if key in sample), seed=seed, **options, **settings)
         low, high = estimate.interval
         inside += low <= task.truth <= high
         values.append(estimate.value)
@@ -151,12 +151,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=40, help="how many")
     parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--steps", type=int, help="of training, if not the default")
     parser.add_argument("--cases", nargs="+", default=list(cases()))
     parser.add_argument("--out", type=Path, help="keep the records in this JSON file")
     a = parser.parse_args()
-    records = []
+    records, settings = [], {} if a.steps is None else {"steps": a.steps}
     for name in a.cases:
-        records.append(coverage(name, range(a.seeds), a.rows))
+        records.append(coverage(name, range(a.seeds), a.rows, **settings))
         print(markdown(records).splitlines()[-1], flush=True)
         if a.out:
             a.out.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
