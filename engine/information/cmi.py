@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,15 @@ from engine.information.columns import (
 )
 from engine.information.estimate import SIGMAS, Estimate, value_flags
 from engine.information.folds import TrainingSettings
-from engine.information.inputs import FEW_GROUPS, LEAST_PER_CATEGORY, Discrete, Side, read_inputs, varying_columns
+from engine.information.inputs import (
+    FEW_GROUPS,
+    LEAST_PER_CATEGORY,
+    Arguments,
+    Discrete,
+    Side,
+    read_inputs,
+    varying_columns,
+)
 from engine.information.likelihood import HALF_LOG_2PI, Density, fit
 from engine.kernels.arguments import check_count, check_number
 
@@ -116,20 +125,22 @@ def estimate_cmi(
     for name, value in {"steps": steps, "batch_size": batch_size, "hidden": hidden, "k": k}.items():
         check_count(WHERE, name, value)
     check_number(WHERE, "lr", lr, 0, above=True)
+    settings = TrainingSettings(steps, batch_size, lr, hidden)
+    estimate = _measure(inputs, settings, k, torch.Generator().manual_seed(seed))
+    return replace(estimate, dropped=inputs.dropped, groups=inputs.groups)
 
+
+def _measure(inputs: Arguments, settings: TrainingSettings, k: int, generator: torch.Generator) -> Estimate:
     sides = list(inputs.sides.values())
     values, categories = (torch.cat([getattr(side, name) for side in sides], -1) for name in ("values", "discrete"))
     flags = column_flags(values, _read_by_rank(*sides), categories)
     flags += ["few groups"] * (inputs.groups is not None and inputs.groups < FEW_GROUPS)
     wholly_discrete = sides[2].wholly_discrete
     x, y, z = (varying_columns(side) for side in sides)
-    found = {"samples": len(values), "dropped": inputs.dropped, "groups": inputs.groups}
     if x.width == 0 or y.width == 0:
         readings = dict.fromkeys(_NAMES, 0.0)
-        return Estimate(0.0, (0.0, 0.0), 0.0, "constant", readings, flags=tuple(flags), **found)
+        return Estimate(0.0, (0.0, 0.0), 0.0, "constant", readings, len(values), tuple(flags))
 
-    generator = torch.Generator().manual_seed(seed)
-    settings = TrainingSettings(steps, batch_size, lr, hidden)
     condition = _categories(z.values) if wholly_discrete else _designs(z)
     group = copies(torch.cat([x.values, y.values, z.values], 1)) if inputs.group is None else inputs.group
     reading = _Reading(x, y, condition, group, settings, generator)
@@ -151,11 +162,11 @@ def estimate_cmi(
         standard_error=error,
         method=reading.method,
         readings=readings,
+        samples=len(values),
         flags=tuple(flags),
         ceiling=reading.ceiling,
         pointwise=reading.pointwise,
         history=reading.best.density.history,
-        **found,
     )
 
 

@@ -312,12 +312,9 @@ def _train_critics(
     detectable = DETECTABLE * math.sqrt(columns[0] * columns[1]) / (count if group is None else int(group.max()) + 1)
     # the same critic's InfoNCE is a bound, too, and the one that needs no normaliser
     high = max(unseen[reading], unseen["infonce"], value, detectable) + optimism + UNLEARNT * gain
-    said = {
-        "saturated": saturated,
-        "not converged": networks and trainer.checks[max(picks)].step == settings.steps,
-        "overfitted": optimism > OVERFITTED * (1 + value),
-    }
-    flags = flags + [flag for flag, is_so in said.items() if is_so]
+    unfinished = networks and trainer.checks[max(picks)].step == settings.steps
+    overfitted = optimism > OVERFITTED * (1 + value)
+    flags = flags + ["saturated"] * saturated + ["not converged"] * unfinished + ["overfitted"] * overfitted
     readings = {name: unseen[name] for name in dict.fromkeys(("infonce", "dv", settings.bound))}
     readings |= {"training": seen[reading], "gaussian": closed}
     ceilings = {"infonce": math.log(rows), "interpolate": 1 + math.log((rows - 1) / settings.alpha)}

@@ -1,4 +1,4 @@
-"""How often the 95 % interval holds the truth, over many seeds of tasks with known information (bench/mi/coverage.py)."""
+"""How often the 95 % interval holds the truth, over many seeds of tasks with known information."""
 
 import math
 
