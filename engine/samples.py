@@ -226,6 +226,8 @@ def _numbers(where: str, name: str, values: Any) -> np.ndarray:
             array = array if texts or array.ndim == 0 else _without_na(array).astype(np.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise _no_numbers(where, name, f"{type(values).__name__} ({error})") from None
+    if array.dtype.kind == "O" and array.ndim == 0:
+        raise _no_numbers(where, name, type(values).__name__)
     if array.dtype.kind not in "biuf":
         raise _no_numbers(where, name, f"{type(values).__name__} with entries of type {array.dtype}")
     return np.array(array, dtype=np.float64, order="C")

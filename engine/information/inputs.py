@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ FEW_GROUPS = 40  # flagged
 LEAST_PER_CATEGORY = 5  # rows, on average
 MISSING = ("raise", "drop")
 
-Discrete = bool | str | int | Sequence[str | int] | Mapping[str, Any]
+Discrete = bool | str | int | Sequence[str | int] | Mapping[str, Any] | None
 """Which columns are categories: names of columns or sides, numbers of columns by side, or all."""
 
 
@@ -152,7 +153,12 @@ def _check_categories(where: str, name: str, side: Side) -> None:
 
 def _side(where: str, columns: Columns, discrete: set[int]) -> Side:
     if not discrete:
-        values = as_numbers(where, columns.name, columns.given)
+        try:
+            values = as_numbers(where, columns.name, columns.given)
+        except EstimatorError:
+            for i, column in enumerate(columns.columns or []):  # one of them is named, if it is to blame
+                as_numbers(where, f"column {columns.column_name(i)} of {columns.name}", column)
+            raise
         return Side(values, torch.zeros(values.shape[1], dtype=torch.bool), columns.labels)
     parts = []
     for i, column in enumerate(split(where, columns)):
@@ -166,7 +172,7 @@ def _chosen(
 ) -> dict[str, set[int]]:
     """Numbers of the columns that are categories, for each side. Those whose type says so always are."""
     chosen = {name: set(columns.categorical) for name, columns in looked.items()}
-    if isinstance(discrete, bool):
+    if isinstance(discrete, bool) or discrete is None:
         for name in true_means if discrete else ():
             chosen[name] = set(range(width(where, looked[name])))
     elif isinstance(discrete, Mapping):
@@ -175,7 +181,7 @@ def _chosen(
                 raise _unknown(where, f"discrete names {name!r}", looked)
             chosen[name] |= _of_side(where, looked[name], wanted)
     else:
-        for entry in [discrete] if isinstance(discrete, (str, int)) else list(discrete):
+        for entry in _entries(where, discrete):
             for name, numbers in _by_name(where, looked, entry).items():
                 chosen[name] |= numbers
     return chosen
@@ -186,17 +192,28 @@ def _of_side(where: str, columns: Columns, wanted: Any) -> set[int]:
     if isinstance(wanted, bool):
         return set(range(count)) if wanted else set()
     numbers = set()
-    for entry in [wanted] if isinstance(wanted, (str, int)) else list(wanted):
+    for entry in _entries(where, wanted):
         if isinstance(entry, str) and columns.labels and entry in columns.labels:
             numbers |= {i for i, label in enumerate(columns.labels) if label == entry}
-        elif isinstance(entry, int) and not isinstance(entry, bool) and -count <= entry < count:
-            numbers.add(entry % count)
+        elif isinstance(entry, Integral) and not isinstance(entry, bool) and -count <= entry < count:
+            numbers.add(int(entry) % count)
         else:
             known = ", ".join(map(repr, columns.labels)) if columns.labels else f"0 to {count - 1}"
             raise EstimatorError(
                 where, f"discrete column {entry!r} of {columns.name}", f"one of {known}", "Name a column that is there."
             )
     return numbers
+
+
+def _entries(where: str, wanted: Any) -> list[Any]:
+    if isinstance(wanted, (str, Integral)):
+        return [wanted]
+    try:
+        return list(wanted)
+    except TypeError:
+        raise EstimatorError(
+            where, f"discrete {wanted!r}", "names or numbers of columns", 'Write discrete=["job"] or {"x": [0]}.'
+        ) from None
 
 
 def _by_name(where: str, looked: dict[str, Columns], entry: Any) -> dict[str, set[int]]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,14 @@ def mi_matrix(
     z = [] if given is None else table.numbers([given] if isinstance(given, (str, int)) else given)
     blocks = table.blocks(columns, z)
     names, count = list(blocks), len(blocks)
+    used = [i for part in blocks.values() for i in part] + z
+    if twice := {table.names[i] for i in used if used.count(i) > 1}:
+        raise EstimatorError(
+            WHERE,
+            f"column {', '.join(sorted(twice))} twice among columns and given",
+            "each column once",
+            "Leave it out where it is not needed: what a column tells about itself is no question.",
+        )
     if count < 2:
         raise EstimatorError(WHERE, f"{count} columns", "two columns or blocks, or more", "Name more columns.")
     values, low, high = (np.full((count, count), math.nan) for _ in range(3))
@@ -207,12 +216,12 @@ class _Table:
 
     def numbers(self, wanted: Sequence[str | int]) -> list[int]:
         """Numbers of columns that are named or numbered."""
-        found = []
+        found, count = [], len(self.names)
         for entry in wanted:
             if entry in self.names:
                 found.append(self.names.index(str(entry)))
-            elif isinstance(entry, int) and not isinstance(entry, bool) and -len(self.names) <= entry < len(self.names):
-                found.append(entry % len(self.names))
+            elif isinstance(entry, Integral) and not isinstance(entry, bool) and -count <= entry < count:
+                found.append(int(entry) % count)
             else:
                 known = ", ".join(self.names)
                 raise EstimatorError(WHERE, f"column {entry!r}", f"one of {known}", "Name a column that is there.")

@@ -42,7 +42,9 @@ def refused(match: str, *arguments, **options) -> None:
 # -- categories -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("discrete", ["job", ["job"], {"x": ["job"]}, {"x": [1]}, {"x": 1}, {"x": [-2]}])
+@pytest.mark.parametrize(
+    "discrete", ["job", ["job"], {"x": ["job"]}, {"x": [1]}, {"x": 1}, {"x": [-2]}, {"x": np.array([1])}]
+)
 def test_columns_are_named_in_many_ways(discrete):
     side = read(frame(), discrete=discrete).sides["x"]
     assert side.discrete.tolist() == [False, True, True]  # the type of "mood" says so itself
@@ -77,6 +79,7 @@ def test_codes():
 @pytest.mark.parametrize(
     "discrete, match",
     [
+        (3.5, "discrete 3.5; expected names or numbers of columns"),
         ("jobs", "discrete column 'jobs'; expected one of x, y, 'age', 'job', 'mood'"),
         (1, r'Write discrete=\{"x": \[1\]\}'),
         ({"z": True}, "discrete names 'z'"),
@@ -90,6 +93,7 @@ def test_columns_that_are_not_there(discrete, match):
 
 
 def test_text_is_refused_unless_it_is_named():
+    refused("column 'job' of x: .*Name columns of text", frame())
     refused("Name columns of text or categories in discrete=", np.array(["a", "b"] * 30))
     refused("Name columns of text or categories in discrete=", frame()[["age", "job"]])
 
@@ -149,6 +153,11 @@ def test_too_few_rows_are_left():
 )
 def test_what_cannot_be_read_says_what_to_do(values, do):
     refused(do, values, np.zeros(60))
+
+
+@pytest.mark.parametrize("values", [None, {"a": [1.0]}, (i for i in range(60))])
+def test_what_is_no_array(values):
+    refused("x: (NoneType|dict|generator); expected an array", values, np.zeros(60))
 
 
 def test_memory_layouts_give_the_same_numbers():

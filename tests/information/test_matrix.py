@@ -112,6 +112,8 @@ def test_a_matrix_can_be_shown_and_kept(tmp_path):
         ({"columns": ["e"]}, "column 'e'; expected one of a, b, label, c, d"),
         ({"columns": ["a"]}, "1 columns; expected two columns or blocks"),
         ({"given": 9}, "column 9"),
+        ({"given": "c", "columns": ["a", "b", "c"]}, "column c twice"),
+        ({"columns": {"q": ["a", "b"], "r": "b"}}, "column b twice"),
         ({"discrete": "auto", "columns": {"q": ["a", "z"], "r": "b"}}, "column 'z'"),
         ({"discrete": False}, "column label: .*"),
         ({"steps": 0}, "steps = 0"),
