@@ -151,7 +151,8 @@ def mi_matrix(
         second for 1,000 rows. Blocks of several columns train networks, which takes seconds a pair.
 
     Raises:
-        EstimatorError: as `estimate_mi`; a column that is not there; fewer than two columns or blocks.
+        EstimatorError: as `estimate_mi`; a column that is not there or is named twice; fewer than two columns or
+            blocks.
 
     Example:
         >>> import numpy, engine

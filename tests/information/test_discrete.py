@@ -143,7 +143,7 @@ def test_a_mixed_side_given_z():
     label = generator.integers(2, size=2000)
     rho = np.where(label == 1, 0.8, -0.8)
     y = rho * x + math.sqrt(1 - 0.64) * noise + z
-    estimate = estimate_cmi(np.stack([40 * label, x], 1), y, z, discrete={"x": [0]}, steps=600)
+    estimate = estimate_cmi(np.stack([40 * label, x], 1), y, z, discrete={"x": [0]}, steps=400)
     holds(estimate, -0.5 * math.log(1 - 0.64), 0.1)
 
 
