@@ -63,6 +63,7 @@ DETECTABLE = 8.0
 UNLEARNT = 0.2  # of what the networks found: about what they still miss, on problems of known information
 PAIR_COLUMNS = 8  # of both sides, up to which critics of pairs are tried
 NEIGHBOUR_NOISE = 1.2  # by which estimates vary more than independent shares would; counted over 200 seeds
+SINGLE_ROWS = 10  # that occur once, for each pair of values that is no copy of one row
 ATOM_SHARE = 0.02  # of the rows, from which a pair of values that occurs again and again is no copy of one row
 
 Candidate = tuple[type[Critics], Inputs]
@@ -110,7 +111,8 @@ def estimate_mi(
             "x" or "y" for all of one side, names of columns of a data frame, or by side: {"x": [0, "job"], "y": True}.
             Columns of pandas' categorical type are categories without being named.
         groups: [N], the subject or recording of each row, where several rows come from one. Only groups are then taken
-            as independent: folds keep them together, and errors are by group. At least 20 groups.
+            as independent: folds keep them together, and errors are by group. At least 20 groups. The bounds other than
+            "auto" and "infonce" still compare rows of one group, and read too low.
         missing: "raise" refuses missing entries; "drop" leaves out their rows in all arguments and counts them in
             `dropped`.
         seed: decides the folds, the initial weights and the batches. Equal seeds give equal results on one CPU.
@@ -181,8 +183,8 @@ def _equal_pairs(x: Tensor, y: Tensor, flags: list[str]) -> bool:
     if "repeated rows" not in flags:
         return False
     counts = torch.cat([x, y], 1).unique(dim=0, return_counts=True)[1]
-    repeated = counts[counts > 1]
-    return bool((repeated >= max(ATOM_SHARE * len(x), 2)).all())
+    repeated, single = counts[counts > 1], int((counts == 1).sum())
+    return len(repeated) <= single / SINGLE_ROWS and bool((repeated >= ATOM_SHARE * len(x)).all())
 
 
 def _codes(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:

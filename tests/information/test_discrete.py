@@ -81,6 +81,13 @@ def test_columns_that_are_often_exactly_zero():
     assert "repeated rows" not in estimate.flags
 
 
+def test_copies_of_rows_are_not_taken_for_frequent_values():
+    """Ten copies of each of 30 independent rows."""
+    x, y = np.random.default_rng(0).normal(size=(2, 30))
+    estimate = estimate_mi(np.tile(x, 10), np.tile(y, 10), steps=20, hidden=8)
+    assert "repeated rows" in estimate.flags and estimate.interval[0] == 0 and estimate.value < 0.2
+
+
 def test_rare_categories_are_read_as_one():
     label, y, _ = labels(1000)
     rare = label.astype(object)
