@@ -115,7 +115,7 @@ def engine_functions_of(output: Tensor) -> set[str]:
 
 
 # These need several processes: tests/ranks has their cases.
-OVER_RANKS = {"RowLosses", "BoundOverRanks", "_Gather", "_Scatter", "_Sum", "_Join"}
+OVER_RANKS = {"RowLosses", "BoundOverRanks", "_Gather", "_Scatter", "_Sum"}
 
 
 def test_every_function_has_a_case():
