@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from engine.errors import ConfigError, EngineError
 from engine.kernels.ranks.collectives import gather_rows
 from engine.kernels.ranks.group import Ranks as Group
-from engine.kernels.gradients import differentiable_once
 from engine.torchrun import torchrun_shard
 
 TIMEOUT_S = 1800.0
