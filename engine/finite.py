@@ -114,7 +114,7 @@ class NonFinite:
         """Have the optimiser and the moving average leave out a step that is not finite, and put the buffers back."""
         flags = self.flags_for(parameters[0].device)
         flags.note_gradients([p.grad for p in parameters])
-        setattr(optimizer, "found_inf", flags.bad)  # noqa: B010  # which a fused Adam reads on the device
+        vars(optimizer)["found_inf"] = flags.bad  # which a fused Adam reads on the device
         if self.step.average is not None:
             self.step.average.hold = flags.bad
         for buffer, value in self._before:
