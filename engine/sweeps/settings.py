@@ -164,7 +164,7 @@ def folder_name(label: str) -> str:
     """A folder's name that tells a setting: plain characters, with a checksum where that changes the label.
 
     >>> folder_name("train.lr=0.001"), folder_name("../x")
-    ('train.lr=0.001', 'x-c7a1d14f')
+    ('train.lr=0.001', 'x-1fb8ad98')
     """
     plain = re.sub(r"[^\w.=,+-]+", "-", label, flags=re.ASCII).strip("-.,")[:100]
     if plain == label:
