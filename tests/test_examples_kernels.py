@@ -52,15 +52,18 @@ def test_scripts_run(name):
 
 def test_calls_of_the_page_run():
     table = PAGE.split("## What you have")[1].split("\n\n")[1]
-    calls = [c for c in re.findall(r"`([^`]+)`", table) if re.search(r"(?<!_)infonce\(|mi_lower_bound\(", c)]
-    assert len(calls) >= 8
+    calls = [c for c in re.findall(r"`([^`]+)`", table) if re.search(r"(?<!_)infonce\(|siglip\(|mi_lower_bound\(", c)]
+    assert len(calls) >= 18
     size, width = 6, 4
     for code in calls:
         space = {"torch": torch, "infonce": kernels.infonce, "mi_lower_bound": kernels.mi_lower_bound, "B": size}
         names = ("z1", "z2", "image", "text", "q", "k", "queue", "prediction", "future")
         space |= {name: torch.randn(size, width) for name in names}
         space |= {"z": torch.randn(2 * size, width), "scores": torch.randn(size, size), "a": torch.randn(size, 1)}
-        space |= {"own": torch.randn(size, 3, width)}
+        space |= {"own": torch.randn(size, 3, width), "siglip": kernels.siglip, "temperature": 0.1, "bias": -10.0}
+        space |= {"y": torch.arange(size) % 3, "y_queue": torch.arange(size) % 3, "ids": torch.arange(size) // 2}
+        space |= {"columns": torch.stack([torch.arange(size), torch.full((size,), -1)], 1)}
+        space |= {"mask": torch.eye(size, dtype=torch.bool).roll(1, 0)}
         space |= {"log_temperature": torch.zeros(()), "log_ema": torch.tensor(-math.inf)}
         exec(code, space)
 

@@ -13,7 +13,7 @@ import torch
 from engine import checkpoint, trainer
 from engine.callbacks import TensorBoardCallback
 from engine.config import Config
-from engine.errors import CheckpointError, ConfigError, DataError, EstimatorError, OutputError
+from engine.errors import CheckpointError, ConfigError, DataError, EstimatorError, NonFiniteError, OutputError
 from engine.loaders.dataset import Dataset
 from engine.loaders.kinds import has_dali
 from engine.model.text_encoder import TextEncoder, encode_padded
@@ -572,7 +572,7 @@ class TestBadInput:
         assert len(history(tmp_path / "run")) == 2
 
     def test_diverging_training_says_so(self, config, tmp_path):
-        with pytest.raises((DataError, ConfigError), match=r"train\.lr|diverged|finite"):
+        with pytest.raises(NonFiniteError, match=r"task loss.*nan in batch .*train\.lr"):
             trainer.train(
                 changed(
                     config, train={"lr": 1e30, "optimizer": "sgd", "clip_value": None}, objective={"enabled": False}

@@ -1,12 +1,9 @@
 """A step whose modules are wrapped for distributed training moves as one process on the joined batch does."""
 
-import pytest
 import torch
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.errors import EstimatorError
-from engine.kernels import infonce
 from engine.step import TwoStageStep
 from tests.test_other_loops import Pair, data, objective_of, weights
 
@@ -33,9 +30,3 @@ def test_wrapped_modules_move_as_one_process_does(ranks):
     for found in ranks(2).run(trained):
         for a, b in zip(expected, found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def test_labels_are_not_gathered_without_saying_so():
-    q = torch.randn(4, 3)
-    with pytest.raises(EstimatorError, match="gather, group or local_loss with labels"):
-        infonce(q, q, labels=torch.tensor([0, 0, 1, 1]), gather=True)
