@@ -22,13 +22,19 @@ class Average:
     """Sample-weighted sums of named numbers. Batches are added on the device, which is read once, in `sums`."""
 
     def __init__(self) -> None:
-        self._on_device: dict[tuple[str, ...], tuple[Tensor, int]] = {}
+        self._on_device: dict[tuple[str, ...], tuple[Tensor, int | Tensor]] = {}
         self._sums: dict[str, tuple[float, int]] = {}
 
-    def add(self, names: Sequence[str], values: Tensor, weight: int) -> None:
-        """Add one batch's values [names], which are means over `weight` samples."""
+    def add(self, names: Sequence[str], values: Tensor, weight: int | Tensor, keep: Tensor | None = None) -> None:
+        """Add one batch's values [names], which are means over `weight` samples.
+
+        Args:
+            keep: a bool on the device: False leaves the batch out.
+        """
         key = tuple(names)
         total, seen = self._on_device.get(key, (0.0, 0))
+        if keep is not None:
+            values, weight = torch.where(keep, values, torch.zeros_like(values)), keep * weight
         self._on_device[key] = total + values.detach() * weight, seen + weight
 
     def add_sums(self, sums: Sums) -> None:
@@ -39,9 +45,23 @@ class Average:
     def sums(self) -> Sums:
         """Everything that was added. Waits for the device."""
         for names, (total, weight) in self._on_device.items():
-            self.add_sums({name: (value, weight) for name, value in zip(names, total.tolist(), strict=True)})
+            if weight := int(weight):
+                self.add_sums({name: (value, weight) for name, value in zip(names, total.tolist(), strict=True)})
         self._on_device.clear()
         return self._sums
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors. The tensors may still be on the device."""
+        batches = [[list(names), total, weight] for names, (total, weight) in self._on_device.items()]
+        return {"batches": batches, "sums": {name: list(pair) for name, pair in self._sums.items()}}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> Average:
+        """The sums that `state_dict` gave."""
+        average = cls()
+        average._on_device = {tuple(n): (total.to(device), int(weight)) for n, total, weight in state["batches"]}
+        average._sums = {name: (total, weight) for name, (total, weight) in state["sums"].items()}
+        return average
 
 
 @dataclass
@@ -53,6 +73,7 @@ class EpochResult:
         information: of stage 2 or of evaluation. `estimators` is that of stage 1.
         prediction: [N, n], and `target`; of an evaluation only.
         features: of all samples in an evaluation. In training: those that stage 1 saw, of one state of the model.
+        skipped: steps of both stages that were left out because a loss or a gradient was not finite.
     """
 
     loss: float
@@ -62,6 +83,7 @@ class EpochResult:
     prediction: Tensor | None = None
     target: Tensor | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
+    skipped: int = 0
 
 
 class WeightAverage:
@@ -75,6 +97,7 @@ class WeightAverage:
 
     def __init__(self, module: nn.Module, decay: float):
         self.module, self.decay, self.updates = module, decay, 0
+        self.hold: Tensor | None = None  # on the device: 1 where the next update is to change nothing
         self.values = {k: v.detach().clone() for k, v in module.state_dict().items() if v.is_floating_point()}
 
     def next_rate(self) -> float:
@@ -88,6 +111,8 @@ class WeightAverage:
         """Move the average towards the module's present weights by `rate` of `next_rate`, a number or a 0-d tensor."""
         state = self.module.state_dict()
         values, present = list(self.values.values()), [state[k].detach() for k in self.values]
+        if self.hold is not None:
+            rate = rate * (1 - self.hold)
         if not isinstance(rate, Tensor):
             torch._foreach_lerp_(values, present, rate)
             return

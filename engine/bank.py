@@ -31,15 +31,26 @@ class FeatureBank:
         self.rows: dict[str, Tensor] = {}
         self.filled = torch.zeros(size, dtype=torch.bool, device=device)  # True for samples that were stored
 
-    def store(self, index: Tensor, features: Mapping[str, Tensor]) -> None:
-        """Keep a copy of `features` [B, width] of the samples `index` int64 [B]."""
+    def store(self, index: Tensor, features: Mapping[str, Tensor], keep: Tensor | None = None) -> None:
+        """Keep a copy of `features` [B, width] of the samples `index` int64 [B].
+
+        Args:
+            keep: bool [B], or one for all: False forgets the sample instead. None: all are kept.
+        """
+        if keep is not None:
+            keep = keep.expand(len(index))
         for name, value in features.items():
+            if keep is not None:
+                value = torch.where(keep.reshape(-1, *[1] * (value.dim() - 1)), value, torch.zeros_like(value))
             if name not in self.rows:
                 self.rows[name] = value.new_zeros(self.size, *value.shape[1:])
             self.rows[name].index_copy_(0, index, value.detach())
         if self.filled.device != index.device:
             self.filled = self.filled.to(index.device)
-        self.filled.index_fill_(0, index, True)
+        if keep is None:
+            self.filled.index_fill_(0, index, True)
+        else:
+            self.filled.index_copy_(0, index, keep)
 
     def tensors(self) -> Bank:
         """Features of the samples that were stored, [n, width] each, in row order."""
@@ -56,6 +67,18 @@ class FeatureBank:
         copied = FeatureBank(self.size)
         copied.load_state_dict(self.state_dict())
         return copied
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any] | None, device: torch.device | str | None = None) -> FeatureBank | None:
+        """The bank that `state_dict` gave, on `device`; None of None."""
+        if state is None:
+            return None
+        bank = cls(len(state["filled"]))
+        bank.load_state_dict(state)
+        if device is not None:
+            bank.filled = bank.filled.to(device)
+            bank.rows = {name: value.to(device) for name, value in bank.rows.items()}
+        return bank
 
     def state_dict(self) -> dict[str, Any]:
         return {"filled": self.filled, "rows": self.rows}

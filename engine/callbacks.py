@@ -61,10 +61,15 @@ class OpenEnded:
 
 
 class ProgressCallback:
-    """A live bar over the whole run with the time left, and one line per epoch."""
+    """A live bar over the whole run with the time left, and one line per epoch.
 
-    def __init__(self, metric: str):
-        self.metric = metric
+    Args:
+        metric: what the lines say of the validation split.
+        done: batches of the first epoch that were done before the run was stopped.
+    """
+
+    def __init__(self, metric: str, done: int = 0):
+        self.metric, self.done = metric, done
 
     def on_start(self, first_epoch: int, epochs: int, batches: dict[str, int]) -> None:
         from rich.console import Console
@@ -86,7 +91,7 @@ class ProgressCallback:
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
         )  # fmt: skip
         self.epochs, self.epoch = epochs, first_epoch
-        self.task = self.progress.add_task(f"epoch {first_epoch + 1}/{epochs}", total=total)
+        self.task = self.progress.add_task(f"epoch {first_epoch + 1}/{epochs}", total=total - self.done)
         self.progress.start()
 
     def on_batch(self, stage: str, number: int) -> None:

@@ -61,3 +61,7 @@ class OutputError(EngineError):
 
 class EstimatorError(EngineError):
     """An information estimate that is undefined for its input: a batch of one, non-finite scores, a bank too small."""
+
+
+class NonFiniteError(EstimatorError):
+    """A loss or a gradient that is NaN or infinite. It is found before the update, which is not made."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from engine.averages import Average, EpochResult, Sums, means
 from engine.bank import FeatureBank
 from engine.loaders.batch import Batch
 from engine.objective import Rows
+from engine.position import Position
 from engine.profile import part
 
 if TYPE_CHECKING:
@@ -59,10 +61,11 @@ class EagerPasses:
     def __init__(self, step: TwoStageStep):
         self.step = step
 
-    def collect(self, loader: Iterable, size: int, on_batch: OnBatch) -> FeatureBank:
+    def collect(self, loader: Iterable, size: int, on_batch: OnBatch, position: Position | None = None) -> FeatureBank:
         """Features of every sample of `loader` in the model's present state, dropout included as in training."""
-        bank = FeatureBank(size)
-        for number, _ in enumerate(self._computed(loader, bank)):
+        position = position or Position()
+        bank = position.filling = position.filling or FeatureBank(size)
+        for number, _ in enumerate(self._computed(position.left(loader), bank), position.batches):
             on_batch("collect", number)
         return bank
 
@@ -95,9 +98,10 @@ class EagerPasses:
         firsts = itertools.accumulate((len(sizes or ()) for sizes in passes[:-1]), initial=0)
         return [of_pass(sizes, first) for sizes, first in zip(passes, firsts, strict=True)]
 
-    def stage1_bank(self, size: int) -> FeatureBank:
-        """An empty bank, in which stage 1 keeps the features that it computes."""
-        return FeatureBank(size)
+    def stage1_bank(self, size: int, position: Position) -> FeatureBank:
+        """The bank in which stage 1 keeps the features that it computes."""
+        position.seen = position.seen or FeatureBank(size)
+        return position.seen
 
     def stage1(
         self,
@@ -107,34 +111,49 @@ class EagerPasses:
         fresh: bool,
         take: TakeProducts,
         on_batch: OnBatch,
+        position: Position | None = None,
     ) -> Sums:
         """One pass of stage 1: sums of the estimators' values.
 
         Args:
             bank: where the features come from, or with `fresh` where those that are computed go.
         """
-        batches = self._computed(loader, bank) if fresh else self._shuffled(bank, batch_size)
-        estimators = Average()
-        for number, features in enumerate(batches):
-            rows = len(next(iter(features.values())))
+        position = position or Position()
+        batches = self._computed(position.left(loader), bank) if fresh else self._shuffled(bank, batch_size, position)
+        estimators = position.sums("stage1")
+        for number, (index, features) in enumerate(batches, position.batches):
+            rows = len(index)
             if rows < self.step.objective.min_batch:
                 continue
-            output = self.step.stage1(features, take(number, rows))
-            estimators.add(output.names, output.stacked_values, rows)
+            products = take(number, rows)
+            output = self.step.finite.guarded("stage1", number, index, partial(self.step.stage1, features, products))
+            if output is not None:
+                estimators.add(output.names, output.stacked_values, rows, self.step.finite.keep(output.loss))
             on_batch("stage1", number)
         return estimators.sums()
 
     def stage2(
-        self, loader: Iterable, size: int, bank: FeatureBank | None, take: TakeProducts, on_batch: OnBatch
+        self,
+        loader: Iterable,
+        size: int,
+        bank: FeatureBank | None,
+        take: TakeProducts,
+        on_batch: OnBatch,
+        position: Position | None = None,
     ) -> tuple[Sums, Sums, FeatureBank]:
         """The pass of stage 2: sums of the losses, sums of the information terms, and the next bank."""
-        next_bank, losses, information = FeatureBank(size), Average(), Average()
-        for number, (inputs, target, index) in enumerate(map(unpack, loader)):
+        position = position or Position()
+        next_bank = position.filling = position.filling or FeatureBank(size)
+        losses, information = position.sums("losses"), position.sums("information")
+        for number, (inputs, target, index) in enumerate(map(unpack, position.left(loader)), position.batches):
             use = bank is not None and len(target) >= self.step.objective.min_batch
             products = take(number, len(target)) if use else None
-            output = self.step.stage2(inputs, target, products, information=use)
-            next_bank.store(index, output.features)
-            _add(output, len(target), losses, information)
+            run = partial(self.step.stage2, inputs, target, products, information=use)
+            output = self.step.finite.guarded("stage2", number, index, run)
+            if output is not None:
+                keep = self.step.finite.keep(output.loss)
+                next_bank.store(index, output.features, keep)
+                _add(output, len(target), losses, information, keep)
             on_batch("stage2", number)
         return losses.sums(), information.sums(), next_bank
 
@@ -158,21 +177,25 @@ class EagerPasses:
             features={n: torch.cat([output.features[n] for output in outputs]) for n in outputs[0].features},
         )
 
-    def _computed(self, loader: Iterable, bank: FeatureBank) -> Iterator[dict[str, Tensor]]:
-        """Features of every batch in the model's present state, kept in `bank`."""
+    def _computed(self, loader: Iterable, bank: FeatureBank) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Rows and features of every batch in the model's present state, kept in `bank`."""
         for inputs, target, index in map(unpack, loader):
-            features = self.step.features(inputs, target)
-            bank.store(index, features)
-            yield features
+            features, keep = self.step.finite.features(partial(self.step.features, inputs, target))
+            bank.store(index, features, keep)
+            yield index, features
 
-    def _shuffled(self, bank: FeatureBank, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """The bank's features in batches, in a new order."""
-        known = bank.tensors()
-        for rows in self.step.shuffled(len(next(iter(known.values())))).split(batch_size):
-            yield {name: value[rows.to(value.device)] for name, value in known.items()}
+    def _shuffled(
+        self, bank: FeatureBank, batch_size: int, position: Position
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Rows and features of the bank in batches, in a new order."""
+        known, stored = bank.tensors(), bank.filled.nonzero()[:, 0].cpu()
+        if position.order is None:
+            position.order = self.step.shuffled(len(next(iter(known.values()))))
+        for rows in position.order.split(batch_size)[position.batches :]:
+            yield stored[rows.cpu()], {name: value[rows.to(value.device)] for name, value in known.items()}
 
 
-def _add(output: StepOutput, rows: int, losses: Average, information: Average) -> None:
-    losses.add(("loss", "task"), torch.stack([output.loss, output.task]), rows)
+def _add(output: StepOutput, rows: int, losses: Average, information: Average, keep: Tensor | None = None) -> None:
+    losses.add(("loss", "task"), torch.stack([output.loss, output.task]), rows, keep)
     if output.information is not None:
-        information.add(output.information.names, output.information.stacked_values, rows)
+        information.add(output.information.names, output.information.stacked_values, rows, keep)

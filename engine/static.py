@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from engine.averages import EpochResult, Sums, means
+from engine.averages import Average, EpochResult, Sums, means
 from engine.bank import FeatureBank
 from engine.errors import ConfigError
 from engine.graph_state import DeviceNumbers, StateWatch, make_capturable, optimizer_settings, plain_settings
@@ -28,6 +29,7 @@ from engine.graphs import GraphRunner
 from engine.kernels.knn_product import Bank
 from engine.loaders.feed import CopyFeed, Feed, Key
 from engine.passes import OnBatch
+from engine.position import Position
 from engine.profile import part
 
 if TYPE_CHECKING:
@@ -60,17 +62,20 @@ class StaticPasses:
         self._order = torch.zeros(0, 0, dtype=torch.int64, device=self.device)
         self._draws: dict[str, Any] = {}
         self._totals: dict[str, tuple[list[str], Tensor]] = {}
+        self._counts: Counter[str] = Counter()  # samples that each of the totals holds
+        self._left_out: dict[str, Tensor] = {}  # of these, samples of steps that were left out
         self._banks: dict[str, FeatureBank] = {}
         self._watched: StateWatch | None = None
         self._settings: list[Any] = []
 
     # -- passes
 
-    def collect(self, loader: Iterable, size: int, on_batch: OnBatch) -> FeatureBank:
+    def collect(self, loader: Iterable, size: int, on_batch: OnBatch, position: Position | None = None) -> FeatureBank:
         """As `EagerPasses.collect`."""
-        bank = self._bank("collect", size)
-        with self._pass(loader) as feed:
-            for number, key in enumerate(feed.steps()):
+        position = position or Position()
+        bank = position.filling = self._bank("collect", size, position.filling)
+        with self._pass(position.left(loader), position=position) as feed:
+            for number, key in enumerate(feed.steps(), position.batches):
                 self._run(("collect", key), partial(self._collect_batch, key))
                 on_batch("collect", number)
         return bank
@@ -82,9 +87,10 @@ class StaticPasses:
                 self._draw("training", self._load(bank), [size for sizes in passes for size in sizes])
         return list(itertools.accumulate((len(sizes or ()) for sizes in passes[:-1]), initial=0))
 
-    def stage1_bank(self, size: int) -> FeatureBank:
-        """An empty bank, in which stage 1 keeps the features that it computes."""
-        return self._bank("stage1", size)
+    def stage1_bank(self, size: int, position: Position) -> FeatureBank:
+        """The bank in which stage 1 keeps the features that it computes."""
+        position.seen = self._bank("stage1", size, position.seen)
+        return position.seen
 
     def stage1(
         self,
@@ -94,29 +100,30 @@ class StaticPasses:
         fresh: bool,
         first: int,
         on_batch: OnBatch,
+        position: Position | None = None,
     ) -> Sums:
         """One pass of stage 1 on the bank that `begin_epoch` copied: sums of the estimators' values.
 
         Args:
             first: number of its first batch in the epoch, from `begin_epoch`.
         """
-        step, seen = self.step, 0
-        if fresh:
-            self.stage1_bank(bank.size)
-        with self._pass(loader, first) as feed:
+        step, position = self.step, position or Position()
+        if fresh and not position.batches:
+            bank.clear()
+        with self._pass(position.left(loader), first, position) as feed:
             if fresh:
                 keys = feed.steps()
             else:
-                keys = ((size,) for size in self._shuffle(len(next(iter(self._known.values()))), batch_size))
-            for number, key in enumerate(keys):
+                keys = ((size,) for size in self._shuffle(batch_size, position)[position.batches :])
+            for number, key in enumerate(keys, position.batches):
                 if key[0] < step.objective.min_batch:
                     self._counters.add_(1)
                     continue
                 self.held.refresh_rates(step.estimator_optimizer)
                 self._run(("stage1", fresh, key), partial(self._stage1_batch, key, fresh))
-                seen += key[0]
+                self._count("stage1", key[0])
                 on_batch("stage1", number)
-            return self._sums("stage1", seen)
+            return self._sums("stage1")
 
     def stage2(
         self,
@@ -125,25 +132,26 @@ class StaticPasses:
         bank: FeatureBank | None,
         first: int,
         on_batch: OnBatch,
+        position: Position | None = None,
     ) -> tuple[Sums, Sums, FeatureBank]:
         """The pass of stage 2: sums of the losses, sums of the information terms, and the next bank."""
-        step, seen, informed = self.step, 0, 0
-        next_bank = self._bank("stage2", size)
-        with self._pass(loader, first) as feed:
-            for number, key in enumerate(feed.steps()):
+        step, position = self.step, position or Position()
+        next_bank = position.filling = self._bank("stage2", size, position.filling)
+        with self._pass(position.left(loader), first, position) as feed:
+            for number, key in enumerate(feed.steps(), position.batches):
                 use = bank is not None and key[0] >= step.objective.min_batch
                 self.held.refresh_rates(step.main_optimizer)
                 if step.average is not None:
                     self.held.refresh("average", step.average.next_rate())
                 self._run(("stage2", use, key), partial(self._stage2_batch, key, use))
-                seen += key[0]
-                informed += key[0] if use else 0
+                self._count("losses", key[0])
+                self._count("information", key[0] if use else 0)
                 on_batch("stage2", number)
-            return self._sums("losses", seen), self._sums("information", informed), next_bank.copy()
+            return self._sums("losses"), self._sums("information"), next_bank.copy()
 
     def evaluate(self, loader: Iterable, bank: FeatureBank | None) -> EpochResult:
         """As `EagerPasses.evaluate`. The samples come in the order of their rows."""
-        step, seen, informed = self.step, 0, 0
+        step = self.step
         sizes = loader.batch_sizes()
         with self._pass(loader) as feed:
             name = f"evaluate {self._place}"
@@ -153,9 +161,9 @@ class StaticPasses:
             for key in feed.steps():
                 use = bank is not None and key[0] >= step.objective.min_batch
                 self._run(("evaluate", use, key), partial(self._evaluate_batch, key, use))
-                seen += key[0]
-                informed += key[0] if use else 0
-            losses, information = self._sums("losses", seen), self._sums("information", informed)
+                self._count("losses", key[0])
+                self._count("information", key[0] if use else 0)
+            losses, information = self._sums("losses"), self._sums("information")
             rows = outputs.copy().rows
         return EpochResult(
             **means(losses),
@@ -176,28 +184,32 @@ class StaticPasses:
     @torch.no_grad()
     def _collect_batch(self, key: Key) -> None:
         inputs, target, index = self._feed.batch(key, self.number)
-        self._banks["collect"].store(index, self.step.features(inputs, target))
+        features, keep = self.step.finite.features(partial(self.step.features, inputs, target))
+        self._banks["collect"].store(index, features, keep)
         self._counters.add_(1)
 
     def _stage1_batch(self, key: Key, fresh: bool) -> None:
         if fresh:
             inputs, target, index = self._feed.batch(key, self.number)
             with torch.no_grad():
-                features = self.step.features(inputs, target)
-                self._banks["stage1"].store(index, features)
+                features, keep = self.step.finite.features(partial(self.step.features, inputs, target))
+                self._banks["stage1"].store(index, features, keep)
         else:
             rows = self._order.index_select(0, self.number)[0, : key[0]]
             features = {name: value.index_select(0, rows) for name, value in self._known.items()}
-        output = self.step.stage1(features, self._take("training", key[0]))
-        self._add("stage1", output.names, output.stacked_values, key[0])
+        run = partial(self.step.stage1, features, self._take("training", key[0]))
+        output = self.step.finite.guarded("stage1", 0, None, run)
+        self._add("stage1", output.names, output.stacked_values, key[0], self.step.finite.keep(output.loss))
         self._counters.add_(1)
 
     def _stage2_batch(self, key: Key, information: bool) -> None:
         inputs, target, index = self._feed.batch(key, self.number)
         products = self._take("training", key[0]) if information else None
-        output = self.step.stage2(inputs, target, products, information=information)
-        self._banks["stage2"].store(index, output.features)
-        self._add_output(output, key[0])
+        run = partial(self.step.stage2, inputs, target, products, information=information)
+        output = self.step.finite.guarded("stage2", 0, None, run)
+        keep = self.step.finite.keep(output.loss)
+        self._banks["stage2"].store(index, output.features, keep)
+        self._add_output(output, key[0], keep)
         self._counters.add_(1)
 
     @torch.no_grad()
@@ -210,24 +222,25 @@ class StaticPasses:
         self._add_output(output, key[0])
         self._counters.add_(1)
 
-    def _add_output(self, output: StepOutput, size: int) -> None:
-        self._add("losses", ("loss", "task"), torch.stack([output.loss, output.task]), size)
+    def _add_output(self, output: StepOutput, size: int, keep: Tensor | None = None) -> None:
+        self._add("losses", ("loss", "task"), torch.stack([output.loss, output.task]), size, keep)
         if output.information is not None:
-            self._add("information", output.information.names, output.information.stacked_values, size)
+            self._add("information", output.information.names, output.information.stacked_values, size, keep)
 
     # -- what they share
 
     @contextlib.contextmanager
-    def _pass(self, loader: Iterable, first: int = 0) -> Iterator[Feed]:
+    def _pass(self, loader: Iterable, first: int = 0, position: Position | None = None) -> Iterator[Feed]:
+        position = position or Position()
         self._check_settings()
         self._feed, self._place = self._feed_of(loader)
         self.step.held = self.held
+        self.step.finite.flags_for(self.device).number = self.number
         try:
             with self.graphs.stream():
-                self.number.zero_()
-                self._row.fill_(first)
-                for _, total in self._totals.values():
-                    total.zero_()
+                self.number.fill_(position.batches)
+                self._row.fill_(first + position.batches)
+                self._begin_sums(position)
                 yield self._feed
         finally:
             self.step.held = None
@@ -271,7 +284,12 @@ class StaticPasses:
         self.graphs.clear()
         self._watched = StateWatch(self._modules(), self._optimizers())
 
-    def _bank(self, name: str, size: int) -> FeatureBank:
+    def _bank(self, name: str, size: int, content: FeatureBank | None = None) -> FeatureBank:
+        """The bank `name`, empty or with the content that a pass that is gone on with has left."""
+        if content is not None and content is not self._banks.get(name):
+            self._banks[name] = content
+            self.graphs.clear()
+            return content
         if name not in self._banks or self._banks[name].size != size:
             self._banks[name] = FeatureBank(size, self.device)
             self.graphs.clear()
@@ -288,14 +306,17 @@ class StaticPasses:
             self._known[name].copy_(value)
         return Bank(self._known)
 
-    def _shuffle(self, count: int, batch_size: int) -> list[int]:
-        """Draw the order in which a bank's rows are taken; return the sizes of the batches."""
+    def _shuffle(self, batch_size: int, position: Position) -> list[int]:
+        """Draw the order in which the known bank's rows are taken; return the sizes of the batches."""
+        count = len(next(iter(self._known.values())))
         batches = -(-count // batch_size)
+        if position.order is None:
+            position.order = self.step.shuffled(count)
         if self._order.shape != (batches, batch_size):
             self._order = torch.zeros(batches, batch_size, dtype=torch.int64, device=self.device)
             self.graphs.clear()
         order = torch.zeros(batches * batch_size, dtype=torch.int64)
-        order[:count] = self.step.shuffled(count)
+        order[:count] = position.order
         self._order.copy_(order.view(batches, batch_size))
         return [min(batch_size, count - start) for start in range(0, count, batch_size)]
 
@@ -323,14 +344,43 @@ class StaticPasses:
         with part("products"):
             return self._draws[stage].take(self._row, size)
 
-    def _add(self, name: str, names: Sequence[str], values: Tensor, weight: int) -> None:
+    def _add(self, name: str, names: Sequence[str], values: Tensor, weight: int, keep: Tensor | None = None) -> None:
         if name not in self._totals:
             self._totals[name] = list(names), torch.zeros_like(values, dtype=torch.float32)
+            self._left_out[name] = torch.zeros((), dtype=torch.int64, device=self.device)
+        if keep is not None:
+            values = torch.where(keep, values, torch.zeros_like(values))
+            self._left_out[name].add_(~keep, alpha=weight)
         self._totals[name][1].add_(values, alpha=weight)
 
-    def _sums(self, name: str, count: int) -> Sums:
+    def _begin_sums(self, position: Position) -> None:
+        """Begin a pass's sums at 0, or at what they were."""
+        self._counts.clear()
+        for name, (_, total) in self._totals.items():
+            total.zero_()
+            self._left_out[name].zero_()
+        for name, average in position.now().items():
+            for names, total, count in average.state_dict()["batches"]:
+                self._add(name, names, total, 1)
+                self._counts[name] = count
+        position.now = lambda: {
+            name: Average.of({"batches": [[*self._totals[name], count]], "sums": {}}, self.device)
+            for name in self._counts
+            if (count := self._seen(name))
+        }
+
+    def _count(self, name: str, samples: int) -> None:
+        self._counts[name] += samples
+
+    def _sums(self, name: str) -> Sums:
         """Sums of a pass, read from the device; empty where nothing was added."""
-        if count == 0 or name not in self._totals:
+        count = self._seen(name)
+        if not count:
             return {}
         names, total = self._totals[name]
         return {n: (value, count) for n, value in zip(names, total.tolist(), strict=True)}
+
+    def _seen(self, name: str) -> int:
+        """Samples of the steps that were made, of those that the totals `name` hold."""
+        count, skips = self._counts[name], self.step.finite.policy == "skip"
+        return count - int(self._left_out[name]) if count and skips else count

@@ -15,13 +15,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from engine.averages import Average, EpochResult, WeightAverage, means
+from engine.averages import EpochResult, WeightAverage
 from engine.bank import FeatureBank
 from engine.compiled import compile_regions
-from engine.errors import ConfigError, EstimatorError
+from engine.epoch import run_epoch
+from engine.errors import ConfigError, EstimatorError, NonFiniteError
+from engine.finite import NonFinite
 from engine.graph_state import DeviceNumbers
 from engine.objective import Objective, ObjectiveOutput, Rows
-from engine.passes import EagerPasses, OnBatch, batch_sizes, passes_of_epoch
+from engine.passes import EagerPasses, OnBatch, batch_sizes
+from engine.position import Position
 from engine.profile import part
 from engine.static import StaticPasses
 
@@ -62,6 +65,10 @@ class TwoStageStep:
         graphs: "off" or False runs one operation after another. "emulate" makes a static step (see `engine.static`) and
             never captures it. True captures it as CUDA graphs on a GPU, and is an error where that is impossible.
             "auto" captures it on a GPU where the model allows it, and is "off" elsewhere.
+        non_finite: what `train_epoch` does about a loss or a gradient that is not finite. "stop" raises an error that
+            names the term, the batch and its samples. "skip" leaves out the step, counts it in `EpochResult.skipped`,
+            and stops after `engine.finite.MOST_IN_A_ROW` of them in a row. `stage1` and `stage2` themselves raise a
+            NonFiniteError before the update, on a CPU.
 
     Example:
         >>> class Model(nn.Linear):
@@ -90,6 +97,7 @@ class TwoStageStep:
         label: str | None = "C",
         generator: torch.Generator | None = None,
         graphs: GraphMode = "off",
+        non_finite: str = "stop",
     ):
         self.model, self.objective, self.task_loss = model, objective, task_loss
         self.main_optimizer, self.estimator_optimizer = main_optimizer, estimator_optimizer
@@ -103,13 +111,20 @@ class TwoStageStep:
             compile_regions(model, compile)
         self.generator = generator or torch.Generator().manual_seed(0)
         self.held: DeviceNumbers | None = None  # set while a static pass runs
+        self.finite = NonFinite(self, non_finite)
         self.eager = EagerPasses(self)
         self.static = self._static_step(graphs)
 
     def _static_step(self, graphs: GraphMode) -> StaticPasses | None:
         on_gpu = next((p.is_cuda for p in self.model.parameters()), False)
-        if graphs in ("off", False) or (graphs == "auto" and not on_gpu):
+        guided = self.finite.policy == "skip" and not self.finite.skips_on_device()
+        if graphs in ("off", False) or (graphs == "auto" and (not on_gpu or guided)):
             return None
+        if guided:
+            raise ConfigError(
+                "graphs", f"{graphs!r} with non_finite='skip' and an optimiser that the host has to tell",
+                "one that skips on the device: fused Adam or AdamW", "Use one, or graphs off, or non_finite='stop'.",
+            )  # fmt: skip
         return StaticPasses(self, capture=on_gpu and graphs != "emulate", strict=graphs != "auto")
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
@@ -172,6 +187,7 @@ class TwoStageStep:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        self.finite.check_gradients(optimizer)
         with contextlib.nullcontext() if self.held is None else self.held.rates(optimizer):
             if scaler is None:
                 optimizer.step()
@@ -187,6 +203,7 @@ class TwoStageStep:
         self.objective.train()
         self._begin()
         output = self._run_stage1({k: v.detach() for k, v in features.items()}, products)
+        self.finite.check_loss(output.loss, None, output)
         self._update(output.loss, optimizer)
         return output
 
@@ -204,6 +221,7 @@ class TwoStageStep:
         self._begin()
         with self._frozen_estimators():
             output, loss = self._run_stage2(self._prepared(inputs), target, products, information)
+            self.finite.check_loss(output.loss, output.task, output.information)
             self._update(loss, optimizer, self.scaler)
         if self.average is not None:
             with part("average"):
@@ -267,6 +285,7 @@ class TwoStageStep:
         stage1_n: int = 1,
         stage1_features: StageOneFeatures = "cached",
         on_batch: OnBatch = lambda stage, batch_index: None,
+        position: Position | None = None,
     ) -> tuple[EpochResult, FeatureBank]:
         """`stage1_n` passes of stage 1, then one of stage 2.
 
@@ -282,11 +301,13 @@ class TwoStageStep:
                 reference. "cached": it runs once per epoch, and product rows come from that pass too. "bank": it does
                 not run, and the features of the last epoch are used.
             on_batch: called after every batch with the stage ("collect", "stage1", "stage2") and the batch's number.
+            position: follows the epoch, so that `on_batch` can save where it is; one that was loaded is gone on from.
 
         Returns:
             The means over the epoch with the features that stage 1 saw, and the bank for the next epoch.
 
         Raises:
+            NonFiniteError: a loss or a gradient is not finite, under non_finite="stop".
             EstimatorError: an estimate of this epoch is not finite, under on_degenerate="raise".
             ConfigError: a static step on a loader without a length, a model that cannot be captured, or no optimiser.
         """
@@ -298,32 +319,20 @@ class TwoStageStep:
                 "graphs", f"a {type(loader).__name__} without a length", "a loader that has one",
                 "Give a list, a DataLoader or another object with __len__, or use graphs off.",
             )  # fmt: skip
-        passes = self.static or self.eager
-        bank, fresh = bank if self.objective is not None else None, stage1_features == "fresh"
-        if bank is not None and stage1_n > 0 and stage1_features == "cached":
-            with part("collect"):
-                bank = passes.collect(loader, size, on_batch)
-        sizes = [None] if bank is None else passes_of_epoch(loader, size, bank, batch_size, stage1_n, fresh)
-        *of_stage1, of_stage2 = passes.begin_epoch(bank, sizes)
-        estimators = Average()
-        seen = passes.stage1_bank(size) if of_stage1 and fresh else bank
-        if of_stage1:
-            with part("stage1"):
-                for products in of_stage1:
-                    estimators.add_sums(passes.stage1(loader, seen, batch_size, fresh, products, on_batch))
-        with part("stage2"):
-            losses, information, next_bank = passes.stage2(loader, size, bank, of_stage2, on_batch)
-        result = EpochResult(**means(losses), information=means(information), estimators=means(estimators.sums()))
-        self._check_finite(result)
-        if seen is not None:
-            result.features = dict((seen if self.static is None else seen.copy()).tensors())
-        return result, next_bank
+        return run_epoch(
+            self, loader, size, bank, batch_size, stage1_n, stage1_features, on_batch, position or Position()
+        )
 
     def _check_finite(self, result: EpochResult) -> None:
-        """Raise an error for an estimate that is not finite.
+        """Raise an error for a task loss or an estimate that is not finite.
 
-        On a CPU the estimators do this themselves. On a GPU and in compiled graphs it is done here, once per epoch.
+        On a CPU each step is checked. On a GPU and in compiled graphs it is done here, once per epoch.
         """
+        if not math.isfinite(result.task) and self.scaler is None and self.finite.policy == "stop":
+            raise NonFiniteError(
+                "task loss", f"a mean of {result.task} in this epoch", "finite losses",
+                'Check the samples, lower train.lr, set train.clip_norm, or set train.non_finite="skip".',
+            )  # fmt: skip
         if self.objective is None or self.objective.settings.on_degenerate != "raise":
             return
         for name, value in (result.estimators | result.information).items():

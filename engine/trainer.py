@@ -13,22 +13,20 @@ The examples below go on with this run.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine import checks, metrics
 from engine.callbacks import Callback
 from engine.config import Config
-from engine.errors import ConfigError
 from engine.files import user_path, write_json
 from engine.loaders.dataset import Dataset
+from engine.ranks import Ranks, joined
 from engine.run_folder import owned
 from engine.task import Task, find_task, load_task
+from engine.torchrun import restartable, restarted
 from engine.training.applying import Run, apply, load_run, open_split, own_tokenizer, require_labels
 from engine.training.parts import choose_device
 from engine.training.records import metrics_of
@@ -80,9 +78,9 @@ def train(
         >>> len((result.out / "history.jsonl").read_text().splitlines())
         2
     """
-    _refuse_other_ranks()
-    out = user_path(out)
-    return RunResult(out, TrainingRun(_with_task(config, task), out, callbacks, dataset, profile).fit(resume))
+    out, config = user_path(out), _with_task(config, task)
+    with joined(config.device, config.train.timeout) as ranks:
+        return RunResult(out, TrainingRun(config, out, callbacks, dataset, profile, ranks).fit(resume))
 
 
 def train_seeds(
@@ -106,27 +104,35 @@ def train_seeds(
         >>> [result.out.name for result in train_seeds(load_config("run/config.yaml"), "runs", seeds=[0, 1])]
         ['seed0', 'seed1']
     """
-    _refuse_other_ranks()
     out, config = user_path(out), _with_task(config, task)
-    with owned(out):
-        return _train_seeds(config, out, seeds, resume, callbacks)
+    with joined(config.device, config.train.timeout) as ranks, ranks.failing_together():
+        if not ranks.writes:
+            return _train_seeds(config, out, seeds, ranks.tell(resume), callbacks, ranks)
+        with owned(out):
+            resume = ranks.tell(resume or restarted(out))
+            with restartable(out):
+                return _train_seeds(config, out, seeds, resume, callbacks, ranks)
 
 
 def _train_seeds(
-    config: Config, out: Path, seeds: Sequence[int], resume: bool, callbacks: Sequence[Callback]
+    config: Config, out: Path, seeds: Sequence[int], resume: bool, callbacks: Sequence[Callback], ranks: Ranks
 ) -> list[RunResult]:
-    own = (own_tokenizer(out / f"seed{seed}", config) for seed in seeds) if resume else iter(())
-    tokenizer = next((t for t in own if t is not None), None)
-    dataset = find_task(config.task).open_data(config.resolve(), config.data.path, tokenizer=tokenizer)
+    with ranks.writer_first():
+        own = (own_tokenizer(out / f"seed{seed}", config) for seed in seeds) if resume else iter(())
+        tokenizer = next((t for t in own if t is not None), None)
+        dataset = find_task(config.task).open_data(config.resolve(), config.data.path, tokenizer=tokenizer)
     results = []
     for seed in seeds:
         folder = out / f"seed{seed}"
         one = config.model_copy(deep=True, update={"seed": seed})
-        finished = finished_metrics(one.resolve(), folder, dataset) if resume else None
+        finished = finished_metrics(one.resolve(), folder, dataset) if resume and ranks.writes else None
+        finished = ranks.tell(finished)
         if finished is None:
             results.append(train(one, folder, resume, callbacks, dataset))
         else:
             results.append(RunResult(folder, finished))
+    if not ranks.writes:
+        return results
     split = "test" if all(r.metrics["test"] for r in results) else "valid"
     values = [r.metrics[split] for r in results]
     metrics.write_summary_csv(out / "summary.csv", {config.preset or config.mode: values})
@@ -205,16 +211,3 @@ def _with_task(config: Config, task: Task | str | None) -> Config:
     if task is None or (name := load_task(task).name) == config.task:
         return config
     return Config(**config.model_dump(exclude_unset=True) | {"task": name})
-
-
-def _refuse_other_ranks() -> None:
-    """A run has one process: started once per device, as torchrun does, all but the first would repeat its work."""
-    rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if rank.isdigit() and world.isdigit() and 0 < int(rank) < int(world) and not together:
-        raise ConfigError(
-            "environment",
-            f"RANK={rank} of WORLD_SIZE={world}, and no process group",
-            "one process per run",
-            "Start engine without torchrun: a run trains in one process.",
-        )

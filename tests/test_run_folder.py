@@ -427,14 +427,15 @@ def test_all_ranks_but_the_first_refuse(config, tmp_path, monkeypatch):
 @pytest.fixture
 def signals_as_in_a_terminal():
     """A process in the background of a shell script ignores SIGINT, and so would its tests."""
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    usual = {signal.SIGINT: signal.default_int_handler}
+    usual |= dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1), signal.SIG_DFL)
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_ends_with_what_is_kept(config, tmp_path, capsys, monkeypatch, signals_as_in_a_terminal, name):
     class Kill(Stop):
         def on_epoch(self, record, improved):
@@ -450,9 +451,7 @@ def test_a_signal_ends_with_what_is_kept(config, tmp_path, capsys, monkeypatch, 
     assert main(words) == 128 + getattr(signal, name)
     by = "" if name == "SIGINT" else f" by {name}"
     go_on = f"engine train --resume --out '{run}'"
-    assert capsys.readouterr().err == (
-        f"interrupted{by}: nothing was kept, because no epoch was finished. Begin again with: {go_on}\n"
-    )
+    assert capsys.readouterr().err == f"interrupted{by}: kept 1 batch in {run}. Go on with: {go_on}\n"
     monkeypatch.setattr(Kill, "on_batch", lambda *a: None)
     monkeypatch.setattr(TrainingRun, "_callbacks", lambda self, history: [Kill(epoch=0)])
     assert main(["train", "--resume", "--out", str(run)]) == 128 + getattr(signal, name)

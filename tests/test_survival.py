@@ -356,4 +356,4 @@ def test_a_sample_of_the_kills():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split("|")[2:4] for line in done.stdout.splitlines() if line.startswith(("| `kill", "| kill"))]
-    assert len(rows) == 4 and all(int(tried) > 0 and tried == right for tried, right in rows)
+    assert len(rows) == 8 and all(int(tried) > 0 and tried == right for tried, right in rows)

@@ -32,7 +32,7 @@ def text_encoder(tmp_path_factory) -> Path:
     return make_text_encoder(tmp_path_factory.mktemp("tiny_bert"))
 
 
-def make_text_encoder(folder: Path) -> Path:
+def make_text_encoder(folder: Path, dropout: float = 0.1) -> Path:
     """A tiny BERT with a tokeniser for the words of the synthetic files, as a local model folder."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -41,7 +41,13 @@ def make_text_encoder(folder: Path) -> Path:
     (folder / "words.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     BertModel(config).save_pretrained(folder)
     BertTokenizerFast(str(folder / "words.txt")).save_pretrained(folder)

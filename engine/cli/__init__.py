@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import warnings
@@ -18,6 +19,7 @@ from engine.cli.parser import build_parser, split_settings
 from engine.cli.printing import say
 from engine.cli.process import Stopped, as_engine_error, standing_streams, stop_signals
 from engine.errors import EngineError, printable
+from engine.torchrun import VARIABLES, torchrun_shard
 
 __all__ = ["main"]
 
@@ -41,6 +43,8 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
         if not arguments.debug:
             warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(' '.join(str(message).split()))}\n"
         settings = split_settings(arguments, rest)
+        if not _has_work(arguments.command):
+            return 0
         with stop_signals():
             arguments.run(arguments, settings) if settings is not None else arguments.run(arguments)
         sys.stdout.flush()
@@ -57,8 +61,24 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
     except (EngineError, OSError, MemoryError) as cause:
         if arguments.debug:
             raise
+        if type(cause).__name__ == "OtherRankFailed" and os.environ.get("RANK", "0") != "0":
+            return 2  # that rank and rank 0 have said it
         say(f"error: {as_engine_error(cause)}", file=sys.stderr)
         return 2
     finally:
         warnings.formatwarning = formatwarning
     return 0
+
+
+def _has_work(command: str) -> bool:
+    """Whether this process runs a command. Under torchrun only `train` uses all ranks, others use rank 0 alone."""
+    rank, size = torchrun_shard()
+    if command == "train" or size == 1:
+        return True
+    if rank == 0:
+        warnings.warn(
+            f"engine {command} runs in one process: the other {size - 1} that torchrun started end", stacklevel=2
+        )
+        for name in VARIABLES:
+            os.environ.pop(name, None)
+    return rank == 0

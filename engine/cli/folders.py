@@ -73,20 +73,24 @@ def what_is_kept(a: argparse.Namespace, rest: Sequence[str]) -> str:
     runs = [a.out, *sorted(a.out.glob("seed*"))]
     if not any((folder / CONFIG).is_file() for folder in runs):
         return ": nothing was kept, because training had not begun"
-    kept = {folder: epochs for folder in runs if (epochs := _saved_epochs(folder))}
+    kept = {folder: what for folder in runs if (what := _saved(folder))}
     seeds = [word for word in rest if word.startswith("seeds=")]
     task = ["--task", a.task] if getattr(a, "task", None) else []
     resume = shlex.join(["engine", "train", "--resume", "--out", str(a.out), *task, *seeds])
     if not kept:
         return f": nothing was kept, because no epoch was finished. Begin again with: {resume}"
-    listed = ", ".join(f"{epochs} epoch{'s' * (epochs > 1)} in {folder}" for folder, epochs in kept.items())
+    listed = ", ".join(f"{what} in {folder}" for folder, what in kept.items())
     return f": kept {listed}. Go on with: {resume}"
 
 
-def _saved_epochs(run: Path) -> int:
+def _saved(run: Path) -> str:
+    """How many epochs a run has saved, and how many batches of the next one."""
     from engine import checkpoint
 
     for name in (LAST, PREVIOUS):
         with contextlib.suppress(CheckpointError, KeyError, TypeError):
-            return checkpoint.load_meta(run / name)["epoch"] + 1
-    return 0
+            meta = checkpoint.load_meta(run / name)
+            batches = meta["within"]["batches"] if "within" in meta else 0
+            counts = [(meta["epoch"] + 1, "epoch", "s"), (batches, "batch", "es")]
+            return " and ".join(f"{n} {word}{more * (n > 1)}" for n, word, more in counts if n)
+    return ""

@@ -13,24 +13,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engine.errors import EngineError
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal that asks the process to end."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.number = number
+from engine.stopping import NAMES, Stopped
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """Raise `Stopped` for SIGTERM and SIGHUP. Signals that are ignored (nohup) or handled elsewhere are left alone."""
+    """Raise `Stopped` for SIGTERM, SIGHUP and SIGUSR1. Signals that are ignored (nohup) or handled elsewhere are left
+    alone.
+    """
 
     def stop(number: int, frame: Any) -> NoReturn:
         raise Stopped(number)
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in NAMES if name != "SIGINT" and hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
     ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]

@@ -20,27 +20,32 @@ from engine.cli.printing import (
 )
 from engine.errors import ConfigError
 from engine.files import user_path
+from engine.torchrun import restarted, torchrun_shard
 
 MOST_SEEDS = 1000
 
 
 def _train(a: argparse.Namespace, settings: list[str]) -> None:
     seeds, settings = split_seeds(settings)
-    config = chosen_config(a, settings, resumed=saved_config(a.out, seeds) if a.resume else None)
+    writes = torchrun_shard()[0] == 0  # the other ranks of torchrun write and say nothing
+    resume = a.resume or restarted(a.out)
+    config = chosen_config(a, settings, resumed=saved_config(a.out, seeds) if resume else None)
     if a.data:
         config.data.path = a.data
     if not config.data.path:
         raise ConfigError("--data", "no data", "the path of a feature file, a folder or a store", "Add --data PATH.")
     if not user_path(config.data.path).exists():
         raise ConfigError(f"--data {config.data.path}", "no such file or folder", "existing data", "Check the path.")
-    for folder in seed_folders(a.out, seeds):
-        check_out(folder, a.resume)
+    for folder in seed_folders(a.out, seeds) if writes else ():
+        check_out(folder, resume)
     if a.profile and seeds is not None:
         raise ConfigError("--profile", "several seeds", "one run", "Profile a run of one seed.")
     from engine import trainer
 
     if seeds is None:
         result = trainer.train(config, a.out, resume=a.resume, profile=a.profile)
+        if not writes:
+            return
         if a.profile:
             say((a.out / "profile" / "shares.txt").read_text(encoding="utf-8"))
         split = "test" if result.metrics["test"] else "valid"  # a test split without labels has no metrics
@@ -48,6 +53,8 @@ def _train(a: argparse.Namespace, settings: list[str]) -> None:
         print_information(a.out, result.metrics["best_epoch"])
     else:
         results = trainer.train_seeds(config, a.out, seeds, resume=a.resume)
+        if not writes:
+            return
         split = "test" if all(result.metrics["test"] for result in results) else "valid"
         print_seeds([result.metrics[split] for result in results], seeds, split)
     print_results(a.out)

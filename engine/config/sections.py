@@ -37,6 +37,7 @@ from engine.vocabulary import (
     Loader,
     Modality,
     ModelTask,
+    NonFinitePolicy,
     Normalization,
     OnDegenerate,
     Optimizer,
@@ -303,6 +304,23 @@ class TrainConfig(Section):
         "auto",
         description="decay of a moving average of the model's weights, one update per batch; the average is what is "
         "evaluated and kept (auto: 0.98 in fast mode, none in faithful mode)",
+    )
+    non_finite: NonFinitePolicy = Field(
+        "stop",
+        description="what a loss or a gradient that is NaN or infinite does: stop the run, or skip the step and count "
+        "it (20 skipped steps in a row stop the run)",
+    )
+    checkpoint_minutes: Annotated[Annotated[float, Field(gt=0)] | None, none] = Field(
+        10.0,
+        description="a checkpoint within the epoch after so many minutes, written beside training; none: none by time",
+    )
+    checkpoint_steps: Annotated[Annotated[int, Field(ge=1)] | None, none] = Field(
+        None,
+        description="a checkpoint after so many batches of any stage; training waits until it is written, so that a "
+        "run that is killed loses no more batches; none: none by batches",
+    )
+    timeout: float = Field(
+        1800.0, gt=0, le=1e6, description="several ranks (torchrun): seconds that a rank waits for the others"
     )
 
 

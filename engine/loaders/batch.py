@@ -91,6 +91,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def rows(self, rows: slice) -> "Batch":
+        """Some rows of a batch that is neither packed nor static, as wide as it is."""
+        cut = {f.name: value[rows] for f in fields(self) if isinstance(value := getattr(self, f.name), (Tensor, list))}
+        return replace(self, **cut)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with every tensor on `device`."""
         moved = {

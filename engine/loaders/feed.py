@@ -103,11 +103,12 @@ class ResidentFeed:
 
     Args:
         loader: a resident loader.
-        begin: starts a pass and returns its batches' rows and the number of the loader's epoch.
+        begin: starts a pass and returns its batches' rows, the number of the loader's epoch, and that of the first
+            batch that is left.
         exact: also give the widths that a batch would have without buckets. The published mathematics depend on them.
     """
 
-    def __init__(self, loader: Loader, begin: Callable[[], tuple[list[Tensor], int]], exact: bool = False):
+    def __init__(self, loader: Loader, begin: Callable[[], tuple[list[Tensor], int, int]], exact: bool = False):
         self._loader, self._begin, self._exact = loader, begin, exact
         split, device = loader.split, loader.device
         self._frames = [split.source(key, device) for key in FRAMES]
@@ -122,14 +123,14 @@ class ResidentFeed:
         )
 
     def steps(self) -> Iterator[Key]:
-        pieces, epoch = self._begin()
+        pieces, epoch, first = self._begin()
         order = torch.zeros(self._order.shape, dtype=torch.int64)
         for row, piece in zip(order, pieces, strict=False):
             row[: len(piece)] = piece
         self._order.copy_(order)
         if self._keys is not None:
             self._keys.copy_(torch.tensor(self._loader.augmentation.keys(epoch)))
-        for piece in pieces:
+        for piece in pieces[first:]:
             yield len(piece), self._buckets.of(self._lengths[piece.numpy()].max(0))
 
     def batch(self, key: Key, number: Tensor) -> tuple[Batch, Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError
+from engine.torchrun import torchrun_shard
+
+__all__ = ["Lengths", "Sampler", "epoch_order", "torchrun_shard"]
 
 
 def epoch_order(count: int, shuffle: bool, seed: int, epoch: int) -> Tensor:
@@ -22,21 +23,6 @@ def epoch_order(count: int, shuffle: bool, seed: int, epoch: int) -> Tensor:
     if not shuffle:
         return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
-
-
-def torchrun_shard() -> tuple[int, int]:
-    """(rank, world size) as torchrun sets them in the environment; (0, 1) outside of torchrun.
-
-    Raises:
-        ConfigError: RANK or WORLD_SIZE is not a number, or RANK is not below WORLD_SIZE.
-    """
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
-        raise ConfigError(
-            "environment", f"RANK={rank} and WORLD_SIZE={world}", "numbers with RANK < WORLD_SIZE",
-            "Start with torchrun.",
-        )  # fmt: skip
-    return int(rank), int(world)
 
 
 @dataclass(frozen=True)

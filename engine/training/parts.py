@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from engine.loaders.dataset import Dataset
 from engine.model.text_encoder import load_text_encoder, text_encoder_from_config
 from engine.objective import Objective
 from engine.precision import autocast_dtype
+from engine.ranks import Ranks
 from engine.step import TwoStageStep
 from engine.task import Inputs, Task
 from engine.training.passes import Passes
 from engine.training.random_state import seed_all
+from engine.training.rank_step import StepOnRanks
 from engine.training.records import Selection
 from engine.vocabulary import SPLITS
 
@@ -37,6 +40,7 @@ class Parts:
         scored: splits whose samples all have labels.
         text_config: the text encoder's configuration, as checkpoints keep it; None without text.
         selection: what chooses the best epoch.
+        ranks: the processes that train together.
     """
 
     task: Task
@@ -55,6 +59,7 @@ class Parts:
     scored: list[str]
     text_config: dict[str, Any] | None
     selection: Selection
+    ranks: Ranks
 
     @property
     def samples(self) -> int:
@@ -83,9 +88,14 @@ def build(task: Task, config: Config, inputs: Inputs, text_encoder: nn.Module | 
     return model, task.objective(config, model)
 
 
-def predictor(model: nn.Module) -> TwoStageStep:
+def predictor(model: nn.Module, ranks: Ranks | None = None) -> TwoStageStep:
     """A step that evaluates a model without a loss: samples need no labels."""
-    return TwoStageStep(model, None, lambda prediction, target: prediction.new_zeros(()))
+    return _step_of(ranks or Ranks())(model, None, lambda prediction, target: prediction.new_zeros(()))
+
+
+def _step_of(ranks: Ranks) -> Callable[..., TwoStageStep]:
+    """What makes the step of a process, or of one rank of several."""
+    return TwoStageStep if ranks.size == 1 else partial(StepOnRanks, ranks)
 
 
 def saved_encoder(meta: dict[str, Any], freeze: str = "no") -> nn.Module | None:
@@ -101,13 +111,17 @@ def assemble(
     device: torch.device,
     resumed: dict[str, Any] | None,
     check_space: Callable[[nn.Module, Objective], None],
+    ranks: Ranks | None = None,
 ) -> Parts:
     """All parts of a run before its first epoch.
 
     Args:
+        ranks: the processes that train together; by default this one alone.
         resumed: what the checkpoint to go on from says of itself; None for a new run.
         check_space: is given model and objective, which have no memory yet, before they get any.
     """
+    ranks = ranks or Ranks()
+    _check_ranks(config, ranks)
     checks.class_numbers(config, dataset)
     checks.last_batch(config, dataset)
     seed_all(config.seed)
@@ -131,12 +145,12 @@ def assemble(
     selection = Selection(*task.selection(config))
 
     def passes(split: str, training: bool) -> Passes:
-        return passes_over(task, config, model, dataset, split, device, training)
+        return passes_over(task, config, model, dataset, split, device, training, ranks)
 
     return Parts(
         task, config, dataset, device, model, objective, informed,
-        step=_step(task, config, model, objective if informed else None, optimizers, device),
-        predictor=predictor(model),
+        step=_step(task, config, model, objective if informed else None, optimizers, device, ranks),
+        predictor=predictor(model, ranks),
         optimizers=optimizers,
         schedulers={k: _scheduler(o, config.train.schedule, selection.higher_is_better) for k, o in optimizers.items()},
         loaders={split: passes(split, split == "train") for split in SPLITS},
@@ -144,7 +158,29 @@ def assemble(
         scored=[s for s in SPLITS if not dataset.splits[s].label.isnan().any()],
         text_config=None if encoder is None else encoder.describe(),
         selection=selection,
+        ranks=ranks,
     )  # fmt: skip
+
+
+def _check_ranks(config: Config, ranks: Ranks) -> None:
+    """Raise ConfigError where several ranks cannot train by these settings."""
+    if ranks.size == 1:
+        return
+    size, over = divmod(config.batch_size, ranks.size)
+    if over or not size:
+        below, above = size * ranks.size, (size + 1) * ranks.size
+        raise ConfigError(
+            "batch_size", f"{config.batch_size}, which {ranks.size} ranks cannot share evenly",
+            f"a multiple of {ranks.size}: it counts the rows of all ranks together",
+            f"Set batch_size={f'{below} or ' if below else ''}{above}.",
+        )  # fmt: skip
+    if config.train.graphs == "emulate":
+        raise ConfigError(
+            "train.graphs",
+            f"emulate on {ranks.size} ranks",
+            "auto or off",
+            "Set train.graphs=off: ranks have no graphs.",
+        )
 
 
 def _text_encoder(config: Config, dataset: Dataset, resumed: dict[str, Any] | None) -> nn.Module | None:
@@ -162,9 +198,10 @@ def _step(
     objective: Objective | None,
     optimizers: dict[str, torch.optim.Optimizer],
     device: torch.device,
+    ranks: Ranks,
 ) -> TwoStageStep:
     t = config.train
-    return TwoStageStep(
+    return _step_of(ranks)(
         model,
         objective,
         task.loss(config),
@@ -176,7 +213,8 @@ def _step(
         autocast=autocast_dtype(t.amp, device),
         compile=t.compile,
         generator=torch.Generator().manual_seed(config.seed),
-        graphs=t.graphs,
+        non_finite=t.non_finite,
+        **({"graphs": t.graphs} if ranks.size == 1 else {}),
     )
 
 
@@ -188,6 +226,7 @@ def passes_over(
     split: str,
     device: torch.device,
     training: bool = False,
+    ranks: Ranks | None = None,
 ) -> Passes:
     """Passes over a split, shuffled and augmented as the settings say where they are for training."""
     c = config
@@ -199,7 +238,7 @@ def passes_over(
         workers=c.data.workers, max_padding=c.data.max_padding if training else None,
         augment=c.data.augment if training else None,
     )  # fmt: skip
-    return Passes(loader, device, preparation(model), exact=task.exact_widths(c))
+    return Passes(loader, device, preparation(model), exact=task.exact_widths(c), ranks=ranks, deals=training)
 
 
 def preparation(model: nn.Module) -> Callable[[Batch], Batch]:

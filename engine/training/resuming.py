@@ -16,6 +16,7 @@ from engine.config import Config
 from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.files import append_text, parse_json, write_text
 from engine.loaders.dataset import Dataset
+from engine.position import Position
 from engine.run_folder import (
     BEST,
     CONFIG,
@@ -33,7 +34,7 @@ from engine.run_folder import (
 from engine.training import same_run
 from engine.training.random_state import set_random_state
 from engine.training.records import Record, line_of, parse_line
-from engine.training.saving import RunFiles
+from engine.training.saving import RunFiles, place_of
 
 Saved = tuple[dict[str, Any], dict[str, Any]]
 """State and meta of a checkpoint."""
@@ -53,13 +54,7 @@ def newest_checkpoint(out: Path, config: Config, arithmetic: dict[str, Any]) -> 
             str(out), f"{BEST} without {LAST}", "both, to go on with a run",
             "Choose another --out; the best model can still be evaluated.",
         )  # fmt: skip
-    try:
-        state, meta = checkpoint.load(newest)
-    except CheckpointError as problem:
-        if not before.exists():
-            raise
-        state, meta = checkpoint.load(before)
-        warnings.warn(f"{problem} The run goes on from {PREVIOUS}, after epoch {meta['epoch']}.", stacklevel=2)
+    state, meta = _newest_whole(newest, before)
     advised = same_run.ADVISED if any(d["epoch"] == meta["epoch"] for d in same_run.divergences(out)) else set()
     if differing := same_run.differences(same_run.settings_of(out, meta), config, same_run.FREE | advised):
         raise ConfigError(
@@ -67,17 +62,40 @@ def newest_checkpoint(out: Path, config: Config, arithmetic: dict[str, Any]) -> 
             "Resume with the same settings (only epochs, threads, device, output and the loader may differ).",
         )  # fmt: skip
     same_run.require_described(out / LAST, config, state, meta, trained=True)
-    if config.epochs <= meta["epoch"]:
+    finished, begun = meta["epoch"] + 1, int("position" in state)
+    if config.epochs < finished + begun:
         raise ConfigError(
-            f"epochs={config.epochs}", f"{meta['epoch'] + 1} finished epochs in {out}",
-            f"epochs={meta['epoch'] + 1} or more", "Ask for at least as many epochs as the run has.",
+            f"epochs={config.epochs}", f"{finished} finished epochs{' and a part of the next' * begun} in {out}",
+            f"epochs={finished + begun} or more", "Ask for at least as many epochs as the run has.",
         )  # fmt: skip
     same_run.warn_of_other_arithmetic(out, meta, arithmetic)
     return state, meta
 
 
-def restore(files: RunFiles, saved: Saved) -> tuple[list[Record], FeatureBank]:
-    """Put every part back as it was after the checkpoint's epoch. Returns the history and the bank.
+def _newest_whole(newest: Path, before: Path) -> Saved:
+    """The newer of two checkpoints that is not damaged."""
+    try:
+        return checkpoint.load(newest)
+    except CheckpointError as problem:
+        if not before.exists():
+            raise
+        try:
+            state, meta = checkpoint.load(before)
+        except CheckpointError as other:
+            raise CheckpointError(
+                str(newest.parent), f"no checkpoint that is whole ({LAST}: {problem.found}; {PREVIOUS}: {other.found})",
+                "one of the two as it was written",
+                "Put a copy of one of them back. The best model can still be evaluated; else begin a new run.",
+            ) from other  # fmt: skip
+        warnings.warn(f"{problem} The run goes on from {PREVIOUS}, {place_of(meta)}.", stacklevel=2)
+        return state, meta
+
+
+def restore(files: RunFiles, saved: Saved, position: Position) -> tuple[list[Record], FeatureBank | None]:
+    """Put every part back as it was when the checkpoint was taken. Returns the history and the bank.
+
+    Args:
+        position: takes over that of a checkpoint within an epoch.
 
     Raises:
         CheckpointError: the checkpoint or the history has another form, or does not fit.
@@ -95,9 +113,12 @@ def restore(files: RunFiles, saved: Saved) -> tuple[list[Record], FeatureBank]:
             _scale_rates(optimizer, parts.schedulers[name], factor)
         if parts.step.average is not None:
             parts.step.average.load_state_dict(state["average"])
-        bank = FeatureBank(parts.samples)
-        bank.load_state_dict(state["bank"])
-        bank.rows = {k: v.to(parts.device) for k, v in bank.rows.items()}
+        if parts.step.scaler is not None and state.get("scaler"):
+            parts.step.scaler.load_state_dict(state["scaler"])
+        if "position" in state:
+            position.load_state_dict(state["position"], parts.device)
+            position.seconds, position.waited = meta["within"]["seconds"], meta["within"]["waiting_seconds"]
+        bank = FeatureBank.of(state["bank"], parts.device)
         parts.step.generator.set_state(state["generator"])
         set_random_state(state["rng"])
     return history, bank
@@ -108,8 +129,9 @@ def _restore_history(files: RunFiles, state: dict[str, Any], meta: dict[str, Any
     path = files.out / HISTORY
     if "history" in state:  # older versions kept the records in the checkpoint
         history = json.loads(state["history"])
-        with files.sums.writing(HISTORY):
-            write_text(path, "".join(map(line_of, history)))
+        if files.parts.ranks.writes:
+            with files.sums.writing(HISTORY):
+                write_text(path, "".join(map(line_of, history)))
         files.lines = file_sum(path)
         return history
     size, crc = meta["history"]
@@ -119,8 +141,9 @@ def _restore_history(files: RunFiles, state: dict[str, Any], meta: dict[str, Any
             str(path), "contents that do not match their checksum", f"the epochs up to {meta['epoch']}",
             "The file is damaged or was edited: put the original back. The best model can still be evaluated.",
         )  # fmt: skip
-    with files.sums.writing(HISTORY):
-        append_text(path, "", at=size)
+    if files.parts.ranks.writes:
+        with files.sums.writing(HISTORY):
+            append_text(path, "", at=size)
     files.lines = size, crc
     return [parse_line(line) for line in content.splitlines()]
 
@@ -166,7 +189,7 @@ def finished_metrics(config: Config, folder: Path, dataset: Dataset) -> dict[str
         verify(folder, *needed)
         differing = same_run.differences(same_run.settings_of(folder, meta), config, same_run.FREE)
         metrics = parse_json((folder / METRICS).read_text(encoding="utf-8"))
-        unfinished = meta["epoch"] + 1 != config.epochs
+        unfinished = meta["epoch"] + 1 != config.epochs or "within" in meta
     except (EngineError, ValueError, TypeError, KeyError):
         return None
     return None if unfinished or differing or same_run.differing_splits(dataset, meta) else metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +23,9 @@ from engine.config import Config
 from engine.errors import ConfigError, DataError, EngineError, EstimatorError, OutputError
 from engine.loaders.dataset import Dataset
 from engine.objective import Objective
+from engine.position import Position
 from engine.profile import Profiler
+from engine.ranks import Ranks
 from engine.report import write_report
 from engine.run_folder import (
     BEST,
@@ -37,7 +40,9 @@ from engine.run_folder import (
     TOKENIZER,
     owned,
 )
+from engine.stopping import Stopped, StopSignals
 from engine.task import find_task
+from engine.torchrun import restartable, restarted
 from engine.training import resuming
 from engine.training.applying import own_tokenizer
 from engine.training.left import write_left
@@ -46,6 +51,7 @@ from engine.training.records import Record, record_of
 from engine.training.same_run import arithmetic, differing_splits
 from engine.training.saving import RunFiles
 from engine.training.warming import compiles_kernels, warm_kernels
+from engine.training.within import WithinEpochs
 
 
 class TrainingRun:
@@ -53,11 +59,13 @@ class TrainingRun:
 
     Args:
         config, out, callbacks, dataset, profile: as `engine.train` takes them.
+        ranks: the processes that train together; by default this one alone.
 
     Attributes:
         parts: what is trained, after `prepare`.
         files: what it writes, after `prepare`.
         results: the last epoch's evaluation by split.
+        position: where the epoch is.
     """
 
     def __init__(
@@ -67,55 +75,94 @@ class TrainingRun:
         callbacks: Sequence[Callback] = (),
         dataset: Dataset | None = None,
         profile: bool = False,
+        ranks: Ranks | None = None,
     ):
-        self.config, self.out, self.extra_callbacks = config.resolve(), out, callbacks
-        self.dataset, self.profile, self.profiler = dataset, profile, None
+        self.config, self.out = config.resolve(), out
+        self.ranks = ranks or Ranks(device=choose_device(config.device))
+        self.extra_callbacks = callbacks if self.ranks.writes else ()
+        self.dataset, self.profile, self.profiler = dataset, profile and self.ranks.writes, None
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        self.device = choose_device(self.config.device)
+        self.device = self.ranks.device
         if self.device.type == "cpu":
             keep_memory()
         self.arithmetic = arithmetic(self.device, self.config.train.amp)
+        if self.ranks.size > 1:
+            self.arithmetic["ranks"] = self.ranks.size
         self.results: dict[str, EpochResult] = {}
         self.saving: Future | None = None
+        self.position = Position()
 
     def fit(self, resume: bool) -> dict[str, Any]:
-        """Train, and return the content of metrics.json."""
+        """Train, and return the content of metrics.json. A signal that stopped it then does what it always does."""
+        try:
+            return self._fit_alone(resume)
+        except Stopped as stop:
+            signal.raise_signal(stop.number)
+            raise
+
+    def _fit_alone(self, resume: bool) -> dict[str, Any]:
         if self.profile and self.config.objective.enabled and self.config.epochs < 2:
             raise ConfigError(
                 "profile", "one epoch", "two or more: the first has no information terms", "Set epochs=2."
             )
+        with self.ranks.failing_together():
+            return self._write(resume) if self.ranks.writes else self._follow(resume)
+
+    def _write(self, resume: bool) -> dict[str, Any]:
+        """The run on the rank that writes its folder."""
         with owned(self.out):
+            resume = resume or restarted(self.out)
             if not resume and any((self.out / mark).exists() for mark in MARKS):
                 raise OutputError(
                     str(self.out), "another run", "an empty or new folder",
                     "Choose another --out, or go on with --resume.",
                 )  # fmt: skip
             try:
-                return self._fit(resume)
+                with restartable(self.out):
+                    return self._fit(resume)
             except Exception:
                 if not resume and not (self.out / LAST).exists():  # there is no epoch to go on from: leave it free
                     for name in (CONFIG, NORMALIZER, *TOKENIZER, HISTORY, CHECKSUMS):
                         (self.out / name).unlink(missing_ok=True)
                 raise
 
+    def _follow(self, resume: bool) -> dict[str, Any]:
+        """The run on any other rank, which writes nothing. Rank 0 gives the warnings."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self._fit(resume)
+
     def _fit(self, resume: bool) -> dict[str, Any]:
+        resume = self.ranks.tell(resume)
+        with self.ranks.writer_first():  # data are converted once, and the folder is read before it is written
+            history, bank = self._begin(resume)
+        self.ranks.same_weights(self.parts.model, self.parts.objective)
+        if self.ranks.writes:
+            with self.ranks.alone():
+                self.files.write_settings()
+                if history:
+                    self.files.complete(history, within=self.position.resumed)
+        started = time.perf_counter() - sum(r["wall_seconds"] for r in history) - self.position.seconds
+        self._train(history, bank, started)
+        return self.ranks.from_writer(self._end(history, started) if self.ranks.writes else None)
+
+    def _begin(self, resume: bool) -> tuple[list[Record], FeatureBank | None]:
+        """Every part as it is before the first epoch that is left; the records of those before, and their bank."""
         saved = resuming.newest_checkpoint(self.out, self.config, self.arithmetic) if resume else None
         if resume and saved is None:
             warnings.warn(f"{self.out}: no epoch to go on from: the run begins at epoch 0", stacklevel=2)
         self.prepare(None if saved is None else saved[1])
-        history, bank = ([], None) if saved is None else resuming.restore(self.files, saved)
-        del saved
-        self.files.write_settings()
-        if history:
-            self.files.complete(history)
-        started = time.perf_counter() - sum(r["wall_seconds"] for r in history)
-        self._train(history, bank, started)
-        summary = self.files.write_summary(history, time.perf_counter() - started)
-        self.files.complete(history, ended=True)
-        write_left(self.files, history, summary)
-        if self.config.output.features:
-            self.files.write_features()
+        return ([], None) if saved is None else resuming.restore(self.files, saved, self.position)
+
+    def _end(self, history: list[Record], started: float) -> dict[str, Any]:
+        """Write what a finished run has beside its epochs, and return the content of metrics.json."""
+        with self.ranks.alone():
+            summary = self.files.write_summary(history, time.perf_counter() - started)
+            self.files.complete(history, ended=True)
+            write_left(self.files, history, summary)
+            if self.config.output.features:
+                self.files.write_features()
         if self.config.output.report:
             write_report(self.out)
         return summary
@@ -140,7 +187,8 @@ class TrainingRun:
             present = [self.out / name for name in (BEST, LAST, PREVIOUS)]
             checks.disk_space(self.out, model, objective, c.train, present)
 
-        self.parts = assemble(task, c, self.dataset, self.device, resumed, check_space)
+        self.parts = assemble(task, c, self.dataset, self.device, resumed, check_space, self.ranks)
+        self.parts.step.finite.ids = self.dataset.splits["train"].ids
         self.files = RunFiles(self.out, self.parts, self.arithmetic)
 
     def _train(self, history: list[Record], bank: FeatureBank | None, started: float) -> None:
@@ -154,27 +202,40 @@ class TrainingRun:
                 self.profiler.batch_done()
             for callback in callbacks:
                 callback.on_batch(stage, number)
+            within.batch_done()
 
         if compiles_kernels(self.device):
             warm_kernels(self.parts)
         try:
             # Saving goes on beside the next epoch; leaving this block waits for it.
-            with ThreadPoolExecutor(1) as beside:
+            with ThreadPoolExecutor(1) as beside, StopSignals() as signals:
+
+                def save_within() -> None:
+                    self._wait()
+                    if self.ranks.writes:
+                        self.saving = beside.submit(self.files.save_within(history, self._present()))
+
+                within = WithinEpochs(self.config.train, signals, save_within, self._wait, self.ranks)
                 for epoch in range(len(history), self.config.epochs):
                     try:
                         record, bank = self._epoch(epoch, bank, on_batch)
                     except EngineError as problem:
                         self._wait()
-                        raise self.files.explain_failure(epoch, problem) from problem
+                        raise (
+                            self.files.explain_failure(epoch, problem) if self.ranks.writes else problem
+                        ) from problem
                     self._wait()
+                    self.position = Position()
                     improved = self.parts.selection.improved(history, record)
                     history.append(record)
                     wall_s = time.perf_counter() - started
-                    self.saving = beside.submit(self.files.save(history, bank, self.results, improved, wall_s))
+                    if self.ranks.writes:
+                        self.saving = beside.submit(self.files.save(history, bank, self.results, improved, wall_s))
                     if self.extra_callbacks:  # which may read the folder
                         self._wait()
                     for callback in callbacks:
                         callback.on_epoch(record, improved)
+                    within.saved()
             self._wait()
         finally:
             for callback in callbacks:
@@ -182,11 +243,19 @@ class TrainingRun:
 
     def _callbacks(self, history: list[Record]) -> list[Callback]:
         callbacks: list[Callback] = list(self.extra_callbacks)
+        if not self.ranks.writes:
+            return callbacks
         if self.config.output.tensorboard:
             callbacks.append(TensorBoardCallback(self.out / TENSORBOARD, history))
         if self.config.output.progress:
-            callbacks.append(ProgressCallback(self.parts.selection.metric))
+            callbacks.append(ProgressCallback(self.parts.selection.metric, self.position.total))
         return callbacks
+
+    def _present(self) -> Position:
+        """The position, with the time that the epoch has taken."""
+        self.position.seconds = time.perf_counter() - self.epoch_began
+        self.position.waited = self.parts.loaders["train"].waited
+        return self.position
 
     def _wait(self) -> None:
         """Let the epoch before be saved, and raise what was in the way."""
@@ -198,7 +267,8 @@ class TrainingRun:
     def _epoch(
         self, epoch: int, bank: FeatureBank | None, on_batch: Callable[[str, int], None]
     ) -> tuple[Record, FeatureBank]:
-        parts, start = self.parts, time.perf_counter()
+        parts = self.parts
+        start = self.epoch_began = time.perf_counter() - self.position.seconds
         record: Record = {"epoch": epoch}
         for name, optimizer in parts.optimizers.items():
             record[f"lr_{name}"] = optimizer.param_groups[0]["lr"]
@@ -206,6 +276,13 @@ class TrainingRun:
         record["seconds"] = time.perf_counter() - start
         record["waiting_seconds"] = parts.loaders["train"].waited
         record["train"] = record_of(self.config, trained)
+        if self.config.train.non_finite == "skip":
+            record["skipped_steps"] = trained.skipped
+            if trained.skipped:
+                warnings.warn(
+                    f"epoch {epoch}: {trained.skipped} steps left out, whose loss or gradient was not finite",
+                    stacklevel=2,
+                )
         # Epoch 0 trains without information terms, so its evaluation has none either: the losses stay comparable.
         informed = bank is not None and parts.informed
         with parts.step.averaged():
@@ -215,7 +292,8 @@ class TrainingRun:
             }
         for split, result in self.results.items():
             record[split] = record_of(self.config, result) if split in parts.scored else {}
-        if informed:
+        self.ranks.check_weights(f"epoch {epoch}", parts.model, parts.objective)
+        if informed and self.ranks.writes:
             self._read_terms(record, trained.features)
         self._step_schedules(record)
         record["wall_seconds"] = time.perf_counter() - start
@@ -228,13 +306,15 @@ class TrainingRun:
         parts, c = self.parts, self.config
         passes = parts.loaders["train"]
         passes.set_epoch(epoch)
+        passes.waited = self.position.waited
         # The first epoch has no bank, and so no first stage: the second is the first that tells where time goes.
-        profiled = self.profile and (bank is not None or not parts.informed)
+        profiled = self.profile and (bank is not None or not parts.informed) and not self.position.resumed
         self.profiler = Profiler(self.device, parts.batches()) if profiled else None
         with self.profiler.taken() if profiled else contextlib.nullcontext():
             trained = parts.step.train_epoch(
                 passes, parts.samples, bank, batch_size=c.batch_size,
                 stage1_n=c.train.stage1_n, stage1_features=c.train.stage1_features, on_batch=on_batch,
+                position=self.position,
             )  # fmt: skip
         if profiled:
             self.profiler.save(self.out / "profile")

@@ -26,9 +26,11 @@ FREE = {
     "data.path", "data.loader", "data.workers",  # which loader makes the batches does not change them
     "data.label_scale",  # what is reported does not change the training
     "train.graphs",  # how the steps are launched changes no more than rounding
+    "train.checkpoint_minutes", "train.checkpoint_steps",  # what is saved does not change the training
+    "train.timeout",
 }  # fmt: skip
 """Settings and sections that may change when a run is resumed."""
-ADVISED = {"train.lr", "train.clip_norm", "objective.on_degenerate"}
+ADVISED = {"train.lr", "train.clip_norm", "train.non_finite", "objective.on_degenerate"}
 """Settings that may also change when a run is resumed after it diverged."""
 
 
@@ -135,6 +137,7 @@ def arithmetic(device: torch.device, amp: str) -> dict[str, Any]:
 def warn_of_other_arithmetic(folder: Path, meta: dict[str, Any], now: dict[str, Any]) -> None:
     """Warn about what changed since the run was stopped and keeps it from ending bit-equal."""
     before = meta.get("arithmetic", now)
+    before, now = {"ranks": 1} | before, {"ranks": 1} | now  # a process on its own does not say it
     changed = [f"{k} {now.get(k)}, not {before.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]
     if changed:
         warnings.warn(

@@ -21,6 +21,7 @@ from engine.config import Config
 from engine.errors import CheckpointError, EngineError, EstimatorError
 from engine.files import append_text, write_json
 from engine.loaders.dataset import Split
+from engine.position import Position
 from engine.report import environment
 from engine.run_folder import (
     BEST,
@@ -79,7 +80,7 @@ class RunFiles:
             results: the epoch's evaluation by split.
             improved: whether the epoch is the best so far, so that its model and predictions are kept.
         """
-        meta, history = self._meta(history[-1]["epoch"]), list(history)
+        meta, history = self._meta(history), list(history)
         last = checkpoint.Snapshot(self._state(bank))
         save_best = self._save_best(meta, results) if improved else None
 
@@ -97,10 +98,23 @@ class RunFiles:
 
         return write
 
-    def _meta(self, epoch: int) -> dict[str, Any]:
+    def save_within(self, history: list[Record], position: Position) -> Callable[[], None]:
+        """Copy what is needed to go on within an epoch. The returned function writes it."""
+        place = {"epoch": len(history), "stage": position.stage, "batches": position.total}
+        times = {"seconds": position.seconds, "waiting_seconds": position.waited}
+        meta = self._meta(history) | {"history": self.lines, "within": place | times}
+        last = checkpoint.Snapshot(self._state(position.bank) | {"position": position.state_dict()})
+
+        def write() -> None:
+            last.save(self.out / LAST, meta, previous=self.out / PREVIOUS)
+
+        return write
+
+    def _meta(self, history: list[Record]) -> dict[str, Any]:
+        """What a checkpoint says of itself. `epoch` is the last one that is finished, -1 before the first."""
         parts = self.parts
         return {
-            "epoch": epoch,
+            "epoch": history[-1]["epoch"] if history else -1,
             "audio_dim": parts.dataset.audio_dim,
             "vision_dim": parts.dataset.vision_dim,
             "text_encoder": parts.text_config,
@@ -109,13 +123,14 @@ class RunFiles:
             "arithmetic": self.arithmetic,
         }
 
-    def _state(self, bank: FeatureBank) -> dict[str, Any]:
-        parts = self.parts
+    def _state(self, bank: FeatureBank | None) -> dict[str, Any]:
+        parts, scaler = self.parts, self.parts.step.scaler
         return parts.weights() | {
             "optimizers": {k: o.state_dict() for k, o in parts.optimizers.items()},
             "schedulers": {k: s.state_dict() for k, s in parts.schedulers.items()},
             "average": parts.step.average.state_dict() if parts.step.average is not None else None,
-            "bank": bank.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "bank": bank.state_dict() if bank is not None else None,
             "generator": parts.step.generator.get_state(),
             "rng": random_state(),
         }
@@ -138,22 +153,27 @@ class RunFiles:
 
     def explain_failure(self, epoch: int, problem: EngineError) -> EngineError:
         """The error of an epoch that failed. Where the run has diverged, it says how the run can go on."""
-        if not epoch or not (isinstance(problem, EstimatorError) or problem.where == metrics.PREDICTIONS):
+        diverged = isinstance(problem, EstimatorError) or problem.where == metrics.PREDICTIONS
+        if not diverged or not (self.out / LAST).exists():
             return problem
+        place = place_of(checkpoint.load_meta(self.out / LAST))
         known = [*divergences(self.out), {"epoch": epoch - 1, "problem": str(problem)}]
         with self.sums.writing(DIVERGED):
             write_json(self.out / DIVERGED, known)
         return type(problem)(
             problem.where, problem.found, problem.expected,
-            f"{problem.do} The run in {self.out} can go on after epoch {epoch - 1} that way: with --resume and another "
+            f"{problem.do} The run in {self.out} can go on {place} that way: with --resume and another "
             f"{' or '.join(sorted(ADVISED))}.",
         )  # fmt: skip
 
-    def complete(self, history: list[Record], ended: bool = False) -> None:
+    def complete(self, history: list[Record], ended: bool = False, within: bool = False) -> None:
         """Write the best model and its predictions if the run was stopped after its last epoch but before these files.
 
         Those of an earlier epoch cannot be made again. A warning says so if the best model is damaged, or if the run
         has ended and the file still holds another epoch's model.
+
+        Args:
+            within: whether the present weights are those of an epoch that is not finished.
         """
         try:
             kept = checkpoint.load(self.out / BEST)[1]["epoch"]
@@ -164,17 +184,18 @@ class RunFiles:
         wrong = [name for name in self.predictions if not self.sums.hold(name)]
         if kept != best:
             wrong.insert(0, BEST)
-        if wrong and best != last and (ended or kept is None):
+        gone = best != last or within
+        if wrong and gone and (ended or kept is None):
             warnings.warn(
                 f"{self.out}: {', '.join(wrong)} not of epoch {best}, the best by validation, whose weights are gone",
                 stacklevel=2,
             )
-        elif wrong and best == last:
+        elif wrong and not gone:
             with unchanged_random_state(parts.step.generator):
                 with parts.step.averaged():
                     results = {s: parts.evaluate(s, p) for s, p in parts.loaders.items() if s != "train"}
                 with self.sums.writing(*self.predictions):
-                    self._save_best(self._meta(best), results)()
+                    self._save_best(self._meta(history), results)()
 
     # -- the end --
 
@@ -199,6 +220,8 @@ class RunFiles:
             "wall_s": wall_s,
             "environment": environment(str(parts.device)),
         }
+        if parts.config.train.non_finite == "skip":
+            summary["skipped_steps"] = sum(r.get("skipped_steps", 0) for r in history)
         write_json(self.out / METRICS, summary)
         metrics.write_metrics_csv(self.out / METRICS_CSV, {k: v for k, v in summary.items() if v != {}})
         return summary
@@ -211,6 +234,18 @@ class RunFiles:
             for split, passes in (parts.loaders | {"train": parts.unshuffled_train}).items():
                 path = self.out / f"features_{split}.safetensors"
                 _write_features(path, parts.dataset.splits[split], parts.evaluate(split, passes))
+
+
+def place_of(meta: dict[str, Any]) -> str:
+    """Where a checkpoint was taken, in words.
+
+    >>> place_of({"epoch": 2}), place_of({"epoch": 2, "within": {"epoch": 3, "stage": "stage2", "batches": 40}})
+    ('after epoch 2', 'in epoch 3, after 40 batches')
+    """
+    within = meta.get("within")
+    if within is None:
+        return f"after epoch {meta['epoch']}"
+    return f"in epoch {within['epoch']}, after {within['batches']} batch{'es' * (within['batches'] != 1)}"
 
 
 def _numbers(record: Record, split: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 python -m tests.kills [NAME ...] [--share N] [--seed S]
 
 Prints a table; the exit code is 1 where a run did not end as it should have. The names, all of them without any:
-random, renames, seeds, random-seeds, pairs, others, signals, signals-seeds.
+random, within, writes, damaged, renames, seeds, random-seeds, pairs, others, signals, signals-seeds.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from tests.kills.situations import SEEDS, SHORT, SINGLE, Count, Place
 
 SITUATIONS: dict[str, Callable[[Place, int], Iterator[Count]]] = {
     "random": lambda place, share: situations.killed_at_random(place, -(-150 // share), SINGLE),
+    "within": lambda place, share: situations.killed_within(place, -(-24 // share)),
+    "writes": lambda place, share: situations.killed_in_writes(place, -(-40 // share)),
+    "damaged": lambda place, share: situations.damaged(place, -(-60 // share)),
     "renames": lambda place, share: situations.killed_at_renames(place, share, SHORT),
     "seeds": lambda place, share: situations.killed_at_renames(place, share, SEEDS),
     "random-seeds": lambda place, share: situations.killed_at_random(place, -(-20 // share), SEEDS),

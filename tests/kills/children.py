@@ -55,7 +55,7 @@ class Child:
             os.dup2(file, 1)
             os.dup2(file, 2)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
-            for number in (signal.SIGTERM, signal.SIGHUP):
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             before()
@@ -128,3 +128,55 @@ class Renames:
         finally:
             if here:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Steps:
+    """Notes in a file, in a child, every batch that is done: a line "epoch batch", before anything is saved of it.
+
+    Args:
+        log: the file.
+        kill_in_write: kill the process while it writes this tensor of its checkpoints, from 1; 0: do not.
+        kill_after: kill it after so many batches; 0: do not.
+    """
+
+    def __init__(self, log: Path, kill_in_write: int = 0, kill_after: int = 0):
+        self.log, self.kill_in_write, self.kill_after, self.written, self.done = log, kill_in_write, kill_after, 0, 0
+
+    def __call__(self) -> None:
+        """In the child, before it begins."""
+        from engine import checkpoint
+        from engine.training.run import TrainingRun
+
+        file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.train_epoch, self.bytes = TrainingRun._train_epoch, checkpoint._bytes
+
+        def train_epoch(run, epoch, bank, on_batch):
+            def noted(stage, number):
+                os.write(file, f"{epoch} {run.position.total}\n".encode())
+                self.done += 1
+                on_batch(stage, number)
+                if self.done == self.kill_after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            return self.train_epoch(run, epoch, bank, noted)
+
+        TrainingRun._train_epoch = train_epoch
+        save = checkpoint.write_tensors
+
+        def write_tensors(*arguments):
+            checkpoint._bytes = self._counted
+            try:
+                save(*arguments)
+            finally:
+                checkpoint._bytes = self.bytes
+
+        checkpoint.write_tensors = write_tensors
+
+    def _counted(self, tensor):
+        self.written += 1
+        if self.written == self.kill_in_write:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.bytes(tensor)
+
+    def read(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []

@@ -58,7 +58,7 @@ def _checkpoint(path: Path) -> Any:
     """Everything in a checkpoint, its tensors bit by bit; the state's tree tells their types and places."""
     header, tensors = checkpoint._read(path)
     checkpoint.load(path)  # its checksum holds
-    meta = {key: value for key, value in json.loads(header["meta"]).items() if key != "history"}
+    meta = {key: _timeless(value) for key, value in json.loads(header["meta"]).items() if key != "history"}
     return header["state"], meta, {name: zlib.crc32(checkpoint._bytes(tensor)) for name, tensor in tensors.items()}
 
 

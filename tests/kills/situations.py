@@ -18,13 +18,15 @@ import torch
 
 from engine.cli import main
 from engine.config import Config
-from tests.kills.children import Child, Ended, Renames
+from tests.kills.children import Child, Ended, Renames, Steps
 from tests.kills.content import content, curves, differing
 from tests.loaders import writers
 from tests.test_trainer import SIZES, make_text_encoder, small_config
 
 SINGLE, SHORT, SEEDS = "a single run", "a single run of 2 epochs", "seeds=0-2"
 WORDS = {SINGLE: [], SHORT: ["epochs=2"], SEEDS: [SEEDS, "epochs=2", "objective.enabled=false"]}
+EVERY = {f"a run with a checkpoint every {'batch' if n == 1 else f'{n} batches'}": n for n in (1, 2, 3)}
+WORDS |= {kind: [f"train.checkpoint_steps={n}"] for kind, n in EVERY.items()}
 """The runs that are stopped -> their settings beside those of `tests.test_trainer.small_config`."""
 
 
@@ -67,6 +69,7 @@ class Place:
         with contextlib.redirect_stdout(io.StringIO()):
             assert main(self.words(folder / "first")) == 0
         self._whole: dict[str, tuple[dict, float, list[str]]] = {}
+        self.batches: dict[str, list[str]] = {}  # of every uninterrupted run
 
     def words(self, out: Path, *more: str, resume: bool = False, config: Path | None = None) -> list[str]:
         start = ["--resume"] if resume else ["--config", str(config or self.config)]
@@ -87,25 +90,123 @@ class Place:
         """An uninterrupted run: its content, seconds of computing, and the files that it renamed."""
         if kind not in self._whole:
             out, log = self.new(), self.folder / f"renames {kind}"
-            ended = self.engine(self.words(out, *WORDS[kind]), Renames(names=log))
+            steps, renames = self.steps(), Renames(names=log)
+            ended = self.engine(self.words(out, *WORDS[kind]), lambda: (steps(), renames()))
             assert ended.code == 0, ended.output
+            self.batches[kind] = steps.read()
             self._whole[kind] = content(out), ended.seconds, log.read_text().split()
         return self._whole[kind]
 
-    def finish(self, out: Path, kind: str, what: str) -> str | None:
-        """Resume a run and compare it with the uninterrupted one; what is wrong with it."""
-        ended = self.engine(self.words(out, *[SEEDS] * (kind == SEEDS), resume=True))
+    def steps(self, **moment: int) -> Steps:
+        self.number += 1
+        return Steps(self.folder / f"steps{self.number}", **moment)
+
+    def finish(
+        self, out: Path, kind: str, what: str, before: Steps | None = None, most: int = 0, told: str = ""
+    ) -> str | None:
+        """Resume a run and compare it with the uninterrupted one; what is wrong with it.
+
+        Args:
+            before: the batches that were done before it was stopped; at most `most` of them may be done again.
+            told: what has to be said.
+        """
+        after = self.steps()
+        ended = self.engine(self.words(out, *[SEEDS] * (kind == SEEDS), resume=True), after)
         if ended.code == 2 and "none of --preset, --config and --task" in ended.output:  # killed before it had a folder
-            ended = self.engine(self.words(out, *WORDS[kind]))
+            ended = self.engine(self.words(out, *WORDS[kind]), after)
         if ended.code != 0 or "Traceback" in ended.output:
             return f"{what}: resumed with exit code {ended.code}: {ended.output.strip()[-500:]}"
         if found := differing(content(out), self.whole(kind)[0]):
             return f"{what}: other {', '.join(found)}"
+        if told not in ended.output:
+            return f"{what}: not told: {told}"
+        if before is not None and (lost := self.lost(kind, before.read(), after.read())) > most:
+            return f"{what}: {lost} batches were lost"
         for run in out.glob("seed*") if kind == SEEDS else [out]:
             if any(len(values) != 1 for values in curves(run).values()) or len(curves(run)) < 3:
                 return f"{what}: points of TensorBoard are missing or doubled"
         shutil.rmtree(out)
         return None
+
+    def lost(self, kind: str, before: list[str], after: list[str]) -> int:
+        """How many batches were done a second time."""
+        whole = self.batches[kind]
+        begun = whole.index(after[0]) if after else len(whole)
+        assert after == whole[begun:]
+        return (whole.index(before[-1]) + 1 if before else 0) - begun
+
+
+def killed_within(place: Place, runs: int) -> Iterator[Count]:
+    """SIGKILL at a random moment of runs with checkpoints within their epochs: no more than the interval is lost."""
+    for kind, interval in EVERY.items():
+        count = Count(f"`kill -9` of {kind} at a random moment: at most {interval} done again")
+        while count.tried < runs:
+            out, seconds, steps = place.new(), place.whole(kind)[1], place.steps()
+            child = place.child(place.words(out, *WORDS[kind]), steps)
+            child.compute(0.15 * seconds + place.random.uniform(0, 0.85 * seconds))
+            child.kill()
+            if child.wait().code == 0:  # it was faster
+                shutil.rmtree(out)
+                continue
+            count.add(place.finish(out, kind, f"{out.name}, killed within", steps, interval), _stage(steps))
+        yield count
+
+
+def killed_in_writes(place: Place, runs: int) -> Iterator[Count]:
+    """SIGKILL while a checkpoint is being written."""
+    kind, interval = next(iter(EVERY.items()))
+    count = Count(f"`kill -9` of {kind} in the middle of writing one: at most {interval} done again")
+    while count.tried < runs:
+        out, steps = place.new(), place.steps(kill_in_write=place.random.randint(1, 12000))
+        ended = place.engine(place.words(out, *WORDS[kind]), steps)
+        if ended.code == 0:  # it wrote fewer
+            shutil.rmtree(out)
+            continue
+        count.add(place.finish(out, kind, f"{out.name}, killed in a write", steps, interval), _stage(steps))
+    yield count
+
+
+def _stage(steps: Steps) -> str:
+    done = steps.read()
+    return f"in epoch {done[-1].split()[0]}" if done else "before a batch"
+
+
+def damaged(place: Place, tries: int) -> Iterator[Count]:
+    """Flipped bits and truncations of what a run that was killed within an epoch has left."""
+    kind = next(iter(EVERY))
+    killed, steps = place.new(), place.steps(kill_after=9)
+    place.whole(kind)
+    assert place.engine(place.words(killed, *WORDS[kind]), steps).code == -signal.SIGKILL
+    last, previous = "last.safetensors", "previous.safetensors"
+    cases = [(last,), (last,), (last, previous), ("history.jsonl",), ("checksums.json",), (previous,)]
+    count = Count("a bit flipped or a file cut off after `kill -9` within an epoch")
+    for number in range(tries):
+        out, names = place.new(), cases[number % len(cases)]
+        shutil.copytree(killed, out)
+        for name in names:
+            _damage(place, out / name)
+        what = f"{out.name}, damaged {' and '.join(names)}"
+        if names in ((last,), (previous,)):  # a damaged copy of the one before is not needed
+            told = f"The run goes on from {previous}, in epoch 1, after " if names == (last,) else ""
+            count.add(place.finish(out, kind, what, steps, most=2, told=told), " and ".join(names))
+            continue
+        ended = place.engine(place.words(out, resume=True))
+        named = str(out) if len(names) > 1 else names[0]
+        if ended.code != 2 or named not in ended.one_line or "Traceback" in ended.output:
+            count.add(f"{what}: exit code {ended.code}: {ended.output.strip()[-500:]}")
+        else:
+            count.add(None, " and ".join(names))
+    yield count
+
+
+def _damage(place: Place, path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    at = place.random.randrange(len(content))
+    if place.random.random() < 0.5:
+        content[at] ^= 1 << place.random.randrange(8)
+    else:
+        del content[at:]
+    path.write_bytes(content)
 
 
 def killed_at_random(place: Place, runs: int, kind: str) -> Iterator[Count]:
@@ -142,11 +243,11 @@ def killed_at_renames(place: Place, every: int, kind: str) -> Iterator[Count]:
 
 def signalled(place: Place, runs: int, kind: str) -> Iterator[Count]:
     """Signals that ask a run to end, at random moments: one line, the right exit code, nobody left behind."""
-    count = Count(f"SIGINT, SIGTERM or SIGHUP to {kind} at a random moment")
+    count = Count(f"SIGINT, SIGTERM, SIGHUP or SIGUSR1 to {kind} at a random moment: no batch done again")
     while count.tried < runs:
-        out, seconds = place.new(), place.whole(kind)[1]
-        number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[count.tried % 3]
-        child = place.child(place.words(out, *WORDS[kind]))
+        out, seconds, steps = place.new(), place.whole(kind)[1], place.steps()
+        number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)[count.tried % 4]
+        child = place.child(place.words(out, *WORDS[kind]), steps)
         child.compute(0.05 + place.random.uniform(0, seconds))
         child.kill(number)
         ended = child.wait()
@@ -160,7 +261,7 @@ def signalled(place: Place, runs: int, kind: str) -> Iterator[Count]:
         elif not child.left_alone():
             count.add(f"{what}: a process of it is left")
         else:
-            count.add(place.finish(out, kind, what), number.name)
+            count.add(place.finish(out, kind, what, None if kind == SEEDS else steps), number.name)
     yield count
 
 

@@ -1,0 +1,446 @@
+"""Several processes that train one model: who they are, how they exchange tensors, and how they end together.
+
+torchrun starts the processes ("ranks"). Rank 0 is the writer: it alone writes the run folder, shows progress and warns.
+docs/ranks.md tells how to start them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from engine.errors import ConfigError, EngineError
+from engine.torchrun import torchrun_shard
+
+TIMEOUT_S = 1800.0
+"""Seconds that a rank waits for the others, unless `train.timeout` says otherwise."""
+BUCKET = 1 << 25
+"""Bytes of gradients that travel together."""
+_RUNS = itertools.count()
+
+
+class OtherRankFailed(EngineError):
+    """Another rank has ended, with its own error: `where` names the rank, and `found` is what it said."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.found}"
+
+
+class Ranks:
+    """The ranks of one run. A process on its own is rank 0 of 1, and every method is then trivial.
+
+    Attributes:
+        rank, size: this process and how many there are.
+        device: where this rank computes.
+        writes: whether this is rank 0, which alone writes files and shows progress.
+
+    >>> ranks = Ranks()
+    >>> ranks.size, ranks.writes, ranks.gather({"a": 1})
+    (1, True, [{'a': 1}])
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu", timeout_s: float = TIMEOUT_S):
+        self.rank, self.size, self.device, self.timeout_s = rank, size, torch.device(device), timeout_s
+        self._alone, self._turns = False, 0
+        self._run = (
+            f"engine/run {next(_RUNS)}" if size > 1 else ""
+        )  # the same on all ranks, which call train equally often
+
+    @property
+    def writes(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def together(self) -> bool:
+        """Whether there are several ranks, which compute together at the moment."""
+        return self.size > 1 and not self._alone
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the context this rank computes as if there were no others, which need not enter it."""
+        before, self._alone = self._alone, True
+        try:
+            yield
+        finally:
+            self._alone = before
+
+    # -- exchange ----------------------------------------------------------------------------------
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers, on all ranks."""
+        if self.size == 1:
+            return number
+        value = torch.tensor([number], device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.all_reduce(torch.zeros(1, device=self.device))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on all ranks: numbers, strings, tensors, and tuples, lists and dicts of them."""
+        if self.size == 1:
+            return [value]
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        content = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8).to(self.device)
+        sizes = [int(n) for n in self._all_gathered(torch.tensor([len(content)], device=self.device))]
+        padded = content.new_zeros(max(sizes))
+        padded[: len(content)] = content
+        parts = self._all_gathered(padded)
+        return [
+            torch.load(io.BytesIO(part[:size].cpu().numpy().tobytes()), weights_only=True)
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def from_writer(self, value: Any) -> Any:
+        """The writer's value, on all ranks; of the kinds that `gather` takes."""
+        return self.gather(value if self.writes else None)[0]
+
+    def join_rows(self, tensor: Tensor, counts: Sequence[int]) -> Tensor:
+        """The ranks' rows put one after another, [sum of counts, ...], without gradients.
+
+        Args:
+            tensor: this rank's rows, [counts[rank], ...].
+            counts: how many rows each rank has.
+        """
+        if self.size == 1:
+            return tensor
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor.detach()
+        return torch.cat([part[:n] for part, n in zip(self._all_gathered(padded), counts, strict=True)])
+
+    def join(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Every tensor with the rows of all ranks, with gradients. Each rank has equally many rows.
+
+        The gradients are those of the mean of the ranks' losses, times the number of ranks. So gradients of parameters
+        that are averaged over the ranks, as `average_gradients` does, are those of one process on all rows.
+
+        Args:
+            tensors: floats [B, ...] each; they travel together where their types agree.
+        """
+        joined: list[Tensor] = list(tensors)
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            places = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+            flat = [tensors[i].reshape(len(tensors[i]), -1) for i in places]
+            columns = _Join.apply(torch.cat(flat, 1), self).split([f.shape[1] for f in flat], 1)
+            for i, column in zip(places, columns, strict=True):
+                joined[i] = column.reshape(-1, *tensors[i].shape[1:])
+        return joined
+
+    def _all_gathered(self, tensor: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return parts
+
+    def tell(self, value: Any) -> Any:
+        """The writer's value (of JSON), on all ranks. Others also learn by it that a rank has failed."""
+        if self.size == 1:
+            return value
+        with self._turn() as key:
+            if self.writes:
+                _store().set(key, json.dumps(value))
+            return json.loads(_store().get(key))
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace every gradient by its mean over the ranks.
+
+        A parameter that has a gradient on some ranks only counts as zero on the others. One that has none anywhere
+        keeps none.
+        """
+        if not self.together:
+            return
+        of_kind: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
+        for p in parameters:
+            if p.requires_grad and not _is_sharded(p):
+                of_kind.setdefault((p.device, p.dtype), []).append(p)
+        for kind in of_kind.values():
+            for bucket in _buckets(kind):
+                self._average_bucket(bucket)
+
+    @torch.no_grad()
+    def _average_bucket(self, parameters: list[nn.Parameter]) -> None:
+        given = parameters[0].new_tensor([p.grad is not None for p in parameters])
+        flat = torch.cat([given, *((p.grad if p.grad is not None else p).reshape(-1) for p in parameters)])
+        start = len(parameters)
+        for p in parameters:  # of a parameter without a gradient the values were only a place
+            if p.grad is None:
+                flat[start : start + p.numel()] = 0
+            start += p.numel()
+        dist.all_reduce(flat)
+        flat /= self.size
+        values = flat[len(parameters) :].split([p.numel() for p in parameters])
+        for p, value, somewhere in zip(parameters, values, flat[: len(parameters)], strict=True):
+            if p.grad is not None:
+                p.grad.copy_(value.view_as(p))
+            elif somewhere > 0:
+                p.grad = value.view_as(p).clone()
+
+    @torch.no_grad()
+    def same_weights(self, *modules: nn.Module) -> None:
+        """Give every rank the writer's parameters and buffers."""
+        if self.size == 1:
+            return
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                if not _is_sharded(tensor):
+                    value = tensor.detach().contiguous()
+                    dist.broadcast(value, 0)
+                    tensor.copy_(value)
+
+    def check_weights(self, where: str, *modules: nn.Module) -> None:
+        """Raise an error if the ranks' parameters have drifted apart. Averaged gradients keep them equal."""
+        if not self.together:
+            return
+        own = [p.detach().double().abs().sum() for m in modules for p in m.parameters() if not _is_sharded(p)]
+        sums = torch.stack(self._all_gathered(torch.stack(own))) if own else torch.zeros(1, 1)
+        if not torch.allclose(sums, sums[:1], rtol=1e-5, atol=0, equal_nan=True):
+            raise EngineError(
+                where, "weights that differ between the ranks", "the same weights on all of them",
+                "Let the model compute the same on every rank, and change no weights outside of the optimisers.",
+            )  # fmt: skip
+
+    # -- one after another, and failing together ---------------------------------------------------
+
+    @contextlib.contextmanager
+    def writer_first(self) -> Iterator[None]:
+        """The writer runs the block, then all others do. The block may not exchange anything."""
+        if self.size == 1:
+            yield
+            return
+        with self._turn() as key:
+            yield
+            if self.writes:
+                _store().set(key, "done")
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[str]:
+        """A key of its own, for which all but the writer wait first."""
+        self._turns += 1
+        key = f"{self._run}/turn {self._turns}"
+        if not self.writes:
+            self._await(key)
+        yield key
+
+    def _await(self, key: str) -> None:
+        """Wait for the writer to set `key`, or for a rank to fail."""
+        end = time.monotonic() + self.timeout_s
+        while time.monotonic() < end:
+            if _store().check([key]):
+                return
+            self._raise_failure(None)
+            time.sleep(0.05)
+        raise OtherRankFailed(
+            f"rank {self.rank}", f"no sign of rank 0 for {self.timeout_s:g} s", "rank 0 to go on",
+            "See its messages, or raise train.timeout.",
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Within the context the error of one rank becomes the error of all.
+
+        Raises:
+            OtherRankFailed: another rank failed first; the message is that rank's.
+        """
+        if self.size == 1:
+            yield
+            return
+        try:
+            yield
+        except OtherRankFailed:
+            raise
+        except Exception as cause:
+            # A peer that has gone breaks a collective: what it said is the cause.
+            broken = isinstance(cause, RuntimeError) and not isinstance(cause, EngineError)
+            if broken:
+                self._raise_failure(cause, wait_s=2.0)
+            with contextlib.suppress(Exception):
+                if _store().add(f"{self._run}/failures", 1) == 1:
+                    _store().set(f"{self._run}/failure", f"{self.rank} {' '.join(str(cause).split())}")
+            if broken and isinstance(cause, getattr(dist, "DistError", ())):
+                raise OtherRankFailed(
+                    f"rank {self.rank}", f"lost the connection to another rank ({' '.join(str(cause).split())[:200]})",
+                    "all ranks to go on", "See the messages of the other ranks.",
+                ) from cause  # fmt: skip
+            raise
+
+    def _raise_failure(self, cause: Exception | None, wait_s: float = 0.0) -> None:
+        """Raise what another rank left as its error, if one did."""
+        end, key = time.monotonic() + wait_s, f"{self._run}/failure"
+        while True:
+            try:
+                left = _store().get(key).decode() if _store().check([key]) else None
+            except Exception:  # the store has gone with the rank that held it
+                return
+            if left is not None:
+                rank, _, message = left.partition(" ")
+                if int(rank) == self.rank:
+                    return
+                raise OtherRankFailed(f"rank {rank}", message, "no error on any rank", "") from cause
+            if time.monotonic() >= end:
+                return
+            time.sleep(0.05)
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks, ctx.count = ranks, len(rows)
+        return torch.cat(ranks._all_gathered(rows))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        start = ctx.ranks.rank * ctx.count
+        return gradient[start : start + ctx.count], None
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters in groups of about `BUCKET` bytes."""
+    group: list[nn.Parameter] = []
+    size = 0
+    for p in parameters:
+        group.append(p)
+        size += p.numel() * p.element_size()
+        if size >= BUCKET:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether FSDP2 holds the tensor in parts, and averages its gradients itself."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+# -- the process group -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def joined(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
+    """The ranks of this run, within the context.
+
+    A process group that exists is used. Else one is formed from torchrun's environment. It stays for the next run,
+    until the process ends or the block fails. Outside of torchrun there is one rank.
+
+    Args:
+        device: a run's setting `device`. "auto" and "cuda" are the GPU number LOCAL_RANK.
+        timeout_s: how long a rank waits for the others.
+
+    Raises:
+        ConfigError: WORLD_SIZE is above 1 and no group can be formed, or the device cannot be used by several ranks.
+
+    >>> with joined("cpu") as ranks:
+    ...     ranks.size
+    1
+    """
+    from engine.training.parts import choose_device
+
+    if dist.is_available() and dist.is_initialized():
+        size = dist.get_world_size()
+        own = rank_device(device) if size > 1 else choose_device(device)
+        yield Ranks(dist.get_rank(), size, own, timeout_s)
+        return
+    rank, size = torchrun_shard()
+    if size == 1:
+        yield Ranks(device=choose_device(device))
+        return
+    own = rank_device(device)
+    _form(rank, size, own, timeout_s)
+    atexit.register(_leave)
+    try:
+        yield Ranks(rank, size, own, timeout_s)
+    except BaseException:
+        _leave()  # which breaks the exchange that others wait in
+        raise
+
+
+def _leave() -> None:
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
+
+
+def _form(rank: int, size: int, device: torch.device, timeout_s: float) -> None:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    found = f"RANK={rank} of WORLD_SIZE={size}, and no process group"
+    do = "Start with torchrun, or unset RANK and WORLD_SIZE to train in one process."
+    if not dist.is_available():
+        raise ConfigError("environment", f"{found}: this PyTorch has no torch.distributed", "one that has it", do)
+    if missing:
+        raise ConfigError("environment", f"{found}: no {' and no '.join(missing)}", "torchrun's environment", do)
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            limit = timedelta(seconds=timeout_s)
+            store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=limit))
+            # On one machine torchrun keeps its store over restarts, and with it the addresses of processes that ended.
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+                store = dist.PrefixStore(f"engine/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    except (RuntimeError, ValueError, OSError) as cause:
+        raise ConfigError(
+            "environment", f"{found}: {' '.join(str(cause).split())[:300]}", "all ranks to meet at MASTER_ADDR", do
+        ) from cause
+
+
+def rank_device(name: str) -> torch.device:
+    """The device of this rank: the CPU, or the GPU of its number on this machine.
+
+    Raises:
+        ConfigError: the setting names one device for all ranks, or the machine has fewer GPUs than ranks.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise ConfigError(
+            "device", f"{name!r} for several ranks", "auto, cuda or cpu", "Let LOCAL_RANK choose each rank's GPU."
+        )
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    count = torch.cuda.device_count()
+    if local >= count:
+        raise ConfigError(
+            "device", f"LOCAL_RANK={local} and {count} GPUs", "a GPU for every rank of this machine",
+            f"Start at most {count} ranks on it, or set device=cpu.",
+        )  # fmt: skip
+    return torch.device("cuda", local)
+
+
+# -- random numbers ------------------------------------------------------------------
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed below 2**32 that depends on all numbers and their order.
+
+    >>> seed_of(0, 1) == seed_of(0, 1), seed_of(0, 1) == seed_of(1, 0)
+    (True, False)
+    """
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
