@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,14 @@ from engine.profile import part
 from engine.ranks import Ranks, seed_of
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one rank computes of a batch: `inputs` are its `rows`, or the whole batch where `rows` is None."""
+
+    inputs: Any
+    rows: slice | None
+
+
 class Passes:
     """Passes over a split. Each is shuffled anew; its order depends on seed, epoch and pass alone.
 
@@ -24,7 +34,7 @@ class Passes:
         prepare: what is done to a batch before it moves to the device.
         exact: whether a static step's batches also tell their widths before rounding up to a bucket.
         ranks: the ranks of the run.
-        deals: whether each rank gets its own rows of every batch, as (own rows, all labels, all row numbers). Dropout
+        deals: whether each rank gets its own rows of every batch, as (`Share`, all labels, all row numbers). Dropout
             is then seeded anew for every batch and rank. A batch whose rows the number of ranks does not divide is
             given whole to every rank.
     """
@@ -59,7 +69,7 @@ class Passes:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[Batch | tuple[Batch, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch | tuple[Share, Tensor, Tensor]]:
         deals = self.deals and self.ranks.together
         number, first, batches = self._number(), self._first, self._plain()
         for place in itertools.count(first):
@@ -67,7 +77,8 @@ class Passes:
             with part("load"):
                 whole = next(batches, None)
                 if whole is not None:
-                    batch = self._ready(self._own(whole) if deals else whole)
+                    rows = self._own_rows(len(whole)) if deals else None
+                    batch = self._ready(whole if rows is None else whole.rows(rows))
             self.waited += time.perf_counter() - start
             if whole is None:
                 return
@@ -75,7 +86,7 @@ class Passes:
                 yield batch
                 continue
             torch.manual_seed(seed_of(self.loader.sampler.seed, number, place, self.ranks.rank))
-            yield batch, whole.label.to(self.device), whole.index.to(self.device)
+            yield Share(batch, rows), whole.label.to(self.device), whole.index.to(self.device)
 
     def turns(self) -> Iterator[tuple[int, bool, Batch]]:
         """The batches that fall to this rank when the ranks take turns, whole, with their numbers.
@@ -93,10 +104,10 @@ class Passes:
     def _ready(self, batch: Batch) -> Batch:
         return self.prepare(batch).to(self.device, non_blocking=True)
 
-    def _own(self, batch: Batch) -> Batch:
-        """This rank's rows of a batch; all of them where the ranks cannot have equally many."""
-        size, over = divmod(len(batch), self.ranks.size)
-        return batch if over else batch.rows(slice(self.ranks.rank * size, (self.ranks.rank + 1) * size))
+    def _own_rows(self, count: int) -> slice | None:
+        """This rank's rows of a batch; None where the ranks cannot have equally many, so that each takes them all."""
+        size, over = divmod(count, self.ranks.size)
+        return None if over else slice(self.ranks.rank * size, (self.ranks.rank + 1) * size)
 
     @property
     def in_order(self) -> bool:

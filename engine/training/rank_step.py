@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from engine.bank import FeatureBank
 from engine.passes import EagerPasses, unpack
 from engine.ranks import Ranks
 from engine.step import StepOutput, TwoStageStep
+from engine.training.passes import Share
+from engine.training.rank_objective import ObjectiveOnRanks
 
 
 class StepOnRanks(TwoStageStep):
@@ -30,17 +34,23 @@ class StepOnRanks(TwoStageStep):
         super().__init__(*arguments, **options, graphs="off")
         self.ranks = ranks
         if self.objective is not None:
-            self.objective.gather = "off"  # it is given the rows of all ranks
+            self.objective = ObjectiveOnRanks(self.objective, ranks)
         self.eager = PassesOnRanks(self)
 
     def forward(self, inputs: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Prediction and features of the whole batch: `inputs` are this rank's rows or all, `target` is whole."""
-        prediction, features = super().forward(inputs, target)
-        if not self.ranks.together or len(prediction) == len(target):
-            return prediction, features
-        own = [name for name in features if name != self.label]
-        joined = self.ranks.join([prediction, *(features[name] for name in own)])
-        return joined[0], features | dict(zip(own, joined[1:], strict=True))
+        """Prediction and features of the whole batch: `inputs` are a `Share` of it or all, `target` is whole."""
+        if not isinstance(inputs, Share):
+            return super().forward(inputs, target)
+        if inputs.rows is None:
+            return super().forward(inputs.inputs, target)
+        prediction, features = super().forward(inputs.inputs, target[inputs.rows])
+        joined = self.ranks.join([prediction, *features.values()])
+        return joined[0], dict(zip(features, joined[1:], strict=True))
+
+    def _prepared(self, inputs: Any) -> Any:
+        if isinstance(inputs, Share):
+            return replace(inputs, inputs=super()._prepared(inputs.inputs))
+        return super()._prepared(inputs)
 
     def _apply(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
         self.ranks.average_gradients(p for group in optimizer.param_groups for p in group["params"])
@@ -66,7 +76,8 @@ class PassesOnRanks(EagerPasses):
             inputs, target, _ = unpack(batch)
             use = bank is not None and len(target) >= self.step.objective.min_batch
             products = take(number, len(target)) if use else None
-            example = self.step.evaluated(inputs, target, products, use), target
+            with contextlib.nullcontext() if self.step.objective is None else self.step.objective.apart():
+                example = self.step.evaluated(inputs, target, products, use), target
             if counts:
                 own.append(example)
                 numbers.append(number)

@@ -205,7 +205,8 @@ class TrainingRun:
             within.batch_done()
 
         if compiles_kernels(self.device):
-            warm_kernels(self.parts)
+            with self.ranks.alone():
+                warm_kernels(self.parts)
         try:
             # Saving goes on beside the next epoch; leaving this block waits for it.
             with ThreadPoolExecutor(1) as beside, StopSignals() as signals:

@@ -6,9 +6,11 @@ from torch import nn
 
 from engine.bank import FeatureBank
 from engine.config import ObjectiveConfig
+from engine.errors import ConfigError
 from engine.objective import CMI, MI, Objective
 from engine.ranks import Ranks
 from engine.step import TwoStageStep
+from engine.training.passes import Share
 from engine.training.rank_step import StepOnRanks
 
 BATCH, ROWS = 8, 44  # five batches of 8, and a tail of 4; with 4 ranks the validation's tail is of 3
@@ -42,8 +44,9 @@ class Dealt:
     def __iter__(self):
         for rows in self.pieces:
             size, over = divmod(len(rows), self.ranks.size)
-            own = rows if over or not self.deals else rows[self.ranks.rank * size :][:size]
-            yield self.x[own], self.target[rows], rows
+            own = None if over else slice(self.ranks.rank * size, (self.ranks.rank + 1) * size)
+            inputs = self.x[rows] if own is None else self.x[rows][own]
+            yield Share(inputs, own) if self.deals else inputs, self.target[rows], rows
 
     def turns(self):
         last, rest = len(self.pieces) - 1, -len(self.pieces) % self.ranks.size
@@ -53,10 +56,10 @@ class Dealt:
                 yield number, own, (self.x[rows], self.target[rows], rows)
 
 
-def step_of(ranks, bound, dtype, optimizer=torch.optim.Adam, **options):
+def step_of(ranks, bound, dtype, optimizer=torch.optim.Adam, gather="gather", k=2, **options):
     torch.manual_seed(0)
     model, terms = Model().to(dtype), [MI("Z", "Y"), -0.5 * CMI("Z", "Y", given="S")]
-    settings = ObjectiveConfig(hidden=8, embed=4, bound=bound)
+    settings = ObjectiveConfig(hidden=8, embed=4, bound=bound, gather=gather, k_neighbor=k)
     objective = Objective(terms, {"Z": 4, "Y": 3, "S": 1}, settings=settings).to(dtype)
     make = (lambda *a, **k: TwoStageStep(*a, **k)) if ranks.size == 1 else (lambda *a, **k: StepOnRanks(ranks, *a, **k))
     optimizers = optimizer(model.parameters(), 1e-2), optimizer(objective.parameters(), 1e-2)
@@ -74,7 +77,8 @@ def steps(rank, size, bound, stage1_features, options):
     ranks, dtype = Ranks(rank, size), torch.float64
     step = step_of(ranks, bound, dtype, **options)
     data = rows(dtype)
-    losses, plain = [], step.stage2
+    losses, plain, gathered = [], step.stage2, set()
+    step.objective.register_forward_pre_hook(lambda objective, arguments: gathered.add(objective.gather))
 
     def stage2(*arguments, **keywords):
         output = plain(*arguments, **keywords)
@@ -85,13 +89,19 @@ def steps(rank, size, bound, stage1_features, options):
     bank, information = None, []
     for _ in range(2):
         result, bank = step.train_epoch(
-            Dealt(*data, ranks), ROWS, bank, batch_size=BATCH, stage1_n=2, stage1_features=stage1_features
-        )
+            Dealt(*data, ranks, deals=size > 1),
+            ROWS,
+            bank,
+            batch_size=BATCH,
+            stage1_n=2,
+            stage1_features=stage1_features,
+        )  # fmt: skip
         information.append({**result.information, **result.estimators})
     modules = {"model": step.model, "objective": step.objective}
     return {
         "losses": losses,
         "information": information,
+        "gathered": sorted(gathered),
         "gradients": {f"{m} {n}": p.grad for m, module in modules.items() for n, p in module.named_parameters()},
         "weights": {f"{m} {n}": t for m, module in modules.items() for n, t in module.state_dict().items()},
         "bank": dict(bank.rows),
@@ -105,8 +115,9 @@ def close(found, expected, tolerance):
 CASES = [
     (2, "infonce", "cached", {}),
     (4, "infonce", "cached", {"clip_norm": 0.05}),
-    (4, "mine", "bank", {"clip_value": 0.01}),
+    (4, "mine", "bank", {"clip_value": 0.01, "gather": "ring"}),
     (2, "nwj", "fresh", {"average": 0.9}),
+    (2, "smile", "cached", {"k": 3}),  # product rows that the ranks cannot share
 ]
 
 
@@ -114,8 +125,25 @@ CASES = [
 def test_twelve_steps_equal_those_of_one_process(ranks, size, bound, features, options):
     expected = steps(0, 1, bound, features, options)
     assert len(expected["losses"]) == 12 and len(set(expected["losses"])) == 12
+    expected.pop("gathered")
+    shared = "off" if "k" in options else options.get("gather", "gather")
     for found in ranks(size).run(steps, bound, features, options):
+        assert found.pop("gathered") == [shared]
         close(found, expected, 1e-9)
+
+
+def refused(rank, size):
+    try:
+        step_of(Ranks(rank, size), "infonce", torch.float32, gather="off")
+    except ConfigError as problem:
+        return str(problem)
+
+
+def test_terms_of_a_ranks_own_rows_are_refused(ranks):
+    assert set(ranks(2).run(refused)) == {
+        "objective.gather: found off on 2 ranks; expected gather or ring. Train in one process with a smaller "
+        "batch_size for terms that see fewer rows."
+    }
 
 
 def evaluation(rank, size, count):
