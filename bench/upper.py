@@ -86,14 +86,12 @@ def _leaks(seeds: int) -> dict[str, dict[str, list[float]]]:
     leak = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(leak)
     found = {}
-    for method in leak.METHODS:
-        rows = [leak.train(method, seed) for seed in range(seeds)]
-        found[method] = {key: [row[key] for row in rows if math.isfinite(row[key])] for key in rows[0]}
-        cells = (
-            f"{statistics.mean(v):.2f}" + f" ({min(v):.2f} to {max(v):.2f})" if v else ""
-            for v in found[method].values()
-        )
-        print(f"| {method} | " + " | ".join(cells) + " |", flush=True)
+    for method, weight in [*((method, leak.WEIGHT) for method in leak.METHODS), ("infonce", 1.0)]:
+        name = method if weight == leak.WEIGHT else f"{method}, weight {weight:g}"
+        rows = [leak.train(method, seed, weight=weight) for seed in range(seeds)]
+        found[name] = {key: [row[key] for row in rows if math.isfinite(row[key])] for key in rows[0]}
+        cells = (f"{statistics.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})" if v else "" for v in found[name].values())
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     return found
 
 

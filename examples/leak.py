@@ -46,14 +46,14 @@ class Model(nn.Module):
         return self.head(z), {"Z": z, "S": s}
 
 
-def train(method: str, seed: int = 0, steps: int = STEPS) -> dict[str, float]:
+def train(method: str, seed: int = 0, steps: int = STEPS, weight: float = WEIGHT) -> dict[str, float]:
     """Train with one method; then the term's reading (nats), R² of S left in Z and the task loss, on new rows."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     x, m, s = make_data(SAMPLES, generator)
     model, bound = Model(), "infonce" if method == "none" else method
     objective = Objective(
-        [-WEIGHT * MI("Z", "S", bound=bound).named("leak")],
+        [-weight * MI("Z", "S", bound=bound).named("leak")],
         dims={"Z": 8, "S": 2},
         settings=ObjectiveConfig(hidden=64, embed=16),
         advise=False,  # this script minimises InfoNCE to show what comes of it
