@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.averages import Average, EpochResult, Sums, means
 from engine.bank import FeatureBank
+from engine.batches import joined
 from engine.loaders.batch import Batch
 from engine.objective import Rows
 from engine.position import Position
@@ -130,6 +131,7 @@ class EagerPasses:
             if output is not None:
                 estimators.add(output.names, output.stacked_values, rows, self.step.finite.keep(output.loss))
             on_batch("stage1", number)
+        self._flush("stage1")
         return estimators.sums()
 
     def stage2(
@@ -145,16 +147,19 @@ class EagerPasses:
         position = position or Position()
         next_bank = position.filling = position.filling or FeatureBank(size)
         losses, information = position.sums("losses"), position.sums("information")
-        for number, (inputs, target, index) in enumerate(map(unpack, position.left(loader)), position.batches):
-            use = bank is not None and len(target) >= self.step.objective.min_batch
-            products = take(number, len(target)) if use else None
+        read = self.step.batches(position.left(loader), size)
+        for number, (inputs, target, index, rows) in enumerate(read, position.batches):
+            use = bank is not None and rows >= self.step.objective.min_batch
+            products = take(number, rows) if use else None
             run = partial(self.step.stage2, inputs, target, products, information=use)
             output = self.step.finite.guarded("stage2", number, index, run)
             if output is not None:
                 keep = self.step.finite.keep(output.loss)
-                next_bank.store(index, output.features, keep)
-                _add(output, len(target), losses, information, keep)
+                if index is not None:
+                    next_bank.store(index, output.features, keep)
+                _add(output, rows, losses, information, keep)
             on_batch("stage2", number)
+        self._flush("stage2")
         return losses.sums(), information.sums(), next_bank
 
     def evaluate(self, loader: Iterable, bank: FeatureBank | None) -> EpochResult:
@@ -162,24 +167,29 @@ class EagerPasses:
         (take,) = self.begin_epoch(bank, [loader.batch_sizes() if hasattr(loader, "batch_sizes") else None])
         losses, information = Average(), Average()
         outputs, targets = [], []
-        for number, (inputs, target, _) in enumerate(map(unpack, loader)):
-            use = bank is not None and len(target) >= self.step.objective.min_batch
-            products = take(number, len(target)) if use else None
+        for number, (inputs, target, _, rows) in enumerate(self.step.batches(loader)):
+            use = bank is not None and rows >= self.step.objective.min_batch
+            products = take(number, rows) if use else None
             output = self.step.evaluated(inputs, target, products, use)
-            _add(output, len(target), losses, information)
+            _add(output, rows, losses, information)
             outputs.append(output)
             targets.append(target)
         return EpochResult(
             **means(losses.sums()),
             information=means(information.sums()),
-            prediction=torch.cat([output.prediction for output in outputs]),
-            target=torch.cat(targets),
+            prediction=joined([output.prediction for output in outputs]),
+            target=joined(targets),
             features={n: torch.cat([output.features[n] for output in outputs]) for n in outputs[0].features},
         )
 
+    def _flush(self, stage: str) -> None:
+        """Update with the last micro-batches of a pass."""
+        if self.step.accumulate > 1:
+            self.step.finite.guarded(stage, -1, None, self.step.flush)
+
     def _computed(self, loader: Iterable, bank: FeatureBank) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Rows and features of every batch in the model's present state, kept in `bank`."""
-        for inputs, target, index in map(unpack, loader):
+        for inputs, target, index, _ in self.step.batches(loader, bank.size, by_row=True):
             features, keep = self.step.finite.features(partial(self.step.features, inputs, target))
             bank.store(index, features, keep)
             yield index, features

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from engine.averages import Average, EpochResult, Sums, means
 from engine.bank import FeatureBank
+from engine.batches import whole_batches
 from engine.errors import ConfigError
 from engine.graph_state import DeviceNumbers, StateWatch, make_capturable, optimizer_settings, plain_settings
 from engine.graphs import GraphRunner
@@ -250,7 +251,7 @@ class StaticPasses:
         if not hasattr(loader, "feed"):
             self._loader = loader
             if self._copies is None:
-                self._copies = CopyFeed(lambda: self._loader, self.device)
+                self._copies = CopyFeed(lambda: whole_batches(self.step.batches(self._loader)), self.device)
             return self._copies, 0
         if id(loader) not in self._feeds:
             self._feeds[id(loader)] = loader, loader.feed()

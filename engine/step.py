@@ -1,32 +1,46 @@
-"""The two-stage step and the epoch around it, for any model that returns `(prediction, features)`.
+"""The two-stage step and the epoch around it, for any model and any loader.
 
 Stage 1 moves the estimators on detached features. Stage 2 moves the model on its task loss and on the information terms
-that the estimators read. Batches are `Batch` objects or plain tuples `(inputs, target, index)`.
+that the estimators read. `engine.batches` says what batches and model outputs may look like.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from engine import step_state
 from engine.averages import EpochResult, WeightAverage
 from engine.bank import FeatureBank
+from engine.batches import KeywordInputs, ReadBatch, Target, check_index, mapped, read_batch, rows_of
 from engine.compiled import compile_regions
 from engine.epoch import run_epoch
 from engine.errors import ConfigError, EstimatorError, NonFiniteError
 from engine.finite import NonFinite
 from engine.graph_state import DeviceNumbers
 from engine.objective import Objective, ObjectiveOutput, Rows
+from engine.outputs import (
+    Features,
+    ReadOutput,
+    check_features,
+    check_prediction_rows,
+    full_precision,
+    read_output,
+    with_label,
+)
 from engine.passes import EagerPasses, OnBatch, batch_sizes
 from engine.position import Position
 from engine.profile import part
+from engine.recent import RecentFeatures
 from engine.static import StaticPasses
+from engine.step_checks import check_bank, task_of, unwrapped
+from engine.updates import Accumulation, Updates, without_grad
 
 StageOneFeatures = Literal["fresh", "cached", "bank"]
 GraphMode = Literal["auto", "emulate", "off"] | bool
@@ -34,22 +48,28 @@ GraphMode = Literal["auto", "emulate", "off"] | bool
 
 @dataclass
 class StepOutput:
-    """One batch of stage 2 or of evaluation: prediction [B, n], features and 0-d losses, all detached."""
+    """One batch of stage 2 or of evaluation: prediction, features [B, width] and 0-d losses, all detached.
 
-    prediction: Tensor
+    The prediction is what the model returned: a tensor [B, n], a dict of tensors, or None. `information` is None where
+    the terms were left out.
+    """
+
+    prediction: Any
     features: dict[str, Tensor]
     loss: Tensor
     task: Tensor
     information: ObjectiveOutput | None
 
 
-class TwoStageStep:
+class TwoStageStep(Updates):
     """Both stages' updates on one batch.
 
     Args:
-        model: maps a batch's inputs to `(prediction [B, n], features {name: [B, width]})`.
+        model: maps a batch's inputs to `(prediction [B, n], features {name: [B, width]})`, or to a dict, dataclass or
+            `ModelOutput`: see `engine.batches.read_output`. It may be wrapped for distributed training.
         objective: the information terms, or None to train on the task loss alone.
-        task_loss: maps (prediction, target) to a 0-d loss; None for a step that only predicts, whose loss is 0.
+        task_loss: maps (prediction, target) to a 0-d loss. "model": the model computes it and returns it as `loss`; a
+            dict's target is then passed to the model too. None: there is none, and the information terms train alone.
         main_optimizer: over the model's parameters; None for a step that only evaluates.
         estimator_optimizer: over the objective's parameters; None without an objective, or to evaluate only.
         clip_value: clip every gradient element to ±clip_value, in both stages.
@@ -59,16 +79,29 @@ class TwoStageStep:
             Information terms, losses, stored values and evaluation are always float32. With float16 the loss is scaled,
             and a step whose gradients overflow is skipped.
         compile: "off", or a mode of torch.compile for the layers that the model repeats (see `engine.compiled`).
-        label: name under which the target joins the objective's features, as float [B, n]; None to leave it out.
+        label: name under which the target joins the objective's features, as float [B, n]; None to leave it out. The
+            targets of a dict join under their own names.
         generator: draws product rows and the order of a bank's rows. A generator on the CPU gives the same draws on
             every device.
         graphs: "off" or False runs one operation after another. "emulate" makes a static step (see `engine.static`) and
             never captures it. True captures it as CUDA graphs on a GPU, and is an error where that is impossible.
             "auto" captures it on a GPU where the model allows it, and is "off" elsewhere.
+        features: what picks the features from the model's output: a function of (output, inputs), a dict {feature:
+            entry}, or names of entries. None: the features that the model returns.
+        accumulate: micro-batches per update, in both stages. The gradient is that of the mean over all their rows.
+            Information terms are estimated on each micro-batch, so InfoNCE sees only its negatives.
         non_finite: what `train_epoch` does about a loss or a gradient that is not finite. "stop" raises an error that
             names the term, the batch and its samples. "skip" leaves out the step, counts it in `EpochResult.skipped`,
             and stops after `engine.finite.MOST_IN_A_ROW` of them in a row. `stage1` and `stage2` themselves raise a
             NonFiniteError before the update, on a CPU.
+
+    Attributes:
+        backward: how a loss is differentiated; by default `loss.backward()`. Lightning's `manual_backward` and
+            Accelerate's `accelerator.backward` can take its place.
+
+    Raises:
+        ConfigError: an optimiser holds no parameter of its module, or one of the other optimiser's; or settings that
+            exclude each other.
 
     Example:
         >>> class Model(nn.Linear):
@@ -85,7 +118,7 @@ class TwoStageStep:
         self,
         model: nn.Module,
         objective: Objective | None = None,
-        task_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        task_loss: Callable[[Any, Any], Tensor] | Literal["model"] | None = None,
         main_optimizer: torch.optim.Optimizer | None = None,
         estimator_optimizer: torch.optim.Optimizer | None = None,
         *,
@@ -98,8 +131,14 @@ class TwoStageStep:
         generator: torch.Generator | None = None,
         graphs: GraphMode = "off",
         non_finite: str = "stop",
+        features: Features = None,
+        accumulate: int = 1,
     ):
-        self.model, self.objective, self.task_loss = model, objective, task_loss
+        self.model, self.objective, self.task_loss = model, unwrapped(objective), task_loss
+        self._wrapped_objective = objective if objective is not self.objective else None
+        self._pick, self.accumulate = features, accumulate
+        self._readers = {} if self.objective is None else {n: str(t) for t in self.objective.terms for n in t.features}
+        self.backward: Callable[[Tensor], None] = Tensor.backward
         self.main_optimizer, self.estimator_optimizer = main_optimizer, estimator_optimizer
         self.clip_value, self.clip_norm, self.label = clip_value, clip_norm, label
         self.average = None if average is None else WeightAverage(model, average)
@@ -114,12 +153,29 @@ class TwoStageStep:
         self.finite = NonFinite(self, non_finite)
         self.eager = EagerPasses(self)
         self.static = self._static_step(graphs)
+        self.groups = {"main": Accumulation(accumulate), "estimators": Accumulation(accumulate)}
+        self._checked: dict[str, torch.optim.Optimizer] = {}
+        for name in ("main_optimizer", "estimator_optimizer"):
+            if getattr(self, name) is not None:
+                self._optimizer(name)
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of the model's first parameter; None for a model without parameters."""
+        return next((p.device for p in self.model.parameters()), None)
 
     def _static_step(self, graphs: GraphMode) -> StaticPasses | None:
         on_gpu = next((p.is_cuda for p in self.model.parameters()), False)
         guided = self.finite.policy == "skip" and not self.finite.skips_on_device()
         if graphs in ("off", False) or (graphs == "auto" and (not on_gpu or guided)):
             return None
+        if self.accumulate > 1:
+            if graphs == "auto":
+                return None
+            raise ConfigError(
+                "TwoStageStep", f"accumulate={self.accumulate} with graphs={graphs!r}", "one of the two",
+                "Use graphs off, or larger batches.",
+            )  # fmt: skip
         if guided:
             raise ConfigError(
                 "graphs", f"{graphs!r} with non_finite='skip' and an optimiser that the host has to tell",
@@ -133,17 +189,42 @@ class TwoStageStep:
 
     # -- parts of a stage ------------------------------------------------------------------------------------
 
-    def forward(self, inputs: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def read(self, item: Any) -> ReadBatch:
+        """A batch of any loader as (inputs, target, index, rows), on the model's device."""
+        return read_batch(item, pass_target=self.task_loss == "model").to(self.device)
+
+    def batches(self, loader: Iterable, size: int | None = None, by_row: bool = False) -> Iterator[ReadBatch]:
+        """The loader's batches, read.
+
+        Args:
+            size: number of samples of the training set, where features are stored by row. Each batch must then tell
+                the rows of its samples; without an objective it need not, unless `by_row`.
+        """
+        for item in loader:
+            batch = read_batch(item, pass_target=self.task_loss == "model")
+            if size is not None and (by_row or self.objective is not None or batch.index is not None):
+                check_index(batch, size)
+            yield batch.to(self.device)
+
+    def forward(self, inputs: Any, target: Target) -> tuple[Any, dict[str, Tensor]]:
         """The model's prediction and features, with the target among the features as `label`."""
-        device = target.device.type
+        return self._outputs(inputs, target)[:2]
+
+    def _outputs(self, inputs: Any, target: Target) -> ReadOutput:
         lower = self.autocast is not None and self.model.training
-        with torch.autocast(device, self.autocast) if lower else contextlib.nullcontext():
-            prediction, features = self.model(inputs)
-        prediction = _full(prediction)
-        features = {name: _full(value) for name, value in features.items()}
-        if self.label is not None:
-            features[self.label] = target.reshape(len(target), -1).to(prediction.dtype)
-        return prediction, features
+        device = target.device if isinstance(target, Tensor) else self.device or torch.device("cpu")
+        with torch.autocast(device.type, self.autocast) if lower else contextlib.nullcontext():
+            output = self.model(**inputs) if isinstance(inputs, KeywordInputs) else self.model(inputs)
+            prediction, features, loss = read_output(output, inputs, self._pick, self._readers)
+        prediction = mapped(full_precision, prediction)
+        features = {name: full_precision(value) for name, value in features.items()}
+        if self.label is not None and target is not None:
+            features = with_label(features, self.label, target, prediction)
+        if not torch.compiler.is_compiling():
+            rows = rows_of(target, features)
+            check_prediction_rows(prediction, rows)
+            check_features(features, self._readers, rows)
+        return ReadOutput(prediction, features, loss)
 
     def draw_products(self, bank: Mapping[str, Tensor] | None, batch_size: int) -> dict[str, Rows] | None:
         """Product rows for one batch, or None where no term needs them."""
@@ -162,87 +243,111 @@ class TwoStageStep:
             # A CUDA graph overwrites the results of the step before.
             torch.compiler.cudagraph_mark_step_begin()
 
-    def _optimizer(self, name: str) -> torch.optim.Optimizer:
-        optimizer = getattr(self, name)
-        if optimizer is None:
-            raise ConfigError(
-                "TwoStageStep", f"no {name}", "one, to train with", f"Pass {name}=, or only evaluate with this step.",
-            )  # fmt: skip
-        return optimizer
-
-    def _update(
-        self, loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
-    ) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with part("backward"):
-            (loss if scaler is None else scaler.scale(loss)).backward()
-        with part("update"):
-            self._apply(optimizer, scaler)
-
-    def _apply(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if self.clip_value is not None:
-            nn.utils.clip_grad_value_(parameters, self.clip_value)
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        self.finite.check_gradients(optimizer)
-        with contextlib.nullcontext() if self.held is None else self.held.rates(optimizer):
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
-
     # -- the two stages ----------------------------------------------------------------------------
 
     def stage1(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> ObjectiveOutput:
-        """One update of the estimators on features [B, width], which are detached first."""
+        """One update of the estimators on features [B, width], which are detached first.
+
+        With `accumulate` it is one micro-batch of an update.
+        """
         optimizer = self._optimizer("estimator_optimizer")
         self.objective.train()
         self._begin()
         output = self._run_stage1({k: v.detach() for k, v in features.items()}, products)
         self.finite.check_loss(output.loss, None, output)
-        self._update(output.loss, optimizer)
+        self._update(output.loss, optimizer, rows=len(next(iter(features.values()))))
         return output
 
     def _stage1_loss(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> ObjectiveOutput:
         with part("estimators"):
+            if self._wrapped_objective is not None:
+                return self._wrapped_objective(features, products, stage="estimators")
             return self.objective.estimator_loss(features, products)
 
     def stage2(
-        self, inputs: Any, target: Tensor, products: Mapping[str, Rows] | None, *, information: bool = True
+        self, inputs: Any, target: Target, products: Mapping[str, Rows] | None, *, information: bool = True
     ) -> StepOutput:
-        """One update of the model on task loss + information terms (`information=False`: on the task loss alone)."""
+        """One update of the model on task loss + information terms (`information=False`: on the task loss alone).
+
+        With `accumulate` it is one micro-batch of an update.
+        """
         optimizer = self._optimizer("main_optimizer")
         self.model.train()
         information = information and self.objective is not None
         self._begin()
         with self._frozen_estimators():
             output, loss = self._run_stage2(self._prepared(inputs), target, products, information)
-            self.finite.check_loss(output.loss, output.task, output.information)
-            self._update(loss, optimizer, self.scaler)
-        if self.average is not None:
-            with part("average"):
-                self.average.update(self.average.next_rate() if self.held is None else self.held.tensor("average"))
+            self._update_model(output, loss, optimizer, target)
         return output
 
+    def _update_model(self, output: StepOutput, loss: Tensor, optimizer: torch.optim.Optimizer, target: Target) -> None:
+        if self.task_loss is None and output.information is None:
+            return  # there is nothing to learn from, as in the first epoch without a target
+        self.finite.check_loss(output.loss, output.task, output.information)
+        if self._update(loss, optimizer, self.scaler, rows_of(target, output.features)):
+            self._update_average()
+
     def _stage2_loss(
-        self, inputs: Any, target: Tensor, products: Mapping[str, Rows] | None, information: bool
+        self, inputs: Any, target: Target, products: Mapping[str, Rows] | None, information: bool
     ) -> tuple[StepOutput, Tensor]:
-        prediction, features = self.forward(inputs, target)
-        task = prediction.new_zeros(()) if self.task_loss is None else self.task_loss(prediction, target)
-        terms = None
-        loss = task
+        return self._losses(self._outputs(inputs, target), target, products, information)
+
+    def _losses(
+        self, outputs: ReadOutput, target: Target, products: Mapping[str, Rows] | None, information: bool
+    ) -> tuple[StepOutput, Tensor]:
+        prediction, features, own = outputs
+        task = task_of(self.task_loss, prediction, target, own)
+        terms, loss = None, task
         if information:
             with part("estimators"):
                 terms = self.objective.model_loss(features, products)
             loss = task + terms.loss
         output = StepOutput(
-            prediction.detach(), {k: v.detach() for k, v in features.items()}, loss.detach(), task.detach(), terms
-        )
+            mapped(Tensor.detach, prediction), {k: v.detach() for k, v in features.items()}, loss.detach(),
+            task.detach(), terms,
+        )  # fmt: skip
         return output, loss
+
+    def train_batch(self, item: Any, recent: RecentFeatures | None = None, *, stage1_n: int = 1) -> StepOutput:
+        """Both stages on one batch, for a loop that has no epochs or no bank of the whole training set.
+
+        The model runs once. Its detached features move the estimators `stage1_n` times. Then the model moves on its
+        task loss and the terms. Without enough recent features for product rows, and on a batch smaller than
+        `Objective.min_batch`, it moves on the task loss alone.
+
+        Args:
+            item: a batch of any loader; it needs no index.
+            recent: features that conditional terms draw their product rows from. This batch's are added to them.
+
+        Raises:
+            ConfigError: conditional terms without `recent`, or what `stage1` and `stage2` raise.
+        """
+        optimizer, batch = self._optimizer("main_optimizer"), self.read(item)
+        self.model.train()
+        outputs = self._outputs(batch.inputs, batch.target)
+        known = self.known(recent, batch.rows)
+        information = self.objective is not None and batch.rows >= self.objective.min_batch and known is not None
+        for _ in range(stage1_n if information else 0):
+            self.stage1(outputs.features, self.draw_products(known, batch.rows))
+        with self._frozen_estimators():
+            products = self.draw_products(known, batch.rows) if information else None
+            output, loss = self._losses(outputs, batch.target, products, information)
+            self._update_model(output, loss, optimizer, batch.target)
+        if recent is not None and self.objective is not None:
+            recent.store({name: output.features[name] for name in self._readers})
+        return output
+
+    def known(self, recent: RecentFeatures | None, rows: int) -> Mapping[str, Tensor] | None:
+        """What product rows of a batch are drawn from: {} where none are needed, None where there is too little."""
+        if self.objective is None or not self.objective.needs_products:
+            return {}
+        if recent is None:
+            raise ConfigError(
+                "TwoStageStep.train_batch", "conditional terms without recent=", "features to draw product rows from",
+                "Pass recent=engine.recent.RecentFeatures(4096), and the same object every time.",
+            )  # fmt: skip
+        k = self.objective.settings.k_neighbor
+        return recent.tensors() if len(recent) - min(rows // k, len(recent)) >= k else None
 
     @contextlib.contextmanager
     def _frozen_estimators(self) -> Iterator[None]:
@@ -255,13 +360,13 @@ class TwoStageStep:
             yield
             return
         self.objective.eval()
-        with _without_grad(self.objective):
+        with without_grad(self.objective):
             yield
 
     # -- whole passes ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def features(self, inputs: Any, target: Tensor) -> dict[str, Tensor]:
+    def features(self, inputs: Any, target: Target) -> dict[str, Tensor]:
         """Features of one batch in the model's present state, dropout included as in training; without gradients."""
         self.model.train()
         self._begin()
@@ -319,6 +424,7 @@ class TwoStageStep:
                 "graphs", f"a {type(loader).__name__} without a length", "a loader that has one",
                 "Give a list, a DataLoader or another object with __len__, or use graphs off.",
             )  # fmt: skip
+        check_bank(bank, size, self._readers)
         return run_epoch(
             self, loader, size, bank, batch_size, stage1_n, stage1_features, on_batch, position or Position()
         )
@@ -354,25 +460,31 @@ class TwoStageStep:
 
     @torch.no_grad()
     def evaluated(
-        self, inputs: Any, target: Tensor, products: Mapping[str, Rows] | None, information: bool
+        self, inputs: Any, target: Target, products: Mapping[str, Rows] | None, information: bool
     ) -> StepOutput:
         """Losses, prediction and features of one batch, in evaluation mode."""
         self.model.eval()
         with self._frozen_estimators():
             return self._stage2_loss(inputs, target, products, information)[0]
 
+    # -- state -------------------------------------------------------------------------------------
 
-def _full(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    def state_dict(self, parts: Collection[str] = step_state.PARTS) -> dict[str, Any]:
+        """Everything that a loop needs to go on as if it had not stopped. `torch.load(weights_only=True)` reads it.
 
+        It holds the optimisers, the average, the scaler, the generator and the gradients of a group of micro-batches
+        that is not complete. A bank is no part of it: it has a `state_dict` of its own.
 
-@contextlib.contextmanager
-def _without_grad(module: nn.Module) -> Iterator[None]:
-    needing = [p for p in module.parameters() if p.requires_grad]
-    for p in needing:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in needing:
-            p.requires_grad_(True)
+        Args:
+            parts: what else it holds: "model", "objective" and "random", torch's own random state, which dropout and a
+                shuffling loader draw from. Leave out what your loop saves itself.
+        """
+        return step_state.state_of(self, parts)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave.
+
+        Raises:
+            CheckpointError: the state is of a step with other optimisers, average, scaler or modules.
+        """
+        step_state.load_state(self, state)

@@ -1,9 +1,19 @@
 """The examples do what their text says."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch):
+    """The examples import `compare`, which lies beside them."""
+    monkeypatch.syspath_prepend(EXAMPLES)
 
 
 def example(name: str):
@@ -26,3 +36,33 @@ def test_an_upper_bound_removes_more_than_training_without_one():
     assert without["knn"] > 0.4 and without["linear"] > 0.4
     assert with_term["knn"] < 0.2 and with_term["linear"] < 0.2
     assert with_term["loss"] < 0.2  # M, of variance 1, is still there
+
+
+@pytest.mark.parametrize("name", ["mmim_style", "club_style", "supcon"])
+def test_the_engine_trains_as_the_plain_version_does(name):
+    """Roundoff grows with the steps, so the first ones are compared."""
+    script = example(name)
+    ours, plain = script.train("engine", 8), script.train("plain", 8)
+    assert ours.losses == pytest.approx(plain.losses, abs=2e-4)
+    assert ours.score == pytest.approx(plain.score, abs=0.01)
+
+
+def test_minimising_the_upper_bound_makes_the_encoding_forget_the_style():
+    script = example("club_style")
+    without, with_term = script.train("engine", weight=0.0), script.train("engine")
+    assert without.score > 0.7 and with_term.score < without.score - 0.15
+
+
+def test_supervised_contrast_separates_the_classes():
+    script = example("supcon")
+    assert script.train("engine", 10).score > script.train("engine", 1).score
+
+
+def test_a_comparison_is_printed():
+    command = [sys.executable, EXAMPLES / "supcon.py", "--steps", "3", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    title, engine, plain, difference = done.stdout.splitlines()
+    assert title.split() == ["final", "loss", "accuracy", "CPU", "s", "peak", "MiB"]
+    assert engine.split()[:2] == ["engine", plain.split()[1]] and plain.startswith("plain")
+    assert float(difference.split()[-1]) < 1e-4

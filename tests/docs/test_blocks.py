@@ -113,12 +113,23 @@ def _readme(scope: dict) -> None:
     assert low <= scope["estimate"].value <= high
 
 
+def _other_loops(scope: dict) -> None:
+    import torch
+
+    assert set(scope["result"].information) == {"I(A;B)"}
+    (saved,) = Path("bert").glob("checkpoint-*/estimators.pt")
+    for path in (saved, "step.pt", "accelerated.pt"):
+        assert torch.load(path, weights_only=True)
+    assert scope["module"].trainer.global_step == 2 * 4 + 7  # the first batch finds no recent features for stage 1
+
+
 CHECKS = {
     "README.md": _readme,
     "data.md": _data,
     "formats.md": _formats,
     "kernels.md": _kernels,
     "loaders.md": _loaders,
+    "other_loops.md": _other_loops,
 }
 
 
