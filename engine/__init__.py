@@ -14,6 +14,8 @@ _HOME = {
     "train_seeds": "engine.trainer",
     "evaluate": "engine.trainer",
     "predict": "engine.trainer",
+    "sweep": "engine.sweeps",
+    "tune": "engine.sweeps",
     "Task": "engine.task",
     "register_task": "engine.task",
     "Config": "engine.config",
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from engine.objective import Objective as Objective
     from engine.probing import probe as probe
     from engine.step import TwoStageStep as TwoStageStep
+    from engine.sweeps import sweep as sweep
+    from engine.sweeps import tune as tune
     from engine.task import Task as Task
     from engine.task import register_task as register_task
     from engine.trainer import evaluate as evaluate

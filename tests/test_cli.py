@@ -22,12 +22,14 @@ from engine.cli.training import split_seeds, train_epilog
 from engine.config import Config, common_keys, load_config, presets
 from engine.errors import DataError
 from engine.run_folder import FILES
+from engine.sweeps.settings import read_words
+from engine.sweeps.space import is_searched, read_space_words
 
 PROJECT = Path(__file__).resolve().parents[1]
 METRICS = {"best_epoch": 3, "test": {"mae": 0.75, "corr": 0.7, "acc7": None}}
 COMMANDS = (
     "train", "evaluate", "predict", "convert", "make-data", "inspect", "import", "import-command", "report", "demo",
-    "config",
+    "config", "sweep", "tune",
 )  # fmt: skip
 
 
@@ -403,7 +405,11 @@ def test_documented_commands_are_accepted(line: str):
     arguments, rest = build_parser().parse_known_args(words)
     settings = split_settings(arguments, rest)
     if settings:
-        load_config(getattr(arguments, "preset", None) or "mosi", split_seeds(settings)[1])
+        config = getattr(arguments, "preset", None) or "mosi"
+        _, settings = split_seeds(settings)
+        searched = [word for word in settings if is_searched(word)] if arguments.command in ("sweep", "tune") else []
+        loaded = load_config(config, [word for word in settings if word not in searched])
+        read_space_words(searched, loaded) if arguments.command == "tune" else read_words(searched, loaded.task)
 
 
 def test_the_documentation_shows_every_command():

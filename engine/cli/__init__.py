@@ -1,7 +1,7 @@
 """The `engine` command: a thin layer over the Python API.
 
-`parser` collects the commands, which `training`, `runs`, `data` and the tasks declare. `process` deals with signals,
-closed streams and errors of the system, and `printing` with tables.
+`parser` collects the commands, which `training`, `sweeps`, `runs`, `data` and the tasks declare. `process` deals with
+signals, closed streams and errors of the system, and `printing` with tables.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     2
     """
     arguments, rest = build_parser().parse_known_args(argv)
-    with standing_streams(survive_readers=arguments.command in ("train", "demo")):
+    with standing_streams(survive_readers=arguments.command in ("train", "demo", "sweep", "tune")):
         return _run(arguments, rest)
 
 

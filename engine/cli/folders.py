@@ -68,6 +68,8 @@ def clear_demo(out: Path) -> None:
 
 def what_is_kept(a: argparse.Namespace, rest: Sequence[str]) -> str:
     """What interrupted training has left, and the command that continues it. Empty for other commands."""
+    if a.command in ("sweep", "tune"):
+        return ": the runs that have finished are kept. Go on with the same command"
     if a.command not in ("train", "demo"):
         return ""
     runs = [a.out, *sorted(a.out.glob("seed*"))]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from engine import __version__
-from engine.cli import data, runs, training
+from engine.cli import data, runs, sweeps, training
 from engine.cli.command import Command
 from engine.errors import ConfigError, printable
 from engine.task import find_task, task_names
@@ -23,6 +23,8 @@ examples:
   engine train --preset mosi --data data/mosi --out runs/mosi    train on your own files
   engine train --preset mosi --data data/mosi --out runs/paper mode=faithful seeds=0-2
   engine train --task my_model:TASK --data data/mosi --out runs/mine    train a model of your own
+  engine sweep --preset mosi --data data/mosi --out runs/sweep seeds=0-4 train.lr=1e-3,5e-4
+  engine tune --preset mosi --data data/mosi --out runs/tune train.lr=1e-4..1e-2:log batch_size=16,32
   engine evaluate --run runs/mosi --data data/mosi               metrics of the best model
   engine import-command 'python Main.py --task_name x --dataset mosi_Dec'    a published command line as YAML
 
@@ -46,7 +48,7 @@ class _Parser(argparse.ArgumentParser):
 def all_commands() -> list[Command]:
     """The engine's commands, then those of the known tasks."""
     of_tasks = [command for name in task_names() for command in find_task(name).commands()]
-    return [*training.COMMANDS, *runs.COMMANDS, *data.COMMANDS, *of_tasks]
+    return [*training.COMMANDS, *sweeps.COMMANDS, *runs.COMMANDS, *data.COMMANDS, *of_tasks]
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ writes errors.
 
 from engine.config.config import Config
 from engine.config.help import Key, common_keys, key_table, keys, text_of
-from engine.config.presets import Preset, load_config, presets
+from engine.config.presets import Preset, changed, load_config, presets, read_value, setting_type
 from engine.config.reading import FILE_BYTES, parse_yaml, yaml_problem
 from engine.config.section import MOST_EPOCHS, Section
 from engine.config.sections import (
@@ -44,12 +44,15 @@ __all__ = [
     "Section",
     "TextConfig",
     "TrainConfig",
+    "changed",
     "common_keys",
     "key_table",
     "keys",
     "load_config",
     "parse_yaml",
     "presets",
+    "read_value",
+    "setting_type",
     "text_of",
     "yaml_problem",
 ]

@@ -96,7 +96,7 @@ def write_metrics_csv(path: str | Path, metrics: Mapping[str, Any]) -> None:
     table = [{"split": name, **shared, **row} for name, row in rows.items()] or [shared]
     if rows:
         columns = ["split", *columns]
-    _write_rows(path, columns, [[_cell(row.get(column)) for column in columns] for row in table])
+    write_rows(path, columns, [[_cell(row.get(column)) for column in columns] for row in table])
 
 
 def write_summary_csv(path: str | Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -113,7 +113,7 @@ def write_summary_csv(path: str | Path, runs: Mapping[str, Sequence[Mapping[str,
 
     rows = [[csv_text(name), *(cell(table.get(key)) for key in keys)] for name, table in tables.items()]
     columns = mmsa_sims_names if "acc5_sims" in keys else mmsa_names
-    _write_rows(path, ["Model", *(columns.get(key, key) for key in keys)], rows)
+    write_rows(path, ["Model", *(columns.get(key, key) for key in keys)], rows)
 
 
 @dataclass
@@ -165,7 +165,7 @@ def write_predictions(
         [csv_text(name), cell, *(_number(column[i]) for column in columns)]
         for i, (name, cell) in enumerate(zip(ids, known, strict=True))
     )
-    _write_rows(path, names, rows)
+    write_rows(path, names, rows)
 
 
 def read_predictions(path: str | Path) -> Predictions:
@@ -244,7 +244,8 @@ def _number(value: np.float32) -> str:
     return str(int(value)) if np.isfinite(value) and value == int(value) and abs(value) < 1e7 else str(value)
 
 
-def _write_rows(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def write_rows(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write cells as CSV, atomically."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         plain = csv.writer(file, lineterminator="\n")
         quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)

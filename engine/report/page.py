@@ -32,12 +32,13 @@ def render(run: Run) -> str:
     body = [_header(run), f"<nav>{links}</nav>"]
     body += [f'<section id="{name}"><h2>{title}</h2>{content}</section>' for name, title, content in shown]
     body.append("<footer>Written by engine from the files of the run folder. Information is in nats.</footer>")
+    return page_of(f"{run.folder.resolve().name} · engine run", "\n".join(body))
+
+
+def page_of(title: str, body: str) -> str:
+    """The page with this title, which is escaped, and this body, which is HTML."""
     template = resources.files("engine.report").joinpath("page.html").read_text(encoding="utf-8")
-    parts = {
-        "title": escape(f"{run.folder.resolve().name} · engine run"),
-        "groups": _palettes(),
-        "body": "\n".join(body),
-    }
+    parts = {"title": escape(title), "groups": _palettes(), "body": body}
     return re.sub(r"\[\[(\w+)\]\]", lambda match: parts[match[1]], template)
 
 

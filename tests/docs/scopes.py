@@ -25,12 +25,20 @@ def of_page(page: str, folder: Path) -> dict[str, Any]:
         "measuring_information.md": _arrays,
         "moving_from_mmsa.md": _mmsa,
         "objective.md": _two_views,
+        "sweeps.md": _space,
     }.get(page)
     return make(folder) if make else {}
 
 
 def _mosi(folder: Path) -> dict[str, Any]:
     make_data(folder / "data/mosi", "mosi", 40, "declarelab", 0)
+    return {}
+
+
+def _space(folder: Path) -> dict[str, Any]:
+    """The page's own space.yaml, which stands there after the command that reads it."""
+    page = (Path(__file__).resolve().parents[2] / "docs/sweeps.md").read_text(encoding="utf-8")
+    (folder / "space.yaml").write_text(page.partition("with this `space.yaml`:\n\n```\n")[2].partition("```")[0])
     return {}
 
 

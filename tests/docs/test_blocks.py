@@ -1,6 +1,7 @@
 """Every code block of the README and the pages runs, or is checked against what exists, or says why not."""
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -123,6 +124,12 @@ def _other_loops(scope: dict) -> None:
     assert scope["module"].trainer.global_step == 2 * 4 + 7  # the first batch finds no recent features for stage 1
 
 
+def _sweeps(scope: dict) -> None:
+    assert len(scope["result"].cells) == 2 and len(scope["found"].ended) == 3
+    named = json.loads(Path("runs/named/sweep.json").read_text())
+    assert {row["name"].partition(",")[0] for row in named["settings"]} == {"plain", "terms"}
+
+
 CHECKS = {
     "README.md": _readme,
     "data.md": _data,
@@ -130,6 +137,7 @@ CHECKS = {
     "kernels.md": _kernels,
     "loaders.md": _loaders,
     "other_loops.md": _other_loops,
+    "sweeps.md": _sweeps,
 }
 
 
