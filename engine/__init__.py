@@ -29,6 +29,7 @@ _HOME = {
     "CMIEstimator": "engine.model.cmi",
     "estimate_mi": "engine.information.mi",
     "estimate_cmi": "engine.information.cmi",
+    "mi_matrix": "engine.information.matrix",
     "register_fusion": "engine.model.fusion",
     "use_backend": "engine.kernels.registry",
     "keep_memory": "engine.allocator",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from engine.config import load_config as load_config
     from engine.errors import EngineError as EngineError
     from engine.information.cmi import estimate_cmi as estimate_cmi
+    from engine.information.matrix import mi_matrix as mi_matrix
     from engine.information.mi import estimate_mi as estimate_mi
     from engine.kernels.registry import use_backend as use_backend
     from engine.model.cmi import CMIEstimator as CMIEstimator

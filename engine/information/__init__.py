@@ -1,1 +1,41 @@
-"""Information of samples: `estimate_mi`, `estimate_cmi` and the `Estimate` they return."""
+"""Information of samples.
+
+`estimate_mi`, `estimate_cmi` and `mi_matrix` are functions; `MIEstimator` and `CMIEstimator` are the same for those who
+know scikit-learn. They are no modules: `engine.MIEstimator` and `engine.CMIEstimator` are, for use within a model.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "estimate_mi": "engine.information.mi",
+    "estimate_cmi": "engine.information.cmi",
+    "mi_matrix": "engine.information.matrix",
+    "MIEstimator": "engine.information.fitted",
+    "CMIEstimator": "engine.information.fitted",
+    "MIMatrix": "engine.information.matrix",
+    "Estimate": "engine.information.estimate",
+}
+
+__all__ = [*_HOME]
+
+if TYPE_CHECKING:
+    from engine.information.cmi import estimate_cmi as estimate_cmi
+    from engine.information.estimate import Estimate as Estimate
+    from engine.information.fitted import CMIEstimator as CMIEstimator
+    from engine.information.fitted import MIEstimator as MIEstimator
+    from engine.information.matrix import MIMatrix as MIMatrix
+    from engine.information.matrix import mi_matrix as mi_matrix
+    from engine.information.mi import estimate_mi as estimate_mi
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'engine.information' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

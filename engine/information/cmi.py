@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
-from engine.information.columns import FEW_VALUES, column_flags, copies, normal_scores, robust, varying
+from engine.information.columns import (
+    FEW_VALUES,
+    column_flags,
+    copies,
+    indicators,
+    normal_scores,
+    robust,
+)
 from engine.information.estimate import SIGMAS, Estimate, value_flags
 from engine.information.folds import TrainingSettings
+from engine.information.inputs import (
+    FEW_GROUPS,
+    LEAST_PER_CATEGORY,
+    Arguments,
+    Discrete,
+    Side,
+    read_inputs,
+    varying_columns,
+)
 from engine.information.likelihood import HALF_LOG_2PI, Density, fit
 from engine.kernels.arguments import check_count, check_number
-from engine.samples import as_samples
 
 WHERE = "estimate_cmi"
-LEAST_SAMPLES = 50
 MANY_SAMPLES = 3000  # from here on three folds instead of five
 MANY_CATEGORIES = 50  # the most joint values that are predicted as categories
 SMALL = 0.15  # nats; smaller values are compared with a null
@@ -31,7 +46,9 @@ def estimate_cmi(
     y: Any,
     z: Any,
     *,
-    discrete: bool = False,
+    discrete: Discrete = False,
+    groups: Any = None,
+    missing: str = "raise",
     steps: int = 1200,
     hidden: int = 64,
     batch_size: int = 256,
@@ -55,8 +72,15 @@ def estimate_cmi(
 
     Args:
         x, y, z: [N, d] or [N]: arrays, data frames, tensors or sequences of numbers; row i of all three is one sample,
-            whatever an index says. At least 50 rows.
-        discrete: the values of z are categories, whose order means nothing. Several columns make one joint category.
+            whatever an index says (two indexes of the same labels in another order are refused). At least 50 rows.
+        discrete: the columns that are categories, whose order means nothing; they may hold text. True for all columns
+            of z; "x", "y" or "z" for all of one side; names of columns of a data frame; or by side:
+            {"x": [0, "job"], "z": True}. Columns of pandas' categorical type are categories without being named. If all
+            columns of z are, they make one joint category.
+        groups: [N], the subject or recording of each row, where several rows come from one. Only groups are then taken
+            as independent: folds keep them together, and errors are by group. At least 20 groups.
+        missing: "raise" refuses missing entries; "drop" leaves out their rows in all arguments and counts them in
+            `dropped`.
         steps: most steps of training for each density. It ends sooner when held-out rows gain nothing.
         hidden: width of the networks' two hidden layers.
         batch_size: rows per step and fold.
@@ -81,7 +105,7 @@ def estimate_cmi(
 
     Raises:
         EstimatorError: arrays that do not pair up or hold no numbers (text, objects), non-finite entries, fewer than
-            50 rows, an option out of range or no longer there.
+            50 rows or 20 groups, categories of fewer than 5 rows on average, an option out of range or no longer there.
 
     Example:
         >>> import math, numpy, engine
@@ -94,32 +118,39 @@ def estimate_cmi(
         raise EstimatorError(
             WHERE,
             f"option {', '.join(removed)}",
-            "discrete, steps, hidden, batch_size, lr, k, seed",
+            "discrete, groups, missing, steps, hidden, batch_size, lr, k, seed",
             "Leave it out: every row is held out once, and the method is chosen on held-out rows.",
         )
-    x, y, z = as_samples(WHERE, "x", x), as_samples(WHERE, "y", y), as_samples(WHERE, "z", z)
-    _check(x, y, z)
+    inputs = read_inputs(WHERE, {"x": x, "y": y, "z": z}, discrete, groups, missing, true_means=("z",))
     for name, value in {"steps": steps, "batch_size": batch_size, "hidden": hidden, "k": k}.items():
         check_count(WHERE, name, value)
     check_number(WHERE, "lr", lr, 0, above=True)
-
-    flags = column_flags(torch.cat([x, y, z], 1), _read_by_rank(x, y, z, discrete))
-    x, y, z = varying(x), varying(y), varying(z)
-    if x.shape[1] == 0 or y.shape[1] == 0:
-        readings = dict.fromkeys(_NAMES, 0.0)
-        return Estimate(0.0, (0.0, 0.0), 0.0, "constant", readings, len(x), tuple(flags))
-
-    generator = torch.Generator().manual_seed(seed)
     settings = TrainingSettings(steps, batch_size, lr, hidden)
-    condition = _categories(z) if discrete else _designs(z)
-    group = copies(torch.cat([x, y, z], 1))
+    estimate = _measure(inputs, settings, k, torch.Generator().manual_seed(seed))
+    return replace(estimate, dropped=inputs.dropped, groups=inputs.groups)
+
+
+def _measure(inputs: Arguments, settings: TrainingSettings, k: int, generator: torch.Generator) -> Estimate:
+    sides = list(inputs.sides.values())
+    values, categories = (torch.cat([getattr(side, name) for side in sides], -1) for name in ("values", "discrete"))
+    flags = column_flags(values, _read_by_rank(*sides), categories)
+    flags += ["few groups"] * (inputs.groups is not None and inputs.groups < FEW_GROUPS)
+    wholly_discrete = sides[2].wholly_discrete
+    x, y, z = (varying_columns(side) for side in sides)
+    if x.width == 0 or y.width == 0:
+        readings = dict.fromkeys(_NAMES, 0.0)
+        return Estimate(0.0, (0.0, 0.0), 0.0, "constant", readings, len(values), tuple(flags))
+
+    condition = _categories(z.values) if wholly_discrete else _designs(z)
+    group = copies(torch.cat([x.values, y.values, z.values], 1)) if inputs.group is None else inputs.group
     reading = _Reading(x, y, condition, group, settings, generator)
 
     readings = reading.readings()
     raw, error = readings["dv"], reading.standard_error
     value = reading.value
     if SIGMAS * error < raw < SMALL:
-        shuffled = y[_neighbour_shuffle(condition[0], k, generator)]
+        order = _neighbour_shuffle(condition[0], k, generator, inputs.group)
+        shuffled = Side(y.values[order], y.discrete)
         readings["null"] = _Reading(x, shuffled, condition, group, settings, generator).value
         value -= max(readings["null"], 0)
     flags += [*reading.flags(), *value_flags(raw, value, error)]
@@ -131,7 +162,7 @@ def estimate_cmi(
         standard_error=error,
         method=reading.method,
         readings=readings,
-        samples=len(x),
+        samples=len(values),
         flags=tuple(flags),
         ceiling=reading.ceiling,
         pointwise=reading.pointwise,
@@ -139,40 +170,28 @@ def estimate_cmi(
     )
 
 
-def _check(x: Tensor, y: Tensor, z: Tensor) -> None:
-    if not len(x) == len(y) == len(z):
-        raise EstimatorError(
-            WHERE,
-            f"{len(x)}, {len(y)} and {len(z)} rows of x, y, z",
-            "as many of each",
-            "Give rows of the same samples.",
-        )
-    if len(x) < LEAST_SAMPLES:
-        raise EstimatorError(WHERE, f"{len(x)} samples", f"at least {LEAST_SAMPLES}", "Give more samples.")
-
-
 # -- from densities to information ------------------------------------------------------------------------------------
 
 
-class _Side:
+class _Freed:
     """x or y: the columns that it is predicted from, and its residuals given z."""
 
     def __init__(
         self,
-        values: Tensor,
+        side: Side,
         condition: list[Tensor],
         fold: Tensor,
         settings: TrainingSettings,
         generator: torch.Generator,
     ):
         folds = int(fold.max()) + 1
-        self.designs = [_for_folds(design, folds) for design in _designs(values)]
-        category = _as_categories(values)
+        self.designs = [_for_folds(design, folds) for design in _designs(side)]
+        category = _as_categories(side)
         self.categories = category is not None
-        target = _targets(values, generator) if category is None else _with_frequencies(category)
+        target = _targets(side.values, generator) if category is None else _with_frequencies(category)
         self.given_z = fit(_for_folds(target, folds), condition, fold, settings, generator, categories=self.categories)
         self.residual = self.given_z.residual
-        self.dims = 1 if self.categories else values.shape[1]
+        self.dims = 1 if self.categories else side.width
 
     @property
     def reference(self) -> Tensor:
@@ -196,8 +215,8 @@ class _Direction:
 
     def __init__(
         self,
-        target: _Side,
-        other: _Side,
+        target: _Freed,
+        other: _Freed,
         condition: list[Tensor],
         fold: Tensor,
         settings: TrainingSettings,
@@ -235,17 +254,18 @@ class _Reading:
 
     def __init__(
         self,
-        x: Tensor,
-        y: Tensor,
+        x: Side,
+        y: Side,
         z: list[Tensor],
         group: Tensor,
         settings: TrainingSettings,
         generator: torch.Generator,
     ):
-        folds = 3 if len(x) >= MANY_SAMPLES else 5
+        count = len(group)
+        folds = 3 if count >= MANY_SAMPLES else 5
         fold = (torch.randperm(int(group.max()) + 1, generator=generator) % folds)[group]
         condition = [_for_folds(design, folds) for design in z]
-        side_x, side_y = (_Side(values, condition, fold, settings, generator) for values in (x, y))
+        side_x, side_y = (_Freed(side, condition, fold, settings, generator) for side in (x, y))
         self.directions = {}
         if side_x.dims <= 3 * max(side_y.dims, 3):
             self.directions["x given y"] = _Direction(side_x, side_y, condition, fold, settings, generator)
@@ -260,11 +280,11 @@ class _Reading:
         self.value = self.best.value + self.attenuation
         error = torch.zeros(int(group.max()) + 1, dtype=torch.float64)
         error.index_add_(0, group, self.pointwise - self.pointwise.mean())  # repeated rows count as one
-        self.standard_error = error.square().sum().sqrt().item() / len(x)
-        self.ceiling = min(x.shape[1], y.shape[1]) * math.log(len(x))
+        self.standard_error = error.square().sum().sqrt().item() / count
+        self.ceiling = min(x.width, y.width) * math.log(len(error))
         self.confounding = min(side_x.given_z.overfit, side_y.given_z.overfit)
         self.densities = [side_x.given_z, side_y.given_z, self.best.density]
-        self.grain = 1 / len(x)
+        self.grain = 1 / count
 
     @property
     def method(self) -> str:
@@ -295,7 +315,7 @@ class _Reading:
         return flags
 
 
-def _attenuation(value: float, *sides: _Side) -> float:
+def _attenuation(value: float, *sides: _Freed) -> float:
     """What a reading misses because networks have not quite freed the sides from z, nats.
 
     Their errors are noise on both sides, which lowers a correlation (Spearman 1904, "The proof and measurement of
@@ -337,12 +357,16 @@ def _targets(values: Tensor, generator: torch.Generator) -> Tensor:
     return scores + torch.randn(scores.shape, generator=generator, dtype=torch.float64) / len(values)
 
 
-def _as_categories(values: Tensor) -> Tensor | None:
-    """Numbers of the joint values, [N], if every column has few values and there are few joint values; else None."""
-    if any(len(column.unique()) > FEW_VALUES for column in values.T):
+def _as_categories(side: Side) -> Tensor | None:
+    """Numbers of the joint values, [N], if every column has few values and there are few joint values; else None.
+
+    Columns that are said to be categories may have more values.
+    """
+    if any(len(column.unique()) > FEW_VALUES for column in side.values[:, ~side.discrete].T):
         return None
-    distinct, category = values.unique(dim=0, return_inverse=True)
-    return category if len(distinct) <= min(MANY_CATEGORIES, len(values) / 20) else None
+    distinct, category = side.values.unique(dim=0, return_inverse=True)
+    rows = LEAST_PER_CATEGORY if side.wholly_discrete else 20
+    return category if len(distinct) <= min(MANY_CATEGORIES, len(side.values) / rows) else None
 
 
 def _with_frequencies(category: Tensor) -> Tensor:
@@ -351,9 +375,10 @@ def _with_frequencies(category: Tensor) -> Tensor:
     return torch.cat([category[:, None].double(), share.log().expand(len(category), -1)], 1)
 
 
-def _designs(values: Tensor) -> list[Tensor]:
+def _designs(side: Side) -> list[Tensor]:
     """Columns to predict from: normal scores and categories; these and the values, cut at five robust deviations."""
-    scores = [_standardise(normal_scores(values).double())]
+    values = side.values[:, ~side.discrete]
+    scores = [_standardise(normal_scores(values).double()), indicators(side.values[:, side.discrete])]
     for column in values.T:
         distinct, index = column.unique(return_inverse=True)
         if 2 < len(distinct) <= FEW_VALUES:
@@ -392,18 +417,19 @@ def _standardise(values: Tensor) -> Tensor:
     return (values - values.mean(0)) / torch.where(deviation > 0, deviation, 1.0)
 
 
-def _read_by_rank(x: Tensor, y: Tensor, z: Tensor, discrete: bool) -> Tensor:
+def _read_by_rank(x: Side, y: Side, z: Side) -> Tensor:
     """The columns that are not read as categories: all of x or y unless all of it is, and those of z of many values."""
-    sides = [side for side in (x, y) if _as_categories(side) is None]
-    many = [len(column.unique()) > FEW_VALUES and not discrete for column in z.T]
-    return torch.cat([*sides, z[:, many]], 1)
+    sides = [side.values[:, ~side.discrete] for side in (x, y) if _as_categories(side) is None]
+    measured = z.values[:, ~z.discrete]
+    many = [len(column.unique()) > FEW_VALUES for column in measured.T]
+    return torch.cat([*sides, measured[:, many]], 1)
 
 
 # -- null -------------------------------------------------------------------------------------------------------------
 
 
-def _neighbour_shuffle(z: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """A permutation of the rows in which each row gets one of its k nearest rows in z.
+def _neighbour_shuffle(z: Tensor, k: int, generator: torch.Generator, group: Tensor | None = None) -> Tensor:
+    """A permutation of the rows in which each row gets one of its k nearest rows in z, of another group if need be.
 
     Rows choose in random order (Runge 2018, "Conditional independence testing based on a nearest-neighbor estimator").
     A row whose neighbours are all taken gets one of the rows that are left at the end.
@@ -413,7 +439,13 @@ def _neighbour_shuffle(z: Tensor, k: int, generator: torch.Generator) -> Tensor:
         return torch.randperm(count, generator=generator)
     noise = 1e-6 * torch.randn(z.shape, generator=generator, dtype=torch.float64)  # among rows of equal z, any
     z = (z + noise).float()
-    near = torch.cat([torch.cdist(part, z).topk(min(k + 1, count), largest=False).indices for part in z.split(1024)])
+    near = []
+    for rows in torch.arange(count).split(1024):
+        distance = torch.cdist(z[rows], z)
+        if group is not None:
+            distance.masked_fill_(group[rows, None] == group, math.inf)
+        near.append(distance.topk(min(k + 1, count), largest=False).indices)
+    near = torch.cat(near)
     free, taken = [True] * count, [-1] * count
     for row in torch.randperm(count, generator=generator).tolist():
         candidates = [j for j in near[row].tolist() if j != row and free[j]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ FEW_VALUES = 10  # a column of no more distinct values can be read as categories
 TIED_SHARE = 0.1  # a column of fewer distinct values per row is flagged where it is read by rank
 CONTINUOUS_SHARE = 0.05  # a column of more distinct values per row is continuous, if they are not few
 REPEATED_SHARE = 0.01  # of the rows that may be copies without a flag
+LEAST_SD = 0.2  # by which the indicator of a rare category is divided
 HEAVY = 30  # robust standard deviations from the median
 
 
@@ -62,18 +65,42 @@ def copies(values: Tensor) -> Tensor:
     return values.unique(dim=0, return_inverse=True)[1]
 
 
-def column_flags(values: Tensor, by_rank: Tensor) -> list[str]:
+def indicators(values: Tensor) -> Tensor:
+    """For each column of categories, a centred indicator of each of its values but the first, float64.
+
+    Rare categories are not scaled up to unit variance: networks learn badly from single large inputs.
+    """
+    parts = [torch.empty(len(values), 0, dtype=torch.float64)]
+    for column in values.T:
+        one_hot = torch.nn.functional.one_hot(column.unique(return_inverse=True)[1])[:, 1:].double()
+        share = one_hot.mean(0)
+        parts.append((one_hot - share) / (share * (1 - share)).sqrt().clamp(min=LEAST_SD))
+    return torch.cat(parts, 1)
+
+
+def standard_error(shares: Tensor, group: Tensor | None = None) -> float:
+    """Of the mean of rows' shares [N]. Only groups are independent where there are any."""
+    if group is None:
+        return (shares.std() / math.sqrt(len(shares))).item()
+    count = int(group.max()) + 1
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, group, shares.double() - shares.double().mean())
+    return (sums.square().sum() * count / (count - 1)).sqrt().item() / len(shares)
+
+
+def column_flags(values: Tensor, by_rank: Tensor, categories: Tensor | None = None) -> list[str]:
     """What makes columns hard to read, as keys of `engine.information.estimate.ADVICE`.
 
     Args:
         values: all columns, [N, d].
         by_rank: those that are read by rank, and not as categories.
+        categories: [d] bool, columns whose numbers mean nothing, so that none of them is far out.
     """
     changing = varying(values)
+    measured = changing if categories is None else varying(values[:, ~categories])
     said = {
         "constant columns": changing.shape[1] < values.shape[1],
         "discrete columns": any(len(column.unique()) < TIED_SHARE * len(values) for column in varying(by_rank).T),
-        "heavy tails": bool((robust(changing).abs() > HEAVY).any()),
+        "heavy tails": bool((robust(measured).abs() > HEAVY).any()),
         "repeated rows": int(copies(changing).max()) + 1 < (1 - REPEATED_SHARE) * len(values),
     }
     return [flag for flag, is_so in said.items() if is_so]

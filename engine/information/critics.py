@@ -78,11 +78,18 @@ class Inputs:
 class Base:
     """The scores that critics start from: each fold's Gaussian log ratio of its training rows, or zero without fits."""
 
-    def __init__(self, name: str, samples: int, fits: list[tuple[Canonical, Tensor, Tensor]], folds: int):
+    def __init__(
+        self,
+        name: str,
+        samples: int,
+        fits: list[tuple[Canonical, Tensor, Tensor]],
+        folds: int,
+        group: Tensor | None = None,
+    ):
         parts = [fit.log_ratio(x, y) for fit, x, y in fits]
         parts = parts or [(torch.zeros(samples, 1), torch.zeros(samples, 1), *torch.zeros(2, samples))] * folds
         rank = max(u.shape[1] for u, *_ in parts)
-        self.name = name
+        self.name, self.group = name, group
         self.u, self.v = (torch.stack([pad(p[i], (0, rank - p[i].shape[1])) for p in parts]) for i in (0, 1))
         self.a, self.b = (torch.stack([p[i] for p in parts]) for i in (2, 3))
 
@@ -97,13 +104,20 @@ class Base:
         offset = self.a[fold, rows][:, None] + self.b[fold, rows]
         return torch.addmm(offset, self.u[fold, rows], self.v[fold, rows].T)
 
+    def same(self, rows: Tensor) -> Tensor | None:
+        """[..., B, B] of rows [..., B]: pairs of different rows of one group, which are not independent."""
+        if self.group is None:
+            return None
+        group = self.group[rows]
+        return (group[..., :, None] == group[..., None, :]) & ~torch.eye(rows.shape[-1], dtype=torch.bool)
+
     def pairs(self, at: Tensor, rows: Tensor, partner: Tensor) -> Tensor:
         """[folds, B, S] of rows [folds, B] of the folds `at` [folds, 1]: for x of row i and y of row partner[i, s]."""
         u, v = self.u[at, rows], self.v[at, rows]
         return (u[:, :, None] * v[:, partner]).sum(-1) + self.a[at, rows][:, :, None] + self.b[at, rows][:, partner]
 
     def shares(self, fold: int, rows: Tensor) -> Tensor:
-        return infonce_shares(self.of_fold(fold, rows))
+        return infonce_shares(self.of_fold(fold, rows), self.same(rows))
 
 
 class Separate(nn.Module):
@@ -132,8 +146,9 @@ class Separate(nn.Module):
 
     def loss(self, rows: Tensor, settings: CriticSettings) -> Tensor:
         """Sum over the folds, so that no fold changes the steps of another."""
-        scores = self.scores(rows)
+        scores, same = self.scores(rows), self.base.same(rows)
         if settings.bound == "infonce":
+            scores = scores if same is None else scores.masked_fill(same, -math.inf)
             target = torch.arange(scores.shape[1]).repeat(len(scores))
             by_row = cross_entropy(scores.flatten(0, 1), target)
             by_column = cross_entropy(scores.mT.flatten(0, 1), target)
@@ -141,19 +156,19 @@ class Separate(nn.Module):
         return -sum(bound_of(fold, settings)[1] for fold in scores)
 
     def shares(self, fold: int, rows: Tensor) -> Tensor:
-        return infonce_shares(self.of_fold(fold, rows))
+        return infonce_shares(self.of_fold(fold, rows), self.base.same(rows))
 
     def log_normaliser(self, fold: int, rows: Tensor) -> float:
-        return log_mean_product(self.of_fold(fold, rows))
+        return log_mean_product(self.of_fold(fold, rows), self.base.same(rows))
 
     def read(
         self, fold: int, rows: Tensor, normaliser: float, settings: CriticSettings
     ) -> tuple[Tensor, dict[str, float]]:
         """Shares of InfoNCE [B], and the mean of each reading on these rows, nats."""
-        scores = self.of_fold(fold, rows)
-        shares = infonce_shares(scores)
+        scores, same = self.of_fold(fold, rows), self.base.same(rows)
+        shares = infonce_shares(scores, same)
         joint = scores.diagonal().mean().item()
-        readings = {"infonce": shares.mean().item(), "ldr": joint, "dv": joint - log_mean_product(scores)}
+        readings = {"infonce": shares.mean().item(), "ldr": joint, "dv": joint - log_mean_product(scores, same)}
         if settings.bound not in readings:
             readings[settings.bound] = bound_of(scores - normaliser, settings)[0].item()
         return shares, readings
@@ -192,7 +207,12 @@ class Concatenated(nn.Module):
         y = self.inputs.y[at, rows] @ self.first_y[own]
         values = relu(x[:, :, None] + y[:, partner]).flatten(1, 2)
         values = relu(torch.baddbmm(self.second_bias[own], values, self.second[own]))
-        return (values @ self.last[own]).view(len(rows), count, -1) + self.base.pairs(at, rows, partner)
+        scores = (values @ self.last[own]).view(len(rows), count, -1) + self.base.pairs(at, rows, partner)
+        if self.base.group is None:
+            return scores
+        group = self.base.group[rows]
+        same = (group[:, :, None] == group[:, partner]) & (distances > 0)
+        return scores.masked_fill(same, -math.inf)
 
     def loss(self, rows: Tensor, settings: CriticSettings) -> Tensor:
         """Sum over the folds."""
@@ -216,7 +236,7 @@ class Concatenated(nn.Module):
         distances = self._distances(len(rows), READ_PAIRS, even=True)
         scores = torch.cat([self.pairs(rows[None], part, fold)[0] for part in distances.split(CHUNK_PAIRS)], 1)
         shares, joint = pair_shares(scores, distances), scores[:, 0].mean().item()
-        others = scores[:, 1:].logsumexp((0, 1)).item() - math.log(scores[:, 1:].numel())
+        others = scores[:, 1:].logsumexp((0, 1)).item() - math.log(int((scores[:, 1:] != -math.inf).sum()))
         return shares, {"infonce": shares.mean().item(), "ldr": joint, "dv": joint - others}
 
     def _distances(self, count: int, pairs: int, even: bool = False) -> Tensor:
@@ -314,9 +334,17 @@ def bound_of(scores: Tensor, settings: CriticSettings) -> tuple[Tensor, Tensor]:
     return bound_value(scores.T + shift, settings.bound, alpha=settings.alpha, smile_tau=settings.smile_tau)
 
 
-def infonce_shares(scores: Tensor) -> Tensor:
-    """[..., B, B] -> [..., B]: what each row adds to InfoNCE, the mean of asking for its y and for its x, nats."""
+def infonce_shares(scores: Tensor, same: Tensor | None = None) -> Tensor:
+    """[..., B, B] -> [..., B]: what each row adds to InfoNCE, the mean of asking for its y and for its x, nats.
+
+    Args:
+        same: [..., B, B] bool, pairs that are left out, as they are of one group.
+    """
     diagonal = scores.diagonal(dim1=-2, dim2=-1)
+    if same is not None:
+        scores = scores.masked_fill(same, -math.inf)
+        compared = (~same).sum(-1).log()
+        return diagonal - 0.5 * (scores.logsumexp(-1) + scores.logsumexp(-2)) + compared
     return diagonal - 0.5 * (scores.logsumexp(-1) + scores.logsumexp(-2)) + math.log(scores.shape[-1])
 
 
@@ -325,14 +353,23 @@ def pair_shares(scores: Tensor, distances: Tensor) -> Tensor:
     at = torch.arange(len(scores))[:, None]
     by_column = scores[(at - distances) % len(scores), torch.arange(len(distances))]
     lse = 0.5 * (scores.logsumexp(1) + by_column.logsumexp(1))
+    left_out = scores == -math.inf  # pairs of one group
+    if left_out.any():
+        counts = [(~side).sum(1).log() for side in (left_out, by_column == -math.inf)]
+        return scores[:, 0] - lse + 0.5 * (counts[0] + counts[1])
     return scores[:, 0] - lse + math.log(len(distances))
 
 
-def log_mean_product(scores: Tensor) -> float:
-    """log of the mean of e^score over pairs of different rows; what DV subtracts, nats."""
-    count = len(scores)
-    off = scores.masked_fill(torch.eye(count, dtype=torch.bool), -math.inf)
-    return (off.logsumexp((0, 1)) - math.log(count * (count - 1))).item()
+def log_mean_product(scores: Tensor, same: Tensor | None = None) -> float:
+    """log of the mean of e^score over pairs of different rows; what DV subtracts, nats.
+
+    Args:
+        same: pairs of one group, which are left out.
+    """
+    own = torch.eye(len(scores), dtype=torch.bool)
+    left_out = own if same is None else own | same
+    off = scores.masked_fill(left_out, -math.inf)
+    return (off.logsumexp((0, 1)) - math.log(int((~left_out).sum()))).item()
 
 
 def blocks(rows: Tensor) -> list[Tensor]:

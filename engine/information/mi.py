@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
-from engine.information.columns import column_flags, copies, normal_scores, robust, varying
+from engine.information.columns import column_flags, copies, indicators, normal_scores, robust, standard_error
 from engine.information.critics import (
     READ_PAIRS,
     Base,
@@ -24,20 +26,31 @@ from engine.information.critics import (
 from engine.information.estimate import SIGMAS, Estimate, value_flags
 from engine.information.folds import best_on_others
 from engine.information.gaussian import canonical, least_correlation, sampling_bias
+from engine.information.inputs import (
+    FEW_GROUPS,
+    LEAST_PER_CATEGORY,
+    LEAST_SAMPLES,
+    Arguments,
+    Discrete,
+    Side,
+    read_inputs,
+    varying_columns,
+)
 from engine.information.neighbours import (
+    Column,
     counted_information,
+    jackknifed_information,
+    merge_rare,
+    mixed_information,
     neighbour_ceiling,
     neighbour_information,
-    standard_error,
 )
 from engine.kernels.arguments import check_count, check_number
-from engine.samples import as_samples
 from engine.vocabulary import BOUNDS as ALL_BOUNDS
 
 WHERE = "estimate_mi"
 BOUNDS = tuple(bound for bound in ALL_BOUNDS if bound != "js_fgan")  # js_fgan bounds another divergence
 FOLDS = 5
-LEAST_SAMPLES = 50
 GAUSSIAN = "gaussian"
 MARGIN = 0.002  # by which a network must be better than none, as a share of 1 nat more than the reading
 NORMALISED = 0.05
@@ -49,6 +62,8 @@ MANY_COLUMNS = 0.04  # per row, from which covariances are shrunk where that rea
 DETECTABLE = 8.0
 UNLEARNT = 0.2  # of what the networks found: about what they still miss, on problems of known information
 PAIR_COLUMNS = 8  # of both sides, up to which critics of pairs are tried
+NEIGHBOUR_NOISE = 1.2  # by which estimates vary more than independent shares would; counted over 200 seeds
+ATOM_SHARE = 0.02  # of the rows, from which a pair of values that occurs again and again is no copy of one row
 
 Candidate = tuple[type[Critics], Inputs]
 
@@ -64,6 +79,9 @@ def estimate_mi(
     hidden: int = 64,
     alpha: float = 0.01,
     smile_tau: float = 5.0,
+    discrete: Discrete = False,
+    groups: Any = None,
+    missing: str = "raise",
     seed: int = 0,
 ) -> Estimate:
     """Estimate I(X;Y) in nats from paired samples.
@@ -77,8 +95,8 @@ def estimate_mi(
 
     Args:
         x, y: [N, dx] and [N, dy], or [N]: arrays, data frames, tensors or sequences of numbers; row i of both is one
-            sample, whatever an index says. At least 50 rows. Categories must be numbers. A column of few distinct
-            values is discrete.
+            sample, whatever an index says (two indexes of the same labels in another order are refused). At least 50
+            rows.
         bound: "auto" for the method above. One of `BOUNDS` trains critics by that bound and reads them by it. "infonce"
             cannot exceed the log of the rows that are read together. "smile" is no lower bound. "nwj", "tuba" and "js"
             vary most. For all of them a constant of the critic is fitted on training rows.
@@ -88,6 +106,13 @@ def estimate_mi(
         hidden: width of the networks' hidden layers.
         alpha: of bound="interpolate", see `MIEstimator`.
         smile_tau: of bound="smile", see `MIEstimator`.
+        discrete: the columns that are categories, whose order means nothing; they may hold text. True for all columns,
+            "x" or "y" for all of one side, names of columns of a data frame, or by side: {"x": [0, "job"], "y": True}.
+            Columns of pandas' categorical type are categories without being named.
+        groups: [N], the subject or recording of each row, where several rows come from one. Only groups are then taken
+            as independent: folds keep them together, and errors are by group. At least 20 groups.
+        missing: "raise" refuses missing entries; "drop" leaves out their rows in all arguments and counts them in
+            `dropped`.
         seed: decides the folds, the initial weights and the batches. Equal seeds give equal results on one CPU.
 
     Returns:
@@ -99,7 +124,7 @@ def estimate_mi(
 
     Raises:
         EstimatorError: arrays that do not pair up or hold no numbers (text, objects), non-finite entries, fewer than 50
-            rows, an option out of range.
+            rows or 20 groups, categories of fewer than 5 rows on average, an option out of range.
 
     Example:
         >>> import numpy, engine
@@ -108,11 +133,7 @@ def estimate_mi(
         >>> print(estimate)
         0.346 nats, 95 % interval 0.294 to 0.411
     """
-    x, y = as_samples(WHERE, "x", x), as_samples(WHERE, "y", y)
-    if len(x) != len(y):
-        raise EstimatorError(WHERE, f"{len(x)} rows of x and {len(y)} of y", "as many of both", "Pair the samples up.")
-    if len(x) < LEAST_SAMPLES:
-        raise EstimatorError(WHERE, f"{len(x)} samples", f"at least {LEAST_SAMPLES}", "Give more samples.")
+    inputs = read_inputs(WHERE, {"x": x, "y": y}, discrete, groups, missing, true_means=("x", "y"))
     if bound == "js_fgan":
         raise EstimatorError(
             WHERE, "bound 'js_fgan'", "a bound on information in nats", 'It bounds another divergence; use bound="js".'
@@ -126,20 +147,42 @@ def estimate_mi(
     check_number(WHERE, "alpha", alpha, 0, 1)
     check_number(WHERE, "smile_tau", smile_tau, 0, above=True)
 
-    both = torch.cat([x, y], 1)
-    flags = column_flags(both, both)
-    x, y = varying(x), varying(y)
-    if not x.shape[1] or not y.shape[1]:
-        return Estimate(0.0, (0.0, 0.0), 0.0, "nothing", {}, len(x), tuple(flags))
-    if bound == "auto" and (codes := _codes(x, y)) is not None:
-        return _count(*codes, flags)
-    if bound == "auto" and x.shape[1] == y.shape[1] == 1 and not {"discrete columns", "repeated rows"} & set(flags):
-        return _measure_distances(x, y, flags)
     settings = CriticSettings(steps, batch_size, lr, hidden, "infonce" if bound == "auto" else bound, alpha, smile_tau)
-    return _train_critics(x, y, settings, bound == "auto", flags, torch.Generator().manual_seed(seed))
+    estimate = _measure(inputs, settings, bound == "auto", torch.Generator().manual_seed(seed))
+    return replace(estimate, dropped=inputs.dropped, groups=inputs.groups)
+
+
+def _measure(inputs: Arguments, settings: CriticSettings, auto: bool, generator: torch.Generator) -> Estimate:
+    """Choose the method by the columns."""
+    sides, group = list(inputs.sides.values()), inputs.group
+    both, categories = (torch.cat([getattr(side, name) for side in sides], -1) for name in ("values", "discrete"))
+    flags = column_flags(both, both[:, ~categories], categories)
+    if inputs.groups is not None and inputs.groups < FEW_GROUPS:
+        flags.append("few groups")
+    x, y = (varying_columns(side) for side in sides)
+    if not x.width or not y.width:
+        return Estimate(0.0, (0.0, 0.0), 0.0, "nothing", {}, len(both), tuple(flags))
+    if auto and (codes := _codes(x.values, y.values)) is not None:
+        return _count(*codes, flags, group)
+    if auto and x.width == y.width == 1:
+        some_discrete = x.wholly_discrete != y.wholly_discrete
+        if some_discrete or group is not None or _equal_pairs(x.values, y.values, flags):
+            return _measure_mixed(x, y, flags, group, generator)
+        if not categories.any() and not {"discrete columns", "repeated rows"} & set(flags):
+            return _measure_distances(x.values, y.values, flags)
+    return _train_critics(x, y, settings, auto, flags, group, generator)
 
 
 # -- looking at the columns -------------------------------------------------------------------------------------------
+
+
+def _equal_pairs(x: Tensor, y: Tensor, flags: list[str]) -> bool:
+    """Whether rows repeat only because a few pairs of values, such as (0, 0), are frequent."""
+    if "repeated rows" not in flags:
+        return False
+    counts = torch.cat([x, y], 1).unique(dim=0, return_counts=True)[1]
+    repeated = counts[counts > 1]
+    return bool((repeated >= max(ATOM_SHARE * len(x), 2)).all())
 
 
 def _codes(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -148,17 +191,19 @@ def _codes(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
     return codes if math.prod(int(code.max()) + 1 for code in codes) <= len(x) / 10 else None
 
 
-def _folds(x: Tensor, y: Tensor, repeated: bool, generator: torch.Generator) -> Tensor:
-    """The fold of each row, [N]. Copies of a row share a fold where `repeated`."""
+def _folds(x: Tensor, y: Tensor, repeated: bool, group: Tensor | None, generator: torch.Generator) -> Tensor:
+    """The fold of each row, [N]. Rows of a group share a fold, and so do copies of a row where `repeated`."""
     count = len(x)
     row = copies(torch.cat([x, y], 1)) if repeated else torch.arange(count)
+    row = row if group is None else group
     fold = torch.randperm(int(row.max()) + 1, generator=generator)[row] % FOLDS
     if (least := int(fold.bincount(minlength=FOLDS).min())) < LEAST_SAMPLES / (2 * FOLDS):
         raise EstimatorError(
             WHERE,
-            f"so many copies of rows that of {count} rows one of {FOLDS} folds holds {least}",
-            "rows that differ",
-            "Remove the copies.",
+            f"so many {'copies of rows' if group is None else 'rows in some groups'} that of {count} rows one of "
+            f"{FOLDS} folds holds {least}",
+            "rows that differ" if group is None else "groups of similar size",
+            "Remove the copies." if group is None else "Take fewer rows of the largest groups.",
         )
     return fold
 
@@ -166,7 +211,7 @@ def _folds(x: Tensor, y: Tensor, repeated: bool, generator: torch.Generator) -> 
 def _with_radius(values: Tensor) -> Tensor:
     """Normal scores of the columns and of the length of each row, float64."""
     scores = normal_scores(values).double()
-    if values.shape[1] == 1:
+    if values.shape[1] <= 1:
         return scores
     return torch.cat([scores, normal_scores(robust(values).square().sum(1, keepdim=True)).double()], 1)
 
@@ -174,10 +219,14 @@ def _with_radius(values: Tensor) -> Tensor:
 # -- without training -------------------------------------------------------------------------------------------------
 
 
-def _count(x: Tensor, y: Tensor, flags: list[str]) -> Estimate:
-    shares, bias = counted_information(x, y)
+def _count(x: Tensor, y: Tensor, flags: list[str], group: Tensor | None) -> Estimate:
+    if group is None:
+        shares, bias = counted_information(x, y)
+        error = standard_error(shares)
+    else:
+        shares, bias, error = jackknifed_information(x, y, group)
     raw = shares.mean().item()
-    error, flags = standard_error(shares), [flag for flag in flags if flag != "discrete columns"]  # not read by rank
+    flags = [flag for flag in flags if flag != "discrete columns"]  # not read by rank
     return _estimate(raw - bias, raw - bias, raw, error, "counts", {"counts": raw}, shares, flags)
 
 
@@ -194,18 +243,48 @@ def _measure_distances(x: Tensor, y: Tensor, flags: list[str]) -> Estimate:
     return _estimate(value, min(value, other), high, error, "neighbours", readings, few, flags, ceiling)
 
 
+def _measure_mixed(x: Side, y: Side, flags: list[str], group: Tensor | None, generator: torch.Generator) -> Estimate:
+    flags, columns = [flag for flag in flags if flag != "repeated rows"], []
+    for side in (x, y):
+        values, merged = side.values[:, 0], False
+        if side.wholly_discrete:
+            values, merged = merge_rare(values, LEAST_PER_CATEGORY)
+        else:
+            values = normal_scores(side.values)[:, 0].double()
+        flags += ["rare categories"] * (merged and "rare categories" not in flags)
+        columns.append(Column(values, side.wholly_discrete))
+    few, many = mixed_information(columns[0], columns[1], group, generator).values()
+    value, other, error = few.mean().item(), many.mean().item(), NEIGHBOUR_NOISE * standard_error(few, group)
+    ceiling = None
+    if not x.wholly_discrete and not y.wholly_discrete:
+        ceiling = neighbour_ceiling(len(few) if group is None else int(group.max()) + 1)
+        flags += ["saturated"] * (value > ceiling - 1)
+    readings = {"neighbours": value, "more neighbours": other}
+    high = value + 2 * max(0.0, value - other)
+    name = (
+        "neighbours"
+        + " within categories" * (x.wholly_discrete or y.wholly_discrete)
+        + " of other groups" * (group is not None)
+    )
+    return _estimate(value, min(value, other), high, error, name, readings, few, flags, ceiling)
+
+
 # -- with critics -----------------------------------------------------------------------------------------------------
 
 
 def _train_critics(
-    x: Tensor, y: Tensor, settings: CriticSettings, auto: bool, flags: list[str], generator: torch.Generator
+    x: Side,
+    y: Side,
+    settings: CriticSettings,
+    auto: bool,
+    flags: list[str],
+    group: Tensor | None,
+    generator: torch.Generator,
 ) -> Estimate:
-    training = CriticTraining(_folds(x, y, "repeated rows" in flags, generator), settings, generator)
-    plain = normal_scores(x).double(), normal_scores(y).double()
-    radial = _with_radius(x), _with_radius(y)
-    base = _best_base(training, plain, radial)
-    # edges lie straight in the values themselves, which ranks bend
-    values = tuple(torch.cat([r, robust(v).asinh()], 1) for r, v in zip(radial, (x, y), strict=True))
+    fold = _folds(x.values, y.values, "repeated rows" in flags, group, generator)
+    training = CriticTraining(fold, settings, generator)
+    plain, radial, values = zip(_views(x), _views(y), strict=True)
+    base = _best_base(training, plain, radial, group)
     candidates = _candidates(training, radial, values if settings.bound == "infonce" else None)
     critics, trainer = training.train(base, candidates)
     picks = best_on_others(trainer.held_out, MARGIN)
@@ -213,6 +292,7 @@ def _train_critics(
     unseen, seen, shares = _read(training, critics, settings)
     networks = any(picks)
 
+    count, columns = len(fold), (plain[0].shape[1], plain[1].shape[1])
     rows = min(len(block) for part in training.held_out for block in blocks(part))
     if networks and isinstance(critics, Concatenated):
         rows = min(rows, READ_PAIRS + 1)
@@ -220,7 +300,8 @@ def _train_critics(
     saturated = unseen["infonce"] > math.log(rows) - SATURATION
     # a Gaussian whose log ratio is normalised, as DV measures it, has a closed form, which knows no ceiling
     is_gaussian = base.name == GAUSSIAN and not networks
-    if auto and is_gaussian and abs(unseen["dv"] - unseen["ldr"]) < NORMALISED * (1 + unseen["ldr"]):
+    normalised = abs(unseen["dv"] - unseen["ldr"]) < NORMALISED * (1 + unseen["ldr"])
+    if auto and is_gaussian and normalised and group is None and not (x.discrete.any() or y.discrete.any()):
         reading, value = "ldr", closed
     else:
         reading = "dv" if auto and saturated else settings.bound
@@ -228,15 +309,12 @@ def _train_critics(
     optimism = max(0.0, seen[reading] - unseen[reading])
     gain = max(0.0, unseen["infonce"] - trainer.held_out[0].mean().item())
     low = min(unseen[reading], value)
-    detectable = DETECTABLE * math.sqrt(x.shape[1] * y.shape[1]) / len(x)
+    detectable = DETECTABLE * math.sqrt(columns[0] * columns[1]) / (count if group is None else int(group.max()) + 1)
     # the same critic's InfoNCE is a bound, too, and the one that needs no normaliser
     high = max(unseen[reading], unseen["infonce"], value, detectable) + optimism + UNLEARNT * gain
-    said = {
-        "saturated": saturated,
-        "not converged": networks and trainer.checks[max(picks)].step == settings.steps,
-        "overfitted": optimism > OVERFITTED * (1 + value),
-    }
-    flags = flags + [flag for flag, is_so in said.items() if is_so]
+    unfinished = networks and trainer.checks[max(picks)].step == settings.steps
+    overfitted = optimism > OVERFITTED * (1 + value)
+    flags = flags + ["saturated"] * saturated + ["not converged"] * unfinished + ["overfitted"] * overfitted
     readings = {name: unseen[name] for name in dict.fromkeys(("infonce", "dv", settings.bound))}
     readings |= {"training": seen[reading], "gaussian": closed}
     ceilings = {"infonce": math.log(rows), "interpolate": 1 + math.log((rows - 1) / settings.alpha)}
@@ -244,7 +322,7 @@ def _train_critics(
         value,
         low,
         high,
-        max(standard_error(shares), _spread(training, shares)),
+        max(standard_error(shares, group), _spread(training, shares)),
         base.name + f" + {critics.name} network" * networks,
         readings,
         shares,
@@ -252,6 +330,20 @@ def _train_critics(
         ceilings.get(reading),
         trainer.history(),
     )
+
+
+def _views(side: Side) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns for critics: scores; the same with the length of each row; and with the values, for critics of pairs.
+
+    Edges lie straight in the values themselves, which ranks bend. Categories are indicators.
+    """
+    if not side.discrete.any():
+        radial = _with_radius(side.values)
+        return normal_scores(side.values).double(), radial, torch.cat([radial, robust(side.values).asinh()], 1)
+    measured, names = side.values[:, ~side.discrete], indicators(side.values[:, side.discrete])
+    radial = torch.cat([_with_radius(measured), names], 1)
+    plain = torch.cat([normal_scores(measured).double(), names], 1)
+    return plain, radial, torch.cat([radial, robust(measured).asinh()], 1)
 
 
 def _gaussian_information(x: Tensor, y: Tensor) -> float:
@@ -267,17 +359,19 @@ def _spread(training: CriticTraining, shares: Tensor) -> float:
     return (means.std() / math.sqrt(training.folds)).item()
 
 
-def _best_base(training: CriticTraining, plain: tuple[Tensor, Tensor], radial: tuple[Tensor, Tensor]) -> Base:
+def _best_base(
+    training: CriticTraining, plain: tuple[Tensor, Tensor], radial: tuple[Tensor, Tensor], group: Tensor | None
+) -> Base:
     """The Gaussian that reads most on held-out rows, or nothing."""
     samples, dims = len(plain[0]), plain[0].shape[1] + plain[1].shape[1]
     shrinkages = (0.0, *SHRINKAGES) if dims > MANY_COLUMNS * samples else (0.0,)
-    bases = [Base("nothing", samples, [], training.folds)]
+    bases = [Base("nothing", samples, [], training.folds, group)]
     for name, (x, y) in {GAUSSIAN: plain, GAUSSIAN + " with radii": radial}.items():
         if name != GAUSSIAN and x.shape[1] + y.shape[1] == dims:
             continue
         for shrinkage in shrinkages:
             fits = [(canonical(x[rows], y[rows], shrinkage), x, y) for rows in training.training]
-            bases.append(Base(f"shrunk {name}" if shrinkage else name, samples, fits, training.folds))
+            bases.append(Base(f"shrunk {name}" if shrinkage else name, samples, fits, training.folds, group))
     return max(bases, key=lambda base: training.readings(base)[1].mean().item())
 
 
@@ -302,10 +396,16 @@ def _candidates(
         for rows in training.training:
             fit = canonical(x[rows], y[rows])
             turned.append(fit.variates(x, y, least_correlation(len(rows), x.shape[1], y.shape[1])))
-        candidates.append((Separate, Inputs(*(torch.stack(side) for side in zip(*turned, strict=True)))))
+        candidates.append((Separate, Inputs(*(_stacked(side) for side in zip(*turned, strict=True)))))
     if values is not None and x.shape[1] + y.shape[1] <= PAIR_COLUMNS:
         candidates.append((Concatenated, Inputs(*(_each_fold(side, training) for side in values))))
     return candidates
+
+
+def _stacked(folds: Sequence[Tensor]) -> Tensor:
+    """[folds, N, columns]. A rare category may not occur in a fold, which then has fewer directions; zeros stand in."""
+    widest = max(fold.shape[1] for fold in folds)
+    return torch.stack([torch.nn.functional.pad(fold, (0, widest - fold.shape[1])) for fold in folds])
 
 
 @torch.no_grad()
