@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.errors import ConfigError, EngineError
+from engine.kernels.ranks.collectives import gather_rows
+from engine.kernels.ranks.group import Ranks as Group
 from engine.torchrun import torchrun_shard
 
 TIMEOUT_S = 1800.0
@@ -135,11 +137,12 @@ class Ranks:
         Args:
             tensors: floats [B, ...] each; they travel together where their types agree.
         """
-        joined: list[Tensor] = list(tensors)
+        joined, group = list(tensors), Group(dist.group.WORLD, self.rank, self.size)
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             places = [i for i, t in enumerate(tensors) if t.dtype == dtype]
             flat = [tensors[i].reshape(len(tensors[i]), -1) for i in places]
-            columns = _Join.apply(torch.cat(flat, 1), self).split([f.shape[1] for f in flat], 1)
+            rows = gather_rows(torch.cat(flat, 1), group, [len(flat[0])] * self.size)
+            columns = rows.split([f.shape[1] for f in flat], 1)
             for i, column in zip(places, columns, strict=True):
                 joined[i] = column.reshape(-1, *tensors[i].shape[1:])
         return joined
@@ -298,21 +301,6 @@ class Ranks:
             if time.monotonic() >= end:
                 return
             time.sleep(0.05)
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks, ctx.count = ranks, len(rows)
-        return torch.cat(ranks._all_gathered(rows))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        start = ctx.ranks.rank * ctx.count
-        return gradient[start : start + ctx.count], None
 
 
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

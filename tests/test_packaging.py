@@ -147,7 +147,7 @@ def test_wheel_is_complete(wheel: Path):
     assert (metadata["Name"], metadata["License-Expression"]) == ("engine", "MIT")
     assert metadata["Requires-Python"] == ">=3.10"
     assert set(metadata.get_all("Provides-Extra")) == {
-        "minilm", "triton", "dali", "report", "csd", "fuzz", "docs", "dev",
+        "minilm", "triton", "dali", "report", "csd", "fuzz", "tune", "docs", "dev",
     }  # fmt: skip
     assert "engine = engine.cli:main" in entry_points
 

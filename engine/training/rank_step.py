@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.averages import Average, EpochResult, means
 from engine.bank import FeatureBank
+from engine.outputs import ReadOutput
 from engine.passes import EagerPasses, unpack
 from engine.ranks import Ranks
 from engine.step import StepOutput, TwoStageStep
@@ -37,15 +38,15 @@ class StepOnRanks(TwoStageStep):
             self.objective = ObjectiveOnRanks(self.objective, ranks)
         self.eager = PassesOnRanks(self)
 
-    def forward(self, inputs: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Prediction and features of the whole batch: `inputs` are a `Share` of it or all, `target` is whole."""
+    def _outputs(self, inputs: Any, target: Tensor) -> ReadOutput:
+        """What the model gives for the whole batch: `inputs` are a `Share` of it or all, `target` is whole."""
         if not isinstance(inputs, Share):
-            return super().forward(inputs, target)
+            return super()._outputs(inputs, target)
         if inputs.rows is None:
-            return super().forward(inputs.inputs, target)
-        prediction, features = super().forward(inputs.inputs, target[inputs.rows])
+            return super()._outputs(inputs.inputs, target)
+        prediction, features, loss = super()._outputs(inputs.inputs, target[inputs.rows])
         joined = self.ranks.join([prediction, *features.values()])
-        return joined[0], dict(zip(features, joined[1:], strict=True))
+        return ReadOutput(joined[0], dict(zip(features, joined[1:], strict=True)), loss)
 
     def _prepared(self, inputs: Any) -> Any:
         if isinstance(inputs, Share):
