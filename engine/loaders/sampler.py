@@ -57,8 +57,9 @@ class Sampler:
             allows. If even sorting all samples does not reach it, all samples are sorted. None: no sorting. It has no
             effect without `shuffle`.
         shard: (rank, world size). Batches of world size x batch_size are dealt out sample by sample. All processes take
-            the same number of steps, and together they see every sample once. If the last batch has fewer samples than
-            there are processes, some processes end one step earlier.
+            the same number of steps, and together they see every sample once. A last batch with fewer samples than
+            there are processes takes some from the batch before. Only where that cannot give them some too (a
+            batch_size of 1, or a single batch) do some processes end one step earlier.
         lengths: needed for `max_padding`.
 
     >>> [batch.tolist() for batch in Sampler(5, 2).batches(epoch=0)]
@@ -86,6 +87,9 @@ class Sampler:
         short = len(pieces[-1]) if pieces else 0
         if pieces and ((self.drop_last and short < size) or (self.drop_singleton and short < min(size, 2 * world))):
             pieces.pop()
+        if len(pieces) > 1 and len(pieces[-1]) < world <= size // 2:
+            last = torch.cat(pieces[-2:])
+            pieces[-2:] = [last[:-world], last[-world:]]
         if self.shuffle and self.max_padding is not None:
             # its own generator, so that batches are not permuted as the first samples were
             generator = torch.Generator().manual_seed(((self.seed + epoch) << 1) ^ 0x5BD1E995)

@@ -10,8 +10,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from engine.cli import main
+from engine.cli.parser import build_parser
 from engine.config import load_config
 from engine.kernels import use_backend
 from tests.docs import blocks, scopes
@@ -64,6 +66,10 @@ def test_blocks_run_in_a_process_of_their_own(page: str, tmp_path: Path):
 
 
 # -- what a page's blocks must have done --
+
+
+def _ranks(scope: dict) -> None:
+    assert scope["total"] == 3.0
 
 
 def _data(scope: dict) -> None:
@@ -138,6 +144,7 @@ CHECKS = {
     "loaders.md": _loaders,
     "other_loops.md": _other_loops,
     "sweeps.md": _sweeps,
+    "ranks.md": _ranks,
 }
 
 
@@ -188,6 +195,15 @@ def _check(command: str, block: blocks.Block) -> None:
     elif program == "pytest":
         paths = [word for word in words[1:] if word.startswith("tests")]
         assert paths and all((blocks.PROJECT / path).exists() for path in paths), command
+    elif program == "torchrun":
+        place = words.index("-m")
+        assert words[place + 1] == "engine", command
+        _, rest = build_parser().parse_known_args(words[place + 2 :])
+        assert all("=" in word for word in rest), command
+        options = {o for action in get_args_parser()._actions for o in action.option_strings}
+        assert {word for word in words[1:place] if word.startswith("--")} <= options, command
+    elif program == "sbatch":
+        assert (blocks.PROJECT / words[1]).is_file(), command
     elif program == "pip":
         extras = re.findall(r"\[([\w,]+)\]", command)
         for extra in (part for group in extras for part in group.split(",")):

@@ -229,14 +229,16 @@ def test_shards_cover_the_set_in_equal_steps(world, count, max_padding):
         for r in range(world)
     ]
     assert sorted(torch.cat([b for batches in ranks for b in batches]).tolist()) == list(range(count))
-    steps = [len(batches) for batches in ranks]
-    assert max(steps) - min(steps) <= 1
+    assert len({len(batches) for batches in ranks}) == 1
     assert all(len(b) <= 4 for batches in ranks for b in batches)
     dropped = [Sampler(count, 4, True, 1, True, shard=(r, world)).batches(3) for r in range(world)]
     assert {len(batches) for batches in dropped} == {count // (4 * world)}
     single = [Sampler(count, 4, True, 1, drop_singleton=True, shard=(r, world)).batches(3) for r in range(world)]
     assert len({len(batches) for batches in single}) == 1
     assert all(len(b) > 1 for batches in single for b in batches)
+    # of one sample each, 7 samples cannot fill the same number of steps
+    ones = [len(Sampler(7, 1, shard=(r, world)).batches(0)) for r in range(world)]
+    assert sum(ones) == 7 and max(ones) - min(ones) == (7 % world > 0)
 
 
 @pytest.mark.filterwarnings("ignore::engine.loaders.DataWarning")

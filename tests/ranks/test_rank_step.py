@@ -126,9 +126,10 @@ def test_twelve_steps_equal_those_of_one_process(ranks, size, bound, features, o
     expected = steps(0, 1, bound, features, options)
     assert len(expected["losses"]) == 12 and len(set(expected["losses"])) == 12
     expected.pop("gathered")
-    shared = "off" if "k" in options else options.get("gather", "gather")
+    shared = {"off"} if "k" in options else {options.get("gather", "gather")}
+    shared |= {"off"} if size == 4 else set()  # the product rows of the last batch have two queries
     for found in ranks(size).run(steps, bound, features, options):
-        assert found.pop("gathered") == [shared]
+        assert set(found.pop("gathered")) == shared
         close(found, expected, 1e-9)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
 from engine import checkpoint, load_config, trainer
 from engine.errors import EngineError
@@ -258,3 +259,14 @@ def test_other_commands_use_rank_0_alone(monkeypatch, capsys):
     with pytest.warns(UserWarning, match="engine config runs in one process: the other 1 that torchrun started end"):
         assert main(["config", "--preset", "mosi"]) == 0
     assert capsys.readouterr().out.startswith("preset: mosi")
+
+
+def test_the_slurm_example_is_valid_shell():
+    script = Path(__file__).parents[2] / "examples" / "slurm.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    options = {word.split("=")[0].strip("()") for word in text.split() if word.startswith("--")}
+    known = {option for action in get_args_parser()._actions for option in action.option_strings}
+    of_others = {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue",
+                 "--signal", "--kill-on-bad-exit", "--preset", "--data", "--out", "--resume"}  # fmt: skip
+    assert options - of_others <= known
