@@ -23,6 +23,7 @@ from engine.kernels import (
     infonce,
     knn_product_samples,
     mi_lower_bound,
+    siglip,
     use_backend,
 )
 from engine.kernels.critics.op import infonce_of_towers
@@ -255,6 +256,10 @@ def operations() -> dict[str, tuple]:
         "infonce": (lambda t: infonce(*t), [Q, K]),
         "infonce, negatives": (lambda t: infonce(t[0], t[1], negatives=t[2]), [Q, K, K[:3]]),
         "infonce, own negatives": (lambda t: infonce(t[0], t[1], negatives=t[2]), [Q, K, K[:, None]]),
+        "infonce, labels": (lambda t: infonce(*t, labels=torch.arange(len(Q)) % 2), [Q, K]),
+        "infonce, MoCo": (lambda t: infonce(t[0], t[1], negatives=t[2], in_batch=False), [Q, K, K[:3]]),
+        "infonce, own and batch": (lambda t: infonce(t[0], t[1], negatives=t[2], in_batch=True), [Q, K, K[:, None]]),
+        "siglip": (lambda t: siglip(*t), [Q, K]),
         "mi_lower_bound": (lambda t: mi_lower_bound(*t, bound="dv"), [Q, K]),
         "log_baseline": (lambda t: mi_lower_bound(t[0], bound="tuba", log_baseline=t[1]), [Q @ K.t(), Q[:, 0]]),
         "grouped_mlp": (of_towers(grouped_mlp), tensors(towers)),
@@ -311,7 +316,9 @@ class TestTypesAndDevices:
                 found = f"a {type(wrong).__name__}; expected a torch.Tensor"
                 refused(lambda w=wrong: function([w, *given[1:]]), found)
 
-    @pytest.mark.parametrize("name", ["infonce", "mi_lower_bound", "cmi", "cube_mix", "recurrence", "bias_gelu"])
+    @pytest.mark.parametrize(
+        "name", ["infonce", "infonce, labels", "siglip", "mi_lower_bound", "cmi", "cube_mix", "recurrence", "bias_gelu"]
+    )
     def test_whole_numbers_are_refused(self, name: str, backend: str):
         function, given = OPERATIONS[name]
         refused(lambda: function([given[0].long(), *given[1:]]), "a tensor of torch.int64")
