@@ -62,15 +62,19 @@ CASES = {
     "published concat": {"published": True, "critic": "concat"},
     "published mine": {"published": True, "bound": "mine"},
     "own": {"own": True},
+    "club": {"upper": "club"},
+    "leave one out": {"upper": "l1out"},
 }
 
 
 def build(name: str, gather: str) -> Objective:
     options = dict(CASES[name])
     published, custom = options.pop("published", False), options.pop("own", False)
+    upper = options.pop("upper", None)
     settings = ObjectiveConfig(hidden=6, embed=5, ema_rate=0.3, k_neighbor=K, **options)
     torch.manual_seed(3)
-    terms = [0.5 * MI("Z", "Y"), -0.2 * MI("Z", "S"), 0.3 * CMI("Z", "Y", given="S"), 0.1 * CMI("Y", "Z", given="S")]
+    second = 0.2 * MI("Z", "S") if upper is None else -0.2 * MI("Z", "S", bound=upper)
+    terms = [0.5 * MI("Z", "Y"), second, 0.3 * CMI("Z", "Y", given="S"), 0.1 * CMI("Y", "Z", given="S")]
     objective = Objective(
         terms, dims=DIMS, settings=settings, make_estimator=published_estimator if published else None, gather=gather
     ).double()
