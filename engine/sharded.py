@@ -20,7 +20,8 @@ def is_sharded(tensor: Any) -> bool:
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, which shares its memory; a tensor that is not in parts itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    sharded: Any = tensor
+    return sharded.to_local() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def somewhere(found: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
     Args:
         tensors: some of them may be in parts, of which every rank sees its own.
     """
-    sharded = next((t for t in tensors if is_sharded(t)), None)
+    sharded: Any = next((t for t in tensors if is_sharded(t)), None)
     if sharded is None:
         return list(found)
     import torch.distributed as dist
@@ -74,7 +75,8 @@ def clip_norm(parameters: Sequence[nn.Parameter], limit: float) -> None:
         nn.utils.clip_grad_norm_(whole, limit)
         return
     gradients = [p.grad for p in whole if p.grad is not None]
-    norms = [nn.utils.get_total_norm([p.grad for p in parts]).full_tensor()]
+    of_parts: Any = nn.utils.get_total_norm([p.grad for p in parts])
+    norms = [of_parts.full_tensor()]
     norms += [nn.utils.get_total_norm(gradients)] if gradients else []
     factor = (limit / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
     for gradient in (*gradients, *(local(p.grad) for p in parts)):
