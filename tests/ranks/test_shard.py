@@ -11,6 +11,7 @@ from engine.errors import EngineError
 from engine.model.fused_bert import fusable
 from engine.sharded import is_sharded, local
 from engine.training.rank_step import StepOnRanks
+from engine.training.sharding import _shard
 from tests.loaders import writers
 from tests.ranks.test_run import assert_same_run, close
 from tests.test_trainer import make_text_encoder, small_config
@@ -236,6 +237,13 @@ def refusals(rank, size, out, place):
             trainer.train(config, out)
         except EngineError as problem:
             messages.append(str(problem))
+    tied = torch.nn.Module()
+    tied.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(2))
+    tied.layers[1][0].weight = tied.layers[0][0].weight
+    try:
+        _shard(tied, torch.device("cpu"))
+    except EngineError as problem:
+        messages.append(str(problem))
     return messages
 
 
@@ -245,6 +253,8 @@ def test_refusals(ranks, place, tmp_path):
         "train.compile=off, or train.shard=false.",
         "train.shard: found true in a run without a text encoder; expected a text encoder, which it shards. Set "
         "train.shard=false.",
+        "train.shard: found a text encoder that FSDP2 cannot shard (layers that share weights); expected another one, "
+        "or train.shard=false. Set train.shard=false.",
     ]
     with pytest.warns(UserWarning, match="train.shard=true changes nothing on one rank") as warned:
         run(0, 1, str(tmp_path / "one"), place, shard=True, epochs=1)
