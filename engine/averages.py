@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.sharded import local
+
 Sums = Mapping[str, tuple[float, int]]
 """{name: (sum over samples, number of samples)}."""
 
@@ -110,7 +112,7 @@ class WeightAverage:
     def update(self, rate: float | Tensor) -> None:
         """Move the average towards the module's present weights by `rate` of `next_rate`, a number or a 0-d tensor."""
         state = self.module.state_dict()
-        values, present = list(self.values.values()), [state[k].detach() for k in self.values]
+        values, present = [local(v) for v in self.values.values()], [local(state[k].detach()) for k in self.values]
         if self.hold is not None:
             rate = rate * (1 - self.hold)
         if not isinstance(rate, Tensor):

@@ -204,17 +204,18 @@ def bank_size(config: Config, objective: Objective, samples: int) -> None:
         )  # fmt: skip
 
 
-def memory(config: Config, parts: Iterable[nn.Module], largest: int, device: torch.device) -> None:
+def memory(config: Config, parts: Iterable[nn.Module], largest: int, device: torch.device, elsewhere: int = 0) -> None:
     """Raise ConfigError if training needs more memory than the machine has. Most such settings are mistyped sizes.
 
     Args:
         parts: modules that are trained; their tensors may be on the meta device.
         largest: bytes of the largest tensor that a step holds several times.
+        elsewhere: trained elements that only other ranks hold.
     """
     have = _memory_of(device)
     if have is None:
         return
-    trained = sum(p.numel() * 4 for part in parts for p in part.parameters() if p.requires_grad)
+    trained = 4 * (sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad) - elsewhere)
     weights = trained * (2 + 2 * (config.train.optimizer == "adam") + (config.train.average is not None))
     need = weights + HELD * largest
     if need > have:

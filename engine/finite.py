@@ -13,6 +13,7 @@ from engine.errors import ConfigError, EstimatorError, NonFiniteError
 from engine.finite_flags import Flags, by_kind, first_not_finite
 from engine.model.estimators import readable
 from engine.position import Position
+from engine.sharded import is_sharded, local, somewhere
 from engine.vocabulary import NON_FINITE
 
 if TYPE_CHECKING:
@@ -101,9 +102,11 @@ class NonFinite:
             if self.policy == "skip":
                 self._skip_on_device(optimizer, parameters)
             return
-        if not _any_non_finite([p.grad for p in parameters]):
+        gradients = [p.grad for p in parameters]
+        if not any(somewhere([_any_non_finite([local(g) for g in gradients])], gradients)):
             return
-        wrong = {id(p) for p in parameters if not bool(p.grad.isfinite().all())}
+        bad = somewhere([not bool(local(g).isfinite().all()) for g in gradients], gradients)
+        wrong = {id(p) for p, is_bad in zip(parameters, bad, strict=True) if is_bad}
         modules = [m for m in (self.step.model, self.step.objective) if m is not None]
         names = [name for module in modules for name, p in module.named_parameters() if id(p) in wrong]
         optimizer.zero_grad(set_to_none=True)
@@ -125,9 +128,13 @@ class NonFinite:
         return readable(tensor) or (self.policy == "skip" and self.step.held is None and not self.skips_on_device())
 
     def skips_on_device(self) -> bool:
-        """Whether the step's optimisers can leave out a step without the host: Adam and AdamW, fused."""
+        """Whether the step's optimisers can leave out a step without the host: fused Adam or AdamW of whole weights."""
         own = [o for o in (self.step.main_optimizer, self.step.estimator_optimizer) if o is not None]
-        return all(isinstance(o, torch.optim.Adam) and all(g.get("fused") for g in o.param_groups) for o in own)
+        groups = [(o, g) for o in own for g in o.param_groups]
+        return all(
+            isinstance(o, torch.optim.Adam) and g.get("fused") and not any(map(is_sharded, g["params"]))
+            for o, g in groups
+        )
 
     def flags_for(self, device: torch.device) -> Flags:
         """What notes steps on the device."""

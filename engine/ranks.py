@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from engine.errors import ConfigError, EngineError
 from engine.kernels.ranks.collectives import gather_rows
 from engine.kernels.ranks.group import Ranks as Group
+from engine.sharded import is_sharded
 from engine.torchrun import torchrun_shard
 
 TIMEOUT_S = 1800.0
@@ -173,7 +174,7 @@ class Ranks:
             return
         of_kind: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
         for p in parameters:
-            if p.requires_grad and not _is_sharded(p):
+            if p.requires_grad and not is_sharded(p):
                 of_kind.setdefault((p.device, p.dtype), []).append(p)
         for kind in of_kind.values():
             for bucket in _buckets(kind):
@@ -204,7 +205,7 @@ class Ranks:
             return
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
-                if not _is_sharded(tensor):
+                if not is_sharded(tensor):
                     value = tensor.detach().contiguous()
                     dist.broadcast(value, 0)
                     tensor.copy_(value)
@@ -213,7 +214,7 @@ class Ranks:
         """Raise an error if the ranks' parameters have drifted apart. Averaged gradients keep them equal."""
         if not self.together:
             return
-        own = [p.detach().double().abs().sum() for m in modules for p in m.parameters() if not _is_sharded(p)]
+        own = [p.detach().double().abs().sum() for m in modules for p in m.parameters() if not is_sharded(p)]
         sums = torch.stack(self._all_gathered(torch.stack(own))) if own else torch.zeros(1, 1)
         if not torch.allclose(sums, sums[:1], rtol=1e-5, atol=0, equal_nan=True):
             raise EngineError(
@@ -315,11 +316,6 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
             group, size = [], 0
     if group:
         yield group
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    """Whether FSDP2 holds the tensor in parts, and averages its gradients itself."""
-    return hasattr(tensor, "full_tensor")
 
 
 def _store() -> Any:

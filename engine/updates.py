@@ -15,6 +15,7 @@ from engine.finite import NonFinite
 from engine.graph_state import DeviceNumbers
 from engine.objective import Objective
 from engine.profile import part
+from engine.sharded import clip_norm, clip_values, local
 from engine.step_checks import check_optimizer
 
 
@@ -136,7 +137,7 @@ class Updates:
         """Move an optimiser by the gradients of its group of micro-batches, and begin a new group."""
         group = self._group(optimizer)
         if group.correction != 1:
-            gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+            gradients = [local(p.grad) for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
             torch._foreach_mul_(gradients, group.correction)
         group.clear()
         with part("update"):
@@ -163,9 +164,9 @@ class Updates:
             scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.clip_value is not None:
-            nn.utils.clip_grad_value_(parameters, self.clip_value)
+            clip_values(parameters, self.clip_value)
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            clip_norm(parameters, self.clip_norm)
         self.finite.check_gradients(optimizer)
         with contextlib.nullcontext() if self.held is None else self.held.rates(optimizer):
             if scaler is None:

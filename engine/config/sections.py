@@ -322,6 +322,11 @@ class TrainConfig(Section):
     timeout: float = Field(
         1800.0, gt=0, le=1e6, description="several ranks (torchrun): seconds that a rank waits for the others"
     )
+    shard: bool = Field(
+        False,
+        description="several ranks (torchrun): each holds a part of the text encoder, of its gradients and of its "
+        "optimiser state (FSDP2)",
+    )
 
 
 class OutputConfig(Section):

@@ -15,6 +15,7 @@ from engine.loaders.batch import PackedText
 from engine.loaders.text import check_sizes, quiet
 from engine.model import fused_bert
 from engine.model.pretrained import first_line, known_code_only, load_pretrained, refuse_kernels
+from engine.sharded import is_sharded
 
 # Models that take 0-based positions and a mask over (query, key) pairs, so that several texts can share one row.
 PACKABLE = fused_bert.TYPES
@@ -341,13 +342,16 @@ def encode_without_padding(encoder: nn.Module, token_ids: Tensor, token_mask: Te
     """Run `encoder` on a batch with little of its padding: [B, Lt] twice -> [B, Lt, dim].
 
     BERT and Electra run once on texts packed end to end (`pack_text`). Each text attends to itself only and counts its
-    positions from 0. Other encoders run on a few groups of similar length (`length_groups`). Attended positions equal
-    those of one padded call up to rounding. The other positions mean nothing.
+    positions from 0. Other encoders run on a few groups of similar length (`length_groups`), or once where the ranks
+    hold them in parts. Attended positions equal those of one padded call up to rounding. The other positions mean
+    nothing.
     """
     size = token_ids.shape[1]
     if packable(encoder):
         h = encode_packed(encoder, pack_text(token_ids, token_mask))
         return F.pad(h, (0, 0, 0, size - h.shape[1]))
+    if is_sharded(next(encoder.parameters(), None)):  # the ranks must call it equally often
+        return encoder(token_ids, token_mask)
     length = text_lengths(token_mask)
     groups = length_groups(length)
     parts = []

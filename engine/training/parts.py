@@ -28,6 +28,7 @@ from engine.training.passes import Passes
 from engine.training.random_state import seed_all
 from engine.training.rank_step import StepOnRanks
 from engine.training.records import Selection
+from engine.training.sharding import check_shard, held_elsewhere
 from engine.vocabulary import SPLITS
 
 
@@ -41,6 +42,8 @@ class Parts:
         text_config: the text encoder's configuration, as checkpoints keep it; None without text.
         selection: what chooses the best epoch.
         ranks: the processes that train together.
+        text_encoder: the model's; None without text.
+        sharded: whether the ranks hold the text encoder in parts at the moment.
     """
 
     task: Task
@@ -60,6 +63,8 @@ class Parts:
     text_config: dict[str, Any] | None
     selection: Selection
     ranks: Ranks
+    text_encoder: nn.Module | None = None
+    sharded: bool = False
 
     @property
     def samples(self) -> int:
@@ -126,12 +131,14 @@ def assemble(
     checks.last_batch(config, dataset)
     seed_all(config.seed)
     encoder = _text_encoder(config, dataset, resumed)
+    check_shard(config, encoder, device, ranks)
     checks.text_fits(config, dataset, encoder, task.pad_tokens(config))
     inputs, samples = Inputs(dataset.audio_dim, dataset.vision_dim), len(dataset.splits["train"])
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         described = build(task, config, inputs, encoder)
     batch = min(config.batch_size, samples)
-    checks.memory(config, described, task.held_bytes(config, batch), device)
+    elsewhere = held_elsewhere(config, encoder, ranks)
+    checks.memory(config, described, task.held_bytes(config, batch), device, elsewhere)
     checks.bank_size(config, described[1], samples)
     check_space(*described)
     model, objective = build(task, config, inputs, encoder)
@@ -159,6 +166,7 @@ def assemble(
         text_config=None if encoder is None else encoder.describe(),
         selection=selection,
         ranks=ranks,
+        text_encoder=encoder,
     )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ from engine.training.parts import assemble, choose_device
 from engine.training.records import Record, record_of
 from engine.training.same_run import arithmetic, differing_splits
 from engine.training.saving import RunFiles
+from engine.training.sharding import ShardedText
 from engine.training.warming import compiles_kernels, warm_kernels
 from engine.training.within import WithinEpochs
 
@@ -89,6 +90,7 @@ class TrainingRun:
         self.arithmetic = arithmetic(self.device, self.config.train.amp)
         if self.ranks.size > 1:
             self.arithmetic["ranks"] = self.ranks.size
+            self.arithmetic |= {"shard": True} if self.config.train.shard else {}
         self.results: dict[str, EpochResult] = {}
         self.saving: Future | None = None
         self.position = Position()
@@ -207,6 +209,7 @@ class TrainingRun:
         if compiles_kernels(self.device):
             with self.ranks.alone():
                 warm_kernels(self.parts)
+        sharded = ShardedText(self.parts) if self.config.train.shard and self.ranks.size > 1 else None
         try:
             # Saving goes on beside the next epoch; leaving this block waits for it.
             with ThreadPoolExecutor(1) as beside, StopSignals() as signals:
@@ -215,6 +218,8 @@ class TrainingRun:
                     self._wait()
                     if self.ranks.writes:
                         self.saving = beside.submit(self.files.save_within(history, self._present()))
+                    else:
+                        self.files.take_part()
 
                 within = WithinEpochs(self.config.train, signals, save_within, self._wait, self.ranks)
                 for epoch in range(len(history), self.config.epochs):
@@ -228,16 +233,22 @@ class TrainingRun:
                     self._wait()
                     self.position = Position()
                     improved = self.parts.selection.improved(history, record)
+                    if self.parts.sharded:  # all save the same, whatever the last digits of their metrics
+                        improved = self.ranks.from_writer(improved)
                     history.append(record)
                     wall_s = time.perf_counter() - started
                     if self.ranks.writes:
                         self.saving = beside.submit(self.files.save(history, bank, self.results, improved, wall_s))
+                    else:
+                        self.files.take_part(improved)
                     if self.extra_callbacks:  # which may read the folder
                         self._wait()
                     for callback in callbacks:
                         callback.on_epoch(record, improved)
                     within.saved()
             self._wait()
+            if sharded is not None:  # from here on the writer computes alone
+                sharded.undo()
         finally:
             for callback in callbacks:
                 callback.on_end()

@@ -28,6 +28,7 @@ FREE = {
     "train.graphs",  # how the steps are launched changes no more than rounding
     "train.checkpoint_minutes", "train.checkpoint_steps",  # what is saved does not change the training
     "train.timeout",
+    "train.shard",  # who holds the weights changes no more than rounding
 }  # fmt: skip
 """Settings and sections that may change when a run is resumed."""
 ADVISED = {"train.lr", "train.clip_norm", "train.non_finite", "objective.on_degenerate"}
@@ -137,7 +138,8 @@ def arithmetic(device: torch.device, amp: str) -> dict[str, Any]:
 def warn_of_other_arithmetic(folder: Path, meta: dict[str, Any], now: dict[str, Any]) -> None:
     """Warn about what changed since the run was stopped and keeps it from ending bit-equal."""
     before = meta.get("arithmetic", now)
-    before, now = {"ranks": 1} | before, {"ranks": 1} | now  # a process on its own does not say it
+    alone = {"ranks": 1, "shard": False}  # what a process on its own does not say
+    before, now = alone | before, alone | now
     changed = [f"{k} {now.get(k)}, not {before.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]
     if changed:
         warnings.warn(

@@ -37,6 +37,7 @@ from engine.run_folder import (
     TOKENIZER,
     Checksums,
 )
+from engine.sharded import gathered
 from engine.training.parts import Parts
 from engine.training.random_state import random_state, unchanged_random_state
 from engine.training.records import Record, line_of
@@ -125,20 +126,43 @@ class RunFiles:
 
     def _state(self, bank: FeatureBank | None) -> dict[str, Any]:
         parts, scaler = self.parts, self.parts.step.scaler
-        return parts.weights() | {
-            "optimizers": {k: o.state_dict() for k, o in parts.optimizers.items()},
+        return self._trained() | {
             "schedulers": {k: s.state_dict() for k, s in parts.schedulers.items()},
-            "average": parts.step.average.state_dict() if parts.step.average is not None else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "bank": bank.state_dict() if bank is not None else None,
             "generator": parts.step.generator.get_state(),
             "rng": random_state(),
         }
 
+    def _trained(self) -> dict[str, Any]:
+        """What training moves. Where the ranks hold some of it in parts, only the writer gets it whole."""
+        parts, average = self.parts, self.parts.step.average
+        trained = self.parts.weights() | {
+            "optimizers": {k: o.state_dict() for k, o in parts.optimizers.items()},
+            "average": average.state_dict() if average is not None else None,
+        }
+        return gathered(trained, parts.ranks.writes, "cpu")
+
+    def _weights(self) -> dict[str, Any]:
+        """The present weights, as `_trained`."""
+        return gathered(self.parts.weights(), self.parts.ranks.writes, "cpu")
+
+    def take_part(self, improved: bool = False) -> None:
+        """Give the writer, which saves, this rank's parts of what is sharded. All other ranks must call it then.
+
+        Args:
+            improved: whether the writer keeps the best model, too.
+        """
+        if self.parts.sharded:
+            self._trained()
+            if improved:
+                with self.parts.step.averaged():
+                    self._weights()
+
     def _save_best(self, meta: dict[str, Any], results: dict[str, EpochResult]) -> Callable[[], None]:
         """Like `save`, for the best model and its predictions."""
         with self.parts.step.averaged():
-            best = checkpoint.Snapshot(self.parts.weights())
+            best = checkpoint.Snapshot(self._weights())
         kept = {s: replace(r, prediction=r.prediction.to("cpu", copy=True)) for s, r in results.items()}
 
         def write() -> None:
