@@ -71,6 +71,10 @@ def extended_infonce(
     _check_options(where, options)
     _check_combination(where, given, negatives, own, in_batch, symmetric)
     keys = _keys(where, q, k, negatives, own, in_batch, temperature)
+    if symmetric and q.shape[-2] != k.shape[-2]:
+        what = f"{q.shape[-2]} rows, {k.shape[-2]} keys"
+        do = "Leave out what does not fit, or add the losses of both directions yourself."
+        raise EstimatorError("infonce(symmetric=True)", what, "as many keys as rows", do)
     # without the keys of the batch no shared key is a positive
     pairs, own_mask = _pairs(where, keys, given, alone=in_batch and (own or negatives is None), listed=in_batch)
     pairs, keys = _in_range(where, pairs, keys)
