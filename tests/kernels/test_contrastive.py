@@ -254,6 +254,10 @@ REFUSED = [
     ({"decoupled": True, "k": draw((5, 4), 1)}, "6 rows of q, 5 keys"),
     ({"decoupled": True, "negatives": draw((0, 4), 1)}, "at least one"),
     ({"decoupled": True, "reduction": "avg"}, "reduction 'avg'"),
+    ({"positives": [0, 1, 2, 3, 4, 5]}, "positives, a list"),
+    ({"positives": [0, 1, 2, 3, 4, 5], "gather": True}, "positives, a list"),
+    ({"negatives": draw((4,), 1)}, r"\[4\] and \[6, 4\]"),
+    ({"k": draw((0, 4), 1), "labels": LABELS, "key_labels": LABELS[:0]}, "at least one key"),
 ]
 
 
@@ -298,6 +302,7 @@ def test_nan_is_not_taken_for_a_row_without_negatives(backend, reduction, gradie
         ({"negatives": draw((6, 2, 4), 2)}, "which all rows share"),
         ({"labels": LABELS, "positives": LABELS}, "positives and labels"),
         ({"reduction": "avg"}, "reduction 'avg'"),
+        ({"positives": [0, 1, 2, 3, 4, 5]}, "positives, a list"),
     ],
 )
 def test_siglip_refuses_in_one_line(options, match):
