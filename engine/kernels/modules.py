@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import EstimatorError
-from engine.kernels.arguments import check_count, check_number
+from engine.kernels.arguments import check_count, check_number, exact_type
 from engine.kernels.contrastive.op import siglip
 from engine.kernels.gradients import transformed, update_buffer
 from engine.kernels.mi_bounds.embeddings import check_temperature
@@ -227,6 +227,7 @@ class KeyQueue(nn.Module):
     def push(self, keys: Tensor) -> None:
         """Replace the oldest keys by `keys`, [n, width], n at most `size`."""
         size, width = self.stored.shape
+        exact_type("KeyQueue", keys)
         if keys.dim() != 2 or keys.shape[1] != width or len(keys) > size:
             expected = f"[n, {width}] with n at most {size}"
             raise EstimatorError("KeyQueue", f"keys {list(keys.shape)}", expected, "Push the keys of one batch.")

@@ -230,6 +230,8 @@ REFUSED = [
     ({"exclude_self": True, "row_ids": LABELS}, "exclude_self without positives or labels"),
     ({"symmetric": True, "queue": True, "decoupled": True}, "symmetric with negatives"),
     ({"symmetric": True, "positives": LABELS[:, None]}, "symmetric with negatives, positives"),
+    ({"symmetric": True, "decoupled": True, "k": draw((7, 4), 1)}, "6 rows, 7 keys"),
+    ({"symmetric": True, "labels": LABELS, "key_labels": LABELS[:5], "k": draw((5, 4), 1)}, "6 rows, 5 keys"),
     ({"label_smoothing": 0.1, "decoupled": True}, "label_smoothing with decoupled"),
     ({"label_smoothing": 0.1, "hardness": 1.0}, "label_smoothing with decoupled or hardness"),
     ({"label_smoothing": 1.5}, "label_smoothing = 1.5"),
@@ -252,6 +254,10 @@ REFUSED = [
     ({"decoupled": True, "k": draw((5, 4), 1)}, "6 rows of q, 5 keys"),
     ({"decoupled": True, "negatives": draw((0, 4), 1)}, "at least one"),
     ({"decoupled": True, "reduction": "avg"}, "reduction 'avg'"),
+    ({"positives": [0, 1, 2, 3, 4, 5]}, "positives, a list"),
+    ({"positives": [0, 1, 2, 3, 4, 5], "gather": True}, "positives, a list"),
+    ({"negatives": draw((4,), 1)}, r"\[4\] and \[6, 4\]"),
+    ({"k": draw((0, 4), 1), "labels": LABELS, "key_labels": LABELS[:0]}, "at least one key"),
 ]
 
 
@@ -267,6 +273,26 @@ def test_refused_in_one_line(options, match):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_nan_is_not_taken_for_a_row_without_negatives(backend, reduction, gradient):
+    q, k, queue = draw((4, 3), 0), draw((4, 3), 1), draw((2, 3), 2)
+    one_of_each = draw((4, 1, 3), 3)
+    q[0], queue[0], one_of_each[0] = math.nan, math.nan, math.nan
+    q.requires_grad_(gradient)
+    with use_backend(backend):
+        decoupled = infonce(q, k, decoupled=True, reduction=reduction)
+        own = infonce(k, k, negatives=one_of_each, in_batch=False, decoupled=True, reduction=reduction)
+        moco = infonce(k, k, negatives=queue[:1], in_batch=False, hardness=0.5, reduction=reduction)
+    for found in (decoupled, own):
+        if reduction == "none":
+            assert found.isnan().tolist() == [True, False, False, False]
+        else:
+            assert found.isnan()
+    assert moco.isnan().all()
+
+
 @pytest.mark.parametrize(
     "options, match",
     [
@@ -276,6 +302,7 @@ def test_refused_in_one_line(options, match):
         ({"negatives": draw((6, 2, 4), 2)}, "which all rows share"),
         ({"labels": LABELS, "positives": LABELS}, "positives and labels"),
         ({"reduction": "avg"}, "reduction 'avg'"),
+        ({"positives": [0, 1, 2, 3, 4, 5]}, "positives, a list"),
     ],
 )
 def test_siglip_refuses_in_one_line(options, match):

@@ -174,6 +174,10 @@ class TestKeyQueue:
         with pytest.raises(EstimatorError, match="KeyQueue"):
             KeyQueue(6, 4).push(torch.zeros(shape))
 
+    def test_a_list_is_refused(self):
+        with pytest.raises(EstimatorError, match="KeyQueue: found a list"):
+            KeyQueue(6, 4).push([[0.0] * 4])
+
     def test_sizes(self):
         with pytest.raises(EstimatorError, match="size = 0"):
             KeyQueue(0, 4)

@@ -315,6 +315,25 @@ def test_infonce_equals_the_joined_batch(ranks, size, gather):
             torch.testing.assert_close(found, right, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def partly_trained(rank, size, wanted):
+    """Of one embedding that is trained, or of the queue: its gradient with keys that travel."""
+    counts = (3, 2)
+    q, k = (own(draw(5, 4, seed=seed), rank, counts).clone() for seed in (0, 1))
+    tensors = {"q": q, "k": k, "negatives": draw(3, 4, seed=2)}
+    loss = infonce(**{n: t.requires_grad_(n == wanted) for n, t in tensors.items()}, temperature=0.5, gather="ring")
+    return torch.autograd.grad(loss, tensors[wanted])[0]
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "negatives"])
+def test_the_ring_where_one_tensor_alone_is_trained(ranks, wanted):
+    q, k, queue = draw(5, 4, seed=0), draw(5, 4, seed=1), draw(3, 4, seed=2)
+    leaf = {"q": q, "k": k, "negatives": queue}[wanted].requires_grad_()
+    (expected,) = torch.autograd.grad(cross_entropy(q @ torch.cat([k, queue]).T / 0.5, torch.arange(5)), leaf)
+    found = ranks(2).run(partly_trained, wanted)
+    mean = sum(found) / 2 if wanted == "negatives" else torch.cat(found) / 2
+    torch.testing.assert_close(mean, expected)
+
+
 # -- what must not pass silently -------------------------------------------------------------------
 
 

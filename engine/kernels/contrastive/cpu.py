@@ -1,7 +1,8 @@
 """Streaming statistics of rows and their gradients on the CPU: one block of rows after the other in a reused buffer.
 
 Host functions: plain tensors in and out, fp32 or fp64, no autograd. The same number of threads gives bitwise the same
-result every time. Memory beside the results is a few blocks of `mi_bounds.cpu.BLOCK_BYTES`.
+result every time. Memory beside the results is a few blocks of `mi_bounds.cpu.BLOCK_BYTES`, and about
+thirty where nearly every pair is a positive, because positives are listed by their numbers.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def losses(statistics: Statistics, options: Options) -> tuple[Tensor, Tensor]:
     """
     has = statistics.positive_count > 0
     if options.decoupled:
-        has = has & (statistics.negatives > -math.inf)
+        has = has & (statistics.negatives != -math.inf)  # NaN is a value, and stays in sight
     # what stands in for a missing row keeps gradients free of NaN
     positives = torch.where(has, statistics.positives, 0.0)
     spread = torch.where(has, statistics.spread, 0.0)
@@ -136,7 +136,7 @@ def masked_lse(scores: Tensor, kept: Tensor, first: Tensor | None = None) -> Ten
         scores = torch.cat([first[..., None], scores], -1)
     if scores.shape[-1] == 0:
         return scores.new_full(scores.shape[:-1], -math.inf)
-    some = (scores > -math.inf).any(-1)
+    some = (scores != -math.inf).any(-1)  # NaN, too
     found = torch.where(some[..., None], scores, 0.0).logsumexp(-1)
     return torch.where(some, found, -math.inf)
 

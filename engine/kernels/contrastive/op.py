@@ -71,6 +71,10 @@ def extended_infonce(
     _check_options(where, options)
     _check_combination(where, given, negatives, own, in_batch, symmetric)
     keys = _keys(where, q, k, negatives, own, in_batch, temperature)
+    if symmetric and q.shape[-2] != k.shape[-2]:
+        what = f"{q.shape[-2]} rows, {k.shape[-2]} keys"
+        do = "Leave out what does not fit, or add the losses of both directions yourself."
+        raise EstimatorError("infonce(symmetric=True)", what, "as many keys as rows", do)
     # without the keys of the batch no shared key is a positive
     pairs, own_mask = _pairs(where, keys, given, alone=in_batch and (own or negatives is None), listed=in_batch)
     pairs, keys = _in_range(where, pairs, keys)
@@ -131,6 +135,7 @@ def siglip(
     where = "siglip"
     check_reduction(where, reduction)
     exact_type(where, q, k, negatives)
+    check_positives_type(where, positives)
     if cosine:
         q, k, negatives = (None if x is None else normalised(x) for x in (q, k, negatives))
     if negatives is not None and negatives.dim() != q.dim():
@@ -211,6 +216,12 @@ def check_reduction(where: str, reduction: str) -> None:
         raise EstimatorError(where, f"reduction {reduction!r}", f"one of {', '.join(REDUCTIONS)}", "Choose one.")
 
 
+def check_positives_type(where: str, positives: Tensor | None) -> None:
+    if positives is not None and not isinstance(positives, Tensor):
+        what = f"positives, a {type(positives).__name__}"
+        raise EstimatorError(where, what, "int64 [B] or [B, P]", "Call torch.as_tensor on it.")
+
+
 def _check_options(where: str, options: Options) -> None:
     check_number(where, "hardness", options.hardness, 0)
     check_number(where, "label_smoothing", options.smoothing, 0, 1)
@@ -255,6 +266,8 @@ def _keys(
 ) -> Keys:
     """The embeddings in one form."""
     first, _, scale = prepared(where, q, k, temperature)
+    if 0 in k.shape and negatives is None:
+        raise wrong_shapes(where, q, k, "at least one key")
     if not in_batch and k.shape != q.shape:
         raise wrong_shapes(where, q, k, "q and k of one shape, row i of k the positive of row i of q")
     if negatives is not None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.errors import EstimatorError
 from engine.kernels.arguments import exact_type, wants_gradient
 from engine.kernels.contrastive.autograd import CHUNK_BYTES, scores_of_own
-from engine.kernels.contrastive.op import Given, Options, check_reduction, extended_infonce
+from engine.kernels.contrastive.op import Given, Options, check_positives_type, check_reduction, extended_infonce
 from engine.kernels.mi_bounds import autograd, plan, reference
 from engine.kernels.mi_bounds.embeddings import grouped, normalised, positives_in_range, prepared, wrong_shapes
 from engine.kernels.mi_bounds.reference import BOUNDS, check_settings, full_precision
@@ -124,6 +124,7 @@ def infonce(
     """
     check_reduction("infonce", reduction)
     exact_type("infonce", q, k, negatives)
+    check_positives_type("infonce", positives)
     if gather is not False or group is not None or local_loss:
         given = {
             "temperature": temperature, "cosine": cosine, "symmetric": symmetric, "negatives": negatives,
@@ -149,7 +150,7 @@ def infonce(
             raise EstimatorError("infonce", what, "none of these", "Leave them out.")
         return _reduced(_losses_of_own_negatives(q, k, negatives, temperature), reduction)
     if negatives is not None:
-        if negatives.shape[:-2] != k.shape[:-2] or negatives.shape[-1] != k.shape[-1]:
+        if negatives.dim() != k.dim() or negatives.shape[:-2] != k.shape[:-2] or negatives.shape[-1] != k.shape[-1]:
             raise wrong_shapes("infonce", negatives, k, "negatives with the width and groups of k")
         k = torch.cat([k, negatives], dim=-2)
     q, k, scale = prepared("infonce", q, k, temperature)

@@ -166,6 +166,8 @@ def _add_gradients(
     coefficients: Coefficients,
 ) -> None:  # fmt: skip
     """Add one block's gradients of rows, columns and parameters in their places; None for those that are not wanted."""
+    if all(place is None for place in places):
+        return
     leaves = [t.detach().requires_grad_(place is not None) for t, place in zip(tensors, places, strict=True)]
     with torch.enable_grad():
         scores = scoring.score(leaves[0], leaves[1], leaves[2:])
