@@ -59,6 +59,10 @@ class RecentFeatures:
         """The features that are kept, [n, width] each, n up to the capacity. Their order has no meaning."""
         return Bank({name: value[: len(self)].clone() for name, value in self.rows.items()})
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the features that are kept."""
+        self.rows = {name: value.to(device) for name, value in self.rows.items()}
+
     def state_dict(self) -> dict[str, Any]:
         return {"capacity": self.capacity, "stored": self.stored, "rows": {k: v.clone() for k, v in self.rows.items()}}
 

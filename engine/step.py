@@ -221,7 +221,7 @@ class TwoStageStep(Updates):
         if self.label is not None and target is not None:
             features = with_label(features, self.label, target, prediction)
         if not torch.compiler.is_compiling():
-            rows = rows_of(target, features)
+            rows = rows_of(target, features, prediction)
             check_prediction_rows(prediction, rows)
             check_features(features, self._readers, rows)
         return ReadOutput(prediction, features, loss)
@@ -277,14 +277,14 @@ class TwoStageStep(Updates):
         self._begin()
         with self._frozen_estimators():
             output, loss = self._run_stage2(self._prepared(inputs), target, products, information)
-            self._update_model(output, loss, optimizer, target)
+            self._update_model(output, loss, optimizer, rows_of(target, output.features, output.prediction, inputs))
         return output
 
-    def _update_model(self, output: StepOutput, loss: Tensor, optimizer: torch.optim.Optimizer, target: Target) -> None:
+    def _update_model(self, output: StepOutput, loss: Tensor, optimizer: torch.optim.Optimizer, rows: int) -> None:
         if self.task_loss is None and output.information is None:
             return  # there is nothing to learn from, as in the first epoch without a target
         self.finite.check_loss(output.loss, output.task, output.information)
-        if self._update(loss, optimizer, self.scaler, rows_of(target, output.features)):
+        if self._update(loss, optimizer, self.scaler, rows):
             self._update_average()
 
     def _stage2_loss(
@@ -296,7 +296,7 @@ class TwoStageStep(Updates):
         self, outputs: ReadOutput, target: Target, products: Mapping[str, Rows] | None, information: bool
     ) -> tuple[StepOutput, Tensor]:
         prediction, features, own = outputs
-        task = task_of(self.task_loss, prediction, target, own)
+        task = task_of(self.task_loss, prediction, target, own, self.device)
         terms, loss = None, task
         if information:
             with part("estimators"):
@@ -332,7 +332,7 @@ class TwoStageStep(Updates):
         with self._frozen_estimators():
             products = self.draw_products(known, batch.rows) if information else None
             output, loss = self._losses(outputs, batch.target, products, information)
-            self._update_model(output, loss, optimizer, batch.target)
+            self._update_model(output, loss, optimizer, batch.rows)
         if recent is not None and self.objective is not None:
             recent.store({name: output.features[name] for name in self._readers})
         return output
@@ -347,6 +347,8 @@ class TwoStageStep(Updates):
                 "Pass recent=engine.recent.RecentFeatures(4096), and the same object every time.",
             )  # fmt: skip
         k = self.objective.settings.k_neighbor
+        if self.device is not None:
+            recent.to(self.device)  # a state may have been loaded on the CPU
         return recent.tensors() if len(recent) - min(rows // k, len(recent)) >= k else None
 
     @contextlib.contextmanager

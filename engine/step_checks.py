@@ -34,12 +34,15 @@ class _NoBroadcast(TorchFunctionMode):
         return result
 
 
-def task_of(task_loss: Any, prediction: Any, target: Target, own: Tensor | None) -> Tensor:
+def task_of(
+    task_loss: Any, prediction: Any, target: Target, own: Tensor | None, device: torch.device | None = None
+) -> Tensor:
     """The task's loss on one batch, 0-d: `task_loss(prediction, target)`, the model's own, or 0 where there is none.
 
     Args:
         task_loss: a function, "model" or None, as of `TwoStageStep`.
         own: the loss that the model computed, or None.
+        device: of the model, for the 0 of no prediction.
 
     Raises:
         ConfigError: there is no prediction, target or own loss where one is needed; an own loss that is not used; a
@@ -51,7 +54,7 @@ def task_of(task_loss: Any, prediction: Any, target: Target, own: Tensor | None)
                 "task_loss", "None, but the model returned a loss", "a loss that is used",
                 'Pass task_loss="model" to train on the model\'s own loss, or return none.',
             )  # fmt: skip
-        return torch.zeros((), device=next((t.device for t in pytree.tree_leaves(prediction) if t is not None), None))
+        return torch.zeros((), device=next((t.device for t in pytree.tree_leaves(prediction) if t is not None), device))
     if task_loss == "model":
         if own is None:
             raise ConfigError(
