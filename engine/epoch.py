@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from engine.averages import EpochResult, means
 from engine.bank import FeatureBank
-from engine.passes import OnBatch, passes_of_epoch
+from engine.passes import OnBatch, no_batch, passes_of_epoch
 from engine.position import Position
 from engine.profile import part
 
@@ -58,6 +58,8 @@ def run_epoch(
         losses, information, next_bank = passes.stage2(loader, size, bank, of_stage2, done, position)
     step.finite.read()
     step.finite.require_a_step(losses)
+    if not losses:
+        raise no_batch()
     estimators = position.estimators.sums()
     result = EpochResult(**means(losses), information=means(information), estimators=means(estimators))
     result.skipped = position.skipped
