@@ -228,7 +228,8 @@ class GaussianNet(nn.Module):
         """
         y = full_precision(y.detach())
         mean, variance = y.mean(0), y.var(0, correction=0)
-        used = mean.isfinite() & variance.isfinite() & (variance > 0)
+        varies = (y != y[:1]).any(0)  # the variance of equal numbers may be above 0, by the rounding of their mean
+        used = varies & mean.isfinite() & variance.isfinite() & (variance > 0)
         rate = torch.where(used, torch.where(self.begun > 0, RATE, 1.0), 0.0)
         for buffer, value in ((self.y_mean, mean), (self.y_variance, variance)):
             moved = buffer + rate * (torch.where(used, value, buffer) - buffer)
