@@ -313,7 +313,8 @@ class TwoStageStep(Updates):
 
         The model runs once. Its detached features move the estimators `stage1_n` times. Then the model moves on its
         task loss and the terms. Without enough recent features for product rows, and on a batch smaller than
-        `Objective.min_batch`, it moves on the task loss alone.
+        `Objective.min_batch`, it moves on the task loss alone. With `accumulate` each of the `stage1_n` times counts as
+        a micro-batch of stage 1.
 
         Args:
             item: a batch of any loader; it needs no index.
