@@ -323,8 +323,13 @@ def check_conditional(bound: str, critic: str | nn.Module, dim_y: int, classes: 
 
 
 def check_classes(where: str, y: Tensor, classes: int) -> None:
-    """Refuse a value of y [B, 1] that is no class. One-hot rows pass."""
+    """Refuse a value of y [B, 1] that is no class, and rows [B, classes] that are no probabilities."""
     if y.shape[1] != 1:
+        if bool(((y < 0).any(1) | ~((y.float().sum(1) - 1).abs() < 0.01)).any()):
+            raise EstimatorError(
+                where, f"rows of {y.shape[1]} numbers that are no probabilities", "one-hot rows",
+                "Convert the classes with torch.nn.functional.one_hot, or leave out the number of classes.",
+            )  # fmt: skip
         return
     wrong = y[(y != y.round()) | (y < 0) | (y >= classes)]
     if len(wrong):
