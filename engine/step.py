@@ -410,6 +410,7 @@ class TwoStageStep(Updates):
                 not run, and the features of the last epoch are used.
             on_batch: called after every batch with the stage ("collect", "stage1", "stage2") and the batch's number.
             position: follows the epoch, so that `on_batch` can save where it is; one that was loaded is gone on from.
+                Every epoch needs a new one.
 
         Returns:
             The means over the epoch with the features that stage 1 saw, and the bank for the next epoch.
