@@ -39,7 +39,7 @@ from engine.position import Position
 from engine.profile import part
 from engine.recent import RecentFeatures
 from engine.static import StaticPasses
-from engine.step_checks import check_bank, task_of, unwrapped
+from engine.step_checks import check_bank, check_epoch, check_task_loss, task_of, unwrapped
 from engine.updates import Accumulation, Updates, without_grad
 
 StageOneFeatures = Literal["fresh", "cached", "bank"]
@@ -134,6 +134,7 @@ class TwoStageStep(Updates):
         features: Features = None,
         accumulate: int = 1,
     ):
+        check_task_loss(task_loss)
         self.model, self.objective, self.task_loss = model, unwrapped(objective), task_loss
         self._wrapped_objective = objective if objective is not self.objective else None
         self._pick, self.accumulate = features, accumulate
@@ -420,6 +421,7 @@ class TwoStageStep(Updates):
             EstimatorError: an estimate of this epoch is not finite, under on_degenerate="raise".
             ConfigError: a static step on a loader without a length, a model that cannot be captured, or no optimiser.
         """
+        check_epoch(stage1_features, stage1_n, batch_size)
         self._optimizer("main_optimizer")
         if self.objective is not None and stage1_n > 0:
             self._optimizer("estimator_optimizer")

@@ -14,6 +14,9 @@ from engine.bank import FeatureBank
 from engine.batches import Target
 from engine.errors import ConfigError
 
+STAGE1_FEATURES = ("fresh", "cached", "bank")
+"""Where stage 1 may take its features from."""
+
 
 class _NoBroadcast(TorchFunctionMode):
     """Refuses an operation on a [B, 1] and a [B] tensor whose result would compare every sample with every other."""
@@ -68,6 +71,28 @@ def task_of(
         found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ConfigError("task_loss", found, "a 0-d tensor", "Return the mean over the batch.")
     return loss
+
+
+def check_task_loss(task_loss: Any) -> None:
+    """Raise ConfigError for a task loss that is neither a function nor "model" nor None."""
+    if task_loss is not None and task_loss != "model" and not callable(task_loss):
+        raise ConfigError(
+            "TwoStageStep", f"task_loss={task_loss!r}", 'a function of (prediction, target), "model" or None',
+            "Pass for example torch.nn.functional.mse_loss.",
+        )  # fmt: skip
+
+
+def check_epoch(stage1_features: str, stage1_n: int, batch_size: int) -> None:
+    """Raise ConfigError for settings of `train_epoch` that are none."""
+    if stage1_features not in STAGE1_FEATURES:
+        raise ConfigError(
+            "train_epoch", f"stage1_features={stage1_features!r}", f"one of {', '.join(STAGE1_FEATURES)}", "Choose one."
+        )
+    if stage1_n < 0 or batch_size < 1:
+        raise ConfigError(
+            "train_epoch", f"stage1_n={stage1_n} and batch_size={batch_size}", "stage1_n >= 0 and batch_size >= 1",
+            "Correct them.",
+        )  # fmt: skip
 
 
 def _computed_loss(task_loss: Callable[[Any, Any], Tensor], prediction: Any, target: Target) -> Tensor:

@@ -635,3 +635,25 @@ def test_skipped_micro_batches_count_in_a_row_over_passes():
     with pytest.raises(NonFiniteError):
         step.train_epoch([(inputs, y, index)], N, None, batch_size=N)
     assert step.finite.position.in_a_row == 1
+
+
+@pytest.mark.parametrize(
+    "options, found",
+    [
+        ({"stage1_features": "cache"}, "stage1_features='cache'"),  # would be taken as "bank"
+        ({"stage1_n": -1}, "stage1_n=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_settings_of_an_epoch_that_are_none(options, found):
+    step = make()
+    with pytest.raises(ConfigError, match=found):
+        step.train_epoch(tuples(), N, None, **{"batch_size": BATCH, **options})
+
+
+@pytest.mark.parametrize("options", [{"task_loss": "mse"}, {"accumulate": 1.5}, {"accumulate": 0}])
+def test_settings_of_a_step_that_are_none(options):
+    """A group of 1.5 micro-batches would never be complete."""
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"TwoStageStep: found {name}="):
+        make(**options)
