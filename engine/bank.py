@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.errors import ConfigError
 from engine.kernels.knn_product import Bank
 
 
@@ -40,6 +41,12 @@ class FeatureBank:
         if keep is not None:
             keep = keep.expand(len(index))
         for name, value in features.items():
+            if value.dim() == 0 or len(value) != len(index):
+                raise ConfigError(
+                    f"feature {name!r}", f"shape {list(value.shape)} in a batch of {len(index)}",
+                    f"[{len(index)}, ...], as the feature bank keeps a row per sample",
+                    "Pick the features to keep with features=.",
+                )  # fmt: skip
             if keep is not None:
                 value = torch.where(keep.reshape(-1, *[1] * (value.dim() - 1)), value, torch.zeros_like(value))
             if name not in self.rows:

@@ -126,7 +126,10 @@ def _rows(inputs: Any, target: Any, index: Any) -> int:
             "a batch of the loader", " and ".join(f"{n} of {'no' if s is None else s} rows" for n, s in sizes.items()),
             "one number of rows in all parts", "Check the collate_fn.",
         )  # fmt: skip
-    return next(iter(sizes.values()))
+    rows = next(iter(sizes.values()))
+    if rows == 0:
+        raise DataError("a batch of the loader", "no rows", "one or more", "Leave empty batches out.")
+    return rows
 
 
 def all_tensors(value: Any) -> bool:
@@ -139,11 +142,10 @@ def _moved(part: Any, device: torch.device) -> Any:
     return pytree.tree_map(lambda leaf: _moved(leaf, device) if isinstance(leaf, Tensor) else leaf, part)
 
 
-def rows_of(target: Target, features: Mapping[str, Tensor]) -> int:
-    """The number of rows of a batch, from its target or else its features; 1 where there are neither."""
-    if isinstance(target, Tensor):
-        return len(target)
-    return next((len(value) for part in (target, features) if part for value in part.values()), 1)
+def rows_of(target: Target, features: Mapping[str, Tensor], prediction: Any = None, inputs: Any = None) -> int:
+    """The number of rows of a batch, from the first of these that holds a tensor; 1 where none does."""
+    tensors = (x for x in pytree.tree_leaves((target, features, prediction, inputs)) if isinstance(x, Tensor))
+    return next((len(x) for x in tensors if x.dim() > 0), 1)
 
 
 def check_index(batch: ReadBatch, size: int) -> None:

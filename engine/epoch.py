@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from engine.averages import EpochResult, means
 from engine.bank import FeatureBank
-from engine.passes import OnBatch, passes_of_epoch
+from engine.errors import ConfigError
+from engine.passes import OnBatch, no_batch, passes_of_epoch
 from engine.position import Position
 from engine.profile import part
 
@@ -27,6 +28,10 @@ def run_epoch(
     position: Position,
 ) -> tuple[EpochResult, FeatureBank]:
     """See `TwoStageStep.train_epoch`."""
+    if position.finished:
+        raise ConfigError(
+            "position", "that of an epoch that is finished", "a new one for every epoch", "Pass Position()."
+        )
     passes = step.static or step.eager
     bank, fresh = bank if step.objective is not None else None, stage1_features == "fresh"
     stage1_n = stage1_n if bank is not None else 0
@@ -58,12 +63,15 @@ def run_epoch(
         losses, information, next_bank = passes.stage2(loader, size, bank, of_stage2, done, position)
     step.finite.read()
     step.finite.require_a_step(losses)
+    if not losses:
+        raise no_batch()
     estimators = position.estimators.sums()
     result = EpochResult(**means(losses), information=means(information), estimators=means(estimators))
     result.skipped = position.skipped
     step._check_finite(result)
     if seen is not None:
         result.features = dict((seen if step.static is None else seen.copy()).tensors())
+    position.finished = True
     return result, next_bank
 
 
@@ -89,7 +97,7 @@ def _draw(
     """The product rows of all passes; those of an epoch that was stopped are drawn again."""
     passes, now = step.static or step.eager, step.generator.get_state()
     if position.sizes is not None:
-        step.generator.set_state(position.generator)
+        step.generator.set_state(position.generator.cpu())
         drawn = passes.begin_epoch(bank, position.sizes)
         step.generator.set_state(now)
         return drawn

@@ -61,7 +61,7 @@ def read_output(output: Any, inputs: Any, features: Features = None, wanted: Ite
         entries = _entries(output)
         prediction = next((entries[name] for name in PREDICTIONS if entries.get(name) is not None), None)
         given = entries.get("features")
-        if given is None:
+        if not isinstance(given, Mapping):  # a tensor there is a feature like any other entry
             given = {name: entries[name] for name in wanted if isinstance(entries.get(name), Tensor)}
     if features is not None:
         given = _picked(features, output, inputs, entries)
@@ -91,6 +91,7 @@ def _picked(features: Features, output: Any, inputs: Any, entries: Mapping[str, 
                 "Return a dict.",
             )  # fmt: skip
         return given
+    features = [features] if isinstance(features, str) else features
     names = features if isinstance(features, Mapping) else {name: name for name in features}
     for name, entry in names.items():
         if not isinstance(entries.get(entry), Tensor):
@@ -113,7 +114,7 @@ def _check_prediction(prediction: Any) -> None:
 
 def full_precision(x: Tensor) -> Tensor:
     """float32 for a tensor of lower precision."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def check_prediction_rows(prediction: Any, rows: int) -> None:
@@ -131,6 +132,11 @@ def with_label(features: dict[str, Tensor], label: str, target: Target, predicti
     floats = isinstance(prediction, Tensor) and prediction.is_floating_point()
     dtype = prediction.dtype if floats else torch.float32
     added = {label: target} if isinstance(target, Tensor) else target
+    if twice := sorted(features.keys() & added.keys()):
+        raise ConfigError(
+            f"feature {twice[0]!r}", "one from the model and the target under the same name", "two names",
+            "Rename the model's, or the target with label= (a dict's target by its key); label=None leaves it out.",
+        )  # fmt: skip
     return {**features, **{name: value.reshape(len(value), -1).to(dtype) for name, value in added.items()}}
 
 
@@ -142,6 +148,12 @@ def check_features(features: Mapping[str, Tensor], readers: Mapping[str, Any], r
         readers: {feature: a term that reads it}.
         rows: of the batch.
     """
+    for name, value in features.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(
+                f"feature {name!r}", f"a {type(value).__name__}", "a tensor [B, ...]",
+                "Return only tensors as features, or pick some with features=.",
+            )  # fmt: skip
     for name, term in readers.items():
         if name not in features:
             raise ConfigError(

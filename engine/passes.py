@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.averages import Average, EpochResult, Sums, means
 from engine.bank import FeatureBank
 from engine.batches import joined
+from engine.errors import DataError
 from engine.loaders.batch import Batch
 from engine.objective import Rows
 from engine.position import Position
@@ -176,6 +177,8 @@ class EagerPasses:
             _add(output, rows, losses, information)
             outputs.append(output)
             targets.append(target)
+        if not outputs:
+            raise no_batch()
         return EpochResult(
             **means(losses.sums()),
             information=means(information.sums()),
@@ -186,7 +189,7 @@ class EagerPasses:
 
     def _flush(self, stage: str) -> None:
         """Update with the last micro-batches of a pass."""
-        if self.step.accumulate > 1:
+        if any(group.batches for group in self.step.groups.values()):
             self.step.finite.guarded(stage, -1, None, self.step.flush)
 
     def _computed(self, loader: Iterable, bank: FeatureBank) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -209,6 +212,13 @@ class EagerPasses:
                 rows if stored is None else stored[rows.cpu()],
                 {name: value[rows.to(value.device)] for name, value in known.items()},
             )
+
+
+def no_batch() -> DataError:
+    return DataError(
+        "the loader", "no batch", "batches in every pass",
+        "Give a list or a DataLoader: a generator is empty after its first pass.",
+    )  # fmt: skip
 
 
 def _add(output: StepOutput, rows: int, losses: Average, information: Average, keep: Tensor | None = None) -> None:

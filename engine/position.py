@@ -35,6 +35,7 @@ class Position:
         seen: the bank that fresh passes of stage 1 fill.
         estimators: sums over the passes of stage 1 that are done.
         skipped: steps that were left out because they were not finite; `in_a_row` of them since the last one that was.
+        finished: whether `train_epoch` has ended the epoch. The next epoch needs a new position.
         seconds, waited: time that the epoch has taken, and how much of it went into waiting for batches.
 
     Example:
@@ -57,6 +58,7 @@ class Position:
         self.seen: FeatureBank | None = None
         self.estimators = Average()
         self.skipped = self.in_a_row = 0
+        self.finished = False
         self.seconds, self.waited = 0.0, 0.0
         self._sums: dict[str, Average] = {}
         self.noted: Callable[[], list[tuple[list[str], Tensor]]] = list
@@ -109,6 +111,7 @@ class Position:
         """Take over what `state_dict` gave. Its tensors move to `device`."""
         for name in ("stage", "number", "batches", "total", "skipped", "in_a_row", "generator", "order"):
             setattr(self, name, state[name])
+        self.finished = False
         sizes = state["sizes"]
         self.sizes = None if sizes is None else [None if s is None else s.tolist() for s in sizes]
         self.estimators = Average.of(state["estimators"], device)

@@ -175,7 +175,13 @@ def _label(y: Tensor) -> Tensor:
 
 def _columns(what: str, values: Any) -> Tensor:
     """Numbers as float64 [N, columns]."""
-    tensor = torch.as_tensor(values).detach()
+    try:
+        tensor = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError) as cause:  # such as names of classes
+        raise DataError(
+            f"probe, {what}", f"a {type(values).__name__} that is no table of numbers", "real numbers [N, d] or [N]",
+            "Convert it; number the classes.",
+        ) from cause  # fmt: skip
     if tensor.is_complex() or tensor.dim() not in (1, 2):
         raise DataError(
             f"probe, {what}", f"{tensor.dtype} {list(tensor.shape)}", "real numbers [N, d] or [N]", "Reshape."

@@ -46,6 +46,8 @@ class RecentFeatures:
                 "RecentFeatures", f"features {_shapes(features)}", f"{_shapes(self.rows)}, as in the batches before",
                 "Store the same features every time, or use another RecentFeatures.",
             )  # fmt: skip
+        if any(self.rows[name].device != value.device for name, value in features.items() if name in self.rows):
+            self.to(next(iter(features.values())).device)  # a state may have been loaded on the CPU
         count = len(next(iter(features.values())))
         kept = min(count, self.capacity)  # of a batch larger than the capacity only its end
         place = torch.arange(self.stored + count - kept, self.stored + count) % self.capacity
@@ -58,6 +60,10 @@ class RecentFeatures:
     def tensors(self) -> Bank:
         """The features that are kept, [n, width] each, n up to the capacity. Their order has no meaning."""
         return Bank({name: value[: len(self)].clone() for name, value in self.rows.items()})
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the features that are kept."""
+        self.rows = {name: value.to(device) for name, value in self.rows.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"capacity": self.capacity, "stored": self.stored, "rows": {k: v.clone() for k, v in self.rows.items()}}

@@ -39,7 +39,7 @@ from engine.position import Position
 from engine.profile import part
 from engine.recent import RecentFeatures
 from engine.static import StaticPasses
-from engine.step_checks import check_bank, task_of, unwrapped
+from engine.step_checks import check_bank, check_epoch, check_task_loss, task_of, unwrapped
 from engine.updates import Accumulation, Updates, without_grad
 
 StageOneFeatures = Literal["fresh", "cached", "bank"]
@@ -134,6 +134,7 @@ class TwoStageStep(Updates):
         features: Features = None,
         accumulate: int = 1,
     ):
+        check_task_loss(task_loss)
         self.model, self.objective, self.task_loss = model, unwrapped(objective), task_loss
         self._wrapped_objective = objective if objective is not self.objective else None
         self._pick, self.accumulate = features, accumulate
@@ -221,7 +222,7 @@ class TwoStageStep(Updates):
         if self.label is not None and target is not None:
             features = with_label(features, self.label, target, prediction)
         if not torch.compiler.is_compiling():
-            rows = rows_of(target, features)
+            rows = rows_of(target, features, prediction)
             check_prediction_rows(prediction, rows)
             check_features(features, self._readers, rows)
         return ReadOutput(prediction, features, loss)
@@ -277,14 +278,14 @@ class TwoStageStep(Updates):
         self._begin()
         with self._frozen_estimators():
             output, loss = self._run_stage2(self._prepared(inputs), target, products, information)
-            self._update_model(output, loss, optimizer, target)
+            self._update_model(output, loss, optimizer, rows_of(target, output.features, output.prediction, inputs))
         return output
 
-    def _update_model(self, output: StepOutput, loss: Tensor, optimizer: torch.optim.Optimizer, target: Target) -> None:
+    def _update_model(self, output: StepOutput, loss: Tensor, optimizer: torch.optim.Optimizer, rows: int) -> None:
         if self.task_loss is None and output.information is None:
             return  # there is nothing to learn from, as in the first epoch without a target
         self.finite.check_loss(output.loss, output.task, output.information)
-        if self._update(loss, optimizer, self.scaler, rows_of(target, output.features)):
+        if self._update(loss, optimizer, self.scaler, rows):
             self._update_average()
 
     def _stage2_loss(
@@ -296,7 +297,7 @@ class TwoStageStep(Updates):
         self, outputs: ReadOutput, target: Target, products: Mapping[str, Rows] | None, information: bool
     ) -> tuple[StepOutput, Tensor]:
         prediction, features, own = outputs
-        task = task_of(self.task_loss, prediction, target, own)
+        task = task_of(self.task_loss, prediction, target, own, self.device)
         terms, loss = None, task
         if information:
             with part("estimators"):
@@ -313,7 +314,8 @@ class TwoStageStep(Updates):
 
         The model runs once. Its detached features move the estimators `stage1_n` times. Then the model moves on its
         task loss and the terms. Without enough recent features for product rows, and on a batch smaller than
-        `Objective.min_batch`, it moves on the task loss alone.
+        `Objective.min_batch`, it moves on the task loss alone. With `accumulate` each of the `stage1_n` times counts as
+        a micro-batch of stage 1.
 
         Args:
             item: a batch of any loader; it needs no index.
@@ -332,7 +334,7 @@ class TwoStageStep(Updates):
         with self._frozen_estimators():
             products = self.draw_products(known, batch.rows) if information else None
             output, loss = self._losses(outputs, batch.target, products, information)
-            self._update_model(output, loss, optimizer, batch.target)
+            self._update_model(output, loss, optimizer, batch.rows)
         if recent is not None and self.objective is not None:
             recent.store({name: output.features[name] for name in self._readers})
         return output
@@ -347,6 +349,8 @@ class TwoStageStep(Updates):
                 "Pass recent=engine.recent.RecentFeatures(4096), and the same object every time.",
             )  # fmt: skip
         k = self.objective.settings.k_neighbor
+        if self.device is not None:
+            recent.to(self.device)  # a state may have been loaded on the CPU
         return recent.tensors() if len(recent) - min(rows // k, len(recent)) >= k else None
 
     @contextlib.contextmanager
@@ -407,6 +411,7 @@ class TwoStageStep(Updates):
                 not run, and the features of the last epoch are used.
             on_batch: called after every batch with the stage ("collect", "stage1", "stage2") and the batch's number.
             position: follows the epoch, so that `on_batch` can save where it is; one that was loaded is gone on from.
+                Every epoch needs a new one.
 
         Returns:
             The means over the epoch with the features that stage 1 saw, and the bank for the next epoch.
@@ -416,6 +421,7 @@ class TwoStageStep(Updates):
             EstimatorError: an estimate of this epoch is not finite, under on_degenerate="raise".
             ConfigError: a static step on a loader without a length, a model that cannot be captured, or no optimiser.
         """
+        check_epoch(stage1_features, stage1_n, batch_size)
         self._optimizer("main_optimizer")
         if self.objective is not None and stage1_n > 0:
             self._optimizer("estimator_optimizer")

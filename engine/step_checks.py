@@ -14,6 +14,9 @@ from engine.bank import FeatureBank
 from engine.batches import Target
 from engine.errors import ConfigError
 
+STAGE1_FEATURES = ("fresh", "cached", "bank")
+"""Where stage 1 may take its features from."""
+
 
 class _NoBroadcast(TorchFunctionMode):
     """Refuses an operation on a [B, 1] and a [B] tensor whose result would compare every sample with every other."""
@@ -34,12 +37,15 @@ class _NoBroadcast(TorchFunctionMode):
         return result
 
 
-def task_of(task_loss: Any, prediction: Any, target: Target, own: Tensor | None) -> Tensor:
+def task_of(
+    task_loss: Any, prediction: Any, target: Target, own: Tensor | None, device: torch.device | None = None
+) -> Tensor:
     """The task's loss on one batch, 0-d: `task_loss(prediction, target)`, the model's own, or 0 where there is none.
 
     Args:
         task_loss: a function, "model" or None, as of `TwoStageStep`.
         own: the loss that the model computed, or None.
+        device: of the model, for the 0 of no prediction.
 
     Raises:
         ConfigError: there is no prediction, target or own loss where one is needed; an own loss that is not used; a
@@ -51,7 +57,7 @@ def task_of(task_loss: Any, prediction: Any, target: Target, own: Tensor | None)
                 "task_loss", "None, but the model returned a loss", "a loss that is used",
                 'Pass task_loss="model" to train on the model\'s own loss, or return none.',
             )  # fmt: skip
-        return torch.zeros((), device=next((t.device for t in pytree.tree_leaves(prediction) if t is not None), None))
+        return torch.zeros((), device=next((t.device for t in pytree.tree_leaves(prediction) if t is not None), device))
     if task_loss == "model":
         if own is None:
             raise ConfigError(
@@ -65,6 +71,28 @@ def task_of(task_loss: Any, prediction: Any, target: Target, own: Tensor | None)
         found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ConfigError("task_loss", found, "a 0-d tensor", "Return the mean over the batch.")
     return loss
+
+
+def check_task_loss(task_loss: Any) -> None:
+    """Raise ConfigError for a task loss that is neither a function nor "model" nor None."""
+    if task_loss is not None and task_loss != "model" and not callable(task_loss):
+        raise ConfigError(
+            "TwoStageStep", f"task_loss={task_loss!r}", 'a function of (prediction, target), "model" or None',
+            "Pass for example torch.nn.functional.mse_loss.",
+        )  # fmt: skip
+
+
+def check_epoch(stage1_features: str, stage1_n: int, batch_size: int) -> None:
+    """Raise ConfigError for settings of `train_epoch` that are none."""
+    if stage1_features not in STAGE1_FEATURES:
+        raise ConfigError(
+            "train_epoch", f"stage1_features={stage1_features!r}", f"one of {', '.join(STAGE1_FEATURES)}", "Choose one."
+        )
+    if stage1_n < 0 or batch_size < 1:
+        raise ConfigError(
+            "train_epoch", f"stage1_n={stage1_n} and batch_size={batch_size}", "stage1_n >= 0 and batch_size >= 1",
+            "Correct them.",
+        )  # fmt: skip
 
 
 def _computed_loss(task_loss: Callable[[Any, Any], Tensor], prediction: Any, target: Target) -> Tensor:

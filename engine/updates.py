@@ -37,8 +37,10 @@ class Accumulation:
     """
 
     def __init__(self, count: int):
-        if count < 1:
-            raise ConfigError("TwoStageStep", f"accumulate={count}", "a number of micro-batches >= 1", "Raise it.")
+        if not isinstance(count, int) or count < 1:
+            raise ConfigError(
+                "TwoStageStep", f"accumulate={count}", "a whole number of micro-batches >= 1", "Correct it."
+            )
         self.count = count
         self.clear()
 

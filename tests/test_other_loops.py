@@ -12,10 +12,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from engine.batches import Numbered, read_batch
 from engine.config import ObjectiveConfig
-from engine.errors import CheckpointError, ConfigError, DataError, EngineError
+from engine.errors import CheckpointError, ConfigError, DataError, EngineError, NonFiniteError
 from engine.objective import CMI, MI, Objective
+from engine.outputs import read_output
 from engine.recent import RecentFeatures
 from engine.step import TwoStageStep
+from engine.step_checks import task_of
 
 N, BATCH = 24, 8
 SETTINGS = ObjectiveConfig(hidden=16, embed=8, compat="none")
@@ -522,3 +524,137 @@ def test_a_state_of_another_step_is_refused():
     with pytest.raises(CheckpointError) as caught:
         other.load_state_dict(state)
     assert isinstance(caught.value, EngineError) and "\n" not in str(caught.value)
+
+
+# -- what would otherwise be silent, or a traceback --------------------------------------------------------------------
+
+
+def test_a_dicts_entry_features_may_be_a_tensor():
+    class Model(Pair):
+        def forward(self, x):
+            prediction, a, b = self.parts(x)
+            return {"prediction": prediction, "features": a, "Y": b}
+
+    terms = Objective([MI("features", "Y")], {"features": 4, "Y": 4}, settings=SETTINGS)
+    output = make(Model(), terms).train_batch(tuples()[0])
+    assert set(output.features) == {"features", "Y", "C"} and output.features["features"].shape == (BATCH, 4)
+
+
+def test_a_single_name_of_an_entry():
+    output = {"logits": torch.ones(4, 1), "pooled": torch.zeros(4, 8)}
+    assert list(read_output(output, None, "pooled").features) == ["pooled"]
+
+
+def test_a_target_does_not_replace_a_feature_of_the_model():
+    class Model(Pair):
+        def forward(self, x):
+            prediction, a, b = self.parts(x)
+            return prediction, {"X": a, "C": b[:, :1]}
+
+    with pytest.raises(ConfigError, match="feature 'C': found one from the model and the target"):
+        make(Model(), objective_of(MI("X", "C"))).train_batch(tuples()[0])
+    kept = make(Model(), objective_of(MI("X", "C")), label=None)
+    inputs, target, _ = tuples()[0]
+    own = kept.model(inputs)[1]["C"].detach()
+    assert torch.equal(kept.train_batch((inputs, target)).features["C"], own)
+
+
+class Reconstruction(nn.Linear):
+    def __init__(self, prediction: bool):
+        torch.manual_seed(0)  # all have the same weights
+        super().__init__(6, 6)
+        self.prediction = prediction
+
+    def forward(self, x):
+        output = {"prediction": super().forward(x)}
+        loss = (output["prediction"] - x).square().mean()
+        return {**(output if self.prediction else {}), "loss": loss}
+
+
+@pytest.mark.parametrize("prediction", [True, False])
+def test_micro_batches_of_a_model_without_target_and_features(prediction):
+    """Batches of 8 and 4 rows weigh as the batch of 12 that they make up."""
+    x = data()[0][:12]
+    steps = [make(Reconstruction(prediction), None, "model", accumulate=count) for count in (1, 2)]
+    steps[0].train_batch(x)
+    for part in (x[:8], x[8:]):
+        steps[1].train_batch(part)
+    for one, two in zip(weights(steps[0]), weights(steps[1]), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_micro_batches_of_a_pass_without_target_and_features():
+    x = data()[0][:12]
+    steps = [make(Reconstruction(False), None, "model", accumulate=count) for count in (1, 2)]
+    steps[0].train_epoch([x], 12, None, batch_size=12)
+    steps[1].train_epoch([x[:8], x[8:]], 12, None, batch_size=8)
+    for one, two in zip(weights(steps[0]), weights(steps[1]), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_a_loader_or_a_batch_that_is_empty():
+    x, y, _ = tuples()[0]
+    with pytest.raises(DataError, match="the loader: found no batch"):
+        make().train_epoch([], BATCH, None, batch_size=BATCH)
+    with pytest.raises(DataError, match="the loader: found no batch"):
+        make().evaluate([])
+    with pytest.raises(DataError, match="found no rows"):
+        make().train_batch((x[:0], y[:0]))
+
+
+@pytest.mark.parametrize("extra, found", [(None, "a NoneType"), (torch.zeros(5, 2, 2), r"shape \[5, 2, 2\]")])
+def test_a_feature_that_no_bank_can_keep(extra, found):
+    class Model(Pair):
+        def forward(self, x):
+            prediction, features = super().forward(x)
+            return prediction, {**features, "attention": extra}
+
+    with pytest.raises(ConfigError, match=f"feature 'attention': found {found}"):
+        make(Model()).train_epoch(tuples(), N, None, batch_size=BATCH)
+
+
+def test_no_prediction_on_the_models_device():
+    assert task_of(None, None, None, None, torch.device("meta")).device.type == "meta"
+
+
+def test_recent_features_move_to_the_models_device():
+    recent = RecentFeatures(4)
+    recent.store({"X": torch.ones(4, 2)})
+    recent.to("meta")
+    assert recent.tensors()["X"].device.type == "meta"
+    loaded = RecentFeatures(4)
+    loaded.store({"X": torch.ones(4, 2)})
+    loaded.store({"X": torch.ones(4, 2, device="meta")})
+    assert loaded.tensors()["X"].device.type == "meta"
+
+
+def test_skipped_micro_batches_count_in_a_row_over_passes():
+    """A pass that ends without an open group of micro-batches has made no step."""
+    x, y, index = data()
+    inputs = torch.full_like(x, float("nan"))
+    step = make(objective=None, accumulate=2, non_finite="skip")
+    with pytest.raises(NonFiniteError):
+        step.train_epoch([(inputs, y, index)], N, None, batch_size=N)
+    assert step.finite.position.in_a_row == 1
+
+
+@pytest.mark.parametrize(
+    "options, found",
+    [
+        ({"stage1_features": "cache"}, "stage1_features='cache'"),  # would be taken as "bank"
+        ({"stage1_n": -1}, "stage1_n=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_settings_of_an_epoch_that_are_none(options, found):
+    step = make()
+    with pytest.raises(ConfigError, match=found):
+        step.train_epoch(tuples(), N, None, **{"batch_size": BATCH, **options})
+
+
+@pytest.mark.parametrize("options", [{"task_loss": "mse"}, {"accumulate": 1.5}, {"accumulate": 0}])
+def test_settings_of_a_step_that_are_none(options):
+    """A group of 1.5 micro-batches would never be complete."""
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"TwoStageStep: found {name}="):
+        make(**options)

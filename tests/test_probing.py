@@ -86,3 +86,8 @@ def test_a_single_class_is_an_error():
     x, _ = rows(100)
     with pytest.raises(DataError, match="a single class"):
         probe(x, torch.ones(100), discrete=True)
+
+
+def test_names_of_classes_are_refused_in_one_line():
+    with pytest.raises(DataError, match="probe, target: found a list"):
+        probe(torch.randn(40, 2), ["a", "b"] * 20, discrete=True)

@@ -183,6 +183,17 @@ def test_a_loader_that_cannot_skip_is_read_over():
     assert equal(epoch(again, batches, None, "cached", position=there), expected)
 
 
+def test_every_epoch_needs_a_position_of_its_own():
+    """With the position of a finished epoch there would be nothing left to train on."""
+    step, position = make_step("off"), Position()
+    _, bank = step.train_epoch(Batches(), SAMPLES, None, batch_size=BATCH, position=position)
+    with pytest.raises(ConfigError, match="position: found that of an epoch that is finished"):
+        step.train_epoch(Batches(), SAMPLES, bank, batch_size=BATCH, position=position)
+    before = copy.deepcopy(step.model.state_dict())
+    step.train_epoch(Batches(), SAMPLES, bank, batch_size=BATCH, position=Position())
+    assert not torch.equal(before["one.weight"], step.model.state_dict()["one.weight"])
+
+
 def test_sums_survive_a_checkpoint():
     average = Average()
     for value in (1.0, 2.5):

@@ -228,7 +228,8 @@ class GaussianNet(nn.Module):
         """
         y = full_precision(y.detach())
         mean, variance = y.mean(0), y.var(0, correction=0)
-        used = mean.isfinite() & variance.isfinite() & (variance > 0)
+        varies = (y != y[:1]).any(0)  # the variance of equal numbers may be above 0, by the rounding of their mean
+        used = varies & mean.isfinite() & variance.isfinite() & (variance > 0)
         rate = torch.where(used, torch.where(self.begun > 0, RATE, 1.0), 0.0)
         for buffer, value in ((self.y_mean, mean), (self.y_variance, variance)):
             moved = buffer + rate * (torch.where(used, value, buffer) - buffer)
@@ -322,8 +323,13 @@ def check_conditional(bound: str, critic: str | nn.Module, dim_y: int, classes: 
 
 
 def check_classes(where: str, y: Tensor, classes: int) -> None:
-    """Refuse a value of y [B, 1] that is no class. One-hot rows pass."""
+    """Refuse a value of y [B, 1] that is no class, and rows [B, classes] that are no probabilities."""
     if y.shape[1] != 1:
+        if bool(((y < 0).any(1) | ~((y.float().sum(1) - 1).abs() < 0.01)).any()):
+            raise EstimatorError(
+                where, f"rows of {y.shape[1]} numbers that are no probabilities", "one-hot rows",
+                "Convert the classes with torch.nn.functional.one_hot, or leave out the number of classes.",
+            )  # fmt: skip
         return
     wrong = y[(y != y.round()) | (y < 0) | (y >= classes)]
     if len(wrong):

@@ -16,6 +16,7 @@ from engine.model.variational import (
     Categorical,
     Gaussian,
     GaussianMarginal,
+    GaussianNet,
     club,
     club_sample,
     leave_one_out_bound,
@@ -331,3 +332,24 @@ def test_terms_know_their_bounds():
             wrong()
     with pytest.raises(ConfigError, match="critic"):
         MI("Z", "S", bound="club", critic="concat")
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7])
+def test_a_constant_column_leaves_the_moving_variance(value):
+    """Seven equal numbers have a variance of 5e-17 by rounding, which would become the unit of y."""
+    net = GaussianNet(2, 2, 8, 2, "relu")
+    y = torch.stack([torch.full((7,), value), torch.arange(7.0)], 1)
+    net.observe(y)
+    assert net.y_variance[0] == 1 and net.y_mean[0] == 0
+    assert net.y_variance[1] == 4 and net.y_mean[1] == 3  # of 0 to 6
+
+
+@pytest.mark.parametrize("bound", VARIATIONAL_BOUNDS)
+def test_rows_that_are_no_classes_are_refused(bound):
+    torch.manual_seed(0)
+    estimator, x = MIEstimator(2, 3, bound=bound, classes=3), torch.randn(8, 2)
+    one_hot = nn.functional.one_hot(torch.arange(8) % 3, 3).float()
+    assert estimator(x, one_hot).value.isfinite()
+    for wrong in (torch.randn(8, 3), 2 * one_hot, one_hot * float("nan")):
+        with pytest.raises(EstimatorError, match="expected one-hot rows"):
+            estimator(x, wrong)
