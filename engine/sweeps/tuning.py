@@ -109,11 +109,11 @@ def tune(
     """
     require_optuna()
     out = user_path(out)
-    if not 1 <= trials <= MOST_TRIALS:
+    if type(trials) is not int or not 1 <= trials <= MOST_TRIALS:
         raise ConfigError("trials", str(trials), f"a number from 1 to {MOST_TRIALS}", "Change the number.")
     if pruner not in PRUNERS:
         raise ConfigError("pruner", str(pruner), f"one of {', '.join(PRUNERS)}", "Choose one of these.")
-    seeds = None if seeds is None else checked_seeds(list(seeds))
+    seeds = None if seeds is None else checked_seeds(seeds)
     name = known_task(config, task)
     saved = plans.saved_plan(out)
     jobs, threads, gpus = resources(config, jobs)
@@ -133,9 +133,10 @@ def tune(
         plans.require_same(str(out), saved, plan | {"owner": owner, "storage": place})
     plans.open_data_once(base)
     with owned(out):
-        plans.begin(out, plan | {"owner": owner, "storage": place})
         shared = plan | {"settings": {k: v for k, v in plan["settings"].items() if k != "threads"}}
         kept = Study(out, searched, shared, owner, base.seed, higher, pruner, jobs, storage, study)
+        # After the study: where its storage is refused, the folder is not yet this tuning's.
+        plans.begin(out, plan | {"owner": owner, "storage": place})
         search = Search(kept, out, base, TuneResult(out, metric, higher, searched, []), config, say or to_stderr)
         search.run(trials, jobs, gpus, task, wait=seeds is not None)
         if seeds is not None and search.result.config is not None:
