@@ -306,6 +306,7 @@ def test_what_is_wrong_is_told_before_the_first_trial(
     assert "storage given, not in this folder" in fails(
         "epochs=2", *TUNE[3:], "threads=1", "--storage", f"sqlite:///{tmp_path}/x.db", out=folder
     )
+    assert "study other, not engine" in fails("epochs=2", *TUNE[3:], "threads=1", "--study", "other", out=folder)
     assert main(["sweep", "--preset", "mosi", "--data", str(data), "--out", str(folder), "epochs=1,2"]) == 2
     assert "found another tuning" in capsys.readouterr().err
 
