@@ -37,6 +37,18 @@ LARGEST = 1 << 27
 """Longest text file that is read, in bytes. A history has about 3,000 per epoch."""
 MARKS = (CONFIG, METRICS, HISTORY, LAST, BEST)
 """A folder with any of these files holds a run."""
+PLAN, STARTS = "plan.json", "starts.jsonl"
+"""A folder with both of these files holds a sweep or a tuning."""
+
+
+def require_no_sweep(folder: Path) -> None:
+    """Refuse the folder of a sweep or a tuning for a run, which would replace its report.
+
+    Raises:
+        OutputError: it is one.
+    """
+    if all((folder / name).exists() for name in (PLAN, STARTS)) and not any((folder / mark).exists() for mark in MARKS):
+        raise OutputError(str(folder), "a sweep or a tuning", "an empty or new folder", "Choose another --out.")
 
 
 class Checksums:

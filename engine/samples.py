@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from engine.errors import EstimatorError
 
+EXACT_INTEGERS = 2**53  # from which float64 leaves out integers
 LEAST_SHARED_LABELS = 2  # rows of an index from which its order is compared
 
 
@@ -116,6 +118,35 @@ def width(where: str, columns: Columns) -> int:
     return 1 if array.ndim == 1 else array.shape[1] if array.ndim == 2 else 0
 
 
+def position(where: str, entry: Any, labels: Sequence[str] | None, count: int) -> int | None:
+    """The number of the column that an integer names, by the column's name or by its number.
+
+    Returns:
+        From 0; None if there is no such column, or if the entry is no integer.
+
+    Raises:
+        EstimatorError: the integer is the name of one column and the number of another.
+
+    Example:
+        >>> position("estimate_mi", -1, ["a", "b"], 2), position("estimate_mi", 10, ["10", "20"], 2)
+        (1, 0)
+    """
+    if not isinstance(entry, Integral) or isinstance(entry, bool):
+        return None
+    number = int(entry) % count if -count <= entry < count else None
+    if not labels or str(entry) not in labels:
+        return number
+    named = labels.index(str(entry))
+    if number not in (None, named):
+        raise EstimatorError(
+            where,
+            f"column {entry}, the name of one column and the number of another",
+            "one meaning",
+            f'Write "{entry}" for the name.',
+        )
+    return named
+
+
 def split(where: str, columns: Columns) -> list[Any]:
     """Each column by itself."""
     if columns.columns is not None:
@@ -184,7 +215,7 @@ def check_index(where: str, arguments: Sequence[Columns]) -> None:
     Indexes that hold other labels are no objection. Rows pair by position.
     """
     indexed = [columns for columns in arguments if columns.index is not None]
-    for first, second in pairwise(indexed):
+    for first, second in combinations(indexed, 2):
         a, b = first.index.tolist(), second.index.tolist()
         if len(a) != len(b) or len(a) < LEAST_SHARED_LABELS or a == b or set(a) != set(b):
             continue
@@ -217,20 +248,29 @@ def _numbers(where: str, name: str, values: Any) -> np.ndarray:
         values = _array(where, name, values)
     if _is_sparse(values):
         raise _no_numbers(where, name, type(values).__name__)
-    if isinstance(values, np.ma.MaskedArray):
-        values = values.astype(np.float64).filled(np.nan)
     try:
+        if isinstance(values, np.ma.MaskedArray):
+            values = values.astype(np.float64).filled(np.nan)
         array = np.asarray(values)
         if array.dtype.kind == "O":  # such as a data frame's columns of several types, or with missing entries
             texts = [v for v in array.ravel() if isinstance(v, (str, bytes))]
             array = array if texts or array.ndim == 0 else _without_na(array).astype(np.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise _no_numbers(where, name, f"{type(values).__name__} ({error})") from None
     if array.dtype.kind == "O" and array.ndim == 0:
         raise _no_numbers(where, name, type(values).__name__)
     if array.dtype.kind not in "biuf":
         raise _no_numbers(where, name, f"{type(values).__name__} with entries of type {array.dtype}")
-    return np.array(array, dtype=np.float64, order="C")
+    numbers = np.array(array, dtype=np.float64, order="C")
+    large = array.dtype.kind in "iu" and array.size and np.abs(numbers).max() >= EXACT_INTEGERS
+    if large and len(np.unique(numbers)) < len(np.unique(array)):
+        raise EstimatorError(
+            where,
+            f"{name} with integers of 2**53 or more that float64 cannot tell apart",
+            "numbers that stay different in float64",
+            "Subtract an offset first, or name columns of categories in discrete=.",
+        )
+    return numbers
 
 
 def _without_na(array: np.ndarray) -> np.ndarray:

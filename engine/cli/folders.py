@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import CheckpointError, OutputError
-from engine.run_folder import CONFIG, FILES, LAST, MARKS, PREVIOUS, TENSORBOARD, owned
+from engine.run_folder import CONFIG, FILES, LAST, MARKS, PREVIOUS, TENSORBOARD, owned, require_no_sweep
 
 
 def existing_run(run: Path) -> Path:
@@ -24,6 +24,7 @@ def check_out(out: Path, resume: bool) -> None:
     """Refuse an output folder that is a file or holds a run, before anything slow begins."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out}", "a file", "a folder", "Choose another --out.")
+    require_no_sweep(out)
     if not resume and any((out / mark).exists() for mark in MARKS):
         raise OutputError(
             f"--out {out}", "another run", "an empty or new folder", "Choose another --out, or go on with --resume."

@@ -26,6 +26,7 @@ from engine.information.inputs import (
     Arguments,
     Discrete,
     Side,
+    generator_of,
     read_inputs,
     varying_columns,
 )
@@ -126,7 +127,7 @@ def estimate_cmi(
         check_count(WHERE, name, value)
     check_number(WHERE, "lr", lr, 0, above=True)
     settings = TrainingSettings(steps, batch_size, lr, hidden)
-    estimate = _measure(inputs, settings, k, torch.Generator().manual_seed(seed))
+    estimate = _measure(inputs, settings, k, generator_of(WHERE, seed))
     return replace(estimate, dropped=inputs.dropped, groups=inputs.groups)
 
 

@@ -129,7 +129,7 @@ class Estimate(Mapping[str, Any]):
                 dropped=int(record.get("dropped", 0)),
                 groups=None if groups is None else int(groups),
             )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as problem:
             raise EstimatorError(
                 where, f"no estimate ({problem!r})", "JSON of Estimate.to_json", "Give its text or the file's path."
             ) from None
@@ -213,8 +213,14 @@ def new_figure(where: str, width: float, height: float) -> tuple[Any, Any]:
 
 def save_figure(figure: Any, path: str | Path) -> Path:
     """Write a figure in the format of the path's ending, whole or not at all."""
+    ending = Path(path).suffix.lstrip(".") or "svg"
+    known = figure.canvas.get_supported_filetypes()
+    if ending.lower() not in known:
+        raise EstimatorError(
+            str(path), f"a picture .{ending}", f"one of {', '.join(sorted(known))}", "Change its ending."
+        )
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "svg")
+        figure.savefig(temporary, format=ending)
     return Path(path)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
-from engine.samples import Columns, as_codes, as_numbers, check_finite, check_index, columns_of, split, width
+from engine.samples import Columns, as_codes, as_numbers, check_finite, check_index, columns_of, position, split, width
 
 LEAST_SAMPLES = 50
 LEAST_GROUPS = 20
@@ -115,6 +115,17 @@ def read_inputs(
     return Arguments(sides, None if group is None else _numbered_groups(where, group), dropped)
 
 
+def generator_of(where: str, seed: Any) -> torch.Generator:
+    """A generator with a seed.
+
+    Raises:
+        EstimatorError: the seed is no integer of 64 bits.
+    """
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise EstimatorError(where, f"seed = {seed!r}", "an integer below 2**63", "Change seed.")
+    return torch.Generator().manual_seed(int(seed))
+
+
 def _check_rows(where: str, rows: dict[str, int]) -> None:
     if len(set(rows.values())) == 1:
         return
@@ -195,8 +206,8 @@ def _of_side(where: str, columns: Columns, wanted: Any) -> set[int]:
     for entry in _entries(where, wanted):
         if isinstance(entry, str) and columns.labels and entry in columns.labels:
             numbers |= {i for i, label in enumerate(columns.labels) if label == entry}
-        elif isinstance(entry, Integral) and not isinstance(entry, bool) and -count <= entry < count:
-            numbers.add(int(entry) % count)
+        elif (number := position(where, entry, columns.labels, count)) is not None:
+            numbers.add(number)
         else:
             known = ", ".join(map(repr, columns.labels)) if columns.labels else f"0 to {count - 1}"
             raise EstimatorError(

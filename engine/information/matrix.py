@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from engine.information.columns import FEW_VALUES
 from engine.information.estimate import Estimate, new_figure, save_figure
 from engine.information.inputs import LEAST_PER_CATEGORY
 from engine.information.mi import estimate_mi
-from engine.samples import as_codes, as_numbers, columns_of, split
+from engine.samples import as_codes, as_numbers, check_index, columns_of, position, split
 
 WHERE = "mi_matrix"
 Blocks = Mapping[str, Sequence[str | int] | str | int]
@@ -161,6 +161,11 @@ def mi_matrix(
         >>> bool(matrix.values[0, 2] > 0.2 > matrix.values[0, 1])
         True
     """
+    check_index(WHERE, [columns_of("frame", frame), columns_of("groups", groups)])
+    known = inspect.signature(estimate_mi).parameters
+    if given is None and (unknown := [name for name in settings if name not in known or name in ("x", "y")]):
+        listed = [name for name in known if name not in ("x", "y")]
+        raise EstimatorError(WHERE, f"the setting {unknown[0]!r}", f"one of {', '.join(listed)}", "Check its name.")
     table = _Table(frame, discrete)
     z = [] if given is None else table.numbers([given] if isinstance(given, (str, int)) else given)
     blocks = table.blocks(columns, z)
@@ -197,6 +202,8 @@ class _Table:
     def __init__(self, frame: Any, discrete: str | bool | Sequence[str | int]):
         given = columns_of("frame", frame)
         parts = split(WHERE, given)
+        if not parts:
+            raise EstimatorError(WHERE, "a table without columns", "two columns or more", "Give a table with columns.")
         self.names = given.labels or [str(i) for i in range(len(parts))]
         self.labelled = given.labels is not None
         if len(set(self.names)) < len(self.names):
@@ -217,12 +224,18 @@ class _Table:
 
     def numbers(self, wanted: Sequence[str | int]) -> list[int]:
         """Numbers of columns that are named or numbered."""
-        found, count = [], len(self.names)
-        for entry in wanted:
+        found: list[int] = []
+        try:
+            entries = list(wanted)
+        except TypeError:
+            raise EstimatorError(
+                WHERE, f"{wanted!r} for columns"[:80], "names or numbers of columns", "Write a list of them."
+            ) from None
+        for entry in entries:
             if entry in self.names:
                 found.append(self.names.index(str(entry)))
-            elif isinstance(entry, Integral) and not isinstance(entry, bool) and -count <= entry < count:
-                found.append(int(entry) % count)
+            elif (number := position(WHERE, entry, self.names, len(self.names))) is not None:
+                found.append(number)
             else:
                 known = ", ".join(self.names)
                 raise EstimatorError(WHERE, f"column {entry!r}", f"one of {known}", "Name a column that is there.")

@@ -33,6 +33,7 @@ from engine.information.inputs import (
     Arguments,
     Discrete,
     Side,
+    generator_of,
     read_inputs,
     varying_columns,
 )
@@ -150,7 +151,7 @@ def estimate_mi(
     check_number(WHERE, "smile_tau", smile_tau, 0, above=True)
 
     settings = CriticSettings(steps, batch_size, lr, hidden, "infonce" if bound == "auto" else bound, alpha, smile_tau)
-    estimate = _measure(inputs, settings, bound == "auto", torch.Generator().manual_seed(seed))
+    estimate = _measure(inputs, settings, bound == "auto", generator_of(WHERE, seed))
     return replace(estimate, dropped=inputs.dropped, groups=inputs.groups)
 
 

@@ -11,10 +11,9 @@ from typing import Any
 from engine.config import Config
 from engine.errors import ConfigError, DataError, OutputError
 from engine.files import append_text, parse_json, read_text, user_path, write_json
-from engine.run_folder import LARGEST, MARKS
+from engine.run_folder import LARGEST, MARKS, PLAN, STARTS
 from engine.sweeps.settings import differences
 
-PLAN, STARTS = "plan.json", "starts.jsonl"
 FREE = ("preset", "device", "output")
 FREE_DATA = ("path", "loader", "workers")
 """What may be another one when a sweep goes on: results do not depend on it. Runs compare the data itself."""

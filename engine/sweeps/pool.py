@@ -188,7 +188,7 @@ def resources(config: Config, jobs: int | None) -> tuple[int, int, list[str]]:
     On GPUs there is one run for each by default. On a CPU each run has `threads`, else OMP_NUM_THREADS, else its share
     of the cores, and at most 4; there are as many runs as the cores allow.
     """
-    if jobs is not None and not 1 <= jobs <= 1024:
+    if jobs is not None and (type(jobs) is not int or not 1 <= jobs <= 1024):
         raise ConfigError("jobs", str(jobs), "a number from 1 to 1024", "Change the number.")
     gpus: list[str] = []
     if config.device in ("auto", "cuda"):

@@ -111,6 +111,8 @@ def grid_of(
     for name, values in axes.items():
         if not isinstance(values, (list, tuple)) or not values:
             raise ConfigError(f"grid, {name}", f"{values!r}"[:60], "a list of values", f"Write {name}: [1, 2].")
+    if not isinstance(named, (Mapping, type(None))):
+        raise ConfigError("settings", f"{named!r}"[:60], "{name: {key: value}}", "Give each set of settings a name.")
     sets = {
         str(name): flat(values or {}, base.task, f"settings, {name}") for name, values in (named or {"": {}}).items()
     }

@@ -172,6 +172,8 @@ def _range(name: str, value: Mapping[str, Any], annotation: Any, base: Config, w
     if step is not None and (log or step <= 0):
         found = "log and step together" if log else f"a step of {step:g}"
         raise ConfigError(where, found, "a step above 0, without log", "Change or drop the step.")
+    if step is not None and step > (high - low) * (1 + 1e-9):
+        raise ConfigError(where, f"a step of {step:g} from {low:g} to {high:g}", "a step within the range", "Lower it.")
     for bound in (low, high):
         changed(base, {name: bound})
     if step is not None:  # the last value that the steps reach

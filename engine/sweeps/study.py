@@ -279,6 +279,14 @@ def _storage(folder: Path, storage: str | None) -> Any:
         from optuna.storages.journal import JournalFileBackend
 
         return optuna.storages.JournalStorage(JournalFileBackend(storage))
+    from sqlalchemy.engine import make_url
+
+    url = make_url(storage)
+    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+        raise ConfigError(
+            "--storage", "SQLite in memory, which ends with the command", "a database that stays",
+            "Write sqlite:///PATH, or leave --storage out.",
+        )  # fmt: skip
     return optuna.storages.RDBStorage(storage, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ def sweep(
         ['train.lr=0.001', 'train.lr=0.01']
     """
     out = user_path(out)
-    seeds = checked_seeds([config.seed] if seeds is None else list(seeds))
+    seeds = checked_seeds([config.seed] if seeds is None else seeds)
     name = known_task(config, task)
     saved = plans.saved_plan(out)
     jobs, threads, gpus = resources(config, jobs)
@@ -281,9 +281,10 @@ def to_stderr(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)
 
 
-def checked_seeds(seeds: list[int]) -> list[int]:
-    if not seeds or len(set(seeds)) < len(seeds) or not all(type(s) is int and 0 <= s < 2**32 for s in seeds):
-        raise ConfigError("seeds", f"{seeds}"[:60], "different integers from 0 to 2**32 - 1", "Change the seeds.")
+def checked_seeds(given: Any) -> list[int]:
+    seeds = list(given) if isinstance(given, Iterable) else []
+    if not all(type(s) is int and 0 <= s < 2**32 for s in seeds) or not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError("seeds", f"{given}"[:60], "different integers from 0 to 2**32 - 1", "Change the seeds.")
     return sorted(seeds)
 
 

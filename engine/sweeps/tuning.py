@@ -109,11 +109,11 @@ def tune(
     """
     require_optuna()
     out = user_path(out)
-    if not 1 <= trials <= MOST_TRIALS:
+    if type(trials) is not int or not 1 <= trials <= MOST_TRIALS:
         raise ConfigError("trials", str(trials), f"a number from 1 to {MOST_TRIALS}", "Change the number.")
     if pruner not in PRUNERS:
         raise ConfigError("pruner", str(pruner), f"one of {', '.join(PRUNERS)}", "Choose one of these.")
-    seeds = None if seeds is None else checked_seeds(list(seeds))
+    seeds = None if seeds is None else checked_seeds(seeds)
     name = known_task(config, task)
     saved = plans.saved_plan(out)
     jobs, threads, gpus = resources(config, jobs)
@@ -128,14 +128,15 @@ def tune(
         "metric": metric,
     }
     owner = str(saved["owner"]) if saved is not None and "owner" in saved else new_owner()
-    place = "given" if storage is not None else "in this folder"
+    own = {"owner": owner, "storage": "given" if storage is not None else "in this folder", "study": study}
     if saved is not None:
-        plans.require_same(str(out), saved, plan | {"owner": owner, "storage": place})
+        plans.require_same(str(out), {"study": "engine"} | saved, plan | own)
     plans.open_data_once(base)
     with owned(out):
-        plans.begin(out, plan | {"owner": owner, "storage": place})
         shared = plan | {"settings": {k: v for k, v in plan["settings"].items() if k != "threads"}}
         kept = Study(out, searched, shared, owner, base.seed, higher, pruner, jobs, storage, study)
+        # After the study: where its storage is refused, the folder is not yet this tuning's.
+        plans.begin(out, plan | own)
         search = Search(kept, out, base, TuneResult(out, metric, higher, searched, []), config, say or to_stderr)
         search.run(trials, jobs, gpus, task, wait=seeds is not None)
         if seeds is not None and search.result.config is not None:

@@ -39,6 +39,7 @@ from engine.run_folder import (
     TENSORBOARD,
     TOKENIZER,
     owned,
+    require_no_sweep,
 )
 from engine.stopping import Stopped, StopSignals
 from engine.task import find_task
@@ -114,6 +115,7 @@ class TrainingRun:
     def _write(self, resume: bool) -> dict[str, Any]:
         """The run on the rank that writes its folder."""
         with owned(self.out):
+            require_no_sweep(self.out)
             resume = resume or restarted(self.out)
             if not resume and any((self.out / mark).exists() for mark in MARKS):
                 raise OutputError(

@@ -34,11 +34,25 @@ def test_numbers_that_are_not_finite_are_null_in_json():
     assert math.isnan(Estimate.from_json(estimate.to_json()).readings["gaussian"])
 
 
-@pytest.mark.parametrize("source", ["{", "{}", '{"value": []}', "nowhere.json"])
+@pytest.mark.parametrize("source", ["{", "{}", '{"value": []}', "nowhere.json", '{"a":' * 100_000])
 def test_no_estimate_is_told_in_one_line(source):
     with pytest.raises(EstimatorError, match="no estimate") as caught:
         Estimate.from_json(source)
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_of_rows_that_is_infinite_is_no_estimate():
+    estimate = Estimate(1.0, (0.0, 2.0), 0.1, "gaussian", {"gaussian": 1.0}, 60)
+    with pytest.raises(EstimatorError, match="no estimate"):
+        Estimate.from_json(estimate.to_json().replace('"samples": 60', '"samples": 1e999'))
+
+
+def test_a_picture_of_an_unknown_format_is_one_line(tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    estimate = Estimate(1.0, (0.0, 2.0), 0.1, "gaussian", {"gaussian": 1.0}, 60)
+    with pytest.raises(EstimatorError, match=r"found a picture \.foo; expected one of .*png"):
+        estimate.plot(tmp_path / "x.foo")
+    assert not list(tmp_path.iterdir())
 
 
 # -- flags: when they must be raised and when they must not -----------------------------------------------------------

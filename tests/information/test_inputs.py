@@ -218,3 +218,34 @@ def test_both_estimators_take_the_same_options():
     assert math.isfinite(estimate.value) and estimate.dropped == 0
     with pytest.raises(EstimatorError, match="estimate_cmi: found 60, 60 and 59 rows of x, y, z"):
         estimate_cmi(x, e, x[1:], steps=5)
+
+
+@pytest.mark.parametrize("seed", ["a", 1.5, None, True, 2**70])
+def test_seeds_that_are_no_integers_are_refused(seed):
+    x = np.random.default_rng(0).normal(size=(3, 60))
+    for estimate, arguments in ((estimate_mi, x[:2]), (estimate_cmi, x)):
+        with pytest.raises(EstimatorError, match=r"found seed = .*; expected an integer"):
+            estimate(*arguments, seed=seed)
+    assert estimate_mi(*x[:2], seed=np.int64(3)) == estimate_mi(*x[:2], seed=3)
+
+
+def test_integers_that_float64_merges_are_refused():
+    y = np.random.default_rng(0).normal(size=60)
+    with pytest.raises(EstimatorError, match=r"x with integers of 2\*\*53 or more"):
+        estimate_mi(np.arange(60) + 2**60, y)
+    estimate_mi(np.arange(60) * 10**9 + 1_700_000_000 * 10**9, y)  # nanoseconds, a second apart
+    with pytest.raises(EstimatorError, match=r"x: list .*expected an array of real numbers"):
+        estimate_mi([10**400] * 60, y)
+
+
+def test_a_masked_array_of_text_is_refused():
+    with pytest.raises(EstimatorError, match="expected an array of real numbers"):
+        estimate_mi(np.ma.array(["a", "b"] * 30), np.arange(60.0))
+
+
+def test_every_pair_of_indexes_is_compared():
+    """Also where an argument between them has other labels."""
+    x, y = np.random.default_rng(0).normal(size=(2, 60))
+    groups = pd.Series(np.arange(60) // 2).sample(frac=1, random_state=0)
+    with pytest.raises(EstimatorError, match="an index of x and of groups"):
+        estimate_mi(pd.Series(x), pd.Series(y, index=range(100, 160)), groups=groups)

@@ -128,3 +128,44 @@ def test_refused_in_one_line(options, match):
 def test_columns_of_one_name_are_refused():
     with pytest.raises(EstimatorError, match="several columns of one name"):
         mi_matrix(pd.DataFrame(np.zeros((60, 2)), columns=["a", "a"]))
+
+
+def test_groups_in_another_order_are_refused():
+    """As `estimate_mi` refuses them: rows pair by position, and the index says otherwise."""
+    groups = pd.Series(np.arange(300) // 5).sample(frac=1, random_state=0)
+    with pytest.raises(EstimatorError, match="an index of frame and of groups with the same labels in another order"):
+        mi_matrix(pd.DataFrame(np.random.default_rng(0).normal(size=(300, 2))), groups=groups)
+
+
+def test_integers_that_are_names_of_columns():
+    """An integer is a column's name or its number. Where these are two columns, it is refused."""
+    values = np.random.default_rng(0).normal(size=(300, 3))
+    frame = pd.DataFrame(values, columns=[10, 20, 30])
+    assert mi_matrix(frame, columns=[30, 10]).names == mi_matrix(frame, columns=[2, 0]).names == ["30", "10"]
+    frame.columns = [2, 1, 0]
+    with pytest.raises(EstimatorError, match="column 2, the name of one column and the number of another"):
+        mi_matrix(frame, columns=[2, 1])
+    assert mi_matrix(frame, columns=["2", 1]).names == ["2", "1"]
+    with pytest.raises(EstimatorError, match="column 0, the name of one column and the number of another"):
+        engine.estimate_mi(frame, values[:, 0], discrete={"x": [0]})
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"stepz": 3}, "the setting 'stepz'; expected one of bound, steps,"),
+        ({"x": 3}, "the setting 'x'"),
+        ({"columns": 3}, "3 for columns; expected names or numbers"),
+        ({"discrete": None}, "None for columns"),
+        ({"given": 1.5}, "1.5 for columns"),
+        ({"seed": "a"}, "seed = 'a'; expected an integer"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(options, match):
+    with pytest.raises(EstimatorError, match=match):
+        mi_matrix(table()[["a", "b"]], **options)
+
+
+def test_a_table_without_columns_is_refused():
+    with pytest.raises(EstimatorError, match="a table without columns"):
+        mi_matrix(table()[[]])

@@ -125,6 +125,7 @@ def test_ranges_and_choices():
         ({"train.lr": {"low": 0.1, "high": 1, "steps": 3}}, "the word 'steps'; expected low, high, step and log"),
         ({"train.lr": {"low": 0.1}}, "a range without low and high"),
         ({"train.lr": {"low": 0.1, "high": 1, "log": "yes please"}}, "log: found 'yes please'; expected true or false"),
+        ({"train.lr": {"low": 0.1, "high": 0.3, "step": 0.3}}, "a step of 0.3 from 0.1 to 0.3"),
         ({"train.lr": {"low": 0.1, "high": 1, "log": True, "step": 0.1}}, "log and step together"),
         ({"model.dropout": {"low": 0, "high": 0.5, "log": True}}, "low 0 on a logarithmic scale"),
         ({"train.stage1_n": {"low": 0.5, "high": 2}}, "low: found 0.5; expected an integer"),
@@ -205,3 +206,13 @@ def test_runs_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch):
     assert resources(Config(device="cuda"), 4)[::2] == (4, ["3", "GPU-5"])
     assert resources(Config(device="cpu"), None)[::2] == (16, [])
     assert resources(Config(device="cuda:1"), None)[::2] == (1, [])  # a GPU that the user has chosen
+
+
+def test_a_step_as_wide_as_the_range_is_allowed():
+    space = read_space({"model.dropout": {"low": 0.1, "high": 0.3, "step": 0.2}}, Config())  # 0.3 - 0.1 < 0.2
+    assert space["model.dropout"].high == pytest.approx(0.3)
+
+
+def test_named_settings_that_are_no_mapping_are_refused():
+    with pytest.raises(ConfigError, match=r"settings: found \['a'\]"):
+        grid_of(Config(), {}, ["a"])  # type: ignore[arg-type]

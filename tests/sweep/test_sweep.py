@@ -13,7 +13,7 @@ import pytest
 import engine
 from engine.cli import main
 from engine.config import load_config
-from engine.errors import ConfigError, EngineError
+from engine.errors import ConfigError, EngineError, OutputError
 from engine.sweeps.pool import Job, Pool
 from tests.sweep.runs import QUICK, SWEEP, Started, all_end
 
@@ -180,3 +180,16 @@ def test_a_task_that_only_this_process_knows_is_refused(data: Path, tmp_path: Pa
     config = load_config(None, [f"data.path={data}"], task="known-here-only")
     with pytest.raises(EngineError, match="which only this process knows; expected module:attribute"):
         engine.sweep(config, tmp_path / "out")
+
+
+def test_a_run_in_the_folder_of_a_sweep_is_refused(
+    whole_sweep: tuple[Path, str], data: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = whole_sweep[0]
+    before = (folder / "report.html").read_bytes()
+    for more in ([], ["--resume"]):
+        assert main(["train", "--preset", "mosi", "--data", str(data), "--out", str(folder), *QUICK, *more]) == 2
+        assert "found a sweep or a tuning; expected an empty or new folder" in capsys.readouterr().err
+    with pytest.raises(OutputError, match="found a sweep or a tuning"):
+        engine.train(load_config("mosi", [*QUICK, f"data.path={data}"]), folder)
+    assert (folder / "report.html").read_bytes() == before and not (folder / "config.yaml").exists()

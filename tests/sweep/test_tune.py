@@ -140,6 +140,37 @@ def test_machines_share_a_storage(tmp_path: Path):
     assert log.new(1) is None
 
 
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///", "sqlite:///:memory:"])
+def test_a_storage_that_ends_with_the_command_is_refused(url: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match="--storage: found SQLite in memory"):
+        study(tmp_path, storage=url)
+
+
+def test_a_storage_that_is_refused_leaves_the_folder_free(data: Path, tmp_path: Path):
+    config = load_config("mosi", [*QUICK, f"data.path={data}"])
+    with pytest.raises(DataError, match="--storage: found"):
+        engine.tune(config, tmp_path / "out", {"batch_size": [8, 16]}, storage="nonsense")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong, found",
+    [
+        ({"trials": "x"}, "trials: found x"),
+        ({"trials": 2.5}, r"trials: found 2\.5"),
+        ({"jobs": "x"}, "jobs: found x"),
+        ({"seeds": 5}, "seeds: found 5"),
+        ({"seeds": [[0]]}, r"seeds: found \[\[0\]\]"),
+        ({"seeds": "0-4"}, "seeds: found 0-4"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(wrong: dict, found: str, data: Path, tmp_path: Path):
+    config = load_config("mosi", [*QUICK, f"data.path={data}"])
+    with pytest.raises(ConfigError, match=found):
+        engine.tune(config, tmp_path / "out", {"batch_size": [8, 16]}, **wrong)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("url", ["nonsense", "sqlite:////absent/folder/x.db", "mysql+nodriver://a:secret@b/c"])
 def test_a_wrong_storage_is_one_line(url: str, tmp_path: Path):
     with pytest.raises(DataError, match=r"--storage: found .*expected a storage of Optuna") as problem:
@@ -275,6 +306,7 @@ def test_what_is_wrong_is_told_before_the_first_trial(
     assert "storage given, not in this folder" in fails(
         "epochs=2", *TUNE[3:], "threads=1", "--storage", f"sqlite:///{tmp_path}/x.db", out=folder
     )
+    assert "study other, not engine" in fails("epochs=2", *TUNE[3:], "threads=1", "--study", "other", out=folder)
     assert main(["sweep", "--preset", "mosi", "--data", str(data), "--out", str(folder), "epochs=1,2"]) == 2
     assert "found another tuning" in capsys.readouterr().err
 
