@@ -429,8 +429,11 @@ def test_a_damaged_newest_checkpoint_is_found(config, tmp_path):
         if path == previous:
             path.write_bytes(intact)
     with pytest.warns(UserWarning, match="goes on from previous"):
-        trainer.train(settings, out, resume=True)
+        trainer.train(settings, out, resume=True, callbacks=[Copy(out, tmp_path / "again")])
     assert differing(content(out), whole) == []
+    # The first save after that replaced the damaged file, and left the whole one.
+    assert (tmp_path / "again/1/previous.safetensors").read_bytes() == intact
+    assert checkpoint.load(tmp_path / "again/1/last.safetensors")[1]["epoch"] == 0
 
 
 def test_the_history_is_cut_to_the_checkpoint(config, tmp_path):

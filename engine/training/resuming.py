@@ -88,7 +88,7 @@ def _newest_whole(newest: Path, before: Path) -> Saved:
                 "Put a copy of one of them back. The best model can still be evaluated; else begin a new run.",
             ) from other  # fmt: skip
         warnings.warn(f"{problem} The run goes on from {PREVIOUS}, {place_of(meta)}.", stacklevel=2)
-        return state, meta
+        return state | {"newest_is_damaged": True}, meta
 
 
 def restore(files: RunFiles, saved: Saved, position: Position) -> tuple[list[Record], FeatureBank | None]:
@@ -102,6 +102,7 @@ def restore(files: RunFiles, saved: Saved, position: Position) -> tuple[list[Rec
     """
     (state, meta), parts = saved, files.parts
     where = str(files.out / LAST)
+    files.newest_is_damaged = "newest_is_damaged" in state
     with checkpoint.taken_apart(where):
         history = _restore_history(files, state, meta)
         checkpoint.load_into(parts.model, state["model"], f"{where}: model")

@@ -49,12 +49,13 @@ class RunFiles:
 
     Attributes:
         lines: bytes and CRC-32 of history.jsonl.
+        newest_is_damaged: whether the run goes on from the checkpoint before the newest.
     """
 
     def __init__(self, out: Path, parts: Parts, arithmetic: dict[str, Any]):
         self.out, self.parts, self.arithmetic = out, parts, arithmetic
         self.sums = Checksums(out)
-        self.lines = (0, 0)
+        self.lines, self.newest_is_damaged = (0, 0), False
         self.predictions = [f"predictions_{split}.csv" for split in parts.loaders if split != "train"]
 
     def write_settings(self) -> None:
@@ -92,7 +93,7 @@ class RunFiles:
                 self.lines = self.lines[0] + len(line.encode()), zlib.crc32(line.encode(), self.lines[1])
                 self.sums.sums[HISTORY] = self.lines
                 # With this file the epoch counts. `complete` can make the others from it, and not it from them.
-                last.save(self.out / LAST, meta | {"history": self.lines}, previous=self.out / PREVIOUS)
+                self._save_last(last, meta | {"history": self.lines})
                 if save_best is not None:
                     save_best()
                 self._write_summary(history, wall_s)
@@ -107,9 +108,14 @@ class RunFiles:
         last = checkpoint.Snapshot(self._state(position.bank) | {"position": position.state_dict()})
 
         def write() -> None:
-            last.save(self.out / LAST, meta, previous=self.out / PREVIOUS)
+            self._save_last(last, meta)
 
         return write
+
+    def _save_last(self, last: checkpoint.Snapshot, meta: dict[str, Any]) -> None:
+        """Write the newest checkpoint, and keep the one before. One that is damaged does not take its place."""
+        last.save(self.out / LAST, meta, previous=None if self.newest_is_damaged else self.out / PREVIOUS)
+        self.newest_is_damaged = False
 
     def _meta(self, history: list[Record]) -> dict[str, Any]:
         """What a checkpoint says of itself. `epoch` is the last one that is finished, -1 before the first."""
