@@ -161,7 +161,7 @@ def test_many_in_a_row_stop_the_run():
 
 def test_a_static_epoch_says_it_at_its_end():
     step = make(graphs="emulate")
-    with pytest.raises(NonFiniteError, match="task loss: found a value that is not finite in batch 2 of stage2; expec"):
+    with pytest.raises(NonFiniteError, match="task loss: found a value that is not finite in batch 2 of stage2"):
         step.train_epoch(batches("loss"), SAMPLES, None, batch_size=BATCH)
     assert not math.isfinite(step.model.two.weight.sum())  # as on a GPU, the steps until then were made
     step = make(graphs="emulate")

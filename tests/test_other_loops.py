@@ -512,7 +512,7 @@ def test_a_state_without_the_modules():
     state = step.state_dict(parts=())
     assert not {"model", "objective", "random"} & set(state)
     with pytest.raises(ConfigError, match="parts"):
-        step.state_dict(parts=("modell",))
+        step.state_dict(parts=("models",))
 
 
 def test_a_state_of_another_step_is_refused():
