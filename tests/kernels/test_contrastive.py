@@ -237,6 +237,8 @@ REFUSED = [
     ({"label_smoothing": 1.5}, "label_smoothing = 1.5"),
     ({"hardness": -1.0}, "hardness = -1.0"),
     ({"hardness": math.nan}, "hardness = nan"),
+    ({"hardness": torch.tensor([0.5, 1.0])}, "hardness = tensor"),
+    ({"label_smoothing": torch.tensor([0.5, 1.0])}, "label_smoothing = tensor"),
     ({"labels": LABELS[:5]}, r"labels \[5\]"),
     ({"labels": LABELS.float()}, "labels .* of torch.float32"),
     ({"labels": [0, 1, 2, 3, 4, 5]}, "labels, a list"),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
-from engine.kernels.arguments import exact_type, wants_gradient
+from engine.kernels.arguments import check_number, exact_type, wants_gradient
 from engine.kernels.contrastive.autograd import CHUNK_BYTES, scores_of_own
 from engine.kernels.contrastive.op import Given, Options, check_positives_type, check_reduction, extended_infonce
 from engine.kernels.mi_bounds import autograd, plan, reference
@@ -138,6 +138,9 @@ def infonce(
     if cosine:
         q, k, negatives = (None if x is None else normalised(x) for x in (q, k, negatives))
     given = Given(positives, labels, key_labels, mask, row_ids, key_ids, exclude_self)
+    for name, number in (("hardness", hardness), ("label_smoothing", label_smoothing)):
+        if isinstance(number, Tensor):
+            check_number("infonce", name, number, 0)  # which refuses it
     options = Options(decoupled, hardness, label_smoothing)
     own = negatives is not None and negatives.dim() == q.dim() + 1
     several = positives is not None and positives.dim() == 2
