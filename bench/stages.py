@@ -12,7 +12,7 @@ import torch
 from bench import shapes
 from engine.bank import FeatureBank
 from engine.config import Config, load_config
-from engine.passes import passes_of_epoch, unpack
+from engine.passes import passes_of_epoch
 from engine.training.parts import Parts
 from engine.training.run import TrainingRun
 
@@ -83,8 +83,8 @@ def prepare(config: Config, bank_size: int = BANK) -> dict[str, Callable[[], Any
     parts = ready(config)
     loader = parts.loaders["train"]
     loader.set_epoch(0)
-    inputs, target, _ = unpack(next(iter(loader)))
-    step, device, size = parts.step, parts.device, len(target)
+    step, device = parts.step, parts.device
+    inputs, target, _, size = step.read(next(iter(loader)))
     features = step.features(inputs, target)
     bank = FeatureBank(bank_size)
     rows = {k: torch.randn(bank_size, *v.shape[1:], device=device) for k, v in features.items()}

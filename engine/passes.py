@@ -14,7 +14,6 @@ from engine.averages import Average, EpochResult, Sums, means
 from engine.bank import FeatureBank
 from engine.batches import joined
 from engine.errors import DataError
-from engine.loaders.batch import Batch
 from engine.objective import Rows
 from engine.position import Position
 from engine.profile import part
@@ -27,11 +26,6 @@ OnBatch = Callable[[str, int], None]
 
 TakeProducts = Callable[[int, int], Mapping[str, Any] | None]
 """Maps a batch's number and its number of rows to its product rows."""
-
-
-def unpack(item: Batch | tuple) -> tuple[Any, Tensor, Tensor]:
-    """A batch as (inputs, target, index)."""
-    return (item, item.label, item.index) if isinstance(item, Batch) else item
 
 
 def batch_sizes(loader: Iterable, batch_size: int, size: int) -> list[int] | None:

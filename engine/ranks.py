@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -380,15 +379,13 @@ def _form(rank: int, size: int, device: torch.device, timeout_s: float) -> None:
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            limit = timedelta(seconds=timeout_s)
-            store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=limit))
-            # On one machine torchrun keeps its store over restarts, and with it the addresses of processes that ended.
-            if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
-                store = dist.PrefixStore(f"engine/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        limit = timedelta(seconds=timeout_s)
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=limit))
+        # On one machine torchrun keeps its store over restarts, and with it the addresses of processes that ended.
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+            store = dist.PrefixStore(f"engine/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError, OSError) as cause:
         raise ConfigError(
             "environment", f"{found}: {' '.join(str(cause).split())[:300]}", "all ranks to meet at MASTER_ADDR", do

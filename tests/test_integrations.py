@@ -17,8 +17,6 @@ from tests.test_other_loops import SETTINGS, Pair, data, objective_of, same, wei
 
 PAGE = blocks.PROJECT / "docs" / "other_loops.md"
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 def dataset(n: int = 24) -> list[dict]:
     x, y, _ = data(n)

@@ -303,7 +303,10 @@ def test_a_loss_that_broadcasts_a_column_against_a_row_is_refused(loss):
     loader = [(x, y[:, 0], i) for x, y, i in tuples()]
     with pytest.raises(ConfigError, match=r"\[8, 1\] and \[8\], which broadcasts to \[8, 8\]"):
         make(task_loss=loss).train_epoch(loader, N, None, batch_size=BATCH)
-    agreed = lambda p, t: functional.mse_loss(p[:, 0], t)  # noqa: E731
+
+    def agreed(prediction, target):
+        return functional.mse_loss(prediction[:, 0], target)
+
     assert same(trained(make(task_loss=agreed), loader), trained(make(task_loss=functional.mse_loss), tuples()))
 
 
@@ -339,7 +342,10 @@ def test_size_and_bank_belong_together():
 
 def test_optimisers_of_other_parameters():
     model, other, objective = Pair(), Pair(), objective_of()
-    sgd = lambda *modules: torch.optim.SGD([p for m in modules for p in m.parameters()], 0.1)  # noqa: E731
+
+    def sgd(*modules):
+        return torch.optim.SGD([p for m in modules for p in m.parameters()], 0.1)
+
     with pytest.raises(ConfigError, match="none of the 6 parameters of Pair"):
         TwoStageStep(model, objective, functional.mse_loss, sgd(other), sgd(objective))
     with pytest.raises(ConfigError, match=r"estimator_optimizer: found none of the \d+ parameters of Objective"):

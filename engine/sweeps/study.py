@@ -59,12 +59,19 @@ def require_optuna() -> None:
 
 @contextlib.contextmanager
 def storage_errors(where: str) -> Iterator[None]:
-    """One-line errors for what a storage may do: a wrong URL, a lost connection, a foreign or damaged database."""
+    """One-line errors for what a storage may do: a wrong URL, a lost connection, a foreign or damaged database.
+
+    Within it Optuna does not warn of features that it calls experimental, nor of an epoch that was reported before the
+    tuning was killed.
+    """
     import optuna
     import sqlalchemy
 
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+            warnings.filterwarnings("ignore", message="The reported value is ignored")
+            yield
     except (
         optuna.exceptions.OptunaError,
         sqlalchemy.exc.SQLAlchemyError,
@@ -110,8 +117,6 @@ class Study:
         # The URL may hold a password.
         self.where = "--storage" if self.shared else str(folder / DATABASE)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        warnings.filterwarnings("ignore", message="The reported value is ignored", module="optuna")
         pruners = {"median": optuna.pruners.MedianPruner(n_warmup_steps=1), "none": optuna.pruners.NopPruner()}
         with storage_errors(self.where):
             self.study = optuna.create_study(
@@ -164,8 +169,7 @@ class Study:
         """{dotted key: value} for a trial. What it was given before stays."""
         from optuna.samplers import TPESampler
 
-        with storage_errors(self.where), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with storage_errors(self.where):
             seed = (self.seed * 1_000_003 + trial.number) % 2**32
             self.study.sampler = TPESampler(seed=seed, constant_liar=self.jobs > 1)
             return {name: self._suggest(trial, name) for name in self.space}
@@ -181,8 +185,7 @@ class Study:
 
     def report(self, trial: Any, epoch: int, value: float, last: bool) -> bool:
         """Note an epoch's valid metric. Whether the run goes on: a trial that is worse than the median is pruned."""
-        with storage_errors(self.where), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an epoch that was reported before the tuning was killed
+        with storage_errors(self.where):
             trial.report(value, epoch)
             return last or not trial.should_prune()
 

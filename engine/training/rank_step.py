@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.averages import Average, EpochResult, means
 from engine.bank import FeatureBank
 from engine.outputs import ReadOutput
-from engine.passes import EagerPasses, unpack
+from engine.passes import EagerPasses
 from engine.ranks import Ranks
 from engine.step import StepOutput, TwoStageStep
 from engine.training.passes import Share
@@ -77,7 +77,7 @@ class PassesOnRanks(EagerPasses):
         numbers: list[int] = []
         example: tuple[StepOutput, Tensor] | None = None
         for number, counts, batch in loader.turns():
-            inputs, target, _ = unpack(batch)
+            inputs, target, _, _ = self.step.read(batch)
             use = bank is not None and len(target) >= self.step.objective.min_batch
             products = take(number, len(target)) if use else None
             with contextlib.nullcontext() if self.step.objective is None else self.step.objective.apart():

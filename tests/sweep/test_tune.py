@@ -20,7 +20,7 @@ from engine.sweeps.space import Choice, Range, Space
 from engine.sweeps.study import Study, new_owner
 from tests.sweep.runs import PROJECT, QUICK, TUNE, Started, all_end
 
-optuna = pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna", reason="needs the extra tune")
 SPACE: Space = {
     "train.lr": Range(1e-4, 1e-2, log=True),
     "train.stage1_n": Range(1, 4, whole=True),
