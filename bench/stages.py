@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from bench import shapes
-from engine.bank import FeatureBank
 from engine.config import Config, load_config
-from engine.passes import passes_of_epoch
+from engine.step.bank import FeatureBank
+from engine.step.passes import passes_of_epoch
 from engine.training.parts import Parts
 from engine.training.run import TrainingRun
 

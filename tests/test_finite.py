@@ -12,9 +12,9 @@ from torch import nn
 from engine import trainer
 from engine.config import ObjectiveConfig
 from engine.errors import ConfigError, EstimatorError, NonFiniteError
-from engine.finite import MOST_IN_A_ROW
 from engine.objective import MI, Objective
 from engine.step import TwoStageStep
+from engine.step.finite import MOST_IN_A_ROW
 from engine.training import parts
 from tests.test_trainer import changed, config, data, history, text_encoder  # noqa: F401
 

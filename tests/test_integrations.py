@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from engine.errors import ConfigError
 from engine.objective import CMI, MI, Objective
-from engine.recent import RecentFeatures
 from engine.step import TwoStageStep
+from engine.step.recent import RecentFeatures
 from tests.docs import blocks
 from tests.test_other_loops import SETTINGS, Pair, data, objective_of, same, weights
 
@@ -89,7 +89,7 @@ def test_lightning_leaves_no_setting_unused(tmp_path, options):
 
 
 def test_lightning_is_imported_only_when_it_is_used():
-    code = "import sys, engine.step, engine.recent, engine.integrations; assert 'lightning' not in sys.modules"
+    code = "import sys, engine.step, engine.step.recent, engine.integrations; assert 'lightning' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     code = """
 import sys

@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from engine.batches import Numbered, read_batch
 from engine.config import ObjectiveConfig
 from engine.errors import CheckpointError, ConfigError, DataError, EngineError, NonFiniteError
 from engine.objective import CMI, MI, Objective
-from engine.outputs import read_output
-from engine.recent import RecentFeatures
 from engine.step import TwoStageStep
-from engine.step_checks import task_of
+from engine.step.batches import Numbered, read_batch
+from engine.step.checks import task_of
+from engine.step.outputs import read_output
+from engine.step.recent import RecentFeatures
 
 N, BATCH = 24, 8
 SETTINGS = ObjectiveConfig(hidden=16, embed=8, compat="none")

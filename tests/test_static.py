@@ -8,12 +8,12 @@ from torch import nn
 
 from engine.config import ObjectiveConfig
 from engine.errors import ConfigError, NonFiniteError
-from engine.graphs import CaptureWatch, GraphRunner, NotCapturable
 from engine.kernels import registry
 from engine.mimrl.published import published_estimator
 from engine.mimrl.settings import MIMRLObjectiveConfig
 from engine.objective import CMI, MI, Objective
 from engine.step import TwoStageStep
+from engine.step.graphs import CaptureWatch, GraphRunner, NotCapturable
 from engine.vocabulary import BOUNDS
 from tests.test_step import TwoFeatures, batches
 

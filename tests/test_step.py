@@ -7,7 +7,8 @@ from torch import nn
 from engine.config import ObjectiveConfig
 from engine.errors import ConfigError
 from engine.objective import CMI, MI, Objective
-from engine.step import FeatureBank, TwoStageStep
+from engine.step import TwoStageStep
+from engine.step.bank import FeatureBank
 
 N, BATCH = 40, 10
 

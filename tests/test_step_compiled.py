@@ -7,11 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.epochs import RATE, TINY_BERT, tiny_batch, tiny_pair
-from engine.compiled import compile_regions, compile_stages, regions
 from engine.errors import EstimatorError
 from engine.kernels.knn_product import Bank
 from engine.kernels.recurrent import cudnn
 from engine.step import TwoStageStep
+from engine.step.compiled import compile_regions, compile_stages, regions
 
 SIZES = (14, 9, 11)
 

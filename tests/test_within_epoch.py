@@ -19,14 +19,14 @@ import torch
 from torch import nn
 
 from engine import checkpoint, trainer
-from engine.averages import Average
-from engine.bank import FeatureBank
 from engine.config import ObjectiveConfig
 from engine.config.sections import TrainConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.objective import CMI, MI, Objective
-from engine.position import Position
 from engine.step import TwoStageStep
+from engine.step.averages import Average
+from engine.step.bank import FeatureBank
+from engine.step.position import Position
 from engine.stopping import Stopped, StopSignals
 from engine.training import parts, resuming, within
 from engine.training.random_state import random_state, set_random_state

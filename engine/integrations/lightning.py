@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from engine.errors import ConfigError
 from engine.objective import Objective
-from engine.recent import RecentFeatures
 from engine.step import TwoStageStep
-from engine.step_state import set_random
+from engine.step.recent import RecentFeatures
+from engine.step.state import set_random
 
 try:
     from lightning import LightningModule

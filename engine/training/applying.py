@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from engine import checkpoint, checks
-from engine.averages import EpochResult
 from engine.config import Config, load_config
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.files import user_path
@@ -19,6 +18,7 @@ from engine.loaders.normalize import Normalizer
 from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
 from engine.objective import Objective
 from engine.run_folder import BEST, CONFIG, NORMALIZER, TOKENIZER, verify
+from engine.step.averages import EpochResult
 from engine.task import Inputs, find_task
 from engine.training import parts
 from engine.training.passes import Passes

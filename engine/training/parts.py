@@ -12,8 +12,6 @@ import torch
 from torch import nn
 
 from engine import checks
-from engine.averages import EpochResult
-from engine.bank import FeatureBank
 from engine.config import Config, ScheduleConfig
 from engine.errors import ConfigError
 from engine.loaders.batch import Batch
@@ -23,6 +21,8 @@ from engine.objective import Objective
 from engine.precision import autocast_dtype
 from engine.ranks import Ranks
 from engine.step import TwoStageStep
+from engine.step.averages import EpochResult
+from engine.step.bank import FeatureBank
 from engine.task import Inputs, Task
 from engine.training.passes import Passes
 from engine.training.random_state import seed_all

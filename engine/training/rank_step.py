@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.averages import Average, EpochResult, means
-from engine.bank import FeatureBank
-from engine.outputs import ReadOutput
-from engine.passes import EagerPasses
 from engine.ranks import Ranks
 from engine.step import StepOutput, TwoStageStep
+from engine.step.averages import Average, EpochResult, means
+from engine.step.bank import FeatureBank
+from engine.step.outputs import ReadOutput
+from engine.step.passes import EagerPasses
 from engine.training.passes import Share
 from engine.training.rank_objective import ObjectiveOnRanks
 

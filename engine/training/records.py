@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from engine.averages import EpochResult
 from engine.config import Config
 from engine.files import finite
+from engine.step.averages import EpochResult
 from engine.task import find_task
 
 Record = dict[str, Any]

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 
 from engine import checkpoint
-from engine.bank import FeatureBank
 from engine.config import Config
 from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.files import append_text, parse_json, write_text
 from engine.loaders.dataset import Dataset
-from engine.position import Position
 from engine.run_folder import (
     BEST,
     CONFIG,
@@ -31,6 +29,8 @@ from engine.run_folder import (
     file_sum,
     verify,
 )
+from engine.step.bank import FeatureBank
+from engine.step.position import Position
 from engine.training import same_run
 from engine.training.random_state import set_random_state
 from engine.training.records import Record, line_of, parse_line

@@ -16,14 +16,11 @@ from torch import Tensor, nn
 
 from engine import checks
 from engine.allocator import keep_memory
-from engine.averages import EpochResult
-from engine.bank import FeatureBank
 from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
 from engine.config import Config
 from engine.errors import ConfigError, DataError, EngineError, EstimatorError, OutputError
 from engine.loaders.dataset import Dataset
 from engine.objective import Objective
-from engine.position import Position
 from engine.profile import Profiler
 from engine.ranks import Ranks
 from engine.report import write_report
@@ -41,6 +38,9 @@ from engine.run_folder import (
     owned,
     require_no_sweep,
 )
+from engine.step.averages import EpochResult
+from engine.step.bank import FeatureBank
+from engine.step.position import Position
 from engine.stopping import Stopped, StopSignals
 from engine.task import find_task
 from engine.torchrun import restartable, restarted

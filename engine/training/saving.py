@@ -15,13 +15,10 @@ import torch
 from torch import Tensor
 
 from engine import checkpoint, metrics
-from engine.averages import EpochResult
-from engine.bank import FeatureBank
 from engine.config import Config
 from engine.errors import CheckpointError, EngineError, EstimatorError
 from engine.files import append_text, write_json
 from engine.loaders.dataset import Split
-from engine.position import Position
 from engine.report import environment
 from engine.run_folder import (
     BEST,
@@ -38,6 +35,9 @@ from engine.run_folder import (
     Checksums,
 )
 from engine.sharded import gathered
+from engine.step.averages import EpochResult
+from engine.step.bank import FeatureBank
+from engine.step.position import Position
 from engine.training.parts import Parts
 from engine.training.random_state import random_state, unchanged_random_state
 from engine.training.records import Record, line_of

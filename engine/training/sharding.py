@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine.compiled import regions
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.model.text_encoder import TextEncoder
 from engine.precision import autocast_dtype
 from engine.ranks import Ranks
 from engine.sharded import gathered, is_sharded
+from engine.step.compiled import regions
 
 if TYPE_CHECKING:
     from engine.training.parts import Parts

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from engine import losses
 from engine.config import Config
-from engine.graph_state import DeviceNumbers
 from engine.kernels import registry
 from engine.loaders.batch import Batch
 from engine.mimrl.model import build_model
@@ -18,6 +17,7 @@ from engine.mimrl.names import engine_to_reference, split_reference_state
 from engine.mimrl.terms import MIMRL_ESTIMATORS, mimrl_objective
 from engine.model.text_encoder import text_encoder_from_config
 from engine.step import TwoStageStep
+from engine.step.graph_state import DeviceNumbers
 from engine.training.parts import parameter_groups
 from tests.golden.common import assert_grad, assert_values, cases, load, part, recorded_parameters
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from engine.bank import FeatureBank
 from engine.config import ObjectiveConfig
 from engine.errors import ConfigError
 from engine.objective import CMI, MI, Objective
 from engine.ranks import Ranks
 from engine.step import TwoStageStep
+from engine.step.bank import FeatureBank
 from engine.training.passes import Share
 from engine.training.rank_step import StepOnRanks
 

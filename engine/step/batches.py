@@ -30,7 +30,7 @@ pytree.register_pytree_node(
     KeywordInputs,
     lambda inputs: (list(inputs.values()), list(inputs)),
     lambda values, names: KeywordInputs(zip(names, values, strict=True)),
-    serialized_type_name="engine.batches.KeywordInputs",
+    serialized_type_name="engine.step.batches.KeywordInputs",
 )
 
 
@@ -157,7 +157,7 @@ def check_index(batch: ReadBatch, size: int) -> None:
     if index is None:
         raise DataError(
             "a batch of the loader", "no index", "the samples' rows in the training set, which the feature bank needs",
-            'Yield (inputs, target, index), or a dict with "index": engine.batches.Numbered(dataset) adds it.',
+            'Yield (inputs, target, index), or a dict with "index": engine.step.batches.Numbered(dataset) adds it.',
         )  # fmt: skip
     if isinstance(batch.inputs, Batch) or index.device.type != "cpu" or len(index) == 0:
         return

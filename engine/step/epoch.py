@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from engine.averages import EpochResult, means
-from engine.bank import FeatureBank
 from engine.errors import ConfigError
-from engine.passes import OnBatch, no_batch, passes_of_epoch
-from engine.position import Position
 from engine.profile import part
+from engine.step.averages import EpochResult, means
+from engine.step.bank import FeatureBank
+from engine.step.passes import OnBatch, no_batch, passes_of_epoch
+from engine.step.position import Position
 
 if TYPE_CHECKING:
     from engine.step import StageOneFeatures, TwoStageStep

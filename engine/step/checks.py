@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from engine.bank import FeatureBank
-from engine.batches import Target
 from engine.errors import ConfigError
+from engine.step.bank import FeatureBank
+from engine.step.batches import Target
 
 STAGE1_FEATURES = ("fresh", "cached", "bank")
 """Where stage 1 may take its features from."""

@@ -1,4 +1,4 @@
-"""The passes of an epoch, one operation after another. `engine.static` has the same passes for CUDA graphs."""
+"""The passes of an epoch, one operation after another. `engine.step.static` has the same passes for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from engine.averages import Average, EpochResult, Sums, means
-from engine.bank import FeatureBank
-from engine.batches import joined
 from engine.errors import DataError
 from engine.objective import Rows
-from engine.position import Position
 from engine.profile import part
+from engine.step.averages import Average, EpochResult, Sums, means
+from engine.step.bank import FeatureBank
+from engine.step.batches import joined
+from engine.step.position import Position
 
 if TYPE_CHECKING:
     from engine.step import StepOutput, TwoStageStep

@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from engine.averages import Average, EpochResult, Sums, means
-from engine.bank import FeatureBank
-from engine.batches import whole_batches
 from engine.errors import ConfigError
-from engine.graph_state import DeviceNumbers, StateWatch, make_capturable, optimizer_settings, plain_settings
-from engine.graphs import GraphRunner
 from engine.kernels.knn_product import Bank
 from engine.loaders.feed import CopyFeed, Feed, Key
-from engine.passes import OnBatch
-from engine.position import Position
 from engine.profile import part
+from engine.step.averages import Average, EpochResult, Sums, means
+from engine.step.bank import FeatureBank
+from engine.step.batches import whole_batches
+from engine.step.graph_state import DeviceNumbers, StateWatch, make_capturable, optimizer_settings, plain_settings
+from engine.step.graphs import GraphRunner
+from engine.step.passes import OnBatch
+from engine.step.position import Position
 
 if TYPE_CHECKING:
     from engine.step import StepOutput, TwoStageStep

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.averages import Average
-from engine.bank import FeatureBank
+from engine.step.averages import Average
+from engine.step.bank import FeatureBank
 
 ORDER = ("", "collect", "stage1", "stage2")
 """The stages of an epoch, in the order in which they run; "" before the first."""

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.averages import WeightAverage
 from engine.errors import ConfigError
-from engine.finite import NonFinite
-from engine.graph_state import DeviceNumbers
 from engine.objective import Objective
 from engine.profile import part
 from engine.sharded import clip_norm, clip_values, local
-from engine.step_checks import check_optimizer
+from engine.step.averages import WeightAverage
+from engine.step.checks import check_optimizer
+from engine.step.finite import NonFinite
+from engine.step.graph_state import DeviceNumbers
 
 
 class Accumulation:

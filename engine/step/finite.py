@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError, EstimatorError, NonFiniteError
-from engine.finite_flags import Flags, by_kind, first_not_finite
 from engine.model.estimators import readable
-from engine.position import Position
 from engine.sharded import is_sharded, local, somewhere
+from engine.step.finite_flags import Flags, by_kind, first_not_finite
+from engine.step.position import Position
 from engine.vocabulary import NON_FINITE
 
 if TYPE_CHECKING:

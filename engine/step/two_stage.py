@@ -1,7 +1,7 @@
 """The two-stage step and the epoch around it, for any model and any loader.
 
 Stage 1 moves the estimators on detached features. Stage 2 moves the model on its task loss and on the information terms
-that the estimators read. `engine.batches` says what batches and model outputs may look like.
+that the estimators read. `engine.step.batches` says what batches and model outputs may look like.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from engine import step_state
-from engine.averages import EpochResult, WeightAverage
-from engine.bank import FeatureBank
-from engine.batches import KeywordInputs, ReadBatch, Target, check_index, mapped, read_batch, rows_of
-from engine.compiled import compile_regions
-from engine.epoch import run_epoch
 from engine.errors import ConfigError, EstimatorError, NonFiniteError
-from engine.finite import NonFinite
-from engine.graph_state import DeviceNumbers
 from engine.objective import Objective, ObjectiveOutput, Rows
-from engine.outputs import (
+from engine.profile import part
+from engine.step import state as step_state
+from engine.step.averages import EpochResult, WeightAverage
+from engine.step.bank import FeatureBank
+from engine.step.batches import KeywordInputs, ReadBatch, Target, check_index, mapped, read_batch, rows_of
+from engine.step.checks import check_bank, check_epoch, check_task_loss, task_of, unwrapped
+from engine.step.compiled import compile_regions
+from engine.step.epoch import run_epoch
+from engine.step.finite import NonFinite
+from engine.step.graph_state import DeviceNumbers
+from engine.step.outputs import (
     Features,
     ReadOutput,
     check_features,
@@ -34,13 +36,11 @@ from engine.outputs import (
     read_output,
     with_label,
 )
-from engine.passes import EagerPasses, OnBatch, batch_sizes
-from engine.position import Position
-from engine.profile import part
-from engine.recent import RecentFeatures
-from engine.static import StaticPasses
-from engine.step_checks import check_bank, check_epoch, check_task_loss, task_of, unwrapped
-from engine.updates import Accumulation, Updates, without_grad
+from engine.step.passes import EagerPasses, OnBatch, batch_sizes
+from engine.step.position import Position
+from engine.step.recent import RecentFeatures
+from engine.step.static import StaticPasses
+from engine.step.updates import Accumulation, Updates, without_grad
 
 StageOneFeatures = Literal["fresh", "cached", "bank"]
 GraphMode = Literal["auto", "emulate", "off"] | bool
@@ -66,7 +66,7 @@ class TwoStageStep(Updates):
 
     Args:
         model: maps a batch's inputs to `(prediction [B, n], features {name: [B, width]})`, or to a dict, dataclass or
-            `ModelOutput`: see `engine.batches.read_output`. It may be wrapped for distributed training.
+            `ModelOutput`: see `engine.step.batches.read_output`. It may be wrapped for distributed training.
         objective: the information terms, or None to train on the task loss alone.
         task_loss: maps (prediction, target) to a 0-d loss. "model": the model computes it and returns it as `loss`; a
             dict's target is then passed to the model too. None: there is none, and the information terms train alone.
@@ -78,22 +78,22 @@ class TwoStageStep(Updates):
         autocast: type of the model's matrix products in training (see `engine.precision`); None for float32.
             Information terms, losses, stored values and evaluation are always float32. With float16 the loss is scaled,
             and a step whose gradients overflow is skipped.
-        compile: "off", or a mode of torch.compile for the layers that the model repeats (see `engine.compiled`).
+        compile: "off", or a mode of torch.compile for the layers that the model repeats (see `engine.step.compiled`).
         label: name under which the target joins the objective's features, as float [B, n]; None to leave it out. The
             targets of a dict join under their own names.
         generator: draws product rows and the order of a bank's rows. A generator on the CPU gives the same draws on
             every device.
-        graphs: "off" or False runs one operation after another. "emulate" makes a static step (see `engine.static`) and
-            never captures it. True captures it as CUDA graphs on a GPU, and is an error where that is impossible.
-            "auto" captures it on a GPU where the model allows it, and is "off" elsewhere.
+        graphs: "off" or False runs one operation after another. "emulate" makes a static step (see
+            `engine.step.static`) and never captures it. True captures it as CUDA graphs on a GPU, and is an error
+            where that is impossible. "auto" captures it on a GPU where the model allows it, and is "off" elsewhere.
         features: what picks the features from the model's output: a function of (output, inputs), a dict {feature:
             entry}, or names of entries. None: the features that the model returns.
         accumulate: micro-batches per update, in both stages. The gradient is that of the mean over all their rows.
             Information terms are estimated on each micro-batch, so InfoNCE sees only its negatives.
         non_finite: what `train_epoch` does about a loss or a gradient that is not finite. "stop" raises an error that
             names the term, the batch and its samples. "skip" leaves out the step, counts it in `EpochResult.skipped`,
-            and stops after `engine.finite.MOST_IN_A_ROW` of them in a row. `stage1` and `stage2` themselves raise a
-            NonFiniteError before the update, on a CPU.
+            and stops after `engine.step.finite.MOST_IN_A_ROW` of them in a row. `stage1` and `stage2` themselves raise
+            a NonFiniteError before the update, on a CPU.
 
     Attributes:
         backward: how a loss is differentiated; by default `loss.backward()`. Lightning's `manual_backward` and
@@ -346,7 +346,7 @@ class TwoStageStep(Updates):
         if recent is None:
             raise ConfigError(
                 "TwoStageStep.train_batch", "conditional terms without recent=", "features to draw product rows from",
-                "Pass recent=engine.recent.RecentFeatures(4096), and the same object every time.",
+                "Pass recent=engine.step.recent.RecentFeatures(4096), and the same object every time.",
             )  # fmt: skip
         k = self.objective.settings.k_neighbor
         if self.device is not None:

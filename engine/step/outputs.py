@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.batches import Target, all_tensors
 from engine.errors import ConfigError
+from engine.step.batches import Target, all_tensors
 
 PREDICTIONS = ("prediction", "logits")
 """The entries of a model's output that hold its prediction."""
