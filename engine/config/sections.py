@@ -219,7 +219,7 @@ class ObjectiveConfig(Section):
     gather: Gather = Field(
         "gather",
         description="with several ranks: estimates from the joined batch, by gathered rows or by keys that travel "
-        '(ring); "off": from each rank\'s own batch',
+        '(ring); "off": from each rank\'s own batch, in loops of your own only',
     )
 
     @model_validator(mode="before")
