@@ -25,7 +25,7 @@ from bench.mi import samples
 from engine.errors import EngineError
 
 SAMPLES, RECORDS = ROOT / "runs" / "mi_samples", ROOT / "bench" / "results" / "mi_records.jsonl"
-DOCS = ROOT / "docs" / "measuring_information.md"
+DOCS = ROOT / "docs" / "measuring_accuracy.md"
 
 
 def main(arguments: list[str] | None = None) -> int:
