@@ -1,7 +1,7 @@
 """A model of a GPU's work in the flagship's step beside its products: launches, traffic and synchronisations.
 
     python -m bench.traffic              the tables
-    python -m bench.traffic --update     the tables of docs/kernels.md, from them and from tests/aot/budgets.json
+    python -m bench.traffic --update     the tables of docs/kernels_inside.md, from them and from tests/aot/budgets.json
     python -m bench.traffic --dispatch   the modelled entries of engine/kernels/dispatch.json
 
 Nothing is timed. The step runs on the CPU and is counted as it would run on a GPU: operations of `torch.ops.engine` by
@@ -48,7 +48,7 @@ from engine.mimrl.terms import mimrl_objective
 from tests.aot import budgets
 
 BATCH, WIDTH = 128, 128
-PAGE = machine.ROOT / "docs" / "kernels.md"
+PAGE = machine.ROOT / "docs" / "kernels_inside.md"
 ARCHS = (80, 90, 100)
 # Operations that compute nothing, beside views.
 NOTHING = ("empty", "new_empty", "_unsafe_view")
@@ -485,7 +485,7 @@ def update(page: Path = PAGE) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.split("\n")[0])
-    parser.add_argument("--update", action="store_true", help="write the tables of docs/kernels.md")
+    parser.add_argument("--update", action="store_true", help="write the tables of docs/kernels_inside.md")
     parser.add_argument(
         "--dispatch", action="store_true", help="write modelled entries of engine/kernels/dispatch.json"
     )

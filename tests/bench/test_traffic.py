@@ -1,4 +1,4 @@
-"""The tables of docs/kernels.md are what the code gives, and the model counts what it says."""
+"""The tables of docs/kernels_inside.md are what the code gives, and the model counts what it says."""
 
 import pytest
 import torch

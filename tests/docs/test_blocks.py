@@ -109,6 +109,9 @@ def _loaders(scope: dict) -> None:
 
 def _kernels(scope: dict) -> None:
     assert scope["q"].grad.isfinite().all()
+
+
+def _kernels_inside(scope: dict) -> None:
     assert scope["y"].tolist() == [2.0, 2.0, 2.0]
 
 
@@ -141,6 +144,7 @@ CHECKS = {
     "data.md": _data,
     "formats.md": _formats,
     "kernels.md": _kernels,
+    "kernels_inside.md": _kernels_inside,
     "loaders.md": _loaders,
     "ranks.md": _ranks,
     "other_loops.md": _other_loops,
