@@ -150,7 +150,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("save_best_features", bool, "", "output.features"),
     Flag("print_params", bool, "", fate="unsupported", note="`engine train` does not list the parameters"),
     Flag("check_gradient", bool, "", fate="unsupported", note="non-finite values raise by themselves"),
-    Flag("parallel", bool, "", fate="unsupported", note="one device; the results do not depend on it"),
+    Flag("parallel", bool, "", fate="unsupported", note="start `torchrun -m engine train` for several GPUs"),
     Flag("cuda", str, "0", "device", note="only if given: N is cuda:N; else auto"),
 )  # fmt: skip
 
