@@ -44,7 +44,7 @@ class EngineError(Exception):
 
 
 class ConfigError(EngineError):
-    """A setting that is unknown, of the wrong type, out of range, or at odds with another one."""
+    """A setting that is unknown, of the wrong type, out of range, or in contradiction to another one."""
 
 
 class DataError(EngineError):

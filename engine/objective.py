@@ -435,7 +435,7 @@ class Objective(nn.Module):
 
 
 def _check(expressions: Sequence[Expression], weights: Mapping[Term, float], dims: Mapping[str, int]) -> None:
-    """Raise ConfigError where an objective's expressions, stage-1 weights and widths are at odds."""
+    """Raise ConfigError where an objective's expressions, stage-1 weights and widths contradict each other."""
     used, names = distinct_terms(expressions), [e.name for e in expressions]
     if repeated := {n for n in names if names.count(n) > 1}:
         raise ConfigError(

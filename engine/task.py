@@ -80,7 +80,7 @@ class Task:
     # -- settings ----------------------------------------------------------------------------------
 
     def check(self, config: Config) -> None:
-        """Raise `ConfigError` where two settings of its own are at odds."""
+        """Raise `ConfigError` if two settings of its own contradict each other."""
 
     def resolve(self, config: Config) -> None:
         """Replace every `auto` of its own settings in `config` by the value that it stands for."""

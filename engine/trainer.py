@@ -59,14 +59,17 @@ def train(
     Args:
         config: the run's settings; `config.data.path` names the data.
         out: folder to write; it may not hold another run unless `resume`.
-        resume: go on after the last finished epoch of the run in `out`, by the same settings and on the same data. A
-            resumed CPU run ends bit-equal to one that was not interrupted. Where last.safetensors is damaged, the run
-            goes on from the epoch before, with a warning.
+        resume: go on from the newest checkpoint of the run in `out`, with the same settings and on the same data. A
+            resumed CPU run ends bit-equal to one that was not interrupted. If last.safetensors is damaged, the run
+            goes on from previous.safetensors, with a warning.
         callbacks: called beside the built-in progress and TensorBoard ones (`config.output`).
         dataset: an open dataset, to share one among several runs; default: `config.data.path` is opened.
         profile: measure where the time of a few batches of each stage goes, in the second epoch:
             `out`/profile/shares.txt, shares.json and trace.json (Perfetto).
         task: what is trained: a `Task`, a name, or "module:attribute", which is imported; default: `config.task`.
+
+    Returns:
+        The run's folder as `out`, and the content of its metrics.json as `metrics`.
 
     Raises:
         EngineError: a problem with settings, data or the output folder, in one line.
@@ -91,13 +94,20 @@ def train_seeds(
     callbacks: Sequence[Callback] = (),
     task: Task | str | None = None,
 ) -> list[RunResult]:
-    """One run per seed in `out`/seedN, and summary.csv and summary.json with mean and standard deviation over them.
+    """Train one run per seed in `out`/seedN, and write the mean and standard deviation over them.
 
-    They describe the test split, or valid if the test split has no labels.
+    summary.csv and summary.json in `out` hold them for the test split, or for valid if the test split has no labels.
 
     Args:
+        seeds: one run is trained with each; `config.seed` is not used.
         resume: finished runs stay as they are; the others are resumed or begun.
-        task: as for `train`.
+        config, out, callbacks, task: as for `train`.
+
+    Returns:
+        The runs, in the order of `seeds`.
+
+    Raises:
+        EngineError: as for `train`.
 
     Example:
         >>> from engine import load_config
@@ -149,18 +159,25 @@ def evaluate(
     device: str = "auto",
     task: Task | str | None = None,
 ) -> dict[str, float]:
-    """Metrics of a run's best model on one split of `data`, normalised by the run's own statistics, in float32.
+    """Compute the metrics of a run's best model on one split of `data`, in float32.
 
-    Only the run folder and that split are needed. Every sample needs a label.
+    Only the run folder and that split are needed. Data is normalised by the run's own statistics. Every sample needs a
+    label.
 
     Args:
+        run: the run folder.
+        data: file or folder of features, or a store, in any format.
         split: None: test, or the only split of the data.
+        batch_size: None: the run's. In fast mode it changes nothing.
         device: as in a run's settings: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" or "mps".
-        task: the run's task, where it is not the engine's own: a `Task` or "module:attribute".
+        task: the run's task, if it is one of your own: a `Task` or "module:attribute".
+
+    Returns:
+        {name: value} of docs/metrics.md. Accuracies and F1 are fractions.
 
     Raises:
-        CheckpointError, ConfigError, DataError: there is no such run or split, a label is missing, or features of other
-            widths than the run was trained with.
+        CheckpointError, ConfigError, DataError: there is no such run or split, a label is missing, or features have
+            other widths than the run was trained with.
 
     Example:
         >>> list(evaluate("run", "data/mosi_data_noalign.pkl", split="valid"))[:3]
@@ -185,8 +202,18 @@ def predict(
 ) -> Path:
     """Write the best model's predictions on one split of `data` as CSV, in file order with ids.
 
-    Arguments are those of `evaluate`. Samples need no labels: the column `label` holds the data's number, or
+    The other arguments are those of `evaluate`. Samples need no labels: the column `label` holds the data's number, or
     nothing.
+
+    Args:
+        out: the CSV to write, with the columns id, label and prediction, and for classes a score each.
+
+    Returns:
+        The path of the CSV.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: as for `evaluate`, except that labels may be missing.
+        OutputError: the CSV cannot be written.
 
     Example:
         >>> predict("run", "data/mosi_data_noalign.pkl", "predictions.csv").name

@@ -41,7 +41,7 @@ def _of_the_task() -> Any:
 
 
 class Config(Section):
-    """Everything a run depends on. It equals itself after a way through YAML.
+    """Everything that a run depends on. Saving it as YAML and loading that file gives an equal one.
 
     >>> config = Config(epochs=3, train={"lr": 5e-4})
     >>> config.epochs, config.mode, config.train.lr
@@ -149,7 +149,7 @@ class Config(Section):
         return self
 
     def check(self) -> None:
-        """Raise `ConfigError` where two settings are at odds. Loading and `resolve` call it."""
+        """Raise `ConfigError` if two settings contradict each other. Loading and `resolve` call it."""
         for name, section in self.sections_of(self.task).items():
             if not isinstance(getattr(self, name), section):
                 raise ConfigError(

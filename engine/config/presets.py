@@ -60,7 +60,8 @@ def load_config(source: str | Path | None, overrides: Iterable[str] = (), task: 
         task: the task that is trained, where the settings do not name it.
 
     Raises:
-        ConfigError: no such preset or file, an unknown key, a value out of range, or settings at odds.
+        ConfigError: no such preset or file, an unknown key, a value out of range, or settings that contradict each
+            other.
     """
     if source is None:
         return _build({} if task is None else {"task": task}, overrides)
@@ -155,7 +156,7 @@ def changed(config: Config, settings: Mapping[str, Any]) -> Config:
     0.0005
 
     Raises:
-        ConfigError: an unknown key, a value out of range, or settings at odds.
+        ConfigError: an unknown key, a value out of range, or settings that contradict each other.
     """
     values = config.model_dump(mode="json")
     for name, value in settings.items():

@@ -172,7 +172,7 @@ def written_terms(objective: MIMRLObjectiveConfig) -> list[str]:
 
 
 def check(config: Config) -> None:
-    """Raise `ConfigError` where two of MIMRL's settings are at odds."""
+    """Raise `ConfigError` if two of MIMRL's settings contradict each other."""
     _check_vectors(config.objective)
     _check_terms(config)
     _check_modalities(config)

@@ -35,7 +35,7 @@ class MIMRLTask(Task):
     presets = "engine.mimrl.presets"
 
     def check(self, config: Config) -> None:
-        """Raise `ConfigError` where two settings of its own are at odds."""
+        """Raise `ConfigError` if two settings of its own contradict each other."""
         settings.check(config)
 
     def resolve(self, config: Config) -> None:

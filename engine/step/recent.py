@@ -66,9 +66,11 @@ class RecentFeatures:
         self.rows = {name: value.to(device) for name, value in self.rows.items()}
 
     def state_dict(self) -> dict[str, Any]:
+        """The features that are kept and their number, for `load_state_dict`."""
         return {"capacity": self.capacity, "stored": self.stored, "rows": {k: v.clone() for k, v in self.rows.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
         self.capacity, self.stored = state["capacity"], state["stored"]
         self.rows = {name: value.clone() for name, value in state["rows"].items()}
 

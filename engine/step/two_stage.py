@@ -62,11 +62,11 @@ class StepOutput:
 
 
 class TwoStageStep(Updates):
-    """Both stages' updates on one batch.
+    """Train a model and its estimators in two stages, batch by batch or by whole epochs.
 
     Args:
         model: maps a batch's inputs to `(prediction [B, n], features {name: [B, width]})`, or to a dict, dataclass or
-            `ModelOutput`: see `engine.step.batches.read_output`. It may be wrapped for distributed training.
+            `ModelOutput`: see `engine.step.outputs.read_output`. It may be wrapped for distributed training.
         objective: the information terms, or None to train on the task loss alone.
         task_loss: maps (prediction, target) to a 0-d loss. "model": the model computes it and returns it as `loss`; a
             dict's target is then passed to the model too. None: there is none, and the information terms train alone.

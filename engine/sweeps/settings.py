@@ -105,7 +105,8 @@ def grid_of(
         named: {name: {key: value}}, whole sets of settings.
 
     Raises:
-        ConfigError: an unknown key, a value out of range, settings at odds, or a combination that stands twice.
+        ConfigError: an unknown key, a value out of range, settings that contradict each other, or a combination that
+            is given twice.
     """
     axes = flat(grid, base.task, "grid")
     for name, values in axes.items():

@@ -190,7 +190,7 @@ class Search:
         self.running[name] = trial
         try:
             job = Job(name, folder, changed(self.base, values), log)
-        except ConfigError as problem:  # settings that are at odds with each other
+        except ConfigError as problem:  # settings that contradict each other
             job = Job(name, folder, self.base, log)
             self._ended(Event(job, "failed", {"error": str(problem)}), progress)
             return
