@@ -23,7 +23,7 @@ def printable(text: object) -> str:
 
 
 class EngineError(Exception):
-    """A problem that the user can mend. Its text is one `printable` line; each part has at most `LONGEST` characters.
+    """A problem that the user can solve. Its text is one `printable` line; each part has at most `LONGEST` characters.
 
     >>> print(ConfigError("train.lr", "-1", "a value > 0", "Change the value."))
     train.lr: found -1; expected a value > 0. Change the value.

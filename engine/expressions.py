@@ -90,7 +90,7 @@ def parse_weights(weights: Mapping[str, float], where: str = WEIGHTS) -> dict[Te
     for text, weight in weights.items():
         term = parse_term(text, where)
         if term in parsed:
-            raise ConfigError(where, f"two weights for {term}", "one weight for each term", "Drop one.")
+            raise ConfigError(where, f"two weights for {term}", "one weight for each term", "Leave one out.")
         parsed[term] = weight
     return parsed
 
@@ -111,7 +111,7 @@ def stage1_weights(expressions: Sequence[Expression], weights: Mapping[str, floa
     for term in given:
         if term not in used:
             allowed = ", ".join(map(term_text, used)) or "none, because there are no terms"
-            raise ConfigError(WEIGHTS, f"a weight for {term_text(term)}", f"a term in use: {allowed}", "Drop it.")
+            raise ConfigError(WEIGHTS, f"a weight for {term_text(term)}", f"a term in use: {allowed}", "Leave it out.")
     return used | given
 
 
@@ -129,7 +129,7 @@ def expression_text(expression: Expression) -> str:
     """
     pairs = list(expression.coefficients)
     if not pairs or not all(map(math.isfinite, (expression.weight, *(size for _, size in pairs)))):
-        raise ConfigError("expression", expression.name or "no terms", "terms with finite weights", "Mend it.")
+        raise ConfigError("expression", expression.name or "no terms", "terms with finite weights", "Correct it.")
     if len(pairs) == 1 and pairs[0][1] != 1:
         # A product alone would be read as the weight of the expression. Only a sum has coefficients.
         pairs = [(pairs[0][0], 0.0), *pairs]
@@ -193,7 +193,7 @@ class _Parser:
     def only_term(self) -> Term:
         value = self._factor()
         if self.next < len(self.tokens) or isinstance(value, float):
-            raise ConfigError(self.where, f"{self.text!r}", "one term: MI(X, Y) or CMI(X, Y | Z)", "Change it.")
+            raise ConfigError(self.where, f"{self.text!r}", "one term", "Write MI(X, Y) or CMI(X, Y | Z).")
         return value.coefficients[0][0]
 
     def _split(self) -> list[tuple[str, str, int]]:

@@ -92,7 +92,7 @@ def output_error(path: Path, cause: OSError) -> OutputError:
         )
     if cause.errno in (errno.ENOTDIR, errno.EEXIST):
         return OutputError(str(path), "a file where a folder is needed", "a folder", "Choose another --out folder.")
-    return OutputError(str(path), f"{cause.strerror or cause}", "a writable file", "Mend the cause and run again.")
+    return OutputError(str(path), f"{cause.strerror or cause}", "a writable file", "Remove the cause and run again.")
 
 
 def _lock(file: IO[bytes], wait: bool) -> None:

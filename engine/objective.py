@@ -416,7 +416,10 @@ class Objective(nn.Module):
         for name, term in self._readers.items():
             if name not in features:
                 raise EstimatorError(
-                    f"objective term {term}", f"no feature {name!r}", f"one among {sorted(features)}", "Pass it, too."
+                    f"objective term {term}",
+                    f"no feature {name!r}",
+                    f"one among {sorted(features)}",
+                    "Pass it with the others.",
                 )
 
     def estimator_loss(
@@ -439,12 +442,16 @@ def _check(expressions: Sequence[Expression], weights: Mapping[Term, float], dim
     used, names = distinct_terms(expressions), [e.name for e in expressions]
     if repeated := {n for n in names if names.count(n) > 1}:
         raise ConfigError(
-            "objective", f"several expressions named {sorted(repeated)}", "distinct names", "Call .named()."
+            "objective", f"several expressions named {sorted(repeated)}", "distinct names", "Call .named(...)."
         )
     if unused := [str(t) for t in weights if t not in used]:
-        raise ConfigError("objective.estimators", f"{unused}", f"terms among {[str(t) for t in used]}", "Drop them.")
+        raise ConfigError(
+            "objective.estimators", f"{unused}", f"terms among {[str(t) for t in used]}", "Leave them out."
+        )
     if missing := [str(t) for t in used if t not in weights]:
-        raise ConfigError("objective.estimators", f"no weight for {missing}", "one for every term", "Add them.")
+        raise ConfigError(
+            "objective.estimators", f"no weight for {missing}", "one for every term", "Add these weights."
+        )
     coefficients = [c for e in expressions for c in e.folded().values()]
     keys = [t.key for t in used]
     if shared := next((t for t in used if keys.count(t.key) > 1), None):

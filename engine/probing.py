@@ -188,7 +188,7 @@ def _columns(what: str, values: Any) -> Tensor:
         ) from cause  # fmt: skip
     if tensor.is_complex() or tensor.dim() not in (1, 2):
         raise DataError(
-            f"probe, {what}", f"{tensor.dtype} {list(tensor.shape)}", "real numbers [N, d] or [N]", "Reshape."
+            f"probe, {what}", f"{tensor.dtype} {list(tensor.shape)}", "real numbers [N, d] or [N]", "Reshape them."
         )
     tensor = tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
     if not tensor.isfinite().all():
@@ -198,7 +198,9 @@ def _columns(what: str, values: Any) -> Tensor:
 
 def _check(x: Tensor, y: Tensor, least: int) -> None:
     if len(x) != len(y):
-        raise DataError("probe", f"{len(x)} rows of features and {len(y)} of target", "as many", "Give the same rows.")
+        raise DataError(
+            "probe", f"{len(x)} rows of features and {len(y)} of target", "as many of both", "Give the same rows."
+        )
     if len(x) < least or not x.shape[1] or not y.shape[1]:
         raise DataError(
             "probe", f"features {list(x.shape)} and target {list(y.shape)}", f"{least} rows or more, and columns",

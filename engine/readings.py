@@ -21,8 +21,8 @@ TEXTS = {
     "noise": f"A conditional reading within {NOISE:g} nats of 0 cannot be told from 0. Product rows come from nearest "
     "neighbours in the condition, and where that has five or more dimensions they make independent data read .08 to "
     ".19 nats.",
-    "below 0": "Information is never negative. The estimator has not converged, or it has learnt its training rows by "
-    "heart and fails on others. The number says nothing about the information.",
+    "below 0": "Information is never negative. The estimator has not converged, or it has memorised its training rows "
+    "and fails on others. The number says nothing about the information.",
 }
 """Why a marked reading cannot be trusted, by mark."""
 

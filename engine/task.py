@@ -108,7 +108,9 @@ class Task:
 
         Its attribute `feature_dims` tells the widths of the features, {name: width}.
         """
-        raise ConfigError(f"task {self.name}", "no method `model`", "a method that makes the model", "Define it.")
+        raise ConfigError(
+            f"task {self.name}", "no method `model`", "a method that makes the model", "Define it in the task."
+        )
 
     def expressions(self, config: Config) -> list[Expression]:
         """The information terms: those of `objective.terms`, or else the task's own."""
@@ -125,7 +127,10 @@ class Task:
         expressions, widths = self.expressions(config), getattr(model, "feature_dims", None)
         if expressions and widths is None:
             raise ConfigError(
-                f"task {self.name}", "a model without the attribute feature_dims", "{feature: width}", "Set it."
+                f"task {self.name}",
+                "a model without the attribute feature_dims",
+                "{feature: width}",
+                "Set it in the model.",
             )
         return Objective(
             expressions,

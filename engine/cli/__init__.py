@@ -25,7 +25,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a problem the user can mend, 130 when interrupted.
+    """Run the command line and return its exit code: 0, 2 for a problem that the user can solve, 130 when interrupted.
 
     SIGTERM and SIGHUP end a command as Ctrl-C does, with exit code 143 and 129.
 

@@ -38,12 +38,12 @@ def _sweep(a: argparse.Namespace, words: list[str]) -> None:
     config = _common(a, [word for word in words if word not in several])
     content = read_file(a.space) if a.space else {}
     if unknown := [str(key) for key in content if key not in ("seeds", "grid", "settings")]:
-        raise ConfigError(str(a.space), f"the key {unknown[0]!r}", "seeds, grid and settings", "Drop or rename it.")
+        raise ConfigError(str(a.space), f"the key {unknown[0]!r}", "seeds, grid or settings", "Remove or rename it.")
     for key in ("grid", "settings"):
         if not isinstance(content.get(key, {}), dict):
             raise ConfigError(f"{a.space}, {key}", f"{content[key]!r}"[:60], "a mapping", "See engine sweep --help.")
     if "seeds" in content and seeds is not None:
-        raise ConfigError("seeds", f"seeds in {a.space}, too", "one of the two", "Drop one.")
+        raise ConfigError("seeds=", f"seeds in {a.space}, too", "one of the two", "Leave one out.")
     if "seeds" in content:
         seeds = _seeds_of(content["seeds"], f"{a.space}, seeds")
     grid = content.get("grid", {})

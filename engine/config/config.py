@@ -107,7 +107,9 @@ class Config(Section):
         for name, section in own.items():
             if name not in SECTIONS or not issubclass(section, SECTIONS[name]):
                 expected = f"a subclass of {SECTIONS[name].__name__}" if name in SECTIONS else ", ".join(SECTIONS)
-                raise ConfigError(f"sections of the task {task}", f"{name}: {section}", expected, "Mend Task.sections.")
+                raise ConfigError(
+                    f"sections of the task {task}", f"{name}: {section}", expected, "Correct Task.sections."
+                )
         return {**SECTIONS, **own}
 
     # -- validation --------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def _preset(name: Any, task: str | None, above: tuple[str, ...] = ()) -> dict[st
     if len(tasks) > 1:
         raise ConfigError(f"preset {name!r}", f"one for each of {', '.join(tasks)}", "one task", "Name it by task=.")
     if name in above:
-        raise ConfigError(f"preset {name!r}", "a preset that starts from itself", "another one", "Mend its file.")
+        raise ConfigError(f"preset {name!r}", "a preset that starts from itself", "another one", "Correct the file.")
     file = next(file for file in _folder(tasks[0]) if file.name == f"{name}.yaml")
     values = read_settings(file, f"preset {name}")
     base = values.pop("preset", None)

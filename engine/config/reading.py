@@ -107,12 +107,16 @@ def read_settings(path: Any, where: str) -> dict[str, Any]:
     except yaml.YAMLError as cause:
         mark = getattr(cause, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(where + line, yaml_problem(cause), "a YAML mapping of settings", "Mend the file.") from None
+        raise ConfigError(
+            where + line, yaml_problem(cause), "a YAML mapping of settings", "Correct the file."
+        ) from None
     except (OSError, ValueError) as cause:
         problem = getattr(cause, "strerror", None) or str(cause)
         raise ConfigError(where, problem, "a readable YAML file", "Check the path.") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(where, f"a YAML {type(values).__name__}", "a mapping such as `epochs: 8`", "Mend the file.")
+        raise ConfigError(
+            where, f"a YAML {type(values).__name__}", "a mapping such as `epochs: 8`", "Correct the file."
+        )
     return values

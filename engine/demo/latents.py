@@ -55,7 +55,7 @@ class LatentModel:
                 "LatentModel",
                 f"shared={self.shared}, arousal={self.arousal}, label noise={self.label[4]}",
                 "shares in [0, 1) and a label with noise",
-                "Otherwise some information is infinite.",
+                "Change them, because some information would be infinite.",
             )
         a, b, c, d = np.sqrt([self.shared, 1 - self.shared, self.arousal, 1 - self.arousal])
         rows = np.zeros((10, 12))

@@ -45,7 +45,7 @@ class _Fitted:
                     f"{type(self).__name__}.set_params",
                     f"parameter {name!r}",
                     f"one of {', '.join(known)}",
-                    "Check it.",
+                    "Check the name.",
                 )
             setattr(self, name, value)
         return self

@@ -359,7 +359,7 @@ def _read_environment() -> None:
         return
     pairs = [part.strip().partition("=") for part in text.split(",") if part.strip()]
     if any(not separator for _, separator, _ in pairs):
-        raise ConfigError(VARIABLE, repr(text), "operation=algorithm, separated by commas", "Mend or unset it.")
+        raise ConfigError(VARIABLE, repr(text), "operation=algorithm, separated by commas", "Correct or unset it.")
     algorithms = {name.strip(): algorithm.strip() for name, _, algorithm in pairs}
     _check(algorithms, VARIABLE)
     _override.clear()

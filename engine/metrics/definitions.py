@@ -275,7 +275,7 @@ def _finite(what: str, values: NDArray[np.float64]) -> None:
             "finite numbers",
             "Training has diverged: lower train.lr, or set train.clip_norm."
             if what != "labels"
-            else "Mend the labels of the data file.",
+            else "Correct the labels of the data file.",
         )
 
 

@@ -1,0 +1,1 @@
+"""Models and their parts: encoders, fusion encoders, critics, and the estimators of information terms."""

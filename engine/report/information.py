@@ -68,7 +68,7 @@ def _readings(run: Run) -> str:
     marked = dict.fromkeys(row.mark for row in readings if row.mark)
     notes = "".join(f"<p><b>{name}</b>: {TEXTS[name]}</p>" for name in marked)
     title = f"The terms on all rows together, epoch {epoch}"
-    about = "nats; batches are read in stage 2, parts of a term in stage 1; held-out rows count most"
+    about = "in nats; batches: terms in stage 2, their parts in stage 1; trust held-out rows most"
     return f'<div class="below">{card(title, table_of(f"<tr><th></th>{head}</tr>", rows) + notes, about)}</div>'
 
 
@@ -90,9 +90,10 @@ def _left(run: Run) -> str:
             cells += f'<td class="main">{number(found.get("left"))}<small>{kind}</small></td>'
         rows += f"<tr>{cells}</tr>"
     note = (
-        "Predictors of the second feature from the first, which learnt from the training rows: nearest neighbours, and "
-        "ridge regression. Left is the better one above chance. Chance is 0 for R², the commonest class for accuracy, "
-        "and for a conditional term what the condition alone gives. A term that reads 0 nats can have much left."
+        "How well the second feature is predicted from the first, by nearest neighbours and by ridge regression, which "
+        "learnt from the training rows. Left is the better of the two, above chance. Chance is 0 for R², the commonest "
+        "class for accuracy, and what the condition alone gives for a conditional term. Much can be left although a "
+        "term reads 0 nats."
     )
     return (
         f'<div class="below">{card("What is left of minimised terms", table_of(f"<tr>{head}</tr>", rows), note)}</div>'

@@ -39,7 +39,7 @@ class Accumulation:
     def __init__(self, count: int):
         if not isinstance(count, int) or count < 1:
             raise ConfigError(
-                "TwoStageStep", f"accumulate={count}", "a whole number of micro-batches >= 1", "Correct it."
+                "TwoStageStep", f"accumulate={count}", "a whole number of micro-batches >= 1", "Change it."
             )
         self.count = count
         self.clear()

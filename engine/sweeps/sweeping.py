@@ -322,5 +322,5 @@ def require_all(result: SweepResult) -> None:
         name, seed, error = failures[0]
         raise EngineError(
             str(result.out), f"{len(failures)} of {len(result.cells) * len(result.seeds)} runs failed; {name} seed "
-            f"{seed}: {error}", "no failed run", "Mend the cause and give the same command again.",
+            f"{seed}: {error}", "no failed run", "Remove the cause and give the same command again.",
         )  # fmt: skip

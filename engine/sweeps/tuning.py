@@ -220,7 +220,7 @@ class Search:
         if len(ended) >= HOPELESS and all(one.state == "failed" for one in ended):
             raise EngineError(
                 str(self.out), f"{len(ended)} trials that failed, and none that did not: {ended[-1].problem}",
-                "trials that finish", "Mend the cause, and begin in another folder.",
+                "trials that finish", "Remove the cause, and begin in another folder.",
             )  # fmt: skip
 
     def _write(self) -> None:
@@ -233,7 +233,9 @@ class Search:
             try:
                 result.config = changed(self.given, result.best.values)
             except ConfigError as problem:
-                raise DataError(self.study.where, str(problem), "values of the search space", "Check it.") from None
+                raise DataError(
+                    self.study.where, str(problem), "settings that fit each other", "Change the space."
+                ) from None
             result.config.data.path = self.base.data.path
             result.config.save(self.out / BEST_YAML)
         write_tuning(result, self.base)

@@ -120,7 +120,7 @@ class Line:
         z = narrow(z.reshape(-1))
         if not torch.isfinite(z).all():
             raise EstimatorError(
-                "condition", "a label that is NaN or infinite", "finite labels", "Drop or mend these samples."
+                "condition", "a label that is NaN or infinite", "finite labels", "Correct or drop these samples."
             )
         self.z = z
         self.ascending, self.order = torch.sort(z, stable=True)

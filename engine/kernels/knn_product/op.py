@@ -52,7 +52,9 @@ class Bank(Mapping[str, Tensor]):
         exact_type("bank", *features.values(), integers=True)
         if len({len(value) for value in features.values()}) > 1:
             rows = ", ".join(f"{name} {len(value)}" for name, value in features.items())
-            raise EstimatorError("bank", f"features of {rows} rows", "the same samples in each", "Mend the bank.")
+            raise EstimatorError(
+                "bank", f"features of {rows} rows", "the same samples in each", "Give each the same rows."
+            )
         self._features = {name: value.detach() for name, value in features.items()}
         self._spaces: dict[str, Space] = {}
         self._lines: dict[str, Line] = {}
@@ -350,14 +352,14 @@ def check_terms(terms: Iterable[Any], bank: Mapping[str, Tensor]) -> None:
     for term in terms:
         if missing := [name for name in (term.x, term.y, term.given) if name not in bank]:
             what = f"no feature {missing[0]!r} in the bank"
-            raise EstimatorError(f"objective term {term}", what, f"it among {sorted(bank)}", "Add it.")
+            raise EstimatorError(f"objective term {term}", what, f"it among {sorted(bank)}", "Store that feature.")
 
 
 def check_bank(n: int, m: int, k: int) -> None:
     """Refuse k and m that are no counts, and a bank of n rows that is too small for them."""
     if not (isinstance(k, Integral) and isinstance(m, Integral)) or k < 1 or m < 0:
         what, expected = f"k_neighbor {k} and {m} queries", "whole numbers, k_neighbor >= 1 and queries >= 0"
-        raise EstimatorError("k_neighbor", what, expected, "Mend them.")
+        raise EstimatorError("k_neighbor", what, expected, "Change these numbers.")
     if n - m < k:
         raise EstimatorError(
             "k_neighbor", f"k_neighbor {k} with a bank of {n} rows of which {m} are queries",
@@ -396,7 +398,10 @@ def _query_and_key(
     if query.dtype != torch.int64 or query.shape != (m,):
         raise EstimatorError("query", f"{query.dtype} {list(query.shape)}", f"int64 [{m}]", "Give m distinct rows.")
     if looks_at(query) and (bool(((query < 0) | (query >= n)).any()) or len(query.unique()) < m):
-        raise EstimatorError("query", "rows out of range, or twice", f"distinct rows from 0 to {n - 1}", "Mend them.")
+        found = "rows that are out of range or given twice"
+        raise EstimatorError(
+            "query", found, f"distinct rows from 0 to {n - 1}", "Give each row of the bank once at most."
+        )
     source = torch.device("cpu") if generator is None else generator.device
     key = torch.randint(KEYS, (1, m), generator=generator, device=source)
     return query.to(device)[None], key.to(device)

@@ -234,7 +234,7 @@ def label_strata(label: Tensor, k: int) -> Strata:
     label = narrow(label.reshape(-1))
     if not torch.isfinite(label).all():
         raise EstimatorError(
-            "condition", "a label that is NaN or infinite", "finite labels", "Drop or mend these samples."
+            "condition", "a label that is NaN or infinite", "finite labels", "Correct or drop these samples."
         )
     ascending, order = torch.sort(label, stable=True)
     value, count = torch.unique_consecutive(ascending, return_counts=True)

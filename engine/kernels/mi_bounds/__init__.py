@@ -1,3 +1,5 @@
+"""InfoNCE and the other bounds on mutual information, from scores or from embeddings."""
+
 from engine.kernels.mi_bounds.reference import (
     BOUNDS,
     bound_value,

@@ -150,7 +150,7 @@ def infonce(
     if own:
         if symmetric or exclude_self or positives is not None:
             what = "symmetric, exclude_self or positives with negatives of each row's own"
-            raise EstimatorError("infonce", what, "none of these", "Leave them out.")
+            raise EstimatorError("infonce", what, "own negatives without these", "Leave out these options.")
         return _reduced(_losses_of_own_negatives(q, k, negatives, temperature), reduction)
     if negatives is not None:
         if negatives.dim() != k.dim() or negatives.shape[:-2] != k.shape[:-2] or negatives.shape[-1] != k.shape[-1]:

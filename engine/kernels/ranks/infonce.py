@@ -104,7 +104,9 @@ def _check_options(q: Tensor, given: Mapping[str, Any], others: Sequence[str], k
     more = ("negatives", "positives", "exclude_self", "key_labels", "key_ids")
     extra = [name for name in more if _is_given(given.get(name))]
     if given["symmetric"] and extra:
-        raise EstimatorError(f"{where}, symmetric=True", extra[0], "as many keys as rows and nothing else", "Leave it.")
+        raise EstimatorError(
+            f"{where}, symmetric=True", extra[0], "as many keys as rows and nothing else", "Leave it out."
+        )
     several = given["positives"] is not None and given["positives"].dim() == 2
     if given.get("decoupled") and (several or given.get("labels") is not None or given.get("row_ids") is not None):
         raise EstimatorError(

@@ -172,7 +172,7 @@ def _segments(source: DataFiles, reader: CsdReader, file: Path, notes: list[str]
         notes.append(f"{unknown} labelled videos are in no split and are left out")
     if not out:
         raise DataError(
-            str(source.path), "no labelled segment of a video of any split", "some", "Check the list of videos."
+            str(source.path), "no labelled segment of a video of any split", "at least one", "Check the list of videos."
         )
     return present(split_of.values()), out
 
