@@ -184,7 +184,7 @@ class Ranks:
         given = parameters[0].new_tensor([p.grad is not None for p in parameters])
         flat = torch.cat([given, *((p.grad if p.grad is not None else p).reshape(-1) for p in parameters)])
         start = len(parameters)
-        for p in parameters:  # of a parameter without a gradient the values were only a place
+        for p in parameters:  # a parameter without a gradient had only a place among the values
             if p.grad is None:
                 flat[start : start + p.numel()] = 0
             start += p.numel()

@@ -34,10 +34,10 @@ from engine.information.likelihood import HALF_LOG_2PI, Density, fit
 from engine.kernels.arguments import check_count, check_number
 
 WHERE = "estimate_cmi"
-MANY_SAMPLES = 3000  # from here on three folds instead of five
-MANY_CATEGORIES = 50  # the most joint values that are predicted as categories
+MANY_SAMPLES = 3000  # with so many samples or more, three folds are used instead of five
+MANY_CATEGORIES = 50  # with more joint values than this, columns are not predicted as categories
 SMALL = 0.15  # nats; smaller values are compared with a null
-ERROR_SHARE = 0.75  # of a network's optimism that is error on unseen rows, on problems of known information
+ERROR_SHARE = 0.75  # on problems of known information, this share of a network's optimism is error on unseen rows
 LARGEST_ERROR = 0.1
 _NAMES = ("dv", "ldr", "nwj")
 

@@ -17,11 +17,11 @@ from torch.nn.functional import silu
 from engine.information.folds import FoldTrainer, Readings, TrainingSettings, batches_of, best_on_others
 
 RIDGES = (1e-6, 1e-2, 1e-1)
-MORE_RIDGES = (1.0, 10.0, 100.0)  # for as many columns as a tenth of the rows, and more
-WIDE = 1200  # wider designs of more rows are left out, except for the narrowest
+MORE_RIDGES = (1.0, 10.0, 100.0)  # are tried, too, if there is a column for every ten rows or fewer
+WIDE = 1200  # designs with more columns are left out; the narrowest one is always kept
 SHRINKAGES = (0.0, 0.1)
-CHECKS = 24  # of the held-out rows
-LEAST_BETWEEN = 10  # steps from one check to the next
+CHECKS = 24  # how often the held-out rows are read during training
+LEAST_BETWEEN = 10  # at least so many steps lie between two checks
 PATIENCE = 8
 AVERAGE = 0.99
 READ_ROWS = 2048

@@ -53,19 +53,22 @@ WHERE = "estimate_mi"
 BOUNDS = tuple(bound for bound in ALL_BOUNDS if bound != "js_fgan")  # js_fgan bounds another divergence
 FOLDS = 5
 GAUSSIAN = "gaussian"
-MARGIN = 0.002  # by which a network must be better than none, as a share of 1 nat more than the reading
+# A network is used if its reading exceeds the one without it by this share of (1 nat + the reading).
+MARGIN = 0.002
 NORMALISED = 0.05
-SATURATION = 3.0  # nats below its ceiling at which InfoNCE begins to be off by more than chance
+SATURATION = 3.0  # InfoNCE within so many nats of its ceiling is off by more than chance
 OVERFITTED = 0.1
 SHRINKAGES = (0.1, 0.5)
-MANY_COLUMNS = 0.04  # per row, from which covariances are shrunk where that reads more
-# a Gaussian of this information over N in one pair of columns would read two standard errors above 0
+MANY_COLUMNS = 0.04  # with more columns per row than this, shrunk covariances are tried
+# A Gaussian pair of columns with this information divided by N would read two standard errors above 0.
 DETECTABLE = 8.0
-UNLEARNT = 0.2  # of what the networks found: about what they still miss, on problems of known information
-PAIR_COLUMNS = 8  # of both sides, up to which critics of pairs are tried
-NEIGHBOUR_NOISE = 1.2  # by which estimates vary more than independent shares would; counted over 200 seeds
-SINGLE_ROWS = 10  # that occur once, for each pair of values that is no copy of one row
-ATOM_SHARE = 0.02  # of the rows, from which a pair of values that occurs again and again is no copy of one row
+UNLEARNT = 0.2  # on problems of known information, networks still miss about this share of what they found
+PAIR_COLUMNS = 8  # critics of pairs are tried for up to so many columns of both sides together
+NEIGHBOUR_NOISE = 1.2  # estimates vary more than independent shares would, by this factor; counted over 200 seeds
+# A pair of values that occurs again and again is no copy of one row if it holds this share of the rows, and if for each
+# such pair so many rows occur once.
+ATOM_SHARE = 0.02
+SINGLE_ROWS = 10
 
 Candidate = tuple[type[Critics], Inputs]
 

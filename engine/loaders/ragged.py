@@ -14,13 +14,11 @@ from engine.vocabulary import KnownLengthRule as LengthRule
 
 Side = Literal["left", "right"]
 USUAL_CUT: Side = "right"  # sequences that are longer than recorded are cut there
-BLOCK = 128  # samples read at a time: bounds temporary copies of a padded array
-PADDED = 8  # at least so many sequences of one length: zeros at their ends can be padding
-STEPS = 256  # values of a column that float32 must tell apart
-SHARED, ROOM = (
-    64,
-    1 << 28,
-)  # rows may share arrays: their frames may take so many times the arrays' size, plus so many bytes
+BLOCK = 128  # so many samples are read at a time, which bounds temporary copies of a padded array
+PADDED = 8  # zeros at the ends of sequences can be padding if at least so many sequences have one length
+STEPS = 256  # float32 must tell so many values of a column apart
+# Rows may share arrays. Written out row by row, their frames may take SHARED times the arrays' size, plus ROOM bytes.
+SHARED, ROOM = 64, 1 << 28
 
 
 @dataclass

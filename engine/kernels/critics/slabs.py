@@ -28,8 +28,8 @@ from engine.kernels.mlp.triton import positive, precision_now
 
 SLAB_NUMBERS = 1 << 22  # 16,384 pairs of 256 features
 BLOCKS = 256  # programs that share a slab's pairs, each with partial sums of its own
-PAIRS, FEATURES = 16, 64  # of a tile of a slab
-COLUMNS = 1024  # of a tile of scores
+PAIRS, FEATURES = 16, 64  # pairs and features of a tile of a slab
+COLUMNS = 1024  # columns of a tile of scores
 WARPS = 4
 
 

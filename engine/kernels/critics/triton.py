@@ -25,9 +25,9 @@ from engine.kernels.critics import plain, slabs
 from engine.kernels.critics.plan import concat_algorithm
 from engine.kernels.mlp.triton import PRECISIONS, dot, positive
 
-# Rows and columns of a tile of pairs, features of a slice of what is read and of the second layer, warps, stages.
+# Rows and columns of a tile of pairs; features of a slice of the input and of the second layer; warps, stages.
 SCORES = {"tf32x3": (1, 32, 16, 32, 8, 1), "tf32": (1, 64, 32, 64, 8, 2), "bf16": (1, 64, 32, 32, 8, 2)}
-# Backward: pairs of a program, features of a slice of what is read (and, TOP, of the second layer), warps, stages.
+# Backward: pairs of a program; features of a slice of the input (TOP: and of the second layer); warps, stages.
 TOP = {"tf32x3": (32, 16, 32, 8, 2), "tf32": (32, 32, 32, 8, 2), "bf16": (32, 32, 32, 8, 2)}
 LAYER = {"tf32x3": (32, 16, 8, 1), "tf32": (32, 32, 8, 2), "bf16": (32, 32, 8, 2)}
 # Rows and columns of the weight's gradient, pairs of a slice, warps, stages.
@@ -36,11 +36,11 @@ WEIGHT = {
     "tf32": (64, 64, 32, 8, 2),
     "bf16": (64, 64, 32, 8, 2),
 }
-TILE = 8  # rows, and columns, of the tiles of pairs that a slab consists of
+TILE = 8  # rows and columns of a tile of pairs; a slab consists of tiles
 # Pairs of a slab: a 32nd of all of them, within these limits. Its buffers take 3 · hidden numbers per pair.
 SLAB = (1 << 13, 1 << 16)
-SIDES = 16  # features of one program that adds a slab's pairs up
-SPLITS = 8  # runs of a slab's pairs whose weight gradients are summed apart
+SIDES = 16  # features of a program that adds up a slab's pairs
+SPLITS = 8  # parts of a slab's pairs, each with a sum of weight gradients of its own
 
 
 @triton.jit

@@ -192,7 +192,7 @@ def _double() -> bool:
 def _tf32() -> bool:
     """Whether torch's own products of float32 matrices may be tf32."""
     cuda = torch.backends.cuda.matmul
-    # before torch 2.9 there is but the older name; after it, reading that one fails where the newer one was set
+    # torch before 2.9 has only the older name; newer ones refuse to read it once the newer name was set
     return cuda.fp32_precision == "tf32" if hasattr(cuda, "fp32_precision") else cuda.allow_tf32
 
 

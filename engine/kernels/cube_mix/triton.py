@@ -35,12 +35,12 @@ from engine.kernels.cube_mix.cpu import SHORT, STORAGE, Argument, kept_size
 from engine.kernels.registry import interpreting
 from engine.kernels.triton_math import round_tf32
 
-# Columns of a program: the most of COLUMNS that still make this many programs, about two for each processor.
+# A program takes the largest number of COLUMNS with which there are still ENOUGH programs, about two per processor.
 ENOUGH = 256
 COLUMNS = (32, 16)
-DEPTH = 32  # of one step of a product
+DEPTH = 32  # numbers that one step of a product sums over
 HIDDEN_STEP = 64  # hidden units of a step
-# Of the weights' gradients: rows and columns of the result, columns of the cube a step, most programs.
+# Gradients of the weights: rows and columns of the result, columns of the cube per step, most programs.
 WEIGHT_ROWS, WEIGHT_COLUMNS, WEIGHT_STEP, WEIGHT_PROGRAMS = 64, 64, 32, 512
 SHORT_COLUMNS, SHORT_PROGRAMS = 256, 512
 SUM_ROWS, SUM_COLUMNS = 128, 32
@@ -118,7 +118,7 @@ def _matrix(p, rows, n_rows, row_stride, columns, n_columns, column_stride):
     return tl.load(p + rows[:, None] * row_stride + columns[None, :] * column_stride, mask=mask, other=0.0)
 
 
-# Means multiply by 1 / n. A division is approximate: of one element, the mean would not be that element.
+# Means multiply by 1 / n. A division is approximate, so the mean of one element would not be that element.
 
 
 @triton.jit
@@ -634,7 +634,7 @@ def pair_forward_kernel(
 # -- sums over programs --
 
 
-# Not specialised: a number of 1 would become a constant, of which no branch could make a variable.
+# Not specialised, because triton makes a number of 1 a constant, and then no branch can change it.
 _COUNTS = [f"{other}{n}" for other in ("", "other_") for n in ("matrix_stride", "vector_stride")]
 _COUNTS += ["n_matrices", "n_vectors", "n_other_matrices", "n_other_vectors"]
 

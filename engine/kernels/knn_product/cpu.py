@@ -57,7 +57,7 @@ def prepare(z: Tensor, int8: bool | None = None) -> tuple[Tensor, Tensor, Tensor
         unit: float64 [1], the largest entry.
     """
     n, d = z.shape
-    # in few columns the product is cheap anyway (and of one column torch 2.13's int8 product is wrong)
+    # with few columns the product is cheap anyway (and with one column torch 2.13's int8 product is wrong)
     int8 = d >= 8 and int8_is_fast() if int8 is None else int8
     mean = z.double().mean(0) if n else z.new_zeros(d).double()
     unit = max((float((part.double() - mean).abs().max()) for part in z.split(ROWS) if part.numel()), default=0.0)

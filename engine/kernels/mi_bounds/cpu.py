@@ -32,8 +32,8 @@ Blocks = Iterator[tuple[int, Tensor]]
 # Bytes of one block of scores. Larger blocks make better matrix products, smaller ones stay in the caches.
 BLOCK_BYTES = 8 << 20
 SOURCE = Path(__file__).with_name("mi_bounds.cpp")
-PANEL = 64  # rows: whole panels of mi_bounds.cpp on every processor
-WHOLE = 16  # numbers: whole vectors there
+PANEL = 64  # blocks are multiples of so many rows, which are whole panels of mi_bounds.cpp on every processor
+WHOLE = 16  # widths that are multiples of so many numbers are whole vectors in mi_bounds.cpp
 
 
 @functools.cache

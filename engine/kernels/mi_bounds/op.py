@@ -144,7 +144,7 @@ def infonce(
     options = Options(decoupled, hardness, label_smoothing)
     own = negatives is not None and negatives.dim() == q.dim() + 1
     several = positives is not None and positives.dim() == 2
-    # without saying so, the keys of the batch are negatives unless rows have their own
+    # by default the keys of the batch are negatives, unless rows have their own
     if several or in_batch is own or any(x is not None for x in given[1:-1]) or options != Options():
         return extended_infonce(q, k, negatives, temperature, given, in_batch, symmetric, options, reduction)
     if own:

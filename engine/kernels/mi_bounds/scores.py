@@ -26,7 +26,7 @@ from engine.kernels.mi_bounds.tiles import (
     softplus,
 )
 
-# Rows and columns of a tile, warps. One row at a time where a row is read twice: it is still in the cache then.
+# Rows and columns of a tile, warps. A row that is read twice is taken alone, so that it is still in the cache.
 ROWS = {"BLOCK_M": 4, "BLOCK_N": 512, "num_warps": 4}
 GRADIENT_ROWS = {"BLOCK_M": 1, "BLOCK_N": 2048, "num_warps": 4}
 CELLS = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
@@ -34,7 +34,7 @@ COLUMNS = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4}
 MIXTURE = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
 MIXTURE_CELLS = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
 
-# Parts that a chunk's rows are split into for statistics of the columns, so that there are programs enough.
+# For statistics of the columns, a chunk's rows are split into so many parts, to have enough programs.
 PARTS = 8
 
 

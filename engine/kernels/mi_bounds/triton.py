@@ -27,10 +27,10 @@ from engine.kernels.mi_bounds.tiles import KINDS, LN_2, LOG2_E, finite, infonce_
 from engine.kernels.registry import interpreting
 from engine.kernels.triton_math import round_tf32
 
-# Whose `positives` there is: none (the diagonal), the owned side's, the streamed side's.
+# Which side `positives` belongs to: none (positives are on the diagonal), the owned side, the streamed side.
 DIAGONAL, OWN, OTHER = 0, 1, 2
 
-# Fewer owned rows than this leave most of a chip idle with large tiles.
+# With fewer owned rows than this, large tiles would leave most of a chip idle.
 FEW_ROWS = 4096
 ROUND_BLOCK = 1024
 
@@ -305,8 +305,8 @@ def precision_of(q: Tensor) -> Precision:
     return Precision("tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32")
 
 
-# Owned and streamed rows of a tile, columns of the embeddings at a time (0 for all), warps, stages: for few owned rows,
-# for many, and for many on one architecture. Each spills on no architecture that takes it.
+# Owned and streamed rows of a tile, columns of the embeddings at a time (0 for all), warps, stages. There is one entry
+# for few owned rows, one for many, and one for many on one architecture. None spills on an architecture that uses it.
 Config = tuple[int, int, int, int, int]
 STATISTICS: dict[str, dict[str | int, Config]] = {
     "half": {"few": (64, 64, 0, 4, 3), "many": (128, 128, 0, 8, 3)},

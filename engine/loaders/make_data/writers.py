@@ -21,8 +21,8 @@ import numpy as np
 
 from engine.vocabulary import SPLITS as SPLITS
 
-LARGE = 1 << 26  # bytes: larger padded arrays are built in a file
-TEXT_LENGTH = 50  # of aligned files and text features
+LARGE = 1 << 26  # padded arrays of more bytes are built in a file
+TEXT_LENGTH = 50  # tokens of aligned files and of text features
 WHOLE = 1 << 30  # aligned lists are not cut
 
 
