@@ -1,8 +1,8 @@
 """Content without style, after CLUB (Cheng et al., ICML 2020), on generated data.
 
 A sample has content, which decides its label, and one of four styles. An upper bound on I(Z;S) is minimised, so that
-the encoding Z forgets the style. What is left of it is the accuracy of a linear classifier of the style on new data,
-which knows nothing of the training; chance is 1 in 4. The engine's version is a term by the bound "club" and
+the encoding Z forgets the style. What is left is measured on new data by a linear classifier of the style, which
+knows nothing of the training; by chance its accuracy is 1 in 4. The engine's version is a term by the bound "club" and
 `train_batch`, which updates the estimator five times for each step of the model. The plain version writes classifier,
 bound and both stages by hand. Both start from the same weights and train alike.
 

@@ -26,7 +26,7 @@ SIDES = ("engine", "plain")
 
 @dataclass
 class Outcome:
-    """What a training gave: the loss of every step, and a score on new data.
+    """The result of a training: the loss of every step, and a score on new data.
 
     `seconds` of the processor and `peak_mib` are filled where the training ran in other processes, which measured them.
     """

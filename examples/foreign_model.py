@@ -1,8 +1,8 @@
 """Information terms on a model that is not MIMRL, trained in two stages.
 
 Two sensors see the same event, each through its own strong disturbance, and only a few events are labelled. The task
-loss can use the labelled ones alone; the information term I(Z1;Z2) asks both encoders for what the two views share,
-which needs no label. Compare the accuracy on new events with and without it.
+loss can use only these. The information term I(Z1;Z2) asks both encoders for what the two views share, which needs no
+label. Compare the accuracy on new events with and without it.
 
     python examples/foreign_model.py
 """

@@ -5,8 +5,8 @@ as the machine that made a recording. The task loss asks for M, and a term with 
 
     -0.03 * MI("Z", "S", bound="club")
 
-The term's reading is no measure of what is left, because an estimator that lags behind the encoder reads anything. So
-nearest neighbours and ridge regression predict S from Z on new observations: see `engine.probe`.
+The term's reading does not measure what is left of S, because the estimator may lag behind the encoder. So nearest
+neighbours and ridge regression predict S from Z on new observations: see `engine.probe`.
 
     python examples/leak.py
 """

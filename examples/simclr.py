@@ -1,4 +1,4 @@
-"""SimCLR on generated images: `engine.kernels.infonce` in the place of the NT-Xent loss.
+"""SimCLR on generated images: `engine.kernels.infonce` in place of the NT-Xent loss.
 
 Two disturbed views of every image are pulled together and pushed away from all others. The usual loss forms all
 [2B, 2B] similarities; `infonce` never does, and the training is the same. Run it with the name of either:
