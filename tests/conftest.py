@@ -1,8 +1,13 @@
 """What every test needs: no downloads, no fight over cores, and slow tests only when asked for."""
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from engine.config import Config
 
 # Before any test imports transformers: models come from packages or local folders, never from a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,3 +45,33 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
     # The tests' tensors are small: more threads than two cost more than they give.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
+
+
+# -- whole runs on small files; see tests/small_runs.py. Imported late: most tests need none of it. --
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny BERT. Tests that change it work on a copy."""
+    from tests.small_runs import make_text_encoder
+
+    return make_text_encoder(tmp_path_factory.mktemp("tiny_bert"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small files in Declare-Lab's layout. Tests that change it write their own."""
+    from tests.loaders import writers
+    from tests.small_runs import SIZES
+
+    folder = tmp_path_factory.mktemp("data")
+    writers.write_declarelab(folder, writers.samples(sizes=SIZES))
+    return folder
+
+
+@pytest.fixture
+def config(data: Path, text_encoder: Path) -> "Config":
+    """Settings of a run of three epochs on these."""
+    from tests.small_runs import small_config
+
+    return small_config(data, text_encoder)

@@ -1,7 +1,5 @@
 """Runs go on: without a terminal, with a full disk, after a divergence, on other hardware."""
 
-# ruff: noqa: F811  (fixtures of another module are arguments here)
-
 import io
 import json
 import math
@@ -23,8 +21,8 @@ from engine.run_folder import owned
 from engine.training.records import Selection
 from engine.training.run import TrainingRun
 from tests.kills.content import content, curves, differing
+from tests.small_runs import changed, history
 from tests.test_run_folder import Stop, flip
-from tests.test_trainer import changed, config, data, history, text_encoder  # noqa: F401
 
 # -- saving beside the next epoch --
 
