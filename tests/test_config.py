@@ -142,7 +142,7 @@ def test_unreadable_file(tmp_path: Path):
 
 def test_save_where_nothing_can_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match="found a file where a folder is needed"):
         load_config("mosi").save(tmp_path / "file" / "config.yaml")
 
 

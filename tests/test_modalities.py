@@ -128,7 +128,7 @@ def test_a_corpus_without_transcripts(samples, tmp_path, family):
         assert sorted(got.lengths("audio").tolist()) == lengths
         assert sorted(got.label[:, 0].tolist()) == pytest.approx(sorted(s.label for s in rows), abs=1e-6)
     assert opened.text_dim == 0 and opened.tokenizer is None and not opened.report.missing["train"].get("text")
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="actual_words" if family == "tuples" else "text"):
         open_dataset(path, DataConfig(align="segments"), "minilm")
 
 

@@ -425,10 +425,8 @@ class TestBadInput:
             trainer.train(config, tmp_path / "file" / "run")
 
     def test_more_neighbours_than_the_bank_holds(self, config, tmp_path):
+        trainer.train(changed(config, batch_size=20, objective={"k_neighbor": 10}, epochs=1), tmp_path / "a")
         with pytest.raises(ConfigError, match=r"objective\.k_neighbor"):
-            trainer.train(
-                changed(config, batch_size=20, objective={"k_neighbor": 10}, epochs=1), tmp_path / "a"
-            ) and None
             trainer.train(changed(config, batch_size=42, objective={"k_neighbor": 21}), tmp_path / "b")
 
     def test_dims_that_do_not_fit_cubemlp(self, config, tmp_path):
