@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -353,7 +354,7 @@ class WidthConfig(ModelConfig):
 class Narrow(Task):
     name = "narrow"
     modes = ("plain", "fancy")
-    sections = {"model": WidthConfig}  # noqa: RUF012
+    sections: ClassVar = {"model": WidthConfig}
 
     def check(self, config: Config) -> None:
         if config.model.width > config.batch_size:

@@ -241,7 +241,10 @@ def test_curves_are_whole_after_any_stop(config, tmp_path):
 
 def test_a_full_disk_for_curves_does_not_end_a_run(config, tmp_path, monkeypatch):
     real, run = Path.open, tmp_path / "run"
-    full = lambda self, *a, **k: real(Path("/dev/full") if "tfevents" in self.name else self, *a, **k)  # noqa: E731
+
+    def full(self, *a, **k):
+        return real(Path("/dev/full") if "tfevents" in self.name else self, *a, **k)
+
     monkeypatch.setattr(Path, "open", full)
     settings = changed(config, output={"tensorboard": True})
     with pytest.warns(

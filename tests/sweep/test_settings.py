@@ -226,4 +226,4 @@ def test_a_step_as_wide_as_the_range_is_allowed():
 
 def test_named_settings_that_are_no_mapping_are_refused():
     with pytest.raises(ConfigError, match=r"settings: found \['a'\]"):
-        grid_of(Config(), {}, ["a"])  # type: ignore[arg-type]
+        grid_of(Config(), {}, ["a"])
