@@ -1,6 +1,7 @@
 """What every test needs: no downloads, no fight over cores, and slow tests only when asked for."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,23 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
     # The tests' tensors are small: more threads than two cost more than they give.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
+
+
+REAL_DISK = {"test_files.py", "test_checkpoint.py", "test_store.py"}
+"""Where fsync is real: the tests of what writes files."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_waiting_for_the_disk(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Files are written, but not waited for until a power cut could not hurt them, which no test could see.
+
+    A small run spends half of its time waiting so.
+    """
+    real = os.fsync
+    if request.path.name not in REAL_DISK:
+        os.fsync = lambda handle: None
+    yield
+    os.fsync = real
 
 
 # -- whole runs on small files; see tests/small_runs.py. Imported late: most tests need none of it. --
