@@ -1,5 +1,8 @@
 """What every test needs: no downloads, no fight over cores, and slow tests only when asked for."""
 
+import contextlib
+import ctypes
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,10 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+MEMORY_OF_A_WORKER = 5 << 29
+"""2.5 GiB: what a process of the tests takes at most, with those that it starts, on the whole."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,6 +48,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many processes `--numprocesses auto` is: one a core, each with room for its memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores, memory // MEMORY_OF_A_WORKER))
+
+
+def pytest_collection_finish() -> None:
+    # What is imported by now stays, so that the garbage collector need not look through it again and again.
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     import torch
 
@@ -63,6 +84,14 @@ def no_waiting_for_the_disk(request: pytest.FixtureRequest) -> Iterator[None]:
         os.fsync = lambda handle: None
     yield
     os.fsync = real
+
+
+@pytest.fixture(autouse=True, scope="module")
+def freed_memory_goes_back() -> Iterator[None]:
+    """What a module has freed goes back to the system: a run has glibc keep it for the process (`keep_memory`)."""
+    yield
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # -- whole runs on small files; see tests/small_runs.py. Imported late: most tests need none of it. --
