@@ -22,8 +22,9 @@ demo: $(READY)
 	@echo "open $(CURDIR)/runs/demo/report.html"
 
 # Three processes: triton's interpreter and its compiler exclude each other, and neither should slow the rest down.
-# One worker a core, each on one thread: small tensors gain nothing from more.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
+# One worker a core (fewer where memory is short: tests/conftest.py), each on one thread: small tensors gain nothing from
+# more. A worker keeps to neighbouring tests, which share fixtures, and takes over some of another's when it is done.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
 test: lint types
 	$(PYTEST) --ignore=tests/interpret --ignore=tests/aot $(SLOW)

@@ -4,8 +4,9 @@ Every public name is imported when it is first used, so that `import engine` cos
 torch nor any optional package.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from engine.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -63,15 +64,5 @@ if TYPE_CHECKING:
     from engine.trainer import predict as predict
     from engine.trainer import train as train
     from engine.trainer import train_seeds as train_seeds
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'engine' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+else:
+    __getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -1,13 +1,26 @@
 """What every test needs: no downloads, no fight over cores, and slow tests only when asked for."""
 
+import contextlib
+import ctypes
+import gc
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from engine.config import Config
 
 # Before any test imports transformers: models come from packages or local folders, never from a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+MEMORY_OF_A_WORKER = 5 << 29
+"""2.5 GiB: what a process of the tests takes at most, with those that it starts, on the whole."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,8 +48,77 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many processes `--numprocesses auto` is: one a core, each with room for its memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores, memory // MEMORY_OF_A_WORKER))
+
+
+def pytest_collection_finish() -> None:
+    # What is imported by now stays, so that the garbage collector need not look through it again and again.
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     import torch
 
     # The tests' tensors are small: more threads than two cost more than they give.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
+
+
+REAL_DISK = {"test_files.py", "test_checkpoint.py", "test_store.py"}
+"""Where fsync is real: the tests of what writes files."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_waiting_for_the_disk(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Files are written, but not waited for until a power cut could not hurt them, which no test could see.
+
+    A small run spends half of its time waiting so.
+    """
+    real = os.fsync
+    if request.path.name not in REAL_DISK:
+        os.fsync = lambda handle: None
+    yield
+    os.fsync = real
+
+
+@pytest.fixture(autouse=True, scope="module")
+def freed_memory_goes_back() -> Iterator[None]:
+    """What a module has freed goes back to the system: a run has glibc keep it for the process (`keep_memory`)."""
+    yield
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# -- whole runs on small files; see tests/small_runs.py. Imported late: most tests need none of it. --
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny BERT. Tests that change it work on a copy."""
+    from tests.small_runs import make_text_encoder
+
+    return make_text_encoder(tmp_path_factory.mktemp("tiny_bert"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small files in Declare-Lab's layout. Tests that change it write their own."""
+    from tests.loaders import writers
+    from tests.small_runs import SIZES
+
+    folder = tmp_path_factory.mktemp("data")
+    writers.write_declarelab(folder, writers.samples(sizes=SIZES))
+    return folder
+
+
+@pytest.fixture
+def config(data: Path, text_encoder: Path) -> "Config":
+    """Settings of a run of three epochs on these."""
+    from tests.small_runs import small_config
+
+    return small_config(data, text_encoder)

@@ -23,13 +23,11 @@ from engine.model.stratified import StratifiedCLUB
 from engine.readings import is_term, mark
 from engine.terms import Term
 from engine.vocabulary import BOUNDS, CONDITIONAL_ESTIMATORS, CRITICS, VARIATIONAL_BOUNDS
-from tests import test_trainer as runs
+from tests.small_runs import history, timeless
 from tests.test_mmim import small
 from tests.test_static import assert_equal
 from tests.test_step import TwoFeatures, batches
-from tests.test_trainer import history, timeless
 
-text_encoder, data = runs.text_encoder, runs.data
 SMALL = ObjectiveConfig(hidden=16, embed=8)
 DIMS = {"X": 4, "Y": 4, "C": 1}
 EXPRESSIONS = [

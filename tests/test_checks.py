@@ -17,7 +17,7 @@ from engine.loaders.ragged import Ragged
 from engine.mimrl.task import MIMRL_TASK
 from engine.step import TwoStageStep
 from tests.loaders import writers
-from tests.test_trainer import SIZES, changed, config, data, history, text_encoder  # noqa: F401
+from tests.small_runs import SIZES, changed, history
 
 
 def labelled(**splits):
@@ -161,7 +161,7 @@ def test_disk_space(tmp_path, monkeypatch):
 # -- in whole runs --
 
 
-def test_a_run_that_fails_before_its_first_epoch_leaves_the_folder_free(config, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_that_fails_before_its_first_epoch_leaves_the_folder_free(config, tmp_path, monkeypatch):
     work = TwoStageStep.train_epoch
     monkeypatch.setattr(TwoStageStep, "train_epoch", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -172,7 +172,7 @@ def test_a_run_that_fails_before_its_first_epoch_leaves_the_folder_free(config, 
 
 
 @pytest.mark.parametrize("where", ["train", "valid", "test"])
-def test_a_class_too_many_is_found_before_training(config, tmp_path, where):  # noqa: F811
+def test_a_class_too_many_is_found_before_training(config, tmp_path, where):
     samples = writers.samples(sizes=SIZES)
     for rows in samples.values():
         for number, sample in enumerate(rows):
@@ -188,7 +188,7 @@ def test_a_class_too_many_is_found_before_training(config, tmp_path, where):  # 
     assert not (tmp_path / "run").exists()
 
 
-def test_classes_of_an_mmsa_file(config, tmp_path):  # noqa: F811
+def test_classes_of_an_mmsa_file(config, tmp_path):
     content = writers.mmsa(writers.samples(sizes=SIZES))
     for split in content.values():
         split["classification_labels"] = np.sign(split["regression_labels"]) + 1
@@ -202,7 +202,7 @@ def test_classes_of_an_mmsa_file(config, tmp_path):  # noqa: F811
     assert rows.label.tolist() == content["test"]["classification_labels"].tolist()
 
 
-def test_metrics_of_sims(config, tmp_path):  # noqa: F811
+def test_metrics_of_sims(config, tmp_path):
     samples = writers.samples(sizes=SIZES)
     for rows in samples.values():
         for number, sample in enumerate(rows):
@@ -229,7 +229,7 @@ def test_metrics_of_sims(config, tmp_path):  # noqa: F811
     assert len(history(tmp_path / "mosi")) == 2
 
 
-def test_a_text_too_long_for_the_encoder_is_found_in_prediction_too(config, tmp_path):  # noqa: F811
+def test_a_text_too_long_for_the_encoder_is_found_in_prediction_too(config, tmp_path):
     settings = changed(config, epochs=1, data={"time_len": 600}, model={"cubemlp": {"res_project": [True, True]}})
     trainer.train(settings, tmp_path / "run")
     samples = writers.samples(sizes=SIZES)
@@ -244,7 +244,7 @@ def test_a_text_too_long_for_the_encoder_is_found_in_prediction_too(config, tmp_
 
 
 @pytest.mark.filterwarnings("ignore::engine.loaders.DataWarning")
-def test_evaluation_without_a_modality(config, tmp_path):  # noqa: F811
+def test_evaluation_without_a_modality(config, tmp_path):
     """As if every sample's vision were one frame of zeros, which the file says here."""
     samples = writers.samples(sizes=SIZES)
     trainer.train(

@@ -334,7 +334,7 @@ def test_our_errors_are_one_line_and_debug_shows_more(calls: list, tmp_path: Pat
 
     monkeypatch.setattr(sys.modules["engine.loaders.inspect"], "inspect_path", broken)
     assert fails(capsys, "inspect", "x") == "error: row 3: found text missing; expected text. Add it.\n"
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="row 3"):
         run("inspect", "x", "--debug")
 
 
@@ -364,7 +364,7 @@ def test_disk_full_and_interruption(calls: list, tmp_path: Path, capsys, monkeyp
     raising(MemoryError())
     assert "memory: found too little for this" in fails(capsys, "report", "--run", tmp_path)
     raising(FileNotFoundError(errno.ENOENT, "a fault of ours"))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="a fault of ours"):
         run("report", "--run", tmp_path, "--debug")
 
 
@@ -388,8 +388,9 @@ def test_every_command_has_help(command: str, capsys):
         run(command, "--help")
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: engine {command} ")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         run("--help")
+    assert stop.value.code == 0
     assert f"\n    {command}" in capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -142,7 +143,7 @@ def test_unreadable_file(tmp_path: Path):
 
 def test_save_where_nothing_can_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match="found a file where a folder is needed"):
         load_config("mosi").save(tmp_path / "file" / "config.yaml")
 
 
@@ -353,7 +354,7 @@ class WidthConfig(ModelConfig):
 class Narrow(Task):
     name = "narrow"
     modes = ("plain", "fancy")
-    sections = {"model": WidthConfig}  # noqa: RUF012
+    sections: ClassVar = {"model": WidthConfig}
 
     def check(self, config: Config) -> None:
         if config.model.width > config.batch_size:

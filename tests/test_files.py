@@ -204,7 +204,7 @@ def test_appending_cuts_off_what_lies_beyond(tmp_path):
     append_text(path, "2\n", at=4)
     assert path.read_text(encoding="utf-8") == "σ1\n2\n"
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match="Is a directory"):
         append_text(tmp_path / "folder", "x", at=0)
 
 
@@ -247,8 +247,13 @@ def test_reading_a_strangers_text(tmp_path):
 
 def test_json_fails_in_one_way():
     assert parse_json(b'{"a": [1]}') == {"a": [1]}
-    for text in ("[" * 100_000, '{"a":' * 100_000, "{", ""):
-        with pytest.raises(ValueError):
+    for text, found in (
+        ("[" * 100_000, "nested"),
+        ('{"a":' * 100_000, "nested"),
+        ("{", "property name"),
+        ("", "value"),
+    ):
+        with pytest.raises(ValueError, match=found):
             parse_json(text)
 
 

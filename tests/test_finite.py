@@ -1,7 +1,5 @@
 """Losses and gradients that are not finite: the run stops and says where, or leaves out the step and counts it."""
 
-# ruff: noqa: F811  (fixtures of another module are arguments here)
-
 import json
 import math
 
@@ -16,7 +14,7 @@ from engine.objective import MI, Objective
 from engine.step import TwoStageStep
 from engine.step.finite import MOST_IN_A_ROW
 from engine.training import parts
-from tests.test_trainer import changed, config, data, history, text_encoder  # noqa: F401
+from tests.small_runs import changed, history
 
 SAMPLES, BATCH = 20, 4
 

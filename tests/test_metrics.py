@@ -262,7 +262,7 @@ def test_summary():
     assert result["mae"] == {"mean": pytest.approx(0.8), "std": pytest.approx(0.1), "runs": 3}
     assert math.isnan(result["corr"]["mean"])
     assert math.isnan(summary(runs[:1])["mae"]["std"])
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="found no runs"):
         summary([])
 
 
@@ -333,7 +333,7 @@ def test_bad_prediction_files(tmp_path):
     with pytest.raises(DataError, match="2 ids, 2 labels, 1 predictions"):
         write_predictions(path, ["a", "b"], [1, 2], [1])
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match="found a file where a folder is needed"):
         write_predictions(tmp_path / "file" / "p.csv", ["a"], [1], [1])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "p.csv"]
 

@@ -15,11 +15,9 @@ from engine.loaders import open_dataset
 from engine.mmim.model import MMIM
 from engine.model.text_encoder import load_text_encoder
 from engine.task import Inputs, find_task
-from tests import test_trainer as runs
+from tests.small_runs import SIZES, history, timeless
 from tests.test_predict import same, table
-from tests.test_trainer import history, timeless
 
-text_encoder, data = runs.text_encoder, runs.data
 TERMS = ["I(T;A)", "I(T;V)", "I(F;T)", "I(F;A)", "I(F;V)"]
 
 
@@ -84,7 +82,7 @@ def test_the_command_line(data, text_encoder, tmp_path, capsys):
         summary["runs"]["seed0"]["test"]["mae"], abs=1e-4
     )
     assert main(["predict", *run, "--out", str(tmp_path / "p.csv")]) == 0
-    assert len(table(tmp_path / "p.csv")) == runs.SIZES["test"]
+    assert len(table(tmp_path / "p.csv")) == SIZES["test"]
 
 
 @pytest.mark.parametrize(

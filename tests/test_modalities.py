@@ -18,12 +18,9 @@ from engine.loaders.formats import Choice
 from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
 from engine.mimrl.terms import mimrl_objective
 from engine.model.fusion import TensorFusion
-from tests import test_trainer as runs
 from tests.loaders import writers
+from tests.small_runs import SIZES, STILL, changed, history, numbers, small_config, timeless
 from tests.test_predict import same, table
-from tests.test_trainer import changed, history, timeless
-
-text_encoder, data = runs.text_encoder, runs.data
 
 SUBSETS = {
     ("text",): ["I(F;T)"],
@@ -38,12 +35,12 @@ SUBSETS = {
 
 @pytest.fixture(scope="module")
 def samples():
-    return writers.samples(sizes=runs.SIZES)
+    return writers.samples(sizes=SIZES)
 
 
 @pytest.fixture
 def config(data, text_encoder) -> Config:
-    return changed(runs.small_config(data, text_encoder), epochs=2)
+    return changed(small_config(data, text_encoder), epochs=2)
 
 
 def on(config: Config, path: Path, *modalities: str, **sections) -> Config:
@@ -131,7 +128,7 @@ def test_a_corpus_without_transcripts(samples, tmp_path, family):
         assert sorted(got.lengths("audio").tolist()) == lengths
         assert sorted(got.label[:, 0].tolist()) == pytest.approx(sorted(s.label for s in rows), abs=1e-6)
     assert opened.text_dim == 0 and opened.tokenizer is None and not opened.report.missing["train"].get("text")
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="actual_words" if family == "tuples" else "text"):
         open_dataset(path, DataConfig(align="segments"), "minilm")
 
 
@@ -188,16 +185,14 @@ def test_resuming_is_bit_equal(config, data, tmp_path):
 @pytest.mark.parametrize("more", [{"loader": "torch", "workers": 1}, {"max_padding": 0.3}], ids=str)
 def test_static_steps_and_loaders(config, data, tmp_path, more):
     """The static step, and workers that open the store themselves, see the same samples."""
-    still = {"model": runs.STILL, "train": {"lr": 1e-3, "amp": "off", "optimizer": "sgd"}}
+    still = {"model": STILL, "train": {"lr": 1e-3, "amp": "off", "optimizer": "sgd"}}
     settings = on(config, data, "audio", **still)
     trainer.train(on(settings, data, "audio", data=more), tmp_path / "a")
     if "loader" in more:
         trainer.train(settings, tmp_path / "b")
-        assert runs.numbers(history(tmp_path / "a")) == pytest.approx(
-            runs.numbers(history(tmp_path / "b")), nan_ok=True
-        )
+        assert numbers(history(tmp_path / "a")) == pytest.approx(numbers(history(tmp_path / "b")), nan_ok=True)
     trainer.train(on(settings, data, "audio", data=more, train={"graphs": "emulate"}), tmp_path / "c")
-    a, c = (runs.numbers(history(tmp_path / name)) for name in "ac")
+    a, c = (numbers(history(tmp_path / name)) for name in "ac")
     assert a == pytest.approx(c, rel=1e-4, abs=1e-5, nan_ok=True)
 
 

@@ -47,7 +47,7 @@ class TestExpressions:
         assert dict((MI("A", "C") - MI("A", "B")).coefficients)[Term("A", "B")] == -1.0
 
     def test_only_expressions_add(self):
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match="'Expression' and 'int'"):
             MI("A", "B") + 1
 
 

@@ -639,7 +639,7 @@ def test_skipped_micro_batches_count_in_a_row_over_passes():
     x, y, index = data()
     inputs = torch.full_like(x, float("nan"))
     step = make(objective=None, accumulate=2, non_finite="skip")
-    with pytest.raises(NonFiniteError):
+    with pytest.raises(NonFiniteError, match=r"no step of this epoch that could be made \(1 left out\)"):
         step.train_epoch([(inputs, y, index)], N, None, batch_size=N)
     assert step.finite.position.in_a_row == 1
 

@@ -1,5 +1,7 @@
 """The package as users get it: cheap to import, complete as a wheel, and working without optional packages."""
 
+import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -84,6 +86,18 @@ def test_public_names():
         _ = engine.nonsense
     with pytest.raises(ImportError):
         exec("from engine import nonsense")
+
+
+@pytest.mark.parametrize("package", ["engine", "engine.kernels", "engine.information"])
+def test_type_checkers_see_the_names_that_are_imported_late(package: str):
+    """The table says where a name comes from, and the imports say the same to type checkers and editors."""
+    module = importlib.import_module(package)
+    [block] = [node for node in ast.parse(Path(module.__file__).read_text()).body if isinstance(node, ast.If)]
+    seen = {name.asname: node.module for node in block.body for name in node.names}
+    assert seen == module._HOME
+    for name, home in seen.items():
+        assert getattr(module, name) is getattr(importlib.import_module(home), name)
+    assert set(module.__all__) - {"__version__"} == set(seen) <= set(dir(module))
 
 
 # -- metadata --

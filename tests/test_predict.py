@@ -19,16 +19,13 @@ from engine.errors import ConfigError, DataError
 from engine.loaders import open_dataset
 from engine.loaders.inspect import inspect_path
 from engine.loaders.text import load_tokenizer
-from tests import test_trainer as runs
 from tests.loaders import writers
-from tests.test_trainer import changed, history, timeless
-
-text_encoder, data, config = runs.text_encoder, runs.data, runs.config
+from tests.small_runs import SIZES, changed, history, small_config, timeless
 
 
 @pytest.fixture(scope="module")
 def samples():
-    return writers.samples(sizes=runs.SIZES)
+    return writers.samples(sizes=SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +33,7 @@ def trained(samples, text_encoder, tmp_path_factory) -> tuple[Path, dict[str, di
     """A run, and its predictions of the test split by id."""
     folder = tmp_path_factory.mktemp("trained")
     path = writers.dump(writers.mmsa(samples), folder / "x.pkl")
-    settings = runs.small_config(path, text_encoder)
+    settings = small_config(path, text_encoder)
     trainer.train(changed(settings, epochs=2, data={"format": "mmsa"}), folder / "run")
     return folder / "run", table(folder / "run" / "predictions_test.csv")
 

@@ -25,7 +25,7 @@ from engine.step import TwoStageStep
 from engine.training.records import parse_line
 from tests.loaders import writers
 from tests.loaders.test_text import small_tokenizer
-from tests.test_trainer import SIZES, changed, config, data, history, text_encoder  # noqa: F401
+from tests.small_runs import SIZES, changed, history
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "situations.md"
 
@@ -135,7 +135,7 @@ def test_modality_of_no_columns(tmp_path, tokenizer):
 # -- labels and features --
 
 
-def test_labels_beyond_the_scale(tmp_path, config):  # noqa: F811
+def test_labels_beyond_the_scale(tmp_path, config):
     """Processed MOSEI has sentiment labels up to 5, where annotators were counted wrongly.
 
     A2Zadeh/CMU-MultimodalSDK #101
@@ -202,7 +202,7 @@ def test_features_of_very_different_sizes(tmp_path, tokenizer):
 # -- runs --
 
 
-def test_features_of_another_extractor_at_test(tmp_path, config, data):  # noqa: F811
+def test_features_of_another_extractor_at_test(tmp_path, config, data):
     """Features from other settings of the extractor are given to a model that is trained already.
 
     thuiar/MMSA-FET #11
@@ -224,7 +224,7 @@ def test_features_of_another_extractor_at_test(tmp_path, config, data):  # noqa:
     assert not (tmp_path / "p.csv").exists()
 
 
-def test_batch_size_of_evaluation(tmp_path, config, data):  # noqa: F811
+def test_batch_size_of_evaluation(tmp_path, config, data):
     """Accuracy at test changes with the batch size of the evaluation.
 
     gogyzzz/localatt_emorecog #2
@@ -236,7 +236,7 @@ def test_batch_size_of_evaluation(tmp_path, config, data):  # noqa: F811
     assert {k: saved[k] for k in together} == pytest.approx(together, abs=1e-5)
 
 
-def test_contrastive_batch_of_one(tmp_path, config):  # noqa: F811
+def test_contrastive_batch_of_one(tmp_path, config):
     """With one sample in a batch, a contrastive loss is constantly 0.
 
     jiawei-ren/BalancedMSE #19
@@ -253,7 +253,7 @@ def test_contrastive_batch_of_one(tmp_path, config):  # noqa: F811
     assert terms and all(math.isfinite(v) for v in terms.values())
 
 
-def test_schedule_after_resuming(tmp_path, config, data):  # noqa: F811
+def test_schedule_after_resuming(tmp_path, config, data):
     """The learning rate's schedule starts from scratch when training is continued.
 
     huggingface/sentence-transformers #303
@@ -269,7 +269,7 @@ def test_schedule_after_resuming(tmp_path, config, data):  # noqa: F811
     ]
 
 
-def test_validation_that_becomes_nan(tmp_path, config, data, monkeypatch):  # noqa: F811
+def test_validation_that_becomes_nan(tmp_path, config, data, monkeypatch):
     """Early stopping takes a validation loss of NaN for an improvement, and saves the broken model as the best.
 
     Bjarten/early-stopping-pytorch #16
@@ -293,7 +293,7 @@ def test_validation_that_becomes_nan(tmp_path, config, data, monkeypatch):  # no
     assert [h["epoch"] for h in history(tmp_path / "run")] == [0, 1, 2]
 
 
-def test_nan_in_the_log(tmp_path, config):  # noqa: F811
+def test_nan_in_the_log(tmp_path, config):
     """A metric that is NaN makes the log invalid JSON, and nothing shows it any more.
 
     G-Research/fasttrackml #435

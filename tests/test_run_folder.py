@@ -1,7 +1,5 @@
 """Run folders: damage is noticed, a run that is stopped at any moment goes on, and one process writes at a time."""
 
-# ruff: noqa: F811  (fixtures of another module are arguments here)
-
 import json
 import os
 import shutil
@@ -24,7 +22,7 @@ from engine.run_folder import Checksums, file_sum, owned, verify
 from engine.training import parts
 from engine.training.run import TrainingRun
 from tests.loaders import writers
-from tests.test_trainer import SIZES, changed, config, data, history, text_encoder, timeless  # noqa: F401
+from tests.small_runs import SIZES, changed, history, timeless
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """The two-stage step on a foreign model: who learns in which stage, banks, the three kinds of stage-1 features."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -150,7 +152,7 @@ def test_a_last_batch_too_small_for_the_terms_trains_on_the_task_alone():
     for kind in ("fresh", "cached"):
         _, bank = step.train_epoch(data, N + 1, None, batch_size=BATCH)
         result, bank = step.train_epoch(data, N + 1, bank, batch_size=BATCH, stage1_features=kind)
-        assert result.loss == result.loss
+        assert math.isfinite(result.loss)
         assert len(bank.tensors()["X"]) == N + 1
         assert step.evaluate(data, bank).prediction.shape == (N + 1, 1)
 

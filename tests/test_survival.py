@@ -1,7 +1,5 @@
 """Runs go on: without a terminal, with a full disk, after a divergence, on other hardware."""
 
-# ruff: noqa: F811  (fixtures of another module are arguments here)
-
 import io
 import json
 import math
@@ -23,8 +21,8 @@ from engine.run_folder import owned
 from engine.training.records import Selection
 from engine.training.run import TrainingRun
 from tests.kills.content import content, curves, differing
+from tests.small_runs import changed, history
 from tests.test_run_folder import Stop, flip
-from tests.test_trainer import changed, config, data, history, text_encoder  # noqa: F401
 
 # -- saving beside the next epoch --
 
@@ -243,7 +241,10 @@ def test_curves_are_whole_after_any_stop(config, tmp_path):
 
 def test_a_full_disk_for_curves_does_not_end_a_run(config, tmp_path, monkeypatch):
     real, run = Path.open, tmp_path / "run"
-    full = lambda self, *a, **k: real(Path("/dev/full") if "tfevents" in self.name else self, *a, **k)  # noqa: E731
+
+    def full(self, *a, **k):
+        return real(Path("/dev/full") if "tfevents" in self.name else self, *a, **k)
+
     monkeypatch.setattr(Path, "open", full)
     settings = changed(config, output={"tensorboard": True})
     with pytest.warns(

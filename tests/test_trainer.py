@@ -12,7 +12,6 @@ import torch
 
 from engine import checkpoint, trainer
 from engine.callbacks import TensorBoardCallback
-from engine.config import Config
 from engine.errors import CheckpointError, ConfigError, DataError, EstimatorError, NonFiniteError, OutputError
 from engine.loaders.dataset import Dataset
 from engine.loaders.kinds import has_dali
@@ -22,85 +21,7 @@ from engine.training import run as training_run
 from engine.training import warming
 from engine.training.run import TrainingRun
 from tests.loaders import writers
-
-SIZES = {"train": 21, "valid": 6, "test": 9}
-DIMS = [[6, 3, 16], [3, 3, 16]]
-
-
-@pytest.fixture(scope="module")
-def text_encoder(tmp_path_factory) -> Path:
-    return make_text_encoder(tmp_path_factory.mktemp("tiny_bert"))
-
-
-def make_text_encoder(folder: Path, dropout: float = 0.1) -> Path:
-    """A tiny BERT with a tokeniser for the words of the synthetic files, as a local model folder."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder.mkdir(exist_ok=True)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *writers.WORDS]
-    (folder / "words.txt").write_text("\n".join(vocabulary), encoding="utf-8")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    BertModel(config).save_pretrained(folder)
-    BertTokenizerFast(str(folder / "words.txt")).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    writers.write_declarelab(folder, writers.samples(sizes=SIZES))
-    return folder
-
-
-@pytest.fixture
-def config(data, text_encoder) -> Config:
-    return small_config(data, text_encoder)
-
-
-def small_config(data: Path, text_encoder: Path) -> Config:
-    return Config(
-        epochs=3,
-        batch_size=6,
-        text_encoder=str(text_encoder),
-        data={"path": str(data), "time_len": 10},
-        model={"d_common": 16, "cubemlp": {"d_hiddens": DIMS, "d_outs": DIMS}},
-        objective={"hidden": 16, "embed": 8},
-        train={"lr": 1e-2},
-        output={"progress": False, "tensorboard": False, "report": False},
-    )
-
-
-def changed(config: Config, **sections) -> Config:
-    return Config(
-        **{k: {**v, **sections.pop(k, {})} if isinstance(v, dict) else v for k, v in config.model_dump().items()}
-        | sections
-    )
-
-
-def history(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def numbers(records) -> list[float]:
-    """Every loss, estimate and metric of a history."""
-    found = []
-    for record in records:
-        for split in ("train", "valid", "test"):
-            for value in record[split].values():
-                found += value.values() if isinstance(value, dict) else [value]
-    return found
-
-
-STILL = {"dropout": 0.0, "modality_dropout": 0.0}
+from tests.small_runs import DIMS, SIZES, STILL, changed, history, numbers, timeless
 
 
 @pytest.mark.parametrize("mode", ["fast", "faithful"])
@@ -162,10 +83,6 @@ def test_settings_that_a_static_run_takes(config, tmp_path, settings):
     trainer.train(settings, tmp_path / "c", resume=True)
     a, b, c = (list(map(timeless, history(tmp_path / name))) for name in "abc")
     assert json.dumps(a) == json.dumps(b) == json.dumps(c)
-
-
-def timeless(record: dict) -> dict:
-    return {k: v for k, v in record.items() if "seconds" not in k}
 
 
 @pytest.mark.parametrize("mode", ["fast", "faithful"])
@@ -508,10 +425,8 @@ class TestBadInput:
             trainer.train(config, tmp_path / "file" / "run")
 
     def test_more_neighbours_than_the_bank_holds(self, config, tmp_path):
+        trainer.train(changed(config, batch_size=20, objective={"k_neighbor": 10}, epochs=1), tmp_path / "a")
         with pytest.raises(ConfigError, match=r"objective\.k_neighbor"):
-            trainer.train(
-                changed(config, batch_size=20, objective={"k_neighbor": 10}, epochs=1), tmp_path / "a"
-            ) and None
             trainer.train(changed(config, batch_size=42, objective={"k_neighbor": 21}), tmp_path / "b")
 
     def test_dims_that_do_not_fit_cubemlp(self, config, tmp_path):

@@ -1,7 +1,5 @@
 """Checkpoints within an epoch: a run that goes on from any batch ends as one that was not stopped."""
 
-# ruff: noqa: F811  (fixtures of another module are arguments here)
-
 import copy
 import random
 import re
@@ -31,8 +29,8 @@ from engine.stopping import Stopped, StopSignals
 from engine.training import parts, resuming, within
 from engine.training.random_state import random_state, set_random_state
 from tests.kills.content import content, differing
+from tests.small_runs import changed, history
 from tests.test_run_folder import Stop
-from tests.test_trainer import changed, config, data, history, text_encoder  # noqa: F401
 
 # -- the step --
 

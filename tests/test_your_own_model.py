@@ -13,13 +13,11 @@ from engine.cli import main
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.task import Task, find_task
-from tests import test_trainer as runs
 from tests.loaders import writers
+from tests.small_runs import SIZES, history
 from tests.test_predict import table
-from tests.test_trainer import history
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "your_own_model.md"
-text_encoder, data = runs.text_encoder, runs.data
 
 
 @pytest.fixture
@@ -31,7 +29,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "my_task", raising=False)
     (code,) = blocks("python")
     (tmp_path / "my_task.py").write_text(code, encoding="utf-8")
-    writers.dump(writers.mmsa(writers.samples(sizes=runs.SIZES)), tmp_path / "mosi_data_noalign.pkl")
+    writers.dump(writers.mmsa(writers.samples(sizes=SIZES)), tmp_path / "mosi_data_noalign.pkl")
     yield tmp_path
     sys.modules.pop("my_task", None)
 
@@ -55,7 +53,7 @@ def test_the_page_runs_as_it_stands(folder):
     records = history(folder / "runs/mine")
     assert len(records) == 8
     assert list(records[-1]["train"]["information"]) == ["I(T;A)", "I(T;A|C)"]
-    assert len(table(folder / "mine.csv")) == runs.SIZES["test"]
+    assert len(table(folder / "mine.csv")) == SIZES["test"]
     assert "I(T;A|C)" in (folder / "runs/mine/report.html").read_text(encoding="utf-8")
     assert (folder / "runs/mmim/best.safetensors").exists()
 

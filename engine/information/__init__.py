@@ -4,8 +4,9 @@
 know scikit-learn. They are no modules: `engine.MIEstimator` and `engine.CMIEstimator` are, for use within a model.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from engine.lazy import lazy_names
 
 _HOME = {
     "estimate_mi": "engine.information.mi",
@@ -27,15 +28,5 @@ if TYPE_CHECKING:
     from engine.information.matrix import MIMatrix as MIMatrix
     from engine.information.matrix import mi_matrix as mi_matrix
     from engine.information.mi import estimate_mi as estimate_mi
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'engine.information' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+else:
+    __getattr__, __dir__ = lazy_names(__name__, _HOME)

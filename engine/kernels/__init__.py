@@ -5,9 +5,10 @@ reached by `from engine.kernels.cmi import ...`.
 """
 
 import sys
-from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from engine.lazy import lazy_names
 
 _HOME = {
     "infonce": "engine.kernels.mi_bounds.op",
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from engine.kernels.modules import SigLIP as SigLIP
     from engine.kernels.registry import use_backend as use_backend
     from engine.kernels.warm import warm_up as warm_up
+else:
+    __getattr__, __dir__ = lazy_names(__name__, _HOME)
 
 
 class _Kernels(ModuleType):
@@ -60,15 +63,3 @@ class _Kernels(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Kernels
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'engine.kernels' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

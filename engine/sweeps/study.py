@@ -50,7 +50,7 @@ class Trial:
 def require_optuna() -> None:
     """Raise a one-line error where Optuna is not installed."""
     try:
-        import optuna  # noqa: F401
+        import optuna  # noqa: F401  (whether it can be)
     except ImportError:
         raise EngineError(
             "engine tune", "no optuna", "the package optuna", 'Install it: pip install "engine[tune]".'

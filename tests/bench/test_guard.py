@@ -74,8 +74,9 @@ def test_more_memory_in_as_many_operations_is_seen():
 
 def test_an_update_needs_a_reason(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(guard, "FILE", tmp_path / "guard.json")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         guard.main(["--update"])
+    assert stop.value.code == 2 and "--reason" in capsys.readouterr().err
     assert not guard.FILE.exists()
     measured = {"fast": {"stage1": {"aten_calls": 3, "bytes_allocated": 5, "flops": 7, "operations": {"aten.mm": 3}}}}
     launched = {"fast": {"stage1": 11}}

@@ -119,5 +119,5 @@ def test_knn_draws_its_own_queries():
     assert x.shape == y.shape == z.shape == (16, 1)
     assert torch.equal(y, z)
     assert not set(x.flatten().tolist()) & set(y.flatten().tolist())
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="n_neighbors = 2, n_samples_fit = 1"):
         mimrl.knn_product(bank[:9], bank[:9], bank[:9], 16, 2)

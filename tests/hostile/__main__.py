@@ -16,8 +16,8 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from tests.hostile.corpora import CORPORA  # noqa: E402
-from tests.hostile.runner import MEGABYTES, SECONDS, Outcome, execute, warm  # noqa: E402
+from tests.hostile.corpora import CORPORA  # noqa: E402  (transformers reads the above when it is imported)
+from tests.hostile.runner import MEGABYTES, SECONDS, Outcome, execute, warm  # noqa: E402  (as above)
 
 COLUMNS = {
     "executed": "executed", "slow": f"over {SECONDS} s", "large": f"over {MEGABYTES // 1024} GB",

@@ -25,7 +25,7 @@ from engine import trainer
 from engine.cli import main
 from engine.config import Config
 from tests.loaders import writers
-from tests.test_trainer import small_config
+from tests.small_runs import small_config
 
 SECONDS, MEGABYTES = 60, 4096  # of processor time, which a busy machine does not lengthen, and of memory
 WAIT = 300  # seconds of the clock, for what waits without working

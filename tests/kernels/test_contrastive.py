@@ -35,6 +35,11 @@ def test_the_cpu_is_the_reference(name, blocks):
             torch.testing.assert_close(found.grads[tensor], grad, msg=f"{rows} {tensor}")
 
 
+def by_position(function, names):
+    """The function with its named arguments in this order."""
+    return lambda *values: function(**dict(zip(names, values, strict=True)))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradcheck(name, backend):
@@ -42,8 +47,7 @@ def test_gradcheck(name, backend):
         function, inputs = contrastive_case(name, 6, 3, reduction)
         with use_backend(backend):
             tensors = [x.requires_grad_() for x in inputs.values()]
-            call = lambda *t: function(**dict(zip(inputs, t, strict=True)))  # noqa: B023, E731
-            assert torch.autograd.gradcheck(call, tensors)
+            assert torch.autograd.gradcheck(by_position(function, inputs), tensors)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -339,7 +343,7 @@ def test_one_graph_forward_and_backward(name, reduction):
     torch._dynamo.reset()
     function, inputs = contrastive_case(name, 9, 4, reduction)
     leaves = [x.float().requires_grad_() for x in inputs.values()]
-    call = lambda *t: function(**dict(zip(inputs, t, strict=True)))  # noqa: E731
+    call = by_position(function, inputs)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     found, expected = compiled(*leaves), call(*leaves)
     torch.testing.assert_close(found, expected)

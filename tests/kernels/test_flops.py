@@ -1,5 +1,7 @@
 """Formulas of FLOPs against torch's own count of the reference backend, which does the same products in plain torch."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -85,8 +87,8 @@ def test_contrastive_losses_do_what_plain_torch_does():
     q, k, queue, labels = leaf(B, D), leaf(B, D), leaf(9, D).detach(), torch.arange(B) % 2
     scores = 2 * B * B * D
     for reduction, times in (("mean", 3), ("none", 4)):
-        function = lambda r=reduction: infonce(q, k, labels=labels, reduction=r).sum().backward()  # noqa: E731
-        assert counted(function, "cpu") == times * scores
+        call = partial(infonce, q, k, labels=labels, reduction=reduction)
+        assert counted(lambda call=call: call().sum().backward(), "cpu") == times * scores
     assert counted(lambda: infonce(q, k, labels=labels).backward(), "reference") == 3 * scores
     of_queue = counted(lambda: infonce(q, k, negatives=queue, in_batch=False).backward(), "cpu")
     assert of_queue == 2 * 2 * B * 9 * D

@@ -514,7 +514,8 @@ def test_degenerate_batches_as_the_estimators_have_it(case, on_degenerate):
         joint["x"][0, 0] = math.nan
     product = tuple(torch.randn(0 if case == "no product rows" else 4, 4) for _ in range(3))
     if on_degenerate == "raise":
-        with pytest.raises(EstimatorError):
+        found = {"NaN": "non-finite logits", "one row": "a batch of 1", "no product rows": "no product rows"}[case]
+        with pytest.raises(EstimatorError, match=found):
             group(joint, dict.fromkeys("ab", product))
     else:
         found = group(joint, dict.fromkeys("ab", product)).apart()

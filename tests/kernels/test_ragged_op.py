@@ -141,17 +141,17 @@ def test_compiles_whole():
 def test_bad_input():
     values, offsets = ragged([3, 1], 2)
     rows = torch.tensor([0])
-    for wrong in (
-        (values.double(), offsets, rows, 2),
-        (values[None], offsets, rows, 2),
-        (values, offsets.int(), rows, 2),
-        (values, offsets, rows, 0),
-        (values, offsets, torch.tensor([2]), 2),
-        (values, offsets, torch.tensor([-1]), 2),
+    for wrong, found in (
+        ((values.double(), offsets, rows, 2), "values of dtype torch.float64"),
+        ((values[None], offsets, rows, 2), r"and shape \[1, 4, 2\]"),
+        ((values, offsets.int(), rows, 2), "must be int64 vectors"),
+        ((values, offsets, rows, 0), "width at least 1"),
+        ((values, offsets, torch.tensor([2]), 2), "rows from 2 to 2 of 2 sequences"),
+        ((values, offsets, torch.tensor([-1]), 2), "rows from -1 to -1 of 2 sequences"),
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=found):
             pad(*wrong)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"values of dtype torch.float32 and shape \[4, 2\]"):
         pad(values, offsets, rows, 2, closing=3)
     scale = (torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), 1.0)
     with pytest.raises(ValueError, match="padded with 0, not with 1"):

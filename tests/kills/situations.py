@@ -21,13 +21,13 @@ from engine.config import Config
 from tests.kills.children import Child, Ended, Renames, Steps
 from tests.kills.content import content, curves, differing
 from tests.loaders import writers
-from tests.test_trainer import SIZES, make_text_encoder, small_config
+from tests.small_runs import SIZES, make_text_encoder, small_config
 
 SINGLE, SHORT, SEEDS = "a single run", "a single run of 2 epochs", "seeds=0-2"
 WORDS = {SINGLE: [], SHORT: ["epochs=2"], SEEDS: [SEEDS, "epochs=2", "objective.enabled=false"]}
 EVERY = {f"a run with a checkpoint every {'batch' if n == 1 else f'{n} batches'}": n for n in (1, 2, 3)}
 WORDS |= {kind: [f"train.checkpoint_steps={n}"] for kind, n in EVERY.items()}
-"""The runs that are stopped -> their settings beside those of `tests.test_trainer.small_config`."""
+"""The runs that are stopped -> their settings beside those of `tests.small_runs.small_config`."""
 
 
 @dataclass

@@ -11,9 +11,6 @@ from engine.loaders.text import draw_words
 from engine.trainer import evaluate, train
 from tests.loaders import writers
 from tests.loaders.test_text import small_tokenizer
-from tests.test_trainer import text_encoder
-
-__all__ = ["text_encoder"]  # a fixture
 
 
 @pytest.fixture

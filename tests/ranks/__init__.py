@@ -8,7 +8,7 @@ A test asks the fixture `ranks` for a pool of 2 or 4 processes and runs function
     def test_something(ranks):
         results = ranks(2).run(work, *arguments)  # one result per rank
 
-A pool's processes live until the end of the session, because starting them takes seconds. A function that fails or
+A pool's processes live until the last test of the folder, because starting them takes seconds. A function that fails or
 takes too long ends the pool and fails the test with the rank's traceback; the next call starts a new one.
 """
 

@@ -1,4 +1,4 @@
-"""Pools of processes that all tests of this folder share."""
+"""Pools of processes that the tests of this folder share, and that end with them."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,7 +7,7 @@ import pytest
 from tests.ranks import Ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
     """ranks(size) is a pool of that many processes; see `tests.ranks`."""
     pools: dict[int, Ranks] = {}

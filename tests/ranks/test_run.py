@@ -16,7 +16,7 @@ from engine import checkpoint, load_config, trainer
 from engine.errors import EngineError
 from engine.loaders.make_data import make_data
 from tests.loaders import writers
-from tests.test_trainer import make_text_encoder, small_config
+from tests.small_runs import make_text_encoder, small_config
 
 QUICK = [
     "data.modalities=audio-vision", "batch_size=16", "epochs=4", "model.dropout=[0,0,0,0]", "model.d_common=16",

@@ -14,7 +14,7 @@ from engine.training.rank_step import StepOnRanks
 from engine.training.sharding import _shard
 from tests.loaders import writers
 from tests.ranks.test_run import assert_same_run, close
-from tests.test_trainer import make_text_encoder, small_config
+from tests.small_runs import make_text_encoder, small_config
 
 
 @pytest.fixture(scope="module")

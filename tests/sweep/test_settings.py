@@ -148,12 +148,23 @@ def test_a_wrong_space_is_one_line(space: dict, message: str):
 
 
 @pytest.mark.parametrize(
-    "text", ["!!python/object/apply:os.system ['touch made']", "a: &a [*a]", "- 1", "a: [", "a: 1\na: 2", "\x00"]
+    ("text", "found"),
+    [
+        (
+            "!!python/object/apply:os.system ['touch made']",
+            "found could not determine a constructor for the tag",
+        ),
+        ("a: &a [*a]", "line 1: found more than 10000 values"),
+        ("- 1", "found a YAML list"),
+        ("a: [", "line 1: found expected the node content"),
+        ("a: 1\na: 2", "line 2: found the key 'a' twice"),
+        ("\x00", "special characters are not allowed"),
+    ],
 )
-def test_files_of_strangers_are_plain_yaml(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_of_strangers_are_plain_yaml(text: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("space.yaml").write_text(text)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=rf"^space\.yaml.*{found}"):
         read_file("space.yaml")
     assert not Path("made").exists()
 
@@ -215,4 +226,4 @@ def test_a_step_as_wide_as_the_range_is_allowed():
 
 def test_named_settings_that_are_no_mapping_are_refused():
     with pytest.raises(ConfigError, match=r"settings: found \['a'\]"):
-        grid_of(Config(), {}, ["a"])  # type: ignore[arg-type]
+        grid_of(Config(), {}, ["a"])

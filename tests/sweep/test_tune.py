@@ -30,7 +30,7 @@ PLAN = {"kind": "tuning", "space": {key: one.plain() for key, one in SPACE.items
 
 
 def study(folder: Path, owner: str = "me", plan: dict = PLAN, **options: object) -> Study:
-    return Study(folder, SPACE, plan, owner, 0, False, "median", 1, **options)  # type: ignore[arg-type]
+    return Study(folder, SPACE, plan, owner, 0, False, "median", 1, **options)
 
 
 def drawn(one: Study, total: int) -> Any:
