@@ -129,11 +129,15 @@ def class_numbers(config: Config, dataset: Dataset, splits: Iterable[str] | None
         wrong = np.flatnonzero(label >= config.model.num_class)
         if len(wrong):
             row = int(wrong[0])
+            known = label[~np.isnan(label)]
+            from_one = known.min() >= 1 and known.max() <= config.model.num_class
             raise DataError(
                 f"{name}, label, row {row} (id {split.ids[row]})",
                 f"class {label[row]:g} ({len(wrong)} of {len(label)} labels are not below model.num_class)",
                 f"class numbers 0 to {config.model.num_class - 1}",
-                "Set model.num_class to the number of classes.",
+                "Subtract 1 from all labels: classes are counted from 0."
+                if from_one
+                else "Set model.num_class to the number of classes.",
             )
 
 

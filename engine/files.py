@@ -14,11 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from engine.errors import OutputError
+from engine.errors import ConfigError, OutputError
 
 
 def user_path(path: str | Path) -> Path:
-    """`path` with a leading ~ replaced by the home directory, or unchanged where that home is not known."""
+    """`path` with a leading ~ replaced by the home directory, or unchanged where that home is not known.
+
+    Raises:
+        ConfigError: it is no path.
+    """
+    if not isinstance(path, (str, Path)):
+        if not isinstance(path, os.PathLike):
+            raise ConfigError("path", f"{path!r}"[:60], "text or a pathlib.Path", "Give the path of a file or folder.")
+        path = os.fsdecode(path)
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -161,6 +169,9 @@ def _sweep(folder: Path, pattern: str) -> None:
 @contextlib.contextmanager
 def _temporary(path: Path, previous: Path | None = None) -> Iterator[tuple[IO[bytes], Path]]:
     """A locked temporary file beside `path`, open for writing, and its path. On success it replaces `path`."""
+    if path.exists() and not path.is_file():  # a pipe or a device must not be replaced: for root, /dev/null is a name
+        found = "a folder" if path.is_dir() else "a pipe or a device"
+        raise OutputError(str(path), found, "the name of a file", "Choose another name.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)

@@ -251,6 +251,9 @@ def load_task(place: str | Task) -> Task:
     """
     if isinstance(place, Task):
         return register_task(place)
+    if not isinstance(place, str):
+        found = f"a {type(place).__name__} ({place!r})"[:90]
+        raise ConfigError("task", found, "a Task, a name or module:attribute", "Give one of these.")
     return register_task(_imported(place)) if ":" in place else find_task(place)
 
 

@@ -20,7 +20,9 @@ from typing import Any
 
 from engine import checks, metrics
 from engine.callbacks import Callback
-from engine.config import Config
+from engine.config import Config, require_config
+from engine.config.seeds import different_seeds
+from engine.errors import ConfigError
 from engine.files import user_path, write_json
 from engine.loaders.dataset import Dataset
 from engine.ranks import Ranks, joined
@@ -82,6 +84,9 @@ def train(
         2
     """
     out, config = user_path(out), _with_task(config, task)
+    if isinstance(dataset, (str, Path)):
+        do = "Set config.data.path to the path, and leave dataset out."
+        raise ConfigError("dataset", f"a path ({dataset})", "an open dataset", do)
     with joined(config.device, config.train.timeout) as ranks:
         return RunResult(out, TrainingRun(config, out, callbacks, dataset, profile, ranks).fit(resume))
 
@@ -114,7 +119,7 @@ def train_seeds(
         >>> [result.out.name for result in train_seeds(load_config("run/config.yaml"), "runs", seeds=[0, 1])]
         ['seed0', 'seed1']
     """
-    out, config = user_path(out), _with_task(config, task)
+    out, config, seeds = user_path(out), _with_task(config, task), different_seeds(seeds)
     with joined(config.device, config.train.timeout) as ranks, ranks.failing_together():
         if not ranks.writes:
             return _train_seeds(config, out, seeds, ranks.tell(resume), callbacks, ranks)
@@ -235,6 +240,7 @@ def _load(run: str | Path, device: str, task: Task | str | None) -> Run:
 
 def _with_task(config: Config, task: Task | str | None) -> Config:
     """`config` for another task: what was set stays, everything else has the defaults of that task."""
+    require_config(config)
     if task is None or (name := load_task(task).name) == config.task:
         return config
     return Config(**config.model_dump(exclude_unset=True) | {"task": name})

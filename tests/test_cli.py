@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -244,6 +245,43 @@ def test_evaluate(calls: list, data: Path, tmp_path: Path, capsys):
     assert "no such folder" in fails(capsys, "evaluate", "--run", tmp_path / "no", "--data", data)
     assert "invalid choice: 'dev'" in fails(capsys, "evaluate", "--run", tmp_path, "--data", data, "--split", "dev")
     assert "'epochs=3'" in fails(capsys, "evaluate", "--run", tmp_path, "--data", data, "epochs=3")
+
+
+def test_predictions_to_standard_output(monkeypatch, calls, data, tmp_path, capsys):
+    def predict(run: Path, data: Path, out: Path, **options: Any) -> None:
+        out.write_text("id,label,prediction\nü,1,0.5\n", encoding="utf-8")
+
+    monkeypatch.setattr(sys.modules["engine.trainer"], "predict", predict)
+    assert run("predict", "--run", tmp_path, "--data", data, "--out", "-") == 0
+    assert capsys.readouterr().out == "id,label,prediction\nü,1,0.5\n"
+
+
+def test_an_option_whose_value_looks_like_an_option(capsys):
+    assert "--option=VALUE" in fails(capsys, "train", "--preset", "mosi", "--out", "-x")
+
+
+def test_a_terminal_without_utf8(tmp_path):
+    """The frames of tables and a name in another script must not end a command that has done its work."""
+    code = (
+        "import sys; from engine.cli import main; from engine.cli import printing, runs\n"
+        "from engine.cli.process import standing_streams\n"
+        "with standing_streams(True):\n    printing.print_metrics({'mae': .5, 'ü…': 1}, 'té')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=PROJECT, check=False,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert done.returncode == 0 and done.stderr == b""
+    assert b"t\\xe9" in done.stdout and b"mae" in done.stdout and b"0.5000" in done.stdout
+
+
+def test_warnings_that_are_errors(tmp_path, monkeypatch, capsys):
+    """PYTHONWARNINGS=error"""
+
+    def warn(*_: Any) -> None:
+        raise UserWarning("labels\nfrom 0")
+
+    monkeypatch.setattr("engine.cli.training.chosen_config", warn)
+    assert "warning: found labels from 0;" in (line := fails(capsys, "config", "--preset", "mosi"))
+    assert "PYTHONWARNINGS" in line
 
 
 def test_predict(calls: list, data: Path, tmp_path: Path):

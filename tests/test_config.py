@@ -316,7 +316,7 @@ def test_documentation_holds_the_table_of_keys():
         ("a: &a " + "x" * 100_000 + "\nb: [" + ", ".join(["*a"] * 20) + "]", "more than 10000 values"),
         ("seed: " + "[" * 30 + "]" * 30, "line 1: found values nested more than 20 deep"),
         ("seed: " + "9" * 5000, "a number of too many digits"),
-        ("seed: 2001-13-01", "a value that is not what it looks like"),
+        ("seed: 2001-13-01", "seed: found 2001-13-01; expected an integer"),
         ("epochs: 2\ndata:\n  clip: 1\n  clip: 2\n", "line 4: found the key 'clip' twice"),
         ("#" + "x" * 300_000, "300001 bytes, more than the 262144 that are read"),
         ("preset: [mosi]", "no preset of that name"),
@@ -482,3 +482,58 @@ def test_terms_take_the_place_of_the_vectors(tmp_path: Path):
 )
 def test_bad_terms(overrides: list[str], expected: str):
     assert expected in error(*overrides)
+
+
+# -- values that YAML would read as something else ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("seed: 010", 10), ("seed: 0", 0), ("train: {lr: 1e-3}", 1e-3), ("train: {lr: 1.0e-05}", 1e-5),
+     ("train: {lr: .5}", 0.5), ("epochs: 1_000", 1000), ("data: {path: 2024-05-01}", "2024-05-01"),
+     ("data: {path: 007}", "007"), ("train: {weight_decay: no}", 0.0), ("objective: {enabled: yes}", True)],
+)  # fmt: skip
+def test_words_are_what_their_writer_means(tmp_path, text, value):
+    (tmp_path / "x.yaml").write_text(text)
+    found = load_config(tmp_path / "x.yaml")
+    for part in re.findall(r"\w+(?=:)", text):
+        found = getattr(found, part)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["1:30", "0x10", "0b11", "0o17"])
+def test_other_bases_are_no_numbers(text):
+    """YAML 1.1 reads 1:30 as 90 and 0x10 as 16."""
+    with pytest.raises(ConfigError, match=re.escape(f"epochs: found {text}; expected an integer")):
+        load_config("mosi", [f"epochs={text}"])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["seed=yes", "train.lr=true", "train.schedule.milestones=[true]", "objective.c1=yes", "threads=on",
+     "model.dropout=true", "objective.estimator_weights={'MI(F, T)': yes}"],
+)  # fmt: skip
+def test_true_is_no_number(setting):
+    """It would count as 1."""
+    with pytest.raises(ConfigError, match=f"^{setting.partition('=')[0]}: found .*True.*; expected a number"):
+        load_config("mosi", [setting])
+
+
+def test_assigning_true_or_to_a_name_that_is_not_there():
+    config = load_config("mosi")
+    with pytest.raises(ConfigError, match=r"^lr: found True; expected a number"):
+        config.train.lr = True
+    with pytest.raises(ConfigError, match=r"^lrr: found an unknown key; .* Did you mean train\.lr\?"):
+        config.train.lrr = 0.1
+    assert config.train.lr == 0.001
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [(({},), "source: found {} (dict)"), ((3,), "source: found 3 (int)"),
+     (("mosi", "train.lr=1"), "overrides: found train.lr=1 (str)"), (("mosi", {"train.lr": 1}), "(dict)"),
+     (("mosi", [3]), "overrides: found [3] (list)"), (("mosi", None), "overrides: found None (NoneType)")],
+)  # fmt: skip
+def test_arguments_of_another_type(arguments, found):
+    with pytest.raises(ConfigError, match=re.escape(found)):
+        load_config(*arguments)

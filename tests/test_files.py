@@ -96,6 +96,17 @@ def test_file_name_taken_by_a_folder(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a /proc file system, which nobody can write to")
+def test_a_pipe_is_not_replaced(tmp_path):
+    """A rename onto /dev/null would replace the device for everyone, and nobody would read from the pipe again."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name in ("pipe", "link"):
+        with pytest.raises(OutputError, match=rf"{name}: found a pipe or a device; expected the name of a file"):
+            write_text(tmp_path / name, "x")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe"]
+
+
 def test_unwritable_folder():
     with pytest.raises(OutputError) as caught:
         write_text("/proc/run/metrics.json", "")

@@ -58,7 +58,7 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
         # Whoever read our output has gone (`engine config | head`). Python would complain once more at exit.
         sys.stdout = None
         return 0
-    except (EngineError, OSError, MemoryError) as cause:
+    except (EngineError, OSError, MemoryError, Warning) as cause:
         if arguments.debug:
             raise
         if type(cause).__name__ == "OtherRankFailed" and os.environ.get("RANK", "0") != "0":

@@ -37,6 +37,8 @@ class _Parser(argparse.ArgumentParser):
     make_epilog: Callable[[], str] | None = None
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += ", or --option=VALUE for a value that begins with -,"
         self.exit(2, printable(f"error: {' '.join(message.split())} (`{self.prog} --help` shows how)\n"))
 
     def format_help(self) -> str:

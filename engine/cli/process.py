@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -42,6 +43,9 @@ def stop_signals() -> Iterator[None]:
 def standing_streams(survive_readers: bool) -> Iterator[None]:
     """Provide a standard output and error where they were closed before the command began.
 
+    What the encoding of a stream lacks, such as the frames of tables on a terminal without UTF-8, is written as
+    `\\u2026`.
+
     Args:
         survive_readers: go on when whoever reads the output has gone (`engine train | head`).
     """
@@ -55,15 +59,27 @@ def standing_streams(survive_readers: bool) -> Iterator[None]:
         ):
             if stream is None:
                 stack.enter_context(redirect(nowhere))
-            elif survive_readers:
+                continue
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
+                stack.callback(_strict_again, stream)
+            if survive_readers:
                 stack.enter_context(redirect(OpenEnded(stream, name)))
         yield
+
+
+def _strict_again(stream: io.TextIOWrapper) -> None:
+    with contextlib.suppress(OSError, ValueError):  # its reader has gone, or it was closed
+        stream.reconfigure(errors="strict")
 
 
 def as_engine_error(cause: Exception) -> Exception:
     """An error of the system as an `EngineError`: a full disk, a name that is too long, too little memory."""
     from engine.files import output_error
 
+    if isinstance(cause, Warning):
+        do = "Mend its cause, or do not turn warnings into errors (PYTHONWARNINGS, python -W)."
+        return EngineError("warning", str(cause), "no warning, as this Python is told to raise them", do)
     if isinstance(cause, MemoryError):
         return EngineError(
             "memory", "too little for this", "more of it", "Use smaller settings or less data, or a larger machine."

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import tempfile
+from pathlib import Path
 
 from engine.cli.command import Command, named_task, run_arguments
 from engine.cli.folders import existing_run
@@ -32,6 +35,12 @@ def _predict(a: argparse.Namespace) -> None:
     from engine.trainer import predict
 
     named_task(a)
+    if str(a.out) == "-":
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "predictions.csv"
+            predict(existing_run(a.run_folder), a.data, path, split=a.split, device=a.device)
+            sys.stdout.write(path.read_text(encoding="utf-8"))
+        return
     predict(existing_run(a.run_folder), a.data, a.out, split=a.split, device=a.device)
     say(f"predictions: {a.out}")
 
@@ -39,7 +48,11 @@ def _predict(a: argparse.Namespace) -> None:
 def _predict_arguments(p: argparse.ArgumentParser) -> None:
     run_arguments(p)
     p.add_argument(
-        "--out", metavar="CSV", type=user_path, required=True, help="the file to write: id, label, prediction"
+        "--out",
+        metavar="CSV",
+        type=user_path,
+        required=True,
+        help="the file to write, - for standard output: id, label, prediction",
     )
 
 

@@ -11,7 +11,15 @@ writes errors.
 
 from engine.config.config import Config
 from engine.config.help import Key, common_keys, key_table, keys, text_of
-from engine.config.presets import Preset, changed, load_config, presets, read_value, setting_type
+from engine.config.presets import (
+    Preset,
+    changed,
+    load_config,
+    presets,
+    read_value,
+    require_config,
+    setting_type,
+)
 from engine.config.reading import FILE_BYTES, parse_yaml, yaml_problem
 from engine.config.section import MOST_EPOCHS, Section
 from engine.config.sections import (
@@ -52,6 +60,7 @@ __all__ = [
     "parse_yaml",
     "presets",
     "read_value",
+    "require_config",
     "setting_type",
     "text_of",
     "yaml_problem",

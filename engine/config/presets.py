@@ -63,8 +63,12 @@ def load_config(source: str | Path | None, overrides: Iterable[str] = (), task: 
         ConfigError: no such preset or file, an unknown key, a value out of range, or settings that contradict each
             other.
     """
+    overrides = _words(overrides)
     if source is None:
         return _build({} if task is None else {"task": task}, overrides)
+    if not isinstance(source, (str, Path)):
+        do = "For single values use engine.Config(...), or give overrides."
+        raise ConfigError("source", _of_type(source), "the name of a preset or the path of a YAML file", do)
     known = [preset.name for preset in presets()]
     if (
         isinstance(source, Path)
@@ -77,9 +81,29 @@ def load_config(source: str | Path | None, overrides: Iterable[str] = (), task: 
 
 def load_file(path: str | Path, overrides: Iterable[str] = (), task: str | None = None) -> Config:
     """A configuration from a YAML file. Arguments and errors as `load_config`."""
-    path = user_path(path)
+    path, overrides = user_path(path), _words(overrides)
     values = read_settings(path, str(path))
     return _build(values if task is None else {"task": task, **values}, overrides)
+
+
+def require_config(value: Any) -> None:
+    """Raise `ConfigError` if `value` is no `Config`: a mapping, a preset's name, or nothing at all."""
+    if not isinstance(value, Config):
+        do = 'Make one with engine.load_config("mosi", ["epochs=2"]), or from a mapping with engine.Config(**values).'
+        raise ConfigError("config", _of_type(value), "an engine.Config", do)
+
+
+def _of_type(value: Any) -> str:
+    return f"{short(value)} ({type(value).__name__})"
+
+
+def _words(overrides: Any) -> list[str]:
+    """Overrides as a list, if they are a list of text."""
+    words = None if isinstance(overrides, (str, Mapping)) or not isinstance(overrides, Iterable) else list(overrides)
+    if words is None or not all(isinstance(word, str) for word in words):
+        found = _of_type(overrides)
+        raise ConfigError("overrides", found, 'a list such as ["train.lr=5e-4"]', "Write them that way.")
+    return words
 
 
 # -- presets ----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from engine.config.section import Section, is_section
+from engine.config.section import TRUE_AS_NUMBER, Section, is_section
 from engine.errors import ConfigError
 
 _LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -83,6 +83,8 @@ def translate(cause: ValidationError, root: type[Section], task: str | None = No
             section = annotation
             annotation = annotations(section, task).get(part)
     name, value = ".".join(parts), short(error["input"])
+    if error["type"] == "no_such_attribute":
+        return unknown_key([str(error["loc"][0])], root, task)
     if error["type"] == "extra_forbidden":
         return unknown_key(parts, section, task)
     if error["type"] in ("model_type", "model_attributes_type", "dict_type") and is_section(annotation):
@@ -100,6 +102,9 @@ def translate(cause: ValidationError, root: type[Section], task: str | None = No
         return ConfigError(name, value, section.model_fields[parts[-1]].description, "Change the value.")
     if error["type"] == "missing":
         return ConfigError(name, "nothing", "a value", "Add it.")
-    expected = error["msg"].removeprefix("Input should be ").split(", ")[0].replace("valid ", "")
+    expected = error["msg"].removeprefix("Input should be ")
+    if error["type"] == TRUE_AS_NUMBER:
+        return ConfigError(name, value, expected, "Change the value.")
+    expected = expected.split(", ")[0].replace("valid ", "")
     expected = {"a integer": "an integer", "a boolean": "true or false"}.get(expected, expected)
     return ConfigError(name, value, expected, "Change the value.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,27 @@ FILE_VALUES = 10_000
 FILE_DEPTH = 20
 
 
+_PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
+_PLAIN_FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?\Z|[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z")
+_INT, _FLOAT, _DATE = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
+
+
+def _plain_resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """YAML's rules for what a word is, without those that nobody means: 010 is not 8, 1:30 not 90, and no word a date.
+
+    Such words stay text. A setting that is a number then reads 010 as 10, and refuses 1:30.
+    """
+    kept = {}
+    for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items():
+        plain = {_INT: _PLAIN_INT, _FLOAT: _PLAIN_FLOAT}
+        kept[letter] = [(tag, plain.get(tag, rule)) for tag, rule in rules if tag != _DATE]
+    return kept
+
+
 class _Loader(yaml.SafeLoader):
     """Counts values: aliases and merges could make a small file grow without end ("billion laughs")."""
+
+    yaml_implicit_resolvers = _plain_resolvers()
 
     def __init__(self, text: str):
         super().__init__(text)

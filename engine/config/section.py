@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from engine.errors import ConfigError
 from engine.vocabulary import MODALITIES
@@ -14,6 +15,7 @@ from engine.vocabulary import MODALITIES
 WIDEST = 1 << 14
 LONGEST = 100_000
 MOST_EPOCHS = 1_000_000
+TRUE_AS_NUMBER = "true_as_number"
 
 
 class Section(BaseModel):
@@ -33,6 +35,19 @@ class Section(BaseModel):
         str_max_length=4096,
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `yes` and `true` for numbers: they would count as 1. `no` and `false` are 0, as they should be."""
+        annotation = cls.model_fields[info.field_name].annotation if info.field_name else None
+        plain = value if isinstance(value, (list, tuple)) else [value]
+        if isinstance(value, dict) and get_origin(annotation) is dict:
+            plain = value.values()
+        if any(one is True for one in plain) and not _holds_bool(annotation):
+            expected = "a number, or text in quotes (YAML takes yes and on for true)"
+            raise PydanticCustomError(TRUE_AS_NUMBER, f"Input should be {expected}")
+        return value
+
     def __setattr__(self, name: str, value: Any) -> None:
         before = self.__dict__.get(name)
         try:
@@ -44,6 +59,10 @@ class Section(BaseModel):
         except ConfigError:
             self.__dict__[name] = before  # a refused value must not stay behind
             raise
+
+
+def _holds_bool(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(map(_holds_bool, get_args(annotation)))
 
 
 def is_section(annotation: Any) -> bool:

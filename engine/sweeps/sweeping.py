@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.config import Config
+from engine.config import Config, require_config
+from engine.config.seeds import different_seeds
 from engine.errors import ConfigError, EngineError, printable
 from engine.files import parse_json, read_text, user_path
 from engine.metrics import summary
@@ -171,8 +172,9 @@ def sweep(
         >>> sorted(cell.setting.name for cell in result.cells)
         ['train.lr=0.001', 'train.lr=0.01']
     """
+    require_config(config)
     out = user_path(out)
-    seeds = checked_seeds([config.seed] if seeds is None else seeds)
+    seeds = sorted(different_seeds([config.seed] if seeds is None else seeds))
     name = known_task(config, task)
     saved = plans.saved_plan(out)
     jobs, threads, gpus = resources(config, jobs)
@@ -279,13 +281,6 @@ class Progress:
 
 def to_stderr(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)
-
-
-def checked_seeds(given: Any) -> list[int]:
-    seeds = list(given) if isinstance(given, Iterable) else []
-    if not all(type(s) is int and 0 <= s < 2**32 for s in seeds) or not seeds or len(set(seeds)) < len(seeds):
-        raise ConfigError("seeds", f"{given}"[:60], "different integers from 0 to 2**32 - 1", "Change the seeds.")
-    return sorted(seeds)
 
 
 def known_task(config: Config, task: str | None) -> str:

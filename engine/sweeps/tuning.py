@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import Config, changed
+from engine.config import Config, changed, require_config
+from engine.config.seeds import different_seeds
 from engine.errors import ConfigError, DataError, EngineError
 from engine.files import user_path
 from engine.run_folder import BEST, LAST, PREVIOUS, owned
@@ -22,7 +23,6 @@ from engine.sweeps.sweeping import (
     Cell,
     Progress,
     SweepResult,
-    checked_seeds,
     known_task,
     to_stderr,
     train_all,
@@ -108,12 +108,13 @@ def tune(
         2
     """
     require_optuna()
+    require_config(config)
     out = user_path(out)
     if type(trials) is not int or not 1 <= trials <= MOST_TRIALS:
         raise ConfigError("trials", str(trials), f"a number from 1 to {MOST_TRIALS}", "Change the number.")
     if pruner not in PRUNERS:
         raise ConfigError("pruner", str(pruner), f"one of {', '.join(PRUNERS)}", "Choose one of these.")
-    seeds = None if seeds is None else checked_seeds(seeds)
+    seeds = None if seeds is None else sorted(different_seeds(seeds))
     name = known_task(config, task)
     saved = plans.saved_plan(out)
     jobs, threads, gpus = resources(config, jobs)

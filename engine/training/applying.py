@@ -11,6 +11,7 @@ from torch import nn
 
 from engine import checkpoint, checks
 from engine.config import Config, load_config
+from engine.config.section import LONGEST
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.files import user_path
 from engine.loaders.dataset import Dataset, Split
@@ -135,6 +136,8 @@ def apply(run: Run, dataset: Dataset, split: str, batch_size: int | None, labels
         labels: "regression" or "classification": how the labels are read.
     """
     c, device = run.config, next(run.model.parameters()).device
+    if batch_size is not None and (type(batch_size) is not int or not 1 <= batch_size <= LONGEST):
+        raise ConfigError("batch_size", str(batch_size)[:60], f"a number from 1 to {LONGEST}", "Change the number.")
     padded = find_task(c.task).pad_tokens(c)
     loader = dataset.loader(
         split,

@@ -306,6 +306,8 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(name, (str, torch.device)):
+        raise ConfigError("device", f"a {type(name).__name__}", "auto, cpu, cuda or mps", "Use auto.")
     try:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()  # meta has nothing to copy

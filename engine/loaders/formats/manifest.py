@@ -11,7 +11,6 @@ and no `split`: without `split`, every row belongs to the test split.
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 import mmap
@@ -21,6 +20,7 @@ import numpy as np
 
 from engine.errors import DataError, EngineError
 from engine.loaders.formats.checks import SPLIT_ALIASES, SPLITS, check_splits, listed, nearest, present, to_id
+from engine.loaders.formats.frames import SHAPE, ColumnNames, read_frames
 from engine.loaders.formats.registry import RawDataset, RawSplit
 from engine.loaders.formats.source import DataFiles
 from engine.loaders.formats.tables import csv_header, label_of, read_table
@@ -29,7 +29,6 @@ from engine.loaders.spool import stable_content
 
 TITLE = "folder of arrays with a manifest.csv"
 COLUMNS = ("id", "split", "label", "audio", "vision", "text", "text_features")
-SHAPE = "numbers of shape (frames, features)"
 
 
 class Manifest:
@@ -60,12 +59,13 @@ class Manifest:
             lacking = " and ".join(f"no {m}" for m in (*gone, *text))
             raise DataError(str(path), f"{lacking} in any row", "one of them at least", "Fill the cells.")
         data.notes += [f"no row has {m}: it is missing in every sample" for m in gone]
+        names = {kind: ColumnNames() for kind in (*frames, "text_features")}
         for s in present(r["split"] for r in rows):
             own = [r for r in rows if r["split"] == s]
             ids = [r["id"] for r in own]
             parts = {m: absent(len(own)) for m in ("audio", "vision") if m not in frames}
             for kind in [*frames, "text_features"] if features else frames:
-                arrays = [_array(path, r, kind) for r in own]
+                arrays = [_array(path, r, kind, names[kind]) for r in own]
                 data.dtypes.setdefault(kind, str(arrays[0].dtype))
                 parts[kind] = from_sequences(arrays, ids, f"{path}, {s}, {kind}")
             data.splits[s] = RawSplit(
@@ -73,6 +73,7 @@ class Manifest:
                 np.array([[r["number"]] for r in own], np.float32), parts["audio"], parts["vision"],
                 parts.get("text_features"),
             )  # fmt: skip
+        data.notes += [note for kind, one in names.items() for note in one.notes(kind)]
         return data
 
 
@@ -104,7 +105,7 @@ def _rows(path: Path, modalities: list[str]) -> list[dict]:
     return rows
 
 
-def _array(manifest: Path, row: dict, kind: str) -> np.ndarray:
+def _array(manifest: Path, row: dict, kind: str, names: ColumnNames) -> np.ndarray:
     """The array that a row names, [frames, features]; empty if the cell is empty."""
     cell, at = row[kind], f"{row['at']} (id {row['id']}), {kind}"
     if not cell:
@@ -123,7 +124,12 @@ def _array(manifest: Path, row: dict, kind: str) -> np.ndarray:
         there = False
     if not there:
         raise DataError(at, f"no file {cell!r}", "a .npy or .csv file", "Check the path.")
-    array = _npy(path, at) if path.suffix.lower() == ".npy" else _csv(path, at)
+    if path.suffix.lower() == ".npy":
+        array = _npy(path, at)
+    else:
+        table = read_frames(path, at)
+        names.add(table, f"{at}: {path.name}")
+        array = table.values
     if array.ndim != 2 or array.dtype.kind not in "fiu":
         raise DataError(f"{at}: {path.name}", f"shape {array.shape} and dtype {array.dtype}", SHAPE, "Save it again.")
     return array
@@ -150,46 +156,3 @@ def _parsed(data: mmap.mmap | bytes) -> np.ndarray:
         return np.zeros((0, 0) if len(shape) == 2 and dtype.kind in "fiu" else shape, dtype)
     array = np.frombuffer(data, dtype, math.prod(shape), file.tell())
     return array.reshape(shape, order="F" if fortran_order else "C")
-
-
-def _csv(path: Path, at: str) -> np.ndarray:
-    rows: list[list[float]] = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-            for number, cells in enumerate(csv.reader(file)):
-                if not cells or (number == 0 and _is_header(cells, f"{at}: {path.name}, line 1")):
-                    continue
-                try:
-                    rows.append([float(c) for c in cells])
-                except ValueError:
-                    raise DataError(
-                        f"{at}: {path.name}, line {number + 1}", "a cell that is not a number", SHAPE,
-                        "Correct the row.",
-                    ) from None  # fmt: skip
-                if rows and len(rows[-1]) != len(rows[0]):
-                    raise DataError(
-                        f"{at}: {path.name}, line {number + 1}", f"{len(rows[-1])} cells",
-                        f"{len(rows[0])} as in the first row", "Correct the row.",
-                    )  # fmt: skip
-    except csv.Error as cause:
-        raise DataError(f"{at}: {path.name}", f"no CSV ({cause})", SHAPE, "Save it again.") from None
-    return np.array(rows, np.float64) if rows else np.zeros((0, 0), np.float32)
-
-
-def _is_header(cells: list[str], at: str) -> bool:
-    """Whether the first row of a CSV names columns: it holds no number, or pandas' 0, 1, 2, ...
-
-    Raises:
-        DataError: the first column has no name. It holds pandas' row numbers, which are not a feature.
-    """
-    if len(cells) > 1 and not cells[0].strip():
-        raise DataError(at, "a first column without a name, as of row numbers", SHAPE, "Save it without its index.")
-    return not any(map(_is_number, cells)) or (len(cells) > 1 and cells == [str(i) for i in range(len(cells))])
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True

@@ -192,6 +192,13 @@ def _find(path: Path, choice: Choice) -> DataFiles:
     if len(single) + len(groups) + bool(csd) + manifest.is_file() != 1:
         names = [p.name for p in single] + [f"{prefix}{{{','.join(files)}}}.pkl" for prefix, files in groups.items()]
         names += [MANIFEST] * manifest.is_file() + ["*.csd"] * bool(csd)
+        tables = [p.name for p in csv_files(folder) if not names]
+        if tables:
+            raise DataError(
+                str(path), f"no manifest.csv, but {listed(tables)}", "one data set",
+                "Write all samples into one manifest.csv with the columns id, split, label and modalities, or name the "
+                "file that is it.",
+            )  # fmt: skip
         raise DataError(
             str(path),
             f"{len(names)} candidates ({', '.join(sorted(names)[:6])})" if names else "no pickle, .csd or manifest.csv",

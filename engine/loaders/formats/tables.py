@@ -34,9 +34,9 @@ def csv_header(path: Path) -> list[str]:
     try:
         with path.open("rb") as file:
             raw = file.read(HEAD_BYTES)
-        text = raw.decode(_encoding(raw), "replace")
+        text = raw.decode(encoding_of(raw), "replace")
         return _header(
-            next(csv.reader(io.StringIO(_without_mark(text)[1], newline=""), delimiter=_delimiter(text)), [])
+            next(csv.reader(io.StringIO(without_mark(text)[1], newline=""), delimiter=delimiter_of(text)), [])
         )
     except (OSError, csv.Error):  # some other file beside the data
         return []
@@ -55,14 +55,14 @@ def read_table(path: Path, title: str, need: Iterable[str], errors: Literal["str
             than the header.
     """
     raw = path.read_bytes()
-    encoding = _encoding(raw)
+    encoding = encoding_of(raw)
     try:
         text = raw.decode(encoding, errors)
     except UnicodeDecodeError as cause:
         name = "UTF-16" if encoding.startswith("utf-16") else "UTF-8"
         raise DataError(str(path), f"no {name} at byte {cause.start}", f"{name} text", "Save it as UTF-8.") from None
-    skipped, body = _without_mark(text)
-    delimiter = _delimiter(text)
+    skipped, body = without_mark(text)
+    delimiter = delimiter_of(text)
     reader = csv.reader(io.StringIO(body, newline=""), delimiter=delimiter)
     rows = []
     try:
@@ -99,7 +99,10 @@ def number(cell: str, where: str) -> float:
                 where, f"label {cell!r}, with a decimal comma", "a finite number with a decimal point",
                 "Save the file with decimal points.",
             ) from None  # fmt: skip
-        raise DataError(where, f"label {cell!r}", "a finite number", "Correct the row.") from None
+        do = "Correct the row."
+        if re.search(r"[^\W\d_]{2}", text):
+            do = "Correct the row; number classes 0, 1, 2, ... (data.dataset=custom, model.task=classification)."
+        raise DataError(where, f"label {cell!r}", "a finite number", do) from None
     if not abs(value) <= float(np.finfo(np.float32).max):  # NaN too
         raise DataError(where, f"label {value:g}", "a finite number", "Correct the row.")
     return value
@@ -123,7 +126,7 @@ def plain_number(text: str) -> str:
     return str(int(value)) if value.is_integer() and abs(value) < 2**53 else text.strip()
 
 
-def _encoding(raw: bytes) -> str:
+def encoding_of(raw: bytes) -> str:
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     if raw[:1] != b"\0" and raw[1:2] == b"\0":
@@ -131,15 +134,15 @@ def _encoding(raw: bytes) -> str:
     return "utf-16-be" if raw[:1] == b"\0" and raw[1:2] not in (b"\0", b"") else "utf-8-sig"
 
 
-def _without_mark(text: str) -> tuple[int, str]:
+def without_mark(text: str) -> tuple[int, str]:
     """How many lines are skipped, and the text without Excel's first line `sep=;`."""
     first, _, rest = text.partition("\n")
     return (1, rest) if re.fullmatch(r'"?sep=.?"?\r?', first) else (0, text)
 
 
-def _delimiter(text: str) -> str:
+def delimiter_of(text: str) -> str:
     """The separator that cuts the header into most columns."""
-    first = _without_mark(text)[1].split("\n", 1)[0]
+    first = without_mark(text)[1].split("\n", 1)[0]
 
     def columns(delimiter: str) -> int:
         try:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import DataError
+from engine.loaders.foreign import known_file, known_text
 from engine.loaders.safe_pickle.limits import LARGE, SHARING, SPARE, Limit, Refused, Truncated
 from engine.loaders.safe_pickle.machine import Machine
 from engine.loaders.safe_pickle.settle import Settle
@@ -30,16 +31,6 @@ from engine.loaders.safe_pickle.values import ALLOWED, decoded
 from engine.loaders.spool import stable_content
 
 __all__ = ["ALLOWED", "LARGE", "decoded", "load", "loads"]
-
-_HEADS = (
-    ((b"<!doctype", b"<html", b"<head", b"<?xml"), "a web page, not the data",
-     "Download the file itself (the link led to a page)."),
-    ((b"version https://git-lfs",), "a Git LFS pointer, not the data", "Fetch the real file with `git lfs pull`."),
-    ((b"pk\x03\x04",), "a zip archive or a torch.save file",
-     "Unpack it, or save its contents as numpy arrays in a pickle."),
-    ((b"\x1f\x8b",), "a gzip archive", "Unpack it first."),
-    ((b"\x89hdf",), "an HDF5 file", "Give one of the formats that docs/formats.md lists."),
-)  # fmt: skip
 
 
 def loads(data: mmap.mmap | bytes) -> Any:
@@ -81,10 +72,8 @@ def load(path: str | Path) -> Any:
         ) from cause
     if not data:
         raise DataError(str(path), "an empty file", expected, "Download or write the file again.")
-    start = data[:64].lstrip().lower()
-    for marks, found, do in _HEADS:
-        if start.startswith(marks):
-            raise DataError(str(path), found, expected, do)
+    if known := known_file(data) or known_text(path.suffix):
+        raise DataError(str(path), known[0], expected, known[1])
     damaged = "Compare its size or checksum with the publisher's and download it again."
     try:
         return loads(data)
