@@ -149,6 +149,7 @@ def test_by_cost():
     assert not module.lists_pay(16_326, 255, 64, "cpu") and not module.lists_pay(16_326, 255, 64, "triton")
     assert module.lists_pay(16_326, 9 * 255, 64, "cpu") and module.lists_pay(16_326, 3 * 255, 64, "triton")
     assert module.lists_pay(16_326, 3 * 511, 16, "triton")
+    assert not module.lists_pay(1_284, 82, 16, "triton")  # an epoch of MOSI: launches cost more than the searches
 
 
 @pytest.mark.parametrize("shared, discrete", SETTINGS)
