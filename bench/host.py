@@ -1,8 +1,8 @@
 """python -m bench host: what Python does in a training epoch whose CUDA graphs are only replayed, without a GPU.
 
-    python -m bench host              microseconds per batch of each stage, and per epoch of everything else
-    python -m bench host --json       the same and the counters, as one line
-    python -m bench host --where      also the functions that take longest
+    python -m bench host              microseconds, per batch of a stage and beside the batches, and the counters
+    python -m bench host --json       the same as one line
+    python -m bench host --where      the functions that take longest
 
 A stage's graph is replaced by one whose replay does nothing. So what is left of an epoch is what the host does: it has
 to be quicker than the GPU works, or the GPU waits. A launch by `cudaGraphLaunch` comes on top of each batch.
@@ -29,7 +29,7 @@ from unittest import mock
 
 import torch
 
-from bench import guard, shapes, stages
+from bench import guard, pretend, shapes, stages
 from bench.pretend import PretendedGpu, Seen
 from engine.config import Config
 from engine.step.bank import FeatureBank
@@ -37,8 +37,7 @@ from engine.step.graphs import GraphRunner
 from engine.step.passes import OnBatch, nothing
 from engine.training.parts import Parts
 
-STAGES = ("collect", "stage1", "stage2", "evaluate")
-WARM, EPOCHS = 3, 5  # epochs: each shape comes twice in the first, and then those that are measured
+WARM, EPOCHS = 4, 5  # epochs before those that are measured, and these
 
 
 def only_looking(on_batch: Any) -> Any:
@@ -100,44 +99,44 @@ class Epochs:
         self.number = 0
         # the sums of steps that did not run are no numbers to be checked
         self.parts.step._check_finite = lambda result: None
-        for _ in range(WARM):
+        for number in range(WARM):
             self.run()
-            for bank in self.static._banks.values():  # rows of batches that did not run: no two are equal
-                for value in bank.rows.values():
-                    value.normal_()
+            if number == 1:
+                self._fill_banks()
+
+    def _fill_banks(self) -> None:
+        """Give all banks the same rows, no two of which are equal: most of them are of batches that did not run."""
+        label = self.parts.dataset.splits["train"].label
+        rows: dict[Any, torch.Tensor] = {(self.parts.step.label, label.shape): label}
+        for bank in self.static._banks.values():
+            for name, value in bank.rows.items():
+                value.copy_(rows.setdefault((name, value.shape), torch.randn_like(value)))
 
     def run(self, on_batch: OnBatch = nothing) -> None:
         """One epoch of training and an evaluation of the validation set."""
+        self.train(on_batch)
+        self.evaluate()
+
+    def train(self, on_batch: OnBatch = nothing) -> None:
         parts, c = self.parts, self.parts.config
         loader = parts.loaders["train"]
         loader.set_epoch(self.number)
-        known, self.number = self.bank, self.number + 1
+        self.number += 1
         # a replay stores nothing, and all rows have to be there
         with mock.patch.object(FeatureBank, "clear", lambda bank: bank.filled.fill_(True)):
             self.bank = parts.step.train_epoch(
-                loader, parts.samples, known, batch_size=c.batch_size, stage1_n=c.train.stage1_n,
+                loader, parts.samples, self.bank, batch_size=c.batch_size, stage1_n=c.train.stage1_n,
                 stage1_features=c.train.stage1_features, on_batch=on_batch,
             )[1]  # fmt: skip
-            with parts.step.averaged():
-                parts.evaluate("valid", parts.loaders["valid"], None if known is None else self.bank)
+
+    def evaluate(self) -> None:
+        """A pass over the validation set with the averaged weights."""
+        full = mock.patch.object(FeatureBank, "clear", lambda bank: bank.filled.fill_(True))
+        with full, self.parts.step.averaged():
+            self.parts.evaluate("valid", self.parts.loaders["valid"], self.bank if self.number > 1 else None)
 
 
-def calls_of(fn: Callable[[], Any]) -> int:
-    """Calls of functions, of Python and of C, within a call of `fn`."""
-    seen = Counter[str]()
-
-    def count(frame: Any, event: str, argument: Any) -> None:
-        seen[event] += 1
-
-    sys.setprofile(count)
-    try:
-        fn()
-    finally:
-        sys.setprofile(None)
-    return seen["call"] + seen["c_call"]
-
-
-def calls(epochs: Epochs) -> dict[str, float]:
+def calls(epochs: Epochs) -> dict[str, int]:
     """{stage: calls of functions from the end of one replayed batch to the end of the next}, the fewest of a pass."""
     counted: dict[str, list[int]] = {}
     seen = Counter[str]()
@@ -203,24 +202,80 @@ def times(epochs: Epochs, count: int = EPOCHS) -> dict[str, float]:
     return result
 
 
-def outside(make: Callable[[Path, str], Config]) -> Seen:
-    """What an epoch asks of a GPU outside of its graphs."""
+WAITS = {"Tensor.tolist", "copy to the host", "copy to the GPU", "torch.tensor", "aten.copy_ with a tensor of the host"}
+WAITS |= {f"aten.{name}" for name in pretend.WAITS}
+"""What makes the host wait for the GPU, of what `Seen.traffic` names."""
+
+
+def waits(seen: Seen) -> int:
+    """How often the host waits for the GPU."""
+    return sum(times for what, times in seen.traffic.items() if what in WAITS)
+
+
+def outside(make: Callable[[Path, str], Config]) -> dict[str, Seen]:
+    """What an epoch asks of a GPU outside of its graphs.
+
+    Returns:
+        {"collect to stage1": from the end of the last batch of one stage to the end of the first of the next, ...,
+        "within stages": from batch to batch, "evaluate": a pass over the validation set}.
+    """
+    found: dict[str, Seen] = {}
+    last = ["begin"]
     # results of the engine's operations are placeholders: whether they are finite says nothing
     finite = mock.patch.object(torch, "isfinite", lambda x: torch.ones_like(x, dtype=torch.bool))
     with PretendedGpu() as gpu, finite, tempfile.TemporaryDirectory(prefix="bench-host-") as folder:
         epochs = Epochs(make(Path(folder), "cuda"))
-        with gpu.watch() as seen:
-            epochs.run()
-    return seen
+        gpu.seen = Seen()
+
+        def take(name: str) -> None:
+            seen = found.setdefault(name, Seen())
+            for field in ("by_operation", "calls", "by_part", "traffic"):
+                getattr(seen, field).update(getattr(gpu.seen, field))
+            gpu.seen = Seen()
+
+        @only_looking
+        def on_batch(stage: str, number: int) -> None:
+            take("within stages" if stage == last[0] else f"{last[0]} to {stage}")
+            last[0] = stage
+
+        epochs.train(on_batch)
+        take(f"{last[0]} to end")
+        epochs.evaluate()
+        take("evaluate")
+        gpu.seen = None
+    return found
 
 
-def summary(seen: Seen) -> dict[str, int]:
-    """Launches outside of graphs, and how often the host waits or copies."""
-    return {"launches": seen.launches, "host": sum(seen.traffic.values())}
+def outside_of_graphs(make: Callable[[Path, str], Config]) -> dict[str, dict[str, int]]:
+    """{"launches": {where: number, as of `outside`}, "waits": ...}."""
+    seen = outside(make)
+    return {"launches": {n: s.launches for n, s in seen.items()}, "waits": {n: waits(s) for n, s in seen.items()}}
 
 
-def where(epochs: Epochs, lines: int = 45) -> None:
-    """Print the functions that take longest in an epoch."""
-    profile = cProfile.Profile()
-    profile.runcall(epochs.run)
+def calls_a_batch(make: Callable[[Path, str], Config]) -> dict[str, int]:
+    """See `calls`."""
+    with tempfile.TemporaryDirectory(prefix="bench-host-") as folder:
+        return calls(Epochs(make(Path(folder), "cpu")))
+
+
+def measure() -> dict[str, dict[str, float]]:
+    """Times and counters of the flagship."""
+    with tempfile.TemporaryDirectory(prefix="bench-host-") as folder:
+        microseconds = times(Epochs(flagship(Path(folder))))
+    return {"microseconds": microseconds, "calls a batch": calls_a_batch(flagship), **outside_of_graphs(flagship)}
+
+
+def table(measured: dict[str, dict[str, float]]) -> str:
+    lines = []
+    for what, numbers in measured.items():
+        lines.append(what)
+        lines += [f"  {name:40}{number:12.1f}" for name, number in sorted(numbers.items())]
+    return "\n".join(lines)
+
+
+def where(lines: int = 45) -> None:
+    """Print the functions that take longest in an epoch of the flagship."""
+    with tempfile.TemporaryDirectory(prefix="bench-host-") as folder:
+        epochs, profile = Epochs(flagship(Path(folder))), cProfile.Profile()
+        profile.runcall(epochs.run)
     pstats.Stats(profile).strip_dirs().sort_stats("tottime").print_stats(lines)
