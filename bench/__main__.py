@@ -1,4 +1,4 @@
-"""python -m bench run NAME [--json], all, compare --base REF, launches, list."""
+"""python -m bench run NAME [--json], all, compare --base REF, launches, host, list."""
 
 from __future__ import annotations
 
@@ -87,6 +87,20 @@ def _launches(a: argparse.Namespace, threads: int) -> int:
     return 0
 
 
+def _host(a: argparse.Namespace, threads: int) -> int:
+    import json
+
+    from bench import host
+
+    machine.pin_threads(threads)
+    if a.where:
+        host.where()
+        return 0
+    measured = host.measure()
+    print(json.dumps(measured) if a.json else host.table(measured))
+    return 0
+
+
 def _serve(a: argparse.Namespace, threads: int) -> int:
     from bench.compare import serve
 
@@ -132,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="one line of JSON: {mode: {stage: launches}}")
     p.add_argument("--detail", action="store_true", help="also by operation and by part, and what involves the host")
     p.add_argument("--mode", nargs="+", choices=("fast", "faithful"))
+    p = command("host", _host, "what Python does in an epoch of replayed graphs, measured without a GPU")
+    p.add_argument("--json", action="store_true", help="one line of JSON")
+    p.add_argument("--where", action="store_true", help="the functions that take longest instead")
     p = command("serve", _serve, "one engine side, timed on request over pipes (used by compare)")
     p.add_argument("name")
     p.add_argument("--quick", action="store_true")

@@ -9,7 +9,8 @@ steady-state epoch (so drawing, loading and storing belong to it): calls of aten
 them; bytes of new storages that those calls return; FLOPs of matrix products, by torch's own formulas and those of
 engine/kernels/flops.py. Memory that an operation uses within itself does not show.
 
-Beside them, GPU launches of every stage of the flagship: see `bench.launches`.
+Beside them, GPU launches of every stage of the flagship: see `bench.launches`. And what the host does where graphs are
+replayed, on the tiny data set: see `bench.host`.
 """
 
 from __future__ import annotations
@@ -207,6 +208,23 @@ def measure_launches() -> dict[str, dict[str, int]]:
     return launches.numbers(launches.measure())
 
 
+def measure_host() -> dict[str, dict[str, int]]:
+    """Launches and waits outside of graphs. They do not depend on Python's version, as its calls do."""
+    from bench import host
+
+    return host.outside_of_graphs(host.tiny)
+
+
+def host_differences(recorded: dict[str, Any], measured: dict[str, Any]) -> list[str]:
+    """One line for every number of the host's that differs."""
+    return [
+        f"host, {what}, {name}: recorded {recorded.get(what, {}).get(name)}, found {number}"
+        for what, numbers in measured.items()
+        for name, number in numbers.items()
+        if recorded.get(what, {}).get(name) != number
+    ]
+
+
 def launch_differences(recorded: dict[str, Any], measured: dict[str, Any]) -> list[str]:
     """One line for every stage whose launches differ."""
     return [
@@ -245,9 +263,10 @@ def other_environment(recorded: dict[str, Any]) -> list[str]:
 
 def update(reason: str) -> list[str]:
     """Record the present counters and the reason of the change. Returns the differences."""
-    recorded, measured, launched = load(), measure(), measure_launches()
+    recorded, measured, launched, host = load(), measure(), measure_launches(), measure_host()
     lines = differences(recorded["counters"], measured) + launch_differences(recorded.get("launches", {}), launched)
-    recorded["counters"], recorded["launches"] = measured, launched
+    lines += host_differences(recorded.get("host", {}), host)
+    recorded["counters"], recorded["launches"], recorded["host"] = measured, launched, host
     recorded["environment"] = environment()
     recorded["history"].append({"reason": reason, "changes": [li for li in lines if " operations: " not in li]})
     write_json(FILE, recorded)
@@ -295,6 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     lines = differences(recorded["counters"], measure())
     lines += launch_differences(recorded.get("launches", {}), measure_launches())
+    lines += host_differences(recorded.get("host", {}), measure_host())
     print("\n".join(lines) or "counters as recorded")
     if lines:
         print('If this is meant: python -m bench.guard --update --reason "..."', file=sys.stderr)

@@ -273,7 +273,8 @@ class _Functions(TorchFunctionMode):
         moving = target is not None and target.type != here.type
         copied = tensor
         if moving:
-            gpu.traffic("copy to the GPU" if here.type == "cpu" else "copy to the host")
+            to = "GPU" if here.type == "cpu" else "host"
+            gpu.traffic(f"copy to the {to}{' without waiting' * (to == 'GPU' and bool(kwargs.get('non_blocking')))}")
             with gpu.as_one("copy to the GPU" if here.type == "cpu" else "copy to the host", 1):
                 copied = gpu.put(tensor.clone(), target)
         if dtype is not None and dtype != tensor.dtype:
@@ -419,7 +420,8 @@ class _Operations(TorchDispatchMode):
         ):
             gpu.traffic(f"aten.{name} with a mask")
         elif any(gpu.on_host(t) and t.dim() > 0 for t in tensors):
-            gpu.traffic(f"aten.{name} with a tensor of the host")
+            asynchronous = name == "copy_" and (kwargs.get("non_blocking") or args[2:] == (True,))
+            gpu.traffic(f"aten.{name} with a tensor of the host" + " without waiting" * bool(asynchronous))
             if name in ("copy_", "index", "index_put", "index_put_", "_index_put_impl_"):
                 gpu.record("copy to the GPU", sum(gpu.on_host(t) for t in tensors))
         elif name == "lift_fresh" and not gpu._lifting and tensors[0].dim():

@@ -1,6 +1,8 @@
 """The static step, uncaptured: the same numbers as one operation after another, in every setting that it takes."""
 
+import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from engine.mimrl.published import published_estimator
 from engine.mimrl.settings import MIMRLObjectiveConfig
 from engine.objective import CMI, MI, Objective
 from engine.step import TwoStageStep
+from engine.step.graph_state import StateWatch
 from engine.step.graphs import CaptureWatch, GraphRunner, NotCapturable
 from engine.vocabulary import BOUNDS
 from tests.test_step import TwoFeatures, batches
@@ -204,6 +207,124 @@ def test_a_pass_that_was_stopped_leaves_no_sums_behind():
     with pytest.raises(KeyboardInterrupt):
         stopped.train_epoch(batches(n=N), N, None, batch_size=BATCH, on_batch=stop)
     assert run(stopped, 1)[0] == run(other, 1)[0]
+
+
+class Replaying(GraphRunner):
+    """Captures on any device: a graph is the function itself."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"), capture=False, strict=True)
+        self.capture, self.cleared, self.replays = True, 0, 0
+
+    def clear(self):
+        self._graphs.clear()
+        self._seen.clear()
+        self.cleared += 1
+
+    def stream(self):
+        return contextlib.nullcontext()
+
+    def _captured(self, key, function):
+        def replay():
+            self.replays += 1
+            with registry.static():
+                function()
+
+        self._graphs[key] = SimpleNamespace(replay=replay)
+        return True
+
+
+def replaying(**options):
+    step = make("emulate", **options)
+    step.static.graphs = Replaying()
+    return step
+
+
+@pytest.mark.parametrize("features", ["cached", "fresh", "bank"])
+def test_replayed_batches_give_what_uncaptured_ones_give(features):
+    step = replaying(average=0.98)
+    found = run(step, stage1_n=2, stage1_features=features)
+    expected = run(make("emulate", average=0.98), stage1_n=2, stage1_features=features)
+    assert found[0] == expected[0] and all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+    assert step.static.graphs.replays > 20
+
+
+@pytest.mark.parametrize("only_looks", [False, True])
+def test_a_parameter_that_a_callback_replaces_is_captured_anew(only_looks):
+    """Before the next batch; before the next pass, where the callback had promised to change nothing."""
+    step, bank, cleared = replaying(), None, []
+    for _ in range(4):
+        _, bank = step.train_epoch(batches(n=N), N, bank, batch_size=BATCH)
+    graphs, before = step.static.graphs, step.static.graphs.cleared
+
+    def on_batch(stage, number):
+        if stage == "stage2":
+            cleared.append(graphs.cleared - before)
+            if number == 1:
+                step.model.x.weight.data = step.model.x.weight.data.clone()
+
+    on_batch.only_looks = only_looks
+    _, bank = step.train_epoch(batches(n=N), N, bank, batch_size=BATCH, on_batch=on_batch)
+    assert cleared == ([0] * 5 if only_looks else [0, 0, 1, 1, 1])
+    step.train_epoch(batches(n=N), N, bank, batch_size=BATCH)
+    assert graphs.cleared - before == 1
+
+
+def test_a_learning_rate_that_a_callback_changes_counts_at_the_next_replay():
+    ends = []
+    for step in (make("off", optimizer=sgd), replaying(optimizer=sgd)):
+        run(step, 2)
+
+        def on_batch(stage, number, step=step):
+            step.main_optimizer.param_groups[0]["lr"] = 0.05 / (number + 1)
+
+        on_batch.only_looks = True
+        step.train_epoch(batches(n=N), N, None, batch_size=BATCH, on_batch=on_batch)
+        ends.append([p.detach() for p in step.model.parameters()])
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+
+
+def test_a_value_that_is_not_finite_is_placed_in_its_own_pass():
+    """Although it is read at the end of the epoch."""
+    for stage, passes, number in (("stage1", 1, 3), ("stage2", 0, 2)):
+        step, seen = make("emulate"), []
+        _, bank = step.train_epoch(batches(n=N), N, None, batch_size=BATCH)
+
+        def on_batch(now, batch, step=step, stage=stage, number=number, passes=passes, seen=seen):
+            seen.append(now)
+            if now == stage and batch == number - 1 and seen.count(stage) > 5 * passes:
+                with torch.no_grad():
+                    next(iter((step.objective if stage == "stage1" else step.model).parameters())).fill_(float("nan"))
+
+        said = rf"found a value that is not finite in batch {number} of {stage}"
+        with pytest.raises(NonFiniteError, match=said):
+            step.train_epoch(batches(n=N), N, bank, batch_size=BATCH, stage1_n=2, on_batch=on_batch)
+        assert seen.count("stage2") == 5  # nothing was read before
+
+
+def test_the_watch_sees_every_kind_of_change():
+    step = make("emulate")
+    run(step, 2)
+    modules, optimizers = step.static._modules(), step.static._optimizers()
+    head = step.model.head
+    for change in (
+        lambda: setattr(step.model.dropout, "p", 0.125),
+        lambda: setattr(step.model, "more", nn.Linear(1, 1)),
+        lambda: step.model.register_buffer("value", torch.zeros(1)),
+        lambda: head.register_parameter("extra", nn.Parameter(torch.zeros(1))),
+        lambda: setattr(head, "weight", nn.Parameter(torch.zeros(1, 8))),
+        lambda: setattr(head.weight, "data", torch.ones(1, 8)),
+        lambda: head.weight.requires_grad_(False),
+        lambda: step.main_optimizer.state[step.model.x.weight].update(exp_avg=torch.zeros(4, 6)),
+        lambda: step.main_optimizer.state.pop(step.model.x.bias),
+    ):
+        watch = StateWatch(modules, optimizers)
+        assert watch.unchanged(modules, optimizers) and not watch.moved() and not watch.replaced()
+        change()
+        assert not watch.unchanged(modules, optimizers)
+    watch = StateWatch(modules, optimizers)
+    assert not watch.unchanged(modules, [adam(step.model.parameters()), optimizers[1]])
+    assert not watch.unchanged([copy.deepcopy(modules[0]), modules[1]], optimizers)
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------

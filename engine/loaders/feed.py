@@ -43,6 +43,11 @@ class Feed(Protocol):
         """
 
 
+def send(to: Tensor, values: Tensor) -> None:
+    """Copy values of the host into a buffer on the device, without waiting for what the device does."""
+    to.copy_(values.pin_memory() if to.is_cuda and not values.is_cuda else values, non_blocking=True)
+
+
 class Buckets:
     """A few combinations of widths. Each one holds all smaller ones.
 
@@ -67,14 +72,18 @@ class Buckets:
         Raises:
             ConfigError: no bucket does.
         """
-        longest = list(longest)
-        fits = (np.array(longest) <= self.levels).all(1)
-        if not fits.any():
+        return self.of_each(np.array([list(longest)]))[0]
+
+    def of_each(self, longest: np.ndarray) -> list[int]:
+        """The same for many batches at once: int [batches, m]."""
+        fits = (longest[:, None] <= self.levels).all(2)
+        if not fits[:, -1].all():
+            found = longest[fits[:, -1].argmin()].tolist()
             raise ConfigError(
-                "batch", f"sequences of up to {longest} positions", f"at most {self.levels[-1].tolist()}",
+                "batch", f"sequences of up to {found} positions", f"at most {self.levels[-1].tolist()}",
                 "Open the data whose longest sequences the step was built for.",
             )  # fmt: skip
-        return int(fits.argmax())
+        return fits.argmax(1).tolist()
 
 
 def buckets_of(loader: Loader) -> Buckets:
@@ -125,13 +134,17 @@ class ResidentFeed:
     def steps(self) -> Iterator[Key]:
         pieces, epoch, first = self._begin()
         order = torch.zeros(self._order.shape, dtype=torch.int64)
-        for row, piece in zip(order, pieces, strict=False):
-            row[: len(piece)] = piece
-        self._order.copy_(order)
+        lengths = np.array([len(piece) for piece in pieces])
+        if pieces:
+            inside = np.arange(order.shape[1]) < lengths[:, None]
+            order.numpy()[: len(pieces)][inside] = torch.cat(pieces).numpy()
+        send(self._order, order)
         if self._keys is not None:
-            self._keys.copy_(torch.tensor(self._loader.augmentation.keys(epoch)))
-        for piece in pieces[first:]:
-            yield len(piece), self._buckets.of(self._lengths[piece.numpy()].max(0))
+            send(self._keys, torch.tensor(self._loader.augmentation.keys(epoch)))
+        if pieces[first:]:
+            starts = np.cumsum(lengths[first:]) - lengths[first:]
+            longest = np.maximum.reduceat(self._lengths[torch.cat(pieces[first:]).numpy()], starts, axis=0)
+            yield from zip(lengths[first:].tolist(), self._buckets.of_each(longest), strict=True)
 
     def batch(self, key: Key, number: Tensor) -> tuple[Batch, Tensor, Tensor]:
         size, bucket = key

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ class Average:
     def __init__(self) -> None:
         self._on_device: dict[tuple[str, ...], tuple[Tensor, int | Tensor]] = {}
         self._sums: dict[str, tuple[float, int]] = {}
+        self._later: list[Callable[[], Sums]] = []
 
     def add(self, names: Sequence[str], values: Tensor, weight: int | Tensor, keep: Tensor | None = None) -> None:
         """Add one batch's values [names], which are means over `weight` samples.
@@ -44,8 +45,18 @@ class Average:
             total, seen = self._sums.get(name, (0.0, 0))
             self._sums[name] = total + value, seen + weight
 
+    def add_later(self, read: Callable[[], Sums]) -> None:
+        """Add sums that are not read from the device before they are asked for."""
+        self._later.append(read)
+
+    def _read(self) -> None:
+        later, self._later = self._later, []
+        for read in later:
+            self.add_sums(read())
+
     def sums(self) -> Sums:
         """Everything that was added. Waits for the device."""
+        self._read()
         for names, (total, weight) in self._on_device.items():
             if weight := int(weight):
                 self.add_sums({name: (value, weight) for name, value in zip(names, total.tolist(), strict=True)})
@@ -54,6 +65,7 @@ class Average:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors. The tensors may still be on the device."""
+        self._read()
         batches = [[list(names), total, weight] for names, (total, weight) in self._on_device.items()]
         return {"batches": batches, "sums": {name: list(pair) for name, pair in self._sums.items()}}
 

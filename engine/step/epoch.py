@@ -44,6 +44,7 @@ def run_epoch(
         position.total += 1
         on_batch(stage, number)
 
+    done.only_looks = getattr(on_batch, "only_looks", False)  # type: ignore[attr-defined]
     step.finite.begin(position, getattr(loader, "rows", None))
     position.bank = bank
     if collects and position.enter("collect"):
@@ -51,13 +52,16 @@ def run_epoch(
             bank = position.bank = passes.collect(loader, size, done, position)
     *of_stage1, of_stage2 = _draw(step, loader, size, bank, batch_size, stage1_n, fresh, position)
     seen = passes.stage1_bank(size, position) if of_stage1 and fresh else bank
+    # elsewhere the values of all passes are read at once, so that a GPU does not wait between two of them
+    reads_every_pass = step.static is None or fresh or step.finite.policy == "skip"
     if of_stage1:
         with part("stage1"):
             for number, products in enumerate(of_stage1):
                 if position.enter("stage1", number):
-                    sums = passes.stage1(loader, seen, batch_size, fresh, products, done, position)
-                    position.estimators.add_sums(sums)
-                    step.finite.read()
+                    read = passes.stage1(loader, seen, batch_size, fresh, products, done, position)
+                    position.estimators.add_later(read)
+                    if reads_every_pass:
+                        step.finite.read()
     position.enter("stage2")
     with part("stage2"):
         losses, information, next_bank = passes.stage2(loader, size, bank, of_stage2, done, position)

@@ -32,8 +32,8 @@ class NonFinite:
     """What a `TwoStageStep` does about losses and gradients that are not finite.
 
     On a CPU each step is checked before its update, so that a `NonFiniteError` leaves the parameters as they were. On a
-    GPU and in a static step the host does not wait: losses are noted on the device and read at the end of a pass, and a
-    step is left out there.
+    GPU and in a static step the host does not wait: losses are noted on the device and read at the end of a pass, by a
+    static step at the end of an epoch. A step is left out on the device.
 
     Args:
         step: whose steps are checked.
@@ -177,9 +177,10 @@ class NonFinite:
         """
         found = self._first()
         if found is not None:
-            name, number = found
-            index = None if self._rows is None or self.position.order is not None else self._rows(number)
-            raise self._placed(_error(name, "a value that is not finite"), self.position.stage, number, index)
+            stage, number, name = found
+            present = self._rows is not None and self.position.order is None and stage == self.position.stage
+            index = self._rows(number) if present else None
+            raise self._placed(_error(name, "a value that is not finite"), stage, number, index)
         if self.flags is None:
             return
         left, most = self.flags.read_counts()
@@ -241,16 +242,17 @@ class NonFinite:
             if information is not None:
                 self._noted.setdefault(tuple(information.names), []).append((number, information.stacked_values))
 
-    def _first(self) -> tuple[str, int] | None:
-        """The first value that was noted and is not finite, as (name, batch). Waits for the device."""
+    def _first(self) -> tuple[str, int, str] | None:
+        """The first value that was noted and is not finite, as (stage, batch, name). Waits for the device."""
         noted = [(names, torch.stack([v for _, v in values])) for names, values in self._noted.items()]
         numbers = [[number for number, _ in values] for values in self._noted.values()]
         self._noted = {}
-        found = first_not_finite(noted, numbers) or first_not_finite(self.position.noted())
-        if found is None:
+        found = first_not_finite(noted, numbers)
+        placed = self.position.noted() if found is None else (self.position.stage, found[1], found[0])
+        if placed is None:
             return None
-        name, number = found
-        return {"task": "task loss", "loss": "loss"}.get(name, f"objective term {name}"), number
+        stage, number, name = placed
+        return stage, number, {"task": "task loss", "loss": "loss"}.get(name, f"objective term {name}")
 
     def require_a_step(self, losses: Mapping[str, Any]) -> None:
         """Raise NonFiniteError if all steps of stage 2 were left out."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterable, Iterator
+import itertools
+import operator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +84,21 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
             state["step"] = state["step"].to(device)
 
 
+class _Content:
+    """What some dicts hold at a time, to find out quickly whether they still hold the very same objects."""
+
+    def __init__(self, dicts: Iterable[dict[Any, Any]]):
+        self._dicts = list(dicts)
+        self.values = [*itertools.chain.from_iterable(map(dict.values, self._dicts))]
+
+    def same(self) -> bool:
+        present = itertools.chain.from_iterable(map(dict.values, self._dicts))
+        return sum(map(len, self._dicts)) == len(self.values) and all(map(operator.is_, present, self.values))
+
+
+_requires_grad = operator.attrgetter("requires_grad")
+
+
 class StateWatch:
     """Finds out whether a tensor that graphs read has been replaced or has moved.
 
@@ -90,31 +108,48 @@ class StateWatch:
     """
 
     def __init__(self, modules: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]):
-        every = [module for root in modules for module in root.modules()]
-        self._parameters = [
-            (module._parameters, name, p, 0 if p is None else p.data_ptr(), p is not None and p.requires_grad)
-            for module in every
-            for name, p in module._parameters.items()
-        ]
+        self._roots, self._optimizers = list(modules), list(optimizers)
+        every = [module for root in self._roots for module in root.modules()]
+        self._parameters = _Content(module._parameters for module in every)
+        self._tensors = [p for p in self._parameters.values if p is not None]
+        self._places, self._moving = self._present()
         self._parts = [
             (held, name, value) for m in every for held in (m._buffers, m._modules) for name, value in held.items()
         ]
         self._state = [
-            (o, p, name, value) for o in optimizers for p, state in o.state.items() for name, value in state.items()
+            (o, p, name, value)
+            for o in self._optimizers
+            for p, state in o.state.items()
+            for name, value in state.items()
         ]
+        self._everything = _Content(
+            [
+                *(held for m in every for held in (vars(m), m._buffers, m._modules)),
+                *(held for o in self._optimizers for held in (vars(o), o.state, *o.state.values())),
+            ]
+        )
+
+    def _present(self) -> tuple[list[int], list[bool]]:
+        """Where the parameters lie, and which of them require gradients."""
+        return [*map(Tensor.data_ptr, self._tensors)], [*map(_requires_grad, self._tensors)]
 
     def moved(self) -> bool:
-        """Whether a parameter was replaced, moved in memory, frozen or unfrozen. Cheap enough for every batch."""
-        return any(
-            held.get(name) is not p or (p is not None and (p.data_ptr() != place or p.requires_grad != moving))
-            for held, name, p, place, moving in self._parameters
-        )
+        """Whether a parameter was added, replaced, moved in memory, frozen or unfrozen."""
+        return not self._parameters.same() or self._present() != (self._places, self._moving)
 
     def replaced(self) -> bool:
         """Whether a buffer, a submodule or an optimiser's state was replaced."""
         parts = (held.get(name) is not value for held, name, value in self._parts)
         state = (o.state.get(p, {}).get(name) is not value for o, p, name, value in self._state)
         return any(parts) or any(state)
+
+    def unchanged(self, modules: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+        """Whether these are the modules and optimisers that are watched, and all that they hold is what they held.
+
+        Quick, and on the safe side: False does not mean that a graph has become wrong.
+        """
+        same = [*modules, *optimizers] == [*self._roots, *self._optimizers]
+        return same and self._everything.same() and not self.moved()
 
 
 def plain_settings(modules: Iterable[nn.Module]) -> list[tuple]:

@@ -140,11 +140,15 @@ class GraphRunner:
         finally:
             outside.wait_stream(self._stream)
 
-    def run(self, key: Hashable, function: Callable[[], None]) -> None:
-        """Run `function`: replay the graph of this key, or warm up, capture or run it uncaptured."""
+    def run(self, key: Hashable, function: Callable[[], None]) -> bool:
+        """Run `function`: replay the graph of this key, or warm up, capture or run it uncaptured.
+
+        Returns:
+            whether a graph was replayed and no more: no Python of the function ran.
+        """
         if key in self._graphs:
             self._graphs[key].replay()
-            return
+            return True
         self._seen[key] += 1
         with registry.static():
             if self._seen[key] == 1 and self._watching:
@@ -159,6 +163,7 @@ class GraphRunner:
                 self._graphs[key].replay()
             else:
                 function()
+        return False
 
     def _watched(self, function: Callable[[], None]) -> None:
         # Run it once even where it cannot be captured: running a step twice would train twice on its batch.

@@ -22,7 +22,18 @@ if TYPE_CHECKING:
     from engine.step import StepOutput, TwoStageStep
 
 OnBatch = Callable[[str, int], None]
-"""Called after every batch with its stage and its number."""
+"""Called after every batch with its stage and its number.
+
+A static step looks after each call whether parameters were replaced. A function with an attribute `only_looks` that is
+true promises to change nothing but learning rates, and spares that.
+"""
+
+
+def nothing(stage: str, number: int) -> None:
+    """What is called after a batch where no one asked for anything."""
+
+
+nothing.only_looks = True  # type: ignore[attr-defined]
 
 TakeProducts = Callable[[int, int], Mapping[str, Any] | None]
 """Maps a batch's number and its number of rows to its product rows."""
@@ -108,8 +119,8 @@ class EagerPasses:
         take: TakeProducts,
         on_batch: OnBatch,
         position: Position | None = None,
-    ) -> Sums:
-        """One pass of stage 1: sums of the estimators' values.
+    ) -> Callable[[], Sums]:
+        """One pass of stage 1. Returns what reads the sums of the estimators' values.
 
         Args:
             bank: where the features come from, or with `fresh` where those that are computed go.
@@ -128,7 +139,7 @@ class EagerPasses:
                 estimators.add(output.names, output.stacked_values, rows, self.step.finite.keep(output.loss))
             on_batch("stage1", number)
         self._flush("stage1")
-        return estimators.sums()
+        return estimators.sums
 
     def stage2(
         self,

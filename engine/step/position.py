@@ -61,7 +61,7 @@ class Position:
         self.finished = False
         self.seconds, self.waited = 0.0, 0.0
         self._sums: dict[str, Average] = {}
-        self.noted: Callable[[], list[tuple[list[str], Tensor]]] = list
+        self.noted: Callable[[], tuple[str, int, str] | None] = lambda: None
         self.before_saving: Callable[[], None] = lambda: None
         self.now: Callable[[], Mapping[str, Average]] = lambda: self._sums
 
@@ -77,7 +77,7 @@ class Position:
             self.stage, self.number, self.batches = stage, number, 0
             self.order = self.filling = None
             self._sums = {}
-            self.now, self.noted = lambda: self._sums, list
+            self.now = lambda: self._sums
         return there >= here
 
     def left(self, loader: Iterable) -> Iterable:

@@ -23,14 +23,15 @@ from torch import Tensor, nn
 
 from engine.errors import ConfigError
 from engine.kernels.knn_product import Bank
-from engine.loaders.feed import CopyFeed, Feed, Key
+from engine.loaders.feed import CopyFeed, Feed, Key, send
 from engine.profile import part
 from engine.step.averages import Average, EpochResult, Sums, means
 from engine.step.bank import FeatureBank
 from engine.step.batches import whole_batches
 from engine.step.graph_state import DeviceNumbers, StateWatch, make_capturable, optimizer_settings, plain_settings
 from engine.step.graphs import GraphRunner
-from engine.step.passes import OnBatch
+from engine.step.notes import Notes
+from engine.step.passes import OnBatch, nothing
 from engine.step.position import Position
 
 if TYPE_CHECKING:
@@ -55,21 +56,23 @@ class StaticPasses:
         self.held = DeviceNumbers(self.device)
         # the batch's number in its pass, and that of its product rows in the epoch
         self._counters = torch.zeros(2, dtype=torch.int64, device=self.device)
-        self.number, self._row = self._counters[:1], self._counters[1]
+        self.number, self.row = self._counters[:1], self._counters[1:]
         self._loader: Iterable | None = None
         self._copies: CopyFeed | None = None
         self._feeds: dict[int, tuple[Any, Feed]] = {}  # the loaders too: while they live no other gets their ids
         self._known: dict[str, Tensor] = {}
+        self._prepared: Bank | None = None  # of these
         self._order = torch.zeros(0, 0, dtype=torch.int64, device=self.device)
         self._draws: dict[str, Any] = {}
         self._totals: dict[str, tuple[list[str], Tensor]] = {}
         self._counts: Counter[str] = Counter()  # samples that each of the totals holds
-        self._noted: dict[str, tuple[list[str], Tensor]] = {}  # values of every batch of a pass
-        self._batches = 0  # that these have room for
+        self._notes = Notes(self.device)
         self._left_out: dict[str, Tensor] = {}  # of these, samples of steps that were left out
         self._banks: dict[str, FeatureBank] = {}
         self._watched: StateWatch | None = None
+        self._unsure = True  # whether a parameter may have been replaced since the last look
         self._settings: list[Any] = []
+        self._plain: list[tuple] = []
 
     # -- passes
 
@@ -77,16 +80,19 @@ class StaticPasses:
         """As `EagerPasses.collect`."""
         position = position or Position()
         bank = position.filling = self._bank("collect", size, position.filling)
+        run = self._runner(on_batch)
         with self._pass(position.left(loader), position=position) as feed:
             for number, key in enumerate(feed.steps(), position.batches):
-                self._run(("collect", key), partial(self._collect_batch, key))
+                run(("collect", key), partial(self._collect_batch, key))
                 on_batch("collect", number)
         return bank
 
     def begin_epoch(self, bank: FeatureBank | None, passes: Sequence[list[int]]) -> list[int]:
         """Copy the bank and draw the product rows of all passes: the number of each pass's first batch in the epoch."""
-        if bank is not None:
-            with self.graphs.stream():
+        with self.graphs.stream():
+            if self._notes.begin_epoch(sum(len(sizes or ()) for sizes in passes)):
+                self.graphs.clear()
+            if bank is not None:
                 self._draw("training", self._load(bank), [size for sizes in passes for size in sizes])
         return list(itertools.accumulate((len(sizes or ()) for sizes in passes[:-1]), initial=0))
 
@@ -104,8 +110,8 @@ class StaticPasses:
         first: int,
         on_batch: OnBatch,
         position: Position | None = None,
-    ) -> Sums:
-        """One pass of stage 1 on the bank that `begin_epoch` copied: sums of the estimators' values.
+    ) -> Callable[[], Sums]:
+        """One pass of stage 1 on the bank that `begin_epoch` copied. Returns as `EagerPasses.stage1`.
 
         Args:
             first: number of its first batch in the epoch, from `begin_epoch`.
@@ -113,8 +119,9 @@ class StaticPasses:
         step, position = self.step, position or Position()
         if fresh and not position.batches:
             bank.clear()
+        run = self._runner(on_batch)
         with self._pass(position.left(loader), first, position) as feed:
-            self._begin_notes(len(loader) if fresh else -(-bank.size // batch_size), position)
+            self._begin_notes("stage1", first, len(loader) if fresh else -(-bank.size // batch_size), position)
             if fresh:
                 keys = feed.steps()
             else:
@@ -124,10 +131,10 @@ class StaticPasses:
                     self._counters.add_(1)
                     continue
                 self.held.refresh_rates(step.estimator_optimizer)
-                self._run(("stage1", fresh, key), partial(self._stage1_batch, key, fresh))
+                run(("stage1", fresh, key), partial(self._stage1_batch, key, fresh))
                 self._count("stage1", key[0])
                 on_batch("stage1", number)
-            return self._sums("stage1")
+            return self._sums_later("stage1")
 
     def stage2(
         self,
@@ -141,22 +148,24 @@ class StaticPasses:
         """The pass of stage 2: sums of the losses, sums of the information terms, and the next bank."""
         step, position = self.step, position or Position()
         next_bank = position.filling = self._bank("stage2", size, position.filling)
+        run = self._runner(on_batch)
         with self._pass(position.left(loader), first, position) as feed:
-            self._begin_notes(len(loader), position)
+            self._begin_notes("stage2", first, len(loader), position)
             for number, key in enumerate(feed.steps(), position.batches):
                 use = bank is not None and key[0] >= step.objective.min_batch
                 self.held.refresh_rates(step.main_optimizer)
                 if step.average is not None:
                     self.held.refresh("average", step.average.next_rate())
-                self._run(("stage2", use, key), partial(self._stage2_batch, key, use))
+                run(("stage2", use, key), partial(self._stage2_batch, key, use))
                 self._count("losses", key[0])
                 self._count("information", key[0] if use else 0)
                 on_batch("stage2", number)
-            return self._sums("losses"), self._sums("information"), next_bank.copy()
+            copied = next_bank.copy()
+            return self._sums("losses"), self._sums("information"), copied
 
     def evaluate(self, loader: Iterable, bank: FeatureBank | None) -> EpochResult:
         """As `EagerPasses.evaluate`. The samples come in the order of their rows."""
-        step = self.step
+        step, run = self.step, self._runner(nothing)
         sizes = loader.batch_sizes()
         with self._pass(loader) as feed:
             name = f"evaluate {self._place}"
@@ -165,11 +174,11 @@ class StaticPasses:
                 self._draw(name, self._load(bank), sizes)
             for key in feed.steps():
                 use = bank is not None and key[0] >= step.objective.min_batch
-                self._run(("evaluate", use, key), partial(self._evaluate_batch, key, use))
+                run(("evaluate", use, key), partial(self._evaluate_batch, key, use))
                 self._count("losses", key[0])
                 self._count("information", key[0] if use else 0)
-            losses, information = self._sums("losses"), self._sums("information")
             rows = outputs.copy().rows
+            losses, information = self._sums("losses"), self._sums("information")
         return EpochResult(
             **means(losses),
             information=means(information),
@@ -247,7 +256,7 @@ class StaticPasses:
         try:
             with self.graphs.stream():
                 self.number.fill_(position.batches)
-                self._row.fill_(first + position.batches)
+                self.row.fill_(first + position.batches)
                 self._begin_sums(position)
                 yield self._feed
         finally:
@@ -264,10 +273,17 @@ class StaticPasses:
             self._feeds[id(loader)] = loader, loader.feed()
         return self._feeds[id(loader)][1], id(loader)
 
-    def _run(self, key: tuple, function: Callable[[], None]) -> None:
-        if self._watched.moved():
-            self._begin_watching()
-        self.graphs.run((*key, self._place), function)
+    def _runner(self, on_batch: OnBatch) -> Callable[[tuple, Callable[[], None]], None]:
+        """What runs the batches of a pass, before each of which `on_batch` may have replaced a parameter."""
+        only_looks = getattr(on_batch, "only_looks", False)
+
+        def run(key: tuple, function: Callable[[], None]) -> None:
+            if self._unsure and self._watched.moved():
+                self._begin_watching()
+            replayed = self.graphs.run((*key, self._place), function)
+            self._unsure = not (replayed and only_looks)  # a function that ran may have replaced one, too
+
+        return run
 
     def _modules(self) -> list[nn.Module]:
         return [m for m in (self.step.model, self.step.objective) if m is not None]
@@ -277,16 +293,20 @@ class StaticPasses:
 
     def _check_settings(self) -> None:
         """Forget the graphs where a setting that they hold has changed."""
-        for optimizer in self._optimizers():
-            make_capturable(optimizer, self.device)
-        step = self.step
-        now = [*map(optimizer_settings, self._optimizers()), step.clip_value, step.clip_norm, step.autocast, step.label]
-        now.append(plain_settings(self._modules()))
+        step, modules, optimizers = self.step, self._modules(), self._optimizers()
+        now = [*map(optimizer_settings, optimizers), step.clip_value, step.clip_norm, step.autocast, step.label]
         watched = self._watched
-        if now != self._settings or watched is None or watched.moved() or watched.replaced():
-            self.graphs.clear()
-        self._settings = now
-        self._watched = StateWatch(self._modules(), self._optimizers())  # with state that earlier passes added
+        if watched is None or now != self._settings or not watched.unchanged(modules, optimizers):
+            for optimizer in optimizers:
+                make_capturable(optimizer, self.device)
+            now = [*map(optimizer_settings, optimizers), *now[len(optimizers) :]]  # which that may have changed
+            plain = plain_settings(modules)
+            same = watched is not None and (now, plain) == (self._settings, self._plain)
+            if not same or watched.moved() or watched.replaced():
+                self.graphs.clear()
+            self._settings, self._plain = now, plain
+            self._watched = StateWatch(modules, optimizers)  # with state that earlier passes added
+        self._unsure = False
 
     def _begin_watching(self) -> None:
         self.graphs.clear()
@@ -309,10 +329,15 @@ class StaticPasses:
         features = bank.tensors()
         if {k: v.shape for k, v in features.items()} != {k: v.shape for k, v in self._known.items()}:
             self._known = {name: torch.empty_like(value) for name, value in features.items()}
+            self._prepared = None
             self.graphs.clear()
         for name, value in features.items():
             self._known[name].copy_(value)
-        return Bank(self._known)
+        bank = Bank(self._known)
+        if self._prepared is not None:
+            bank.take_over(self._prepared)
+        self._prepared = bank
+        return bank
 
     def _shuffle(self, batch_size: int, position: Position) -> list[int]:
         """Draw the order in which the known bank's rows are taken; return the sizes of the batches."""
@@ -323,9 +348,9 @@ class StaticPasses:
         if self._order.shape != (batches, batch_size):
             self._order = torch.zeros(batches, batch_size, dtype=torch.int64, device=self.device)
             self.graphs.clear()
-        order = torch.zeros(batches * batch_size, dtype=torch.int64)
+        order = position.order.new_zeros(batches * batch_size)
         order[:count] = position.order
-        self._order.copy_(order.view(batches, batch_size))
+        send(self._order, order.view(batches, batch_size))
         return [min(batch_size, count - start) for start in range(0, count, batch_size)]
 
     def _draw(self, stage: str, known: Bank, sizes: list[int]) -> None:
@@ -350,7 +375,7 @@ class StaticPasses:
                 "Give batches of batch_size samples, the last one smaller, or a loader with a method batch_sizes().",
             )  # fmt: skip
         with part("products"):
-            return self._draws[stage].take(self._row, size)
+            return self._draws[stage].take(self.row[0], size)
 
     def _add(self, name: str, names: Sequence[str], values: Tensor, weight: int, keep: Tensor | None = None) -> None:
         if name not in self._totals:
@@ -362,23 +387,14 @@ class StaticPasses:
         self._totals[name][1].add_(values, alpha=weight)
 
     def _note(self, name: str, names: Sequence[str], values: Tensor) -> None:
-        """Keep a batch's values until the pass is read: it is one small copy."""
-        if self.step.finite.policy == "skip" or self.step.scaler is not None:
-            return
-        if name not in self._noted:
-            table = torch.zeros(self._batches, len(names), dtype=values.dtype, device=self.device)
-            self._noted[name] = list(names), table
-        self._noted[name][1].index_copy_(0, self.number, values[None])
+        """Keep a batch's values until the epoch is read."""
+        if self.step.finite.policy != "skip" and self.step.scaler is None:
+            self._notes.note(name, names, values, self.row)
 
-    def _begin_notes(self, batches: int, position: Position) -> None:
-        """Begin a pass of so many batches with nothing noted."""
-        if batches > self._batches:
-            self._batches = batches
-            self._noted.clear()
+    def _begin_notes(self, stage: str, first: int, batches: int, position: Position) -> None:
+        if self._notes.begin_pass(stage, first, batches):
             self.graphs.clear()
-        for _, table in self._noted.values():
-            table.zero_()
-        position.noted = lambda: list(self._noted.values())
+        position.noted = self._notes.first_not_finite
 
     def _begin_sums(self, position: Position) -> None:
         """Begin a pass's sums at 0, or at what they were."""
@@ -405,9 +421,21 @@ class StaticPasses:
         if not count:
             return {}
         names, total = self._totals[name]
-        return {n: (value, count) for n, value in zip(names, total.tolist(), strict=True)}
+        return _named(names, total, count)
+
+    def _sums_later(self, name: str) -> Callable[[], Sums]:
+        """What reads the sums of a pass, which are kept until then. Where steps may be left out they are read now."""
+        count = self._seen(name)
+        if not count:
+            return dict
+        names, total = self._totals[name]
+        return partial(_named, names, total.clone(), count)
 
     def _seen(self, name: str) -> int:
         """Samples of the steps that were made, of those that the totals `name` hold."""
         count, skips = self._counts[name], self.step.finite.policy == "skip"
         return count - int(self._left_out[name]) if count and skips else count
+
+
+def _named(names: Sequence[str], total: Tensor, count: int) -> Sums:
+    return {name: (value, count) for name, value in zip(names, total.tolist(), strict=True)}

@@ -36,7 +36,7 @@ from engine.step.outputs import (
     read_output,
     with_label,
 )
-from engine.step.passes import EagerPasses, OnBatch, batch_sizes
+from engine.step.passes import EagerPasses, OnBatch, batch_sizes, nothing
 from engine.step.position import Position
 from engine.step.recent import RecentFeatures
 from engine.step.static import StaticPasses
@@ -376,7 +376,7 @@ class TwoStageStep(Updates):
         self._begin()
         return self._run_forward(self._prepared(inputs), target)[1]
 
-    def collect(self, loader: Iterable, size: int, on_batch: OnBatch = lambda stage, batch_index: None) -> FeatureBank:
+    def collect(self, loader: Iterable, size: int, on_batch: OnBatch = nothing) -> FeatureBank:
         """Features of every sample of `loader` in the model's present state, dropout included as in training."""
         return self.eager.collect(loader, size, on_batch)
 
@@ -393,7 +393,7 @@ class TwoStageStep(Updates):
         batch_size: int,
         stage1_n: int = 1,
         stage1_features: StageOneFeatures = "cached",
-        on_batch: OnBatch = lambda stage, batch_index: None,
+        on_batch: OnBatch = nothing,
         position: Position | None = None,
     ) -> tuple[EpochResult, FeatureBank]:
         """`stage1_n` passes of stage 1, then one of stage 2.

@@ -208,6 +208,7 @@ class TrainingRun:
                 callback.on_batch(stage, number)
             within.batch_done()
 
+        on_batch.only_looks = not self.extra_callbacks  # type: ignore[attr-defined]
         if compiles_kernels(self.device):
             with self.ranks.alone():
                 warm_kernels(self.parts)

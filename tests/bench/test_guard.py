@@ -82,15 +82,19 @@ def test_an_update_needs_a_reason(monkeypatch, tmp_path, capsys):
     launched = {"fast": {"stage1": 11}}
     monkeypatch.setattr(guard, "measure", lambda: measured)
     monkeypatch.setattr(guard, "measure_launches", lambda: launched)
+    waited = {"waits": {"stage1 to stage2": 0}}
+    monkeypatch.setattr(guard, "measure_host", lambda: waited)
     assert guard.main(["--update", "--reason", "one product fewer"]) == 0
     assert guard.load()["history"][-1]["reason"] == "one product fewer"
     assert guard.main([]) == 0
     launched["fast"]["stage1"] = 12
+    waited["waits"]["stage1 to stage2"] = 2
     measured["fast"]["stage1"] |= {"aten_calls": 4, "operations": {"aten.mm": 3, "aten.add": 1}}
     capsys.readouterr()
     assert guard.main([]) == 1
     out = capsys.readouterr().out
     assert "fast stage1 launches: recorded 11, found 12" in out
+    assert "host, waits, stage1 to stage2: recorded 0, found 2" in out
     assert "fast stage1 aten_calls: recorded 3, found 4" in out and "aten.add 0 -> 1" in out
 
 

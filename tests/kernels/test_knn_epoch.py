@@ -149,6 +149,25 @@ def test_by_cost():
     assert not module.lists_pay(16_326, 255, 64, "cpu") and not module.lists_pay(16_326, 255, 64, "triton")
     assert module.lists_pay(16_326, 9 * 255, 64, "cpu") and module.lists_pay(16_326, 3 * 255, 64, "triton")
     assert module.lists_pay(16_326, 3 * 511, 16, "triton")
+    assert not module.lists_pay(1_284, 82, 16, "triton")  # an epoch of MOSI: launches cost more than the searches
+
+
+def test_a_bank_takes_over_the_labels_of_an_earlier_one():
+    """Only where their values are the same, and the rows are those of a bank of its own."""
+    rows = features()
+    earlier, later = Bank(rows), Bank({name: value.clone() + (name != "C") for name, value in rows.items()})
+    draw_epoch(ProductSampler(earlier, 2, ("C",)), TERMS, [32], seeded(1))
+    alone = draw_epoch(ProductSampler(Bank(dict(later)), 2, ("C",)), TERMS, [32, 32, 9], seeded(5))
+    later.take_over(earlier)
+    assert later.line("C") is earlier.line("C") and set(later._spaces) == set()
+    taken = draw_epoch(ProductSampler(later, 2, ("C",)), TERMS, [32, 32, 9], seeded(5))
+    assert torch.equal(alone.neighbour, taken.neighbour) and torch.equal(alone.features, taken.features)
+    other = rows["C"].clone()
+    other[3] += 1
+    for changed in (other, rows["C"][:-1], rows["C"].flip(0), torch.full_like(rows["C"], float("nan"))):
+        bank = Bank({"C": changed})
+        bank.take_over(earlier)
+        assert "C" not in bank._lines
 
 
 @pytest.mark.parametrize("shared, discrete", SETTINGS)

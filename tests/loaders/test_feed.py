@@ -92,5 +92,8 @@ def test_buckets_hold_what_occurs_and_refuse_what_does_not():
     for row in [*longest.tolist(), [1, 1], [13, 50], [13, 1]]:
         chosen = buckets.levels[buckets.of(row)]
         assert (np.array(row) <= chosen).all()
+    assert buckets.of_each(longest) == [buckets.of(row) for row in longest]
     with pytest.raises(ConfigError, match=r"\[14, 2\] positions.*\[13, 50\]"):
         buckets.of([14, 2])
+    with pytest.raises(ConfigError, match=r"\[2, 51\] positions.*\[13, 50\]"):
+        buckets.of_each(np.array([[1, 1], [2, 51]]))

@@ -17,7 +17,7 @@ from engine.kernels.registry import backend_for, call, lazy, register
 Ties = Literal["random", "first"]
 
 # Launches of the searches of scalars on a GPU. There they are torch's operations, each counted as one kernel.
-LINE_LAUNCHES, STRATA_LAUNCHES, DISTINCT_LAUNCHES = 75, 25, 25
+LINE_LAUNCHES, STRATA_LAUNCHES, DISTINCT_LAUNCHES = 95, 39, 4
 
 
 # -- registration -----------------------------------------------------------------------------------------------------
@@ -125,6 +125,11 @@ class Line:
         self.z = z
         self.ascending, self.order = torch.sort(z, stable=True)
         self._strata: dict[int, Strata] = {}
+
+    def holds(self, z: Tensor) -> bool:
+        """Whether z [N] or [N, 1] has the values of this condition. Waits for a GPU."""
+        z = narrow(z.reshape(-1))
+        return len(z) == len(self.order) and torch.equal(z[self.order], self.ascending)
 
     def neighbours(self, query: Tensor, key: Tensor, k: int) -> Tensor:
         """The k nearest non-query rows of each query, ties at random; int64 [T, m] -> int64 [T, m, k]."""

@@ -33,6 +33,7 @@ QUERIES = 1 << 14  # queries of one slice
 DRAWN = 1 << 22  # random numbers drawn at a time
 ALIGN = 8  # elements: a piece begins at a multiple of 16 bytes or more
 TILE = 32  # queries that the GPU's search works on together: a draw of fewer costs as much
+LISTING = 1 << 24  # distances that a GPU finds while the host launches what lists need beside them, and waits once
 
 
 # -- one batch's rows -------------------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ class EpochProducts:
         self._shapes = {name: (bank[name].shape[1:], bank[name].dtype) for name in names}
         self._pieces, self._places, self._size = self._layout(terms, draws)
         numbers = [[p.draw, p.column, p.width, p.offset, p.near] for p in self._pieces]
-        self._plan = torch.tensor(numbers, dtype=torch.int64).reshape(-1, 5).to(query.device)
+        self._plan = _send(torch.tensor(numbers, dtype=torch.int64).reshape(-1, 5), query.device)
         self._counters = torch.arange(len(self.batch_sizes), device=query.device)
 
     def _layout(self, terms: Sequence[Any], draws: Sequence[int]) -> tuple[list[Piece], dict[str, list], int]:
@@ -223,16 +224,17 @@ def draw_epoch(
     most = max((size // k for size in sizes), default=0)
     query = torch.zeros(steps, count, most, dtype=torch.int64, device=device)
     neighbour = torch.zeros(steps, count, most, k, dtype=torch.int64, device=device)
+    drawn = []
     for m in dict.fromkeys(size // k for size in sizes if size >= k) if terms else ():
         check_bank(n, m, k)
-        alike = [step for step, size in enumerate(sizes) if size // k == m]
-        at = torch.tensor(alike, device=device)
-        q, key = _queries_and_keys(n, len(alike) * count, m, generator, device)
+        alike = torch.tensor([step for step, size in enumerate(sizes) if size // k == m])
+        drawn.append((m, _send(alike, device), *_queries_and_keys(n, len(alike) * count, m, generator, device)))
+    for m, at, q, key in drawn:  # after all draws, which keep the host busy
         q, key = q.view(-1, count, m), key.view(-1, count, m)
         neighbours = torch.empty(*q.shape, k, dtype=torch.int64, device=device)
         for given, part in parts.items():
             flat = q[:, part].flatten(0, 1), key[:, part].flatten(0, 1)
-            neighbours[:, part] = _neighbours(sampler, given, *flat).view(len(alike), -1, m, k)
+            neighbours[:, part] = _neighbours(sampler, given, *flat).view(len(at), -1, m, k)
         query[:, :, :m].index_copy_(0, at, q)
         neighbour[:, :, :m].index_copy_(0, at, neighbours)
     return EpochProducts(bank, terms, [draw_of[str(term)] for term in terms], query, neighbour, sizes)
@@ -252,7 +254,14 @@ def _queries_and_keys(
         for part in torch.arange(draws).split(max(1, DRAWN // width))
     ]
     key = torch.randint(KEYS, (draws, m), generator=generator, device=source)
-    return torch.cat(parts).to(device), key.to(device)
+    return tuple(_send(torch.stack([torch.cat(parts), key]), device))
+
+
+def _send(values: Tensor, device: torch.device) -> Tensor:
+    """The values on a device. The host does not wait until they are there."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def _first_distinct(drawn: Tensor, m: int) -> Tensor:
@@ -286,10 +295,11 @@ def lists_pay(n: int, draws: int, m: int, backend: str) -> bool:
     """Whether listing the whole bank's neighbours costs less than searching every draw.
 
     Both multiply queries with the bank. Lists have n queries, and more neighbours of each are looked for. On a CPU a
-    list was measured to cost two to nine times as much as a search; for a GPU the ratio is modelled.
+    list was measured to cost two to nine times as much as a search; for a GPU the ratio is modelled. There lists also
+    take some fifty launches, during which the GPU mostly waits.
     """
     if backend == "triton":
-        return draws * max(m, TILE) > 2 * n
+        return (draws * max(m, TILE) - 2 * n) * n > LISTING
     return draws * m > 8 * n
 
 

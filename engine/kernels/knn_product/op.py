@@ -68,6 +68,12 @@ class Bank(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._features)
 
+    def take_over(self, earlier: Bank) -> None:
+        """Keep what an earlier bank has prepared of scalar conditions whose values are the same, such as labels."""
+        for name, line in earlier._lines.items():
+            if name in self and self[name].numel() == len(self[name]) and line.holds(self[name]):
+                self._lines[name] = line
+
     def space(self, name: str) -> Space:
         """Feature `name` as a condition in several dimensions."""
         if name not in self._spaces:

@@ -103,10 +103,14 @@ def nearest_on_line(ascending: Tensor, order: Tensor, query: Tensor, key: Tensor
     Returns:
         int64 [T, m, k], nearest first.
     """
-    last, device = len(order) - query.shape[1], order.device
     place = _places(order)[query]
-    free, centre = _Free(place), ascending[place]
+    return _on_line(ascending, order, place, _Free(place), key, k)
 
+
+def _on_line(ascending: Tensor, order: Tensor, place: Tensor, free: _Free, key: Tensor, k: int) -> Tensor:
+    """As `nearest_on_line`, of queries at these places [T, m] of the sorted bank."""
+    last, device = len(order) - place.shape[1], order.device
+    centre = ascending[place]
     number = free.before(torch.searchsorted(ascending, centre))[..., None] + _outwards(k, device)
     outside = (number < 0) | (number >= last)
     number = number.clamp(0, last - 1)
@@ -146,13 +150,14 @@ def distinct(size: Tensor, count: Tensor, most: int, key: Tensor) -> Tensor:
 
     Floyd's algorithm: `most` steps on all sets at once, whatever the sizes. size >= count, key, all int64 [...].
     """
+    step = torch.arange(most, device=size.device)
+    top = (size - count)[..., None] + step  # each draw is from [0, top]
+    draw = (mix(key[..., None], step) * (top + 1)) >> 32
     chosen = size.new_full((*size.shape, most), -1)
-    for step in range(most):
-        top = size - count + step  # the step-th draw is from [0, top]
-        draw = (mix(key, torch.full_like(key, step)) * (top + 1)) >> 32
-        taken = (chosen == draw[..., None]).any(-1)
-        chosen[..., step] = torch.where(step < count, torch.where(taken, top, draw), -1)
-    return chosen
+    for i in range(most):
+        taken = (chosen[..., :i] == draw[..., i : i + 1]).any(-1)
+        chosen[..., i] = torch.where(taken, top[..., i], draw[..., i]) if i else draw[..., 0]
+    return chosen.masked_fill(step >= count[..., None], -1)
 
 
 class _Free:
@@ -286,13 +291,14 @@ def within_strata(
     Returns:
         int64 [T, m, k].
     """
-    free, stratum = _Free(_places(order)[query]), group[query]
+    place, stratum = _places(order)[query], group[query]
+    free = _Free(place)
     low, high = free.before(start[stratum]), free.before(stop[stratum])
     short = high - low < k
     low, high = torch.where(short, 0, low), torch.where(short, len(order) - query.shape[1], high)
     drawn = low[..., None] + distinct(high - low, torch.full_like(low, k), k, key)
     drawn = order[free.place(drawn)]
-    return torch.where(short[..., None], nearest_on_line(ascending, order, query, key, k), drawn)
+    return torch.where(short[..., None], _on_line(ascending, order, place, free, key, k), drawn)
 
 
 # -- taking rows ------------------------------------------------------------------------------------------------------
