@@ -9,7 +9,7 @@ from engine.config import MODALITIES, Config
 from engine.errors import ConfigError
 from engine.kernels.dropout import dropout
 from engine.loaders.batch import Batch
-from engine.model.batch_text import encode_text, with_packed_text
+from engine.model.batch_text import project_text, with_packed_text
 from engine.model.cubemlp import CubeMLP
 from engine.model.encoders import SequenceEncoder, length_mask, masked_mean, nonzero_length
 from engine.model.fusion import make_fusion
@@ -153,7 +153,9 @@ class MIMRL(nn.Module):
 
     def _text(self, batch: Batch) -> Tensor:
         with part("text"):
-            return self.text_projection(self._encode_text(batch))
+            if self.faithful and batch.text is None and not batch.static:
+                return self.text_projection(self.text_encoder(batch.token_ids, batch.token_mask))
+            return project_text(self.text_encoder, batch, self.text_projection)
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch with its texts packed, as `forward` reads them. It is called before the batch moves to a GPU."""
@@ -165,11 +167,6 @@ class MIMRL(nn.Module):
         last = self.head.layers[-1]
         last.weight.zero_()
         last.bias.fill_(value)
-
-    def _encode_text(self, batch: Batch) -> Tensor:
-        if self.faithful and batch.text is None and not batch.static:
-            return self.text_encoder(batch.token_ids, batch.token_mask)
-        return encode_text(self.text_encoder, batch)
 
     def _check(self, batch: Batch) -> None:
         if "text" in self.modalities and batch.text is None and batch.token_ids is None:
