@@ -18,6 +18,7 @@ from engine.kernels.registry import interpreting
 from engine.kernels.transformer import plan
 from engine.kernels.transformer.reference import HIDDEN
 from engine.kernels.transformer.sums import MOST
+from engine.kernels.triton_math import drop_out
 
 GELU = {"ROWS": plan.GELU_ROWS, "BLOCK_C": 128}  # a tile of bias_gelu
 EMBED = {"ROWS": 16, "BLOCK_C": 128}  # a tile of the embeddings
@@ -26,8 +27,6 @@ EMBED = {"ROWS": 16, "BLOCK_C": 128}  # a tile of the embeddings
 EMBED_BACKWARD = {"SCAN": 128, "ROWS": 32, "BLOCK_C": 64, "num_warps": 1}
 SUM = {"ROWS": 32, "BLOCK": 64}  # a tile of sums over parts
 NOT_SEEN = tl.constexpr(HIDDEN)
-PIECE_BITS = tl.constexpr(dropout.PIECE.bit_length() - 1)
-WITHIN = tl.constexpr(dropout.PIECE - 1)  # the bits of a place within its piece
 
 
 def _norm_blocks(c: int) -> dict[str, int]:
@@ -212,37 +211,6 @@ def bias_gelu_backward(
 
 
 @triton.jit
-def _mixed(h):
-    """As `engine.kernels.dropout.reference.mixed`, on uint32."""
-    h = h ^ (h >> 16)
-    h = h * 0x7FEB352D
-    h = h ^ (h >> 15)
-    h = h * 0x846CA68B
-    return h ^ (h >> 16)
-
-
-@triton.jit
-def _drop_out(v, first, offset, seed, number, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):
-    """v * SCALE at the places `first + offset` that `dropout.keep` keeps, else 0; v itself if THRESHOLD is 0.
-
-    first is int64 and may be few numbers; offset is int32, less than a piece, so that two keys serve each of them.
-    """
-    if THRESHOLD == 0:
-        kept = v
-    else:  # not after an early return: what follows one is compiled all the same, and there may be no seed
-        drawn = tl.load(seed) + number
-        low, high = drawn.to(tl.uint32), (drawn >> 32).to(tl.uint32)
-        piece = (first >> PIECE_BITS).to(tl.uint32)
-        key = _mixed(low ^ _mixed(high ^ _mixed(piece)))
-        next_key = _mixed(low ^ _mixed(high ^ _mixed(piece + 1)))
-        place = (first & WITHIN).to(tl.int32) + offset
-        draw = (place & WITHIN).to(tl.uint32) + tl.where(place > WITHIN, next_key, key)
-        draw = _mixed(_mixed(draw) ^ high)
-        kept = tl.where(draw >= THRESHOLD, v * SCALE, 0.0)
-    return kept
-
-
-@triton.jit
 def _normalised(
     x, bias, residual, seed, number, first, place, column, live, c, eps, BEFORE: tl.constexpr, SCALE: tl.constexpr
 ):  # fmt: skip
@@ -250,7 +218,7 @@ def _normalised(
     total = tl.load(x + place, mask=live, other=0.0).to(tl.float32)
     if bias is not None:
         total += tl.load(bias + column, mask=column < c, other=0.0)[None, :]
-    total = _drop_out(total, first, column[None, :], seed, number, BEFORE, SCALE)
+    total = drop_out(total, first, column[None, :], seed, number, BEFORE, SCALE)
     if residual is not None:
         total += tl.load(residual + place, mask=live, other=0.0).to(tl.float32)
     inside = (column < c)[None, :]
@@ -274,7 +242,7 @@ def add_norm_kernel(
     w = tl.load(weight + column, mask=column < c, other=0.0)[None, :]
     b = tl.load(shift + column, mask=column < c, other=0.0)[None, :]
     result = normal * w + b
-    result = _drop_out(result, first, column[None, :], seed, number, AFTER, SCALE)
+    result = drop_out(result, first, column[None, :], seed, number, AFTER, SCALE)
     tl.store(y + place, result, mask=live)
     if small is not None:
         tl.store(small + place, result.to(small.dtype.element_ty), mask=live)
@@ -302,13 +270,13 @@ def add_norm_backward_kernel(
             g += tl.load(grad + place, mask=live, other=0.0).to(tl.float32)
         if grad_low is not None:
             g += tl.load(grad_low + place, mask=live, other=0.0).to(tl.float32)
-        g = _drop_out(g, first, column[None, :], seed, number, AFTER, SCALE)
+        g = drop_out(g, first, column[None, :], seed, number, AFTER, SCALE)
         along = g * w
         mean = (tl.sum(along, 1) / c)[:, None]
         inner = scale * (along - mean - normal * (tl.sum(along * normal, 1) / c)[:, None])
         if dresidual is not None:
             tl.store(dresidual + place, inner.to(dresidual.dtype.element_ty), mask=live)
-        outer = _drop_out(inner, first, column[None, :], seed, number, BEFORE, SCALE)
+        outer = drop_out(inner, first, column[None, :], seed, number, BEFORE, SCALE)
         tl.store(dx + place, outer.to(dx.dtype.element_ty), mask=live)
         if sums is not None:
             of_weight += tl.sum(g * normal, 0)
@@ -469,7 +437,7 @@ def attention_kernel(
     v = _rows(qkv, v_bias + head * d, first + 2 * c, 3 * c, i, e, length, d)
     weights = _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, UPCAST)
     start, offset = (text * tl.num_programs(0) + head) * length * length, i[:, None] * length + i[None, :]
-    weights = _drop_out(weights, start, offset, seed, number, THRESHOLD, SCALE)
+    weights = drop_out(weights, start, offset, seed, number, THRESHOLD, SCALE)
     result = _dot(weights.to(v.dtype), v, UPCAST)
     to = out + (text * length + i[:, None]) * c + head * d + e[None, :]
     tl.store(to, result.to(out.dtype.element_ty), mask=(i < length)[:, None] & (e < d)[None, :])
@@ -500,12 +468,12 @@ def attention_backward_kernel(
     g = tl.load(grad + (text * length + i[:, None]) * c + head * d + e[None, :], mask=live, other=0.0)
     weights = _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, UPCAST)
     start, offset = (text * tl.num_programs(0) + head) * length * length, i[:, None] * length + i[None, :]
-    kept = _drop_out(weights, start, offset, seed, number, THRESHOLD, SCALE)
+    kept = drop_out(weights, start, offset, seed, number, THRESHOLD, SCALE)
     sum_place = text * 3 * c + head * d
     dv = _dot(tl.trans(kept.to(g.dtype)), g, UPCAST)
     _store_rows(dqkv, sums, dv, first + 2 * c, 3 * c, sum_place + 2 * c, i, e, length, d)
     v = _rows(qkv, v_bias + head * d, first + 2 * c, 3 * c, i, e, length, d)
-    slopes = _drop_out(_dot(g, tl.trans(v), UPCAST), start, offset, seed, number, THRESHOLD, SCALE)
+    slopes = drop_out(_dot(g, tl.trans(v), UPCAST), start, offset, seed, number, THRESHOLD, SCALE)
     slopes = weights * (slopes - tl.sum(weights * slopes, 1)[:, None]) * scale
     slopes = tl.where((i < length)[:, None], slopes, 0.0).to(g.dtype)
     dq = _dot(slopes, k, UPCAST)
