@@ -3,6 +3,11 @@
 import triton
 import triton.language as tl
 
+from engine.kernels.dropout import reference as dropout
+
+PIECE_BITS = tl.constexpr(dropout.PIECE.bit_length() - 1)
+WITHIN = tl.constexpr(dropout.PIECE - 1)  # the bits of a place within its piece
+
 
 @triton.jit
 def round_tf32(x):
@@ -14,3 +19,34 @@ def round_tf32(x):
     bits = x.to(tl.uint32, bitcast=True)
     rounded = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
     return tl.where(x == x, rounded, x)
+
+
+@triton.jit
+def mixed(h):
+    """As `engine.kernels.dropout.reference.mixed`, on uint32."""
+    h = h ^ (h >> 16)
+    h = h * 0x7FEB352D
+    h = h ^ (h >> 15)
+    h = h * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def drop_out(v, first, offset, seed, number, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):
+    """v * SCALE at the places `first + offset` that `dropout.keep` keeps, else 0; v itself if THRESHOLD is 0.
+
+    first is int64 and may be few numbers; offset is int32, less than a piece, so that two keys serve each of them.
+    """
+    if THRESHOLD == 0:
+        kept = v
+    else:  # not after an early return: what follows one is compiled all the same, and there may be no seed
+        drawn = tl.load(seed) + number
+        low, high = drawn.to(tl.uint32), (drawn >> 32).to(tl.uint32)
+        piece = (first >> PIECE_BITS).to(tl.uint32)
+        key = mixed(low ^ mixed(high ^ mixed(piece)))
+        next_key = mixed(low ^ mixed(high ^ mixed(piece + 1)))
+        place = (first & WITHIN).to(tl.int32) + offset
+        draw = (place & WITHIN).to(tl.uint32) + tl.where(place > WITHIN, next_key, key)
+        draw = mixed(mixed(draw) ^ high)
+        kept = tl.where(draw >= THRESHOLD, v * SCALE, 0.0)
+    return kept

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from engine.config import MODALITIES, Config
 from engine.errors import ConfigError
 from engine.kernels.dropout import dropout
+from engine.kernels.stacked.op import stack_sequences, stacks
+from engine.kernels.transformer import draw_seed
 from engine.loaders.batch import Batch
-from engine.model.batch_text import encode_text, with_packed_text
+from engine.model.batch_text import project_text, with_packed_text
 from engine.model.cubemlp import CubeMLP
 from engine.model.encoders import SequenceEncoder, length_mask, masked_mean, nonzero_length
 from engine.model.fusion import make_fusion
@@ -111,7 +113,6 @@ class MIMRL(nn.Module):
         """One padded batch -> predictions and features; ConfigError where its widths or its text do not fit."""
         self._check(batch)
         lengths = {"audio": batch.audio_length, "vision": batch.vision_length}
-        widths = {"text": None, "audio": batch.audio_width, "vision": batch.vision_width}
         if self.faithful:
             lengths = {name: nonzero_length(getattr(batch, name)) for name in lengths}
         calls = {
@@ -120,6 +121,42 @@ class MIMRL(nn.Module):
             "vision": (_encode, ("vision", self.vision_encoder, batch.vision, lengths["vision"])),
         }
         sequences = run_parallel([calls[name] for name in self.modalities])
+        if self._stacks(sequences):
+            cube, mask, means = self._stacked(sequences, batch)
+        else:
+            cube, mask, means = self._stacked_by_torch(sequences, batch, lengths)
+        with part("fusion"):
+            fused = self.fusion(cube, mask)
+        features = {"F": fused, **{name[0].upper(): x for name, x in zip(self.modalities, means, strict=True)}}
+        return ModelOutput(self.head(fused), features)
+
+    def _stacks(self, sequences: list[Tensor]) -> bool:
+        """Whether one kernel makes the cube: in fast mode on a GPU, for CubeMLP, which reads no mask."""
+        plain = not self.faithful and isinstance(self.fusion, CubeMLP) and sequences[0].is_cuda
+        return plain and stacks(sequences)
+
+    def _stacked(self, sequences: list[Tensor], batch: Batch) -> tuple[Tensor, None, Tensor]:
+        """The cube [B, time_len, K, D] and the means [K, B, D] of the modalities, in one operation."""
+        valid = {"text": batch.token_mask, "audio": batch.audio_length, "vision": batch.vision_length}
+        rates = dict(zip(MODALITIES, self.dropout, strict=True)) if self.training else dict.fromkeys(MODALITIES, 0.0)
+        hidden = [0.0] + [self.modality_dropout if self.training else 0.0] * (len(sequences) - 1)
+        used = [rates[name] for name in self.modalities]
+        cube, means = stack_sequences(
+            sequences,
+            [valid[name] for name in self.modalities],
+            self.time_len,
+            fill=[self.fill_text and name == "text" for name in self.modalities],
+            rates=used,
+            hidden=hidden,
+            seed=draw_seed(sequences[0].device) if any(used + hidden) else None,
+        )
+        return cube, None, means
+
+    def _stacked_by_torch(
+        self, sequences: list[Tensor], batch: Batch, lengths: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The cube, its mask [B, time_len, K], and the modalities' means."""
+        widths = {"text": None, "audio": batch.audio_width, "vision": batch.vision_width}
         masks = [
             batch.token_mask != 0 if name == "text" else length_mask(lengths[name], getattr(batch, name).shape[1])
             for name in self.modalities
@@ -138,11 +175,7 @@ class MIMRL(nn.Module):
         masks = [fit_length(m, self.time_len) for m in masks]
         if self.training and self.modality_dropout:
             sequences[1:] = [hide_rows(x, self.modality_dropout) for x in sequences[1:]]
-        cube, mask = torch.stack(sequences, dim=2), torch.stack(masks, dim=2)
-        with part("fusion"):
-            fused = self.fusion(cube, mask)
-        features = {"F": fused, **{name[0].upper(): x for name, x in zip(self.modalities, means, strict=True)}}
-        return ModelOutput(self.head(fused), features)
+        return torch.stack(sequences, dim=2), torch.stack(masks, dim=2), means
 
     def _past_the_end(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Text [B, L, D] and mask [B, L], filled past the end of each sentence for the fusion encoder."""
@@ -153,7 +186,9 @@ class MIMRL(nn.Module):
 
     def _text(self, batch: Batch) -> Tensor:
         with part("text"):
-            return self.text_projection(self._encode_text(batch))
+            if self.faithful and batch.text is None and not batch.static:
+                return self.text_projection(self.text_encoder(batch.token_ids, batch.token_mask))
+            return project_text(self.text_encoder, batch, self.text_projection)
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch with its texts packed, as `forward` reads them. It is called before the batch moves to a GPU."""
@@ -165,11 +200,6 @@ class MIMRL(nn.Module):
         last = self.head.layers[-1]
         last.weight.zero_()
         last.bias.fill_(value)
-
-    def _encode_text(self, batch: Batch) -> Tensor:
-        if self.faithful and batch.text is None and not batch.static:
-            return self.text_encoder(batch.token_ids, batch.token_mask)
-        return encode_text(self.text_encoder, batch)
 
     def _check(self, batch: Batch) -> None:
         if "text" in self.modalities and batch.text is None and batch.token_ids is None:

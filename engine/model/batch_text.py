@@ -26,6 +26,17 @@ def encode_text(encoder: nn.Module, batch: Batch) -> Tensor:
     return F.pad(text, (0, 0, 0, batch.token_mask.shape[1] - text.shape[1]))
 
 
+def project_text(encoder: nn.Module, batch: Batch, projection: nn.Linear) -> Tensor:
+    """`projection` (without a bias) of `encode_text`, [B, Lt, d]; under autocast of its type.
+
+    In a static batch on a GPU its weight is cast with the encoder's weights, and it reads the encoder's cast output.
+    """
+    plain = type(projection) is nn.Linear and projection.bias is None and not projection._forward_pre_hooks
+    if plain and batch.static and batch.text is None and batch.token_ids.is_cuda:
+        return encode_padded(encoder, batch.token_ids, batch.token_mask, projection.weight)
+    return projection(encode_text(encoder, batch))
+
+
 def with_packed_text(encoder: nn.Module | None, batch: Batch) -> Batch:
     """The batch with its texts packed as `encode_text` reads them: before it moves to a GPU or into a graph."""
     if batch.static or batch.token_ids is None or batch.packed is not None:

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from engine.errors import ConfigError
 from engine.kernels.gradients import transformed
-from engine.kernels.recurrent.op import available, bidirectional, parameters
+from engine.kernels.recurrent.op import available, bidirectional, bidirectional_norm, fuses_norm, parameters
 from engine.vocabulary import ENCODERS
 
 LAYER_NORM_EPS = 1e-6
@@ -99,12 +99,14 @@ class SequenceEncoder(nn.Module):
 
     def forward(self, x: Tensor, length: Tensor) -> Tensor:
         """float32 [B, L, d_in], int64 [B] with 1 <= length <= L -> float32 [B, L, d_out]."""
+        weights = None if self.kind == "conv" else parameters(self.rnn)
+        if weights is not None and fuses_norm(x, weights, self.norm):
+            return bidirectional_norm(x, length, weights, self.kind, self.norm, self.zero_padding)
         mask = length_mask(length, x.shape[1])[..., None] if self.zero_padding else None
         if self.kind == "conv":
             x = x if mask is None else x * mask
             h = convolve(self.conv, x) if x.is_cuda else self.conv(x.transpose(1, 2)).transpose(1, 2)
         else:
-            weights = parameters(self.rnn)
             if weights is not None and (x.is_cuda or available(x) or transformed()):
                 h = bidirectional(x, length, weights, self.kind)
             else:

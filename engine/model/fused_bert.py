@@ -17,12 +17,25 @@ from torch import Tensor, nn
 
 from engine.errors import ConfigError
 from engine.kernels import dropout as ops
-from engine.kernels.transformer import add_norm, attention, attention_fits, bias_gelu, draw_seed
+from engine.kernels.transformer import (
+    add_norm,
+    attention,
+    attention_fits,
+    bias_gelu,
+    draw_seed,
+    embed_norm,
+    parts_of,
+    plan,
+    runs_kernels,
+)
+from engine.kernels.transformer.reference import HIDDEN
 from engine.model.lowered import autocast_type, lower
 
 TYPES = ("bert", "electra")
-HIDDEN = -30000.0  # what is added to the score of a key that is not to be seen; exp of it is 0, and fp16 holds it
 ALIGNED = 16  # torch's attention copies a bias whose rows do not begin at multiples of it
+
+
+Parts = list[Tensor | None]  # of a layer's attention, two LayerNorms and GELU: see `engine.kernels.transformer.sums`
 
 
 class Weights(NamedTuple):
@@ -52,7 +65,13 @@ def fusable(model: nn.Module) -> bool:
     )
 
 
-def last_hidden_state(model: nn.Module, token_ids: Tensor, bias: Tensor, position: Tensor | None = None) -> Tensor:
+def last_hidden_state(
+    model: nn.Module,
+    token_ids: Tensor,
+    bias: Tensor,
+    position: Tensor | None = None,
+    projection: Tensor | None = None,
+) -> Tensor:
     """The hidden states of the last layer. In training, dropout uses one seed that is drawn on the device.
 
     Products run in autocast's type where autocast is on, everything else in the parameters' type. Nothing is read back
@@ -61,11 +80,13 @@ def last_hidden_state(model: nn.Module, token_ids: Tensor, bias: Tensor, positio
     Args:
         model: for which `fusable` holds.
         token_ids: int64 [B, L].
-        bias: what is added to the scores of attention, of the products' type (`score_bias`), [B, 1, 1 or L, L].
+        bias: what is added to the scores of attention, of the products' type (`score_bias`), [B, 1, 1 or L, L]; or, of
+            integers, 0 for keys that are not seen.
         position: int64 [B, L]; None counts from 0 in every row.
+        projection: [d, dim], by which the hidden states are multiplied.
 
     Returns:
-        [B, L, dim] of the parameters' type.
+        [B, L, dim] of the parameters' type; with a projection [B, L, d] of the products' type.
 
     Raises:
         ConfigError: more tokens than the model has positions.
@@ -76,17 +97,50 @@ def last_hidden_state(model: nn.Module, token_ids: Tensor, bias: Tensor, positio
     with torch.autocast(token_ids.device.type, enabled=False):
         project = getattr(model, "embeddings_project", None)
         own = [] if project is None else [(project.weight,), (project.bias,)]
-        lowered = lower([*own, *(group for layer in layers for group in _groups(layer))], dtype)
+        behind = [] if projection is None else [(projection,)]
+        lowered = lower([*own, *(group for layer in layers for group in _groups(layer)), *behind], dtype)
+        parts = _parts(model, batch, length, dtype)
         seed = draw_seed(token_ids.device) if _drops(model) else None
-        x, low = _embedded(model.embeddings, token_ids, position, seed, dtype)
+        x, low = _embedded(model.embeddings, token_ids, position, seed, dtype, parts[0][0])
         if project is not None:
             x = low = F.linear(low, lowered[0], lowered[1])
         factors = iter(lowered[len(own) :])
         for i, layer in enumerate(layers):
             weights = Weights(*(next(factors) for _ in Weights._fields))
-            again = dtype if i + 1 < len(layers) else None
-            x, low = _layer(layer, x, low, (batch, length), bias, weights, seed, 3 * i + 1, again)
+            again = dtype if i + 1 < len(layers) or projection is not None else None
+            x, low = _layer(layer, x, low, (batch, length), bias, weights, seed, 3 * i + 1, again, parts[i + 1])
+        x = x if projection is None else F.linear(low, next(factors))
     return x.view(batch, length, -1)
+
+
+def _parts(model: nn.Module, batch: int, length: int, dtype: torch.dtype) -> list[Parts]:
+    """Of the embeddings' LayerNorm, then of every layer; None where kernels do not run, or nothing is trained."""
+    n, layers = batch * length, model.encoder.layer
+    norm = model.embeddings.LayerNorm
+    if not runs_kernels(norm.weight) or not runs_kernels(layers[0].output.LayerNorm.weight):
+        return [[None], *[[None] * 4 for _ in layers]]
+    groups = [(plan.norm_programs(n, len(norm.weight)), (norm.weight, norm.bias, None))]
+    for layer in layers:
+        inner, first, second = layer.attention.self, layer.attention.output, layer.output
+        biases = (inner.query.bias, inner.key.bias, inner.value.bias)
+        fits = attention_fits(dtype, length, len(biases[0]) // inner.num_attention_heads)
+        norms = [(output.LayerNorm.weight, output.LayerNorm.bias, output.dense.bias) for output in (first, second)]
+        programs = plan.norm_programs(n, len(norms[0][0]))
+        groups += [(batch, biases if fits else ()), (programs, norms[0]), (programs, norms[1])]
+        groups += [(plan.gelu_programs(n), (layer.intermediate.dense.bias,))]
+    first, *rest = parts_of(groups)
+    return [[first], *(rest[i : i + 4] for i in range(0, len(rest), 4))]
+
+
+def mask_of(model: nn.Module, token_mask: Tensor) -> Tensor:
+    """A token mask [B, L] as `last_hidden_state` reads it: attention's own kernel takes it as it is."""
+    dtype = product_type(model, token_mask.device)
+    inner = model.encoder.layer[0].attention.self
+    width = inner.query.out_features // inner.num_attention_heads
+    mask = token_mask[:, None, None, :]
+    if runs_kernels(inner.query.weight) and attention_fits(dtype, token_mask.shape[1], width):
+        return mask
+    return score_bias(mask == 0, dtype)
 
 
 def product_type(model: nn.Module, device: torch.device) -> torch.dtype:
@@ -145,43 +199,46 @@ def _drops(model: nn.Module) -> bool:
 
 
 def _embedded(
-    embeddings: nn.Module, token_ids: Tensor, position: Tensor | None, seed: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    embeddings: nn.Module, token_ids: Tensor, position: Tensor | None, seed: Tensor | None, dtype: torch.dtype,
+    parts: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Word + position + type through LayerNorm and dropout, [B · L, width], in float32 and in the products' type."""
     length, table = token_ids.shape[1], embeddings.position_embeddings.weight
     if length > len(table):
         raise ConfigError("text", f"{length} tokens", f"at most {len(table)}, the model's positions", "Cut the texts.")
-    words = embeddings.word_embeddings
-    place = table[:length] if position is None else F.embedding(position, table)
-    x = F.embedding(token_ids, words.weight, words.padding_idx) + (place + embeddings.token_type_embeddings.weight[0])
-    norm = embeddings.LayerNorm
-    settings = {"seed": seed, "p": _p(embeddings.dropout), "after": True, "eps": norm.eps}
-    return _both(x.flatten(0, 1), norm.weight, norm.bias, **settings, low=dtype)
+    words, norm = embeddings.word_embeddings, embeddings.LayerNorm
+    tables = (words.weight, table, embeddings.token_type_embeddings.weight)
+    settings = {"seed": seed, "p": _p(embeddings.dropout), "eps": norm.eps, "padding": words.padding_idx}
+    low = None if dtype == norm.weight.dtype else dtype
+    y, again = embed_norm(token_ids, position, tables, norm.weight, norm.bias, **settings, low=low, parts=parts)
+    return y, y if again is None else again
 
 
 def _layer(
     layer: nn.Module, x: Tensor, low: Tensor, shape: tuple[int, int], bias: Tensor, weights: Weights,
-    seed: Tensor | None, number: int, again: torch.dtype | None,
+    seed: Tensor | None, number: int, again: torch.dtype | None, parts: Parts,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One layer on hidden states x [B · L, dim], of which `low` is a copy in the products' type; so its result.
 
     number: of its first dropout, of three. again: the second result's type, None where nothing needs it.
     """
-    seen = _attended(layer.attention.self, F.linear(low, weights.qkv), shape, bias, seed, number)
-    x, low = _add_norm(layer.attention.output, F.linear(seen, weights.out), x, seed, number + 1, low.dtype)
-    inside = bias_gelu(F.linear(low, weights.up), layer.intermediate.dense.bias)
-    return _add_norm(layer.output, F.linear(inside, weights.down), x, seed, number + 2, again)
+    of_attention, of_first, of_second, of_gelu = parts
+    seen = _attended(layer.attention.self, F.linear(low, weights.qkv), shape, bias, seed, number, of_attention)
+    x, low = _add_norm(layer.attention.output, F.linear(seen, weights.out), x, seed, number + 1, low.dtype, of_first)
+    inside = bias_gelu(F.linear(low, weights.up), layer.intermediate.dense.bias, of_gelu)
+    return _add_norm(layer.output, F.linear(inside, weights.down), x, seed, number + 2, again, of_second)
 
 
 def _attended(
-    inner: nn.Module, qkv: Tensor, shape: tuple[int, int], bias: Tensor, seed: Tensor | None, number: int
-) -> Tensor:
+    inner: nn.Module, qkv: Tensor, shape: tuple[int, int], bias: Tensor, seed: Tensor | None, number: int,
+    parts: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Attention [B · L, dim] on the products of queries, keys and values [B · L, 3 · dim]."""
     p, heads = _p(inner.dropout), inner.num_attention_heads
     biases = (inner.query.bias, inner.key.bias, inner.value.bias)
     width = len(biases[0]) // heads
     if attention_fits(qkv.dtype, shape[1], width):
-        return attention(qkv, *biases, bias, heads=heads, seed=seed, p=p, number=number)
+        return attention(qkv, *biases, bias, heads=heads, seed=seed, p=p, number=number, parts=parts)
     qkv = (qkv + torch.cat(biases).to(qkv.dtype)).view(*shape, 3, heads, width)
     query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))
     if p > 0 and qkv.device.type == "cpu":
@@ -192,17 +249,12 @@ def _attended(
 
 
 def _add_norm(
-    output: nn.Module, x: Tensor, residual: Tensor, seed: Tensor | None, number: int, low: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
+    output: nn.Module, x: Tensor, residual: Tensor, seed: Tensor | None, number: int, low: torch.dtype | None,
+    parts: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What BERT's output modules do behind their product x: bias, dropout, residual, LayerNorm."""
     norm = output.LayerNorm
-    settings = {"seed": seed, "p": _p(output.dropout), "eps": norm.eps, "number": number}
-    return _both(x, norm.weight, norm.bias, bias=output.dense.bias, residual=residual, **settings, low=low)
-
-
-def _both(
-    x: Tensor, weight: Tensor, shift: Tensor, *, low: torch.dtype | None, **settings: Any
-) -> tuple[Tensor, Tensor]:
-    """`add_norm`'s two results, or its one result twice where the second would be no other."""
-    y, again = add_norm(x, weight, shift, low=None if low == weight.dtype else low, **settings)
+    settings = {"seed": seed, "p": _p(output.dropout), "eps": norm.eps, "number": number, "parts": parts}
+    settings |= {"bias": output.dense.bias, "residual": residual, "low": None if low == norm.weight.dtype else low}
+    y, again = add_norm(x, norm.weight, norm.bias, **settings)
     return y, y if again is None else again

@@ -42,6 +42,8 @@ class CubeMLPFusion(CubeMLP):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = super().forward(x)
+        if x.is_cuda and self.compose_k == self.compose_t == "mean":
+            return x.mean((1, 2))  # one launch each way in place of two
         return compose(compose(x, 2, self.compose_k), 1, self.compose_t)
 
 

@@ -324,18 +324,22 @@ def encode_packed(encoder: TextEncoder, packed: PackedText) -> Tensor:
     return output.last_hidden_state.flatten(0, 1)[packed.place]
 
 
-def encode_padded(encoder: nn.Module, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+def encode_padded(
+    encoder: nn.Module, token_ids: Tensor, token_mask: Tensor, projection: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """Run `encoder` on a batch with its padding: [B, Lt] twice -> [B, Lt, dim].
 
     BERT and Electra run in few launches (`engine.model.fused_bert`). They read nothing back and no size depends on
     values, so that a CUDA graph can hold them. Other encoders are called as they are. Attended positions equal those of
     `encode_without_padding` up to rounding, but training draws other dropout masks. The other positions mean nothing.
+
+    projection: [d, dim], by which the result is multiplied: [B, Lt, d], of autocast's type where autocast is on.
     """
     if not (isinstance(encoder, TextEncoder) and fused_bert.fusable(encoder.model)):
-        return encoder(token_ids, token_mask)
-    dtype = fused_bert.product_type(encoder.model, token_ids.device)
-    bias = fused_bert.score_bias((token_mask == 0)[:, None, None, :], dtype)
-    return fused_bert.last_hidden_state(encoder.model, token_ids, bias)
+        h = encoder(token_ids, token_mask)
+        return h if projection is None else F.linear(h, projection)
+    bias = fused_bert.mask_of(encoder.model, token_mask)
+    return fused_bert.last_hidden_state(encoder.model, token_ids, bias, projection=projection)
 
 
 def encode_without_padding(encoder: nn.Module, token_ids: Tensor, token_mask: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.kernels.dropout import reference as dropout
+from engine.kernels.transformer import plan
 from engine.kernels.transformer import triton as kernels
 from tests.aot.compiling import AotCase
 
@@ -11,8 +12,6 @@ def cases() -> list[AotCase]:
     """BERT's layers at MiniLM's and BERT-base's widths, with dropout, in training's precisions; and the embeddings'."""
     cases = []
     for name, low, c in (("bf16", "bf16", 384), ("bf16", "bf16", 768), ("fp32", "fp32", 384)):
-        blocks = kernels._norm_blocks(c)
-        warps = blocks.pop("num_warps")
         common = {"n": "i32", "c": "i32"}
         norm = {"weight": "*fp32", "seed": "*i64", "eps": "fp32", "number": "i32", **common}
         inside = {"x": f"*{low}", "bias": "*fp32", "residual": "*fp32", **norm}
@@ -29,8 +28,12 @@ def cases() -> list[AotCase]:
         ):  # fmt: skip
             if place == "embeddings" and not both:
                 continue
-            fixed = {**kernels._drop(0.1, after), **blocks}
-            for kernel, signature in ((kernels.add_norm_kernel, forward), (kernels.add_norm_backward_kernel, backward)):
+            for kernel, signature, blocks in (
+                (kernels.add_norm_kernel, forward, kernels._norm_blocks(c)),
+                (kernels.add_norm_backward_kernel, backward, plan.norm_blocks(c)),
+            ):
+                warps = blocks.pop("num_warps")
+                fixed = {**kernels._drop(0.1, after), **blocks}
                 absent = {k: None for k in kernel.arg_names if k not in signature and k not in fixed}
                 title = f"transformer.{kernel.__name__.removesuffix('_kernel')}/{place}/c{c}/{name}"
                 cases.append(AotCase(title, kernel, signature, {**fixed, **absent}, num_warps=warps))
@@ -46,7 +49,30 @@ def cases() -> list[AotCase]:
             if c == 384:
                 title = f"transformer.{kernel.__name__.removesuffix('_kernel')}/{name}"
                 cases.append(AotCase(title, kernel, signature, dict(kernels.GELU)))
-    return cases + _attention_cases()
+    return cases + _attention_cases() + _embedding_cases()
+
+
+def _embedding_cases() -> list[AotCase]:
+    """Positions that are counted and those that are given; and the sums of all parts."""
+    cases = []
+    sizes = dict.fromkeys(("n", "length", "vocabulary", "places", "c"), "i32")
+    forward = dict.fromkeys(("words", "positions", "types", "x"), "*fp32")
+    backward = dict.fromkeys(("grad", "parts", "of_words", "of_places", "of_types"), "*fp32")
+    blocks = dict(kernels.EMBED_BACKWARD)
+    warps = blocks.pop("num_warps")
+    for name, given, fixed in (("counted", {}, {"position": None}), ("given", {"position": "*i64"}, {})):
+        signature = {"token_ids": "*i64", **sizes, **given}
+        cases += [
+            AotCase(
+                f"transformer.embed/{name}", kernels.embed_kernel, signature | forward, {**kernels.EMBED, **fixed}
+            ),
+            AotCase(
+                f"transformer.embed_backward/{name}", kernels.embed_backward_kernel,
+                signature | backward | {"programs": "i32", "padding": "i32"}, {**blocks, **fixed}, num_warps=warps,
+            ),
+        ]  # fmt: skip
+    signature = {f"p{i}": "*fp32" for i in range(16)} | {"out": "*fp32", "rows": "i32", "width": "i32"}
+    return [*cases, AotCase("transformer.sum_parts", kernels.sum_parts_kernel, signature, dict(kernels.SUM))]
 
 
 def _attention_cases() -> list[AotCase]:
@@ -69,6 +95,8 @@ def _attention_cases() -> list[AotCase]:
             title = f"transformer.{kernel.__name__.removesuffix('_kernel')}/L{length}/d{width}"
             signature = {**common, **more}
             cases.append(AotCase(f"{title}/bf16", kernel, signature, fixed, num_warps=warps, dot=True))
+            of_tokens = signature | {"mask": "*i64"}
+            cases.append(AotCase(f"{title}/bf16/tokens", kernel, of_tokens, fixed, num_warps=warps, dot=True))
             if length == 32:
                 undropped = {k: v for k, v in signature.items() if k != "seed"}
                 without = {**fixed, "THRESHOLD": 0, "SCALE": 1.0, "seed": None}

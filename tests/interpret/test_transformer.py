@@ -9,7 +9,7 @@ from tests.interpret.guards import Guards, require_interpreter
 require_interpreter()
 
 from engine.kernels.registry import use_backend
-from engine.kernels.transformer import add_norm, attention, bias_gelu, cpu
+from engine.kernels.transformer import add_norm, attention, bias_gelu, cpu, embed_norm, parts_of, plan
 from engine.kernels.transformer import triton as kernels
 from tests.kernels.test_transformer_op import attend, attention_case, case, draw, key_mask, norm, results
 from tests.kernels.test_transformer_op import seed as make_seed
@@ -45,8 +45,14 @@ def assert_close(found, expected, factor=1):
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """So that a program goes more than one round."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 3)
-    monkeypatch.setattr(kernels, "GELU_PROGRAMS", 2)
+    monkeypatch.setattr(plan, "PROGRAMS", 3)
+    monkeypatch.setattr(plan, "GELU_PROGRAMS", 2)
+
+
+def assert_parts(found, sums):
+    """Parts add up to the sums of the CPU's host function, of which all but the first part are 0."""
+    assert found.shape == sums.shape
+    torch.testing.assert_close(found.sum(0), sums.sum(0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("p, after", [(0.0, False), (0.3, False), (0.3, True)])
@@ -61,12 +67,15 @@ def test_add_norm(n, c, parts, p, after):
         slopes = given if both else (given[0], None)
         x, bias, residual, weight, _, seed = tensors
         rest = (x, bias, residual, weight, seed)
-        back = cpu.add_norm_backward(*slopes, *rest, *settings, both)
+        back = cpu.add_norm_backward(*slopes, *rest, *settings, both, False)
         with Guards() as guards:
             found = kernels.add_norm(*guarded(guards, tensors), *settings, low if both else None)
-            found_back = kernels.add_norm_backward(*guarded(guards, slopes + rest), *settings, both)
+            found_back = kernels.add_norm_backward(*guarded(guards, slopes + rest), *settings, both, False)
         assert_close(found, expected)
         assert_close(found_back, back)
+    with Guards() as guards:
+        *_, parts = kernels.add_norm_backward(*guarded(guards, slopes + rest), *settings, True, True)
+    assert_parts(parts, cpu.add_norm_backward(*slopes, *rest, *settings, True, True)[2])
 
 
 @pytest.mark.parametrize("low", LOW)
@@ -76,8 +85,11 @@ def test_bias_gelu(n, c, low):
     for parameters in (True, False):
         with Guards() as guards:
             given = guarded(guards, (grad, x, bias))
-            found = (kernels.bias_gelu(*given[1:]), *kernels.bias_gelu_backward(*given, parameters))
-        assert_close(found, (cpu.bias_gelu(x, bias), *cpu.bias_gelu_backward(grad, x, bias, parameters)))
+            found = (kernels.bias_gelu(*given[1:]), *kernels.bias_gelu_backward(*given, parameters, False))
+        assert_close(found, (cpu.bias_gelu(x, bias), *cpu.bias_gelu_backward(grad, x, bias, parameters, False)))
+    with Guards() as guards:
+        _, parts = kernels.bias_gelu_backward(*guarded(guards, (grad, x, bias)), True, True)
+    assert_parts(parts, cpu.bias_gelu_backward(grad, x, bias, True, True)[1])
 
 
 # float32 is for the interpreter alone: `attention_fits` gives the kernel 16 bits only
@@ -99,10 +111,81 @@ def test_attention(batch, length, heads, d, rows, p, low):
         with Guards() as guards:
             given = guarded(guards, (*tensors, mask, seed))
             found = (kernels.attention(*given, *settings),)
-            found += kernels.attention_backward(guards.input(grad), *given, *settings, parameters)
+            found += kernels.attention_backward(guards.input(grad), *given, *settings, parameters, False)
         expected = (cpu.attention(*tensors, mask, seed, *settings),)
-        expected += cpu.attention_backward(grad, *tensors, mask, seed, *settings, parameters)
+        expected += cpu.attention_backward(grad, *tensors, mask, seed, *settings, parameters, False)
         assert_close(found, expected, 2)
+
+
+def test_attention_by_a_mask_of_integers_and_its_parts():
+    tensors = [t.detach() for t in attention_case(2, 17, 3, 20, torch.float16, torch.float32).values()]
+    mask = key_mask(2, 17, torch.float32)
+    seen, grad, settings = (mask == 0).long() * 2, draw(34, 60, seed=8, dtype=torch.float16), (0.3, 3, 11)
+    with Guards() as guards:
+        given = guarded(guards, (*tensors, seen, make_seed()))
+        found = kernels.attention(*given, *settings)
+        dqkv, parts = kernels.attention_backward(guards.input(grad), *given, *settings, True, True)
+    assert_close((found,), (cpu.attention(*tensors, mask, make_seed(), *settings),), 2)
+    expected, sums = cpu.attention_backward(grad, *tensors, mask, make_seed(), *settings, True, True)
+    assert_close((dqkv,), (expected,), 2)
+    assert parts.shape == sums.shape
+    torch.testing.assert_close(parts.sum(0), sums.sum(0), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("count, rows, shape", [(1, 1, (3, 5)), (3, 70, (3, 100)), (16, 4, (1, 7)), (19, 33, (1, 64))])
+def test_sums_of_parts(count, rows, shape):
+    parts = [draw(rows, *shape, seed=i, dtype=torch.float32) for i in range(count)]
+    with Guards() as guards:
+        first, *others = guarded(guards, parts)
+        found = kernels.sum_parts(first, others)
+    torch.testing.assert_close(found, torch.stack([part.double().sum(0).float() for part in parts]))
+
+
+@pytest.mark.parametrize("batch, length, c, packed", [(1, 1, 8, False), (4, 9, 70, False), (9, 37, 24, True)])
+def test_embeddings(batch, length, c, packed):
+    """Tokens that repeat often, one without a gradient; positions beyond the texts', and a second type."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 7, (batch, length), generator=generator)
+    position = torch.randint(0, length, (batch, length), generator=generator) if packed else None
+    sizes = (9, length + 3, 2)
+    tables = [draw(size, c, seed=i, dtype=torch.float32) for i, size in enumerate(sizes)]
+    grad, parts = draw(batch * length, c, seed=5, dtype=torch.float32), draw(40, 3, c, seed=6, dtype=torch.float32)
+    for padding in (-1, 3):
+        with Guards() as guards:
+            given = guarded(guards, (ids, position))
+            found = (kernels.embed(*given, *guarded(guards, tables)),)
+            found += kernels.embed_backward(guards.input(grad), *given, guards.input(parts), *sizes, padding)
+        expected = (cpu.embed(ids, position, *tables), *cpu.embed_backward(grad, ids, position, parts, *sizes, padding))
+        assert torch.equal(found[0], expected[0])
+        assert_close(found[1:], expected[1:], 5)
+
+
+def test_a_token_without_an_embedding_gives_nan_and_writes_nowhere():
+    ids, sizes = torch.tensor([[1, 5, -1, 2]]), (5, 6, 2)
+    tables = [draw(size, 8, seed=i, dtype=torch.float32) for i, size in enumerate(sizes)]
+    grad, parts = draw(4, 8, dtype=torch.float32), draw(1, 3, 8, seed=6, dtype=torch.float32)
+    with Guards() as guards:
+        given = guards.input(ids), None
+        x = kernels.embed(*given, *guarded(guards, tables))
+        of_words, *_ = kernels.embed_backward(guards.input(grad), *given, guards.input(parts), *sizes, -1)
+    assert x.isnan().all(1).tolist() == [False, True, True, False] and x[[0, 3]].isfinite().all()
+    assert torch.equal(of_words[[1, 2]], grad[[0, 3]]) and not of_words[[0, 3, 4]].any()
+
+
+def test_embeddings_through_the_operation():
+    runs = []
+    ids = torch.tensor([[7, 3, 3, 0], [7, 5, 0, 0], [3, 3, 9, 1]])
+    for backend in ("triton", "cpu"):
+        tables = [draw(size, 8, seed=size, dtype=torch.float32) for size in (11, 6, 2)]
+        leaves = [t.requires_grad_() for t in (*tables, torch.ones(8), torch.zeros(8))]
+        with use_backend(backend):
+            put_off = [(plan.norm_programs(12, 8), (*leaves[3:], None))]
+            place = parts_of(put_off)[0] if backend == "triton" else None
+            settings = {"seed": make_seed(), "p": 0.3, "padding": 0, "low": torch.float16, "parts": place}
+            y, low = embed_norm(ids, None, leaves[:3], *leaves[3:], **settings)
+            slope = draw(12, 8, seed=4, dtype=torch.float32)
+            runs.append([y, low, *torch.autograd.grad((y * slope).sum() + low.float().square().sum(), leaves)])
+    assert_close(*runs, 3)
 
 
 def test_attention_through_the_operation():

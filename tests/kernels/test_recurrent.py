@@ -447,3 +447,67 @@ def test_what_a_gpu_runs_keeps_its_graph_and_skips_what_is_frozen():
     assert module.weight_hh_l0.grad is None and module.weight_ih_l0.grad is not None
     x.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: cudnn.bidirectional(x, length, op.parameters(module), "gru"), x)
+
+
+# -- between the recurrences on a GPU --
+
+
+def between_recurrences(kind, clear=True, dtype=torch.float32):
+    """LayerNorm of the directions' sum as a GPU runs it: its result and all gradients. Of two layers."""
+    module, x, length = case(kind, 4, 6, 5, 16, 2, dtype)
+    norm = nn.LayerNorm(16, eps=1e-6, dtype=dtype)
+    with torch.no_grad():
+        norm.weight.add_(0.3 * torch.randn(16, dtype=dtype))
+        norm.bias.add_(0.3 * torch.randn(16, dtype=dtype))
+    leaves = [x.requires_grad_(), *op.parameters(module), norm.weight, norm.bias]
+    y = cudnn.bidirectional(x, length, leaves[1:], kind, normed=cudnn.Normed(norm.eps, clear))
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=dtype)
+    return [y, *torch.autograd.grad(y, leaves, cotangent)]
+
+
+@pytest.mark.parametrize("clear", [False, True])
+@pytest.mark.parametrize("kind", MODULES)
+def test_the_norm_of_both_directions_is_torchs(kind, clear):
+    torch.manual_seed(3)
+    found = between_recurrences(kind, clear, torch.float64)
+    torch.manual_seed(3)
+    module, x, length = case(kind, 4, 6, 5, 16, 2, torch.float64)
+    norm = nn.LayerNorm(16, eps=1e-6, dtype=torch.float64)
+    with torch.no_grad():
+        norm.weight.add_(0.3 * torch.randn(16, dtype=torch.float64))
+        norm.bias.add_(0.3 * torch.randn(16, dtype=torch.float64))
+    forward, backward = packed(module, x.requires_grad_(), length).chunk(2, -1)
+    y = norm(forward + backward).relu()
+    if clear:
+        y = y * (torch.arange(6) < length[:, None])[..., None]
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    expected = [y, *torch.autograd.grad(y, [x, *op.parameters(module), norm.weight, norm.bias], cotangent)]
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+def test_what_lies_between_recurrences_is_registered():
+    ops, length = torch.ops.engine, torch.tensor([3, 1, 2, 3])
+    x, one, two = torch.randn(4, 3, 5), torch.randn(3, 4, 6), torch.randn(3, 4, 6)
+    torch.library.opcheck(ops.recurrent_turn.default, (x, length, 6))
+    norm = (one, two, length, torch.randn(6), torch.randn(6), 1e-6, True)
+    torch.library.opcheck(ops.recurrent_norm.default, norm)
+    torch.library.opcheck(ops.recurrent_norm_backward.default, (torch.randn(4, 3, 6), *norm))
+    for on, shape in ((True, (3, 4, 12)), (False, (4, 3, 12))):
+        torch.library.opcheck(ops.recurrent_join.default, (one, two, length, on))
+        turned = torch.randn(shape) if on else None
+        torch.library.opcheck(ops.recurrent_join_backward.default, (torch.randn(shape), turned, length, on))
+
+
+@pytest.mark.parametrize("zero_padding", [True, False])
+@pytest.mark.parametrize("kind", MODULES)
+def test_an_encoder_gives_the_same_by_the_fused_norm(kind, zero_padding, monkeypatch):
+    torch.manual_seed(0)
+    module, x, length = SequenceEncoder(kind, 5, 16, zero_padding), torch.randn(4, 6, 5), torch.tensor([6, 1, 3, 5])
+    found = []
+    for fused in (False, True):
+        monkeypatch.setattr("engine.model.encoders.fuses_norm", lambda *_, fused=fused: fused)
+        y = module(x, length)
+        found.append([y, *torch.autograd.grad(y.square().sum(), list(module.parameters()))])
+    for f, e in zip(*found, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)

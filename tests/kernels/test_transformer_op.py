@@ -8,7 +8,16 @@ import torch
 from engine.kernels import registry
 from engine.kernels.dropout import reference as masks
 from engine.kernels.registry import use_backend
-from engine.kernels.transformer import add_norm, attention, attention_fits, bias_gelu, draw_seed
+from engine.kernels.transformer import (
+    add_norm,
+    attention,
+    attention_fits,
+    bias_gelu,
+    draw_seed,
+    embed_norm,
+    parts_of,
+    plan,
+)
 
 
 def seed():
@@ -151,6 +160,16 @@ def test_attention_equals_its_formula(rows, p):
         torch.testing.assert_close(f, e)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_mask_of_integers_says_which_keys_are_seen(backend):
+    mask = key_mask()
+    with use_backend(backend):
+        found = results(attention_case(), attend((mask == 0).long() * 3))
+        expected = results(attention_case(), attend(mask))
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_attention_is_torchs(rows):
     def torchs(qkv, q_bias, k_bias, v_bias):
@@ -196,8 +215,8 @@ def test_attention_is_registered(rows):
     rest = (key_mask(rows=rows, dtype=torch.bfloat16), seed(), 0.3, 2, 4)
     torch.library.opcheck(torch.ops.engine.attention.default, (*tensors, *rest))
     grad = torch.randn(15, 8).bfloat16()
-    for parameters in (True, False):
-        torch.library.opcheck(torch.ops.engine.attention_backward.default, (grad, *tensors, *rest, parameters))
+    for sums in ((True, False), (True, True), (False, False)):
+        torch.library.opcheck(torch.ops.engine.attention_backward.default, (grad, *tensors, *rest, *sums))
 
 
 @pytest.mark.parametrize(
@@ -206,6 +225,7 @@ def test_attention_is_registered(rows):
         ({"heads": 3}, "3 heads"),
         ({"mask": torch.zeros(3, 1, 1, 4)}, "fit together"),
         ({"mask": torch.zeros(3, 1, 2, 5)}, "fit together"),
+        ({"mask": torch.ones(3, 1, 5, 5, dtype=torch.int64)}, "fit together"),
         ({"k_bias": torch.zeros(3)}, "k_bias"),
         ({"p": 0.5}, "needs a seed"),
     ],
@@ -251,11 +271,120 @@ def test_registered(parts):
     ops = torch.ops.engine
     settings = (0.3, False, 1e-12, 2)
     torch.library.opcheck(ops.add_norm.default, (x, bias, residual, weight, shift, seed(), *settings, torch.bfloat16))
-    back = (x.float(), x, x, bias, residual, weight, seed(), *settings, True)
-    torch.library.opcheck(ops.add_norm_backward.default, back)
+    for apart in (False, True):
+        back = (x.float(), x, x, bias, residual, weight, seed(), *settings, True, apart)
+        torch.library.opcheck(ops.add_norm_backward.default, back)
+        if bias is not None:
+            torch.library.opcheck(ops.bias_gelu_backward.default, (x, x, bias, True, apart))
     if bias is not None:
         torch.library.opcheck(ops.bias_gelu.default, (x, bias))
-        torch.library.opcheck(ops.bias_gelu_backward.default, (x, x, bias, True))
+
+
+def test_embeddings_and_sums_of_parts_are_registered():
+    ops, ids = torch.ops.engine, torch.tensor([[1, 3], [3, 0], [1, 2]])
+    tables = [draw(size, 8, seed=size, dtype=torch.float32) for size in (5, 4, 2)]
+    for position in (None, torch.tensor([[0, 1], [3, 0], [0, 1]])):
+        torch.library.opcheck(ops.embed.default, (ids, position, *tables))
+        arguments = (draw(6, 8, dtype=torch.float32), ids, position, draw(2, 3, 8, dtype=torch.float32), 5, 4, 2, 0)
+        torch.library.opcheck(ops.embed_backward.default, arguments)
+    torch.library.opcheck(ops.sum_parts.default, (draw(3, 2, 4), [draw(3, 2, 4, seed=1)]))
+    assert [registry.launches("sum_parts", tables[0], tables[:1] * n) for n in (15, 16)] == [1, 2]
+
+
+def with_parts(monkeypatch):
+    """As if kernels ran: the CPU's host functions take their place."""
+    for module in ("op", "embedding"):
+        monkeypatch.setattr(f"engine.kernels.transformer.{module}.runs_kernels", lambda x: True)
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight", "shift"), ("weight", "shift", "bias")])
+def test_sums_that_are_put_off_are_the_same(frozen):
+    """Of two LayerNorms, a GELU and attention: by one launch for each shape of parts, after everything else."""
+    found, expected, asked = [], [], []
+
+    def run(put_off, into):
+        n, c = 40, 8
+        tensors, other = case(n, c), case(n, c, residual=False)
+        tensors |= {f"{name}2": other[name] for name in ("weight", "shift", "bias")}
+        biases = {f"b{i}": draw(c, seed=20 + i).requires_grad_() for i in range(3)}
+        for name in frozen:
+            tensors[name].requires_grad_(False)
+        first, second = ([tensors[f"{k}{e}"] for k in ("weight", "shift", "bias")] for e in ("", "2"))
+        gelu, given = draw(c, seed=30).requires_grad_(), [*biases.values()]
+        groups = [(plan.norm_programs(n, c), first), (plan.norm_programs(n, c), second)]
+        groups += [(plan.gelu_programs(n), [gelu]), (8, given)]
+        parts = parts_of(groups) if put_off else [None] * 4
+        more = {"seed": seed(), "p": 0.3, "number": 3}
+        y, _ = add_norm(tensors["x"], *first[:2], bias=first[2], residual=tensors["residual"], parts=parts[0], **more)
+        y, _ = add_norm(bias_gelu(y, gelu, parts[2]), *second[:2], bias=second[2], parts=parts[1], **more)
+        qkv = torch.cat([y, y * 2, y.sin()], 1)
+        y = attention(qkv, *given, torch.zeros(8, 1, 1, 5), heads=2, parts=parts[3])
+        wanted = [t for t in (*tensors.values(), *given, gelu) if t.requires_grad]
+        into += torch.autograd.grad((y * draw(n, c, seed=40)).sum(), wanted)
+
+    def spy(name, *args):
+        asked.append(name)
+        return registry.call(name, *args)
+
+    run(False, expected)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("op", "sums"):
+            patch.setattr(f"engine.kernels.transformer.{module}.call", spy)
+        run(True, found)
+    # LayerNorms, GELU and attention are of three shapes
+    assert asked[-3:] == ["sum_parts"] * 3 and asked.count("sum_parts") == 3
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+def test_parts_of_what_is_frozen():
+    vectors = [torch.ones(3), None]
+    assert parts_of([(4, vectors), (2, ())]) == [None, None]
+    moving = torch.ones(3, requires_grad=True)
+    with torch.no_grad():
+        assert parts_of([(4, [moving])]) == [None]
+    nothing, place = parts_of([(4, vectors), (5, [None, moving])])
+    assert nothing is None and place.shape == (5, 2, 3)
+    slope = draw(5, 2, 3, dtype=torch.float32)
+    (place * slope).sum().backward()
+    torch.testing.assert_close(moving.grad, slope[:, 1].sum(0))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_embeddings_equal_their_formula(packed, monkeypatch):
+    """Tables' gradients, with tokens that repeat and one that gets none; the CPU's functions in the kernels' place."""
+    ids = torch.tensor([[7, 3, 3, 0], [7, 5, 0, 0], [3, 3, 9, 1]])
+    position = torch.tensor([[0, 1, 2, 3], [0, 1, 0, 0], [0, 1, 0, 1]]) if packed else None
+    names, sizes = ("words", "positions", "types"), (11, 6, 2)
+    found, expected = [], []
+    for parts, into in ((False, expected), (True, found)):
+        tables = {name: draw(size, 8, seed=size).requires_grad_() for name, size in zip(names, sizes, strict=True)}
+        norm = {"weight": draw(8, seed=1).requires_grad_(), "shift": draw(8, seed=2).requires_grad_()}
+
+        def run(weight, shift, words, positions, types, parts=parts):
+            places = parts_of([(plan.norm_programs(12, 8), (weight, shift, None))]) if parts else [None]
+            settings = {"seed": seed(), "p": 0.3, "padding": 0, "parts": places[0]}
+            return [embed_norm(ids, position, (words, positions, types), weight, shift, **settings)[0]]
+
+        if parts:
+            with_parts(monkeypatch)
+        into += results(norm | tables, run)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+    of_words = found[3]
+    assert not of_words[[0, 2, 4]].any() and of_words[[3, 7, 9]].all()
+
+
+def test_programs_are_balanced():
+    """No more rounds than the most programs would take, and no program without a row."""
+    for n in (0, 1, 4, 5, 1000, 1024, 1028, 1280, 100_000):
+        rows = plan.norm_blocks(384)["ROWS"]
+        programs, blocks = plan.norm_programs(n, 384), -(-n // rows)
+        assert programs <= min(plan.PROGRAMS, blocks)
+        if n:
+            rounds = -(-blocks // programs)
+            assert rounds == -(-blocks // min(plan.PROGRAMS, blocks)) and (rounds - 1) * programs < blocks
+    assert (plan.norm_programs(1280, 384), plan.gelu_programs(1280)) == (160, 40)
 
 
 def test_compiles_without_graph_breaks():

@@ -263,34 +263,84 @@ class Launches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def launches(layers, freeze="no"):
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """What a GPU runs, by the CPU's host functions in the kernels' place."""
+    for module in ("engine.kernels.transformer.embedding", "engine.model.fused_bert"):
+        monkeypatch.setattr(f"{module}.runs_kernels", lambda x: True)
+
+
+def launches(layers, freeze="no", projected=False):
     """Of a training step's forward and backward pass through the encoder."""
     encoder = TextEncoder(bert(layers), freeze).train()
     encoder.model.embeddings.requires_grad_(True)
     ids, mask = tokens([6, 4], width=16)
+    projection = torch.ones(5, encoder.dim, requires_grad=True) if projected else None
     with torch.autocast("cpu", torch.bfloat16), Launches() as forward:
-        h = encode_padded(encoder, ids, mask)
+        h = encode_padded(encoder, ids, mask, projection)
     slope = torch.ones_like(h)
     with Launches() as backward:
         h.backward(slope)
     return forward, backward
 
 
-def test_launches_of_a_layer():
+def test_launches_of_a_layer(as_on_a_gpu):
     (f1, b1), (f2, b2) = launches(2), launches(3)
-    assert (f2.count - f1.count, b2.count - b1.count) == (8, 16)
+    assert (f2.count - f1.count, b2.count - b1.count) == (8, 12)
     counted = f2.names + b2.names
     assert "_to_copy" not in counted and "clone" not in counted and "native_layer_norm" not in counted
 
 
-def test_launches_of_a_frozen_layer():
-    """Neither products for the weights' gradients nor sums for those of biases and LayerNorms."""
+def test_launches_of_a_frozen_layer(as_on_a_gpu):
+    """No products for the weights' gradients."""
     counts = [launches(layers, "part")[1].count for layers in (8, 9, 10, 11)]
-    # the ninth layer is the last frozen one; with the tenth the cast of gradients comes in
-    assert [after - before for before, after in itertools.pairwise(counts)] == [8, 17, 16]
+    # the ninth layer is the last frozen one; with the tenth come the cast of gradients, and sums of two more shapes
+    assert [after - before for before, after in itertools.pairwise(counts)] == [8, 8 + 4 + 1 + 2, 12]
 
 
-def test_launches_around_the_layers():
-    """Seed, mask, cast of all weights, embeddings; backward the embeddings' gradients and one cast."""
+def test_launches_around_the_layers(as_on_a_gpu):
+    """Cast of all weights, seed, the embeddings and their LayerNorm.
+
+    Backward the LayerNorm, the embeddings' gradients in two, sums of parts of three shapes, and one cast.
+    """
     (f1, b1), (f2, b2) = launches(1), launches(2)
-    assert (2 * f1.count - f2.count, 2 * b1.count - b2.count) == (9, 11)
+    assert (2 * f1.count - f2.count, 2 * b1.count - b2.count) == (4, 7)
+
+
+def test_launches_of_a_projection(as_on_a_gpu):
+    """A product, and two more backward; nothing is cast on its own."""
+    (f1, b1), (f2, b2) = launches(2), launches(2, projected=True)
+    assert (f2.count - f1.count, b2.count - b1.count) == (1, 2)
+
+
+@pytest.mark.parametrize("make", ["bert", "electra", "electra-projected"])
+def test_what_a_gpu_runs_equals_huggingface(make, as_on_a_gpu):
+    """Sums put off, the embeddings' own gradients, and the mask of tokens."""
+    encoder = TextEncoder(scattered(MAKES[make]())).eval()
+    ids, mask = tokens(LENGTHS, width=33)
+    found = outputs_and_gradients(encoder, encode_padded, ids, mask)
+    for f, e in zip(found, outputs_and_gradients(encoder, huggingface, ids, mask), strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5 * max(1, float(e.abs().max())))
+    halves = outputs_and_gradients(encoder, encode_padded, ids, mask, torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("engine.kernels.transformer.embedding", "engine.model.fused_bert"):
+            patch.setattr(f"{module}.runs_kernels", lambda x: False)
+        expected = outputs_and_gradients(encoder, encode_padded, ids, mask, torch.bfloat16)
+    for f, e in zip(halves, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4 * max(1, float(e.abs().max())))
+
+
+def test_a_projection_is_that_of_the_linear_layer(as_on_a_gpu):
+    encoder = TextEncoder(scattered(bert())).eval()
+    ids, mask = tokens(LENGTHS, width=33)
+    weight = torch.randn(5, encoder.dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for dtype in (None, torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            expected = torch.nn.functional.linear(encode_padded(encoder, ids, mask), weight)
+            found = encode_padded(encoder, ids, mask, weight)
+        wanted = [weight, encoder.model.encoder.layer[0].output.dense.weight]
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected)
+        pairs = zip(*(torch.autograd.grad(h.float().square().sum(), wanted) for h in (found, expected)), strict=True)
+        for f, e in pairs:
+            torch.testing.assert_close(f, e)

@@ -368,3 +368,72 @@ def test_a_model_can_start_at_a_value():
     torch.testing.assert_close(
         outputs(module, make_batch(samples()))["prediction"], torch.full((len(LENGTHS), 1), 0.25)
     )
+
+
+# -- what a GPU runs in the place of torch's operations --
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """Sets whether the cube is made by one operation; the CPU's host function takes the kernel's place."""
+
+    def choose(wanted):
+        monkeypatch.setattr("engine.mimrl.model.MIMRL._stacks", lambda *_: wanted)
+
+    return choose
+
+
+def results(module, batch):
+    """Prediction, features and gradients of a weighted sum of them."""
+    output = module(batch)
+    found = [output.prediction, *output.features.values()]
+    generator = torch.Generator().manual_seed(3)
+    loss = sum((t * torch.randn(t.shape, generator=generator)).sum() for t in found)
+    wanted = [p for p in module.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [*found, *(g for g in gradients if g is not None)]
+
+
+@pytest.mark.parametrize("text_padding", ["mean", "zero"])
+@pytest.mark.parametrize("modalities", [["text", "audio", "vision"], ["audio", "vision"]])
+def test_one_operation_makes_the_same_cube(modalities, text_padding, on_kernels):
+    """In evaluation, and in training without dropout; texts, frames shorter and longer than the cube."""
+    c = config(text_padding=text_padding, dropout=[0.0] * 4, modality_dropout=0.0)
+    c.data.modalities = modalities
+    torch.manual_seed(0)
+    module = build_model(c, AUDIO, VISION, tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    for training in (False, True):
+        module.train(training)
+        found = []
+        for wanted in (False, True):
+            on_kernels(wanted)
+            found.append(results(module, make_batch(samples())))
+        for f, e in zip(*found, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
+
+
+def test_one_operation_drops_out_and_hides(on_kernels):
+    """As `hide_rows` and dropout do: audio and vision of some rows, and numbers of every modality."""
+    on_kernels(True)
+    seen = {}
+    module = model(dropout=[0.5, 0.0, 0.0, 0.0], modality_dropout=0.5).train()
+    module.fusion.register_forward_pre_hook(lambda m, given: seen.update(x=given[0]))
+    torch.manual_seed(0)
+    first = module(make_batch(samples(LENGTHS * 40)))
+    x = seen["x"]
+    shown = [x[:, :, k].flatten(1).any(1) for k in range(3)]
+    assert shown[0].all() and all(0.4 < s.float().mean() < 0.6 for s in shown[1:])
+    assert (shown[1] != shown[2]).any()
+    assert 0.45 < (x[:, :, 0] == 0).float().mean() < 0.55
+    assert all(first.features[key].abs().sum(1).all() for key in "AV")  # the means are of what is hidden, too
+    torch.manual_seed(0)
+    assert torch.equal(module(make_batch(samples(LENGTHS * 40))).prediction, first.prediction)
+
+
+@pytest.mark.parametrize("mode, fusion", [("fast", "tfn"), ("faithful", "cubemlp"), ("fast", "cubemlp")])
+def test_what_is_left_to_torchs_operations(mode, fusion, monkeypatch):
+    """Other fusion encoders, which read the mask, faithful mode, and the CPU."""
+    module, asked = model(mode, fusion=fusion).train(), []
+    monkeypatch.setattr("engine.mimrl.model.stacks", lambda sequences: asked.append(sequences) or True)
+    module(make_batch(samples()))
+    assert not asked

@@ -18,6 +18,7 @@ from engine.kernels.arguments import exact_type, looks_at
 from engine.kernels.gradients import differentiable_once
 from engine.kernels.recurrent import cpu, cudnn, reference
 
+WIDEST = 8192  # hidden units that `bidirectional_norm` takes
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
@@ -91,6 +92,38 @@ def bidirectional(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: st
     tf32 = torch.is_autocast_enabled("cuda")
     with torch.autocast("cuda", enabled=False):
         return cudnn.bidirectional(x, length, weights, cell, tf32)
+
+
+def bidirectional_norm(
+    x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str, norm: nn.LayerNorm, clear: bool
+) -> Tensor:
+    """relu(norm(the sum of both directions)) of `bidirectional`, on a GPU; `fuses_norm` says where it can run.
+
+    Args:
+        x, length, weights, cell: as for `bidirectional`.
+        norm: over the hidden size H, with weight and bias.
+        clear: 0 past a row's length; otherwise LayerNorm reads 0 there.
+
+    Returns:
+        [B, L, H].
+    """
+    exact_type("the recurrence", x, *weights)
+    cpu.check(x, weights, cell)
+    tf32 = torch.is_autocast_enabled("cuda")
+    with torch.autocast("cuda", enabled=False):
+        every = [*(w.float() for w in weights), norm.weight, norm.bias]
+        return cudnn.bidirectional(x.float(), length, every, cell, tf32, cudnn.Normed(norm.eps, clear))
+
+
+def fuses_norm(x: Tensor, weights: Sequence[Tensor], norm: nn.Module) -> bool:
+    """Whether `bidirectional_norm` runs on tensors like these: on a GPU by Triton kernels, in float32, not compiled."""
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or not x.is_cuda or type(norm) is not nn.LayerNorm:
+        return False
+    given = (x, *weights, norm.weight, norm.bias)
+    known = all(t is not None and t.dtype in (torch.float16, torch.bfloat16, torch.float32) for t in given)
+    fits = known and norm.weight.dtype == torch.float32 and norm.weight.shape == weights[1].shape[1:]
+    watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks
+    return bool(fits and not watched and norm.weight.numel() <= WIDEST and registry.backend_for(x) == "triton")
 
 
 class _Recurrent(torch.autograd.Function):

@@ -19,7 +19,7 @@ from engine.kernels.arguments import exact_type
 from engine.kernels.dropout.op import SEEDS
 from engine.kernels.gradients import differentiable_once
 from engine.kernels.registry import backend_for, call, register_from
-from engine.kernels.transformer import reference
+from engine.kernels.transformer import plan, reference
 
 WIDEST = 8192  # columns that one program of add_norm's kernel holds
 LONGEST, HEAD = 64, 64  # tokens of a text, and width of a head, that one program of attention's kernel holds
@@ -43,6 +43,7 @@ def add_norm(
     eps: float = 1e-5,
     number: int = 0,
     low: torch.dtype | None = None,
+    parts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """LayerNorm(residual + dropout(x + bias)) over the last axis; `after`: dropout(LayerNorm(residual + x + bias)).
 
@@ -58,6 +59,8 @@ def add_norm(
         eps: LayerNorm's.
         number: Tells apart the calls that share a seed.
         low: Also return the result in this dtype, for a product that follows.
+        parts: From `parts_of` for (weight, shift, bias) and `plan.norm_programs` parts, where `runs_kernels` holds.
+            These vectors then get their gradients by it.
 
     Returns:
         y [N, C] of the weight's dtype; and y of the dtype `low`, or None.
@@ -74,18 +77,19 @@ def add_norm(
     _check("add_norm", x, p, seed, residual, weight=weight, shift=shift, bias=bias)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"a residual of shape {list(residual.shape)} for x of shape {list(x.shape)}")
-    if _by_formula(x, "add_norm"):
+    if parts is None and _by_formula(x, "add_norm"):
         y = reference.add_norm(x, bias, residual, weight, shift, seed, p, after, eps, number)
         return y, None if low is None else y.to(low)
-    return _AddNorm.apply(x, bias, residual, weight, shift, seed, p, after, eps, number, low)
+    return _AddNorm.apply(x, bias, residual, weight, shift, parts, seed, p, after, eps, number, low)
 
 
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor, parts: Tensor | None = None) -> Tensor:
     """gelu(x + bias), by the error function.
 
     Args:
         x: [N, C], float16, bfloat16, float32 or float64.
         bias: [C]. The computation has its dtype, float32 (or float64).
+        parts: From `parts_of` for (bias,) and `plan.gelu_programs` parts, as for `add_norm`.
 
     Returns:
         [N, C] of x's dtype.
@@ -99,7 +103,9 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
         tensor([[0.0000, 0.8413]])
     """
     _check("bias_gelu", x, 0.0, None, bias=bias)
-    return reference.bias_gelu(x, bias) if _by_formula(x, "bias_gelu") else _BiasGelu.apply(x, bias)
+    if parts is None and _by_formula(x, "bias_gelu"):
+        return reference.bias_gelu(x, bias)
+    return _BiasGelu.apply(x, bias, parts)
 
 
 def attention_fits(dtype: torch.dtype, length: int, width: int) -> bool:
@@ -118,6 +124,7 @@ def attention(
     seed: Tensor | None = None,
     p: float = 0.0,
     number: int = 0,
+    parts: Tensor | None = None,
 ) -> Tensor:
     """dropout(softmax(q k' / sqrt(d) + mask)) v of every head, for short texts.
 
@@ -129,11 +136,13 @@ def attention(
         q_bias: [C], float32 (or float64).
         k_bias: [C], of the same dtype.
         v_bias: [C], of the same dtype.
-        mask: [B, 1, 1, L] or [B, 1, L, L], of any floating dtype, finite; it is added to the scores.
+        mask: [B, 1, 1, L] or [B, 1, L, L], of any floating dtype, finite; it is added to the scores. Or integers
+            [B, 1, 1, L]: keys where it is 0 are not seen.
         heads: Number of heads, a divisor of C.
         seed: For dropout of the attention's weights, as for `add_norm`.
         p: As for `add_norm`.
         number: As for `add_norm`.
+        parts: From `parts_of` for the three biases and B parts, as for `add_norm`.
 
     Returns:
         [B · L, C], of qkv's dtype.
@@ -150,10 +159,11 @@ def attention(
         >>> attention(qkv, bias, bias, bias, torch.zeros(2, 1, 1, 5), heads=2).shape
         torch.Size([10, 8])
     """
-    exact_type("attention", qkv, q_bias, k_bias, v_bias, mask)
+    exact_type("attention", qkv, q_bias, k_bias, v_bias, *([mask] if mask.is_floating_point() else []))
     batch, length = mask.shape[0], mask.shape[-1]
     width = q_bias.shape[0]
-    if qkv.shape != (batch * length, 3 * width) or width % heads or mask.shape[1:3] not in ((1, 1), (1, length)):
+    rows = ((1, 1), (1, length)) if mask.is_floating_point() else ((1, 1),)
+    if qkv.shape != (batch * length, 3 * width) or width % heads or mask.shape[1:3] not in rows:
         raise ValueError(
             f"qkv {list(qkv.shape)}, mask {list(mask.shape)} and {heads} heads of {width} numbers do not fit together"
         )
@@ -161,9 +171,10 @@ def attention(
     backend = backend_for(qkv, "attention")
     if mask.requires_grad and torch.is_grad_enabled():
         backend = "reference"  # the kernels have no gradient for it
-    if backend == "reference" or (backend == "triton" and not attention_fits(qkv.dtype, length, width // heads)):
+    fits = backend != "triton" or attention_fits(qkv.dtype, length, width // heads)
+    if parts is None and (backend == "reference" or not fits):
         return reference.attention(qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number)
-    return _Attention.apply(qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number)
+    return _Attention.apply(qkv, q_bias, k_bias, v_bias, mask, parts, seed, p, heads, number)
 
 
 def _check(
@@ -186,11 +197,19 @@ def _by_formula(x: Tensor, op: str) -> bool:
     return backend == "reference" or (backend == "triton" and (x.dtype == torch.float64 or x.shape[1] > WIDEST))
 
 
+def runs_kernels(x: Tensor) -> bool:
+    """Whether Triton kernels run on rows like those of x [..., C]. Then parts of gradients can be added up later."""
+    return backend_for(x, "add_norm") == "triton" and x.dtype != torch.float64 and x.shape[-1] <= WIDEST
+
+
+# With `parts` the vectors' gradients leave by them, unsummed; see `engine.kernels.transformer.sums`.
+
+
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, residual, weight, shift, seed, p, after, eps, number, low):
+    def forward(ctx, x, bias, residual, weight, shift, parts, seed, p, after, eps, number, low):
         ctx.set_materialize_grads(False)
-        ctx.settings = (p, after, eps, number)
+        ctx.settings, ctx.apart = (p, after, eps, number), parts is not None
         ctx.save_for_backward(x, bias, residual, weight, seed)
         y, small = call("add_norm", x, bias, residual, weight, shift, seed, p, after, eps, number, low)
         return y, None if low is None else small
@@ -200,47 +219,57 @@ class _AddNorm(torch.autograd.Function):
     def backward(ctx, grad, grad_low):
         x, bias, residual, weight, seed = ctx.saved_tensors
         if grad is None and grad_low is None:
-            return (None,) * 11
-        _, of_bias, _, of_weight, of_shift, *_ = ctx.needs_input_grad
-        parameters = of_bias or of_weight or of_shift
-        arguments = (x, bias, residual, weight, seed, *ctx.settings, parameters)
+            return (None,) * 12
+        _, of_bias, _, of_weight, of_shift, of_parts, *_ = ctx.needs_input_grad
+        wanted = of_parts if ctx.apart else of_bias or of_weight or of_shift
+        arguments = (x, bias, residual, weight, seed, *ctx.settings, wanted, ctx.apart)
         dx, dresidual, sums = call("add_norm_backward", grad, grad_low, *arguments)
+        if residual is None:
+            dresidual = None
+        if ctx.apart:
+            return dx, None, dresidual, None, None, sums if of_parts else None, *(None,) * 6
         return (
             dx,
             sums[2] if of_bias else None,
-            None if residual is None else dresidual,
+            dresidual,
             sums[0] if of_weight else None,
             sums[1] if of_shift else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number):
-        ctx.settings = (p, heads, number)
+    def forward(ctx, qkv, q_bias, k_bias, v_bias, mask, parts, seed, p, heads, number):
+        ctx.settings, ctx.apart = (p, heads, number), parts is not None
         ctx.save_for_backward(qkv, q_bias, k_bias, v_bias, mask, seed)
         return call("attention", qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number)
 
     @staticmethod
     @differentiable_once("attention")
     def backward(ctx, grad):
-        wanted = ctx.needs_input_grad[1:4]
-        dqkv, sums = call("attention_backward", grad, *ctx.saved_tensors, *ctx.settings, any(wanted))
-        return dqkv, *(sums[i] if want else None for i, want in enumerate(wanted)), *(None,) * 5
+        *biases, _, of_parts = ctx.needs_input_grad[1:6]
+        wanted = of_parts if ctx.apart else any(biases)
+        dqkv, sums = call("attention_backward", grad, *ctx.saved_tensors, *ctx.settings, wanted, ctx.apart)
+        if ctx.apart:
+            return dqkv, None, None, None, None, sums if of_parts else None, *(None,) * 4
+        return dqkv, *(sums[i] if want else None for i, want in enumerate(biases)), *(None,) * 6
 
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias):
+    def forward(ctx, x, bias, parts):
+        ctx.apart = parts is not None
         ctx.save_for_backward(x, bias)
         return call("bias_gelu", x, bias)
 
     @staticmethod
     @differentiable_once("bias_gelu")
     def backward(ctx, grad):
-        dx, dbias = call("bias_gelu_backward", grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
-        return dx, dbias if ctx.needs_input_grad[1] else None
+        _, of_bias, of_parts = ctx.needs_input_grad
+        wanted = of_parts if ctx.apart else of_bias
+        dx, dbias = call("bias_gelu_backward", grad, *ctx.saved_tensors, wanted, ctx.apart)
+        return dx, dbias if of_bias and not ctx.apart else None, dbias if of_parts else None
 
 
 def _fake_add_norm(x, bias, residual, weight, shift, seed, p, after, eps, number, low):
@@ -248,10 +277,12 @@ def _fake_add_norm(x, bias, residual, weight, shift, seed, p, after, eps, number
 
 
 def _fake_add_norm_backward(
-    grad, grad_low, x, bias, residual, weight, seed, p, after, eps, number, parameters
+    grad, grad_low, x, bias, residual, weight, seed, p, after, eps, number, parameters, apart
 ):  # fmt: skip
+    n, c = x.shape
     dresidual = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
-    return x.new_empty(x.shape), dresidual, weight.new_empty((3, x.shape[1]) if parameters else 0)
+    sums = _sums(3, c, parameters, apart and plan.norm_programs(n, c))
+    return x.new_empty(x.shape), dresidual, weight.new_empty(sums)
 
 
 def _fake_attention(qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number):
@@ -259,18 +290,27 @@ def _fake_attention(qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number):
 
 
 def _fake_attention_backward(
-    grad, qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number, parameters
+    grad, qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number, parameters, apart
 ):  # fmt: skip
-    return qkv.new_empty(qkv.shape), q_bias.new_empty((3, q_bias.shape[0]) if parameters else 0)
+    return qkv.new_empty(qkv.shape), q_bias.new_empty(_sums(3, q_bias.shape[0], parameters, apart and mask.shape[0]))
 
 
-def _fake_bias_gelu_backward(grad, x, bias, parameters):
-    return x.new_empty(x.shape), bias.new_empty(bias.shape if parameters else 0)
+def _fake_bias_gelu_backward(grad, x, bias, parameters, apart):
+    sums = _sums(1, x.shape[1], parameters, apart and plan.gelu_programs(x.shape[0]))
+    return x.new_empty(x.shape), bias.new_empty(sums if apart or not parameters else sums[1:])
+
+
+def _sums(vectors: int, c: int, parameters: bool, apart: int) -> tuple[int, ...]:
+    """The shape of what a backward pass leaves for its vectors: their gradients, or their parts where `apart`."""
+    if not parameters:
+        return (0,)
+    return (apart, vectors, c) if apart else (vectors, c)
 
 
 def _with_sums(*args) -> int:
-    """Launches of a backward pass; a second kernel adds up the programs' sums of the parameters' gradients."""
-    return 2 if args[-1] else 1
+    """Launches of a backward pass: a second kernel adds up the programs' parts where it is not put off."""
+    *_, parameters, apart = args
+    return 2 if parameters and not apart else 1
 
 
 _add = register_from("engine.kernels.transformer")
@@ -287,18 +327,18 @@ _add(
 _add(
     "add_norm_backward",
     f"(Tensor? grad, Tensor? grad_low, Tensor x, Tensor? bias, Tensor? residual, Tensor weight, {_NORM},"
-    " bool parameters) -> (Tensor, Tensor, Tensor)",
+    " bool parameters, bool apart) -> (Tensor, Tensor, Tensor)",
     "triton", _fake_add_norm_backward, _with_sums,
 )  # fmt: skip
 _add("attention", f"({_HEADS}) -> Tensor", "triton", _fake_attention, None)
 _add(
     "attention_backward",
-    f"(Tensor grad, {_HEADS}, bool parameters) -> (Tensor, Tensor)",
+    f"(Tensor grad, {_HEADS}, bool parameters, bool apart) -> (Tensor, Tensor)",
     "triton", _fake_attention_backward, _with_sums,
 )  # fmt: skip
 _add("bias_gelu", "(Tensor x, Tensor bias) -> Tensor", "triton", lambda x, bias: x.new_empty(x.shape), None)
 _add(
     "bias_gelu_backward",
-    "(Tensor grad, Tensor x, Tensor bias, bool parameters) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor bias, bool parameters, bool apart) -> (Tensor, Tensor)",
     "triton", _fake_bias_gelu_backward, _with_sums,
 )  # fmt: skip

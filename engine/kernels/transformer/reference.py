@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.dropout import reference as dropout
+
+HIDDEN = -30000.0  # what is added to the score of a key that is not to be seen; exp of it is 0, and fp16 holds it
 
 
 def add_norm(
@@ -35,10 +38,17 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """dropout(softmax(q k' / sqrt(d) + mask)) v of every head; see `op.attention`."""
     q, k, v = with_bias(qkv, q_bias, k_bias, v_bias, mask, heads)
-    weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask.to(q.dtype)).softmax(-1)
+    weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + added(mask, q.dtype)).softmax(-1)
     if p > 0:
         weights = dropout.dropout(weights, seed + number, p)
     return (weights @ v).transpose(1, 2).reshape(len(qkv), -1).to(qkv.dtype)
+
+
+def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to scores: itself, or, of integers, nothing where it is not 0."""
+    if mask.is_floating_point():
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask == 0, HIDDEN)
 
 
 def with_bias(

@@ -1,10 +1,12 @@
 """The operations on a GPU. Sums over rows have a fixed order: no atomics, bitwise the same every time.
 
-In a backward pass PROGRAMS programs go over the rows and keep their sums of the parameters' gradients in registers;
-torch adds up what they leave, in one more launch.
+In a backward pass a few hundred programs (`plan`) go over the rows and keep their sums of the parameters' gradients in
+registers. What they leave is added up in one more launch, or, with `apart`, later and for many operations at once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -13,12 +15,18 @@ from torch import Tensor
 
 from engine.kernels.dropout import reference as dropout
 from engine.kernels.registry import interpreting
+from engine.kernels.transformer import plan
+from engine.kernels.transformer.reference import HIDDEN
+from engine.kernels.transformer.sums import MOST
+from engine.kernels.triton_math import drop_out
 
-PROGRAMS = 256
-GELU = {"ROWS": 16, "BLOCK_C": 128}  # a tile of bias_gelu
-GELU_PROGRAMS = 64  # of the rows; the columns have programs of their own
-PIECE_BITS = tl.constexpr(dropout.PIECE.bit_length() - 1)
-WITHIN = tl.constexpr(dropout.PIECE - 1)  # the bits of a place within its piece
+GELU = {"ROWS": plan.GELU_ROWS, "BLOCK_C": 128}  # a tile of bias_gelu
+EMBED = {"ROWS": 16, "BLOCK_C": 128}  # a tile of the embeddings
+# A warp adds up the gradients of one embedding, columns at a time: it looks through the tokens in blocks of SCAN for an
+# earlier one of its id, and in blocks of ROWS for those whose rows it adds.
+EMBED_BACKWARD = {"SCAN": 128, "ROWS": 32, "BLOCK_C": 64, "num_warps": 1}
+SUM = {"ROWS": 32, "BLOCK": 64}  # a tile of sums over parts
+NOT_SEEN = tl.constexpr(HIDDEN)
 
 
 def _norm_blocks(c: int) -> dict[str, int]:
@@ -53,7 +61,7 @@ def add_norm(
 
 def add_norm_backward(
     grad: Tensor | None, grad_low: Tensor | None, x: Tensor, bias: Tensor | None, residual: Tensor | None,
-    weight: Tensor, seed: Tensor | None, p: float, after: bool, eps: float, number: int, parameters: bool,
+    weight: Tensor, seed: Tensor | None, p: float, after: bool, eps: float, number: int, parameters: bool, apart: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `cpu.add_norm_backward`."""
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
@@ -64,15 +72,64 @@ def add_norm_backward(
         dresidual = torch.empty((0,), dtype=x.dtype, device=x.device)
     else:
         dresidual = torch.empty((n, c), dtype=residual.dtype, device=x.device)
-    blocks = _norm_blocks(c)
-    programs = min(PROGRAMS, triton.cdiv(n, blocks["ROWS"]))
+    programs = plan.norm_programs(n, c)
     sums = torch.empty((programs, 3, c) if parameters else (0,), dtype=weight.dtype, device=x.device)
     if n:
         add_norm_backward_kernel[(programs,)](
             grad, grad_low, x, bias, residual, weight, seed, dx, None if residual is None else dresidual,
-            sums if parameters else None, n, c, eps, number, **_drop(p, after), **blocks,
+            sums if parameters else None, n, c, eps, number, **_drop(p, after), **plan.norm_blocks(c),
         )  # fmt: skip
-    return dx, dresidual, sums.sum(0) if parameters else sums
+    return dx, dresidual, _added_up(sums, parameters, apart)
+
+
+def _added_up(sums: Tensor, parameters: bool, apart: bool) -> Tensor:
+    return sum_parts(sums, [])[0] if parameters and not apart else sums
+
+
+def sum_parts(first: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """As `cpu.sum_parts`."""
+    parts = [part.contiguous() for part in (first, *others)]
+    rows, *shape = first.shape
+    out = torch.empty((len(parts), *shape), dtype=first.dtype, device=first.device)
+    width = out[0].numel()
+    for start in range(0, len(parts), MOST):
+        some = parts[start : start + MOST]
+        grid = (triton.cdiv(width, SUM["BLOCK"]), len(some))
+        sum_parts_kernel[grid](*some, *some[:1] * (MOST - len(some)), out[start:], rows, width, **SUM)
+    return out
+
+
+def embed(token_ids: Tensor, position: Tensor | None, words: Tensor, positions: Tensor, types: Tensor) -> Tensor:
+    """As `cpu.embed`."""
+    token_ids, position = token_ids.contiguous(), None if position is None else position.contiguous()
+    words, positions, types = words.contiguous(), positions.contiguous(), types.contiguous()
+    n, c = token_ids.numel(), words.shape[1]
+    x = torch.empty((n, c), dtype=words.dtype, device=words.device)
+    if n:
+        grid = (triton.cdiv(n, EMBED["ROWS"]), triton.cdiv(c, EMBED["BLOCK_C"]))
+        embed_kernel[grid](
+            token_ids, position, words, positions, types, x, n, token_ids.shape[1], len(words), len(positions), c,
+            **EMBED,
+        )  # fmt: skip
+    return x
+
+
+def embed_backward(
+    grad: Tensor, token_ids: Tensor, position: Tensor | None, parts: Tensor, words: int, positions: int, types: int,
+    padding: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `cpu.embed_backward`."""
+    grad, parts, token_ids = grad.contiguous(), parts.contiguous(), token_ids.contiguous()
+    position = None if position is None else position.contiguous()
+    n, c = grad.shape
+    dwords = torch.zeros((words, c), dtype=grad.dtype, device=grad.device)
+    of_places = torch.empty((positions, c), dtype=grad.dtype, device=grad.device)
+    of_types = torch.empty((types, c), dtype=grad.dtype, device=grad.device)
+    embed_backward_kernel[(n + positions + types, triton.cdiv(c, EMBED_BACKWARD["BLOCK_C"]))](
+        grad, token_ids, position, parts, dwords, of_places, of_types, n, token_ids.shape[1], len(parts), words,
+        positions, c, padding, **EMBED_BACKWARD,
+    )  # fmt: skip
+    return dwords, of_places, of_types
 
 
 def _text_blocks(length: int, width: int) -> dict[str, int | bool]:
@@ -110,7 +167,7 @@ def attention(
 
 def attention_backward(
     grad: Tensor, qkv: Tensor, q_bias: Tensor, k_bias: Tensor, v_bias: Tensor, mask: Tensor, seed: Tensor | None,
-    p: float, heads: int, number: int, parameters: bool,
+    p: float, heads: int, number: int, parameters: bool, apart: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `cpu.attention_backward`."""
     qkv, grad, (mask, *strides) = qkv.contiguous(), grad.contiguous(), _mask_strides(mask)
@@ -123,7 +180,7 @@ def attention_backward(
             length, c, c // heads, (c // heads) ** -0.5, number,
             THRESHOLD=dropout.threshold(p), SCALE=1 / (1 - p), **_text_blocks(length, c // heads),
         )  # fmt: skip
-    return dqkv, sums.sum(0) if parameters else sums
+    return dqkv, _added_up(sums, parameters, apart)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -137,48 +194,20 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
-def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, parameters: bool) -> tuple[Tensor, Tensor]:
+def bias_gelu_backward(
+    grad: Tensor, x: Tensor, bias: Tensor, parameters: bool, apart: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `cpu.bias_gelu_backward`."""
     x, grad = x.contiguous(), grad.contiguous()
     n, c = x.shape
     dx = torch.empty((n, c), dtype=x.dtype, device=x.device)
-    programs = min(GELU_PROGRAMS, triton.cdiv(n, GELU["ROWS"]))
-    sums = torch.empty((programs, c) if parameters else (0,), dtype=bias.dtype, device=x.device)
+    programs = plan.gelu_programs(n)
+    sums = torch.empty((programs, 1, c) if parameters else (0,), dtype=bias.dtype, device=x.device)
     if n:
         grid = (programs, triton.cdiv(c, GELU["BLOCK_C"]))
         bias_gelu_backward_kernel[grid](grad, x, bias, dx, sums if parameters else None, n, c, **GELU)
-    return dx, sums.sum(0) if parameters else sums
-
-
-@triton.jit
-def _mixed(h):
-    """As `engine.kernels.dropout.reference.mixed`, on uint32."""
-    h = h ^ (h >> 16)
-    h = h * 0x7FEB352D
-    h = h ^ (h >> 15)
-    h = h * 0x846CA68B
-    return h ^ (h >> 16)
-
-
-@triton.jit
-def _drop_out(v, first, offset, seed, number, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):
-    """v * SCALE at the places `first + offset` that `dropout.keep` keeps, else 0; v itself if THRESHOLD is 0.
-
-    first is int64 and may be few numbers; offset is int32, less than a piece, so that two keys serve each of them.
-    """
-    if THRESHOLD == 0:
-        kept = v
-    else:  # not after an early return: what follows one is compiled all the same, and there may be no seed
-        drawn = tl.load(seed) + number
-        low, high = drawn.to(tl.uint32), (drawn >> 32).to(tl.uint32)
-        piece = (first >> PIECE_BITS).to(tl.uint32)
-        key = _mixed(low ^ _mixed(high ^ _mixed(piece)))
-        next_key = _mixed(low ^ _mixed(high ^ _mixed(piece + 1)))
-        place = (first & WITHIN).to(tl.int32) + offset
-        draw = (place & WITHIN).to(tl.uint32) + tl.where(place > WITHIN, next_key, key)
-        draw = _mixed(_mixed(draw) ^ high)
-        kept = tl.where(draw >= THRESHOLD, v * SCALE, 0.0)
-    return kept
+    sums = _added_up(sums, parameters, apart)
+    return dx, sums[0] if parameters and not apart else sums
 
 
 @triton.jit
@@ -189,7 +218,7 @@ def _normalised(
     total = tl.load(x + place, mask=live, other=0.0).to(tl.float32)
     if bias is not None:
         total += tl.load(bias + column, mask=column < c, other=0.0)[None, :]
-    total = _drop_out(total, first, column[None, :], seed, number, BEFORE, SCALE)
+    total = drop_out(total, first, column[None, :], seed, number, BEFORE, SCALE)
     if residual is not None:
         total += tl.load(residual + place, mask=live, other=0.0).to(tl.float32)
     inside = (column < c)[None, :]
@@ -213,7 +242,7 @@ def add_norm_kernel(
     w = tl.load(weight + column, mask=column < c, other=0.0)[None, :]
     b = tl.load(shift + column, mask=column < c, other=0.0)[None, :]
     result = normal * w + b
-    result = _drop_out(result, first, column[None, :], seed, number, AFTER, SCALE)
+    result = drop_out(result, first, column[None, :], seed, number, AFTER, SCALE)
     tl.store(y + place, result, mask=live)
     if small is not None:
         tl.store(small + place, result.to(small.dtype.element_ty), mask=live)
@@ -241,13 +270,13 @@ def add_norm_backward_kernel(
             g += tl.load(grad + place, mask=live, other=0.0).to(tl.float32)
         if grad_low is not None:
             g += tl.load(grad_low + place, mask=live, other=0.0).to(tl.float32)
-        g = _drop_out(g, first, column[None, :], seed, number, AFTER, SCALE)
+        g = drop_out(g, first, column[None, :], seed, number, AFTER, SCALE)
         along = g * w
         mean = (tl.sum(along, 1) / c)[:, None]
         inner = scale * (along - mean - normal * (tl.sum(along * normal, 1) / c)[:, None])
         if dresidual is not None:
             tl.store(dresidual + place, inner.to(dresidual.dtype.element_ty), mask=live)
-        outer = _drop_out(inner, first, column[None, :], seed, number, BEFORE, SCALE)
+        outer = drop_out(inner, first, column[None, :], seed, number, BEFORE, SCALE)
         tl.store(dx + place, outer.to(dx.dtype.element_ty), mask=live)
         if sums is not None:
             of_weight += tl.sum(g * normal, 0)
@@ -258,6 +287,106 @@ def add_norm_backward_kernel(
         tl.store(part, of_weight, mask=column < c)
         tl.store(part + c, of_shift, mask=column < c)
         tl.store(part + 2 * c, of_bias, mask=column < c)
+
+
+@triton.jit
+def sum_parts_kernel(
+    p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15, out, rows, width,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums over the rows of up to MOST tensors [rows, width]. Grid: (blocks of columns, tensors)."""
+    which = tl.program_id(1)
+    parts = p0
+    given = (p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15)
+    for i in tl.static_range(15):
+        if which == i + 1:
+            parts = given[i]
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        live = (row < rows)[:, None] & (column < width)[None, :]
+        total += tl.load(parts + row.to(tl.int64)[:, None] * width + column[None, :], mask=live, other=0.0)
+    tl.store(out + which.to(tl.int64) * width + column, tl.sum(total, 0), mask=column < width)
+
+
+@triton.jit
+def embed_kernel(
+    token_ids, position, words, positions, types, x, n, length, vocabulary, places, c,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A tile of word + (position + type 0); NaN where a token or a position has no row. Grid: (rows, columns)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live, inside = row < n, (column < c)[None, :]
+    token = tl.load(token_ids + row, mask=live, other=0)
+    if position is None:  # noqa: SIM108 - each side is compiled only where it is meant
+        place = (row % length).to(tl.int64)
+    else:
+        place = tl.load(position + row, mask=live, other=0)
+    known = live & (token >= 0) & (token < vocabulary) & (place >= 0) & (place < places)
+    there = known[:, None] & inside
+    missing = float("nan")
+    word = tl.load(words + token[:, None] * c + column[None, :], mask=there, other=missing).to(tl.float32)
+    at = tl.load(positions + place[:, None] * c + column[None, :], mask=there, other=missing).to(tl.float32)
+    kind = tl.load(types + column, mask=column < c, other=0.0).to(tl.float32)
+    to = x + row.to(tl.int64)[:, None] * c + column[None, :]
+    tl.store(to, word + (at + kind[None, :]), mask=live[:, None] & inside)
+
+
+@triton.jit
+def _sum_of_rows(grad, keys, key, first, n, length, c, column, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sum over the rows i >= first of grad with keys[i] == key, in their order. Without keys i % length is the key."""
+    total = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(first, n, ROWS):
+        i = start + tl.arange(0, ROWS)
+        if keys is None:
+            same = (i < n) & (i % length == key)
+        else:
+            same = (i < n) & (tl.load(keys + i, mask=i < n, other=0) == key)
+        if tl.max(same.to(tl.int32), 0) > 0:
+            place = i.to(tl.int64)[:, None] * c + column[None, :]
+            total += tl.sum(tl.load(grad + place, mask=same[:, None] & (column < c)[None, :], other=0.0), 0)
+    return total
+
+
+@triton.jit
+def embed_backward_kernel(
+    grad, token_ids, position, parts, of_words, of_places, of_types, n, length, programs, vocabulary, places, c,
+    padding, SCAN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the embeddings. Grid: (n + places + types, blocks of columns).
+
+    A program of the first n is a row: if it is the first of its token it adds up all rows of this token. The next are
+    positions, which add up their rows. The last are types: all rows are of the first, whose gradient is the sum over
+    parts [programs, 3, c] of the last of the three.
+    """
+    which = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < c
+    if which < n:
+        token = tl.load(token_ids + which)
+        earlier = tl.zeros([SCAN], tl.int32)
+        for start in range(0, which, SCAN):
+            i = start + tl.arange(0, SCAN)
+            earlier += ((i < which) & (tl.load(token_ids + i, mask=i < which, other=0) == token)).to(tl.int32)
+        known = (token >= 0) & (token < vocabulary) & (token != padding)
+        if known & (tl.max(earlier, 0) == 0):
+            total = _sum_of_rows(grad, token_ids, token, which, n, length, c, column, ROWS, BLOCK_C)
+            tl.store(of_words + token * c + column, total, mask=inside)
+    elif which < n + places:
+        place = which - n
+        total = _sum_of_rows(grad, position, place, 0, n, length, c, column, ROWS, BLOCK_C)
+        tl.store(of_places + place.to(tl.int64) * c + column, total, mask=inside)
+    else:
+        kind = which - n - places
+        tile = tl.zeros([ROWS, BLOCK_C], tl.float32)
+        if kind == 0:
+            for start in range(0, programs, ROWS):
+                row = start + tl.arange(0, ROWS)
+                part = parts + (row.to(tl.int64)[:, None] * 3 + 2) * c + column[None, :]
+                tile += tl.load(part, mask=(row < programs)[:, None] & inside[None, :], other=0.0)
+        tl.store(of_types + kind.to(tl.int64) * c + column, tl.sum(tile, 0), mask=inside)
 
 
 @triton.jit
@@ -283,7 +412,11 @@ def _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, 
     j = i[None, :]
     scores = _dot(q, tl.trans(k), UPCAST) * scale
     live = (i < length)[:, None] & (j < length)
-    scores += tl.load(mask + text * mask_text + i[:, None] * mask_row + j, mask=live, other=0.0).to(tl.float32)
+    if mask.dtype.element_ty.is_int():  # of tokens: one row for all queries
+        seen = tl.load(mask + text * mask_text + i, mask=i < length, other=0)
+        scores += tl.where(seen != 0, 0.0, NOT_SEEN)[None, :]
+    else:
+        scores += tl.load(mask + text * mask_text + i[:, None] * mask_row + j, mask=live, other=0.0).to(tl.float32)
     scores = tl.where(j < length, scores, float("-inf"))
     weights = tl.exp(scores - tl.max(scores, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
@@ -304,7 +437,7 @@ def attention_kernel(
     v = _rows(qkv, v_bias + head * d, first + 2 * c, 3 * c, i, e, length, d)
     weights = _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, UPCAST)
     start, offset = (text * tl.num_programs(0) + head) * length * length, i[:, None] * length + i[None, :]
-    weights = _drop_out(weights, start, offset, seed, number, THRESHOLD, SCALE)
+    weights = drop_out(weights, start, offset, seed, number, THRESHOLD, SCALE)
     result = _dot(weights.to(v.dtype), v, UPCAST)
     to = out + (text * length + i[:, None]) * c + head * d + e[None, :]
     tl.store(to, result.to(out.dtype.element_ty), mask=(i < length)[:, None] & (e < d)[None, :])
@@ -335,12 +468,12 @@ def attention_backward_kernel(
     g = tl.load(grad + (text * length + i[:, None]) * c + head * d + e[None, :], mask=live, other=0.0)
     weights = _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, UPCAST)
     start, offset = (text * tl.num_programs(0) + head) * length * length, i[:, None] * length + i[None, :]
-    kept = _drop_out(weights, start, offset, seed, number, THRESHOLD, SCALE)
+    kept = drop_out(weights, start, offset, seed, number, THRESHOLD, SCALE)
     sum_place = text * 3 * c + head * d
     dv = _dot(tl.trans(kept.to(g.dtype)), g, UPCAST)
     _store_rows(dqkv, sums, dv, first + 2 * c, 3 * c, sum_place + 2 * c, i, e, length, d)
     v = _rows(qkv, v_bias + head * d, first + 2 * c, 3 * c, i, e, length, d)
-    slopes = _drop_out(_dot(g, tl.trans(v), UPCAST), start, offset, seed, number, THRESHOLD, SCALE)
+    slopes = drop_out(_dot(g, tl.trans(v), UPCAST), start, offset, seed, number, THRESHOLD, SCALE)
     slopes = weights * (slopes - tl.sum(weights * slopes, 1)[:, None]) * scale
     slopes = tl.where((i < length)[:, None], slopes, 0.0).to(g.dtype)
     dq = _dot(slopes, k, UPCAST)
