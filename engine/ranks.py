@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.errors import ConfigError, EngineError
+from engine.kernels.ranks.agreement import OtherRankFailed
 from engine.kernels.ranks.collectives import gather_rows
 from engine.kernels.ranks.group import Ranks as Group
 from engine.sharded import is_sharded
@@ -33,13 +34,6 @@ TIMEOUT_S = 1800.0
 BUCKET = 1 << 25
 """Bytes of gradients that travel together."""
 _RUNS = itertools.count()
-
-
-class OtherRankFailed(EngineError):
-    """Another rank has ended, with its own error: `where` names the rank, and `found` is what it said."""
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.found}"
 
 
 class Ranks:
