@@ -23,6 +23,8 @@ HEAD = 3
 """Of these the first: a state, the operation, and how many numbers follow; of a failure, the bytes of its message."""
 READY, FAILED = 0, 1
 MESSAGE_BYTES = 4000
+ANOTHER = "another rank"
+"""Where an error was of a rank that cannot be named, because it has gone."""
 
 
 class OtherRankFailed(EngineError):
