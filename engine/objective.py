@@ -14,6 +14,7 @@ estimators. Stage 2, `model_loss`, moves the features.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ from engine.config import ObjectiveConfig
 from engine.constant import Constant
 from engine.errors import ConfigError, EstimatorError
 from engine.kernels.knn_product import Bank, EpochProducts, ProductRows, ProductSampler, draw_epoch
+from engine.kernels.ranks.agreement import checked
 from engine.kernels.ranks.group import find_ranks
 from engine.minimised import advice
 from engine.model.default import default_estimator
@@ -400,16 +402,12 @@ class Objective(nn.Module):
         return self._estimate(features, products).by_term
 
     def _estimate(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> TermEstimates:
-        self._check_features(features)
-        for term in self._conditional:
-            if products is None or str(term) not in products:
-                raise EstimatorError(
-                    f"objective term {term}", "no product rows", "rows from Objective.sample_products",
-                    "Pass products=.",
-                )  # fmt: skip
         ranks = None
         if self.gather != "off":
             ranks = find_ranks("objective", {"gather": True}.get(self.gather, self.gather), self.group)
+        with contextlib.nullcontext() if ranks is None else checked(ranks, *features.values()):
+            self._check_features(features)
+            self._check_products(products)
         return self.estimators(features, products, ranks)
 
     def _check_features(self, features: Mapping[str, Tensor]) -> None:
@@ -421,6 +419,14 @@ class Objective(nn.Module):
                     f"one among {sorted(features)}",
                     "Pass it with the others.",
                 )
+
+    def _check_products(self, products: Mapping[str, Rows] | None) -> None:
+        for term in self._conditional:
+            if products is None or str(term) not in products:
+                raise EstimatorError(
+                    f"objective term {term}", "no product rows", "rows from Objective.sample_products",
+                    "Pass products=.",
+                )  # fmt: skip
 
     def estimator_loss(
         self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None

@@ -12,19 +12,19 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine.errors import ConfigError, EngineError
+from engine.errors import EngineError
+from engine.kernels.ranks.agreement import ANOTHER, OtherRankFailed, message_of
 from engine.kernels.ranks.collectives import gather_rows
 from engine.kernels.ranks.group import Ranks as Group
+from engine.process_group import form, leave, rank_device
 from engine.sharded import is_sharded
 from engine.torchrun import torchrun_shard
 
@@ -33,13 +33,6 @@ TIMEOUT_S = 1800.0
 BUCKET = 1 << 25
 """Bytes of gradients that travel together."""
 _RUNS = itertools.count()
-
-
-class OtherRankFailed(EngineError):
-    """Another rank has ended, with its own error: `where` names the rank, and `found` is what it said."""
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.found}"
 
 
 class Ranks:
@@ -161,6 +154,18 @@ class Ranks:
                 _store().set(key, json.dumps(value))
             return json.loads(_store().get(key))
 
+    def mark(self, name: str) -> None:
+        """Set a mark that the other ranks see. It waits for none of them."""
+        if self.size > 1:
+            with contextlib.suppress(Exception):  # the store goes with the rank that holds it
+                _store().set(f"{self._run}/{name}", "1")
+
+    def marked(self, name: str) -> bool:
+        """Whether a rank has set a mark."""
+        with contextlib.suppress(Exception):
+            return self.size > 1 and _store().check([f"{self._run}/{name}"])
+        return False
+
     # -- weights -----------------------------------------------------------------------------------
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -270,19 +275,17 @@ class Ranks:
             yield
         except OtherRankFailed:
             raise
-        except Exception as cause:
+        except BaseException as cause:
             # A peer that has gone breaks a collective: what it said is the cause.
-            broken = isinstance(cause, RuntimeError) and not isinstance(cause, EngineError)
-            if broken:
+            lost = _lost(cause)
+            if lost or (isinstance(cause, RuntimeError) and not isinstance(cause, EngineError)):
                 self._raise_failure(cause, wait_s=2.0)
             with contextlib.suppress(Exception):
-                if _store().add(f"{self._run}/failures", 1) == 1:
-                    _store().set(f"{self._run}/failure", f"{self.rank} {' '.join(str(cause).split())}")
-            if broken and isinstance(cause, getattr(dist, "DistError", ())):
-                raise OtherRankFailed(
-                    f"rank {self.rank}", f"lost the connection to another rank ({' '.join(str(cause).split())[:200]})",
-                    "all ranks to go on", "See the messages of the other ranks.",
-                ) from cause  # fmt: skip
+                if not lost and _store().add(f"{self._run}/failures", 1) == 1:
+                    _store().set(f"{self._run}/failure", f"{self.rank} {message_of(cause)}")
+            if lost:
+                what = "it has ended without a message. See the log of what started the ranks"
+                raise OtherRankFailed(ANOTHER, what, "all ranks to go on", "") from cause
             raise
 
     def _raise_failure(self, cause: Exception | None, wait_s: float = 0.0) -> None:
@@ -315,6 +318,14 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
             group, size = [], 0
     if group:
         yield group
+
+
+def _lost(cause: BaseException) -> bool:
+    """Whether an exchange broke because a rank has gone. gloo says so by a RuntimeError alone."""
+    if isinstance(cause, getattr(dist, "DistError", ())):
+        return True
+    signs = "gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error", "NCCL communicator"
+    return isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in signs)
 
 
 def _store() -> Any:
@@ -354,64 +365,13 @@ def joined(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterator[Ranks
         yield Ranks(device=choose_device(device))
         return
     own = rank_device(device)
-    _form(rank, size, own, timeout_s)
-    atexit.register(_leave)
+    form(rank, size, own, timeout_s)
+    atexit.register(leave)
     try:
         yield Ranks(rank, size, own, timeout_s)
     except BaseException:
-        _leave()  # which breaks the exchange that others wait in
+        leave(failed=True)  # which breaks the exchange that others wait in
         raise
-
-
-def _leave() -> None:
-    with contextlib.suppress(Exception):
-        dist.destroy_process_group()
-
-
-def _form(rank: int, size: int, device: torch.device, timeout_s: float) -> None:
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    found = f"RANK={rank} of WORLD_SIZE={size}, and no process group"
-    do = "Start with torchrun, or unset RANK and WORLD_SIZE to train in one process."
-    if not dist.is_available():
-        raise ConfigError("environment", f"{found}: this PyTorch has no torch.distributed", "one that has it", do)
-    if missing:
-        raise ConfigError("environment", f"{found}: no {' and no '.join(missing)}", "torchrun's environment", do)
-    try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        limit = timedelta(seconds=timeout_s)
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=limit))
-        # On one machine torchrun keeps its store over restarts, and with it the addresses of processes that ended.
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
-            store = dist.PrefixStore(f"engine/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    except (RuntimeError, ValueError, OSError) as cause:
-        raise ConfigError(
-            "environment", f"{found}: {' '.join(str(cause).split())[:300]}", "all ranks to meet at MASTER_ADDR", do
-        ) from cause
-
-
-def rank_device(name: str) -> torch.device:
-    """The device of this rank: the CPU, or the GPU of its number on this machine.
-
-    Raises:
-        ConfigError: the setting names one device for all ranks, or the machine has fewer GPUs than ranks.
-    """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if name not in ("auto", "cuda"):
-        raise ConfigError(
-            "device", f"{name!r} for several ranks", "auto, cuda or cpu", "Let LOCAL_RANK choose each rank's GPU."
-        )
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    count = torch.cuda.device_count()
-    if local >= count:
-        raise ConfigError(
-            "device", f"LOCAL_RANK={local} and {count} GPUs", "a GPU for every rank of this machine",
-            f"Start at most {count} ranks on it, or set device=cpu.",
-        )  # fmt: skip
-    return torch.device("cuda", local)
 
 
 # -- random numbers ------------------------------------------------------------------

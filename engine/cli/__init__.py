@@ -52,7 +52,8 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         by = f" by {signal.Signals(number).name}" if isinstance(stop, Stopped) else ""
         with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
-            say(f"interrupted{by}{what_is_kept(arguments, rest)}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+                say(f"interrupted{by}{what_is_kept(arguments, rest)}", file=sys.stderr)
         return 128 + number
     except BrokenPipeError:
         # Whoever read our output has gone (`engine config | head`). Python would complain once more at exit.
@@ -61,13 +62,29 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
     except (EngineError, OSError, MemoryError, Warning) as cause:
         if arguments.debug:
             raise
-        if type(cause).__name__ == "OtherRankFailed" and os.environ.get("RANK", "0") != "0":
+        of_another = type(cause).__name__ == "OtherRankFailed" and getattr(cause, "where", "") != "another rank"
+        if of_another and os.environ.get("RANK", "0") != "0":
             return 2  # that rank and rank 0 have said it
+        if _said_by_another(cause):
+            return 2
         say(f"error: {as_engine_error(cause)}", file=sys.stderr)
         return 2
+    except Exception as cause:
+        if arguments.debug or not _said_by_another(cause):
+            raise
+        return 1
     finally:
         warnings.formatwarning = formatwarning
     return 0
+
+
+def _said_by_another(cause: Exception) -> bool:
+    """Whether another process that torchrun started has shown the same error, so that it is shown once."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ:
+        return False
+    from engine.process_group import said_by_another
+
+    return said_by_another(cause)
 
 
 def _has_work(command: str) -> bool:

@@ -139,6 +139,9 @@ class SigLIP(_Temperature):
         max_scale: As for `InfoNCE`.
         cosine: As for `infonce`.
         reduction: As for `siglip`.
+        gather: As for `infonce`: take the keys of all ranks.
+        group: As for `infonce`.
+        local_loss: As for `infonce`.
 
     Raises:
         EstimatorError: As for `InfoNCE`, or whatever `siglip` raises.
@@ -159,8 +162,12 @@ class SigLIP(_Temperature):
         max_scale: float | None = None,
         cosine: bool = True,
         reduction: str = "mean",
+        gather: bool | str = False,
+        group: Any = None,
+        local_loss: bool = False,
     ):
         super().__init__(temperature, learnable, max_scale)
+        self.over_ranks = {"gather": gather, "group": group, "local_loss": local_loss}
         check_number("SigLIP", "bias", bias)
         self.bias = nn.Parameter(torch.tensor(float(bias))) if learnable else float(bias)
         self.cosine, self.reduction = cosine, reduction
@@ -185,7 +192,7 @@ class SigLIP(_Temperature):
         return siglip(
             q, k, self.temperature, self.bias, cosine=self.cosine, negatives=negatives, positives=positives,
             labels=labels, key_labels=key_labels, mask=mask, row_ids=row_ids, key_ids=key_ids,
-            exclude_self=exclude_self, reduction=self.reduction,
+            exclude_self=exclude_self, reduction=self.reduction, **self.over_ranks,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -21,10 +21,11 @@ from engine.kernels.critics.op import entries, grouped_mlp
 from engine.kernels.gradients import update_buffer
 from engine.kernels.knn_product.op import ProductRows
 from engine.kernels.mi_bounds.op import mi_lower_bound
+from engine.kernels.ranks.agreement import agree, checked, true_on_all
 from engine.kernels.ranks.autograd import BoundSettings
 from engine.kernels.ranks.bounds import concat_bound
 from engine.kernels.ranks.collectives import gather_rows
-from engine.kernels.ranks.group import Ranks, agree, true_on_all
+from engine.kernels.ranks.group import Ranks
 from engine.model.cmi import CMIEstimator
 from engine.model.estimators import (
     Estimate,
@@ -51,16 +52,18 @@ Rows = Sequence[Tensor]
 def gather_features(features: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """Features [b, ...] of all ranks, rank 0's rows first, with gradients. b may be 0, and differ between ranks."""
     first = next(iter(features.values()))
-    rows = {f"rows of {name}": len(value) for name, value in features.items()}
-    same = {f"width of {name}": value.shape[1:].numel() for name, value in features.items()}
-    same |= {f"bytes of a number of {name}": value.element_size() for name, value in features.items()}
+    with checked(ranks, first):
+        rows = {f"rows of {name}": len(value) for name, value in features.items()}
+        same = {f"width of {name}": value.shape[1:].numel() for name, value in features.items()}
+        same |= {f"bytes of a number of {name}": value.element_size() for name, value in features.items()}
     counts = agree("features with gather", ranks, first.device, rows, same, empty=True)
     return {name: gather_rows(value, ranks, counts[f"rows of {name}"]) for name, value in features.items()}
 
 
 def gather_products(products: Mapping[str, Rows], ranks: Ranks) -> dict[str, ProductRows]:
     """Product rows of all ranks, rank 0's first."""
-    kept = {name: rows if isinstance(rows, ProductRows) else ProductRows(*rows, k=1) for name, rows in products.items()}
+    with checked(ranks):
+        kept = {n: rows if isinstance(rows, ProductRows) else ProductRows(*rows, k=1) for n, rows in products.items()}
     parts = {f"{name} {part}": getattr(rows, part) for name, rows in kept.items() for part in "xyz"}
     device = next(iter(parts.values())).device
     agree("product rows", ranks, device, {}, {f"{name} rows a query": rows.k for name, rows in kept.items()})
@@ -90,10 +93,13 @@ def mi_estimate(estimator: MIEstimator, x: Tensor, y: Tensor, ranks: Ranks) -> E
         layers = mlp_layers(e.critic.f, e.critic.activation)
     if e.group_key is None or (e.critic.kind == "concat" and layers is None):
         return joined(e, (x, y), ranks)
-    e._check_shapes(x, y)
-    x, y = own_type(where, e, x, y)
     average = e.log_ema if e.bound == "mine" and e.keeps_average else None
-    baseline = e.baseline(y) if e.bound in ("tuba", "interpolate") else None
+    with checked(ranks, x, y):
+        e._check_shapes(x, y)
+        x, y = own_type(where, e, x, y)
+        baseline = e.baseline(y) if e.bound in ("tuba", "interpolate") else None
+        if layers is None:
+            q, k = run_mlp(e.critic.h, y, e.critic.activation), run_mlp(e.critic.g, x, e.critic.activation)
     if layers is not None:
         settings = BoundSettings(e.bound, e.alpha, e.smile_tau, 1.0 if average is None else e.ema_rate)
         value, new_average = concat_bound(
@@ -102,7 +108,6 @@ def mi_estimate(estimator: MIEstimator, x: Tensor, y: Tensor, ranks: Ranks) -> E
         )  # fmt: skip
         seen = (value,)
     else:
-        q, k = run_mlp(e.critic.h, y, e.critic.activation), run_mlp(e.critic.g, x, e.critic.activation)
         value, new_average = _bound(e, q, k, baseline, average, ranks)
         seen = (value, q, k)
     if not all_finite(ranks, *seen):
@@ -153,10 +158,11 @@ def cmi_estimate(estimator: CMIEstimator, joint: Rows, product: Rows, ranks: Ran
     e, where = estimator, f"{estimator._where()} with gather"
     if type(e) is not CMIEstimator:
         return joined(e, (joint, product), ranks)
-    e._check_shapes("joint", joint)
-    e._check_shapes("product", product)
-    parts = own_type(where, e, *joint, *product)
-    joint, product = tuple(parts[:3]), tuple(parts[3:])
+    with checked(ranks, joint[0]):
+        e._check_shapes("joint", joint)
+        e._check_shapes("product", product)
+        parts = own_type(where, e, *joint, *product)
+        joint, product = tuple(parts[:3]), tuple(parts[3:])
     sizes = {"joint rows": len(joint[0]), "product rows": len(product[0])}
     counts = agree(where, ranks, joint[0].device, sizes, {}, empty=True)
     b, p = counts["joint rows"], counts["product rows"]
@@ -177,7 +183,8 @@ def cmi_group_estimates(
     group: CMIGroup, features: Mapping[str, Tensor], products: Mapping[str, Rows], ranks: Ranks
 ) -> Estimates:
     """`CMIGroup.forward` of the joint and the product rows of all ranks."""
-    logits = group.logits(features, products) if type(group.example) is CMIEstimator else None
+    with checked(ranks, features[group.sources[0]]):
+        logits = group.logits(features, products) if type(group.example) is CMIEstimator else None
     device = features[group.sources[0]].device
     estimates = None
     if true_on_all(ranks, logits is not None, device):

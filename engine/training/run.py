@@ -43,11 +43,12 @@ from engine.step.bank import FeatureBank
 from engine.step.position import Position
 from engine.stopping import Stopped, StopSignals
 from engine.task import find_task
-from engine.torchrun import restartable, restarted
+from engine.torchrun import JOB, restartable, restarted
 from engine.training import resuming
 from engine.training.applying import own_tokenizer
 from engine.training.left import write_left
 from engine.training.parts import assemble, choose_device
+from engine.training.rank_warnings import RankWarnings
 from engine.training.records import Record, record_of
 from engine.training.same_run import arithmetic, differing_splits
 from engine.training.saving import RunFiles
@@ -81,6 +82,7 @@ class TrainingRun:
     ):
         self.config, self.out = config.resolve(), out
         self.ranks = ranks or Ranks(device=choose_device(config.device))
+        self.warnings = RankWarnings(self.ranks)
         self.extra_callbacks = callbacks if self.ranks.writes else ()
         self.dataset, self.profile, self.profiler = dataset, profile and self.ranks.writes, None
         if self.config.threads is not None:
@@ -109,8 +111,8 @@ class TrainingRun:
             raise ConfigError(
                 "profile", "one epoch", "two or more: the first has no information terms", "Set epochs=2."
             )
-        with self.ranks.failing_together():
-            return self._write(resume) if self.ranks.writes else self._follow(resume)
+        with self.ranks.failing_together(), self.warnings.taken():
+            return self._write(resume) if self.ranks.writes else self._fit(resume)
 
     def _write(self, resume: bool) -> dict[str, Any]:
         """The run on the rank that writes its folder."""
@@ -127,15 +129,9 @@ class TrainingRun:
                     return self._fit(resume)
             except Exception:
                 if not resume and not (self.out / LAST).exists():  # there is no epoch to go on from: leave it free
-                    for name in (CONFIG, NORMALIZER, *TOKENIZER, HISTORY, CHECKSUMS):
+                    for name in (CONFIG, NORMALIZER, *TOKENIZER, HISTORY, CHECKSUMS, JOB):
                         (self.out / name).unlink(missing_ok=True)
                 raise
-
-    def _follow(self, resume: bool) -> dict[str, Any]:
-        """The run on any other rank, which writes nothing. Rank 0 gives the warnings."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return self._fit(resume)
 
     def _fit(self, resume: bool) -> dict[str, Any]:
         resume = self.ranks.tell(resume)
@@ -308,6 +304,7 @@ class TrainingRun:
         for split, result in self.results.items():
             record[split] = record_of(self.config, result) if split in parts.scored else {}
         self.ranks.check_weights(f"epoch {epoch}", parts.model, parts.objective)
+        self.warnings.show()
         if informed and self.ranks.writes:
             self._read_terms(record, trained.features)
         self._step_schedules(record)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from engine.errors import EngineError
-from engine.kernels import infonce, mi_lower_bound
+from engine.kernels import infonce, mi_lower_bound, siglip
 from engine.kernels.mi_bounds.reference import bound_value, update_log_ema
 from engine.kernels.ranks import streaming
 from engine.kernels.ranks.collectives import gather_rows, sum_over_ranks
@@ -362,14 +362,17 @@ def refused(rank, size):
         "gather": lambda: infonce(q, q, gather="circle"),
         "group": lambda: infonce(q, q, group=torch.distributed.group.WORLD),
         "local": lambda: infonce(q, q, local_loss=True),
-        "own negatives": lambda: infonce(q, q, negatives=q[:, None], gather=True),
+        "own negatives": lambda: infonce(q, q, negatives=q[:, None], in_batch=True, gather="ring"),
         "symmetric": lambda: infonce(q, q, negatives=q, symmetric=True, gather=True),
         "scores": lambda: mi_lower_bound(q @ q.T, gather=True),
         "ring of scores": lambda: mi_lower_bound(q @ q.T, gather="ring"),
         "positives": lambda: infonce(q, q, positives=torch.full((4,), 4), gather="ring"),
         "mask": lambda: infonce(q, q, mask=torch.zeros(4, 4, dtype=torch.bool), gather=True),
+        "mask of both": lambda: infonce(q, q, mask=torch.zeros(4, 8, dtype=torch.bool), symmetric=True, gather=True),
+        "mask on the ring": lambda: infonce(q, q, mask=torch.zeros(4, 8, dtype=torch.bool), gather="ring"),
         "labels on the ring": lambda: infonce(q, q, labels=torch.arange(4), gather="ring"),
-        "queue without the batch": lambda: infonce(q, q, negatives=q, in_batch=False, gather=True),
+        "nothing without the batch": lambda: infonce(q, q, in_batch=False, gather=True),
+        "sigmoid of labels on the ring": lambda: siglip(q, q, labels=torch.arange(4), gather="ring"),
         "baseline": lambda: mi_lower_bound(q, q, bound="tuba", log_baseline=q, gather=True),
     }
     texts = {}
@@ -386,8 +389,10 @@ def test_mistakes_are_one_line_on_every_rank(ranks):
     texts = ranks(2).run(refused)
     for name, text in texts[0].items():
         assert "found" in text and "expected" in text and "\n" not in text, (name, text)
-        assert texts[1][name] == text or name in ("pairs",), name
-    assert "width of q on ranks [3, 4]" in texts[0]["width"] and "rows of q on ranks [0, 1]" in texts[0]["rows"]
+        assert texts[1][name] == text or name in ("pairs", "rows"), name
+    assert "width of q on ranks [3, 4]" in texts[0]["width"]
+    assert texts[1]["rows"] == f"rank 0: {texts[0]['rows']}" and "embeddings [0, 5]" in texts[0]["rows"]
+    assert "columns of mask on ranks [4, 4]; expected 8: the keys of all ranks" in texts[0]["mask"]
     assert "[4, 4] rows on the ranks, and [3, 4]" in texts[0]["pairs"]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from engine.kernels.arguments import check_number, exact_type, looks_at, wants_g
 from engine.kernels.contrastive import autograd, plan, reference
 from engine.kernels.contrastive.losses import Options, Statistics, losses, with_more_negatives, without_keys
 from engine.kernels.contrastive.pairs import Pairs
-from engine.kernels.mi_bounds.embeddings import grouped, normalised, prepared, wrong_shapes
+from engine.kernels.mi_bounds.embeddings import check_temperature, grouped, normalised, prepared, wrong_shapes
 from engine.kernels.registry import backend_for, is_static
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -72,9 +72,7 @@ def extended_infonce(
     _check_combination(where, given, negatives, own, in_batch, symmetric)
     keys = _keys(where, q, k, negatives, own, in_batch, temperature)
     if symmetric and q.shape[-2] != k.shape[-2]:
-        what = f"{q.shape[-2]} rows, {k.shape[-2]} keys"
-        do = "Leave out what does not fit, or add the losses of both directions yourself."
-        raise EstimatorError("infonce(symmetric=True)", what, "as many keys as rows", do)
+        raise _unpaired(q, k)
     # without the keys of the batch no shared key is a positive
     pairs, own_mask = _pairs(where, keys, given, alone=in_batch and (own or negatives is None), listed=in_batch)
     pairs, keys = _in_range(where, pairs, keys)
@@ -84,6 +82,34 @@ def extended_infonce(
         other = _reduced_losses(where, turned, pairs.transposed(), None, options, reduction, q.dim() == 3)
         found = (found + other) / 2
     return found
+
+
+def check_arguments(
+    where: str, q: Tensor, k: Tensor, negatives: Tensor | None, temperature: float | Tensor, given: Given,
+    in_batch: bool | None = True, symmetric: bool = False, options: Options | None = None,
+) -> None:  # fmt: skip
+    """Raise what `infonce` or `siglip` would raise for these arguments, without computing anything.
+
+    The host reads values only where it may (`looks_at`).
+    """
+    own = negatives is not None and negatives.dim() == q.dim() + 1
+    in_batch = not own if in_batch is None else in_batch
+    _check_options(where, options or Options())
+    _check_combination(where, given, negatives, own, in_batch, symmetric)
+    empty = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (q, k, negatives)]
+    keys = _keys(where, *empty, own, in_batch, 1.0)
+    if symmetric and q.shape[-2] != k.shape[-2]:
+        raise _unpaired(q, k)
+    check_temperature(where, temperature, q.device)
+    pairs, _ = _pairs(where, keys, given, in_batch and (own or negatives is None), in_batch, q.device)
+    if pairs.positives is not None and looks_at(pairs.positives):
+        _in_range(where, pairs, keys)
+
+
+def _unpaired(q: Tensor, k: Tensor) -> EstimatorError:
+    what = f"{q.shape[-2]} rows, {k.shape[-2]} keys"
+    do = "Leave out what does not fit, or add the losses of both directions yourself."
+    return EstimatorError("infonce(symmetric=True)", what, "as many keys as rows", do)
 
 
 def siglip(
@@ -102,6 +128,9 @@ def siglip(
     key_ids: Tensor | None = None,
     exclude_self: bool = False,
     reduction: str = "mean",
+    gather: bool | str = False,
+    group: Any = None,
+    local_loss: bool = False,
 ) -> Tensor:
     """The sigmoid loss: mean over i of the sum over j of -log sigmoid(z_ij (q_i . k_j / temperature + bias)).
 
@@ -117,12 +146,15 @@ def siglip(
         cosine: As for `infonce`; and so are `negatives` [M', d], `positives`, `labels`, `key_labels`, `mask`,
             `row_ids`, `key_ids` and `exclude_self`. A row without a positive has its negatives' terms.
         reduction: "mean" over rows, "sum" or "none".
+        gather, group, local_loss: As for `infonce`: the loss of the joined batch of all ranks. "ring" refuses labels,
+            ids, masks and several positives.
 
     Returns:
         The loss in nats: 0-d, or [G] for groups; for "none" [B] or [G, B]. float32 (float64 for float64 inputs).
 
     Raises:
         EstimatorError: Shapes, types, devices, indices or options that do not fit, or no rows.
+        ConfigError: As for `infonce`.
 
     Source:
         Zhai et al., Sigmoid Loss for Language Image Pre-Training, ICCV 2023.
@@ -133,6 +165,18 @@ def siglip(
         0.0269
     """
     where = "siglip"
+    if gather is not False or group is not None or local_loss:
+        from engine.kernels.ranks.group import ranks_of_loss
+        from engine.kernels.ranks.siglip import siglip_over_ranks
+
+        ranks = ranks_of_loss(where, gather, group, local_loss)
+        if ranks is not None:
+            options = {
+                "temperature": temperature, "bias": bias, "cosine": cosine, "negatives": negatives,
+                "positives": positives, "labels": labels, "key_labels": key_labels, "mask": mask, "row_ids": row_ids,
+                "key_ids": key_ids, "exclude_self": exclude_self, "reduction": reduction,
+            }  # fmt: skip
+            return siglip_over_ranks(q, k, ranks, local_loss, options)
     check_reduction(where, reduction)
     exact_type(where, q, k, negatives)
     check_positives_type(where, positives)
@@ -146,7 +190,8 @@ def siglip(
     pairs, _ = _pairs(where, keys, given, alone=negatives is None, listed=True)
     pairs, keys = _in_range(where, pairs, keys)
     with torch.autocast(keys.q.device.type, enabled=False):
-        return _reduced_sigmoid(keys, pairs, _bias(where, bias, keys.scale), reduction, q.dim() == 3)
+        bias = check_bias(where, bias, keys.scale.device).to(keys.scale.dtype)
+        return _reduced_sigmoid(keys, pairs, bias, reduction, q.dim() == 3)
 
 
 def _reduced_sigmoid(keys: Keys, pairs: Pairs, bias: Tensor, reduction: str, groups: bool) -> Tensor:
@@ -288,17 +333,20 @@ def _keys(
     return Keys(q, shared, None if in_batch else k, own_negatives, scale)
 
 
-def _pairs(where: str, keys: Keys, given: Given, alone: bool, listed: bool) -> tuple[Pairs, Tensor | None]:
+def _pairs(
+    where: str, keys: Keys, given: Given, alone: bool, listed: bool, device: torch.device | None = None
+) -> tuple[Pairs, Tensor | None]:
     """The roles of the shared keys, and the mask of the rows' own negatives.
 
     Args:
         alone: whether k is all that is shared, so that what is given for rows may stand for keys.
         listed: whether a shared key may be a positive.
+        device: of what is given; None: that of the keys.
     """
     rows = keys.q.shape[1]
     count = 0 if keys.shared is None else keys.shared.shape[1]
     own = 0 if keys.own_negatives is None else keys.own_negatives.shape[2]
-    device, as_rows = keys.q.device, alone and count == rows
+    device, as_rows = device or keys.q.device, alone and count == rows
 
     def integers(name: str, tensor: Tensor | None, shape: tuple[int, ...], stands_in: Tensor | None) -> Tensor | None:
         if tensor is None and stands_in is not None and not as_rows:
@@ -366,17 +414,21 @@ def _in_range(where: str, pairs: Pairs, keys: Keys) -> tuple[Pairs, Keys]:
     return pairs._replace(positives=listed), keys
 
 
-def _bias(where: str, bias: float | Tensor, scale: Tensor) -> Tensor:
-    """The bias, 0-d, where the scale is and in its type."""
+def check_bias(where: str, bias: float | Tensor, device: torch.device) -> Tensor:
+    """The bias on a device, 0-d; a number in fp64.
+
+    Raises:
+        EstimatorError: it is not one finite number.
+    """
     if not isinstance(bias, Tensor):
         if not isinstance(bias, Real) or isinstance(bias, bool) or not math.isfinite(bias):
             raise EstimatorError(where, f"bias {bias!r}", "one finite number", "Give one such as -10.")
-        return torch.full((), float(bias), dtype=scale.dtype, device=scale.device)
-    near = bias.device.type == "cpu" or bias.device == scale.device
+        return torch.full((), float(bias), dtype=torch.float64, device=device)
+    near = bias.device.type == "cpu" or bias.device == device
     if bias.numel() != 1 or not bias.dtype.is_floating_point or not near:
         what = f"bias {bias.dtype} {list(bias.shape)} on {bias.device}"
-        raise EstimatorError(where, what, f"one number, on the CPU or on {scale.device}", "Give one such as -10.")
-    return bias.reshape(()).to(device=scale.device, dtype=scale.dtype)
+        raise EstimatorError(where, what, f"one number, on the CPU or on {device}", "Give one such as -10.")
+    return bias.reshape(()).to(device=device)
 
 
 def _tell_of_missing(where: str, count: Tensor, rows: int, reduction: str) -> None:

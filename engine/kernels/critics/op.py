@@ -12,6 +12,7 @@ activation plain torch runs.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from engine.kernels.critics.reference import Layers
 from engine.kernels.gradients import differentiable_once
 from engine.kernels.mi_bounds.op import infonce, mi_lower_bound
 from engine.kernels.mi_bounds.reference import infonce_of_scores
+from engine.kernels.ranks.agreement import checked
 from engine.kernels.ranks.autograd import BoundSettings
 from engine.kernels.ranks.bounds import concat_bound
 from engine.kernels.ranks.group import find_ranks
@@ -115,15 +117,17 @@ def grouped_infonce(
         >>> grouped_infonce([x, y], first, [last], rows=[1], columns=[0]).abs() < 1e-5  # equal scores tell nothing
         tensor([True])
     """
-    inputs, first, rest = _exact_towers("grouped_infonce", inputs, first, rest, activation)
-    _check_rows("grouped_infonce", inputs[0])
-    count = sum(len(w) for w, _ in first)
-    if len(rows) != len(columns) or sorted((*rows, *columns)) != list(range(count)):
-        raise EstimatorError(
-            "grouped_infonce", f"rows {list(rows)} and columns {list(columns)} of {count} MLPs", "every MLP once",
-            "Name for every critic the MLP of y in `rows` and that of x in `columns`.",
-        )  # fmt: skip
-    if find_ranks("grouped_infonce", gather, group) is not None:
+    ranks = find_ranks("grouped_infonce", gather, group)
+    with contextlib.nullcontext() if ranks is None else checked(ranks, *inputs):
+        inputs, first, rest = _exact_towers("grouped_infonce", inputs, first, rest, activation)
+        _check_rows("grouped_infonce", inputs[0])
+        count = sum(len(w) for w, _ in first)
+        if len(rows) != len(columns) or sorted((*rows, *columns)) != list(range(count)):
+            raise EstimatorError(
+                "grouped_infonce", f"rows {list(rows)} and columns {list(columns)} of {count} MLPs", "every MLP once",
+                "Name for every critic the MLP of y in `rows` and that of x in `columns`.",
+            )  # fmt: skip
+    if ranks is not None:
         embedded = grouped_mlp(inputs, first, rest, activation)
         q, k = entries(embedded, rows), entries(embedded, columns)
         return mi_lower_bound(q, k, gather=gather, group=group)
@@ -241,8 +245,10 @@ def concat_infonce(
         >>> concat_infonce(x, y, layers).abs() < 1e-5  # equal scores tell nothing
         tensor(True)
     """
-    x, y, layers = _exact_pairs("concat_infonce", x, y, layers, activation)
-    if (ranks := find_ranks("concat_infonce", gather, group)) is not None:
+    ranks = find_ranks("concat_infonce", gather, group)
+    with contextlib.nullcontext() if ranks is None else checked(ranks, x):
+        x, y, layers = _exact_pairs("concat_infonce", x, y, layers, activation)
+    if ranks is not None:
         return concat_bound(x, y, layers, activation, ranks, BoundSettings("infonce"), transpose=transpose)[0]
     _check_rows("concat_infonce", x)
     if len(x) != len(y):

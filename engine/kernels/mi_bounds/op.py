@@ -93,10 +93,12 @@ def infonce(
             error; on a GPU it is NaN.
         gather: Of several processes, take the keys of all ranks: True gathers them, "ring" passes them around and never
             holds all. The loss is that of one process on the joined batch, rank 0's rows first, and gradients that are
-            averaged over ranks (DDP) are its gradients. `negatives` are the same on every rank. `positives` stay
-            numbers in this rank's [k; negatives], and so do the columns of `key_labels` and `key_ids`. "none" gives the
-            losses of this rank's rows. `mask`, `in_batch` and a row's own negatives are refused; "ring" refuses labels,
-            ids, several positives, `decoupled`, `hardness` and `label_smoothing`, too.
+            averaged over ranks (DDP) are its gradients. `negatives` that rows share are the same on every rank; a row's
+            own stay with it. `positives` stay numbers in this rank's [k; negatives], and so do the columns of
+            `key_labels` and `key_ids`. `mask` has this rank's rows and the columns of all ranks. With `in_batch=False`
+            no keys are gathered. "none" gives the losses of this rank's rows. "ring" takes no labels, ids, mask,
+            several positives, `decoupled`, `hardness` and `label_smoothing`, unless `in_batch=False`. A mistake of one
+            rank is raised on all, in the others as an error that names the rank.
         group: The process group of `gather`; None for the default one.
         local_loss: With `gather`, the mean or sum over this rank's rows, against the keys of all ranks.
 
@@ -122,9 +124,6 @@ def infonce(
         >>> round(float(infonce(q, q, labels=torch.tensor([0, 0, 1, 1]), exclude_self=True)), 4)  # log 3
         1.0986
     """
-    check_reduction("infonce", reduction)
-    exact_type("infonce", q, k, negatives)
-    check_positives_type("infonce", positives)
     if gather is not False or group is not None or local_loss:
         given = {
             "temperature": temperature, "cosine": cosine, "symmetric": symmetric, "negatives": negatives,
@@ -135,6 +134,9 @@ def infonce(
         over_ranks = _infonce_over_ranks(q, k, gather, group, local_loss, given)
         if over_ranks is not None:
             return over_ranks
+    check_reduction("infonce", reduction)
+    exact_type("infonce", q, k, negatives)
+    check_positives_type("infonce", positives)
     if cosine:
         q, k, negatives = (None if x is None else normalised(x) for x in (q, k, negatives))
     given = Given(positives, labels, key_labels, mask, row_ids, key_ids, exclude_self)
@@ -165,12 +167,10 @@ def _infonce_over_ranks(
     q: Tensor, k: Tensor, gather: bool | str, group: Any, local_loss: bool, options: dict[str, Any]
 ) -> Tensor | None:
     """`infonce` of the joined batch; None if this process is alone."""
-    from engine.kernels.ranks.group import find_ranks
+    from engine.kernels.ranks.group import ranks_of_loss
     from engine.kernels.ranks.infonce import infonce_over_ranks
 
-    if local_loss and gather is False:
-        raise EstimatorError("infonce(local_loss=True)", "gather=False", "gather=True or 'ring'", "Set gather.")
-    ranks = find_ranks("infonce", gather, group)
+    ranks = ranks_of_loss("infonce", gather, group, local_loss)
     return None if ranks is None else infonce_over_ranks(q, k, ranks, local_loss, options)
 
 
@@ -313,16 +313,12 @@ def mi_lower_bound(
         >>> round(float(mi_lower_bound(scores, bound="dv")), 4)
         5.0
     """
-    where = f"bound {bound}"
-    if bound not in BOUNDS:
-        raise EstimatorError(where, "an unknown bound", f"one of {', '.join(BOUNDS)}", "Choose one of these.")
-    exact_type(where, scores_or_q, k, log_baseline, log_ema)
-    check_settings(where, alpha, smile_tau, ema_rate)
-    settings = (bound, float(alpha), float(smile_tau), 1.0 if log_ema is None else float(ema_rate))
+    where, settings = f"bound {bound}", (bound, alpha, smile_tau, 1.0 if log_ema is None else ema_rate)
     if gather is not False or group is not None:
         over_ranks = _bound_over_ranks(scores_or_q, k, gather, group, settings, temperature, log_baseline, log_ema)
         if over_ranks is not None:
             return over_ranks[0] if log_ema is None else over_ranks
+    settings = check_bound(where, settings, scores_or_q, k, log_baseline, log_ema)
     q = scale = None
     if k is None:
         first = scores = _square(where, scores_or_q)
@@ -347,19 +343,29 @@ def mi_lower_bound(
     return value if log_ema is None else (value, ema.detach())
 
 
+def check_bound(where: str, settings: _Settings, *tensors: Tensor | None) -> _Settings:
+    """The settings as floats. Refuses an unknown bound, numbers out of range, and tensors of other types."""
+    bound, *numbers = settings
+    if bound not in BOUNDS:
+        raise EstimatorError(where, "an unknown bound", f"one of {', '.join(BOUNDS)}", "Choose one of these.")
+    exact_type(where, *tensors)
+    check_settings(where, *numbers)
+    alpha, smile_tau, ema_rate = (float(number) for number in numbers)
+    return bound, alpha, smile_tau, ema_rate
+
+
 def _bound_over_ranks(
     scores_or_q: Tensor, k: Tensor | None, gather: bool | str, group: Any, settings: _Settings,
     temperature: float | Tensor, log_baseline: Tensor | None, log_ema: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """The bound of the joined batch and MINE's average; None if this process is alone."""
-    from engine.kernels.ranks.autograd import BoundSettings
     from engine.kernels.ranks.bounds import bound_over_ranks
     from engine.kernels.ranks.group import find_ranks
 
     ranks = find_ranks("mi_lower_bound", gather, group)
     if ranks is None:
         return None
-    return bound_over_ranks(scores_or_q, k, ranks, BoundSettings(*settings), temperature, log_baseline, log_ema)
+    return bound_over_ranks(scores_or_q, k, ranks, settings, temperature, log_baseline, log_ema)
 
 
 def _square(where: str, scores: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 from engine.kernels.gradients import differentiable_once
 from engine.kernels.mi_bounds.statistics import SIGMOID_GRADIENT, finish, interpolated
@@ -58,7 +58,32 @@ class RowLosses(torch.autograd.Function):
 
         def coefficients(scores: Tensor, block: Block) -> Tensor:
             others = block.only_others(grad[..., None] * (scores - whole).exp(), 0)
-            return _with_positives(others, block, -grad * share)
+            return _with_positives(others, block, (-grad * share)[..., None])
+
+        return _gradients(ctx, (rows, columns, more, parameters), grad, coefficients)
+
+
+class SigmoidRowLosses(torch.autograd.Function):
+    """The sigmoid losses of this rank's rows, [G, b]. Arguments: as for `RowLosses`."""
+
+    @staticmethod
+    def forward(ctx, scoring, like, rows, columns, more, *parameters):
+        losses = torch.zeros_like(like)
+        for scores, block in _scored(scoring, like, rows, columns, more, parameters):
+            terms = _with_positives(block.only_others(softplus(scores), 0), block, softplus(-scores))
+            losses = losses + terms.sum(-1)
+        ctx.scoring = scoring
+        ctx.save_for_backward(rows, columns, more, *parameters)
+        return losses
+
+    @staticmethod
+    @differentiable_once("siglip", REMEDY)
+    def backward(ctx, grad):
+        rows, columns, more, *parameters = ctx.saved_tensors
+
+        def coefficients(scores: Tensor, block: Block) -> Tensor:
+            others = block.only_others(torch.sigmoid(scores), 0)
+            return grad[..., None] * _with_positives(others, block, -torch.sigmoid(-scores))
 
         return _gradients(ctx, (rows, columns, more, parameters), grad, coefficients)
 
@@ -109,7 +134,7 @@ class BoundOverRanks(torch.autograd.Function):
                 others = -(factor * (-constant).exp()[:, None, None]) * torch.sigmoid(scores)
             else:
                 others = -factor * (scores - shift[..., None]).exp()
-            return _with_positives(block.only_others(others, 0), block, grad[:, None] * diagonal)
+            return _with_positives(block.only_others(others, 0), block, (grad[:, None] * diagonal)[..., None])
 
         gradients = _gradients(ctx, (rows, columns, more, parameters), grad, coefficients, before=3)
         da = grad[:, None] * grad_a if ctx.has_baseline and grad_a is not None else None
@@ -117,7 +142,8 @@ class BoundOverRanks(torch.autograd.Function):
 
 
 def _with_positives(others: Tensor, block: Block, of_positives: Tensor) -> Tensor:
-    return others if block.positive is None else torch.where(block.positive, of_positives[..., None], others)
+    """`others` [G, b, c] with what stands for positives, [G, b, c], in their places."""
+    return others if block.positive is None else torch.where(block.positive, of_positives, others)
 
 
 def _scored(

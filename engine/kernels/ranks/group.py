@@ -1,15 +1,13 @@
-"""Which ranks take part in an operation, and what they must agree on before it."""
+"""Which ranks take part in an operation."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from engine.errors import ConfigError, EstimatorError
 from engine.kernels.gradients import transformed
@@ -81,58 +79,13 @@ def _world_size() -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def agree(
-    where: str,
-    ranks: Ranks,
-    device: torch.device,
-    rows: Mapping[str, int],
-    same: Mapping[str, int],
-    empty: bool = False,
-) -> dict[str, list[int]]:
-    """Exchange numbers, one collective. All ranks raise the same error, so that none waits for another.
-
-    Args:
-        where: the operation, for errors.
-        ranks: the ranks.
-        device: where the tensors of the operation are.
-        rows: numbers that may differ between ranks, by name.
-        same: numbers that may not.
-        empty: whether `rows` may be 0.
-
-    Returns:
-        The `rows` of all ranks, rank 0 first, by name.
+def ranks_of_loss(where: str, gather: bool | str, group: Any, local_loss: bool) -> Ranks | None:
+    """`find_ranks` of a loss that knows `local_loss`.
 
     Raises:
-        EstimatorError: a rank without rows, or ranks that differ.
-        ConfigError: a CUDA graph is being captured.
+        EstimatorError: `local_loss` without `gather`.
+        ConfigError: as for `find_ranks`.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise ConfigError(
-            where, "a CUDA graph being captured", "a plain call: the host reads the ranks' numbers of rows",
-            "Set train.graphs=off, or gather=False.",
-        )  # fmt: skip
-    own = torch.tensor([*rows.values(), *same.values()], device=device)
-    gathered = [torch.empty_like(own) for _ in range(ranks.size)]
-    dist.all_gather(gathered, own, group=ranks.group)
-    table = torch.stack(gathered).tolist()
-    for place, name in enumerate((*rows, *same)):
-        values = [row[place] for row in table]
-        if name in rows and 0 in values and not empty:
-            raise EstimatorError(
-                where, f"{name} on ranks {values}", "at least 1 on every rank", "Leave out what is left over."
-            )
-        if name in same and len(set(values)) > 1:
-            raise EstimatorError(where, f"{name} on ranks {values}", "the same on all ranks", "Check the ranks.")
-    return {name: [row[place] for row in table] for place, name in enumerate(rows)}
-
-
-def true_on_all(ranks: Ranks, value: bool, device: torch.device) -> bool:
-    """Whether `value` is true on every rank; the same answer on all."""
-    own = torch.tensor(int(value), device=device)
-    dist.all_reduce(own, dist.ReduceOp.MIN, group=ranks.group)
-    return bool(own.item())
-
-
-def like(tensor: Tensor | None) -> int:
-    """Whether a tensor requires a gradient, as a number for `agree`."""
-    return int(tensor is not None and tensor.requires_grad and torch.is_grad_enabled())
+    if local_loss and gather is False:
+        raise EstimatorError(f"{where}(local_loss=True)", "gather=False", "gather=True or 'ring'", "Set gather.")
+    return find_ranks(where, gather, group)

@@ -10,20 +10,22 @@ from torch import Tensor
 
 from engine.errors import EstimatorError
 from engine.kernels.arguments import looks_at
-from engine.kernels.mi_bounds.embeddings import grouped, normalised, positives_in_range, prepared, wrong_shapes
+from engine.kernels.mi_bounds.embeddings import grouped, normalised, positives_in_range, prepared
 from engine.kernels.mi_bounds.reference import embedding_scores
+from engine.kernels.ranks.agreement import checked
 from engine.kernels.ranks.autograd import RowLosses
 from engine.kernels.ranks.collectives import own_first, sum_over_ranks
-from engine.kernels.ranks.group import Ranks, agree, like
+from engine.kernels.ranks.columns import Columns, agree_on, check_own
+from engine.kernels.ranks.group import Ranks
 from engine.kernels.ranks.streaming import Scoring
 
-RING_OPTIONS = ("temperature", "cosine", "symmetric", "negatives", "positives", "exclude_self", "reduction")
+RING_OPTIONS = ("temperature", "cosine", "symmetric", "negatives", "positives", "exclude_self", "in_batch", "reduction")
 """The options of `engine.kernels.infonce` that work with keys that travel."""
 
 OPTIONS = (
-    *RING_OPTIONS, "labels", "key_labels", "row_ids", "key_ids", "decoupled", "hardness", "label_smoothing"
+    *RING_OPTIONS, "labels", "key_labels", "mask", "row_ids", "key_ids", "decoupled", "hardness", "label_smoothing"
 )  # fmt: skip
-"""Those that work with gathered keys."""
+"""Those that work with gathered keys, or without keys of the batch."""
 
 
 def infonce_over_ranks(q: Tensor, k: Tensor, ranks: Ranks, local_loss: bool, options: Mapping[str, Any]) -> Tensor:
@@ -33,42 +35,43 @@ def infonce_over_ranks(q: Tensor, k: Tensor, ranks: Ranks, local_loss: bool, opt
         q, k: of this rank; see `infonce`.
         ranks: from `find_ranks`.
         local_loss: the loss of this rank's rows against all keys, instead of that of all rows.
-        options: the options of `infonce` by name. `negatives` are the same on every rank. `positives` are numbers in
-            [this rank's k; negatives].
+        options: the options of `infonce` by name. `negatives` that rows share are the same on every rank. `positives`
+            are numbers in [this rank's k; negatives].
 
     Raises:
         EstimatorError: options that do not work over ranks, or whatever `infonce` raises.
+        OtherRankFailed: another rank has raised it.
     """
-    known = RING_OPTIONS if ranks.ring else OPTIONS
-    given = {name: options.get(name) for name in known}
-    if q.dim() not in (2, 3) or k.dim() != q.dim():
-        raise wrong_shapes("infonce", q, k, "[B, d] and [M, d], or [G, B, d] and [G, M, d]")
-    if options.get("in_batch") is False:
-        raise EstimatorError(
-            "infonce with gather", "in_batch=False", "the keys of the batch as negatives: they are what is gathered",
-            "Set gather=False: DDP averages the ranks' losses.",
-        )  # fmt: skip
-    _check_options(q, given, [n for n, v in options.items() if n not in known and _is_given(v)], known)
-    shapes = {"rows of q": q.shape[-2], "rows of k": k.shape[-2]}
-    same = {
-        "width of q": q.shape[-1], "width of k": k.shape[-1], "groups": len(q) if q.dim() == 3 else 1,
-        "bytes of a number of k": k.element_size(), "gradients of q": like(q), "gradients of k": like(k),
-        "further negatives": 0 if given["negatives"] is None else given["negatives"].shape[-2],
-    }  # fmt: skip
-    same |= {f"presence of {name}": int(_is_given(options.get(name))) for name in ("positives", "labels", "row_ids")}
-    counts = agree("infonce with gather", ranks, q.device, shapes, same)
-    rows, keys = counts["rows of q"], counts["rows of k"]
-    short = (
-        given["positives"] is None
-        and given.get("labels") is None
-        and any(n > m for n, m in zip(rows, keys, strict=True))
-    )
-    if short or (given["symmetric"] and rows != keys):
-        expected = "as many keys as rows" if given["symmetric"] else "a positive for every row"
-        raise EstimatorError("infonce with gather", f"{rows} rows, {keys} keys on the ranks", expected, "Give pairs.")
-    losses = _over_ring if ranks.ring else _gathered
-    reduction = given.pop("reduction")
-    result, taking_part = losses(q, k, ranks, rows, keys, **given, reduction="none" if reduction == "none" else "sum")
+    with checked(ranks, q, k):
+        negatives, in_batch = options["negatives"], options["in_batch"]
+        own = isinstance(negatives, Tensor) and isinstance(q, Tensor) and negatives.dim() == q.dim() + 1
+        in_batch = not own if in_batch is None else in_batch
+        _check(q, k, ranks, options, own, in_batch)
+    sizes = agree_on("infonce", q, k, ranks, options, local_loss, in_batch)
+    given = dict(options) | {"reduction": "none" if options["reduction"] == "none" else "sum"}
+    if not in_batch:
+        from engine.kernels.mi_bounds.op import infonce
+
+        result, taking_part = infonce(q, k, **given), q.shape[-2]
+    elif ranks.ring:
+        result, taking_part = _over_ring(q, k, ranks, sizes.rows, sizes.keys, given), q.shape[-2]
+    else:
+        result, taking_part = _gathered(q, k, ranks, sizes.rows, sizes.keys, own, given)
+    return over_all(result, taking_part, ranks, sizes.rows, options["reduction"], local_loss)
+
+
+def over_all(
+    result: Tensor, taking_part: int | Tensor, ranks: Ranks, rows: list[int], reduction: str, local_loss: bool
+) -> Tensor:
+    """The loss of all ranks' rows from this rank's: losses of rows for "none", else their sum.
+
+    Args:
+        result: losses [b] or [G, b] for "none", else their sums.
+        taking_part: how many of this rank's rows have a positive.
+        ranks: the ranks.
+        rows: how many rows every rank has.
+        reduction, local_loss: as for `infonce`.
+    """
     if reduction == "none":
         return result
     if not local_loss:
@@ -84,73 +87,47 @@ def infonce_over_ranks(q: Tensor, k: Tensor, ranks: Ranks, local_loss: bool, opt
     return result / taking_part
 
 
-def _is_given(value: Any) -> bool:
-    """Whether an option has another value than its default of None, False or 0."""
-    return value is not None and (isinstance(value, Tensor) or value not in (False, 0))
-
-
-def _check_options(q: Tensor, given: Mapping[str, Any], others: Sequence[str], known: Sequence[str]) -> None:
+def _check(q: Tensor, k: Tensor, ranks: Ranks, options: Mapping[str, Any], own: bool, in_batch: bool) -> None:
     where = "infonce with gather"
-    if others:
-        raise EstimatorError(where, f"option {others[0]}", f"none but {', '.join(known)}", "Set gather=False for it.")
-    negatives = given["negatives"]
-    if negatives is not None and negatives.dim() == q.dim() + 1:
+    check_own("infonce", q, k, options, RING_OPTIONS if ranks.ring and in_batch else OPTIONS, in_batch)
+    if ranks.ring and in_batch and own:
         raise EstimatorError(
-            where, "negatives of each row's own", "negatives of other ranks, which rows with their own do not have",
-            "Set gather=False: DDP averages the ranks' losses.",
+            where, "negatives of each row's own and keys of the batch that travel", "one of them",
+            "Set gather=True, or in_batch=False.",
         )  # fmt: skip
-    if given["exclude_self"] and given["positives"] is None and given.get("labels") is None:
-        raise EstimatorError(where, "exclude_self without positives", "a positive for every row", "Give `positives`.")
-    more = ("negatives", "positives", "exclude_self", "key_labels", "key_ids")
-    extra = [name for name in more if _is_given(given.get(name))]
-    if given["symmetric"] and extra:
+    if ranks.ring and in_batch and options["positives"] is not None and options["positives"].dim() == 2:
+        what = "several positives of each row with keys that travel"
+        raise EstimatorError(where, what, "int64 [B]", "Set gather=True.")
+    for name in ("key_labels", "key_ids"):
+        if options["symmetric"] and options[name] is not None:
+            raise EstimatorError(f"{where}, symmetric=True", name, "rows and keys of the same samples", "Leave it out.")
+    few = [options["positives"] is not None and options["positives"].dim() == 2]
+    few += [options[name] is not None for name in ("labels", "row_ids", "mask")]
+    if options["decoupled"] and any(few):
         raise EstimatorError(
-            f"{where}, symmetric=True", extra[0], "as many keys as rows and nothing else", "Leave it out."
-        )
-    several = given["positives"] is not None and given["positives"].dim() == 2
-    if given.get("decoupled") and (several or given.get("labels") is not None or given.get("row_ids") is not None):
-        raise EstimatorError(
-            f"{where}, decoupled=True", "labels, ids or several positives", "negatives for every row", "Leave one out."
-        )
+            f"{where}, decoupled=True", "labels, ids, a mask or several positives", "negatives for every row",
+            "Leave one out.",
+        )  # fmt: skip
 
 
 def _gathered(
-    q: Tensor, k: Tensor, ranks: Ranks, rows: list[int], keys: list[int], *, symmetric: bool,
-    negatives: Tensor | None, positives: Tensor | None, exclude_self: bool, labels: Tensor | None,
-    key_labels: Tensor | None, row_ids: Tensor | None, key_ids: Tensor | None, **options: Any,
-) -> tuple[Tensor, int | Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, ranks: Ranks, rows: list[int], keys: list[int], own: bool, options: dict[str, Any]
+) -> tuple[Tensor, int | Tensor]:
     """Losses of this rank's rows, or their sum, by `infonce` itself on all keys; and how many rows have a positive."""
     from engine.kernels.mi_bounds.op import infonce
 
-    columns = _Columns(ranks, keys, k, negatives)
-    key_labels, key_ids = columns("key_labels", key_labels, labels), columns("key_ids", key_ids, row_ids)
-    options |= {"labels": labels, "key_labels": key_labels, "row_ids": row_ids, "key_ids": key_ids}
-    if symmetric:
-        all_k, all_q = own_first(k, ranks, keys, -2), own_first(q, ranks, rows, -2)
-        return (infonce(q, all_k, **options) + infonce(k, all_q, **options)) / 2, q.shape[-2]
-    if positives is not None:
-        positives = _numbers_of_all(positives, k.shape[-2], keys, negatives)
+    negatives = options["negatives"]
+    columns = Columns(ranks, keys, 0 if negatives is None or own else negatives.shape[-2])
+    labels, row_ids = options["labels"], options["row_ids"]
+    options["key_labels"] = key_labels = columns.values(options["key_labels"], labels)
+    options["key_ids"] = columns.values(options["key_ids"], row_ids)
+    options["mask"], options["positives"] = columns.mask(options["mask"]), columns.numbers(options["positives"])
     all_k = own_first(k, ranks, keys, -2)
-    found = infonce(q, all_k, negatives=negatives, positives=positives, exclude_self=exclude_self, **options)
-    return found, _with_positive(q.shape[-2], positives, labels, key_labels, exclude_self)
-
-
-class _Columns:
-    """What belongs to this rank's columns [k; negatives], for those of all ranks: own first, then `negatives`."""
-
-    def __init__(self, ranks: Ranks, keys: list[int], k: Tensor, negatives: Tensor | None):
-        self.ranks, self.keys, self.rows = ranks, keys, k.shape[-2]
-        self.count = self.rows + (0 if negatives is None else negatives.shape[-2])
-
-    def __call__(self, name: str, of_columns: Tensor | None, of_rows: Tensor | None) -> Tensor | None:
-        value = of_rows if of_columns is None else of_columns
-        if value is None:
-            return None
-        if not isinstance(value, Tensor) or value.dtype != torch.int64 or tuple(value.shape) != (self.count,):
-            what = f"{name} {list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else f"no {name}"
-            expected = f"int64 [{self.count}], of this rank's [k; negatives]"
-            raise EstimatorError("infonce with gather", what, expected, f"Give {name}.")
-        return torch.cat([own_first(value[: self.rows], self.ranks, self.keys), value[self.rows :]])
+    if options.pop("symmetric"):
+        all_q = own_first(q, ranks, rows, -2)
+        return (infonce(q, all_k, **options) + infonce(k, all_q, **options)) / 2, q.shape[-2]
+    found = infonce(q, all_k, **options)
+    return found, _with_positive(q.shape[-2], options["positives"], labels, key_labels, options["exclude_self"])
 
 
 def _with_positive(
@@ -168,42 +145,18 @@ def _with_positive(
     return rows
 
 
-def _numbers_of_all(positives: Tensor, own: int, keys: list[int], negatives: Tensor | None) -> Tensor:
-    """Numbers in [own keys; negatives] as numbers in [all keys, own first; negatives]."""
-    _check_type(positives)
-    if looks_at(positives) and positives.numel():
-        columns = own + (0 if negatives is None else negatives.shape[-2])
-        lowest = -1 if positives.dim() == 2 else 0
-        least, most = (int(v) for v in positives.aminmax())
-        if least < lowest or most >= columns:
-            raise EstimatorError(
-                "infonce with gather", f"positives from {least} to {most}", f"{lowest} to {columns - 1}",
-                "Give columns of [this rank's k; negatives].",
-            )  # fmt: skip
-    everything = sum(keys)
-    # one too large would fall among the keys of other ranks: it is moved beyond all
-    return torch.where(positives < own, positives, positives + everything - own)
-
-
-def _check_type(positives: Tensor, most: int = 2) -> None:
-    if not isinstance(positives, Tensor) or positives.dtype != torch.int64 or positives.dim() not in (1, most):
-        what = f"positives {list(positives.shape)} of {positives.dtype}" if isinstance(positives, Tensor) else "none"
-        raise EstimatorError("infonce with gather", what, "int64 [B]", "Give one column per row.")
-
-
 def _over_ring(
-    q: Tensor, k: Tensor, ranks: Ranks, rows: list[int], keys: list[int], *, temperature: Any, cosine: bool,
-    symmetric: bool, negatives: Tensor | None, positives: Tensor | None, exclude_self: bool, reduction: str,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """Losses of this rank's rows, or their sum, with keys that travel; and how many rows have a positive."""
-    if cosine:
+    q: Tensor, k: Tensor, ranks: Ranks, rows: list[int], keys: list[int], options: Mapping[str, Any]
+) -> Tensor:
+    """Losses of this rank's rows, or their sum, with keys that travel."""
+    negatives, positives, exclude_self = (options[name] for name in ("negatives", "positives", "exclude_self"))
+    if options["cosine"]:
         q, k, negatives = (None if x is None else normalised(x) for x in (q, k, negatives))
     one = q.dim() == 2
-    q, k, scale = prepared("infonce", q, k, temperature)
+    q, k, scale = prepared("infonce", q, k, options["temperature"])
     if negatives is not None:
         negatives = grouped(negatives.to(k.dtype))
     if positives is not None:
-        _check_type(positives, 1)
         columns = k.shape[-2] + (0 if negatives is None else negatives.shape[-2])
         positives, scale = positives_in_range(positives, q.shape[-2], columns, exclude_self, scale)
     q, k = grouped(q), grouped(k)
@@ -215,10 +168,10 @@ def _over_ring(
         return RowLosses.apply(scoring, place, queries, others, negatives, scale)
 
     result = losses(q, k, keys)
-    if symmetric:
+    if options["symmetric"]:
         result = (result + losses(k, q, rows)) / 2
     result = result[0] if one else result
-    return (result if reduction == "none" else result.sum(-1)), q.shape[1]
+    return result if options["reduction"] == "none" else result.sum(-1)
 
 
 def _products(rows: Tensor, columns: Tensor, parameters: Sequence[Tensor]) -> Tensor:

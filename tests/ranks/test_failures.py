@@ -1,0 +1,126 @@
+"""One rank that fails ends all of them promptly, in few lines; warnings of one rank are seen."""
+
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from engine import load_config, trainer
+from engine.training.rank_step import StepOnRanks
+from tests.ranks.test_run import QUICK, data, environment, free_port, torchrun, train_command  # noqa: F401
+
+SCRIPT = """
+import os, signal, sys
+from engine.cli import main
+from engine.training.rank_step import StepOnRanks
+
+how, who, *arguments = sys.argv[1:]
+mine, plain, steps = who in ("all", os.environ["RANK"]), StepOnRanks.stage2, 0
+
+def stage2(self, *a, **k):
+    global steps
+    steps += 1
+    if mine and steps == 2:
+        if how == "value":
+            raise ValueError("user code of rank " + os.environ["RANK"])
+        if how == "exit":
+            sys.exit(3)
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, *a, **k)
+
+StepOnRanks.stage2 = stage2
+if how == "data" and mine:
+    arguments[arguments.index("--data") + 1] = "elsewhere"
+sys.exit(main(arguments))
+"""
+
+
+@pytest.fixture
+def script(tmp_path) -> Path:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return tmp_path / "script.py"
+
+
+def errors_of(text: str) -> list[str]:
+    return [line.split("]: ")[-1] for line in text.splitlines() if "error: " in line or "Error: user" in line]
+
+
+def processes(script, data, out, how, size=2):  # noqa: F811
+    """(exit code, stderr) of every rank, of ranks that nothing watches over."""
+    more = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    began = time.monotonic()
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(script), how, "1", *train_command(data, out)], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **more),
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=100)[1] for process in running]
+    assert time.monotonic() - began < 90
+    return [(process.returncode, error) for process, error in zip(running, errors, strict=True)]
+
+
+def test_an_error_of_all_ranks_is_shown_once(script, data, tmp_path):  # noqa: F811
+    ended = torchrun(str(script), "value", "all", *train_command(data, tmp_path / "run"), seconds=100)
+    assert ended.returncode == 1
+    assert len(errors_of(ended.stderr)) == 1 and "ValueError: user code of rank" in ended.stderr, ended.stderr
+    assert not (tmp_path / "run").exists()  # no epoch was finished
+
+
+def test_an_error_before_the_ranks_meet_is_told(script, data, tmp_path):  # noqa: F811
+    (code, first), (other_code, other) = processes(script, data, tmp_path / "run", "data")
+    message = "--data elsewhere: found no such file or folder; expected existing data. Check the path."
+    assert (code, other_code) == (2, 2)
+    assert errors_of(other) == [f"error: {message}"] and errors_of(first) == [f"error: rank 1: {message}"]
+    assert "Traceback" not in first + other and not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_is_killed_ends_the_others(script, data, tmp_path):  # noqa: F811
+    (code, first), (other_code, _) = processes(script, data, tmp_path / "run", "kill")
+    assert (code, other_code) == (2, -9)
+    assert errors_of(first) == [
+        "error: another rank: it has ended without a message. See the log of what started the ranks"
+    ]
+    assert "Traceback" not in first and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_leaves_is_named(script, data, tmp_path):  # noqa: F811
+    (code, first), (other_code, _) = processes(script, data, tmp_path / "run", "exit")
+    assert (code, other_code) == (2, 3)
+    assert errors_of(first) == ["error: rank 1: SystemExit: 3"] and "Traceback" not in first
+
+
+def warned(rank, size, settings, out):
+    """The warnings that this rank showed of a run with warnings of all ranks and of one."""
+    plain = StepOnRanks.stage2
+
+    def stage2(self, *a, **k):
+        warnings.warn("of all ranks", stacklevel=1)
+        if rank:
+            warnings.warn(f"a bad sample on {rank}", stacklevel=1)
+        return plain(self, *a, **k)
+
+    StepOnRanks.stage2 = stage2
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            shown = warnings.showwarning
+            trainer.train(load_config("mosi", settings), out)
+            assert warnings.showwarning is shown
+        return [str(warning.message) for warning in seen]
+    finally:
+        StepOnRanks.stage2 = plain
+
+
+def test_warnings_of_one_rank_are_shown_once_with_its_name(ranks, data, tmp_path):  # noqa: F811
+    settings = [*QUICK, f"data.path={data}", "epochs=2", "batch_size=20"]
+    first, *others = ranks(4).run(warned, settings, str(tmp_path / "run"))
+    assert "of all ranks" in first and not any("bad sample" in text for text in first)
+    for rank, texts in enumerate(others, 1):
+        assert texts == [f"rank {rank}: a bad sample on {rank}"]
