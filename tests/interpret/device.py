@@ -32,6 +32,11 @@ def on_gpu() -> bool:
     return device().type != "cpu"
 
 
+def times() -> int:
+    """How often to compute what has to be bit-equal: the interpreter runs programs in one order, a GPU in any."""
+    return 3 if on_gpu() else 2
+
+
 def missing() -> str | None:
     """Why the cases cannot run where they should, or None."""
     from bench.gpu import missing as no_gpu
