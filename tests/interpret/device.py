@@ -162,8 +162,11 @@ def on_the_host(function: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def launches_noticed(notice: Callable[[], None]) -> Iterator[None]:
-    """Within the context `notice` is called at every launch of a Triton kernel."""
+def launches_noticed(notice: Callable[[], None], compute: bool = True) -> Iterator[None]:
+    """Within the context `notice` is called at every launch of a Triton kernel.
+
+    Without `compute` the interpreter leaves out the kernel itself, whose results are then whatever lay there.
+    """
     if on_gpu():
         from triton.runtime.jit import JITFunction as Launcher
 
@@ -176,6 +179,8 @@ def launches_noticed(notice: Callable[[], None]) -> Iterator[None]:
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         notice()
+        if not (compute or on_gpu()):
+            return None
         with _disable_current_modes():  # the interpreter's own copies are no work of the GPU's
             return original(self, *args, **kwargs)
 
