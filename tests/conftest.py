@@ -23,6 +23,10 @@ MEMORY_OF_A_WORKER = 5 << 29
 """2.5 GiB: what a process of the tests takes at most, with those that it starts, on the whole."""
 
 
+MOST_KEPT = 3 << 29
+"""1.5 GiB: beyond that a module's garbage is collected, which takes a tenth of a second."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
     parser.addoption(
@@ -37,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if "PYTEST_XDIST_WORKER" in os.environ:
         for item in items:
             if item.get_closest_marker("alone"):
@@ -69,6 +74,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
 
 
+def _resident() -> int:
+    """Bytes of memory that the process takes; 0 where that is not known."""
+    file = Path("/proc/self/statm")
+    return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if file.exists() else 0
+
+
 REAL_DISK = {"test_files.py", "test_checkpoint.py", "test_store.py"}
 """Where fsync is real: the tests of what writes files."""
 
@@ -90,6 +101,8 @@ def no_waiting_for_the_disk(request: pytest.FixtureRequest) -> Iterator[None]:
 def freed_memory_goes_back() -> Iterator[None]:
     """What a module has freed goes back to the system: a run has glibc keep it for the process (`keep_memory`)."""
     yield
+    if _resident() > MOST_KEPT:
+        gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

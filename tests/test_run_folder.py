@@ -22,14 +22,21 @@ from engine.run_folder import Checksums, file_sum, owned, verify
 from engine.training import parts
 from engine.training.run import TrainingRun
 from tests.loaders import writers
-from tests.small_runs import SIZES, changed, history, timeless
+from tests.small_runs import SIZES, changed, history, small_config, timeless
+
+
+@pytest.fixture(scope="module")
+def trained(data, text_encoder, tmp_path_factory) -> Path:
+    """A finished run of three epochs with every file that a run can have but TensorBoard's."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    trainer.train(changed(small_config(data, text_encoder), output={"features": True, "report": True}), out)
+    return out
 
 
 @pytest.fixture
-def run(config, tmp_path) -> Path:
-    """A finished run of three epochs with every file that a run can have but TensorBoard's."""
-    trainer.train(changed(config, output={"features": True, "report": True}), tmp_path / "run")
-    return tmp_path / "run"
+def run(trained, tmp_path) -> Path:
+    """A copy of it, to be damaged."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def flip(path: Path, at: int, bit: int = 0) -> None:

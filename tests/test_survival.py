@@ -349,6 +349,7 @@ def test_a_demo_is_cleared_only_after_its_settings_are_checked(tmp_path, capsys)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "metrics.json"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs fork and Linux's /proc")
 def test_a_sample_of_the_kills():
     """One part in 30 of `python -m tests.kills`, which does them all."""

@@ -32,6 +32,11 @@ def on_gpu() -> bool:
     return device().type != "cpu"
 
 
+def times() -> int:
+    """How often to compute what has to be bit-equal: the interpreter runs programs in one order, a GPU in any."""
+    return 3 if on_gpu() else 2
+
+
 def missing() -> str | None:
     """Why the cases cannot run where they should, or None."""
     from bench.gpu import missing as no_gpu
@@ -157,8 +162,11 @@ def on_the_host(function: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def launches_noticed(notice: Callable[[], None]) -> Iterator[None]:
-    """Within the context `notice` is called at every launch of a Triton kernel."""
+def launches_noticed(notice: Callable[[], None], compute: bool = True) -> Iterator[None]:
+    """Within the context `notice` is called at every launch of a Triton kernel.
+
+    Without `compute` the interpreter leaves out the kernel itself, whose results are then whatever lay there.
+    """
     if on_gpu():
         from triton.runtime.jit import JITFunction as Launcher
 
@@ -171,6 +179,8 @@ def launches_noticed(notice: Callable[[], None]) -> Iterator[None]:
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         notice()
+        if not (compute or on_gpu()):
+            return None
         with _disable_current_modes():  # the interpreter's own copies are no work of the GPU's
             return original(self, *args, **kwargs)
 

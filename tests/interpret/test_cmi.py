@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.interpret.device import same
+from tests.interpret.device import same, times
 from tests.interpret.guards import Guards, require_interpreter
 
 require_interpreter()
@@ -130,7 +130,7 @@ def test_classifiers_as_torch(widths, b, m, k, dim, hidden, out):
 def test_classifiers_through_the_operation_and_bitwise_the_same():
     layers, joint, slots, product, k = problem((8, 8, 1), 9, 4, 2, 8, 16, dtype=torch.float32)
     runs = []
-    for _ in range(3):
+    for _ in range(times()):
         own = leaves(layers, joint)
         logits = run(*rebuilt(own, joint, layers), slots, product, k)
         value = cmi(*(t[..., 0] for t in logits), "dv")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.interpret.device import on_gpu, products, same
+from tests.interpret.device import on_gpu, products, same, times
 from tests.interpret.guards import Guards, require_interpreter
 
 require_interpreter()
@@ -275,7 +275,7 @@ def test_through_the_operations_and_bitwise_the_same():
         (concat_infonce, infonce(), concat(20, 20, (3, 4), 24, dtype=torch.float32)),
         (grouped_mlp, reference.grouped_mlp, grouped(9, (3, 4), (2, 1), 8, 4, dtype=torch.float32)),
     ):
-        runs = [value_and_grads(function, case) for _ in range(3)]
+        runs = [value_and_grads(function, case) for _ in range(times())]
         for again in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
         for f, e in zip(runs[0], value_and_grads(formula, case), strict=True):
