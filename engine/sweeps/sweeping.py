@@ -19,6 +19,7 @@ from engine.sweeps import plan as plans
 from engine.sweeps.pool import Event, Job, Pool, resources
 from engine.sweeps.settings import MOST_RUNS, Setting, grid_of
 from engine.task import find_task
+from engine.torchrun import require_one_process
 
 RUNS, LOGS = "runs", "logs"
 
@@ -171,6 +172,7 @@ def sweep(
         >>> sorted(cell.setting.name for cell in result.cells)
         ['train.lr=0.001', 'train.lr=0.01']
     """
+    require_one_process("engine.sweep")
     out = user_path(out)
     seeds = checked_seeds([config.seed] if seeds is None else seeds)
     name = known_task(config, task)
