@@ -12,8 +12,11 @@ import hashlib
 import io
 import itertools
 import json
+import os
+import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -277,7 +280,8 @@ class Ranks:
             yield
             return
         try:
-            yield
+            with self._watched() if self.device.type == "cuda" else contextlib.nullcontext():
+                yield
         except OtherRankFailed:
             raise
         except BaseException as cause:
@@ -292,6 +296,39 @@ class Ranks:
                 what = "it has ended without a message. See the log of what started the ranks"
                 raise OtherRankFailed(ANOTHER, what, "all ranks to go on", "") from cause
             raise
+
+    @contextlib.contextmanager
+    def _watched(
+        self, every_s: float = 2.0, grace_s: float = 10.0, end: Callable[[int], Any] = os._exit
+    ) -> Iterator[None]:
+        """Within the context the process ends if another rank has failed, and this one does not end by itself.
+
+        On a GPU a rank may wait for an exchange that never ends, where no exception reaches it.
+
+        Args:
+            every_s: seconds between two looks.
+            grace_s: seconds that the rank has to end by itself.
+            end: ends the process, with an exit code.
+        """
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(every_s):
+                try:
+                    self._raise_failure(None)
+                except OtherRankFailed as failure:
+                    if not done.wait(grace_s):
+                        if self.writes:
+                            print(f"error: {failure}", file=sys.stderr, flush=True)
+                        end(2)
+                    return
+
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()
+        try:
+            yield
+        finally:
+            done.set()
 
     def _raise_failure(self, cause: Exception | None, wait_s: float = 0.0) -> None:
         """Raise what another rank left as its error, if one did."""

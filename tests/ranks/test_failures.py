@@ -1,5 +1,7 @@
 """One rank that fails ends all of them promptly, in few lines; warnings of one rank are seen."""
 
+import contextlib
+import io
 import socket
 import subprocess
 import sys
@@ -226,3 +228,31 @@ def test_every_type_is_exchanged_and_lands_on_the_own_device(ranks):
         assert [value["cpu"].item() for value in told] == [0, 1]
         for rows in joined:
             assert torch.equal(rows, torch.tensor([[0, 0], [1, 1], [1, 1]]).to(rows.dtype))
+
+
+def stuck(rank, size):
+    """How a rank ends that is stuck while another one fails: the exit codes that it would have ended with."""
+    group, codes = Ranks(rank, size), []
+    if rank == 1:
+        with pytest.raises(ValueError, match="of rank 1"), group.failing_together():
+            raise ValueError("of rank 1")
+        dist.barrier()
+        return codes
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        with group._watched(every_s=0.05, grace_s=0.05, end=codes.append):
+            dist.barrier()
+            time.sleep(1.0)
+        with group._watched(every_s=0.01, grace_s=60.0, end=codes.append):
+            time.sleep(0.1)  # one that ends by itself in time
+    return [*codes, said.getvalue()]
+
+
+def test_a_rank_that_is_stuck_ends_when_another_one_fails(ranks):
+    assert ranks(2).run(stuck, seconds=30) == [[2, "error: rank 1: ValueError: of rank 1\n"], []]
+
+
+@pytest.mark.slow
+def test_the_check_for_gpus_runs_on_gloo():
+    ended = torchrun("-m", "bench.ranks_nccl")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "exchanges of a run, and a mistake of one rank, 2 ranks, gloo: right"
