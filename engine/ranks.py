@@ -392,6 +392,8 @@ def joined(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterator[Ranks
     if dist.is_available() and dist.is_initialized():
         size = dist.get_world_size()
         own = rank_device(device) if size > 1 else choose_device(device)
+        if size > 1 and own.type == "cuda":
+            torch.cuda.set_device(own)  # as `form` does: kernels run on the present device
         yield Ranks(dist.get_rank(), size, own, timeout_s)
         return
     rank, size = torchrun_shard()
