@@ -91,6 +91,7 @@ def test_an_error_before_the_ranks_meet_is_told(script, data, tmp_path):  # noqa
     assert "Traceback" not in first + other and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others(script, data, tmp_path):  # noqa: F811
     (code, first), (other_code, _) = processes(script, data, tmp_path / "run", "kill")
     assert (code, other_code) == (2, -9)
