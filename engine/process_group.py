@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 import traceback
 import zlib
@@ -45,9 +46,10 @@ def form(rank: int, size: int, device: torch.device, timeout_s: float) -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         _met = True
     except (RuntimeError, ValueError, OSError) as cause:
-        raise ConfigError(
-            "environment", f"{found}: {' '.join(str(cause).split())[:300]}", "all ranks to meet at MASTER_ADDR", DO
-        ) from cause
+        text = " ".join(str(cause).split())[:300]
+        taken = "EADDRINUSE" in text or "address already in use" in text
+        do = "Choose another MASTER_PORT (torchrun --master-port)." if taken else DO
+        raise ConfigError("environment", f"{found}: {text}", "all ranks to meet at MASTER_ADDR", do) from cause
 
 
 def leave(failed: bool = False) -> None:
@@ -86,24 +88,31 @@ def _meet(store: Any, rank: int, size: int, timeout_s: float) -> None:
 def said_by_another(problem: BaseException) -> bool:
     """Tell the ranks that are still to meet of an error of this one. Returns whether another one had the same error.
 
-    An error that is not the engine's is the same if it was raised by the same line. Where the ranks cannot be asked,
-    nothing is told, and the answer is False.
+    An error that is not the engine's is the same if it was raised by the same line. Where the ranks cannot be asked
+    within a few seconds, nothing is told, and the answer is False.
     """
     if isinstance(problem, OtherRankFailed) and problem.where != ANOTHER:
         return False
-    rank, size = torchrun_shard()
-    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store, not rank 0
-    if size == 1 or not (of_agent or (rank and not _met)):
-        return False
+    answers: list[bool] = []
+    asking = threading.Thread(target=_tell, args=(problem, answers), daemon=True)
+    asking.start()
+    asking.join(4.0)
+    return any(answers)
+
+
+def _tell(problem: BaseException, answers: list[bool]) -> None:
     with contextlib.suppress(Exception):
+        rank, size = torchrun_shard()
+        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store, not rank 0
+        if size == 1 or not (of_agent or (rank and not _met)):
+            return
         store = _meeting_place(rank, size, timedelta(seconds=2))
         text = message_of(problem)
         if not _met:
             store.set("engine/failure", f"{rank} {text}")
         where = traceback.extract_tb(problem.__traceback__)[-1]
         key = text if text == str(problem) else f"{type(problem).__name__} {where.filename} {where.lineno}"
-        return store.add(f"engine/said {zlib.crc32(key.encode())}", 1) > 1
-    return False
+        answers.append(store.add(f"engine/said {zlib.crc32(key.encode())}", 1) > 1)
 
 
 def rank_device(name: str) -> torch.device:

@@ -12,8 +12,11 @@ import hashlib
 import io
 import itertools
 import json
+import os
+import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.errors import EngineError
-from engine.kernels.ranks.agreement import ANOTHER, OtherRankFailed, message_of
-from engine.kernels.ranks.collectives import gather_rows
+from engine.kernels.ranks.agreement import ANOTHER, OtherRankFailed, lost_rank, message_of
+from engine.kernels.ranks.collectives import as_bytes, gather_rows
 from engine.kernels.ranks.group import Ranks as Group
 from engine.process_group import form, leave, rank_device
 from engine.sharded import is_sharded
@@ -85,11 +88,13 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        if self.size > 1:
-            dist.all_reduce(torch.zeros(1, device=self.device))
+        self.largest(0)  # whose value the host reads: on a GPU an exchange alone does not make it wait
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank, on all ranks: numbers, strings, tensors, and tuples, lists and dicts of them."""
+        """Every rank's value, by rank, on all ranks: numbers, strings, tensors, and tuples, lists and dicts of them.
+
+        Tensors of a GPU come to this rank's own.
+        """
         if self.size == 1:
             return [value]
         buffer = io.BytesIO()
@@ -99,10 +104,12 @@ class Ranks:
         padded = content.new_zeros(max(sizes))
         padded[: len(content)] = content
         parts = self._all_gathered(padded)
-        return [
-            torch.load(io.BytesIO(part[:size].cpu().numpy().tobytes()), weights_only=True)
-            for part, size in zip(parts, sizes, strict=True)
-        ]
+        contents = [part[:size].cpu().numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+        return [torch.load(io.BytesIO(c), map_location=self._place, weights_only=True) for c in contents]
+
+    def _place(self, storage: Any, location: str) -> Any:
+        """Where a tensor of another rank goes: to this rank's GPU, whichever the other's was."""
+        return storage if location == "cpu" else torch.serialization.default_restore_location(storage, str(self.device))
 
     def from_writer(self, value: Any) -> Any:
         """The writer's value, on all ranks; of the kinds that `gather` takes."""
@@ -141,8 +148,9 @@ class Ranks:
         return joined
 
     def _all_gathered(self, tensor: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous())
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        # bytes: not every backend knows every dtype
+        dist.all_gather([as_bytes(part) for part in parts], as_bytes(tensor.contiguous()))
         return parts
 
     def tell(self, value: Any) -> Any:
@@ -210,7 +218,7 @@ class Ranks:
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
                 if not is_sharded(tensor):
-                    value = tensor.detach().contiguous()
+                    value = tensor.detach().to(self.device).contiguous()  # NCCL knows no tensors on the CPU
                     dist.broadcast(value, 0)
                     tensor.copy_(value)
 
@@ -272,12 +280,13 @@ class Ranks:
             yield
             return
         try:
-            yield
+            with self._watched() if self.device.type == "cuda" else contextlib.nullcontext():
+                yield
         except OtherRankFailed:
             raise
         except BaseException as cause:
             # A peer that has gone breaks a collective: what it said is the cause.
-            lost = _lost(cause)
+            lost = lost_rank(cause)
             if lost or (isinstance(cause, RuntimeError) and not isinstance(cause, EngineError)):
                 self._raise_failure(cause, wait_s=2.0)
             with contextlib.suppress(Exception):
@@ -287,6 +296,39 @@ class Ranks:
                 what = "it has ended without a message. See the log of what started the ranks"
                 raise OtherRankFailed(ANOTHER, what, "all ranks to go on", "") from cause
             raise
+
+    @contextlib.contextmanager
+    def _watched(
+        self, every_s: float = 2.0, grace_s: float = 10.0, end: Callable[[int], Any] = os._exit
+    ) -> Iterator[None]:
+        """Within the context the process ends if another rank has failed, and this one does not end by itself.
+
+        On a GPU a rank may wait for an exchange that never ends, where no exception reaches it.
+
+        Args:
+            every_s: seconds between two looks.
+            grace_s: seconds that the rank has to end by itself.
+            end: ends the process, with an exit code.
+        """
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(every_s):
+                try:
+                    self._raise_failure(None)
+                except OtherRankFailed as failure:
+                    if not done.wait(grace_s):
+                        if self.writes:
+                            print(f"error: {failure}", file=sys.stderr, flush=True)
+                        end(2)
+                    return
+
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()
+        try:
+            yield
+        finally:
+            done.set()
 
     def _raise_failure(self, cause: Exception | None, wait_s: float = 0.0) -> None:
         """Raise what another rank left as its error, if one did."""
@@ -320,14 +362,6 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield group
 
 
-def _lost(cause: BaseException) -> bool:
-    """Whether an exchange broke because a rank has gone. gloo says so by a RuntimeError alone."""
-    if isinstance(cause, getattr(dist, "DistError", ())):
-        return True
-    signs = "gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error", "NCCL communicator"
-    return isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in signs)
-
-
 def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
@@ -358,6 +392,8 @@ def joined(device: str = "auto", timeout_s: float = TIMEOUT_S) -> Iterator[Ranks
     if dist.is_available() and dist.is_initialized():
         size = dist.get_world_size()
         own = rank_device(device) if size > 1 else choose_device(device)
+        if size > 1 and own.type == "cuda":
+            torch.cuda.set_device(own)  # as `form` does: kernels run on the present device
         yield Ranks(dist.get_rank(), size, own, timeout_s)
         return
     rank, size = torchrun_shard()

@@ -30,6 +30,20 @@ def torchrun_shard() -> tuple[int, int]:
     return int(rank), int(world)
 
 
+def require_one_process(what: str) -> None:
+    """Refuse to do on every rank what starts processes of its own.
+
+    Raises:
+        ConfigError: torchrun has started several processes.
+    """
+    size = torchrun_shard()[1]
+    if size > 1:
+        raise ConfigError(
+            what, f"WORLD_SIZE={size}: it would run on every rank", "one process: it starts its own",
+            "Start it without torchrun.",
+        )  # fmt: skip
+
+
 @contextlib.contextmanager
 def restartable(folder: Path) -> Iterator[None]:
     """Mark a folder as written by this job of torchrun while the block runs. The mark stays if it fails."""

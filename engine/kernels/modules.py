@@ -207,6 +207,9 @@ class KeyQueue(nn.Module):
     Args:
         size: How many keys it holds.
         width: Their width.
+        gather: Of several processes, `push` takes the keys of all ranks, rank 0's first, so that the queue is the same
+            on all of them, as `negatives` of `infonce(gather=True)` are. It then starts with the same directions.
+        group: As for `infonce`.
 
     Raises:
         EstimatorError: Sizes that are no whole numbers above 0, or keys that do not fit.
@@ -219,11 +222,13 @@ class KeyQueue(nn.Module):
         True
     """
 
-    def __init__(self, size: int, width: int):
+    def __init__(self, size: int, width: int, *, gather: bool = False, group: Any = None):
         super().__init__()
         check_count("KeyQueue", "size", size)
         check_count("KeyQueue", "width", width)
-        self.register_buffer("stored", nn.functional.normalize(torch.randn(size, width), dim=1))
+        self.gather, self.group = gather, group
+        generator = torch.Generator().manual_seed(size) if gather else None
+        self.register_buffer("stored", nn.functional.normalize(torch.randn(size, width, generator=generator), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
     def keys(self) -> Tensor:
@@ -232,8 +237,12 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:
-        """Replace the oldest keys by `keys`, [n, width], n at most `size`."""
+        """Replace the oldest keys by `keys`, [n, width], n at most `size`; with `gather` by those of all ranks."""
         size, width = self.stored.shape
+        if self.gather or self.group is not None:
+            from engine.kernels.ranks.columns import keys_of_all
+
+            keys = keys_of_all("KeyQueue", keys, width, self.gather, self.group)
         exact_type("KeyQueue", keys)
         if keys.dim() != 2 or keys.shape[1] != width or len(keys) > size:
             expected = f"[n, {width}] with n at most {size}"

@@ -20,6 +20,7 @@ from engine.sweeps import plan as plans
 from engine.sweeps.pool import Event, Job, Pool, resources
 from engine.sweeps.settings import MOST_RUNS, Setting, grid_of
 from engine.task import find_task
+from engine.torchrun import require_one_process
 
 RUNS, LOGS = "runs", "logs"
 
@@ -173,6 +174,7 @@ def sweep(
         ['train.lr=0.001', 'train.lr=0.01']
     """
     require_config(config)
+    require_one_process("engine.sweep")
     out = user_path(out)
     seeds = sorted(different_seeds([config.seed] if seeds is None else seeds))
     name = known_task(config, task)

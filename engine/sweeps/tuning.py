@@ -28,6 +28,7 @@ from engine.sweeps.sweeping import (
     train_all,
 )
 from engine.task import find_task
+from engine.torchrun import require_one_process
 
 TRIALS, BEST_YAML = "trials", "best.yaml"
 MOST_TRIALS = 100_000
@@ -107,6 +108,7 @@ def tune(
         >>> len(result.ended)
         2
     """
+    require_one_process("engine.tune")
     require_optuna()
     require_config(config)
     out = user_path(out)

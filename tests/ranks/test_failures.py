@@ -1,14 +1,25 @@
 """One rank that fails ends all of them promptly, in few lines; warnings of one rank are seen."""
 
+import contextlib
+import io
+import socket
 import subprocess
 import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from engine import load_config, trainer
+from engine.cli import main
+from engine.errors import EngineError
+from engine.kernels import infonce
+from engine.process_group import rank_device
+from engine.ranks import Ranks
 from engine.training.rank_step import StepOnRanks
 from tests.ranks.test_run import QUICK, data, environment, free_port, torchrun, train_command  # noqa: F401
 
@@ -80,6 +91,7 @@ def test_an_error_before_the_ranks_meet_is_told(script, data, tmp_path):  # noqa
     assert "Traceback" not in first + other and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others(script, data, tmp_path):  # noqa: F811
     (code, first), (other_code, _) = processes(script, data, tmp_path / "run", "kill")
     assert (code, other_code) == (2, -9)
@@ -124,3 +136,124 @@ def test_warnings_of_one_rank_are_shown_once_with_its_name(ranks, data, tmp_path
     assert "of all ranks" in first and not any("bad sample" in text for text in first)
     for rank, texts in enumerate(others, 1):
         assert texts == [f"rank {rank}: a bad sample on {rank}"]
+
+
+def test_what_starts_processes_of_its_own_is_refused_on_ranks(monkeypatch, tmp_path):
+    import engine
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(EngineError, match=r"engine\.sweep: found WORLD_SIZE=2: it would run on every rank"):
+        engine.sweep(load_config("mosi"), tmp_path / "sweep")
+    with pytest.raises(EngineError, match=r"engine\.tune: found WORLD_SIZE=2"):
+        engine.tune(load_config("mosi"), tmp_path / "tune", {"train.lr": [1e-3, 1e-2]})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({"RANK": "3"}, "found RANK=3 and WORLD_SIZE=2; expected numbers with RANK < WORLD_SIZE"),
+        ({"RANK": "0", "MASTER_PORT": "port"}, "invalid literal for int() with base 10: 'port'"),
+        (
+            {"RANK": "0"},
+            "address already in use; expected all ranks to meet at MASTER_ADDR. Choose another MASTER_PORT",
+        ),
+    ],
+)
+def test_an_environment_that_cannot_work_is_one_line(monkeypatch, capsys, data, tmp_path, variables, found):  # noqa: F811
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        environment = {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "LOCAL_RANK": "0",
+        } | variables
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert main([*train_command(data, tmp_path / "run"), "train.timeout=5"]) == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert found in line and not (tmp_path / "run").exists()
+
+
+def test_fewer_gpus_than_ranks(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(EngineError, match="device: found LOCAL_RANK=1 and 1 GPUs; expected a GPU for every rank"):
+        rank_device("auto")
+
+
+def a_batch_more_on_rank_1(rank, size):
+    """What a rank says that has more batches than another one, which leaves."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=30))
+    q = torch.eye(4)
+    infonce(q, q, gather=True, group=group)
+    if rank == 0:
+        dist.destroy_process_group(group)
+        del group
+        return "left"
+    try:
+        infonce(q, q, gather=True, group=group)
+    except EngineError as error:
+        return str(error)
+
+
+def test_a_rank_that_runs_out_of_batches_first(ranks):
+    texts = ranks(2).run(a_batch_more_on_rank_1, seconds=25)
+    assert texts[0] == "left"
+    assert texts[1].startswith("another rank: it has ended or left the process group. Give all ranks equally many")
+
+
+def exchanged(rank, size):
+    """What ranks give each other in types that not every backend knows; a tensor says that it is on another GPU."""
+    group = Ranks(rank, size)
+    save = torch.serialization.location_tag
+    torch.serialization.location_tag = lambda storage: f"cuda:{rank}" if len(storage) == 24 else save(storage)
+    try:
+        told = group.gather({"gpu": torch.tensor([1.0 + rank] * 3, dtype=torch.float64), "cpu": torch.tensor([rank])})
+    finally:
+        torch.serialization.location_tag = save
+    rows = [torch.full((1 + rank, 2), rank).to(dtype) for dtype in (torch.bool, torch.int16, torch.bfloat16)]
+    group.barrier()
+    return told, [group.join_rows(x, [1, 2]) for x in rows]
+
+
+def test_every_type_is_exchanged_and_lands_on_the_own_device(ranks):
+    for told, joined in ranks(2).run(exchanged):
+        assert [value["gpu"].tolist() for value in told] == [[1.0] * 3, [2.0] * 3]
+        assert all(value["gpu"].device.type == "cpu" for value in told)
+        assert [value["cpu"].item() for value in told] == [0, 1]
+        for rows in joined:
+            assert torch.equal(rows, torch.tensor([[0, 0], [1, 1], [1, 1]]).to(rows.dtype))
+
+
+def stuck(rank, size):
+    """How a rank ends that is stuck while another one fails: the exit codes that it would have ended with."""
+    group, codes = Ranks(rank, size), []
+    if rank == 1:
+        with pytest.raises(ValueError, match="of rank 1"), group.failing_together():
+            raise ValueError("of rank 1")
+        dist.barrier()
+        return codes
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        with group._watched(every_s=0.05, grace_s=0.05, end=codes.append):
+            dist.barrier()
+            time.sleep(1.0)
+        with group._watched(every_s=0.01, grace_s=60.0, end=codes.append):
+            time.sleep(0.1)  # one that ends by itself in time
+    return [*codes, said.getvalue()]
+
+
+def test_a_rank_that_is_stuck_ends_when_another_one_fails(ranks):
+    assert ranks(2).run(stuck, seconds=30) == [[2, "error: rank 1: ValueError: of rank 1\n"], []]
+
+
+@pytest.mark.slow
+def test_the_check_for_gpus_runs_on_gloo():
+    ended = torchrun("-m", "bench.ranks_nccl")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "exchanges of a run, and a mistake of one rank, 2 ranks, gloo: right"

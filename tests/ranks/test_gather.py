@@ -1,5 +1,6 @@
 """Losses and bounds over ranks equal those of one process on the joined batch, which plain formulas compute here."""
 
+import contextlib
 import math
 import os
 
@@ -461,3 +462,29 @@ def test_several_ranks_without_a_group_are_refused(monkeypatch):
             with pytest.raises(EngineError, match=f"WORLD_SIZE={world}, no process group"):
                 call()
     assert infonce(q, q) > 0
+
+
+def accumulated(rank, size):
+    """The gradient of a wrapped encoder after two micro-batches, of which the second one alone averages."""
+    encoder = torch.nn.Linear(5, 3).double()
+    with torch.no_grad():
+        encoder.weight.copy_(draw(3, 5, seed=7))
+        encoder.bias.zero_()
+    wrapped = torch.nn.parallel.DistributedDataParallel(encoder)
+    for number in range(2):
+        q, k = (own(draw(8, 5, seed=10 * number + s), rank, (4, 4)) for s in (0, 1))
+        with wrapped.no_sync() if number == 0 else contextlib.nullcontext():
+            embedded = wrapped(torch.cat([q, k]))
+            infonce(embedded[:4], embedded[4:], gather=True).backward()
+    return encoder.weight.grad
+
+
+def test_accumulated_micro_batches_equal_the_joined_ones(ranks):
+    weight = draw(3, 5, seed=7).requires_grad_()
+    losses = []
+    for number in range(2):
+        q, k = (draw(8, 5, seed=10 * number + s) @ weight.T for s in (0, 1))
+        losses.append(cross_entropy(q @ k.T, torch.arange(8)))
+    (right,) = torch.autograd.grad(sum(losses), weight)
+    for found in ranks(2).run(accumulated):
+        torch.testing.assert_close(found, right, rtol=1e-11, atol=1e-12)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, softplus
 
-from engine.kernels import InfoNCE, SigLIP, infonce, siglip
+from engine.kernels import InfoNCE, KeyQueue, SigLIP, infonce, siglip
 from engine.kernels.ranks import streaming
 
 COUNTS = {2: (6, 4), 4: (4, 2, 6, 4)}
@@ -320,3 +320,21 @@ def test_moco_over_ranks(ranks):
         losses.append(cross_entropy(scores, torch.zeros(4, dtype=torch.int64)))
     for found in ranks(2).run(module_with_a_queue):
         torch.testing.assert_close(found, sum(losses) / 2)
+
+
+def pushed(rank, size):
+    """A queue of 8 keys after three pushes of 3 and 1 keys of the ranks."""
+    torch.manual_seed(rank)
+    queue = KeyQueue(8, 2, gather=True)
+    start = queue.keys()
+    for step in range(3):
+        count = 3 - 2 * rank
+        queue.push(torch.full((count, 2), 10.0 * step + rank))
+    return start, queue.keys(), int(queue.position)
+
+
+def test_a_queue_of_the_keys_of_all_ranks(ranks):
+    for start, keys, position in ranks(2).run(pushed):
+        assert torch.equal(keys[:, 0], torch.tensor([20.0, 20, 20, 21, 10, 10, 10, 11])) and position == 4
+        assert torch.equal(start, KeyQueue(8, 2, gather=True).keys())  # the same on all ranks
+    torch.testing.assert_close(start.norm(dim=1), torch.ones(8))

@@ -270,3 +270,15 @@ def test_the_slurm_example_is_valid_shell():
     of_others = "job-name nodes ntasks-per-node gpus-per-node cpus-per-task time requeue signal kill-on-bad-exit"
     of_others = {f"--{name}" for name in f"{of_others} preset data out resume".split()}
     assert options - of_others <= known
+
+
+def seeds_trained(rank, size, settings, out):
+    results = trainer.train_seeds(load_config("mosi", settings), out, [0, 1])
+    return [(result.out.name, result.metrics["best_epoch"]) for result in results]
+
+
+def test_several_seeds_on_ranks(ranks, data, tmp_path):
+    settings = [*QUICK, f"data.path={data}", "epochs=2", "objective.enabled=false"]
+    first, other = ranks(2).run(seeds_trained, settings, str(tmp_path / "seeds"))
+    assert first == other and [name for name, _ in first] == ["seed0", "seed1"]
+    assert sorted(os.listdir(tmp_path / "seeds")) == ["seed0", "seed1", "summary.csv", "summary.json"]

@@ -22,7 +22,14 @@ from engine.kernels.arguments import check_number, exact_type, looks_at, wants_g
 from engine.kernels.contrastive import autograd, plan, reference
 from engine.kernels.contrastive.losses import Options, Statistics, losses, with_more_negatives, without_keys
 from engine.kernels.contrastive.pairs import Pairs
-from engine.kernels.mi_bounds.embeddings import check_temperature, grouped, normalised, prepared, wrong_shapes
+from engine.kernels.mi_bounds.embeddings import (
+    check_pair,
+    check_temperature,
+    grouped,
+    normalised,
+    prepared,
+    wrong_shapes,
+)
 from engine.kernels.registry import backend_for, is_static
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -96,12 +103,18 @@ def check_arguments(
     in_batch = not own if in_batch is None else in_batch
     _check_options(where, options or Options())
     _check_combination(where, given, negatives, own, in_batch, symmetric)
-    empty = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (q, k, negatives)]
-    keys = _keys(where, *empty, own, in_batch, 1.0)
+    check_pair(where, q, k)
+    _check_keys(where, q, k, negatives, own, in_batch)
     if symmetric and q.shape[-2] != k.shape[-2]:
         raise _unpaired(q, k)
     check_temperature(where, temperature, q.device)
-    pairs, _ = _pairs(where, keys, given, in_batch and (own or negatives is None), in_batch, q.device)
+    blank, count = q.detach().new_empty(1), 0 if negatives is None else negatives.shape[-2]
+    shared = (k.shape[-2] if in_batch else 0) + (0 if own else count)
+    keys = Keys(
+        blank.expand(1, q.shape[-2], 1), blank.expand(1, shared, 1) if shared else None, None,
+        blank.expand(1, q.shape[-2], count, 1) if own else None, blank,
+    )  # fmt: skip
+    pairs, _ = _pairs(where, keys, given, alone=in_batch and (own or negatives is None), listed=in_batch)
     if pairs.positives is not None and looks_at(pairs.positives):
         _in_range(where, pairs, keys)
 
@@ -311,15 +324,7 @@ def _keys(
 ) -> Keys:
     """The embeddings in one form."""
     first, _, scale = prepared(where, q, k, temperature)
-    if 0 in k.shape and negatives is None:
-        raise wrong_shapes(where, q, k, "at least one key")
-    if not in_batch and k.shape != q.shape:
-        raise wrong_shapes(where, q, k, "q and k of one shape, row i of k the positive of row i of q")
-    if negatives is not None:
-        lead = (q.shape[:-1] if own else q.shape[:-2]) if negatives.dim() >= 2 else None
-        if negatives.shape[:-2] != lead or negatives.shape[-1] != q.shape[-1] or 0 in negatives.shape:
-            expected = "negatives [M', d] or [B, n, d], of the width and groups of q, at least one"
-            raise wrong_shapes(where, negatives, q, expected)
+    _check_keys(where, q, k, negatives, own, in_batch)
     dtype = first.dtype if negatives is None else torch.promote_types(first.dtype, negatives.dtype)
     scale = scale.to(exact_type(where, q, k, negatives))
     q, k = grouped(q.to(dtype)), grouped(k.to(dtype))
@@ -333,20 +338,29 @@ def _keys(
     return Keys(q, shared, None if in_batch else k, own_negatives, scale)
 
 
-def _pairs(
-    where: str, keys: Keys, given: Given, alone: bool, listed: bool, device: torch.device | None = None
-) -> tuple[Pairs, Tensor | None]:
+def _check_keys(where: str, q: Tensor, k: Tensor, negatives: Tensor | None, own: bool, in_batch: bool) -> None:
+    if 0 in k.shape and negatives is None:
+        raise wrong_shapes(where, q, k, "at least one key")
+    if not in_batch and k.shape != q.shape:
+        raise wrong_shapes(where, q, k, "q and k of one shape, row i of k the positive of row i of q")
+    if negatives is not None:
+        lead = (q.shape[:-1] if own else q.shape[:-2]) if negatives.dim() >= 2 else None
+        if negatives.shape[:-2] != lead or negatives.shape[-1] != q.shape[-1] or 0 in negatives.shape:
+            expected = "negatives [M', d] or [B, n, d], of the width and groups of q, at least one"
+            raise wrong_shapes(where, negatives, q, expected)
+
+
+def _pairs(where: str, keys: Keys, given: Given, alone: bool, listed: bool) -> tuple[Pairs, Tensor | None]:
     """The roles of the shared keys, and the mask of the rows' own negatives.
 
     Args:
         alone: whether k is all that is shared, so that what is given for rows may stand for keys.
         listed: whether a shared key may be a positive.
-        device: of what is given; None: that of the keys.
     """
     rows = keys.q.shape[1]
     count = 0 if keys.shared is None else keys.shared.shape[1]
     own = 0 if keys.own_negatives is None else keys.own_negatives.shape[2]
-    device, as_rows = device or keys.q.device, alone and count == rows
+    device, as_rows = keys.q.device, alone and count == rows
 
     def integers(name: str, tensor: Tensor | None, shape: tuple[int, ...], stands_in: Tensor | None) -> Tensor | None:
         if tensor is None and stands_in is not None and not as_rows:

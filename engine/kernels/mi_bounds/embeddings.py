@@ -25,14 +25,19 @@ def normalised(x: Tensor) -> Tensor:
 
 def prepared(where: str, q: Tensor, k: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, d] or [G, B, d] and k in one dtype, and the scale of their products, 1 / temperature."""
-    if 0 in q.shape:
-        raise EstimatorError(where, f"embeddings {list(q.shape)}", "rows and columns", "Leave out empty batches.")
-    if q.dim() not in (2, 3) or k.dim() != q.dim() or q.shape[-1] != k.shape[-1] or q.shape[:-2] != k.shape[:-2]:
-        raise wrong_shapes(where, q, k, "[B, d] and [M, d], or [G, B, d] and [G, M, d]")
+    check_pair(where, q, k)
     exact, dtype = exact_type(where, q, k), torch.promote_types(q.dtype, k.dtype)
     # products of 16-bit embeddings are exact in fp32; the CPU has nothing to gain from 16 bits
     dtype = exact if q.device.type == "cpu" and not interpreting() else dtype
     return q.to(dtype), k.to(dtype), _scale(where, temperature, q.device, exact)
+
+
+def check_pair(where: str, q: Tensor, k: Tensor) -> None:
+    """Refuse embeddings that have no rows, or whose widths or groups do not fit."""
+    if 0 in q.shape:
+        raise EstimatorError(where, f"embeddings {list(q.shape)}", "rows and columns", "Leave out empty batches.")
+    if q.dim() not in (2, 3) or k.dim() != q.dim() or q.shape[-1] != k.shape[-1] or q.shape[:-2] != k.shape[:-2]:
+        raise wrong_shapes(where, q, k, "[B, d] and [M, d], or [G, B, d] and [G, M, d]")
 
 
 def grouped(x: Tensor) -> Tensor:

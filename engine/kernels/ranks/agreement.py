@@ -40,6 +40,14 @@ def message_of(problem: BaseException) -> str:
     return text if isinstance(problem, EngineError) else f"{type(problem).__name__}: {text}"
 
 
+def lost_rank(cause: BaseException) -> bool:
+    """Whether an exchange broke because a rank has gone. gloo says so by a RuntimeError alone."""
+    if isinstance(cause, getattr(dist, "DistError", ())):
+        return True
+    signs = "gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error", "NCCL communicator"
+    return isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in signs)
+
+
 @contextlib.contextmanager
 def checked(ranks: Ranks | None, *tensors: object) -> Iterator[None]:
     """A context for what a rank does on its own right before `agree` or `true_on_all`, such as checks of its arguments.
@@ -154,7 +162,13 @@ def _exchanged(ranks: Ranks, device: torch.device | None, numbers: Sequence[int]
 def _gathered(ranks: Ranks, own: Tensor) -> Tensor:
     """[ranks, ...]"""
     parts = [torch.empty_like(own) for _ in range(ranks.size)]
-    dist.all_gather(parts, own, group=ranks.group)
+    try:
+        dist.all_gather(parts, own, group=ranks.group)
+    except RuntimeError as cause:
+        if not lost_rank(cause):
+            raise
+        what = "it has ended or left the process group. Give all ranks equally many batches, and see its messages"
+        raise OtherRankFailed(ANOTHER, what, "all ranks in the same calls", "") from cause
     return torch.stack(parts)
 
 

@@ -102,13 +102,14 @@ def _gathered(x: Tensor, ranks: Ranks, counts: Sequence[int]) -> Tensor:
         x = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
     out = x.new_empty(ranks.size * most, *x.shape[1:])
     # bytes: not every backend knows every dtype
-    _all_gather(_bytes(out), _bytes(x), group=ranks.group)
+    _all_gather(as_bytes(out), as_bytes(x), group=ranks.group)
     if equal:
         return out
     return torch.cat([part[:count] for part, count in zip(out.split(most), counts, strict=True)])
 
 
-def _bytes(x: Tensor) -> Tensor:
+def as_bytes(x: Tensor) -> Tensor:
+    """The memory of a contiguous tensor as uint8."""
     return x.view(-1).view(torch.uint8)
 
 

@@ -17,9 +17,9 @@ from engine.kernels.arguments import exact_type
 from engine.kernels.contrastive.losses import Options
 from engine.kernels.contrastive.op import Given, check_arguments, check_positives_type, check_reduction
 from engine.kernels.mi_bounds.embeddings import wrong_shapes
-from engine.kernels.ranks.agreement import agree, like
-from engine.kernels.ranks.collectives import own_first
-from engine.kernels.ranks.group import Ranks
+from engine.kernels.ranks.agreement import agree, checked, like
+from engine.kernels.ranks.collectives import gather_rows, own_first
+from engine.kernels.ranks.group import Ranks, find_ranks
 
 NONE_WIDTH = -1
 """The width of a mask that there is not."""
@@ -128,6 +128,24 @@ def agree_on(
             "Give this rank's rows of the mask of the joined batch.",
         )  # fmt: skip
     return Sizes(rows, keys)
+
+
+def keys_of_all(where: str, keys: Tensor, width: int, gather: bool, group: Any) -> Tensor:
+    """Keys [n, width] of all ranks, rank 0's first, without gradients; of one process its own.
+
+    Raises:
+        EstimatorError: keys of another shape, on any rank.
+    """
+    ranks = find_ranks(where, gather, group)
+    if ranks is None:
+        return keys
+    with checked(ranks, keys):
+        exact_type(where, keys)
+        if keys.dim() != 2 or keys.shape[1] != width:
+            raise EstimatorError(where, f"keys {list(keys.shape)}", f"[n, {width}]", "Push the keys of one batch.")
+    same = {"bytes of a number": keys.element_size()}
+    counts = agree(where, ranks, keys.device, {"keys": len(keys)}, same, empty=True)["keys"]
+    return gather_rows(keys.detach(), ranks, counts)
 
 
 class Columns:

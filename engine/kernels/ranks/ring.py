@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.kernels.ranks.collectives import as_bytes
 from engine.kernels.ranks.group import Ranks
 
 
@@ -56,8 +56,8 @@ def _pass_on(tensor: Tensor, ranks: Ranks, rows: int) -> tuple[list, Tensor, Ten
     received = tensor.new_empty(*tensor.shape[:-2], rows, tensor.shape[-1])
     works = dist.batch_isend_irecv(
         [
-            dist.P2POp(dist.isend, _bytes(tensor), ranks.peer(1), ranks.group),
-            dist.P2POp(dist.irecv, _bytes(received), ranks.peer(-1), ranks.group),
+            dist.P2POp(dist.isend, as_bytes(tensor), ranks.peer(1), ranks.group),
+            dist.P2POp(dist.irecv, as_bytes(received), ranks.peer(-1), ranks.group),
         ]
     )
     return works, received, tensor
@@ -68,7 +68,3 @@ def _arrived(works: list, received: Tensor, sent: Tensor) -> Tensor:
     for work in works:
         work.wait()
     return received
-
-
-def _bytes(x: Tensor) -> Tensor:
-    return x.view(-1).view(torch.uint8)
