@@ -1,7 +1,5 @@
 """The two-stage step on a foreign model: who learns in which stage, banks, the three kinds of stage-1 features."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -10,7 +8,6 @@ from engine.config import ObjectiveConfig
 from engine.errors import ConfigError
 from engine.objective import CMI, MI, Objective
 from engine.step import TwoStageStep
-from engine.step.averages import WeightAverage
 from engine.step.bank import FeatureBank
 
 N, BATCH = 40, 10
@@ -218,46 +215,6 @@ def test_averaged_weights_are_the_moving_average_and_leave_the_model_as_it_was()
             torch.testing.assert_close(a, p.detach())
         assert moved(own, step.model)
     assert not moved(own, step.model)
-
-
-def averaged_kinds():
-    def tied(model):
-        model[2].weight = model[1].weight
-
-    def copying(model):
-        """A state that is not the module's own memory."""
-        model[1].register_state_dict_post_hook(
-            lambda m, state, prefix, local: state.update({k: v.clone() for k, v in state.items()})
-        )
-
-    def noticing(model):
-        """A module that computes something from what it loads."""
-        model.register_load_state_dict_post_hook(lambda m, keys: setattr(m, "loads", getattr(m, "loads", 0) + 1))
-
-    return [lambda model: None, tied, copying, noticing]
-
-
-@pytest.mark.parametrize("change", averaged_kinds(), ids=["plain", "tied", "copying", "noticing"])
-def test_averaged_weights_are_loaded_as_by_load_state_dict(change):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.Linear(3, 3), nn.LayerNorm(3))
-    change(model)
-    average = WeightAverage(model, 0.5)
-    for value in average.values.values():
-        value.add_(torch.randn_like(value))
-    if model[1].weight is model[2].weight:
-        average.values["2.weight"].copy_(average.values["1.weight"])
-    other = copy.deepcopy(model)
-    other.load_state_dict(average.values, strict=False)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with average.applied():
-        assert same(model.state_dict(), other.state_dict())
-    assert same(model.state_dict(), before)
-    assert getattr(model, "loads", 2) == 2
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("graphs", ["off", "emulate"])
