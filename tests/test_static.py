@@ -19,6 +19,7 @@ from engine.step import TwoStageStep
 from engine.step.batches import whole_batches
 from engine.step.graph_state import StateWatch
 from engine.step.graphs import CaptureWatch, GraphRunner, NotCapturable
+from engine.step.notes import Notes
 from engine.vocabulary import BOUNDS
 from tests.test_step import TwoFeatures, batches
 
@@ -455,3 +456,19 @@ def test_graphs_run_under_the_static_flag_and_watch_only_once():
     for _ in range(2):
         graphs.run("key", lambda: seen.append((registry.is_static(), torch._C._len_torch_dispatch_stack())))
     assert seen == [(True, 1), (True, 0)] and not registry.is_static()
+
+
+def test_notes_tell_the_first_pass_and_batch():
+    notes = Notes(torch.device("cpu"))
+    assert notes.begin_epoch(5) and notes.begin_pass("stage1", 0, 2) is False
+    assert notes.first_not_finite() is None
+    notes.note("stage1", ["a", "b"], torch.tensor([1.0, 2.0]), torch.tensor([1]))
+    assert not notes.begin_pass("stage1", 2, 2)
+    notes.note("stage1", ["a", "b"], torch.tensor([1.0, float("inf")]), torch.tensor([3]))
+    assert notes.begin_pass("stage2", 4, 3)  # more batches than were foreseen: what was noted is kept
+    notes.note("losses", ["task"], torch.tensor([float("nan")]), torch.tensor([6]))
+    assert notes.first_not_finite() == ("stage1", 1, "b")
+    assert notes.begin_epoch(5) is False and notes.first_not_finite() is None
+    notes.begin_pass("stage2", 0, 5)
+    notes.note("losses", ["task"], torch.tensor([float("nan")]), torch.tensor([4]))
+    assert notes.first_not_finite() == ("stage2", 4, "task")
