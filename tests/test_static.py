@@ -11,12 +11,15 @@ from torch import nn
 from engine.config import ObjectiveConfig
 from engine.errors import ConfigError, NonFiniteError
 from engine.kernels import registry
+from engine.loaders.feed import CopyFeed
 from engine.mimrl.published import published_estimator
 from engine.mimrl.settings import MIMRLObjectiveConfig
 from engine.objective import CMI, MI, Objective
 from engine.step import TwoStageStep
+from engine.step.batches import whole_batches
 from engine.step.graph_state import StateWatch
 from engine.step.graphs import CaptureWatch, GraphRunner, NotCapturable
+from engine.step.notes import Notes
 from engine.vocabulary import BOUNDS
 from tests.test_step import TwoFeatures, batches
 
@@ -252,9 +255,16 @@ def test_replayed_batches_give_what_uncaptured_ones_give(features):
 @pytest.mark.parametrize("only_looks", [False, True])
 def test_a_parameter_that_a_callback_replaces_is_captured_anew(only_looks):
     """Before the next batch; before the next pass, where the callback had promised to change nothing."""
-    step, bank, cleared = replaying(), None, []
+
+    class Known(list):
+        """A loader with a feed of its own, as those of the engine: only the callback runs between two batches."""
+
+        def feed(self):
+            return CopyFeed(lambda: whole_batches(step.batches(self)), torch.device("cpu"))
+
+    step, bank, loader, cleared = replaying(), None, Known(batches(n=N)), []
     for _ in range(4):
-        _, bank = step.train_epoch(batches(n=N), N, bank, batch_size=BATCH)
+        _, bank = step.train_epoch(loader, N, bank, batch_size=BATCH)
     graphs, before = step.static.graphs, step.static.graphs.cleared
 
     def on_batch(stage, number):
@@ -264,10 +274,31 @@ def test_a_parameter_that_a_callback_replaces_is_captured_anew(only_looks):
                 step.model.x.weight.data = step.model.x.weight.data.clone()
 
     on_batch.only_looks = only_looks
-    _, bank = step.train_epoch(batches(n=N), N, bank, batch_size=BATCH, on_batch=on_batch)
+    _, bank = step.train_epoch(loader, N, bank, batch_size=BATCH, on_batch=on_batch)
     assert cleared == ([0] * 5 if only_looks else [0, 0, 1, 1, 1])
-    step.train_epoch(batches(n=N), N, bank, batch_size=BATCH)
+    step.train_epoch(loader, N, bank, batch_size=BATCH)
     assert graphs.cleared - before == 1
+
+
+def test_a_parameter_that_a_loader_replaces_is_captured_anew():
+    class Freezes(list):
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__()):
+                if self.step is not None and number == 2:
+                    self.step.model.x.weight.requires_grad_(False)
+                yield batch
+
+    loader, bank = Freezes(batches(n=N)), None
+    step, loader.step = replaying(), None
+    for _ in range(4):
+        _, bank = step.train_epoch(loader, N, bank, batch_size=BATCH, stage1_features="bank")
+    before, loader.step = step.static.graphs.cleared, step
+    frozen = step.model.x.weight.detach().clone()
+    step.train_epoch(loader, N, bank, batch_size=BATCH, stage1_features="bank")
+    assert step.static.graphs.cleared == before + 1 and not torch.equal(step.model.x.weight, frozen)
+    frozen = step.model.x.weight.detach().clone()
+    step.train_epoch(loader, N, bank, batch_size=BATCH, stage1_features="bank")
+    assert torch.equal(step.model.x.weight, frozen)
 
 
 def test_a_learning_rate_that_a_callback_changes_counts_at_the_next_replay():
@@ -425,3 +456,19 @@ def test_graphs_run_under_the_static_flag_and_watch_only_once():
     for _ in range(2):
         graphs.run("key", lambda: seen.append((registry.is_static(), torch._C._len_torch_dispatch_stack())))
     assert seen == [(True, 1), (True, 0)] and not registry.is_static()
+
+
+def test_notes_tell_the_first_pass_and_batch():
+    notes = Notes(torch.device("cpu"))
+    assert notes.begin_epoch(5) and notes.begin_pass("stage1", 0, 2) is False
+    assert notes.first_not_finite() is None
+    notes.note("stage1", ["a", "b"], torch.tensor([1.0, 2.0]), torch.tensor([1]))
+    assert not notes.begin_pass("stage1", 2, 2)
+    notes.note("stage1", ["a", "b"], torch.tensor([1.0, float("inf")]), torch.tensor([3]))
+    assert notes.begin_pass("stage2", 4, 3)  # more batches than were foreseen: what was noted is kept
+    notes.note("losses", ["task"], torch.tensor([float("nan")]), torch.tensor([6]))
+    assert notes.first_not_finite() == ("stage1", 1, "b")
+    assert notes.begin_epoch(5) is False and notes.first_not_finite() is None
+    notes.begin_pass("stage2", 0, 5)
+    notes.note("losses", ["task"], torch.tensor([float("nan")]), torch.tensor([4]))
+    assert notes.first_not_finite() == ("stage2", 4, "task")

@@ -137,12 +137,13 @@ class WeightAverage:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Within the context the module holds the averaged weights."""
-        own = {k: v.detach().clone() for k, v in self.module.state_dict().items() if k in self.values}
-        self.module.load_state_dict(self.values, strict=False)
+        own = {k: torch.empty_like(v) for k, v in self.values.items()}
+        _copy(own, self.module.state_dict())
+        _load(self.module, self.values)
         try:
             yield
         finally:
-            self.module.load_state_dict(own, strict=False)
+            _load(self.module, own)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "values": self.values}
@@ -151,3 +152,25 @@ class WeightAverage:
         self.updates = state["updates"]
         for name, value in state["values"].items():
             self.values[name].copy_(value)
+
+
+@torch.no_grad()
+def _copy(to: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy the values of the same names, all at once."""
+    torch._foreach_copy_([local(v.detach()) for v in to.values()], [local(values[k].detach()) for k in to])
+
+
+def _load(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """As `module.load_state_dict(values, strict=False)`, in few launches where the module's state is its own memory."""
+    state = {k: v for k, v in module.state_dict().items() if k in values}
+    own = {local(t).data_ptr() for t in (*module.parameters(), *module.buffers())}
+    if all(local(v).data_ptr() in own for v in state.values()) and not any(map(_loads_itself, module.modules())):
+        _copy(state, values)
+    else:
+        module.load_state_dict(values, strict=False)
+
+
+def _loads_itself(module: nn.Module) -> bool:
+    """Whether loading does more to a module than to copy values."""
+    function = type(module)._load_from_state_dict
+    return bool(module._load_state_dict_post_hooks) or not (function.__module__ or "").startswith("torch.")

@@ -37,8 +37,11 @@ class Notes:
     def _reserve(self, rows: int) -> bool:
         if rows <= self._rows:
             return False
+        for name, (names, table) in self._tables.items():
+            longer = table.new_zeros(rows, len(names))
+            longer[: self._rows] = table
+            self._tables[name] = names, longer
         self._rows = rows
-        self._tables.clear()
         return True
 
     def note(self, name: str, names: Sequence[str], values: Tensor, row: Tensor) -> None:

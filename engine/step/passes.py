@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 OnBatch = Callable[[str, int], None]
 """Called after every batch with its stage and its number.
 
-A static step looks after each call whether parameters were replaced. A function with an attribute `only_looks` that is
-true promises to change nothing but learning rates, and spares that.
+A static step looks after each call whether parameters were replaced, moved or frozen. A function with an attribute
+`only_looks` that is true promises to do none of this, and spares the look.
 """
 
 

@@ -70,7 +70,7 @@ class StaticPasses:
         self._left_out: dict[str, Tensor] = {}  # of these, samples of steps that were left out
         self._banks: dict[str, FeatureBank] = {}
         self._watched: StateWatch | None = None
-        self._unsure = True  # whether a parameter may have been replaced since the last look
+        self._replayed = False  # whether nothing but a replay has happened since the last look at the parameters
         self._settings: list[Any] = []
         self._plain: list[tuple] = []
 
@@ -80,7 +80,7 @@ class StaticPasses:
         """As `EagerPasses.collect`."""
         position = position or Position()
         bank = position.filling = self._bank("collect", size, position.filling)
-        run = self._runner(on_batch)
+        run = self._runner(on_batch, loader)
         with self._pass(position.left(loader), position=position) as feed:
             for number, key in enumerate(feed.steps(), position.batches):
                 run(("collect", key), partial(self._collect_batch, key))
@@ -119,7 +119,7 @@ class StaticPasses:
         step, position = self.step, position or Position()
         if fresh and not position.batches:
             bank.clear()
-        run = self._runner(on_batch)
+        run = self._runner(on_batch, loader if fresh else None)
         with self._pass(position.left(loader), first, position) as feed:
             self._begin_notes("stage1", first, len(loader) if fresh else -(-bank.size // batch_size), position)
             if fresh:
@@ -148,7 +148,7 @@ class StaticPasses:
         """The pass of stage 2: sums of the losses, sums of the information terms, and the next bank."""
         step, position = self.step, position or Position()
         next_bank = position.filling = self._bank("stage2", size, position.filling)
-        run = self._runner(on_batch)
+        run = self._runner(on_batch, loader)
         with self._pass(position.left(loader), first, position) as feed:
             self._begin_notes("stage2", first, len(loader), position)
             for number, key in enumerate(feed.steps(), position.batches):
@@ -165,7 +165,7 @@ class StaticPasses:
 
     def evaluate(self, loader: Iterable, bank: FeatureBank | None) -> EpochResult:
         """As `EagerPasses.evaluate`. The samples come in the order of their rows."""
-        step, run = self.step, self._runner(nothing)
+        step, run = self.step, self._runner(nothing, loader)
         sizes = loader.batch_sizes()
         with self._pass(loader) as feed:
             name = f"evaluate {self._place}"
@@ -273,15 +273,17 @@ class StaticPasses:
             self._feeds[id(loader)] = loader, loader.feed()
         return self._feeds[id(loader)][1], id(loader)
 
-    def _runner(self, on_batch: OnBatch) -> Callable[[tuple, Callable[[], None]], None]:
-        """What runs the batches of a pass, before each of which `on_batch` may have replaced a parameter."""
-        only_looks = getattr(on_batch, "only_looks", False)
+    def _runner(self, on_batch: OnBatch, loader: Iterable | None) -> Callable[[tuple, Callable[[], None]], None]:
+        """What runs the batches of a pass. It makes graphs anew where a parameter has been replaced since the last one.
+
+        Code that it does not know may do so: a callback, a loader, or a function that ran instead of being replayed.
+        """
+        quiet = getattr(on_batch, "only_looks", False) and (loader is None or hasattr(loader, "feed"))
 
         def run(key: tuple, function: Callable[[], None]) -> None:
-            if self._unsure and self._watched.moved():
+            if not (quiet and self._replayed) and self._watched.moved():
                 self._begin_watching()
-            replayed = self.graphs.run((*key, self._place), function)
-            self._unsure = not (replayed and only_looks)  # a function that ran may have replaced one, too
+            self._replayed = self.graphs.run((*key, self._place), function)
 
         return run
 
@@ -306,7 +308,7 @@ class StaticPasses:
                 self.graphs.clear()
             self._settings, self._plain = now, plain
             self._watched = StateWatch(modules, optimizers)  # with state that earlier passes added
-        self._unsure = False
+        self._replayed = True
 
     def _begin_watching(self) -> None:
         self.graphs.clear()

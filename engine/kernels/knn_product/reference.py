@@ -12,6 +12,7 @@ Nothing here waits for a device, except `label_strata`, which is called once for
 
 from __future__ import annotations
 
+import functools
 import heapq
 from dataclasses import dataclass
 
@@ -243,7 +244,7 @@ def label_strata(label: Tensor, k: int) -> Strata:
         )
     ascending, order = torch.sort(label, stable=True)
     value, count = torch.unique_consecutive(ascending, return_counts=True)
-    count = _merge_small(value.tolist(), count.tolist(), k)
+    count = _merge_small(tuple(value.tolist()), tuple(count.tolist()), k)
     size = torch.tensor(count, device=label.device)
     stop = size.cumsum(0)
     group = torch.empty_like(order)
@@ -251,7 +252,8 @@ def label_strata(label: Tensor, k: int) -> Strata:
     return Strata(order, group, stop - size, stop)
 
 
-def _merge_small(value: list[float], count: list[int], k: int) -> list[int]:
+@functools.lru_cache(4)  # the labels of a split are the same in every epoch
+def _merge_small(value: tuple[float, ...], count: tuple[int, ...], k: int) -> tuple[int, ...]:
     """Sizes of the strata after merging; value and count of the distinct labels in ascending order."""
     last = len(value) - 1
     high = list(value)  # highest label of the stratum that begins at a position; its lowest is value[position]
@@ -273,7 +275,7 @@ def _merge_small(value: list[float], count: list[int], k: int) -> list[int]:
             left[right[b]] = a
         if size[a] <= k:
             heapq.heappush(small, (size[a], a))
-    return [c for c in size if c]
+    return tuple(c for c in size if c)
 
 
 def within_strata(
