@@ -28,13 +28,9 @@ def move(
     ones = torch.ones_like(sizes)
     parts = {row: _at(addresses[i], ones if row == "step" else sizes) for i, row in enumerate(ROWS)}
     parts["step"] = [step.view(()) for step in parts["step"]]
-    weights = [
-        reference.Weight(*(parts[row][i] for row in ROWS), number) for i, number in enumerate(group.tolist())
-    ]
+    weights = [reference.Weight(*(parts[row][i] for row in ROWS), number) for i, number in enumerate(group.tolist())]
     groups = [_settings(row) for row in settings.view(-1, COLUMNS).tolist()]
-    return reference.move(
-        weights, _at(gradients, sizes), groups, rates, limit, norm, stats, inverse, skip, average
-    )
+    return reference.move(weights, _at(gradients, sizes), groups, rates, limit, norm, stats, inverse, skip, average)
 
 
 def _at(addresses: Tensor, sizes: Tensor) -> list[Tensor | None]:

@@ -83,9 +83,7 @@ def _inspected(gradient, at, within, inverse, limit):
 
 
 @triton.jit
-def inspect_kernel(
-    sizes, blocks, gradients, inverse, parts, count, limit, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
-):
+def inspect_kernel(sizes, blocks, gradients, inverse, parts, count, limit, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     b = tl.program_id(0)
     i = tl.load(blocks + b)
     start = tl.load(blocks + count + b)
