@@ -151,13 +151,13 @@ class WeightAverage:
         torch._foreach_mul_(change, rate)
         torch._foreach_add_(values, change)
 
-    def entries(self, parameters: Sequence[Tensor]) -> dict[int, str]:
-        """{number of a parameter: name of its average}. Parameters that are not averaged as they are have none."""
+    def names_of(self, parameters: Sequence[Tensor]) -> list[str | None]:
+        """The name of each parameter's average; None for one that has none. Of a tied parameter: the first name."""
         names: dict[int, str] = {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if name in self.values:
                 names.setdefault(id(parameter), name)
-        return {i: names[id(p)] for i, p in enumerate(parameters) if id(p) in names}
+        return [names.get(id(p)) for p in parameters]
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ compute exactly is left to the optimiser's own step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from engine.kernels.registry import backend_for
 from engine.kernels.update import Settings, Table
 from engine.kernels.update.reference import Weight
 from engine.kernels.update.tables import layout
-from engine.sharded import is_sharded
 from engine.step.averages import WeightAverage
 
 KEPT = 64
@@ -29,15 +28,22 @@ KEPT = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """Weights of an optimiser that have gradients, where they are, and the layout of each.
+    """Weights of an optimiser that have gradients, where they are, and the layout and the strides of each.
 
     Attributes:
         averaged: names of the averages that move with their weights.
     """
 
     table: Table
-    layouts: tuple[Any, ...]
+    layouts: list[Any]
+    strides: list[Any]
     averaged: frozenset[str]
+
+    def fits(self, gradients: list[Tensor]) -> bool:
+        """Whether the gradients lie in memory as their weights do."""
+        if [*map(Tensor.stride, gradients)] == self.strides:
+            return True
+        return [*map(layout, gradients)] == self.layouts
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class FusedUpdates:
     def __init__(self) -> None:
         self._plans: dict[tuple, Plan | None] = {}
         self._rates: dict[int, tuple[list[float], Tensor]] = {}
+        # {(average, parameters), by id: both, which keeps the ids theirs, and the averages' names}
+        self._names: dict[tuple, tuple[WeightAverage, list[Tensor], list[str | None]]] = {}
 
     @torch.no_grad()
     def work(self, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> Work | None:
@@ -72,36 +80,45 @@ class FusedUpdates:
         if rates is None:
             return None
         weights, gradients = _weights(optimizer)
-        found = {} if average is None else average.entries([w.parameter for w in weights])
-        weights = [w._replace(average=average.values[found[i]]) if i in found else w for i, w in enumerate(weights)]
-        plan = self._plan(weights, [_settings(optimizer, g) for g in optimizer.param_groups], average, found)
-        if plan is None or any(
-            g.stride() != w.parameter.stride() and layout(g) != place
-            for g, w, place in zip(gradients, weights, plan.layouts, strict=True)
-        ):
-            return None
-        return Work(plan, [w.parameter for w in weights], gradients, rates)
+        parameters = [w.parameter for w in weights]
+        names = [None] * len(weights) if average is None else self._names_of(average, parameters)
+        if average is not None:
+            averages = [None if name is None else average.values[name] for name in names]
+            weights = [Weight(*w[:4], a, w.group) for w, a in zip(weights, averages, strict=True)]
+        plan = self._plan(weights, tuple(_settings(optimizer, g) for g in optimizer.param_groups), average, names)
+        return None if plan is None or not plan.fits(gradients) else Work(plan, parameters, gradients, rates)
+
+    def _names_of(self, average: WeightAverage, parameters: list[Tensor]) -> list[str | None]:
+        key = id(average), *map(id, parameters)
+        if key not in self._names:
+            _make_room(self._names)
+            self._names[key] = average, parameters, average.names_of(parameters)
+        return self._names[key][2]
 
     def _plan(
-        self, weights: list[Weight], groups: list[Settings], average: WeightAverage | None, found: dict[int, str]
+        self,
+        weights: list[Weight],
+        groups: tuple[Settings, ...],
+        average: WeightAverage | None,
+        names: list[str | None],
     ) -> Plan | None:
-        places = tuple(
-            tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in w[:5] if t is not None) for w in weights
-        )
-        key = places, tuple(w.group for w in weights), tuple(groups)
+        places = tuple(t.data_ptr() for w in weights for t in w[:5] if t is not None)
+        key = places, tuple((w.parameter.shape, w.group) for w in weights), groups
         if key not in self._plans:
-            if len(self._plans) >= KEPT:
-                self._plans.pop(next(iter(self._plans)))
+            _make_room(self._plans)
             state = {} if average is None else average.module.state_dict()
-            own = all(state[name].data_ptr() == weights[i].parameter.data_ptr() for i, name in found.items())
-            self._plans[key] = _planned(weights, groups, frozenset(found.values())) if own else None
+            named = [(state[name], w.parameter) for name, w in zip(names, weights, strict=True) if name is not None]
+            own = all(value.data_ptr() == parameter.data_ptr() for value, parameter in named)
+            averaged = frozenset(name for name in names if name is not None)
+            self._plans[key] = _planned(weights, groups, averaged) if own else None
         return self._plans[key]
 
     def _rates_of(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """The groups' learning rates on the device, float32. None where some are tensors elsewhere."""
         device, rates = _moving(optimizer)[0].device, [group["lr"] for group in optimizer.param_groups]
         if all(isinstance(rate, Tensor) and rate.device == device and rate.numel() == 1 for rate in rates):
-            return torch.stack([rate.detach().reshape(()) for rate in rates]).to(torch.float32)
+            vectors = [rate.detach().reshape(1) for rate in rates]
+            return (torch.cat(vectors) if len(vectors) > 1 else vectors[0]).to(torch.float32)
         if any(isinstance(rate, Tensor) for rate in rates):
             return None
         known, tensor = self._rates.get(id(optimizer), ([], torch.empty(0)))
@@ -134,6 +151,11 @@ class ScaledMove:
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         # as torch's own unscaling
         self._move(None if scale is None else scale.double().reciprocal().float(), found)
+
+
+def _make_room(kept: dict[tuple, Any]) -> None:
+    if len(kept) >= KEPT:
+        kept.pop(next(iter(kept)))
 
 
 def fuses(parameter: Tensor) -> bool:
@@ -175,8 +197,9 @@ def _fits(group: dict[str, Any]) -> bool:
 
 
 def _plain(tensor: Tensor) -> bool:
-    whole = type(tensor) in (Tensor, torch.nn.Parameter) and not is_sharded(tensor)
-    return whole and tensor.dtype == torch.float32 and tensor.layout == torch.strided
+    """Whether it is a whole dense float32 tensor, and of no class of its own, as FSDP2's are."""
+    of_torch = type(tensor) in (torch.nn.Parameter, Tensor)
+    return of_torch and tensor.dtype == torch.float32 and tensor.layout == torch.strided
 
 
 def _settings(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Settings:
@@ -195,14 +218,15 @@ def _weights(optimizer: torch.optim.Optimizer) -> tuple[list[Weight], list[Tenso
     return weights, gradients
 
 
-def _planned(weights: list[Weight], groups: list[Settings], averaged: frozenset[str]) -> Plan | None:
+def _planned(weights: list[Weight], groups: Sequence[Settings], averaged: frozenset[str]) -> Plan | None:
     """The plan, or None where not all of it lies in memory as the pass needs it."""
     device = weights[0].parameter.device
-    places = tuple(layout(w.parameter) for w in weights)
-    for w, place in zip(weights, places, strict=True):
+    for w in weights:
+        place = layout(w.parameter)
         beside = [t for t in (w.first, w.second, w.average) if t is not None]
         alike = all(_plain(t) and layout(t) == place and t.numel() == w.parameter.numel() for t in beside)
         counted = _plain(w.step) and w.step.numel() == 1
         if place is None or not alike or not counted or any(t.device != device for t in (w.parameter, w.step, *beside)):
             return None
-    return Plan(Table(weights, groups), places, averaged)
+    parameters = [w.parameter for w in weights]
+    return Plan(Table(weights, groups), [*map(layout, parameters)], [p.stride() for p in parameters], averaged)
