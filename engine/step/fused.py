@@ -204,7 +204,8 @@ def _plain(tensor: Tensor) -> bool:
 
 def _settings(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Settings:
     decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, AdamW))
-    return Settings(*group["betas"], group["eps"], group["weight_decay"], decoupled)
+    beta1, beta2 = group["betas"]
+    return Settings(beta1, beta2, group["eps"], group["weight_decay"], decoupled)
 
 
 def _weights(optimizer: torch.optim.Optimizer) -> tuple[list[Weight], list[Tensor]]:

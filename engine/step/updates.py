@@ -219,10 +219,11 @@ class Updates:
 
     def _move(self, work: Work, optimizer: torch.optim.Optimizer, inverse: Tensor | None, skip: Tensor | None) -> None:
         """Unscale, clip, check, move and average in one pass, after a look at the gradients where one is needed."""
-        table, gradients = work.plan.table, work.gradients
+        table, device = work.plan.table, work.gradients[0].device
+        gradients = table.gradients(work.gradients)
         limit = math.inf if self.clip_value is None else self.clip_value
         norm, stats = math.inf if self.clip_norm is None else self.clip_norm, None
-        leaves_out = self.finite.on_device(gradients[0])
+        leaves_out = self.finite.on_device(work.gradients[0])
         if leaves_out or self.clip_norm is not None:
             stats = inspect(table, gradients, limit=limit, inverse=inverse)
             if leaves_out:
@@ -231,7 +232,7 @@ class Updates:
         if self.average is not None and optimizer is self.main_optimizer:
             self.average.hold = skip
             self._moved = self._average_rate(self.average), work.plan.averaged
-            rate = _on_device(self._moved[0], gradients[0].device)
+            rate = _on_device(self._moved[0], device)
         move(
             table, gradients, work.rates, limit=limit, norm=norm, stats=stats, inverse=inverse, skip=skip, average=rate
         )

@@ -1,6 +1,7 @@
 """The end of a training step as two operations: a look at the gradients, and one pass that moves everything.
 
     table = Table(weights, groups)
+    gradients = table.gradients([p.grad for p in parameters])
     stats = inspect(table, gradients)                     # needed for a norm, and to leave out a step
     move(table, gradients, rates, norm=1.0, stats=stats)
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.registry import call, register_from
-from engine.kernels.update.tables import Table
+from engine.kernels.update.tables import Gradients, Table
 
 _add = register_from("engine.kernels.update", "update_")
 _add(
@@ -42,25 +43,25 @@ _add(
 
 
 def inspect(
-    table: Table, gradients: Sequence[Tensor], *, limit: float = math.inf, inverse: Tensor | None = None
+    table: Table, gradients: Gradients | Sequence[Tensor], *, limit: float = math.inf, inverse: Tensor | None = None
 ) -> Tensor:
     """Whether a value of the gradients is not finite, and the sum of their squares, after unscaling and clipping.
 
     Args:
-        gradients: float32, each of the `layout` of its weight, in the table's order.
+        gradients: float32, each of the `layout` of its weight, in the table's order; or `table.gradients` of them.
         limit: elements are clipped to ±limit.
         inverse: 0-d float32, 1 / the scale of the loss; None for 1.
 
     Returns:
         float32 [2]: 1 if a value is not finite, else 0; and the sum of squares.
     """
-    found, aligned = table.gradients(gradients)
+    found, aligned = gradients if isinstance(gradients, Gradients) else table.gradients(gradients)
     return call("update_inspect", table.sizes, table.blocks, found, aligned, float(limit), inverse)
 
 
 def move(
-    table: Table, gradients: Sequence[Tensor], rates: Tensor, *, limit: float = math.inf, norm: float = math.inf,
-    stats: Tensor | None = None, inverse: Tensor | None = None, skip: Tensor | None = None,
+    table: Table, gradients: Gradients | Sequence[Tensor], rates: Tensor, *, limit: float = math.inf,
+    norm: float = math.inf, stats: Tensor | None = None, inverse: Tensor | None = None, skip: Tensor | None = None,
     average: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Clip the gradients and move the table's weights, moments, step counters and averages; gradients stay as they are.
@@ -76,14 +77,14 @@ def move(
         float32 [2]: 1 where nothing was changed, else 0; and the factor that bounds the norm.
 
     Example:
-        >>> p, g = torch.ones(3), torch.ones(3)
-        >>> weight = Weight(p, torch.zeros(3), torch.zeros(3), torch.tensor(0.0), None, 0)
-        >>> with use_backend("cpu"):
-        ...     _ = move(Table([weight], [Settings()]), [g], torch.tensor([0.1]))
+        >>> from engine.kernels.update.reference import Settings, Weight
+        >>> p, first, second, step = torch.ones(3), torch.zeros(3), torch.zeros(3), torch.tensor(0.0)
+        >>> table = Table([Weight(p, first, second, step, None, 0)], [Settings()])
+        >>> _ = move(table, [torch.ones(3)], torch.tensor([0.1]))
         >>> p
         tensor([0.9000, 0.9000, 0.9000])
     """
-    found, aligned = table.gradients(gradients)
+    found, aligned = gradients if isinstance(gradients, Gradients) else table.gradients(gradients)
     return call(
         "update_move", table.addresses, table.sizes, table.blocks, table.group, table.settings, found, aligned, rates,
         float(limit), float(norm), stats if math.isfinite(norm) else None, inverse, skip, average,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,13 @@ def layout(tensor: Tensor) -> tuple[tuple[int, int], ...] | None:
     return axes
 
 
+class Gradients(NamedTuple):
+    """Where the gradients of a table's weights lie, int64 [n], and whether all addresses are multiples of `ALIGNED`."""
+
+    addresses: Tensor
+    aligned: bool
+
+
 class Table:
     """The weights of an optimiser whose gradients `inspect` and `move` take. They must stay where they are.
 
@@ -78,13 +86,11 @@ class Table:
         self.blocks = torch.stack([owner, before * BLOCK])
         self.aligned = all(a % ALIGNED == 0 for row, of in zip(rows, ROWS, strict=True) if of != "step" for a in row)
 
-    def gradients(self, gradients: Sequence[Tensor]) -> tuple[Tensor, bool]:
-        """Addresses int64 [n] of gradients that lie as the weights do, and whether everything is aligned."""
+    def gradients(self, gradients: Sequence[Tensor]) -> Gradients:
+        """The gradients of the weights, in their order, each of the `layout` of its weight. They must be kept alive."""
         found = [g.data_ptr() for g in gradients]
-        return (
-            numbers(found, torch.int64, self.addresses.device),
-            self.aligned and all(a % ALIGNED == 0 for a in found),
-        )
+        aligned = self.aligned and all(a % ALIGNED == 0 for a in found)
+        return Gradients(numbers(found, torch.int64, self.addresses.device), aligned)
 
 
 def _columns(s: Settings) -> tuple[float, ...]:
