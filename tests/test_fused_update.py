@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine.kernels import registry
 from engine.step import TwoStageStep, updates
 from engine.step.fused import FusedUpdates
 from tests import test_finite
@@ -154,6 +155,34 @@ def test_the_average_does_not_count_a_step_that_the_scaler_leaves_out(path, monk
     assert step.average.state_dict()["updates"] == without.average.state_dict()["updates"] == 5 - skipped
     for name, value in step.average.values.items():
         torch.testing.assert_close(value, without.average.values[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
+def test_a_trial_needs_the_kernels_of_an_update_and_changes_nothing(options, fused, monkeypatch):
+    """Which of a kernel's arguments there are decides what is compiled."""
+    used = []
+
+    def noting(name, original):
+        def run_it(table, *arguments, **settings):
+            given = sorted(k for k, v in settings.items() if k not in ("limit", "norm") and v is not None)
+            used.append((name, *given, table.aligned))
+            return original(table, *arguments, **settings)
+
+        return run_it
+
+    for name in ("inspect", "move"):
+        monkeypatch.setattr(updates, name, noting(name, getattr(updates, name)))
+    step = make("emulate", **options)
+    run(step, 2)
+    real, used[:] = set(used), []
+    before = [t.clone() for m in (step.model, step.objective) for t in m.state_dict().values()]
+    with registry.static():
+        for optimizer in (step.main_optimizer, step.estimator_optimizer):
+            step.try_update(optimizer)
+    assert {u[:-1] for u in used} == {u[:-1] for u in real}
+    assert all(u[-1] for u in used)
+    after = [t for m in (step.model, step.objective) for t in m.state_dict().values()]
+    assert all(map(torch.equal, before, after))
 
 
 # -- torch's own step --

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.kernels.update import inspect, move
+from engine.kernels.update import Settings, Table, inspect, move
+from engine.kernels.update.reference import Weight
 from engine.objective import Objective
 from engine.profile import part
 from engine.sharded import clip_norm, clip_values, is_sharded, local
@@ -216,6 +217,25 @@ class Updates:
         average = self.average if optimizer is self.main_optimizer else None
         with contextlib.nullcontext() if self.held is None else self.held.rates(optimizer):
             return self._fused.work(optimizer, average)
+
+    def try_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Launch what one pass launches, but on a weight of its own, as `engine.kernels.warm_up` needs it."""
+        parameter = _parameters(optimizer)[0]
+        if not isinstance(optimizer, torch.optim.Adam) or not fuses(parameter):
+            return
+        one, number = torch.zeros(1, device=parameter.device), torch.zeros((), device=parameter.device)
+        main, leaves_out = optimizer is self.main_optimizer, self.finite.on_device(parameter)
+        scaled = number if main and self.scaler is not None else None
+        averaged = self.average is not None and main
+        weight = Weight(one, one.clone(), one.clone(), number.clone(), one.clone() if averaged else None, 0)
+        table = Table([weight], [Settings()])
+        gradients = table.gradients([one.clone()])
+        norm, stats = math.inf if self.clip_norm is None else self.clip_norm, None
+        if leaves_out or self.clip_norm is not None:
+            stats = inspect(table, gradients, inverse=scaled)
+        skip = number if leaves_out else scaled
+        rates, average = one.clone(), number if averaged else None
+        move(table, gradients, rates, norm=norm, stats=stats, inverse=scaled, skip=skip, average=average)
 
     def _move(self, work: Work, optimizer: torch.optim.Optimizer, inverse: Tensor | None, skip: Tensor | None) -> None:
         """Unscale, clip, check, move and average in one pass, after a look at the gradients where one is needed."""

@@ -1,6 +1,7 @@
 """The update on a GPU: programs that move a block of one weight each, found by its address.
 
-Before it one program counts the step and computes what every weight's update shares.
+Before it one program counts the step and computes what every weight's update shares. The kernels are the same for all
+numbers of weights and blocks, so that they are compiled once.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def _inspected(gradient, at, within, inverse, limit):
     return bad, tl.sum(g * g, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def inspect_kernel(sizes, blocks, gradients, inverse, parts, count, limit, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     b = tl.program_id(0)
     i = tl.load(blocks + b)
@@ -99,7 +100,7 @@ def inspect_kernel(sizes, blocks, gradients, inverse, parts, count, limit, BLOCK
     tl.store(parts + count + b, squares)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def combine_kernel(parts, stats, count, MANY: tl.constexpr):
     bad = tl.zeros([MANY], tl.float32)
     squares = tl.zeros([MANY], tl.float32)
@@ -111,7 +112,7 @@ def combine_kernel(parts, stats, count, MANY: tl.constexpr):
     tl.store(stats + 1, tl.sum(squares, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def prepare_kernel(
     steps, group, settings, rates, stats, skip, factors, shared, norm, n, WEIGHTS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -173,7 +174,7 @@ def _moved(
         tl.store(mean + at, a + tl.load(average) * (p - a), mask=with_average)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "count"])
 def move_kernel(
     addresses, sizes, blocks, group, settings, rates, gradients, inverse, average, factors, shared, n, count, limit,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
