@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,7 +133,7 @@ class WeightAverage:
             self.updates = int(self._made)
 
     @torch.no_grad()
-    def update(self, rate: float | Tensor, moved: Collection[str] = ()) -> None:
+    def update(self, rate: float | Tensor, moved: frozenset[str] = frozenset()) -> None:
         """Move the average towards the module's present weights by `rate`, a number or a 0-d tensor.
 
         Args:
