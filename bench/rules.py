@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter
 
 # MultiTensorApply.cuh: tensors a launch by the number of lists, chunks a launch, elements a chunk.
 TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+WITH_NUMBERS = {1: 96, 2: 64, 3: 48, 4: 36, 5: 30}  # the same with a number for each tensor
 CHUNKS, CHUNK = 320, 65_536
 
 # Shape.cu: tensors that one CatArrayBatchedCopy takes.
@@ -74,9 +75,13 @@ def _empty(args: tuple, out: Any) -> bool:
 # -- lists of tensors -------------------------------------------------------------------------------------------------
 
 
-def multi_tensor(sizes: Sequence[int], depth: int) -> int:
-    """Launches of multi_tensor_apply on tensors of these sizes, `depth` lists of them. Source: MultiTensorApply.cuh."""
-    most = TENSORS[min(depth, 5)]
+def multi_tensor(sizes: Sequence[int], depth: int, numbers: bool = False) -> int:
+    """Launches of multi_tensor_apply on tensors of these sizes, `depth` lists of them. Source: MultiTensorApply.cuh.
+
+    Args:
+        numbers: there is a number for each tensor, too.
+    """
+    most = (WITH_NUMBERS if numbers else TENSORS)[min(depth, 5)]
     count = blocks = tensors = 0
     for size in sizes:
         if size == 0:
@@ -100,12 +105,15 @@ def foreach(args: tuple, out: Any, mixed: bool = False) -> int:
     lists = [a for a in args if isinstance(a, list | tuple) and a and isinstance(a[0], Tensor)]
     depth = len(lists) + isinstance(out, list | tuple)
     first = lists[0]
+    numbers = any(isinstance(a, list | tuple) and a and isinstance(a[0], int | float) for a in args)
     alike = all(
-        t.dtype == (part if mixed else first)[0].dtype and t.stride() == like.stride() and t.is_floating_point()
+        t.dtype == (part if mixed else first)[0].dtype
+        and t.stride() == like.stride()
+        and (t.is_floating_point() or numbers)  # whole numbers added to such tensors (source: ForeachUtils.h)
         for part in lists
         for t, like in zip(part, first, strict=False)
     )
-    return multi_tensor([t.numel() for t in first], depth) if alike else len(first)
+    return multi_tensor([t.numel() for t in first], depth, numbers) if alike else len(first)
 
 
 def _foreach_norm(args: tuple, kwargs: dict, out: Any) -> int:

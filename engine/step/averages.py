@@ -111,7 +111,8 @@ class WeightAverage:
 
     def __init__(self, module: nn.Module, decay: float):
         self.module, self.decay, self.updates = module, decay, 0
-        self.hold: Tensor | None = None  # on the device: 1 where the next update is to change nothing
+        self.hold: Tensor | None = None  # on the device: 1 where the present step is left out, else 0
+        self._made: Tensor | None = None  # on the device: updates that were made, where it may leave out some
         self.values = {k: v.detach().clone() for k, v in module.state_dict().items() if v.is_floating_point()}
 
     def next_rate(self) -> float:
@@ -121,18 +122,54 @@ class WeightAverage:
         return rate
 
     @torch.no_grad()
-    def update(self, rate: float | Tensor) -> None:
-        """Move the average towards the module's present weights by `rate` of `next_rate`, a number or a 0-d tensor."""
+    def rate(self, rate: float | Tensor) -> float | Tensor:
+        """Weight of the present in this update: `rate` of `next_rate`, or what the device counts.
+
+        With `hold`, only the device knows which updates were made. A step that it leaves out is not counted, and its
+        weight is 0.
+        """
+        if self.hold is None and self._made is None:
+            return rate
+        hold = torch.zeros((), device=self._made.device) if self.hold is None else self.hold
+        if self._made is None:
+            # `next_rate` has counted this update
+            self._made = torch.full((), self.updates - 1.0, dtype=torch.float64, device=hold.device)
+        kept = 1 - hold
+        rate = (1 - ((1 + self._made) / (10 + self._made)).clamp(max=self.decay)) * kept
+        self._made.add_(kept)
+        return rate.float() if rate.is_cuda else rate
+
+    def settle(self) -> None:
+        """Take over how many updates the device has made. Waits for it."""
+        if self._made is not None:
+            self.updates = int(self._made)
+
+    @torch.no_grad()
+    def update(self, rate: float | Tensor, moved: frozenset[str] = frozenset()) -> None:
+        """Move the average towards the module's present weights by `rate`, a number or a 0-d tensor.
+
+        Args:
+            moved: names of averages that have already moved.
+        """
+        names = [name for name in self.values if name not in moved]
+        if not names:
+            return
         state = self.module.state_dict()
-        values, present = [local(v) for v in self.values.values()], [local(state[k].detach()) for k in self.values]
-        if self.hold is not None:
-            rate = rate * (1 - self.hold)
+        values, present = [local(self.values[k]) for k in names], [local(state[k].detach()) for k in names]
         if not isinstance(rate, Tensor):
             torch._foreach_lerp_(values, present, rate)
             return
         change = torch._foreach_sub(present, values)
         torch._foreach_mul_(change, rate)
         torch._foreach_add_(values, change)
+
+    def names_of(self, parameters: Sequence[Tensor]) -> list[str | None]:
+        """The name of each parameter's average; None for one that has none. Of a tied parameter: the first name."""
+        names: dict[int, str] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            if name in self.values:
+                names.setdefault(id(parameter), name)
+        return [names.get(id(p)) for p in parameters]
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -146,10 +183,13 @@ class WeightAverage:
             _load(self.module, own)
 
     def state_dict(self) -> dict[str, Any]:
+        self.settle()
         return {"updates": self.updates, "values": self.values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.updates = state["updates"]
+        if self._made is not None:
+            self._made.fill_(self.updates)
         for name, value in state["values"].items():
             self.values[name].copy_(value)
 

@@ -118,10 +118,28 @@ class NonFinite:
         flags = self.flags_for(parameters[0].device)
         flags.note_gradients([p.grad for p in parameters])
         vars(optimizer)["found_inf"] = flags.bad  # which a fused Adam reads on the device
+        self._leave_out_on_device(flags)
+
+    def note_found(self, found: Tensor) -> Tensor:
+        """Leave out the step on the device where its loss is not finite, or where `found` says 1: 1 there, else 0."""
+        flags = self.flags_for(found.device)
+        flags.bad.copy_(torch.maximum(flags.bad, found))
+        self._leave_out_on_device(flags)
+        return flags.bad
+
+    def _leave_out_on_device(self, flags: Flags) -> None:
         if self.step.average is not None:
             self.step.average.hold = flags.bad
         for buffer, value in self._before:
             buffer.copy_(torch.where(flags.bad > 0, value, buffer))
+
+    def on_device(self, tensor: Tensor) -> bool:
+        """Whether steps are left out on the device, without the host: under "skip", without a loss scaler."""
+        return self.policy == "skip" and self.step.scaler is None and not self._looks(tensor)
+
+    def host_looks(self, tensor: Tensor) -> bool:
+        """Whether the host looks at the gradients of every step."""
+        return self.step.scaler is None and self._looks(tensor)
 
     def _looks(self, tensor: Tensor) -> bool:
         """Whether the host may read the tensor. It has to, to leave out the step of most optimisers."""
@@ -185,8 +203,8 @@ class NonFinite:
             return
         left, most = self.flags.read_counts()
         self.position.skipped += left
-        if self.step.average is not None and self.position.stage == "stage2":
-            self.step.average.updates -= left
+        if self.step.average is not None:
+            self.step.average.settle()
         if most >= MOST_IN_A_ROW:
             raise _error("losses or gradients", f"{most} steps in a row that were left out")
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
+from engine.kernels.update import Settings, Table, inspect, move
+from engine.kernels.update.reference import Weight
 from engine.objective import Objective
 from engine.profile import part
-from engine.sharded import clip_norm, clip_values, local
+from engine.sharded import clip_norm, clip_values, is_sharded, local
 from engine.step.averages import WeightAverage
 from engine.step.checks import check_optimizer
 from engine.step.finite import NonFinite
+from engine.step.fused import FusedUpdates, ScaledMove, Work, fuses, note_step
 from engine.step.graph_state import DeviceNumbers
 
 
@@ -97,6 +103,8 @@ class Updates:
     backward: Callable[[Tensor], None]
     groups: dict[str, Accumulation]
     _checked: dict[str, torch.optim.Optimizer]
+    # set by one pass that has moved averages, too: the rate, and their names
+    _moved: tuple[float | Tensor, frozenset[str]] | None = None
 
     def _optimizer(self, name: str) -> torch.optim.Optimizer:
         optimizer = getattr(self, name)
@@ -159,12 +167,28 @@ class Updates:
     def _update_average(self) -> None:
         if self.average is not None:
             with part("average"):
-                self.average.update(self.average.next_rate() if self.held is None else self.held.tensor("average"))
+                (rate, moved), self._moved = self._moved or (self._average_rate(self.average), frozenset()), None
+                self.average.update(rate, moved)
+
+    def _average_rate(self, average: WeightAverage) -> float | Tensor:
+        return average.rate(average.next_rate() if self.held is None else self.held.tensor("average"))
 
     def _apply(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+        work = self._fused_work(optimizer)
+        if work is None:
+            self._apply_in_parts(optimizer, scaler)
+        elif scaler is None:
+            self._move(work, optimizer, None, None)
+        else:
+            scaled = ScaledMove(optimizer, partial(self._move, work, optimizer))
+            scaler.step(scaled)  # type: ignore[arg-type]
+            scaler.update()
+
+    def _apply_in_parts(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+        """Unscale, clip, check and move, one pass over the gradients after another."""
         if scaler is not None:
             scaler.unscale_(optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = _parameters(optimizer)
         if self.clip_value is not None:
             clip_values(parameters, self.clip_value)
         if self.clip_norm is not None:
@@ -173,9 +197,80 @@ class Updates:
         with contextlib.nullcontext() if self.held is None else self.held.rates(optimizer):
             if scaler is None:
                 optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
+                return
+            if self.average is not None and optimizer is self.main_optimizer:
+                self.average.hold = _overflowed(scaler, optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+
+    # -- the same in one pass --
+
+    @functools.cached_property
+    def _fused(self) -> FusedUpdates:
+        return FusedUpdates()
+
+    def _fused_work(self, optimizer: torch.optim.Optimizer) -> Work | None:
+        """What one pass over the weights is to do; None where it is not used, or would not do the same."""
+        first = next((p for p in _parameters(optimizer) if p.grad is not None), None)
+        if first is None or is_sharded(first) or not fuses(first) or self.finite.host_looks(first):
+            return None
+        average = self.average if optimizer is self.main_optimizer else None
+        with contextlib.nullcontext() if self.held is None else self.held.rates(optimizer):
+            return self._fused.work(optimizer, average)
+
+    def try_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Launch what one pass launches, but on a weight of its own, as `engine.kernels.warm_up` needs it."""
+        parameter = _parameters(optimizer)[0]
+        if not isinstance(optimizer, torch.optim.Adam) or not fuses(parameter):
+            return
+        one, number = torch.zeros(1, device=parameter.device), torch.zeros((), device=parameter.device)
+        main, leaves_out = optimizer is self.main_optimizer, self.finite.on_device(parameter)
+        scaled = number if main and self.scaler is not None else None
+        averaged = self.average is not None and main
+        weight = Weight(one, one.clone(), one.clone(), number.clone(), one.clone() if averaged else None, 0)
+        table = Table([weight], [Settings()])
+        gradients = table.gradients([one.clone()])
+        norm, stats = math.inf if self.clip_norm is None else self.clip_norm, None
+        if leaves_out or self.clip_norm is not None:
+            stats = inspect(table, gradients, inverse=scaled)
+        skip = number if leaves_out else scaled
+        rates, average = one.clone(), number if averaged else None
+        move(table, gradients, rates, norm=norm, stats=stats, inverse=scaled, skip=skip, average=average)
+
+    def _move(self, work: Work, optimizer: torch.optim.Optimizer, inverse: Tensor | None, skip: Tensor | None) -> None:
+        """Unscale, clip, check, move and average in one pass, after a look at the gradients where one is needed."""
+        table, device = work.plan.table, work.gradients[0].device
+        gradients = table.gradients(work.gradients)
+        limit = math.inf if self.clip_value is None else self.clip_value
+        norm, stats = math.inf if self.clip_norm is None else self.clip_norm, None
+        leaves_out = self.finite.on_device(work.gradients[0])
+        if leaves_out or self.clip_norm is not None:
+            stats = inspect(table, gradients, limit=limit, inverse=inverse)
+            if leaves_out:
+                skip = self.finite.note_found(stats[0])
+        rate = None
+        if self.average is not None and optimizer is self.main_optimizer:
+            self.average.hold = skip
+            self._moved = self._average_rate(self.average), work.plan.averaged
+            rate = _on_device(self._moved[0], device)
+        move(
+            table, gradients, work.rates, limit=limit, norm=norm, stats=stats, inverse=inverse, skip=skip, average=rate
+        )
+        for parameter in work.parameters:
+            torch.autograd.graph.increment_version(parameter)
+        note_step(optimizer)
+
+
+def _overflowed(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """0-d: 1 if the scaler found a gradient that is not finite, and will leave out the step, else 0."""
+    found = list(scaler._found_inf_per_device(optimizer).values())  # type: ignore[attr-defined]
+    return torch.stack([f.to(found[0].device) for f in found]).amax() if found else None
+
+
+def _on_device(number: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.to(torch.float32)
+    return torch.full((), number, dtype=torch.float32, device=device)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ def warm_kernels(parts: Parts) -> None:
 
 
 def try_out(step: TwoStageStep, batch: Batch, size: int) -> None:
-    """Both stages' passes on one batch, with a bank of `size` samples, and no updates."""
+    """Both stages' passes on one batch, with a bank of `size` samples, and updates of no weight of the step."""
     step.model.train()
     with torch.no_grad():
         step.forward(batch, batch.label)
@@ -57,3 +57,6 @@ def try_out(step: TwoStageStep, batch: Batch, size: int) -> None:
         with step._frozen_estimators():
             loss = loss + step.objective.model_loss(features, products).loss
     loss.backward()
+    for optimizer in (step.main_optimizer, step.estimator_optimizer):
+        if optimizer is not None:
+            step.try_update(optimizer)

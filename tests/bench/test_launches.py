@@ -44,7 +44,7 @@ def launched(fn):
 
 def test_launches_of_single_operations():
     x, y = torch.randn(6, 4), torch.randn(4, 5)
-    turned, low = x.t().contiguous().t(), x.bfloat16()
+    turned, low, whole = x.t().contiguous().t(), x.bfloat16(), torch.zeros(100, dtype=torch.int64)
     cases = {
         "views": (lambda: x.view(2, 12)[0:1].expand(3, 12).unsqueeze(0).transpose(0, 1), {}),
         "element-wise": (lambda: x.view(-1).mul(2).add_(1), {"aten.mul": 1, "aten.add_": 1}),
@@ -57,6 +57,7 @@ def test_launches_of_single_operations():
         "dropout": (lambda: F.dropout(x, 0.5), {"aten.native_dropout": 1}),
         "empty": (lambda: torch.empty(3, device="cuda"), {}),
         "lists": (lambda: torch._foreach_add([x] * 70, 1.0), {"aten._foreach_add": 2}),
+        "numbers": (lambda: torch._foreach_add_(list(whole.unbind()), list(range(100))), {"aten._foreach_add_": 2}),
         "a cast of lists": (lambda: torch._foreach_copy_([low] * 70, [x] * 70), {"aten._foreach_copy_": 2}),
         "lists of two layouts": (lambda: torch._foreach_add([x, x], [x, turned]), {"aten._foreach_add": 2}),
     }  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 from bench import shapes
 from bench.epochs import tiny_batch, tiny_pair
 from engine.kernels.knn_product import Bank
+from engine.step import updates
 from tests import test_static as static
 
 STEPS = 20
@@ -97,6 +98,29 @@ def test_graph_emulate_and_eager_give_the_same_trajectory(options):
 def test_a_change_after_capture_takes_effect(change):
     (_, emulated), (_, captured) = (epochs(g, change, optimizer=static.sgd) for g in ("emulate", True))
     static.assert_equal(captured, emulated, rtol=1e-4, atol=1e-5)
+
+
+def damped(parameters):
+    """Without full steps of what is rounding alone, such as the gradient of a critic's last bias."""
+    return torch.optim.AdamW(parameters, 1e-2, eps=1e-2, fused=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"average": 0.98, "clip_value": 0.01},
+        {"average": 0.98, "clip_norm": 0.1, "non_finite": "skip"},
+        {"average": 0.98, "autocast": torch.float16},
+    ],
+    ids=["average and clipping", "skip", "fp16"],
+)
+@pytest.mark.parametrize("graphs", ["off", True])
+def test_updates_in_one_pass_are_those_of_torch(options, graphs, monkeypatch):
+    step, one_pass = epochs(graphs, optimizer=damped, **options)
+    assert any(plan is not None for plan in step._fused._plans.values())
+    monkeypatch.setattr(updates, "fuses", lambda parameter: False)
+    _, apart = epochs(graphs, optimizer=damped, **options)
+    static.assert_equal(one_pass, apart, rtol=1e-3, atol=1e-4)
 
 
 def test_replays_draw_new_dropout_masks():

@@ -177,7 +177,9 @@ def test_every_operation_has_a_case():
     own = {
         name
         for name in registry._operations
-        if name.startswith(("knn_", "dropout", "ragged_", "add_norm", "attention", "bias_gelu", "cube_pair", "test_"))
+        if name.startswith(
+            ("knn_", "dropout", "ragged_", "add_norm", "attention", "bias_gelu", "cube_pair", "update_", "test_")
+        )
     }
     # of bounds that tests/kernels/test_mi_bounds_op.py goes through one by one
     bounds = {name for name in registry._operations if name.startswith("mi_")}
