@@ -289,7 +289,7 @@ def add_norm_backward_kernel(
         tl.store(part + 2 * c, of_bias, mask=column < c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def sum_parts_kernel(
     p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15, out, rows, width,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -310,7 +310,11 @@ def sum_parts_kernel(
     tl.store(out + which.to(tl.int64) * width + column, tl.sum(total, 0), mask=column < width)
 
 
-@triton.jit
+# Not specialised: every bucket of lengths would compile the kernels anew.
+_SIZES = ["n", "length", "programs", "vocabulary", "places"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def embed_kernel(
     token_ids, position, words, positions, types, x, n, length, vocabulary, places, c,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -350,7 +354,7 @@ def _sum_of_rows(grad, keys, key, first, n, length, c, column, ROWS: tl.constexp
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def embed_backward_kernel(
     grad, token_ids, position, parts, of_words, of_places, of_types, n, length, programs, vocabulary, places, c,
     padding, SCAN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
