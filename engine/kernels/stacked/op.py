@@ -44,7 +44,7 @@ def stack_sequences(
         seed: int64 [1], from `engine.kernels.transformer.draw_seed`. Required for rates above 0.
 
     Returns:
-        the cube, float32 [B, size, K, D]; and the K means, float32 [B, D], 0 where nothing is valid. Differentiable once
+        the cube, float32 [B, size, K, D]; and K means, float32 [B, D], 0 where no place is valid. Differentiable once
         in the sequences.
 
     Raises:
