@@ -414,14 +414,15 @@ def _rows(x, bias, first, stride, i, e, length, d):
 def _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, UPCAST: tl.constexpr):
     """softmax(q k' scale + mask) [BLOCK_L, BLOCK_L]; keys past `length` weigh 0."""
     j = i[None, :]
-    scores = _dot(q, tl.trans(k), UPCAST) * scale
-    live = (i < length)[:, None] & (j < length)
     if mask.dtype.element_ty.is_int():  # of tokens: one row for all queries
-        seen = tl.load(mask + text * mask_text + i, mask=i < length, other=0)
-        scores += tl.where(seen != 0, 0.0, NOT_SEEN)[None, :]
+        seen = tl.load(mask + text * mask_text + j, mask=j < length, other=0).to(tl.int32)
+        added = tl.where(j < length, tl.where(seen != 0, 0.0, NOT_SEEN), float("-inf"))
+        scores = _dot(q, tl.trans(k), UPCAST) * scale + added
     else:
+        scores = _dot(q, tl.trans(k), UPCAST) * scale
+        live = (i < length)[:, None] & (j < length)
         scores += tl.load(mask + text * mask_text + i[:, None] * mask_row + j, mask=live, other=0.0).to(tl.float32)
-    scores = tl.where(j < length, scores, float("-inf"))
+        scores = tl.where(j < length, scores, float("-inf"))
     weights = tl.exp(scores - tl.max(scores, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
 
