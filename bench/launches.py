@@ -2,7 +2,7 @@
 
     python -m bench launches                 a table
     python -m bench launches --json          {"fast": {"stage1": n, "stage2": n, "draw": n, "collect": n}, ...}
-    python -m bench launches --detail        by operation and by part, and what involves the host
+    python -m bench launches --detail        by operation, part and calling line, and what involves the host
 
 Counted at B=32 with the preset mosi on random data of MOSI's shape: the MiniLM text encoder, AMP in bf16. Nothing runs
 on a GPU: `bench.pretend` has CPU tensors answer as if they were on one, and counts. What is counted is one call of a
@@ -47,11 +47,19 @@ def count(fn: Callable[[], Any], gpu: PretendedGpu | None = None, warm: bool = T
 
 
 def measure(modes: tuple[str, ...] = MODES, check: bool = False) -> dict[str, dict[str, Seen]]:
-    """{mode: {stage: launches of one batch}}. `check`: also compare with what operations declare, see `Seen.differ`."""
+    """{mode: {stage: launches of one batch}}.
+
+    check: also compare with what operations declare, see `Seen.differ`, and note the lines that call them.
+    """
     seen = {}
     for mode in modes:
         torch.manual_seed(0)
-        with PretendedGpu(check=check) as gpu, tempfile.TemporaryDirectory(prefix="bench-launches-") as folder:
+        anomalies = torch.autograd.set_detect_anomaly(check, check_nan=False)  # keeps the lines of forward passes
+        with (
+            anomalies,
+            PretendedGpu(check=check) as gpu,
+            tempfile.TemporaryDirectory(prefix="bench-launches-") as folder,
+        ):
             data = stages.write_data(Path(folder) / "data", shapes.mosi(2 * stages.BATCH))
             trainer = stages.ready(stages.settings(mode, data, "cuda", "train.graphs=emulate"))
             seen[mode] = of_epochs(trainer, gpu)
@@ -107,7 +115,7 @@ def table(seen: dict[str, dict[str, Seen]]) -> str:
 
 
 def detail(seen_in: dict[str, dict[str, Seen]]) -> str:
-    """Launches of every stage by part and by operation, with calls, and whatever involves the host."""
+    """Launches of every stage by part, by operation with its calls, and by line; and whatever involves the host."""
     lines = []
     for mode, parts in seen_in.items():
         for stage, seen in parts.items():
@@ -116,6 +124,7 @@ def detail(seen_in: dict[str, dict[str, Seen]]) -> str:
             for name, n in seen.by_operation.most_common():
                 if n:
                     lines.append(f"  {n:6}  {name} ({seen.calls[name]} calls)")
+            lines += [f"  {n:6}  {name}, {line}" for (line, name), n in sorted(seen.by_line.items())]
             lines += [f"  host:   {what} ({n} times)" for what, n in seen.traffic.most_common()]
             lines += [f"  not counted: engine.{name}: {why}" for name, why in seen.failed.items()]
             lines += [f"  engine.{n}: declares {a}, its host function has {b}" for n, (a, b) in seen.differ.items()]

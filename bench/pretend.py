@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -54,6 +56,8 @@ class Seen:
         launches: GPU kernels, copies and fills, in all.
         by_operation: launches of each operation; calls: how often it was called.
         by_part: launches of each part of a step, as `engine.profile` names them.
+        by_line: launches of each operation by the engine's line that calls it, where the context checks declarations.
+            A backward pass counts for the line of its forward pass, if that ran in torch's anomaly mode.
         traffic: how often what waited for the GPU, copied between host and GPU, or ran on the host, so that a
             captured graph would not repeat it.
         failed: operations of the engine whose launches could not be counted, taken as one, and why.
@@ -64,6 +68,7 @@ class Seen:
     by_operation: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
     by_part: Counter[str] = field(default_factory=Counter)
+    by_line: Counter[tuple[str, str]] = field(default_factory=Counter)
     traffic: Counter[str] = field(default_factory=Counter)
     failed: dict[str, str] = field(default_factory=dict)
     differ: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -135,6 +140,8 @@ class PretendedGpu:
         self.seen.calls[name] += 1
         self.seen.by_operation[name] += launches
         self.seen.by_part[self.parts[-1] if self.parts else "rest"] += launches
+        if self.check and launches:
+            self.seen.by_line[_line(), name] += launches
 
     def traffic(self, what: str) -> None:
         if self.seen is None or self._silent:
@@ -480,6 +487,21 @@ def launched_by_the_host_function(gpu: PretendedGpu, name: str, args: tuple) -> 
     finally:
         gpu._silent, gpu.strict = silent, strict
     return seen.launches + sum(kernels.values())
+
+
+def _line() -> str:
+    """The engine's innermost line that is not one of its kernels', of this call or of the forward pass that it
+    differentiates; with the name of the backward pass's node."""
+    node = torch._C._current_autograd_node()
+    if node is None:
+        frames, prefix = [(f.filename, f.lineno) for f in traceback.extract_stack()], ""
+    else:
+        written = "".join(node.metadata.get("traceback_") or ())
+        frames, prefix = re.findall(r'File "([^"]+)", line (\d+)', written), f"{node.name()} of "
+    own = [(name.rpartition("/engine/")[2], number) for name, number in frames if "/engine/" in name]
+    outside = [place for place in own if not place[0].startswith(("kernels/", "streams.py", "profile.py"))]
+    name, number = (outside or own or [("elsewhere", 0)])[-1]
+    return f"{prefix}{name}:{number}"
 
 
 def _makes_a_tensor(out: Any) -> bool:

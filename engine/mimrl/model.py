@@ -135,8 +135,8 @@ class MIMRL(nn.Module):
         plain = not self.faithful and isinstance(self.fusion, CubeMLP) and sequences[0].is_cuda
         return plain and stacks(sequences)
 
-    def _stacked(self, sequences: list[Tensor], batch: Batch) -> tuple[Tensor, None, Tensor]:
-        """The cube [B, time_len, K, D] and the means [K, B, D] of the modalities, in one operation."""
+    def _stacked(self, sequences: list[Tensor], batch: Batch) -> tuple[Tensor, None, list[Tensor]]:
+        """The cube [B, time_len, K, D] and the means [B, D] of the modalities, in one operation."""
         valid = {"text": batch.token_mask, "audio": batch.audio_length, "vision": batch.vision_length}
         rates = dict(zip(MODALITIES, self.dropout, strict=True)) if self.training else dict.fromkeys(MODALITIES, 0.0)
         hidden = [0.0] + [self.modality_dropout if self.training else 0.0] * (len(sequences) - 1)

@@ -28,6 +28,7 @@ from engine.kernels.transformer import (
     plan,
     runs_kernels,
 )
+from engine.kernels.transformer.op import NARROW
 from engine.kernels.transformer.reference import HIDDEN
 from engine.model.lowered import autocast_type, lower
 
@@ -133,12 +134,12 @@ def _parts(model: nn.Module, batch: int, length: int, dtype: torch.dtype) -> lis
 
 
 def mask_of(model: nn.Module, token_mask: Tensor) -> Tensor:
-    """A token mask [B, L] as `last_hidden_state` reads it: attention's own kernel takes it as it is."""
+    """A token mask [B, L] as `last_hidden_state` reads it. For narrow heads attention's kernel takes it as it is."""
     dtype = product_type(model, token_mask.device)
     inner = model.encoder.layer[0].attention.self
     width = inner.query.out_features // inner.num_attention_heads
     mask = token_mask[:, None, None, :]
-    if runs_kernels(inner.query.weight) and attention_fits(dtype, token_mask.shape[1], width):
+    if width <= NARROW and runs_kernels(inner.query.weight) and attention_fits(dtype, token_mask.shape[1], width):
         return mask
     return score_bias(mask == 0, dtype)
 

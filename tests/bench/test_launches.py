@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -276,3 +277,15 @@ def test_counting_leaves_nothing_to_chance(found):
     """Another run of one stage gives the same count."""
     again = launches.numbers(launches.measure(("fast",)))["fast"]
     assert again == launches.numbers(found)["fast"]
+
+
+def test_every_launch_has_a_line(found):
+    """Of the forward pass, by the file that calls the operation; of the backward pass, with its node."""
+    for stages in found.values():
+        for seen in stages.values():
+            assert sum(seen.by_line.values()) == seen.launches
+    lines = Counter[str]()
+    for (line, _), n in found["fast"]["stage2"].by_line.items():
+        lines[line.rpartition(":")[0]] += n
+    assert lines["model/fused_bert.py"] > 40 and lines["MmBackward0 of model/fused_bert.py"] == 2 * 25
+    assert not lines["elsewhere"]

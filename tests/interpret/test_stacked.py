@@ -35,15 +35,17 @@ def test_stack_sequences(batch, d, lengths, size, name):
     defaults = {"fill": [False] * 3, "rates": [0.0] * 3, "hidden": [0.0] * 3}
     settings = tuple(v[:count] for v in (defaults | SETTINGS[name]).values())
     drawn = (*settings, seed() if name == "training" else None)
-    grads = torch.randn(batch, size, count, d), torch.randn(count, batch, d)
+    grad, mean_grads = torch.randn(batch, size, count, d), [torch.randn(batch, d) for _ in range(count)]
     numbers = [TYPES.index(t) for t in types[:count]]
     with Guards() as guards:
         first, *others = (guards.input(x) for x in given)
         ok = [guards.input(v) for v in valid]
         found = kernels.stack_sequences(first, others, ok, size, *drawn)
-        back = kernels.stack_sequences_backward(*map(guards.input, grads), ok, list(lengths), *drawn, numbers)
-    assert_close(found, cpu.stack_sequences(given[0], given[1:], valid, size, *drawn))
-    assert_close(back, cpu.stack_sequences_backward(*grads, valid, list(lengths), *drawn, numbers))
+        slopes = guards.input(grad), [guards.input(g) for g in mean_grads]
+        back = kernels.stack_sequences_backward(*slopes, ok, list(lengths), *drawn, numbers)
+    cube, means = cpu.stack_sequences(given[0], given[1:], valid, size, *drawn)
+    assert_close([found[0], *found[1]], [cube, *means])
+    assert_close(back, cpu.stack_sequences_backward(grad, mean_grads, valid, list(lengths), *drawn, numbers))
 
 
 def test_masks_are_the_cpus_bit_for_bit():
@@ -61,7 +63,8 @@ def test_what_is_not_valid_is_not_read():
     for x, ok in zip(given, valid, strict=True):
         x[~(torch.arange(x.shape[1]) < ok[:, None] if ok.dim() == 1 else ok != 0)] = torch.nan
     drawn = ([True, False, True], [0.0] * 3, [0.0] * 3, None)
-    assert all(t.isfinite().all() for t in kernels.stack_sequences(given[0], given[1:], valid, 7, *drawn))
+    cube, means = kernels.stack_sequences(given[0], given[1:], valid, 7, *drawn)
+    assert all(t.isfinite().all() for t in (cube, *means))
 
 
 def test_through_the_operation():

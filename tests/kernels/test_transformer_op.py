@@ -160,12 +160,13 @@ def test_attention_equals_its_formula(rows, p):
         torch.testing.assert_close(f, e)
 
 
+@pytest.mark.parametrize("width", [4, 33])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_mask_of_integers_says_which_keys_are_seen(backend):
+def test_a_mask_of_integers_says_which_keys_are_seen(backend, width):
     mask = key_mask()
     with use_backend(backend):
-        found = results(attention_case(), attend((mask == 0).long() * 3))
-        expected = results(attention_case(), attend(mask))
+        found = results(attention_case(d=width), attend((mask == 0).long() * 3))
+        expected = results(attention_case(d=width), attend(mask))
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e)
 

@@ -238,6 +238,19 @@ def test_compiles_without_graph_breaks():
             torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_a_gpu_runs_compiles_without_graph_breaks(dynamic, monkeypatch):
+    for module in ("engine.kernels.transformer.embedding", "engine.model.fused_bert"):
+        monkeypatch.setattr(f"{module}.runs_kernels", lambda x: True)
+    encoder = TextEncoder(scattered(bert())).eval()
+    ids, mask = tokens([6, 4])
+    weight = torch.ones(encoder.dim, encoder.dim)
+    compiled = torch.compile(encode_padded, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    runs = [lambda e, i, m, f=f: f(e, i, m, weight) for f in (compiled, encode_padded)]
+    for f, e in zip(*(outputs_and_gradients(encoder, run, ids, mask, torch.bfloat16) for run in runs), strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-3 * max(1, float(e.abs().max())))
+
+
 VIEWS = {
     "view", "_unsafe_view", "transpose", "t", "unbind", "select", "expand", "detach", "alias", "split",
     "split_with_sizes", "slice", "empty", "new_empty", "empty_like", "unsqueeze", "permute",

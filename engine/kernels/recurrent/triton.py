@@ -115,6 +115,10 @@ def norm_backward(
     return of_forward, of_backward, parts.sum(0)
 
 
+# Not specialised: every bucket of lengths would compile the kernels anew.
+_SIZES = ["n", "texts", "steps"]
+
+
 @triton.jit
 def _steps(row, n, texts, lengths):
     """Of rows in the order of steps: step, text, whether the step is valid, and its place in the text turned round."""
@@ -124,7 +128,7 @@ def _steps(row, n, texts, lengths):
     return step, text, inside, tl.where(inside, own - 1 - step, step)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def turn_kernel(
     x, lengths, plain, turned, start, n, texts, width, text_stride, step_stride, n_start,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -146,7 +150,7 @@ def turn_kernel(
             tl.store(start + i, tl.zeros([BLOCK], start.dtype.element_ty), mask=i < n_start)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def join_kernel(
     forward, backward, lengths, joined, turned, n, texts, hidden, step_stride, text_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -166,7 +170,7 @@ def join_kernel(
         tl.store(turned + to + hidden, tl.load(backward + here, mask=valid, other=0.0), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def join_backward_kernel(
     grad, turned_grad, lengths, of_forward, of_backward, n, texts, hidden, step_stride, text_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -202,7 +206,7 @@ def _normalised(forward, backward, row, text, other, inside, texts, hidden, colu
     return centred * scale, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def norm_kernel(
     forward, backward, lengths, weight, shift, y, n, texts, steps, hidden, eps,
     CLEAR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -222,7 +226,7 @@ def norm_kernel(
     tl.store(y + to, result, mask=(row < n)[:, None] & (column < hidden)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def norm_backward_kernel(
     grad, forward, backward, lengths, weight, shift, of_forward, of_backward, parts, n, texts, steps, hidden, eps,
     CLEAR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

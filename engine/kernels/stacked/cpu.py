@@ -14,13 +14,13 @@ from engine.kernels.stacked import reference
 def stack_sequences(
     first: Tensor, others: Sequence[Tensor], valid: Sequence[Tensor], size: int, fill: Sequence[bool],
     rates: Sequence[float], hidden: Sequence[float], seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The cube [B, size, K, D] and the means [K, B, D]."""
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """The cube [B, size, K, D] and the means [B, D]."""
     return reference.stack([first, *others], valid, size, fill, rates, hidden, seed)
 
 
 def stack_sequences_backward(
-    grad: Tensor, mean_grad: Tensor, valid: Sequence[Tensor], lengths: Sequence[int], fill: Sequence[bool],
+    grad: Tensor, mean_grads: Sequence[Tensor], valid: Sequence[Tensor], lengths: Sequence[int], fill: Sequence[bool],
     rates: Sequence[float], hidden: Sequence[float], seed: Tensor | None, types: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the sequences, [B, L, D] each. types: whether they are float32 (0), bfloat16 (1) or float16 (2)."""
@@ -33,7 +33,7 @@ def stack_sequences_backward(
         g = torch.nn.functional.pad(grad[:, :, k], (0, 0, 0, own - size))
         if hidden[k] > 0:
             g = g * dropout.keep(batch, seed + kinds + k, hidden[k])[:, None, None]
-        g = g + torch.where(ok, (mean_grad[k] / count)[:, None], 0.0)
+        g = g + torch.where(ok, (mean_grads[k] / count)[:, None], 0.0)
         if rates[k] > 0:
             kept = dropout.keep(batch * wide * d, seed + k, rates[k]).view(batch, wide, d)[:, :own]
             g = torch.where(kept, g * (1 / (1 - rates[k])), 0.0)

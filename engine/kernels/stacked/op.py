@@ -28,7 +28,7 @@ def stack_sequences(
     rates: Sequence[float] | None = None,
     hidden: Sequence[float] | None = None,
     seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     """K padded sequences as one cube, and their means over valid places.
 
     Each sequence is cleared where it is not valid, or filled there with its mean; then dropped out; then its mean over
@@ -44,8 +44,8 @@ def stack_sequences(
         seed: int64 [1], from `engine.kernels.transformer.draw_seed`. Required for rates above 0.
 
     Returns:
-        the cube, float32 [B, size, K, D]; and the means, float32 [K, B, D], 0 where no place is valid. Differentiable
-        once in the sequences.
+        the cube, float32 [B, size, K, D]; and K means, float32 [B, D], 0 where no place is valid. Differentiable once
+        in the sequences.
 
     Raises:
         ValueError: shapes or types that do not fit, rates outside [0, 1), or rates without a seed.
@@ -54,7 +54,7 @@ def stack_sequences(
         >>> x, length = torch.tensor([[[2.0], [4.0], [9.0]]]), torch.tensor([2])
         >>> cube, means = stack_sequences([x], [length], 4, fill=[True])
         >>> cube[0, :, 0, 0], means
-        (tensor([2., 4., 3., 3.]), tensor([[[3.]]]))
+        (tensor([2., 4., 3., 3.]), [tensor([[3.]])])
     """
     count = len(sequences)
     fill = [False] * count if fill is None else list(fill)
@@ -63,7 +63,8 @@ def stack_sequences(
     _check(sequences, valid, size, fill, rates, hidden, seed)
     if backend_for(sequences[0], "stack_sequences") == "reference":
         return reference.stack(sequences, valid, size, fill, rates, hidden, seed)
-    return _Stack.apply(list(valid), size, fill, rates, hidden, seed, *sequences)
+    cube, *means = _Stack.apply(list(valid), size, fill, rates, hidden, seed, *sequences)
+    return cube, means
 
 
 def stacks(sequences: Sequence[Tensor]) -> bool:
@@ -101,14 +102,15 @@ class _Stack(torch.autograd.Function):
         ctx.lengths, ctx.types = [x.shape[1] for x in sequences], [TYPES.index(x.dtype) for x in sequences]
         ctx.save_for_backward(seed, *valid)
         first, *others = sequences
-        return call("stack_sequences", first, others, valid, size, fill, rates, hidden, seed)
+        cube, means = call("stack_sequences", first, others, valid, size, fill, rates, hidden, seed)
+        return cube, *means
 
     @staticmethod
     @differentiable_once("stack_sequences")
-    def backward(ctx, grad, mean_grad):
+    def backward(ctx, grad, *mean_grads):
         seed, *valid = ctx.saved_tensors
         arguments = (valid, ctx.lengths, *ctx.settings, seed, ctx.types)
-        gradients = call("stack_sequences_backward", grad, mean_grad, *arguments)
+        gradients = call("stack_sequences_backward", grad, mean_grads, *arguments)
         needed = ctx.needs_input_grad[6:]
         return *(None,) * 6, *(g if need else None for g, need in zip(gradients, needed, strict=True))
 
@@ -117,10 +119,10 @@ def _fake_stack(first, others, valid, size, fill, rates, hidden, seed):
     batch, _, d = first.shape
     kinds = 1 + len(others)
     new = {"dtype": torch.float32}
-    return first.new_empty((batch, size, kinds, d), **new), first.new_empty((kinds, batch, d), **new)
+    return first.new_empty((batch, size, kinds, d), **new), [first.new_empty((batch, d), **new) for _ in range(kinds)]
 
 
-def _fake_stack_backward(grad, mean_grad, valid, lengths, fill, rates, hidden, seed, types):
+def _fake_stack_backward(grad, mean_grads, valid, lengths, fill, rates, hidden, seed, types):
     batch, _, _, d = grad.shape
     return [grad.new_empty((batch, n, d), dtype=TYPES[kind]) for n, kind in zip(lengths, types, strict=True)]
 
@@ -129,11 +131,11 @@ _SETTINGS = "bool[] fill, float[] rates, float[] hidden, Tensor? seed"
 _add = register_from("engine.kernels.stacked")
 _add(
     "stack_sequences",
-    f"(Tensor first, Tensor[] others, Tensor[] valid, int size, {_SETTINGS}) -> (Tensor, Tensor)",
+    f"(Tensor first, Tensor[] others, Tensor[] valid, int size, {_SETTINGS}) -> (Tensor, Tensor[])",
     "triton", _fake_stack, 1,
 )  # fmt: skip
 _add(
     "stack_sequences_backward",
-    f"(Tensor grad, Tensor mean_grad, Tensor[] valid, int[] lengths, {_SETTINGS}, int[] types) -> Tensor[]",
+    f"(Tensor grad, Tensor[] mean_grads, Tensor[] valid, int[] lengths, {_SETTINGS}, int[] types) -> Tensor[]",
     "triton", _fake_stack_backward, 1,
 )  # fmt: skip

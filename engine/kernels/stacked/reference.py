@@ -19,7 +19,7 @@ def valid_places(valid: Tensor, length: int) -> Tensor:
 def stack(
     sequences: Sequence[Tensor], valid: Sequence[Tensor], size: int, fill: Sequence[bool], rates: Sequence[float],
     hidden: Sequence[float], seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """See `op.stack_sequences`."""
     batch, _, d = sequences[0].shape
     wide = max(size, *(x.shape[1] for x in sequences))
@@ -39,4 +39,4 @@ def stack(
         if hidden[k] > 0:
             v = v * dropout.keep(batch, seed + len(sequences) + k, hidden[k])[:, None, None]
         slices.append(v)
-    return torch.stack(slices, 2), torch.stack(means)
+    return torch.stack(slices, 2), means

@@ -42,37 +42,38 @@ def _padded(values: Sequence, count: int = 3) -> list:
 def stack_sequences(
     first: Tensor, others: Sequence[Tensor], valid: Sequence[Tensor], size: int, fill: Sequence[bool],
     rates: Sequence[float], hidden: Sequence[float], seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """As `cpu.stack_sequences`."""
     sequences, valid = [x.contiguous() for x in (first, *others)], [v.contiguous() for v in valid]
     (batch, _, d), kinds = first.shape, len(sequences)
     lengths = [x.shape[1] for x in sequences]
     cube = torch.empty((batch, size, kinds, d), dtype=torch.float32, device=first.device)
-    means = torch.empty((kinds, batch, d), dtype=torch.float32, device=first.device)
-    if means.numel():
+    means = [torch.empty((batch, d), dtype=torch.float32, device=first.device) for _ in sequences]
+    if batch and d:
         blocks = _blocks(d)
         stack_kernel[(batch, triton.cdiv(d, blocks["BLOCK"]), kinds)](
-            *_padded(sequences), *_padded(valid), *_padded(lengths), cube, means, seed, batch, size,
+            *_padded(sequences), *_padded(valid), *_padded(lengths), cube, *_padded(means), seed, size,
             max(size, *lengths), d, **_settings(valid, fill, rates, hidden), KINDS=kinds, **blocks,
         )  # fmt: skip
     return cube, means
 
 
 def stack_sequences_backward(
-    grad: Tensor, mean_grad: Tensor, valid: Sequence[Tensor], lengths: Sequence[int], fill: Sequence[bool],
+    grad: Tensor, mean_grads: Sequence[Tensor], valid: Sequence[Tensor], lengths: Sequence[int], fill: Sequence[bool],
     rates: Sequence[float], hidden: Sequence[float], seed: Tensor | None, types: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """As `cpu.stack_sequences_backward`."""
-    grad, mean_grad, valid = grad.contiguous(), mean_grad.contiguous(), [v.contiguous() for v in valid]
+    grad = grad.contiguous()
+    mean_grads, valid = [g.contiguous() for g in mean_grads], [v.contiguous() for v in valid]
     batch, size, kinds, d = grad.shape
     gradients = [
         torch.empty((batch, n, d), dtype=TYPES[kind], device=grad.device)
         for n, kind in zip(lengths, types, strict=True)
     ]
-    if mean_grad.numel():
+    if batch and d:
         blocks = _blocks(d)
         stack_backward_kernel[(batch, triton.cdiv(d, blocks["BLOCK"]), kinds)](
-            grad, mean_grad, *_padded(valid), *_padded(gradients), *_padded(lengths), seed, batch, size,
+            grad, *_padded(mean_grads), *_padded(valid), *_padded(gradients), *_padded(lengths), seed, size,
             max(size, *lengths), d, **_settings(valid, fill, rates, hidden), KINDS=kinds, **blocks,
         )  # fmt: skip
     return gradients
@@ -103,7 +104,7 @@ def _count(valid, sample, length, BY_LENGTH: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _stack(
-    x, valid, length, cube, means, seed, samples, size, wide, d, K: tl.constexpr, KINDS: tl.constexpr,
+    x, valid, length, cube, mean, seed, size, wide, d, K: tl.constexpr, KINDS: tl.constexpr,
     FILL: tl.constexpr, BY_LENGTH: tl.constexpr, DROPPED: tl.constexpr, SCALE: tl.constexpr, HIDDEN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -111,14 +112,14 @@ def _stack(
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     inside = column < d
     count = _count(valid, sample, length, BY_LENGTH, ROWS)
-    mean = tl.zeros([1, BLOCK], tl.float32)
+    middle = tl.zeros([1, BLOCK], tl.float32)
     if FILL:
         total = tl.zeros([ROWS, BLOCK], tl.float32)
         for start in range(0, length, ROWS):
             place = start + tl.arange(0, ROWS)
             ok = _valid(valid, sample, place, length, BY_LENGTH)[:, None] & inside
             total += tl.load(x + (sample * length + place)[:, None] * d + column, mask=ok, other=0.0).to(tl.float32)
-        mean = (tl.sum(total, 0) / count)[None, :]
+        middle = (tl.sum(total, 0) / count)[None, :]
     shown = drop_out(tl.full([1, 1], 1.0, tl.float32), sample, 0, seed, KINDS + K, HIDDEN, 1.0)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, tl.maximum(length, size), ROWS):
@@ -127,34 +128,39 @@ def _stack(
         source = x + (sample * length + place)[:, None] * d + column
         v = tl.load(source, mask=ok & inside, other=0.0).to(tl.float32)
         if FILL:
-            v = tl.where(ok, v, mean)
+            v = tl.where(ok, v, middle)
         v = drop_out(v, ((sample * wide + place) * d)[:, None], column, seed, K, DROPPED, SCALE)
         total += tl.where(ok, v, 0.0)
         to = cube + ((sample * size + place)[:, None] * KINDS + K) * d + column
         tl.store(to, v * shown, mask=(place < size)[:, None] & inside)
-    to = means + (K * samples + sample) * d + column
-    tl.store(to, (tl.sum(total, 0) / count)[None, :], mask=inside)
+    tl.store(mean + sample * d + column, (tl.sum(total, 0) / count)[None, :], mask=inside)
 
 
-@triton.jit
+# Not specialised: every bucket of lengths would compile the kernel anew.
+_SIZES = ["length0", "length1", "length2", "size", "wide"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def stack_kernel(
-    x0, x1, x2, valid0, valid1, valid2, length0, length1, length2, cube, means, seed, samples, size, wide, d,
+    x0, x1, x2, valid0, valid1, valid2, length0, length1, length2, cube, mean0, mean1, mean2, seed,
+    size, wide, d,
     FILL: tl.constexpr, BY_LENGTH: tl.constexpr, DROPPED: tl.constexpr, SCALE: tl.constexpr, HIDDEN: tl.constexpr,
     KINDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One sequence's part of the cube, and its mean. Grid: (samples, blocks of columns, sequences)."""
     x, valid, length = (x0, x1, x2), (valid0, valid1, valid2), (length0, length1, length2)
+    mean = (mean0, mean1, mean2)
     for k in tl.static_range(KINDS):
         if tl.program_id(2) == k:
             _stack(
-                x[k], valid[k], length[k], cube, means, seed, samples, size, wide, d, k, KINDS, FILL[k], BY_LENGTH[k],
+                x[k], valid[k], length[k], cube, mean[k], seed, size, wide, d, k, KINDS, FILL[k], BY_LENGTH[k],
                 DROPPED[k], SCALE[k], HIDDEN[k], ROWS, BLOCK,
             )  # fmt: skip
 
 
 @triton.jit
 def _stack_backward(
-    grad, mean_grad, valid, dx, length, seed, samples, size, wide, d, K: tl.constexpr, KINDS: tl.constexpr,
+    grad, mean_grad, valid, dx, length, seed, size, wide, d, K: tl.constexpr, KINDS: tl.constexpr,
     FILL: tl.constexpr, BY_LENGTH: tl.constexpr, DROPPED: tl.constexpr, SCALE: tl.constexpr, HIDDEN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +169,7 @@ def _stack_backward(
     inside = column < d
     count = _count(valid, sample, length, BY_LENGTH, ROWS)
     shown = drop_out(tl.full([1, 1], 1.0, tl.float32), sample, 0, seed, KINDS + K, HIDDEN, 1.0)
-    of_mean = tl.load(mean_grad + (K * samples + sample) * d + column, mask=inside, other=0.0) / count
+    of_mean = tl.load(mean_grad + sample * d + column, mask=inside, other=0.0) / count
     spread = tl.zeros([1, BLOCK], tl.float32)
     if FILL:  # what the filled places give the mean
         total = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -184,17 +190,19 @@ def _stack_backward(
         tl.store(to, tl.where(ok, g, 0.0).to(dx.dtype.element_ty), mask=(place < length)[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def stack_backward_kernel(
-    grad, mean_grad, valid0, valid1, valid2, dx0, dx1, dx2, length0, length1, length2, seed, samples, size, wide, d,
+    grad, mean_grad0, mean_grad1, mean_grad2, valid0, valid1, valid2, dx0, dx1, dx2, length0, length1, length2, seed,
+    size, wide, d,
     FILL: tl.constexpr, BY_LENGTH: tl.constexpr, DROPPED: tl.constexpr, SCALE: tl.constexpr, HIDDEN: tl.constexpr,
     KINDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one sequence. Grid: (samples, blocks of columns, sequences)."""
     valid, dx, length = (valid0, valid1, valid2), (dx0, dx1, dx2), (length0, length1, length2)
+    mean_grad = (mean_grad0, mean_grad1, mean_grad2)
     for k in tl.static_range(KINDS):
         if tl.program_id(2) == k:
             _stack_backward(
-                grad, mean_grad, valid[k], dx[k], length[k], seed, samples, size, wide, d, k, KINDS, FILL[k],
+                grad, mean_grad[k], valid[k], dx[k], length[k], seed, size, wide, d, k, KINDS, FILL[k],
                 BY_LENGTH[k], DROPPED[k], SCALE[k], HIDDEN[k], ROWS, BLOCK,
             )  # fmt: skip

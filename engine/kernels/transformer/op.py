@@ -23,6 +23,7 @@ from engine.kernels.transformer import plan, reference
 
 WIDEST = 8192  # columns that one program of add_norm's kernel holds
 LONGEST, HEAD = 64, 64  # tokens of a text, and width of a head, that one program of attention's kernel holds
+NARROW = 32  # width of a head up to which the kernel reads a mask of integers; with wider ones it spills on sm_80
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -137,7 +138,7 @@ def attention(
         k_bias: [C], of the same dtype.
         v_bias: [C], of the same dtype.
         mask: [B, 1, 1, L] or [B, 1, L, L], of any floating dtype, finite; it is added to the scores. Or integers
-            [B, 1, 1, L]: keys where it is 0 are not seen.
+            [B, 1, 1, L]: keys where it is 0 are not seen. For heads wider than NARROW they are made such numbers first.
         heads: Number of heads, a divisor of C.
         seed: For dropout of the attention's weights, as for `add_norm`.
         p: As for `add_norm`.
@@ -171,6 +172,8 @@ def attention(
     backend = backend_for(qkv, "attention")
     if mask.requires_grad and torch.is_grad_enabled():
         backend = "reference"  # the kernels have no gradient for it
+    if not mask.is_floating_point() and width // heads > NARROW:
+        mask = reference.added(mask, qkv.dtype)
     fits = backend != "triton" or attention_fits(qkv.dtype, length, width // heads)
     if parts is None and (backend == "reference" or not fits):
         return reference.attention(qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number)

@@ -289,7 +289,7 @@ def add_norm_backward_kernel(
         tl.store(part + 2 * c, of_bias, mask=column < c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def sum_parts_kernel(
     p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15, out, rows, width,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -310,7 +310,11 @@ def sum_parts_kernel(
     tl.store(out + which.to(tl.int64) * width + column, tl.sum(total, 0), mask=column < width)
 
 
-@triton.jit
+# Not specialised: every bucket of lengths would compile the kernels anew.
+_SIZES = ["n", "length", "programs", "vocabulary", "places"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def embed_kernel(
     token_ids, position, words, positions, types, x, n, length, vocabulary, places, c,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -350,7 +354,7 @@ def _sum_of_rows(grad, keys, key, first, n, length, c, column, ROWS: tl.constexp
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def embed_backward_kernel(
     grad, token_ids, position, parts, of_words, of_places, of_types, n, length, programs, vocabulary, places, c,
     padding, SCAN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -410,14 +414,15 @@ def _rows(x, bias, first, stride, i, e, length, d):
 def _attention_weights(q, k, mask, text, mask_text, mask_row, i, length, scale, UPCAST: tl.constexpr):
     """softmax(q k' scale + mask) [BLOCK_L, BLOCK_L]; keys past `length` weigh 0."""
     j = i[None, :]
-    scores = _dot(q, tl.trans(k), UPCAST) * scale
-    live = (i < length)[:, None] & (j < length)
     if mask.dtype.element_ty.is_int():  # of tokens: one row for all queries
-        seen = tl.load(mask + text * mask_text + i, mask=i < length, other=0)
-        scores += tl.where(seen != 0, 0.0, NOT_SEEN)[None, :]
+        seen = tl.load(mask + text * mask_text + j, mask=j < length, other=0).to(tl.int32)
+        added = tl.where(j < length, tl.where(seen != 0, 0.0, NOT_SEEN), float("-inf"))
+        scores = _dot(q, tl.trans(k), UPCAST) * scale + added
     else:
+        scores = _dot(q, tl.trans(k), UPCAST) * scale
+        live = (i < length)[:, None] & (j < length)
         scores += tl.load(mask + text * mask_text + i[:, None] * mask_row + j, mask=live, other=0.0).to(tl.float32)
-    scores = tl.where(j < length, scores, float("-inf"))
+        scores = tl.where(j < length, scores, float("-inf"))
     weights = tl.exp(scores - tl.max(scores, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
 
