@@ -111,6 +111,9 @@ def choose_format(source: DataFiles, expected: str | None = None) -> Format:
     reader = next((f for f in formats() if f.recognises(source)), None)
     if reader is None:
         known = "; ".join(f.title for f in _FORMATS.values())
+        if source.kind == "csv":
+            expected = "a manifest with the columns id, split, label, text, audio and vision"
+            raise DataError(str(source.path), describe(source), expected, "Rename the columns: docs/formats.md.")
         raise DataError(str(source.path), describe(source), f"one of: {known}", "See docs/formats.md for the layouts.")
     if expected is not None and reader.name != expected:
         wanted = _FORMATS[expected]
