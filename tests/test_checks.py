@@ -103,6 +103,8 @@ def test_class_numbers_of_every_split():
         checks.class_numbers(settings, wrong)
     with pytest.raises(DataError, match=r"found class 3 .* Subtract 1 from all labels: classes are counted from 0\.$"):
         checks.class_numbers(settings, labelled(train=[1.0, 3.0, float("nan")]))
+    with pytest.raises(DataError, match=r"\(id train1\): found label -0\.5 \(2 of 4 labels are no class numbers\)"):
+        checks.class_numbers(settings, labelled(train=[5.0, -0.5, 0.25, float("nan")]))
     checks.class_numbers(settings, wrong, ["train"])
     checks.class_numbers(Config(), wrong)
 

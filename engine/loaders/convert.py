@@ -115,6 +115,7 @@ def read_source(
         )  # fmt: skip
     with spooled(spool):
         raw = reader.read(source, rule, tokenizer is None and "text" in source.choice.modalities)
+    raw.notes += formats.registry.without_effect(reader, source.choice) if training else []
     return prepare(source, raw, rule, tokenizer, mark, training)
 
 

@@ -1,15 +1,20 @@
 """Folders that users have half-way: lists of splits that do not match, aligned .csd files, names of their own."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 
+from engine.config import DataConfig
 from engine.errors import DataError
-from engine.loaders.formats import read
+from engine.loaders import formats, open_dataset
+from engine.loaders.formats import Choice, read
 from engine.loaders.formats.checks import nearest
+from engine.loaders.formats.registry import without_effect
 from engine.loaders.inspect import inspect_path
 from tests.loaders import writers
+from tests.loaders.test_text import small_tokenizer
 
 
 @pytest.fixture
@@ -76,9 +81,7 @@ def test_names_of_ones_own(tmp_path, header, label, found):
 def test_three_tables_in_place_of_a_manifest(tmp_path):
     folder = manifest(tmp_path / "in", "id,split,label,text,audio,vision")
     (folder / "manifest.csv").rename(folder / "train.csv")
-    with pytest.raises(
-        DataError, match=r"found no manifest\.csv, but train\.csv; .* one manifest\.csv with"
-    ):
+    with pytest.raises(DataError, match=r"found no manifest\.csv, but train\.csv; .* one manifest\.csv with"):
         inspect_path(folder)
     assert list(inspect_path(folder / "train.csv").splits) == ["train", "valid", "test"]
 
@@ -86,3 +89,24 @@ def test_three_tables_in_place_of_a_manifest(tmp_path):
 def test_nearest_does_not_mind_capitals():
     assert nearest("id", ["Nothing", "ID"]) == ["ID"]
     assert nearest("lables", ["labels", "id"]) == ["labels"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "told"),
+    [({"audio_features": "egemaps"}, ["data.audio_features=egemaps has no effect"]), ({"label_column": 0}, []),
+     ({"label_column": 2, "align": "segments"}, ["data.label_column=2 has no effect", "data.align=segments has no"])],
+)  # fmt: skip
+def test_choices_that_do_nothing_are_told(tmp_path, choice, told):
+    """A manifest has one set of features and one label."""
+    folder = manifest(tmp_path / "in", "id,split,label,text,audio,vision")
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        open_dataset(folder, DataConfig(**choice), small_tokenizer(tmp_path / "words"))
+    lines = [str(one.message) for one in met if "no effect" in str(one.message)]
+    assert len(lines) == len(told) and all(part in line for part, line in zip(told, lines, strict=True))
+
+
+def test_every_reader_says_what_it_heeds():
+    for reader in formats.formats():
+        assert set(reader.choices) <= set(vars(Choice())), reader.name
+        assert without_effect(reader, Choice()) == []

@@ -61,6 +61,13 @@ class _Segment:
 class CSD:
     name = "csd"
     title = TITLE
+    choices = (
+        "audio_features",
+        "vision_features",
+        "text_features",
+        "label_column",
+        "align",
+    )  # fields of `Choice` that it heeds
 
     def recognises(self, source: DataFiles) -> bool:
         return source.kind == "hdf5"

@@ -57,7 +57,10 @@ class RawDataset:
 
 
 class Format(Protocol):
-    """A reader. `name` is short and unique; messages call it by its `title`."""
+    """A reader. `name` is short and unique; messages call it by its `title`.
+
+    It may have `choices`, the fields of `Choice` that it heeds. A note then tells the user which settings do nothing.
+    """
 
     name: str
     title: str
@@ -211,6 +214,18 @@ def read(
     source = find_source(path, choice)
     reader = choose_format(source, expected)
     return source, reader.read(source, rule, features)
+
+
+def without_effect(reader: Format, choice: Choice) -> list[str]:
+    """Notes on choices of the user's that a reader does not heed. None for a reader that does not say what it heeds."""
+    heeded = getattr(reader, "choices", None)
+    if heeded is None:
+        return []
+    given = {key: value for key, value in vars(choice).items() if value != getattr(Choice(), key)}
+    ignored = [key for key in given if key not in (*heeded, "modalities", "label_key")]
+    if given.get("label_column") == 0:  # the only column
+        ignored = [key for key in ignored if key != "label_column"]
+    return [f"data.{key}={given[key]} has no effect: a {reader.title} has no choice of that kind" for key in ignored]
 
 
 def remarks(source: DataFiles, raw: RawDataset) -> list[str]:
