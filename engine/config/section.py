@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -18,7 +18,13 @@ MOST_EPOCHS = 1_000_000
 TRUE_AS_NUMBER = "true_as_number"
 
 
-class _OneLine(type(BaseModel)):  # type: ignore[misc]  # pydantic does not publish the metaclass under a name
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # pydantic publishes it under no name of its own
+
+
+class _OneLine(ModelMetaclass):
     """Turns pydantic's errors into `ConfigError` where a section is made by a call, as in `DataConfig(clip=-1)`."""
 
     def __call__(cls, *places: Any, **values: Any) -> Any:
