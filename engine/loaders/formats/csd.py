@@ -61,13 +61,7 @@ class _Segment:
 class CSD:
     name = "csd"
     title = TITLE
-    choices = (
-        "audio_features",
-        "vision_features",
-        "text_features",
-        "label_column",
-        "align",
-    )  # fields of `Choice` that it heeds
+    choices = ("audio_features", "vision_features", "text_features", "label_column")
 
     def recognises(self, source: DataFiles) -> bool:
         return source.kind == "hdf5"

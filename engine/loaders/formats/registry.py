@@ -222,7 +222,7 @@ def without_effect(reader: Format, choice: Choice) -> list[str]:
     if heeded is None:
         return []
     given = {key: value for key, value in vars(choice).items() if value != getattr(Choice(), key)}
-    ignored = [key for key in given if key not in (*heeded, "modalities", "label_key")]
+    ignored = [key for key in given if key not in (*heeded, "modalities", "label_key", "align")]
     if given.get("label_column") == 0:  # the only column
         ignored = [key for key in ignored if key != "label_column"]
     return [f"data.{key}={given[key]} has no effect: a {reader.title} has no choice of that kind" for key in ignored]
