@@ -550,3 +550,10 @@ def test_sections_made_by_a_call():
     with pytest.raises(ConfigError, match=r"^Config: found \{'epochs': 2\} \(dict\); expected settings by name"):
         Config({"epochs": 2})
     assert TrainConfig(schedule={"rate": 0.5}).schedule.rate == 0.5
+
+
+def test_dotted_keys_in_a_file(tmp_path):
+    (tmp_path / "x.yaml").write_text("train.schedule.rate: 3\n")
+    expected = r"train\.schedule\.rate: found a key with dots; .* Write train: \{schedule: \{rate: \.\.\.\}\}\.$"
+    with pytest.raises(ConfigError, match=expected):
+        load_config(tmp_path / "x.yaml")
