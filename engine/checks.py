@@ -126,6 +126,15 @@ def class_numbers(config: Config, dataset: Dataset, splits: Iterable[str] | None
     for name in dataset.splits if splits is None else splits:
         split = dataset.splits[name]
         label = split.label[:, 0].numpy()
+        whole = (label >= 0) & (label == np.floor(label)) | np.isnan(label)
+        if not whole.all():
+            row = int(np.flatnonzero(~whole)[0])
+            raise DataError(
+                f"{name}, label, row {row} (id {split.ids[row]})",
+                f"label {label[row]:g} ({np.count_nonzero(~whole)} of {len(label)} labels are no class numbers)",
+                f"class numbers 0 to {config.model.num_class - 1}",
+                "Set model.task=regression, or number the classes.",
+            )
         wrong = np.flatnonzero(label >= config.model.num_class)
         if len(wrong):
             row = int(wrong[0])

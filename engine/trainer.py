@@ -13,10 +13,13 @@ The examples below go on with this run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from engine import checks, metrics
 from engine.callbacks import Callback
@@ -87,7 +90,7 @@ def train(
     if isinstance(dataset, (str, Path)):
         do = "Set config.data.path to the path, and leave dataset out."
         raise ConfigError("dataset", f"a path ({dataset})", "an open dataset", do)
-    with joined(config.device, config.train.timeout) as ranks:
+    with _threads_as_before(), joined(config.device, config.train.timeout) as ranks:
         return RunResult(out, TrainingRun(config, out, callbacks, dataset, profile, ranks).fit(resume))
 
 
@@ -236,6 +239,16 @@ def _load(run: str | Path, device: str, task: Task | str | None) -> Run:
     if task is not None:
         load_task(task)
     return load_run(run, choose_device(device))
+
+
+@contextlib.contextmanager
+def _threads_as_before() -> Iterator[None]:
+    """The process has as many CPU threads afterwards as before: `config.threads` is that of one run."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _with_task(config: Config, task: Task | str | None) -> Config:

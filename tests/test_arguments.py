@@ -4,10 +4,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 import engine
 from engine.config.seeds import different_seeds
 from engine.errors import EngineError
+from engine.loaders.make_data import make_data
 
 SPACE = {"train.lr": [1e-3]}
 NO_CONFIG = re.escape("expected an engine.Config. Make one with engine.load_config(")
@@ -57,3 +59,16 @@ def test_other_things_in_the_wrong_place(tmp_path):
         engine.train(config, tmp_path / "out", task=3)
     with pytest.raises(EngineError, match=r"^device: found a NoneType"):
         engine.evaluate(tmp_path, "data", device=None)
+
+
+def test_the_threads_of_a_run_do_not_stay(tmp_path):
+    """The next run of the process would use them, and its last digits depend on them."""
+    data = make_data(tmp_path / "data", "mosi", 40, "declarelab")
+    config = engine.load_config("mosi", ["data.modalities=audio-vision", "objective.enabled=false", "epochs=1"])
+    config.data.path, config.output.progress, before = str(data), False, torch.get_num_threads()
+    config.threads = before + 1
+    engine.train(config, tmp_path / "out")
+    assert torch.get_num_threads() == before
+    for batch_size in (0, -3, "8", 2.0, True):
+        with pytest.raises(EngineError, match=r"^batch_size: found .*; expected a number from 1 to"):
+            engine.evaluate(tmp_path / "out", data, batch_size=batch_size)

@@ -101,6 +101,10 @@ def test_class_numbers_of_every_split():
     wrong = labelled(train=[0.0, 2.0], valid=[1.0, 3.0, 4.0])
     with pytest.raises(DataError, match=r"^valid, label, row 1 \(id valid1\): found class 3 \(2 of 3 labels .* 0 to 2"):
         checks.class_numbers(settings, wrong)
+    with pytest.raises(DataError, match=r"found class 3 .* Subtract 1 from all labels: classes are counted from 0\.$"):
+        checks.class_numbers(settings, labelled(train=[1.0, 3.0, float("nan")]))
+    with pytest.raises(DataError, match=r"\(id train1\): found label -0\.5 \(2 of 4 labels are no class numbers\)"):
+        checks.class_numbers(settings, labelled(train=[5.0, -0.5, 0.25, float("nan")]))
     checks.class_numbers(settings, wrong, ["train"])
     checks.class_numbers(Config(), wrong)
 

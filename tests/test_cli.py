@@ -23,6 +23,7 @@ from engine.cli.parser import EXAMPLES, build_parser, split_settings
 from engine.cli.training import split_seeds, train_epilog
 from engine.config import Config, common_keys, load_config, presets
 from engine.errors import DataError
+from engine.loaders.make_data import make_data
 from engine.run_folder import FILES
 from engine.sweeps.settings import read_words
 from engine.sweeps.space import is_searched, read_space_words
@@ -256,6 +257,16 @@ def test_predictions_to_standard_output(monkeypatch, calls, data, tmp_path, caps
     assert capsys.readouterr().out == "id,label,prediction\nü,1,0.5\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [(["--epochs", "3"], "epochs"), (["epochs", "3"], "epochs"), (["--batch-size=3"], "batch_size"),
+     (["--train.lr", "1"], "train.lr"), (["--lr=1"], "train.lr")],
+)  # fmt: skip
+def test_settings_written_as_options(capsys, words, meant):
+    line = fails(capsys, "train", "--preset", "mosi", "--out", "x", *words)
+    assert f"found the argument {words[0]!r}; " in line and line.rstrip().endswith(f"Write {meant}=VALUE.")
+
+
 def test_an_option_whose_value_looks_like_an_option(capsys):
     assert "--option=VALUE" in fails(capsys, "train", "--preset", "mosi", "--out", "-x")
 
@@ -469,3 +480,28 @@ def test_python_m_engine():
     assert command("--version").stdout == f"engine {__version__}\n"
     done = command("config")
     assert done.returncode == 2 and done.stderr.startswith("error: ")
+
+
+def test_what_is_not_overwritten(tmp_path, capsys):
+    """A store has the ending of a checkpoint."""
+    folder = make_data(tmp_path / "data", "mosi", 6, "tuples")
+    (tmp_path / "best.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    for taken in ("best.safetensors", "empty.safetensors"):
+        (tmp_path / "empty.safetensors").touch()
+        line = fails(capsys, "convert", folder, tmp_path / taken)
+        assert f"{taken}: found a file that is no store; expected a new name, or a store to replace" in line
+    assert (tmp_path / "best.safetensors").read_bytes() == b"\x02\0\0\0\0\0\0\0{}"
+    for _ in range(2):
+        assert run("convert", folder, tmp_path / "store") == 0
+
+
+def test_wrong_words_of_data_commands(tmp_path, capsys):
+    assert "modalities[0]: found txt" in fails(capsys, "convert", tmp_path, tmp_path / "x", "--modalities", "txt")
+    line = fails(capsys, "make-data", tmp_path / "new", "--shape", "mosi", "--n", "9", "--seed", "-1")
+    assert "--seed: found -1; expected an integer from 0" in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_report_of_a_sweep_by_the_command_for_runs(tmp_path, capsys):
+    (tmp_path / "plan.json").write_text("{}")
+    assert "found a sweep or a tuning; expected a run" in fails(capsys, "report", "--run", tmp_path)

@@ -13,6 +13,7 @@ from pydantic import Field
 import engine.task as task_module
 from engine.config import (
     Config,
+    DataConfig,
     ModelConfig,
     ObjectiveConfig,
     TrainConfig,
@@ -537,3 +538,23 @@ def test_assigning_true_or_to_a_name_that_is_not_there():
 def test_arguments_of_another_type(arguments, found):
     with pytest.raises(ConfigError, match=re.escape(found)):
         load_config(*arguments)
+
+
+def test_sections_made_by_a_call():
+    """One line, as for a whole configuration."""
+    with pytest.raises(ConfigError, match=r"^modalities\[0\]: found txt; expected .*text"):
+        DataConfig(modalities=["txt"])
+    with pytest.raises(ConfigError, match=r"^clipp: found an unknown key; .* Did you mean data\.clip\?"):
+        DataConfig(clipp=1)
+    with pytest.raises(ConfigError, match=r"^schedule\.rate: found -1; expected a value > 0"):
+        TrainConfig(schedule={"rate": -1})
+    with pytest.raises(ConfigError, match=r"^Config: found \{'epochs': 2\} \(dict\); expected settings by name"):
+        Config({"epochs": 2})
+    assert TrainConfig(schedule={"rate": 0.5}).schedule.rate == 0.5
+
+
+def test_dotted_keys_in_a_file(tmp_path):
+    (tmp_path / "x.yaml").write_text("train.schedule.rate: 3\n")
+    expected = r"train\.schedule\.rate: found a key with dots; .* Write train: \{schedule: \{rate: \.\.\.\}\}\.$"
+    with pytest.raises(ConfigError, match=expected):
+        load_config(tmp_path / "x.yaml")

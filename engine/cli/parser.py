@@ -78,14 +78,24 @@ def split_settings(arguments: argparse.Namespace, rest: list[str]) -> list[str] 
     takes = arguments.takes_settings
     for word in rest:
         if not takes or word.startswith("-") or "=" not in word:
+            setting = _setting_of(word) if takes else None
             options = [option for action in arguments.parser._actions for option in action.option_strings]
             raise ConfigError(
                 f"engine {arguments.command}",
                 f"the argument {word!r}",
                 f"the options {', '.join(options)}" + (", or settings such as train.lr=5e-4" if takes else ""),
-                f"See engine {arguments.command} --help.",
+                f"Write {setting}=VALUE." if setting else f"See engine {arguments.command} --help.",
             )
     return rest if takes else None
+
+
+def _setting_of(word: str) -> str | None:
+    """The setting that somebody meant who wrote an option, as in `--epochs 3`, or a word without a value."""
+    from engine.config import keys
+
+    name = word.lstrip("-").partition("=")[0].replace("-", "_")
+    meant = [key.name for key in keys() if name in (key.name, key.name.rpartition(".")[2])]
+    return meant[0] if len(meant) == 1 else None
 
 
 def _help_format(prog: str) -> argparse.HelpFormatter:

@@ -78,7 +78,7 @@ def as_engine_error(cause: Exception) -> Exception:
     from engine.files import output_error
 
     if isinstance(cause, Warning):
-        do = "Mend its cause, or do not turn warnings into errors (PYTHONWARNINGS, python -W)."
+        do = "Correct its cause, or do not turn warnings into errors (PYTHONWARNINGS, python -W)."
         return EngineError("warning", str(cause), "no warning, as this Python is told to raise them", do)
     if isinstance(cause, MemoryError):
         return EngineError(

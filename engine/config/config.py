@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
-from engine.config.problems import translate, wrong_choice
+from engine.config.problems import wrong_choice
 from engine.config.section import COMMON, LONGEST, MOST_EPOCHS, Section, none
 from engine.config.sections import (
     DataConfig,
@@ -89,12 +89,6 @@ class Config(Section):
     objective: SerializeAsAny[ObjectiveConfig] = _of_the_task()
     train: SerializeAsAny[TrainConfig] = _of_the_task()
     output: SerializeAsAny[OutputConfig] = _of_the_task()
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as cause:
-            raise translate(cause, Config, values.get("task")) from None
 
     @classmethod
     def sections_of(cls, task: str) -> dict[str, type[Section]]:

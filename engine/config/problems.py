@@ -47,6 +47,10 @@ def unknown_key(path: list[str], section: Any, task: str) -> ConfigError:
 
     name = ".".join(path)
     every = [key.name for key in keys(task)]
+    if name in every and "." in path[-1]:
+        *groups, last = name.split(".")
+        written = "".join(f"{group}: {{" for group in groups) + f"{last}: ..." + "}" * len(groups)
+        return ConfigError(name, "a key with dots", "groups, as YAML has them", f"Write {written}.")
     by_last_part = defaultdict(list)
     for key in every:
         by_last_part[key.rpartition(".")[2]].append(key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -18,8 +18,30 @@ MOST_EPOCHS = 1_000_000
 TRUE_AS_NUMBER = "true_as_number"
 
 
-class Section(BaseModel):
-    """A group of settings. Loading a file and assigning to a field are checked alike, and raise `ConfigError`.
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # pydantic publishes it under no name of its own
+
+
+class _OneLine(ModelMetaclass):
+    """Turns pydantic's errors into `ConfigError` where a section is made by a call, as in `DataConfig(clip=-1)`."""
+
+    def __call__(cls, *places: Any, **values: Any) -> Any:
+        from engine.config.problems import short, translate
+
+        if places:
+            found = f"{short(places[0])} ({type(places[0]).__name__})"
+            do = f"Write {cls.__name__}(name=value) or {cls.__name__}(**mapping)."
+            raise ConfigError(cls.__name__, found, "settings by name", do)
+        try:
+            return super().__call__(**values)
+        except ValidationError as cause:
+            raise translate(cause, cls, values.get("task")) from None
+
+
+class Section(BaseModel, metaclass=_OneLine):
+    """A group of settings. Making one, loading a file and assigning to a field raise `ConfigError` alike.
 
     >>> class Mine(Section):
     ...     width: int = 64

@@ -9,18 +9,19 @@ from typing import Any, Literal
 
 from engine import __version__
 from engine.errors import DataError, OutputError
-from engine.files import sweep
+from engine.files import parse_json, sweep
 from engine.loaders import formats
 from engine.loaders.content import SplitData, StoreData, describe_tokenizer, require_text, tokenised
 from engine.loaders.formats import Choice, DataFiles, RawDataset, RawSplit, remarks
 from engine.loaders.problems import level_widths, nan_words, problems
 from engine.loaders.ragged import LengthRule
 from engine.loaders.spool import spooled
-from engine.loaders.store import CHUNK, VERSION, is_store, no_room, open_store, store_path, write_store
+from engine.loaders.store import CHUNK, KEY, VERSION, is_store, no_room, open_store, store_path, write_store
 from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
 from engine.vocabulary import LengthRule as LengthRuleSetting
 
 HEAD_BYTES = 1 << 20
+LARGEST_HEADER = 1 << 27
 
 
 def convert(
@@ -56,6 +57,7 @@ def convert(
     needs_text = "text" in (choice or Choice()).modalities
     tokenizer = load_tokenizer(text_encoder) if needs_text and text_encoder != PRECOMPUTED else None
     target = store_path(dst)
+    _require_replaceable(target)
     if is_store(src):
         data = _opened(src, target, length_rule)
     else:
@@ -72,6 +74,25 @@ def convert(
     if needs_text:
         require_text(data, tokenizer, str(src), text_encoder)
     return write_store(target, tokenised(data, tokenizer) if tokenizer else data, dtype)
+
+
+def _require_replaceable(target: Path) -> None:
+    """Refuse a destination that holds something else than a store: a checkpoint has the same ending.
+
+    Raises:
+        DataError: it does.
+    """
+    if not target.is_file():
+        return
+    try:
+        with target.open("rb") as file:
+            header = parse_json(file.read(min(int.from_bytes(file.read(8), "little"), LARGEST_HEADER)))
+            store = KEY in header["__metadata__"]
+    except (ValueError, TypeError, LookupError):
+        store = False
+    if not store:
+        do = "Choose another name, or remove the file."
+        raise DataError(str(target), "a file that is no store", "a new name, or a store to replace", do)
 
 
 def _opened(src: str | Path, target: Path, length_rule: str) -> StoreData:
@@ -115,6 +136,7 @@ def read_source(
         )  # fmt: skip
     with spooled(spool):
         raw = reader.read(source, rule, tokenizer is None and "text" in source.choice.modalities)
+    raw.notes += formats.registry.without_effect(reader, source.choice) if training else []
     return prepare(source, raw, rule, tokenizer, mark, training)
 
 

@@ -242,7 +242,7 @@ def choice_of(data: DataConfig) -> Choice:
 def open_dataset(
     path: str | Path,
     data: DataConfig,
-    text_encoder: str = "minilm",
+    text_encoder: str | Path = "minilm",
     normalizer: Normalizer | None = None,
     expected: str | None = None,
     *,
@@ -267,6 +267,7 @@ def open_dataset(
     Raises:
         DataError: the data cannot be used.
     """
+    text_encoder = str(text_encoder)
     if text_encoder == PRECOMPUTED or "text" not in data.modalities:
         tokenizer = None
     elif tokenizer is None:

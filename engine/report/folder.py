@@ -13,7 +13,7 @@ from engine.config import FILE_BYTES, MOST_EPOCHS, parse_yaml
 from engine.errors import CheckpointError, DataError
 from engine.files import parse_json, read_text, user_path
 from engine.metrics import Predictions, read_predictions, scale_of, selection
-from engine.run_folder import CONFIG, FEATURES, HISTORY, LARGEST, PREDICTIONS, TRUTH, verify
+from engine.run_folder import CONFIG, FEATURES, HISTORY, LARGEST, PLAN, PREDICTIONS, TRUTH, verify
 
 MOST_SHOWN = 100
 """Most terms, estimators or classes that a page shows."""
@@ -85,6 +85,9 @@ def read_run(run: str | Path) -> Run:
         raise CheckpointError(
             str(folder), "no such folder", "the output folder of `engine train`", "Give the folder passed to --out."
         )
+    if (folder / PLAN).is_file() and not (folder / CONFIG).is_file():
+        do = "Its report is written by the command that began it; or name a run below it."
+        raise CheckpointError(str(folder), "a sweep or a tuning", "a run", do)
     if not any((folder / name).is_file() for name in ("metrics.json", "history.jsonl", "predictions_test.csv")):
         raise CheckpointError(
             str(folder),

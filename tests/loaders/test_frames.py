@@ -79,6 +79,9 @@ def test_no_frames(tmp_path, text):
         ("a,b\n1,2\nx,2\n", "line 3: found a cell that is not a number ('x', column 1)", ""),
         ("speaker;b\nme;2\n", "line 2: found a cell that is not a number ('me', column 1)", ""),
         ("sep=;\na;b\n1;x\n", "line 3: found a cell that is not a number ('x', column 2)", ""),
+        ("1 2\n3\n", "line 1: found a cell that is not a number ('1 2', column 1)", ""),
+        ("1;2\n3\n", "line 1: found a cell that is not a number ('1;2', column 1)", ""),
+        ("ab\0c\n1\n", "clip.csv: found bytes that are no text", ""),
         ("PAR1", "clip.csv: found a Parquet file; expected a .npy or .csv file", "numpy.save"),
     ],
 )

@@ -31,12 +31,15 @@ def listed(names: Iterable[str]) -> str:
 
 
 def nearest(word: str, options: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """The option most like `word`, or none. Lengths and counts are bounded: both may come from a damaged file.
+    """The option most like `word`, or none. Capital letters do not count.
+
+    Lengths and counts are bounded: both may come from a damaged file.
 
     >>> nearest("lables", ["labels", "id"])
     ['labels']
     """
-    return difflib.get_close_matches(str(word)[:80], [str(o)[:80] for o in list(options)[:200]], 1, cutoff)
+    plain = {str(o)[:80].lower(): str(o)[:80] for o in reversed(list(options)[:200])}
+    return [plain[o] for o in difflib.get_close_matches(str(word)[:80].lower(), plain, 1, cutoff)]
 
 
 def present(splits: Iterable[str]) -> list[str]:

@@ -17,6 +17,8 @@ lies in the segment, as they are.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +61,7 @@ class _Segment:
 class CSD:
     name = "csd"
     title = TITLE
+    choices = ("audio_features", "vision_features", "text_features", "label_column")
 
     def recognises(self, source: DataFiles) -> bool:
         return source.kind == "hdf5"
@@ -170,9 +173,12 @@ def _segments(source: DataFiles, reader: CsdReader, file: Path, notes: list[str]
         raise DataError(str(file), "labels of different widths", "the same columns in every video", "Correct the file.")
     if unknown:
         notes.append(f"{unknown} labelled videos are in no split and are left out")
+    notes += _unlabelled(split_of, set(reader.videos))
     if not out:
+        aligned = any(re.fullmatch(r".*\[\d+\]", video) for video in reader.videos)
+        do = "Their ids end in [number], as after the SDK's align: give the files from before." if aligned else ""
         raise DataError(
-            str(source.path), "no labelled segment of a video of any split", "at least one", "Check the list of videos."
+            str(source.path), "no labelled segment of a video of any split", "at least one", do or "Check the list of videos."
         )
     return present(split_of.values()), out
 
@@ -190,26 +196,41 @@ def _splits(source: DataFiles, notes: list[str]) -> dict[str, str]:
                 str(file), f"{cause}", '{"train": [video, ...], "valid": [...], "test": [...]}', "Correct the file."
             ) from None
         notes += check_splits(str(file), folds)
-        split_of: dict[str, str] = {}
-        for split in present(folds):
-            for video in folds[split]:
-                if split_of.setdefault(video, split) != split:
-                    raise DataError(
-                        str(file), f"video {video} in {split_of[video]} and in {split}", "every video in one split",
-                        "Remove it from one of them.",
-                    )  # fmt: skip
-        return split_of
+        return _one_split_each(str(file), ((video, split) for split in present(folds) for video in folds[split]))
     for table in csv_files(folder):
         columns = csv_header(table)
         if {"video_id", "mode"} <= set(columns):
             read = read_table(table, "columns video_id and mode", ("video_id", "mode"), "replace")
             rows = [(row["video_id"].strip(), row["mode"].strip()) for _, row in read.rows]
-            return {video: SPLIT_ALIASES[mode] for video, mode in rows if mode in SPLIT_ALIASES}
+            return _one_split_each(str(table), ((v, SPLIT_ALIASES[mode]) for v, mode in rows if mode in SPLIT_ALIASES))
     raise DataError(
         str(source.path), "no list of each split's videos",
         'splits.json ({"train": [video, ...], "valid": [...], "test": [...]}) or a CSV with columns video_id and mode',
         "Put the data set's standard folds beside the .csd files.",
     )  # fmt: skip
+
+
+def _one_split_each(where: str, listed: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """video -> split, of pairs.
+
+    Raises:
+        DataError: a video is in two splits.
+    """
+    split_of: dict[str, str] = {}
+    for video, split in listed:
+        if split_of.setdefault(video, split) != split:
+            raise DataError(
+                where, f"video {video} in {split_of[video]} and in {split}", "every video in one split",
+                "Remove it from one of them.",
+            )  # fmt: skip
+    return split_of
+
+
+def _unlabelled(split_of: dict[str, str], videos: set[str]) -> list[str]:
+    """A note on the videos of the splits that the labels do not have."""
+    gone = [split for video, split in split_of.items() if video not in videos]
+    counts = ", ".join(f"{s} {gone.count(s)}" for s in present(gone))
+    return [f"{len(gone)} videos of the splits have no labels and are left out ({counts})"] if gone else []
 
 
 def _inside(intervals: np.ndarray, start: float, end: float) -> np.ndarray:

@@ -98,6 +98,7 @@ class _Sample:
 class DeclareLab:
     name = "declarelab"
     title = TITLE
+    choices = ("label_column",)  # fields of `Choice` that it heeds
 
     def recognises(self, source: DataFiles) -> bool:
         splits = source.split_dict()

@@ -101,6 +101,8 @@ def read_frames(path: Path, at: str) -> Frames:
     if known := known_file(raw):
         raise DataError(where, known[0], "a .npy or .csv file", known[1])
     skipped, body = without_mark(raw.decode(encoding_of(raw), "replace"))
+    if "\0" in body[: 1 << 16]:
+        raise DataError(where, "bytes that are no text", SHAPE, "Save it as CSV, or as .npy.")
     lines = [line for line in body[: 1 << 20].splitlines() if line.strip()][:2]
     if not lines:
         return Frames(np.zeros((0, 0), np.float32), [])
@@ -201,7 +203,8 @@ def _is_header(cells: list[str], at: str) -> bool:
     """
     if len(cells) > 1 and not cells[0]:
         raise DataError(at, "a first column without a name, as of row numbers", SHAPE, "Save it without its index.")
-    return not any(map(_is_number, cells)) or _counts(cells)
+    numbers = any(re.fullmatch(r"[\d\s.,;eE+-]*\d[\d\s.,;eE+-]*", cell) for cell in cells)  # "1 2" names no column
+    return not (numbers or any(map(_is_number, cells))) or _counts(cells)
 
 
 def _counts(cells: list[str]) -> bool:

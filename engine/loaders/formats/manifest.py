@@ -34,6 +34,7 @@ COLUMNS = ("id", "split", "label", "audio", "vision", "text", "text_features")
 class Manifest:
     name = "manifest"
     title = TITLE
+    choices = ()  # fields of `Choice` that it heeds
 
     def recognises(self, source: DataFiles) -> bool:
         if source.kind != "csv":

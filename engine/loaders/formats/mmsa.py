@@ -52,6 +52,7 @@ LABELS = tuple(key for key in KEYS if "_labels" in key)
 class MMSA:
     name = "mmsa"
     title = TITLE
+    choices = ("label_column", "label_key")  # fields of `Choice` that it heeds
     label_keys = True  # see `Choice.label_key`
 
     def recognises(self, source: DataFiles) -> bool:

@@ -57,7 +57,10 @@ class RawDataset:
 
 
 class Format(Protocol):
-    """A reader. `name` is short and unique; messages call it by its `title`."""
+    """A reader. `name` is short and unique; messages call it by its `title`.
+
+    It may have `choices`, the fields of `Choice` that it heeds. A note then tells the user which settings do nothing.
+    """
 
     name: str
     title: str
@@ -111,6 +114,9 @@ def choose_format(source: DataFiles, expected: str | None = None) -> Format:
     reader = next((f for f in formats() if f.recognises(source)), None)
     if reader is None:
         known = "; ".join(f.title for f in _FORMATS.values())
+        if source.kind == "csv":
+            expected = "a manifest with the columns id, split, label, text, audio and vision"
+            raise DataError(str(source.path), describe(source), expected, "Rename the columns: docs/formats.md.")
         raise DataError(str(source.path), describe(source), f"one of: {known}", "See docs/formats.md for the layouts.")
     if expected is not None and reader.name != expected:
         wanted = _FORMATS[expected]
@@ -208,6 +214,18 @@ def read(
     source = find_source(path, choice)
     reader = choose_format(source, expected)
     return source, reader.read(source, rule, features)
+
+
+def without_effect(reader: Format, choice: Choice) -> list[str]:
+    """Notes on choices of the user's that a reader does not heed. None for a reader that does not say what it heeds."""
+    heeded = getattr(reader, "choices", None)
+    if heeded is None:
+        return []
+    given = {key: value for key, value in vars(choice).items() if value != getattr(Choice(), key)}
+    ignored = [key for key in given if key not in (*heeded, "modalities", "label_key", "align")]
+    if given.get("label_column") == 0:  # the only column
+        ignored = [key for key in ignored if key != "label_column"]
+    return [f"data.{key}={given[key]} has no effect: a {reader.title} has no choice of that kind" for key in ignored]
 
 
 def remarks(source: DataFiles, raw: RawDataset) -> list[str]:

@@ -33,6 +33,7 @@ PHQ_MOST = 1.0
 class SDKRows:
     name = "sdk"
     title = "list of CMU-SDK features (MIMRL)"
+    choices = ("audio_features", "vision_features", "text_features", "label_column")  # fields of `Choice` that it heeds
     row = "[[text, audio, vision], label, ..., segment]"
 
     def recognises(self, source: DataFiles) -> bool:
@@ -113,6 +114,7 @@ def _part(parts: Any, number: int, where: str) -> Any:
 class AVEC2019:
     name = "avec2019"
     title = "list of AVEC2019 interviews (MIMRL)"
+    choices = ("audio_features", "vision_features", "label_column")  # fields of `Choice` that it heeds
     row = "[text, mfcc, ege, ds, au, resnet, label]"
 
     def recognises(self, source: DataFiles) -> bool:

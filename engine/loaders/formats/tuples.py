@@ -26,6 +26,7 @@ WIDEST_LABEL = 1000  # values of a row's label, of which one is chosen
 class Tuples:
     name = "tuples"
     title = "cached tuple list (MMIM, MIMRL, MISA)"
+    choices = ("label_column",)  # fields of `Choice` that it heeds
     inner = "(words, visual, acoustic, actual_words[, vlen, alen])"
     words = 3
 
@@ -77,6 +78,7 @@ class Tuples:
 class MAGBert(Tuples):
     name = "magbert"
     title = "MAG-BERT"
+    choices = ("label_column",)  # fields of `Choice` that it heeds
     inner = "(words, visual, acoustic)"
     words = 0
 

@@ -50,6 +50,8 @@ def make_data(out: str | Path, shape: str, n: int | None = None, format: str | N
     sizes[0] = n - sizes[1] - sizes[2]
     if sizes[0] < 1:
         raise ConfigError("--n", str(n), "at least 3, one a split", "Ask for more samples.")
+    if type(seed) is not int or seed < 0:
+        raise ConfigError("--seed", repr(seed), "an integer from 0", "Change the seed.")
     folder = user_path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(str(folder), "files", "a new or empty folder", "Choose another one.")

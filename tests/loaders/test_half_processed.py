@@ -1,0 +1,112 @@
+"""Folders that users have half-way: lists of splits that do not match, aligned .csd files, names of their own."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+
+from engine.config import DataConfig
+from engine.errors import DataError
+from engine.loaders import formats, open_dataset
+from engine.loaders.formats import Choice, read
+from engine.loaders.formats.checks import nearest
+from engine.loaders.formats.registry import without_effect
+from engine.loaders.inspect import inspect_path
+from tests.loaders import writers
+from tests.loaders.test_text import small_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pytest.importorskip("h5py", reason="needs the extra csd")
+    return writers.write_csd(tmp_path / "csd", writers.samples(3))
+
+
+def test_videos_without_labels_are_counted(folder):
+    splits = json.loads((folder / "splits.json").read_text())
+    splits["test"] += ["gone_1", "gone_2"]
+    splits["train"] += ["gone_3"]
+    (folder / "splits.json").write_text(json.dumps(splits))
+    notes = read(folder, "recorded")[1].notes
+    assert "3 videos of the splits have no labels and are left out (train 1, test 2)" in notes
+
+
+def test_a_video_in_two_splits_of_a_table(folder):
+    splits = json.loads((folder / "splits.json").read_text())
+    (folder / "splits.json").unlink()
+    rows = [f"{video},{split}" for split, videos in splits.items() for video in videos]
+    (folder / "folds.csv").write_text("video_id,mode\n" + "\n".join(rows))
+    assert set(read(folder, "recorded")[1].splits) == {"train", "valid", "test"}
+    twice = splits["train"][0]
+    (folder / "folds.csv").write_text("video_id,mode\n" + "\n".join([*rows, f"{twice},test"]))
+    with pytest.raises(DataError, match=rf"folds\.csv: found video {twice} in train and in test"):
+        read(folder, "recorded")
+
+
+def test_files_after_the_sdks_align(folder):
+    import h5py
+
+    with h5py.File(folder / "labels.csd", "r+") as file:
+        videos = next(iter(file.values()))["data"]
+        for name in list(videos):
+            videos.move(name, f"{name}[0]")
+    with pytest.raises(DataError, match=r"as after the SDK's align: give the files from before"):
+        read(folder, "recorded")
+
+
+def manifest(path, header: str, label: str = "0.5"):
+    path.mkdir()
+    np.save(path / "a.npy", np.ones((2, 3), np.float32))
+    rows = [f"c{i},{split},{label},hi,a.npy,a.npy" for i, split in enumerate(("train", "valid", "test"))]
+    (path / "manifest.csv").write_text("\n".join([header, *rows]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "label", "found"),
+    [
+        ("ID,Split,Label,Text,Audio,Vision", "1", "expected a column id. Rename 'ID' to 'id'."),
+        ("id,split,label,Text,audio,vision", "1", "expected a column text. Rename 'Text' to 'text'."),
+        ("file,set,emotion,said,sound,face", "1", "the columns id, split, label, text, audio and vision. Rename"),
+        ("id,split,label,text,audio,vision", "happy", "found label 'happy'; expected a finite number"),
+        ("id,split,label,text,audio,vision", "happy", "number classes 0, 1, 2, ..."),
+    ],
+)
+def test_names_of_ones_own(tmp_path, header, label, found):
+    (problem,) = inspect_path(manifest(tmp_path / "in", header, label)).problems
+    assert found in problem
+
+
+def test_three_tables_in_place_of_a_manifest(tmp_path):
+    folder = manifest(tmp_path / "in", "id,split,label,text,audio,vision")
+    (folder / "manifest.csv").rename(folder / "train.csv")
+    with pytest.raises(DataError, match=r"found no manifest\.csv, but train\.csv; .* one manifest\.csv with"):
+        inspect_path(folder)
+    assert list(inspect_path(folder / "train.csv").splits) == ["train", "valid", "test"]
+
+
+def test_nearest_does_not_mind_capitals():
+    assert nearest("id", ["Nothing", "ID"]) == ["ID"]
+    assert nearest("lables", ["labels", "id"]) == ["labels"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "told"),
+    [({"audio_features": "egemaps"}, ["data.audio_features=egemaps has no effect"]), ({"label_column": 0}, []),
+     ({"label_column": 2, "align": "segments"}, ["data.label_column=2 has no effect"])],
+)  # fmt: skip
+def test_choices_that_do_nothing_are_told(tmp_path, choice, told):
+    """A manifest has one set of features and one label."""
+    folder = manifest(tmp_path / "in", "id,split,label,text,audio,vision")
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        open_dataset(folder, DataConfig(**choice), small_tokenizer(tmp_path / "words"))
+    lines = [str(one.message) for one in met if "no effect" in str(one.message)]
+    assert len(lines) == len(told) and all(part in line for part, line in zip(told, lines, strict=True))
+
+
+def test_every_reader_says_what_it_heeds():
+    for reader in formats.formats():
+        assert set(reader.choices) <= set(vars(Choice())), reader.name
+        assert without_effect(reader, Choice()) == []
