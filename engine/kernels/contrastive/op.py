@@ -134,7 +134,7 @@ def siglip(
     """
     where = "siglip"
     check_reduction(where, reduction)
-    exact_type(where, q, k, negatives)
+    exact_type(where, q, k, negatives, needed=2)
     check_positives_type(where, positives)
     if cosine:
         q, k, negatives = (None if x is None else normalised(x) for x in (q, k, negatives))

@@ -123,7 +123,7 @@ def infonce(
         1.0986
     """
     check_reduction("infonce", reduction)
-    exact_type("infonce", q, k, negatives)
+    exact_type("infonce", q, k, negatives, needed=2)
     check_positives_type("infonce", positives)
     if gather is not False or group is not None or local_loss:
         given = {
