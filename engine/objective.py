@@ -19,6 +19,8 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from numbers import Real
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from engine.minimised import advice
 from engine.model.default import default_estimator
 from engine.model.estimators import Estimate
 from engine.model.term_estimators import TermEstimates, TermEstimators
+from engine.objective_checks import as_expressions, as_settings, by_term, check_terms
 from engine.readings import Reading
 from engine.terms import CMI, MI, Expression, Sums, Term, distinct_terms
 from engine.vocabulary import GATHERS
@@ -102,14 +105,14 @@ class Objective(nn.Module):
     """Information terms on named features: the estimators they need and the two losses of two-stage training.
 
     Args:
-        expressions: what to maximise. A negative weight minimises. Names must differ.
+        expressions: what to maximise. A negative weight minimises. Names must differ. `set_weights` changes weights.
         dims: the width of every feature that an expression names. Features are float [B, width].
         discrete: features that hold categories or few-valued labels. Product rows given one of them are drawn within
             strata of equal value instead of among nearest neighbours. {feature: number of classes} says that it holds
             0 ... classes - 1, or one-hot rows. The bounds "club", "club_sample", "l1out" and "ba" then predict classes;
             without a number (None) they predict numbers.
-        estimators: order and stage-1 weights of the estimators, as {term: weight}. By default every term has weight 1,
-            in order of appearance, MI before CMI.
+        estimators: order and stage-1 weights of the estimators, as {term or its name: weight}. By default every term
+            has weight 1, in order of appearance, MI before CMI.
         settings: the estimators' settings.
         make_estimator: builds a term's estimator from the term, `dims` and `settings`; by default
             `default_estimator`, an `MIEstimator` or a `CMIEstimator`. See `replace` for how it is called.
@@ -129,8 +132,8 @@ class Objective(nn.Module):
     ['I(Z;Y)']
 
     Raises:
-        ConfigError: a feature without a width, two expressions of one name, a weight for an unused term or one that is
-            not finite.
+        ConfigError: what is no expression, a feature without a width, two expressions of one name, a weight for an
+            unused term or one that is not finite, a discrete feature without a width.
     """
 
     def __init__(
@@ -148,18 +151,19 @@ class Objective(nn.Module):
         group: Any = None,
     ):
         super().__init__()
-        self.expressions = tuple(expressions)
-        self.settings = settings or ObjectiveConfig()
+        self._expressions = as_expressions(expressions)
+        self.settings = as_settings(settings)
+        discrete = (discrete,) if isinstance(discrete, str) else discrete
         self.discrete, self.shared_draws = frozenset(discrete), shared_draws
         self.classes = {name: n for name, n in discrete.items() if n} if isinstance(discrete, Mapping) else {}
         self.gather, self.group = self.settings.gather if gather is None else gather, group
         if self.gather not in GATHERS:
             raise ConfigError("objective.gather", repr(gather), f"one of {', '.join(GATHERS)}", "Choose one.")
-        if estimators is None:
-            estimators = dict.fromkeys(distinct_terms(self.expressions), 1.0)
-        _check(self.expressions, estimators, dims)
-        self.stage1_weights = dict(estimators)
-        self.terms = tuple(self.stage1_weights)
+        terms = distinct_terms(self.expressions)
+        estimators = dict.fromkeys(terms, 1.0) if estimators is None else by_term(estimators, terms)
+        check_terms(self.expressions, estimators, dims, discrete)
+        self._stage1_weights = dict(estimators)
+        self.terms = tuple(self._stage1_weights)
         self._readers = {name: term for term in self.terms for name in term.features}
         self._conditional = tuple(t for t in self.terms if t.needs_products)
         make_estimator = make_estimator or partial(default_estimator, classes=self.classes)
@@ -170,12 +174,58 @@ class Objective(nn.Module):
         )
         self._stage1: dict[tuple[int, ...], Constant] = {}
         self._sums = Sums(self.expressions, self.terms)
-        folded = [e.folded() for e in self.expressions]
-        self._stage2 = Constant([-sum(f.get(term, 0.0) for f in folded) for term in self.terms])
+        self._stage2 = Constant(self._weights_of_terms())
         self._make_constants()
         if advise:
             for text in advice(self.expressions, self.settings.bound, self.settings.cmi_estimator):
                 warnings.warn(text, stacklevel=2)
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    @property
+    def expressions(self) -> tuple[Expression, ...]:
+        """What is maximised, with its weights. `set_weights` changes these; other terms need another objective."""
+        return self._expressions
+
+    @expressions.setter
+    def expressions(self, _: Any) -> None:
+        do = "Call set_weights, or build another objective and load this one's state with strict=False."
+        raise ConfigError("objective.expressions", "other expressions", "those it was built with", do)
+
+    @property
+    def stage1_weights(self) -> Mapping[Term, float]:
+        """The weights of the estimators' losses in stage 1, which cannot be changed."""
+        return MappingProxyType(self._stage1_weights)
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Change the weights of expressions from now on, as a schedule does. The names and values stay as they are.
+
+        A captured CUDA graph reads the weights anew at every replay.
+
+        >>> objective = Objective([0.1 * MI("Z", "Y")], dims={"Z": 8, "Y": 2})
+        >>> objective.set_weights({"I(Z;Y)": 0.2})
+        >>> objective.expressions[0].weight
+        0.2
+
+        Args:
+            weights: {name of an expression: its new weight}; those that are not named keep theirs.
+
+        Raises:
+            ConfigError: an unknown name, or a weight that is no finite number.
+        """
+        names = [e.name for e in self._expressions]
+        for name, weight in weights.items():
+            if name not in names:
+                raise ConfigError("objective.set_weights", f"{name!r}", f"one of {names}", "Name an expression.")
+            if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+                raise ConfigError(f"weight of {name}", repr(weight), "a finite number", "Correct it.")
+        self._expressions = tuple(replace(e, weight=float(weights.get(e.name, e.weight))) for e in self._expressions)
+        self._stage2.set(self._weights_of_terms())
+
+    def _weights_of_terms(self) -> list[float]:
+        """What stage 2 minimises of each term."""
+        folded = [e.folded() for e in self._expressions]
+        return [-sum(f.get(term, 0.0) for f in folded) for term in self.terms]
 
     # -- single estimators -------------------------------------------------------------------------
 
@@ -230,7 +280,7 @@ class Objective(nn.Module):
         """The weights of stage 1 with the signs that the estimators' losses come with."""
         signs = self.estimators.signs
         if signs not in self._stage1:
-            weights = self.stage1_weights.values()
+            weights = self._stage1_weights.values()
             self._stage1[signs] = Constant([s * w for s, w in zip(signs, weights, strict=True)])
         return self._stage1[signs]
 
@@ -418,6 +468,9 @@ class Objective(nn.Module):
                 raise EstimatorError(
                     f"objective term {term}", f"no feature {name!r}", f"one among {sorted(features)}", "Pass it, too."
                 )
+            if not isinstance(features[name], Tensor):
+                what = f"a {type(features[name]).__name__} as feature {name!r}"
+                raise EstimatorError(f"objective term {term}", what, "a torch.Tensor", "Call torch.as_tensor on it.")
 
     def estimator_loss(
         self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None = None
@@ -432,32 +485,6 @@ class Objective(nn.Module):
         estimates = self._estimate(features, products)
         values = estimates.surrogates()
         return ObjectiveOutput(torch.dot(values, self._stage2(values)), estimates, self._sums)
-
-
-def _check(expressions: Sequence[Expression], weights: Mapping[Term, float], dims: Mapping[str, int]) -> None:
-    """Raise ConfigError where an objective's expressions, stage-1 weights and widths are at odds."""
-    used, names = distinct_terms(expressions), [e.name for e in expressions]
-    if repeated := {n for n in names if names.count(n) > 1}:
-        raise ConfigError(
-            "objective", f"several expressions named {sorted(repeated)}", "distinct names", "Call .named()."
-        )
-    if unused := [str(t) for t in weights if t not in used]:
-        raise ConfigError("objective.estimators", f"{unused}", f"terms among {[str(t) for t in used]}", "Drop them.")
-    if missing := [str(t) for t in used if t not in weights]:
-        raise ConfigError("objective.estimators", f"no weight for {missing}", "one for every term", "Add them.")
-    coefficients = [c for e in expressions for c in e.folded().values()]
-    keys = [t.key for t in used]
-    if shared := next((t for t in used if keys.count(t.key) > 1), None):
-        found = f"another term with the key {shared.key!r} of {shared}"
-        raise ConfigError("objective", found, "terms with distinct keys", "Rename a feature.")
-    if infinite := [x for x in (*coefficients, *weights.values()) if not math.isfinite(x)]:
-        raise ConfigError("objective", f"a weight of {infinite[0]}", "finite weights", "Correct it.")
-    for term in used:
-        if absent := [feature for feature in term.features if feature not in dims]:
-            raise ConfigError(
-                f"objective term {term}", f"no width for feature {absent[0]!r}", f"one of {sorted(dims)}",
-                "Add it to dims.",
-            )  # fmt: skip
 
 
 def without_features(expressions: Iterable[Expression], absent: Iterable[str]) -> list[Expression]:

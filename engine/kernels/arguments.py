@@ -12,7 +12,6 @@ from torch import Tensor
 from engine.errors import EstimatorError
 from engine.kernels.gradients import transformed
 
-
 _PLAIN = Tensor, torch.nn.Parameter
 _WAYS = {"DTensor": ".full_tensor() or .to_local()", "AsyncCollectiveTensor": ".wait()"}
 

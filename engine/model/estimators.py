@@ -33,6 +33,7 @@ from engine.model.variational import (
     club,
     club_sample,
     conditional_net,
+    learns,
     leave_one_out_bound,
     other_rows,
 )
@@ -292,7 +293,7 @@ class MIEstimator(nn.Module):
         if not finite(value, loss):
             what = f"the estimate {value.item()} and the log-likelihood {-loss.item()}"
             return self._degenerate(what, "finite numbers", x, y)
-        if self.training:
+        if learns(self.q):
             self.q.observe(given)
         if self.bound == "club_sample" and self.training:
             update_buffer("the pairs of club_sample", self.draw, self.draw + 1)
