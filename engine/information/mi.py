@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
+from engine.information.alone import alone
 from engine.information.columns import (
     column_flags,
     copies,
@@ -78,6 +79,7 @@ ATOM_SHARE = 0.02  # of the rows, from which a pair of values that occurs again 
 Candidate = tuple[type[Critics], Inputs]
 
 
+@alone
 def estimate_mi(
     x: Any,
     y: Any,
