@@ -17,8 +17,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from numbers import Real
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +36,7 @@ from engine.model.default import default_estimator
 from engine.model.estimators import Estimate
 from engine.model.term_estimators import TermEstimates, TermEstimators
 from engine.objective_checks import as_expressions, as_settings, by_term, check_terms
+from engine.objective_output import ObjectiveOutput
 from engine.readings import Reading
 from engine.terms import CMI, MI, Expression, Sums, Term, distinct_terms
 from engine.vocabulary import GATHERS
@@ -53,52 +54,6 @@ MakeEstimator = Callable[[Term, Mapping[str, int], ObjectiveConfig], nn.Module]
 
 Rows = Sequence[Tensor]
 """Product rows of one term: x, y and z, [rows, width] each."""
-
-
-@dataclass
-class ObjectiveOutput:
-    """What one evaluation of an objective gives. All but `loss` is computed on first use.
-
-    Attributes:
-        loss: 0-d, to be minimised: the weighted sum of `losses`.
-        terms: the estimates of the terms, as vectors.
-        sums: computes expressions from terms; None in stage 1.
-    """
-
-    loss: Tensor
-    terms: TermEstimates
-    sums: Sums | None = None
-
-    @property
-    def names(self) -> list[str]:
-        """Keys of `losses` and `values`: names of terms in stage 1, of expressions in stage 2."""
-        return list(self.terms.names) if self.sums is None else self.sums.names
-
-    @cached_property
-    def stacked_values(self) -> Tensor:
-        """`values` as one tensor, [names], detached, in nats."""
-        with torch.no_grad():
-            values = self.terms.surrogates().detach()
-            return values if self.sums is None else self.sums(values)
-
-    @cached_property
-    def values(self) -> dict[str, Tensor]:
-        """Detached 0-d each, in nats, same keys as `losses`."""
-        return dict(zip(self.names, self.stacked_values.unbind(), strict=True))
-
-    @cached_property
-    def losses(self) -> dict[str, Tensor]:
-        """0-d each, unweighted, with gradients: per term in stage 1, per expression in stage 2."""
-        if self.sums is None:
-            return {name: estimate.loss for name, estimate in self.estimates.items()}
-        with torch.set_grad_enabled(self.loss.requires_grad):
-            return dict(zip(self.names, (-self.sums(self.terms.surrogates())).unbind(), strict=True))
-
-    @property
-    def estimates(self) -> dict[str, Estimate]:
-        """Every term's `Estimate`."""
-        with torch.set_grad_enabled(self.loss.requires_grad):
-            return self.terms.by_term
 
 
 class Objective(nn.Module):
@@ -172,6 +127,7 @@ class Objective(nn.Module):
             {t.key: str(t) for t in self.terms},
             {t.key: t.features for t in self.terms},
         )
+        self._off: set[str] | None = None  # parameters that were frozen before all of them were
         self._stage1: dict[tuple[int, ...], Constant] = {}
         self._sums = Sums(self.expressions, self.terms)
         self._stage2 = Constant(self._weights_of_terms())
@@ -256,6 +212,18 @@ class Objective(nn.Module):
             ConfigError: there is no such term, or `module` is no module.
         """
         self.estimators.replace(term, module)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Objective:
+        """As every module's, but off and on again leaves alone what was frozen before.
+
+        A loop of its own turns the estimators off while their terms move the model; frozen ones then stay frozen.
+        """
+        if not requires_grad and self._off is None:
+            self._off = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        frozen, self._off = self._off or set(), None if requires_grad else self._off
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(requires_grad and name not in frozen)
+        return self
 
     def freeze(self, term: Term | str) -> nn.Module:
         """Keep a term's estimator as it is: its parameters are never updated, whatever the optimiser does.
