@@ -238,8 +238,8 @@ class MIEstimator(nn.Module):
             from engine.model.over_ranks import mi_estimate
 
             return mi_estimate(self, x, y, ranks)
-        self._check_shapes(x, y)
         x, y = own_type(self._where(), self, x, y)
+        self._check_shapes(x, y)
         if len(x) < 2:
             return self._degenerate(
                 f"a batch of {len(x)}", "at least 2 samples: one alone has no product samples", x, y

@@ -62,8 +62,8 @@ class StratifiedCLUB(nn.Module):
             EstimatorError: shapes, types or devices that do not fit, a value that is no class; a degenerate batch under
                 on_degenerate="raise".
         """
-        self._check_shapes(x, y, z)
         x, y, z = own_type(self._where(), self, x, y, z)
+        self._check_shapes(x, y, z)
         if readable(y):
             check_classes(f"{self._where()}, condition", z, self.strata)
             if self.classes is not None:
