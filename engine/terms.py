@@ -188,8 +188,9 @@ def CMI(x: str, y: str, *, given: str, bound: str | None = None) -> Expression:
     'I(Z;S|Y)'
 
     Args:
-        bound: "ldr", "dv" or "nwj", which a classifier of joint and product rows gives, or "club", an upper bound for a
-            condition of classes (`engine.model.stratified`). None: `objective.cmi_estimator`.
+        bound: "ldr", "dv" or "nwj", which a classifier of joint and product rows gives, or "club", an upper bound:
+            among rows of one class of the condition (`engine.model.stratified`), or among rows whose conditions are
+            nearest (`engine.model.neighbour_club`). None: `objective.cmi_estimator`.
 
     Raises:
         ConfigError: a condition that is no name, or a bound that such a term cannot have.
