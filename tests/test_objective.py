@@ -1,5 +1,6 @@
 """Declaring information terms: algebra, names, grouping into estimators, the two losses, readings on all rows."""
 
+import copy
 import math
 
 import pytest
@@ -427,6 +428,15 @@ class TestStateOfOtherTerms:
         values = self.values(one)
         other.load_state_dict(one.estimator_state())
         assert self.values(other) == pytest.approx(values, abs=1e-6)
+
+    def test_an_estimator_that_left_its_group_has_its_own_values(self):
+        """Its group still holds the values that it had before."""
+        one = self.objective("Y", "S")
+        with torch.no_grad():
+            one.split("I(Z;Y)").critic.g[0].weight.mul_(3)
+        for other in (self.objective("S", "Y"), self.objective("Y", "S"), copy.deepcopy(one)):
+            other.load_state_dict(one.state_dict(), strict=False)
+            assert self.values(other) == pytest.approx(self.values(one), abs=1e-6)
 
 
 class TestFrozenConditionals:

@@ -115,19 +115,26 @@ class Group(nn.Module):
             absent: estimators whose values are taken from the group itself.
 
         Returns:
-            The names of entries that were missing. Their values are taken from the group itself.
+            The names of entries that were missing, in a stack of the state, too. Their values are taken from the group
+            itself.
         """
-        own, missing = self.state_dict(), []
-        names = {stack: [f"{parts}{e}.{part}" for e, part in members] for stack, members in self._entries.items()}
-        given = {n for stack, ns in names.items() for n in ns if n in state and state[n].shape == own[stack].shape[1:]}
+        own, missing, absent = self.state_dict(), [], set(absent)
+        given = {
+            name
+            for stack, members in self._entries.items()
+            for e, part in members
+            if (name := f"{parts}{e}.{part}") in state and state[name].shape == own[stack].shape[1:] and e not in absent
+        }
         if not given:
             return []
         for stack, members in self._entries.items():
-            singles = []
-            for i, (name, (estimator, _)) in enumerate(zip(names[stack], members, strict=True)):
-                singles.append(state.pop(name) if name in given else own[stack][i])
-                missing += [name] * (name not in given and estimator not in absent)
-            like = next((t for t, name in zip(singles, names[stack], strict=True) if name in given), singles[0])
+            names = [f"{parts}{e}.{part}" for e, part in members]
+            rest = state.get(f"{prefix}{stack}")
+            if rest is None or rest.shape != own[stack].shape:
+                rest = own[stack]
+                missing += [n for n, (e, _) in zip(names, members, strict=True) if n not in given and e not in absent]
+            singles = [state.pop(n) if n in given else rest[i] for i, n in enumerate(names)]
+            like = next((t for t, n in zip(singles, names, strict=True) if n in given), singles[0])
             state[f"{prefix}{stack}"] = torch.stack([t.to(like) for t in singles])
         return missing
 

@@ -249,7 +249,7 @@ class TermEstimators(nn.Module):
             for stack, members in saved.items():
                 whole = state_dict.pop(f"{prefix}{stack}", ())
                 for (estimator, part), single in zip(members, whole, strict=False):
-                    state_dict[f"{prefix}{estimator}.{part}"] = single
+                    state_dict.setdefault(f"{prefix}{estimator}.{part}", single)  # one that left its group has its own
         for n, group in enumerate(self.groups):
             missing_keys += group.restack(state_dict, prefix, f"{prefix}groups.{n}.", absent=self._alone)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
