@@ -418,6 +418,8 @@ class Objective(nn.Module):
         return self._estimate(features, products).by_term
 
     def _estimate(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> TermEstimates:
+        if not self.terms:
+            raise EstimatorError("objective", "no terms", "one expression at least", "Leave the objective out.")
         self._check_features(features)
         for term in self._conditional:
             if products is None or str(term) not in products:

@@ -340,6 +340,10 @@ class TestMistakes:
         with pytest.raises(EstimatorError, match="a Tensor from its estimator, a Bilinear"):
             objective.model_loss({"Z": torch.zeros(8, 4), "Y": torch.zeros(8, 2)})
 
+    def test_an_objective_of_nothing_is_told_when_it_is_used(self):
+        with pytest.raises(EstimatorError, match="found no terms"):
+            Objective([], dims={}).model_loss({"Z": torch.zeros(8, 4)})
+
     def test_what_cannot_be_assigned(self):
         objective = Objective([MI("Z", "Y")], dims={"Z": 4, "Y": 2})
         with pytest.raises(ConfigError, match="set_weights"):
