@@ -48,6 +48,14 @@ class Constant:
             self._made[key] = made
         return self._made[key]
 
+    @torch.no_grad()
+    def set(self, numbers: Sequence[float]) -> None:
+        """Other numbers from now on, as many as before. Tensors that were made are changed in place, by fills."""
+        self.numbers = tuple(map(float, numbers))
+        for made in self._made.values():
+            for i, number in enumerate(self.numbers):
+                made.view(-1)[i].fill_(number)
+
     def _new(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         made = torch.zeros(len(self.numbers), device=device, dtype=dtype)
         for i, number in enumerate(self.numbers):

@@ -18,8 +18,10 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
+from numbers import Real
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +37,8 @@ from engine.minimised import advice
 from engine.model.default import default_estimator
 from engine.model.estimators import Estimate
 from engine.model.term_estimators import TermEstimates, TermEstimators
+from engine.objective_checks import as_expressions, as_settings, by_term, check_terms
+from engine.objective_output import ObjectiveOutput
 from engine.readings import Reading
 from engine.terms import CMI, MI, Expression, Sums, Term, distinct_terms
 from engine.vocabulary import GATHERS
@@ -54,64 +58,18 @@ Rows = Sequence[Tensor]
 """Product rows of one term: x, y and z, [rows, width] each."""
 
 
-@dataclass
-class ObjectiveOutput:
-    """What one evaluation of an objective gives. All but `loss` is computed on first use.
-
-    Attributes:
-        loss: 0-d, to be minimised: the weighted sum of `losses`.
-        terms: the estimates of the terms, as vectors.
-        sums: computes expressions from terms; None in stage 1.
-    """
-
-    loss: Tensor
-    terms: TermEstimates
-    sums: Sums | None = None
-
-    @property
-    def names(self) -> list[str]:
-        """Keys of `losses` and `values`: names of terms in stage 1, of expressions in stage 2."""
-        return list(self.terms.names) if self.sums is None else self.sums.names
-
-    @cached_property
-    def stacked_values(self) -> Tensor:
-        """`values` as one tensor, [names], detached, in nats."""
-        with torch.no_grad():
-            values = self.terms.surrogates().detach()
-            return values if self.sums is None else self.sums(values)
-
-    @cached_property
-    def values(self) -> dict[str, Tensor]:
-        """Detached 0-d each, in nats, same keys as `losses`."""
-        return dict(zip(self.names, self.stacked_values.unbind(), strict=True))
-
-    @cached_property
-    def losses(self) -> dict[str, Tensor]:
-        """0-d each, unweighted, with gradients: per term in stage 1, per expression in stage 2."""
-        if self.sums is None:
-            return {name: estimate.loss for name, estimate in self.estimates.items()}
-        with torch.set_grad_enabled(self.loss.requires_grad):
-            return dict(zip(self.names, (-self.sums(self.terms.surrogates())).unbind(), strict=True))
-
-    @property
-    def estimates(self) -> dict[str, Estimate]:
-        """Every term's `Estimate`."""
-        with torch.set_grad_enabled(self.loss.requires_grad):
-            return self.terms.by_term
-
-
 class Objective(nn.Module):
     """Information terms on named features: the estimators they need and the two losses of two-stage training.
 
     Args:
-        expressions: what to maximise. A negative weight minimises. Names must differ.
+        expressions: what to maximise. A negative weight minimises. Names must differ. `set_weights` changes weights.
         dims: the width of every feature that an expression names. Features are float [B, width].
         discrete: features that hold categories or few-valued labels. Product rows given one of them are drawn within
             strata of equal value instead of among nearest neighbours. {feature: number of classes} says that it holds
             0 ... classes - 1, or one-hot rows. The bounds "club", "club_sample", "l1out" and "ba" then predict classes;
             without a number (None) they predict numbers.
-        estimators: order and stage-1 weights of the estimators, as {term: weight}. By default every term has weight 1,
-            in order of appearance, MI before CMI.
+        estimators: order and stage-1 weights of the estimators, as {term or its name: weight}. By default every term
+            has weight 1, in order of appearance, MI before CMI.
         settings: the estimators' settings.
         make_estimator: builds a term's estimator from the term, `dims` and `settings`; by default
             `default_estimator`, an `MIEstimator` or a `CMIEstimator`. See `replace` for how it is called.
@@ -131,8 +89,8 @@ class Objective(nn.Module):
     ['I(Z;Y)']
 
     Raises:
-        ConfigError: a feature without a width, two expressions of one name, a weight for an unused term or one that is
-            not finite.
+        ConfigError: what is no expression, a feature without a width, two expressions of one name, a weight for an
+            unused term or one that is not finite, a discrete feature without a width.
     """
 
     def __init__(
@@ -150,18 +108,19 @@ class Objective(nn.Module):
         group: Any = None,
     ):
         super().__init__()
-        self.expressions = tuple(expressions)
-        self.settings = settings or ObjectiveConfig()
+        self._expressions = as_expressions(expressions)
+        self.settings = as_settings(settings)
+        discrete = (discrete,) if isinstance(discrete, str) else discrete
         self.discrete, self.shared_draws = frozenset(discrete), shared_draws
         self.classes = {name: n for name, n in discrete.items() if n} if isinstance(discrete, Mapping) else {}
         self.gather, self.group = self.settings.gather if gather is None else gather, group
         if self.gather not in GATHERS:
             raise ConfigError("objective.gather", repr(gather), f"one of {', '.join(GATHERS)}", "Choose one.")
-        if estimators is None:
-            estimators = dict.fromkeys(distinct_terms(self.expressions), 1.0)
-        _check(self.expressions, estimators, dims)
-        self.stage1_weights = dict(estimators)
-        self.terms = tuple(self.stage1_weights)
+        terms = distinct_terms(self.expressions)
+        estimators = dict.fromkeys(terms, 1.0) if estimators is None else by_term(estimators, terms)
+        check_terms(self.expressions, estimators, dims, discrete)
+        self._stage1_weights = dict(estimators)
+        self.terms = tuple(self._stage1_weights)
         self._readers = {name: term for term in self.terms for name in term.features}
         self._conditional = tuple(t for t in self.terms if t.needs_products)
         make_estimator = make_estimator or partial(default_estimator, classes=self.classes)
@@ -170,14 +129,61 @@ class Objective(nn.Module):
             {t.key: str(t) for t in self.terms},
             {t.key: t.features for t in self.terms},
         )
+        self._off: set[str] | None = None  # parameters that were frozen before all of them were
         self._stage1: dict[tuple[int, ...], Constant] = {}
         self._sums = Sums(self.expressions, self.terms)
-        folded = [e.folded() for e in self.expressions]
-        self._stage2 = Constant([-sum(f.get(term, 0.0) for f in folded) for term in self.terms])
+        self._stage2 = Constant(self._weights_of_terms())
         self._make_constants()
         if advise:
             for text in advice(self.expressions, self.settings.bound, self.settings.cmi_estimator):
                 warnings.warn(text, stacklevel=2)
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    @property
+    def expressions(self) -> tuple[Expression, ...]:
+        """What is maximised, with its weights. `set_weights` changes these; other terms need another objective."""
+        return self._expressions
+
+    @expressions.setter
+    def expressions(self, _: Any) -> None:
+        do = "Call set_weights, or build another objective and load this one's state with strict=False."
+        raise ConfigError("objective.expressions", "other expressions", "those it was built with", do)
+
+    @property
+    def stage1_weights(self) -> Mapping[Term, float]:
+        """The weights of the estimators' losses in stage 1, which cannot be changed."""
+        return MappingProxyType(self._stage1_weights)
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Change the weights of expressions from now on, as a schedule does. The names and values stay as they are.
+
+        A captured CUDA graph reads the weights anew at every replay.
+
+        >>> objective = Objective([0.1 * MI("Z", "Y")], dims={"Z": 8, "Y": 2})
+        >>> objective.set_weights({"I(Z;Y)": 0.2})
+        >>> objective.expressions[0].weight
+        0.2
+
+        Args:
+            weights: {name of an expression: its new weight}; those that are not named keep theirs.
+
+        Raises:
+            ConfigError: an unknown name, or a weight that is no finite number.
+        """
+        names = [e.name for e in self._expressions]
+        for name, weight in weights.items():
+            if name not in names:
+                raise ConfigError("objective.set_weights", f"{name!r}", f"one of {names}", "Name an expression.")
+            if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+                raise ConfigError(f"weight of {name}", repr(weight), "a finite number", "Correct it.")
+        self._expressions = tuple(replace(e, weight=float(weights.get(e.name, e.weight))) for e in self._expressions)
+        self._stage2.set(self._weights_of_terms())
+
+    def _weights_of_terms(self) -> list[float]:
+        """What stage 2 minimises of each term."""
+        folded = [e.folded() for e in self._expressions]
+        return [-sum(f.get(term, 0.0) for f in folded) for term in self.terms]
 
     # -- single estimators -------------------------------------------------------------------------
 
@@ -209,6 +215,18 @@ class Objective(nn.Module):
         """
         self.estimators.replace(term, module)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Objective:
+        """As every module's, but off and on again leaves alone what was frozen before.
+
+        A loop of its own turns the estimators off while their terms move the model; frozen ones then stay frozen.
+        """
+        if not requires_grad and self._off is None:
+            self._off = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        frozen, self._off = self._off or set(), None if requires_grad else self._off
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(requires_grad and name not in frozen)
+        return self
+
     def freeze(self, term: Term | str) -> nn.Module:
         """Keep a term's estimator as it is: its parameters are never updated, whatever the optimiser does.
 
@@ -232,7 +250,7 @@ class Objective(nn.Module):
         """The weights of stage 1 with the signs that the estimators' losses come with."""
         signs = self.estimators.signs
         if signs not in self._stage1:
-            weights = self.stage1_weights.values()
+            weights = self._stage1_weights.values()
             self._stage1[signs] = Constant([s * w for s, w in zip(signs, weights, strict=True)])
         return self._stage1[signs]
 
@@ -402,6 +420,8 @@ class Objective(nn.Module):
         return self._estimate(features, products).by_term
 
     def _estimate(self, features: Mapping[str, Tensor], products: Mapping[str, Rows] | None) -> TermEstimates:
+        if not self.terms:
+            raise EstimatorError("objective", "no terms", "one expression at least", "Leave the objective out.")
         ranks = None
         if self.gather != "off":
             ranks = find_ranks("objective", {"gather": True}.get(self.gather, self.gather), self.group)
@@ -419,6 +439,9 @@ class Objective(nn.Module):
                     f"one among {sorted(features)}",
                     "Pass it with the others.",
                 )
+            if not isinstance(features[name], Tensor):
+                what = f"a {type(features[name]).__name__} as feature {name!r}"
+                raise EstimatorError(f"objective term {term}", what, "a torch.Tensor", "Call torch.as_tensor on it.")
 
     def _check_products(self, products: Mapping[str, Rows] | None) -> None:
         for term in self._conditional:
@@ -441,36 +464,6 @@ class Objective(nn.Module):
         estimates = self._estimate(features, products)
         values = estimates.surrogates()
         return ObjectiveOutput(torch.dot(values, self._stage2(values)), estimates, self._sums)
-
-
-def _check(expressions: Sequence[Expression], weights: Mapping[Term, float], dims: Mapping[str, int]) -> None:
-    """Raise ConfigError where an objective's expressions, stage-1 weights and widths contradict each other."""
-    used, names = distinct_terms(expressions), [e.name for e in expressions]
-    if repeated := {n for n in names if names.count(n) > 1}:
-        raise ConfigError(
-            "objective", f"several expressions named {sorted(repeated)}", "distinct names", "Call .named(...)."
-        )
-    if unused := [str(t) for t in weights if t not in used]:
-        raise ConfigError(
-            "objective.estimators", f"{unused}", f"terms among {[str(t) for t in used]}", "Leave them out."
-        )
-    if missing := [str(t) for t in used if t not in weights]:
-        raise ConfigError(
-            "objective.estimators", f"no weight for {missing}", "one for every term", "Add these weights."
-        )
-    coefficients = [c for e in expressions for c in e.folded().values()]
-    keys = [t.key for t in used]
-    if shared := next((t for t in used if keys.count(t.key) > 1), None):
-        found = f"another term with the key {shared.key!r} of {shared}"
-        raise ConfigError("objective", found, "terms with distinct keys", "Rename a feature.")
-    if infinite := [x for x in (*coefficients, *weights.values()) if not math.isfinite(x)]:
-        raise ConfigError("objective", f"a weight of {infinite[0]}", "finite weights", "Correct it.")
-    for term in used:
-        if absent := [feature for feature in term.features if feature not in dims]:
-            raise ConfigError(
-                f"objective term {term}", f"no width for feature {absent[0]!r}", f"one of {sorted(dims)}",
-                "Add it to dims.",
-            )  # fmt: skip
 
 
 def without_features(expressions: Iterable[Expression], absent: Iterable[str]) -> list[Expression]:

@@ -42,6 +42,9 @@ class Term:
     critic: str | None = None
 
     def __post_init__(self) -> None:
+        for name in self.features:
+            if not isinstance(name, str) or not name:
+                raise ConfigError("information term", f"the feature {name!r}", "a name, a text", "Name the feature.")
         conditional = self.given is not None
         known = (*CONDITIONAL_ESTIMATORS, "club") if conditional else BOUNDS + VARIATIONAL_BOUNDS
         if self.bound is not None and self.bound not in known:
@@ -138,13 +141,28 @@ class Expression:
             return NotImplemented
         return self + -other
 
+    def __radd__(self, other: float) -> Expression:
+        """For `sum`, which begins with 0."""
+        return self if isinstance(other, (int, float)) and other == 0 else NotImplemented
+
     def __neg__(self) -> Expression:
         return -1.0 * self
 
     def __rmul__(self, factor: float) -> Expression:
-        return replace(self, weight=float(factor) * self.weight)
+        if isinstance(factor, Tensor) and factor.requires_grad:
+            raise ConfigError(
+                f"weight of {self.name}", "a tensor that requires a gradient", "a number: an objective's weights do "
+                "not learn", "Weigh the entries of `ObjectiveOutput.losses` yourself, or call .item().",
+            )  # fmt: skip
+        try:
+            return NotImplemented if isinstance(factor, str) else replace(self, weight=float(factor) * self.weight)
+        except (TypeError, ValueError):
+            return NotImplemented
 
     __mul__ = __rmul__
+
+    def __truediv__(self, divisor: float) -> Expression:
+        return self * (1 / divisor)
 
 
 def MI(x: str, y: str, *, bound: str | None = None, critic: str | None = None) -> Expression:
@@ -170,9 +188,15 @@ def CMI(x: str, y: str, *, given: str, bound: str | None = None) -> Expression:
     'I(Z;S|Y)'
 
     Args:
-        bound: "ldr", "dv" or "nwj", which a classifier of joint and product rows gives, or "club", an upper bound for a
-            condition of classes (`engine.model.stratified`). None: `objective.cmi_estimator`.
+        bound: "ldr", "dv" or "nwj", which a classifier of joint and product rows gives, or "club", an upper bound:
+            among rows of one class of the condition (`engine.model.stratified`), or among rows whose conditions are
+            nearest (`engine.model.neighbour_club`). None: `objective.cmi_estimator`.
+
+    Raises:
+        ConfigError: a condition that is no name, or a bound that such a term cannot have.
     """
+    if given is None:
+        raise ConfigError(f"CMI({x!r}, {y!r})", "given=None", "the name of the condition", "Name it, or use MI.")
     return Expression(((Term(x, y, given, bound), 1.0),))
 
 

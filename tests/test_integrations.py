@@ -88,6 +88,86 @@ def test_lightning_leaves_no_setting_unused(tmp_path, options):
     assert isinstance(caught.value, ConfigError) or "manual optimization" in str(caught.value)
 
 
+def test_lightning_tests_and_predicts_batches_of_any_form(tmp_path):
+    module = lightning_module()
+    loader = DataLoader(dataset(), 8)
+    found = torch.cat(trainer(tmp_path, 1).predict(module, loader))
+    x = torch.stack([row["x"] for row in dataset()])
+    with torch.no_grad():
+        expected = module.model.eval()(x)[0]
+    torch.testing.assert_close(found, expected)
+    logged = trainer(tmp_path, 1).test(module, loader, verbose=False)[0]
+    y = torch.stack([row["y"] for row in dataset()])
+    assert logged["test_task"] == pytest.approx(functional.mse_loss(expected, y).item(), rel=1e-5)
+
+
+def test_lightning_moves_schedulers_once_an_epoch(tmp_path):
+    """Manual optimisation leaves them alone: a rate that should fall stayed as it was, without a word."""
+    from engine.integrations.lightning import InformationModule
+
+    class Falling(InformationModule):
+        def configure_optimizers(self):
+            model, estimators = super().configure_optimizers()
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(estimators, factor=0.5, patience=0, threshold=10.0)
+            return [model, estimators], [torch.optim.lr_scheduler.StepLR(model, 1, 0.1), plateau]
+
+    torch.manual_seed(0)
+    module = Falling(Pair(dropout=0.2), terms(), functional.mse_loss, lr=0.01, estimator_lr=0.01)
+    loader = DataLoader(dataset(), 8)
+    fitted = trainer(tmp_path, 3)
+    fitted.fit(module, loader, loader)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in fitted.optimizers]
+    assert rates == pytest.approx([0.01 * 0.1**3, 0.01 * 0.5**3])
+
+
+def test_lightning_needs_both_optimisers(tmp_path):
+    from engine.integrations.lightning import InformationModule
+
+    class One(InformationModule):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters())
+
+    module = One(Pair(dropout=0.2), terms(), functional.mse_loss)
+    with pytest.raises(ConfigError, match="1 optimisers; expected two"):
+        trainer(tmp_path, 1).fit(module, DataLoader(dataset(), 8))
+
+
+def test_lightning_in_double_precision(tmp_path):
+    rows = [{name: value.double() for name, value in row.items()} for row in dataset()]
+    module = lightning_module()
+    before = weights(module.step)
+    trainer(tmp_path, 1, precision="64-true").fit(module, DataLoader(rows, 8))
+    assert next(module.parameters()).dtype == torch.float64
+    assert not same(before, weights(module.step))
+
+
+def test_frozen_estimators_leave_the_model_to_train(tmp_path):
+    """With all of them frozen, stage 1 has nothing to differentiate."""
+    torch.manual_seed(0)
+    module = lightning_module()
+    for term in module.objective.terms:
+        module.objective.freeze(term)
+    frozen, free = ([p.detach().clone() for p in part.parameters()] for part in (module.objective, module.model))
+    trainer(tmp_path, 1).fit(module, DataLoader(dataset(), 8))
+    assert same(frozen, list(module.objective.parameters()))
+    assert not same(free, list(module.model.parameters()))
+
+
+def test_estimators_that_were_frozen_stay_frozen_in_a_loop_by_hand():
+    objective = objective_of(MI("X", "Y"), MI("X", "C"))
+    frozen = objective.freeze("I(X;Y)")
+    free = [name for name, p in objective.named_parameters() if p.requires_grad]
+    for _ in range(2):
+        objective.requires_grad_(False)
+        assert not any(p.requires_grad for p in objective.parameters())
+        objective.requires_grad_(False)
+        objective.requires_grad_(True)
+        assert [name for name, p in objective.named_parameters() if p.requires_grad] == free
+    assert not any(p.requires_grad for p in frozen.parameters())
+    objective.requires_grad_(True)
+    assert all(p.requires_grad for p in objective.parameters())  # said outright
+
+
 def test_lightning_is_imported_only_when_it_is_used():
     code = """
 import sys, engine.step, engine.step.recent, engine.integrations

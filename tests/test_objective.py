@@ -1,5 +1,6 @@
 """Declaring information terms: algebra, names, grouping into estimators, the two losses, readings on all rows."""
 
+import copy
 import math
 
 import pytest
@@ -306,3 +307,160 @@ class TestMakeEstimator:
         rows = {"A": torch.ones(5, 4), "B": torch.full((5, 4), 0.5)}
         assert seen == [("I(A;B)", 4, "dv")]
         assert objective.model_loss(rows).loss == -3.0
+
+
+class TestMistakes:
+    """What users write by mistake is told in one line."""
+
+    @pytest.mark.parametrize(
+        ("made", "told"),
+        [
+            (lambda: Objective(["I(Z;Y)"], dims={"Z": 4, "Y": 2}), "found 'I.Z;Y.', a str; expected expressions"),
+            (lambda: Objective([MI("Z", "Y")], dims={"Z": "4", "Y": 2}), r"dims\['Z'\]: found '4'"),
+            (lambda: Objective([MI("Z", "Y")], dims={"Z": 4, "Y": 0}), r"dims\['Y'\]: found 0"),
+            (lambda: Objective([MI("Z", "Y")], dims={"Z": 4, "Y": 2}, discrete={"y": 3}), "discrete: found 'y'"),
+            (
+                lambda: Objective([MI("Z", "Y")], dims={"Z": 4, "Y": 2}, settings={"hidden": 8}),
+                "settings: found a dict",
+            ),
+            (lambda: CMI("Z", "Y", given=None), "given=None; expected the name of the condition"),
+            (lambda: MI("Z", ""), "feature ''"),
+            (lambda: torch.ones((), requires_grad=True) * MI("Z", "Y"), "weights do not learn"),
+        ],
+    )
+    def test_when_it_is_built(self, made, told):
+        with pytest.raises(ConfigError, match=told):
+            made()
+
+    def test_features_and_estimators_of_another_kind(self):
+        objective = Objective([MI("Z", "Y")], dims={"Z": 4, "Y": 2})
+        with pytest.raises(EstimatorError, match="a ndarray as feature 'Z'"):
+            objective.model_loss({"Z": torch.zeros(8, 4).numpy(), "Y": torch.zeros(8, 2)})
+        objective.replace("I(Z;Y)", torch.nn.Bilinear(4, 2, 1))
+        with pytest.raises(EstimatorError, match="a Tensor from its estimator, a Bilinear"):
+            objective.model_loss({"Z": torch.zeros(8, 4), "Y": torch.zeros(8, 2)})
+
+    def test_an_objective_of_nothing_is_told_when_it_is_used(self):
+        with pytest.raises(EstimatorError, match="found no terms"):
+            Objective([], dims={}).model_loss({"Z": torch.zeros(8, 4)})
+
+    def test_what_cannot_be_assigned(self):
+        objective = Objective([MI("Z", "Y")], dims={"Z": 4, "Y": 2})
+        with pytest.raises(ConfigError, match="set_weights"):
+            objective.expressions = (2 * MI("Z", "Y"),)
+        with pytest.raises(TypeError):
+            objective.stage1_weights[objective.terms[0]] = 2.0
+
+
+class TestWeights:
+    def test_sums_and_quotients_of_expressions(self):
+        total = sum([MI("Z", "Y"), 2 * MI("Z", "S")]) / 4
+        assert total.weight == 0.25
+        assert [c for _, c in total.coefficients] == [1.0, 2.0]
+
+    def test_a_schedule_changes_the_loss_and_its_gradient(self):
+        """Against the weighted sum of the values themselves."""
+        torch.manual_seed(0)
+        terms = [(0.1 * MI("Z", "Y")).named("keep"), -0.2 * MI("Z", "S", bound="club")]
+        objective = Objective(terms, dims={"Z": 4, "Y": 2, "S": 1}).eval()
+        z = torch.randn(16, 4, requires_grad=True)
+        batch = {"Z": z, "Y": torch.randn(16, 2), "S": torch.randn(16, 1)}
+        before = objective.model_loss(batch)
+        keep, leak = (estimate.surrogate for estimate in before.estimates.values())
+        grads = [torch.autograd.grad(v, z, retain_graph=True)[0] for v in (keep, leak)]
+        for weight in (0.0, 0.7):
+            objective.set_weights({"keep": weight})
+            after = objective.model_loss(batch)
+            torch.testing.assert_close(after.loss.detach(), (-weight * keep + 0.2 * leak).detach())
+            torch.testing.assert_close(torch.autograd.grad(after.loss, z)[0], -weight * grads[0] + 0.2 * grads[1])
+            assert after.values["keep"] == keep.detach()  # in nats, whatever the weight
+        with pytest.raises(ConfigError, match="found 'other'"):
+            objective.set_weights({"other": 1.0})
+        with pytest.raises(ConfigError, match="nan"):
+            objective.set_weights({"keep": math.nan})
+
+    def test_stage_1_weights_by_name(self):
+        torch.manual_seed(0)
+        objective = Objective([MI("Z", "Y")], dims={"Z": 4, "Y": 2}, estimators={"I(Z;Y)": 3.0})
+        output = objective.estimator_loss({"Z": torch.randn(8, 4), "Y": torch.randn(8, 2)})
+        torch.testing.assert_close(output.loss, 3 * output.losses["I(Z;Y)"])
+
+
+WIDTHS = {"Z": 4, "Y": 2, "S": 2}
+
+
+class TestStateOfOtherTerms:
+    def objective(self, *names):
+        return Objective([MI("Z", name) for name in names], dims=WIDTHS)
+
+    def values(self, objective):
+        generator = torch.Generator().manual_seed(3)
+        batch = {name: torch.randn(16, width, generator=generator) for name, width in WIDTHS.items()}
+        return {name: float(estimate.value) for name, estimate in objective.estimate(batch).items()}
+
+    @pytest.mark.parametrize("by", ["state_dict", "estimator_state", "file"])
+    def test_values_follow_their_terms(self, by, tmp_path):
+        """Stacks were loaded by position: in another order, each term silently got the other's estimator."""
+        one = self.objective("Y", "S")
+        state = one.estimator_state() if by == "estimator_state" else one.state_dict()
+        if by == "file":
+            torch.save(state, tmp_path / "objective.pt")
+            state = torch.load(tmp_path / "objective.pt", weights_only=True)
+        turned = self.objective("S", "Y")
+        turned.load_state_dict(state)
+        assert self.values(turned) == pytest.approx(self.values(one), abs=1e-6)
+
+    @pytest.mark.parametrize("by", ["state_dict", "estimator_state"])
+    def test_terms_are_added_and_removed(self, by):
+        small, large = self.objective("Y"), self.objective("S", "Y")
+        fresh = self.values(large)["I(Z;S)"]
+        found = large.load_state_dict(getattr(small, by)(), strict=False)
+        assert {name.split(".")[1] for name in found.missing_keys} == {"Z_S"}
+        assert found.unexpected_keys == []
+        assert self.values(large) == pytest.approx({"I(Z;S)": fresh} | self.values(small), abs=1e-6)
+        smaller = self.objective("S")
+        found = smaller.load_state_dict(getattr(large, by)(), strict=False)
+        assert found.missing_keys == []
+        assert {name.split(".")[1] for name in found.unexpected_keys} == {"Z_Y"}
+        assert self.values(smaller) == pytest.approx({"I(Z;S)": fresh}, abs=1e-6)
+        with pytest.raises(RuntimeError, match=r"Z_S\.critic"):
+            self.objective("S", "Y").load_state_dict(getattr(small, by)())
+
+    def test_a_split_estimator_meets_a_stacked_one(self):
+        one, other = self.objective("Y", "S"), self.objective("Y", "S")
+        one.split("I(Z;Y)")
+        values = self.values(one)
+        other.load_state_dict(one.estimator_state())
+        assert self.values(other) == pytest.approx(values, abs=1e-6)
+
+    def test_an_estimator_that_left_its_group_has_its_own_values(self):
+        """Its group still holds the values that it had before."""
+        one = self.objective("Y", "S")
+        with torch.no_grad():
+            one.split("I(Z;Y)").critic.g[0].weight.mul_(3)
+        for other in (self.objective("S", "Y"), self.objective("Y", "S"), copy.deepcopy(one)):
+            other.load_state_dict(one.state_dict(), strict=False)
+            assert self.values(other) == pytest.approx(self.values(one), abs=1e-6)
+
+
+class TestFrozenConditionals:
+    def test_a_frozen_club_stays_what_it_is(self):
+        """Its moving mean and variance belong to q: it would be another density with others."""
+        torch.manual_seed(0)
+        objective = Objective([-1 * MI("Z", "S", bound="club")], dims={"Z": 4, "S": 1})
+        batch = {"Z": torch.randn(32, 4), "S": torch.randn(32, 1)}
+        objective.estimate(batch)
+        objective.freeze("I(Z;S) by club")
+        before = objective.estimate(batch)["I(Z;S) by club"].value
+        for _ in range(3):
+            objective.estimate({name: 5 * value + 3 for name, value in batch.items()})
+        assert objective.estimate(batch)["I(Z;S) by club"].value == before
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_bounds_of_conditionals_in_other_types(self, dtype):
+        torch.manual_seed(0)
+        for bound in ("club", "club_sample", "l1out", "ba"):
+            estimator = MIEstimator(4, 1, bound=bound, hidden=8).eval()
+            x, y = torch.randn(16, 4).to(dtype), torch.randn(16, 1).to(dtype)
+            expected = estimator(x.float(), y.float()).value
+            torch.testing.assert_close(estimator.to(dtype)(x, y).value.float(), expected, rtol=0.05, atol=0.05)

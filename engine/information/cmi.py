@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EstimatorError
+from engine.information.alone import alone
 from engine.information.columns import (
     FEW_VALUES,
     column_flags,
@@ -42,6 +43,7 @@ LARGEST_ERROR = 0.1
 _NAMES = ("dv", "ldr", "nwj")
 
 
+@alone
 def estimate_cmi(
     x: Any,
     y: Any,

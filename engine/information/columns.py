@@ -34,6 +34,24 @@ def normal_scores(values: Tensor) -> Tensor:
     return torch.special.ndtri(middle / count).T.contiguous().float()
 
 
+def untied_scores(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal scores of one column [N, 1], float64 [N], with equal values in random order.
+
+    A place among equal values is noise that knows nothing of any other column, and the value can be told from it. So no
+    information changes, and distances between scores have no ties, as neighbour estimates need. Without equal values
+    nothing is drawn.
+
+    >>> untied_scores(torch.tensor([[1.0], [1.0], [2.0]]), torch.Generator().manual_seed(0)).unique().numel()
+    3
+    """
+    if len(values.unique()) < len(values):
+        shuffled = torch.randperm(len(values), generator=generator)
+        order = shuffled[values[shuffled, 0].argsort(stable=True)]
+        values = torch.empty(len(values), 1, dtype=torch.float64)
+        values[order, 0] = torch.arange(len(order), dtype=torch.float64)
+    return normal_scores(values)[:, 0].double()
+
+
 def robust(values: Tensor) -> Tensor:
     """Distance from the column's median in robust standard deviations, [N, d].
 

@@ -57,8 +57,20 @@ class _Fitted:
         ]
         return f"{type(self).__name__}({', '.join(changed)})"
 
+    def __getattr__(self, name: str) -> Any:
+        """What is not there, and why."""
+        own = type(self).__name__
+        if name.endswith("_") and not name.startswith("_"):
+            raise AttributeError(f"{own} has no {name} yet: call fit first")
+        if name == "score":
+            raise AttributeError(
+                f"{own} has no score: half of the methods fit nothing that could be read on new rows; compare "
+                "estimate_ and interval_ of fits"
+            )
+        raise AttributeError(f"{own!r} object has no attribute {name!r}")
+
     def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "result_")
+        return "result_" in self.__dict__
 
     def __sklearn_tags__(self) -> Any:
         """What scikit-learn, which alone calls this, asks about an estimator."""

@@ -16,6 +16,7 @@ import torch
 
 from engine.errors import EstimatorError
 from engine.files import write_text
+from engine.information.alone import alone
 from engine.information.cmi import estimate_cmi
 from engine.information.columns import FEW_VALUES
 from engine.information.estimate import Estimate, new_figure, save_figure
@@ -122,6 +123,7 @@ class MIMatrix:
         return "\n".join(rows)
 
 
+@alone
 def mi_matrix(
     frame: Any,
     *,

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from engine.errors import ConfigError
 from engine.objective import Objective
 from engine.step import TwoStageStep
+from engine.step.batches import KeywordInputs
+from engine.step.outputs import read_output
 from engine.step.recent import RecentFeatures
 from engine.step.state import set_random
 
@@ -27,9 +29,11 @@ except ModuleNotFoundError as cause:
 class InformationModule(LightningModule):
     """Trains a model and its information terms in two stages on every batch (`TwoStageStep.train_batch`).
 
-    It logs `train_loss`, `train_task` and every term in nats, and the same of validation under `valid_`. A checkpoint
-    of Lightning holds all of its state. Override `configure_optimizers` for other optimisers: the model's comes first,
-    then the estimators'. Batches and outputs may have every form that `TwoStageStep` takes.
+    It logs `train_loss`, `train_task` and every term in nats, the same of validation under `valid_`, and of a test
+    under `test_`. `Trainer.predict` gives the model's predictions. A checkpoint of Lightning holds all of its state.
+    Override `configure_optimizers` for other optimisers: the model's comes first, then the estimators'. Learning-rate
+    schedulers are moved once an epoch; `ReduceLROnPlateau` sees `valid_loss`, or `train_loss` without validation.
+    Batches and outputs may have every form that `TwoStageStep` takes.
 
     Args:
         model, objective, task_loss: as for `TwoStageStep`.
@@ -91,7 +95,13 @@ class InformationModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Give the step Lightning's optimisers, which count the updates, and the state of a checkpoint."""
-        self.step.main_optimizer, self.step.estimator_optimizer = cast("list[Any]", self.optimizers())
+        optimizers = self.optimizers()
+        if not isinstance(optimizers, list) or len(optimizers) != 2:
+            count = len(optimizers) if isinstance(optimizers, list) else 1
+            do = "Give self.model.parameters() to the first, and self.objective.parameters() to the second."
+            expected = "two: the model's, then the estimators'"
+            raise ConfigError("InformationModule.configure_optimizers", f"{count} optimisers", expected, do)
+        self.step.main_optimizer, self.step.estimator_optimizer = cast("list[Any]", optimizers)
         self.step.backward = self.manual_backward
         if self._loaded is not None:
             optimizers = {
@@ -107,16 +117,34 @@ class InformationModule(LightningModule):
         self._log("train", output)
 
     def on_train_epoch_end(self) -> None:
-        """Update with the last micro-batches."""
+        """Update with the last micro-batches, and move the learning-rate schedulers, which Lightning leaves alone."""
         self.step.flush()
+        metrics = self.trainer.callback_metrics
+        for config in self.trainer.lr_scheduler_configs:
+            plateau = isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            metric = metrics.get("valid_loss", metrics.get("train_loss")) if plateau else None
+            self.lr_scheduler_step(config.scheduler, metric)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Losses and terms of one batch, without training."""
+        self._evaluate("valid", batch)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The same, logged under `test_`."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """The model's prediction for one batch of any form; a target in it is not used."""
+        inputs = self.step.read(batch).inputs
+        output = self.model(**inputs) if isinstance(inputs, KeywordInputs) else self.model(inputs)
+        return read_output(output, inputs).prediction
+
+    def _evaluate(self, split: str, batch: Any) -> None:
         read = self.step.read(batch)
         known = self.step.known(self.recent, read.rows)
         information = read.rows >= self.objective.min_batch and known is not None
         products = self.step.draw_products(known, read.rows) if information else None
-        self._log("valid", self.step.evaluated(read.inputs, read.target, products, information))
+        self._log(split, self.step.evaluated(read.inputs, read.target, products, information))
 
     def _log(self, split: str, output: Any) -> None:
         values = {} if output.information is None else output.information.values

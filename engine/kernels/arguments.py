@@ -12,24 +12,29 @@ from torch import Tensor
 from engine.errors import EstimatorError
 from engine.kernels.gradients import transformed
 
+_PLAIN = Tensor, torch.nn.Parameter
+_WAYS = {"DTensor": ".full_tensor() or .to_local()", "AsyncCollectiveTensor": ".wait()"}
 
-def exact_type(where: str, *tensors: Tensor | None, integers: bool = False) -> torch.dtype:
+
+def exact_type(where: str, *tensors: Tensor | None, integers: bool = False, needed: int = 1) -> torch.dtype:
     """The dtype in which an operation computes: float64 if one of its tensors is float64, else float32.
 
     Args:
         where: the operation, for errors.
-        tensors: all of its tensors, of any floating dtype. After the first, None is skipped.
+        tensors: all of its tensors, of any floating dtype.
         integers: accept integers and booleans, too.
+        needed: how many of the first tensors must be there. Later ones may be None, which is skipped.
 
     Raises:
-        EstimatorError: anything but a tensor, complex numbers (or integers), or tensors on several devices.
+        EstimatorError: anything but a dense tensor with data, complex numbers (or integers), or tensors on several
+            devices.
     """
     device, exact = None, torch.float32
-    for tensor in tensors:
-        if tensor is None and device is not None:
+    for number, tensor in enumerate(tensors):
+        if tensor is None and number >= needed:
             continue
-        if not isinstance(tensor, Tensor):
-            raise EstimatorError(where, f"a {type(tensor).__name__}", "a torch.Tensor", "Call torch.as_tensor on it.")
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_nested:
+            _check_dense(where, tensor)
         if device is None:
             device = tensor.device
         elif tensor.device != device:
@@ -41,7 +46,30 @@ def exact_type(where: str, *tensors: Tensor | None, integers: bool = False) -> t
             exact = dtype
         elif not dtype.is_floating_point and (dtype.is_complex or not integers):
             raise EstimatorError(where, f"a tensor of {dtype}", "floating-point numbers", "Call .float() on it.")
+    if device is not None and device.type == "meta" and type(tensors[0]) in _PLAIN:
+        do = "Move the module with .to_empty(device=...), or ask for shapes under torch's FakeTensorMode."
+        raise EstimatorError(where, "tensors on meta", "tensors with data", do)
     return exact
+
+
+def _check_dense(where: str, tensor: Any) -> None:
+    """Refuse what holds no numbers that a kernel can read. Subclasses that are tensors as others are stay."""
+    if not isinstance(tensor, Tensor):
+        raise EstimatorError(where, f"a {type(tensor).__name__}", "a torch.Tensor", "Call torch.as_tensor on it.")
+    if torch.compiler.is_compiling():
+        return
+    kind = type(tensor)
+    # torch's own tracing is done with such subclasses; operations have rules for them
+    tracing = kind.__module__.startswith("torch._subclasses")
+    handler = getattr(kind, "__torch_dispatch__", None)
+    if not tracing and handler is not torch._C._disabled_torch_dispatch_impl and handler is not None:
+        way = _WAYS.get(
+            kind.__name__, "its method that gives one, such as .to_dense(), .full_tensor() or .dequantize()"
+        )
+        raise EstimatorError(where, f"a {kind.__name__}", "a plain torch.Tensor", f"Call {way} first.")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise EstimatorError(where, f"a {layout} tensor", "a dense one", "Call .to_dense(), or pad it, first.")
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -17,6 +17,12 @@ from engine.kernels.mi_bounds.op import infonce, mi_lower_bound
 from engine.kernels.mi_bounds.reference import check_settings
 
 
+def _shown(value: float | Tensor) -> str:
+    """A number in a few digits; what has no data has none."""
+    value = torch.as_tensor(value).detach()
+    return "?" if value.is_meta else f"{value.item():.4g}"
+
+
 class _Temperature(nn.Module):
     """A temperature that is kept, or whose logarithm is the parameter `log_temperature`."""
 
@@ -46,7 +52,7 @@ class _Temperature(nn.Module):
                 self.log_temperature.clamp_(min=-math.log(self.max_scale))
 
     def extra_repr(self) -> str:
-        return f"temperature={torch.as_tensor(self.temperature).item():.4g}"
+        return f"temperature={_shown(self.temperature)}"
 
 
 class InfoNCE(_Temperature):
@@ -196,7 +202,7 @@ class SigLIP(_Temperature):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bias={torch.as_tensor(self.bias).item():.4g}, cosine={self.cosine}"
+        return f"{super().extra_repr()}, bias={_shown(self.bias)}, cosine={self.cosine}"
 
 
 class KeyQueue(nn.Module):

@@ -118,7 +118,8 @@ class CubeMLP(nn.Module):
         activate: elu gelu hardshrink hardtanh leakyrelu prelu relu rrelu tanh (rrelu is random in training).
         bias: whether the two Linears of every mix have a bias. The residual projection has none.
         ln_first: LayerNorm on the MLP's input instead of on the sum.
-        res_project: one flag per block. False means an identity residual, for which d_in must equal d_out.
+        res_project: one flag per block; None for a projection in every block. False means an identity residual, for
+            which d_in must equal d_out.
         dropout: of the (time, modality, channel) mixes.
 
     Raises:
@@ -133,10 +134,11 @@ class CubeMLP(nn.Module):
         activate: str = "gelu",
         bias: bool = True,
         ln_first: bool = False,
-        res_project: Sequence[bool] = (True, True),
+        res_project: Sequence[bool] | None = None,
         dropout: Sequence[float] = (0.0, 0.0, 0.0),
     ):
         super().__init__()
+        res_project = (True,) * len(d_outs) if res_project is None else res_project
         self._check(d_in, d_hiddens, d_outs, res_project, dropout)
         shapes = [tuple(d_in), *(tuple(d) for d in d_outs)]
         self.d_in, self.d_out = shapes[0], shapes[-1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.errors import EstimatorError
 from engine.kernels.mi_bounds.reference import full_precision
-from engine.model.variational import conditional_net
+from engine.model.variational import conditional_net, learns
 
 
 class CustomCritic(nn.Module):
@@ -96,7 +96,7 @@ class LikelihoodCritic(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         q = self.q(x)
-        if self.training:
+        if learns(self.q):
             self.q.observe(y)
         with torch.autocast(x.device.type, enabled=False):
             return q.pairs(q.targets(y)).to(full_precision(x).dtype)

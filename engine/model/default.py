@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from engine.errors import ConfigError
 from engine.model.cmi import CMIEstimator
 from engine.model.estimators import MIEstimator
+from engine.model.neighbour_club import NeighbourCLUB
 from engine.model.stratified import StratifiedCLUB
 from engine.vocabulary import VARIATIONAL_BOUNDS
 
@@ -23,13 +23,10 @@ def default_estimator(
 ) -> nn.Module:
     """The estimator that an objective builds for a term: `MIEstimator`, or `CMIEstimator` for a conditional one.
 
-    A conditional term by "club" gets a `StratifiedCLUB`.
+    A conditional term by "club" gets a `StratifiedCLUB` for a condition of classes, and a `NeighbourCLUB` for another.
 
     Args:
         classes: the number of classes of the features that hold classes.
-
-    Raises:
-        ConfigError: "club" for a condition without a number of classes.
     """
     s, counts = settings, classes or {}
     if term.given is None:
@@ -50,10 +47,15 @@ def default_estimator(
         )
     if term.bound == "club":
         if term.given not in counts:
-            raise ConfigError(
-                f"objective term {term}", f"no number of classes for {term.given}", "a condition of few classes: only "
-                "rows of equal condition can be compared", f"Pass discrete={{{term.given!r}: number}}, or drop bound=.",
-            )  # fmt: skip
+            return NeighbourCLUB(
+                dims[term.x],
+                dims[term.y],
+                dims[term.given],
+                counts.get(term.y),
+                k=s.k_neighbor,
+                hidden=s.hidden,
+                on_degenerate=s.on_degenerate,
+            )
         return StratifiedCLUB(
             dims[term.x],
             dims[term.y],

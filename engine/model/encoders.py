@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from engine.errors import ConfigError
 from engine.kernels.gradients import transformed
 from engine.kernels.recurrent.op import available, bidirectional, bidirectional_norm, fuses_norm, parameters
+from engine.model.frames import check_frames
 from engine.vocabulary import ENCODERS
 
 LAYER_NORM_EPS = 1e-6
@@ -83,7 +84,7 @@ class SequenceEncoder(nn.Module):
 
     def __init__(self, kind: str, d_in: int, d_out: int, zero_padding: bool = True):
         super().__init__()
-        self.kind, self.zero_padding = kind, zero_padding
+        self.kind, self.zero_padding, self.d_in = kind, zero_padding, d_in
         if kind == "gru":
             self.rnn = GRU(d_in, d_out, num_layers=2, bidirectional=True, batch_first=True)
         elif kind == "lstm":
@@ -99,6 +100,7 @@ class SequenceEncoder(nn.Module):
 
     def forward(self, x: Tensor, length: Tensor) -> Tensor:
         """float32 [B, L, d_in], int64 [B] with 1 <= length <= L -> float32 [B, L, d_out]."""
+        check_frames(f"{self.kind} encoder", x, length, self.d_in, self.norm.weight.dtype)
         weights = None if self.kind == "conv" else parameters(self.rnn)
         if weights is not None and fuses_norm(x, weights, self.norm):
             return bidirectional_norm(x, length, weights, self.kind, self.norm, self.zero_padding)
@@ -113,6 +115,6 @@ class SequenceEncoder(nn.Module):
                 packed = pack_padded_sequence(x, length.cpu(), batch_first=True, enforce_sorted=False)
                 h, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=x.shape[1])
             forward, backward = h.chunk(2, dim=-1)
-            h = forward + backward
+            h = (forward + backward).to(self.norm.weight.dtype)  # parameters may have 16 bits
         h = F.relu(self.norm(h))
         return h if mask is None else h * mask

@@ -33,6 +33,7 @@ from engine.model.variational import (
     club,
     club_sample,
     conditional_net,
+    learns,
     leave_one_out_bound,
     other_rows,
 )
@@ -237,8 +238,8 @@ class MIEstimator(nn.Module):
             from engine.model.over_ranks import mi_estimate
 
             return mi_estimate(self, x, y, ranks)
-        self._check_shapes(x, y)
         x, y = own_type(self._where(), self, x, y)
+        self._check_shapes(x, y)
         if len(x) < 2:
             return self._degenerate(
                 f"a batch of {len(x)}", "at least 2 samples: one alone has no product samples", x, y
@@ -292,7 +293,7 @@ class MIEstimator(nn.Module):
         if not finite(value, loss):
             what = f"the estimate {value.item()} and the log-likelihood {-loss.item()}"
             return self._degenerate(what, "finite numbers", x, y)
-        if self.training:
+        if learns(self.q):
             self.q.observe(given)
         if self.bound == "club_sample" and self.training:
             update_buffer("the pairs of club_sample", self.draw, self.draw + 1)

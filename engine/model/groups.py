@@ -100,23 +100,43 @@ class Group(nn.Module):
     def one_by_one(self, arguments: Mapping[str, tuple[Any, ...]]) -> Estimates:
         return Estimates.of({name: self.run(name, *arguments[name]) for name in self.names})
 
-    def restack(self, state: dict[str, Tensor], parts: str, prefix: str, absent: Iterable[str] = ()) -> None:
+    @property
+    def entries(self) -> dict[str, list[tuple[str, str]]]:
+        """For each parameter and buffer of the group: (estimator, name in the estimator) of every entry."""
+        return self._entries
+
+    def restack(self, state: dict[str, Tensor], parts: str, prefix: str, absent: Iterable[str] = ()) -> list[str]:
         """Stack the tensors of single estimators in a state dict as this group stacks them.
 
         Args:
-            state: changed in place. Incomplete or misshapen entries stay as they are.
+            state: changed in place. Misshapen entries stay as they are, and so does a state without single estimators.
             parts: prefix of the estimators' names in `state`.
             prefix: prefix of the group's own tensors.
             absent: estimators whose values are taken from the group itself.
+
+        Returns:
+            The names of entries that were missing, in a stack of the state, too. Their values are taken from the group
+            itself.
         """
-        own = self.state_dict()
+        own, missing, absent = self.state_dict(), [], set(absent)
+        given = {
+            name
+            for stack, members in self._entries.items()
+            for e, part in members
+            if (name := f"{parts}{e}.{part}") in state and state[name].shape == own[stack].shape[1:] and e not in absent
+        }
+        if not given:
+            return []
         for stack, members in self._entries.items():
-            names = [f"{parts}{estimator}.{part}" for estimator, part in members]
-            given = [n for n, (estimator, _) in zip(names, members, strict=True) if estimator not in absent]
-            if not all(n in state and state[n].shape == own[stack].shape[1:] for n in given):
-                continue
-            single = [state.pop(n) if n in given else own[stack][i] for i, n in enumerate(names)]
-            state[f"{prefix}{stack}"] = torch.stack([t.to(single[0]) for t in single])
+            names = [f"{parts}{e}.{part}" for e, part in members]
+            rest = state.get(f"{prefix}{stack}")
+            if rest is None or rest.shape != own[stack].shape:
+                rest = own[stack]
+                missing += [n for n, (e, _) in zip(names, members, strict=True) if n not in given and e not in absent]
+            singles = [state.pop(n) if n in given else rest[i] for i, n in enumerate(names)]
+            like = next((t for t, n in zip(singles, names, strict=True) if n in given), singles[0])
+            state[f"{prefix}{stack}"] = torch.stack([t.to(like) for t in singles])
+        return missing
 
 
 class MIGroup(Group):

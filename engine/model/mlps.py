@@ -8,6 +8,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from engine.errors import EstimatorError
+from engine.kernels.arguments import check_count
 from engine.kernels.critics import ACTIVATIONS, mlp
 from engine.kernels.mi_bounds.reference import full_precision
 
@@ -28,6 +29,8 @@ def build_mlp(
 ) -> nn.Sequential:
     """An MLP of `layers` + 1 hidden layers, each started by `initialise` (default: `xavier`)."""
     check_choice("activation", activation, tuple(ACTIVATIONS))
+    for name, width in (("input width", dim_in), ("output width", dim_out), ("hidden width", hidden)):
+        check_count("estimator", name, width)
     widths = [dim_in] + [hidden] * (layers + 1) + [dim_out]
     modules: list[nn.Module] = []
     for width_in, width_out in pairwise(widths):

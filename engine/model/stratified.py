@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from engine.errors import EstimatorError
 from engine.model.estimators import Estimate, finite, or_zero, own_type, raise_or_skip, readable
 from engine.model.mlps import check_choice, xavier
-from engine.model.variational import check_classes, check_conditional, conditional_net, one_hot
+from engine.model.variational import check_classes, check_conditional, conditional_net, learns, one_hot
 from engine.vocabulary import ON_DEGENERATE
 
 
@@ -62,8 +62,8 @@ class StratifiedCLUB(nn.Module):
             EstimatorError: shapes, types or devices that do not fit, a value that is no class; a degenerate batch under
                 on_degenerate="raise".
         """
-        self._check_shapes(x, y, z)
         x, y, z = own_type(self._where(), self, x, y, z)
+        self._check_shapes(x, y, z)
         if readable(y):
             check_classes(f"{self._where()}, condition", z, self.strata)
             if self.classes is not None:
@@ -87,7 +87,7 @@ class StratifiedCLUB(nn.Module):
         if not finite(value, loss):
             what = f"the estimate {value.item()} and the log-likelihood {-loss.item()}"
             return raise_or_skip(self, self._where(), what, "finite numbers", x, y)
-        if self.training:
+        if learns(self.q):
             self.q.observe(given)
         value, loss = (or_zero(t, self.on_degenerate) for t in (value, loss))
         return Estimate(value.detach(), value, loss, {"left_out": (~paired).sum()})

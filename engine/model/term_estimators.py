@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EstimatorError
 from engine.model.estimators import Estimate, Estimates
 from engine.model.groups import CMIGroup, Group, MIGroup, Rows
 
@@ -58,7 +58,9 @@ class TermEstimators(nn.Module):
 
     Estimators of one shape form a group, whose parameters are one tensor per layer (see `engine.model.groups`). The
     others are submodules under their keys. `estimators[key]` is an `EstimatorView` for an estimator in a group, and the
-    module itself otherwise. State dicts with one entry per estimator and parameter can be loaded, too.
+    module itself otherwise. State dicts with one entry per estimator and parameter can be loaded, too. A state dict's
+    metadata says which estimators a stack holds, so that the state of other terms, or of the same in another order, is
+    loaded by name; with strict=False, terms that it lacks keep their values.
 
     Args:
         estimators: by key, in the order of the terms. Any module may take the place of an `MIEstimator` or
@@ -112,6 +114,12 @@ class TermEstimators(nn.Module):
             given = tuple(features[f] for f in self._features[key])
             arguments = (given, tuple(rows[key])) if key in rows else given
             estimate = self._modules[key](*arguments) if ranks is None else _over(ranks, self._modules[key], arguments)
+            if not hasattr(estimate, "surrogate"):
+                raise EstimatorError(
+                    f"objective term {self._names[key]}", f"a {type(estimate).__name__} from its estimator, a "
+                    f"{type(self._modules[key]).__name__}", "an engine.model.estimators.Estimate", "Return one: value, "
+                    "surrogate and loss, 0-d each.",
+                )  # fmt: skip
             parts.append(Estimates.of({self._names[key]: estimate}))
         return TermEstimates(list(self._names.values()), parts, self._pieces)
 
@@ -219,10 +227,32 @@ class TermEstimators(nn.Module):
     def items(self) -> list[tuple[str, nn.Module | EstimatorView]]:
         return [(key, self[key]) for key in self._names]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    def _stacks(self) -> dict[str, list[list[str]]]:
+        """For each stacked tensor, the estimator and the name in it of every entry."""
+        return {
+            f"groups.{n}.{stack}": [list(member) for member in members]
+            for n, group in enumerate(self.groups)
+            for stack, members in group.entries.items()
+        }
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # which estimators a stack holds cannot be seen from its shape
+            destination._metadata[prefix[:-1]]["stacks"] = self._stacks()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], *rest: Any,
+    ) -> None:  # fmt: skip
+        saved = local_metadata.get("stacks")
+        if saved is not None and saved != self._stacks():
+            for stack, members in saved.items():
+                whole = state_dict.pop(f"{prefix}{stack}", ())
+                for (estimator, part), single in zip(members, whole, strict=False):
+                    state_dict.setdefault(f"{prefix}{estimator}.{part}", single)  # one that left its group has its own
         for n, group in enumerate(self.groups):
-            group.restack(state_dict, prefix, f"{prefix}groups.{n}.", absent=self._alone)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+            missing_keys += group.restack(state_dict, prefix, f"{prefix}groups.{n}.", absent=self._alone)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
 
 
 def _over(ranks: Ranks, module: nn.Module, arguments: tuple[Any, ...]) -> Estimate:

@@ -282,9 +282,10 @@ class GaussianMarginal(nn.Module):
         self.lower = nn.Parameter(torch.zeros(dim, dim))
 
     def forward(self, y: Tensor) -> Tensor:
-        factor = self.lower.tril(-1) + torch.diag(self.log_scale.exp())
-        white = (y - self.mean) @ factor
-        return self.log_scale.sum() - 0.5 * (white.square() + LOG_2PI).sum(1)
+        # parameters may have 16 bits
+        mean, lower, log_scale = (t.to(y.dtype) for t in (self.mean, self.lower, self.log_scale))
+        white = (y - mean) @ (lower.tril(-1) + torch.diag(log_scale.exp()))
+        return log_scale.sum() - 0.5 * (white.square() + LOG_2PI).sum(1)
 
 
 class CategoricalMarginal(nn.Module):
@@ -295,10 +296,15 @@ class CategoricalMarginal(nn.Module):
         self.logits = nn.Parameter(torch.zeros(classes))
 
     def forward(self, y: Tensor) -> Tensor:
-        return y @ self.logits.log_softmax(0)
+        return y @ self.logits.to(y.dtype).log_softmax(0)
 
 
 # -- checks --------------------------------------------------------------------------------------------------
+
+
+def learns(q: nn.Module) -> bool:
+    """Whether a conditional is trained. A frozen one keeps its moving mean and variance, or it would be another one."""
+    return q.training and any(parameter.requires_grad for parameter in q.parameters())
 
 
 def check_conditional(bound: str, critic: str | nn.Module, dim_y: int, classes: int | None) -> None:

@@ -295,7 +295,7 @@ def _put_back(before: list[tuple[Tensor, Tensor]]) -> None:
 def _any_non_finite(gradients: Sequence[Tensor]) -> bool:
     """Whether a value is NaN or infinite. The fastest look at many tensors is the one that loss scaling takes."""
     for tensors in by_kind(gradients):
-        found, one = torch.zeros((), device=tensors[0].device), torch.ones((), device=tensors[0].device)
+        found, one = (torch.full((), n, device=tensors[0].device, dtype=torch.float32) for n in (0.0, 1.0))
         torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, one)
         if found.item():
             return True

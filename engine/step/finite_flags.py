@@ -16,7 +16,7 @@ class Flags:
     """
 
     def __init__(self, device: torch.device):
-        self.bad, self._one = torch.zeros((), device=device), torch.ones((), device=device)
+        self.bad, self._one = (torch.full((), n, device=device, dtype=torch.float32) for n in (0.0, 1.0))
         # steps left out since they were last read, in a row until now, and most in a row
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
 

@@ -133,8 +133,9 @@ class Updates:
             optimizer.zero_grad(set_to_none=True)
         if self.accumulate > 1:
             loss = loss * group.weight(rows)
-        with part("backward"):
-            self.backward(loss if scaler is None else scaler.scale(loss))
+        if loss.requires_grad or optimizer is self.main_optimizer:  # estimators may all be frozen
+            with part("backward"):
+                self.backward(loss if scaler is None else scaler.scale(loss))
         if not group.add(rows):
             return False
         self._finish(optimizer, scaler)

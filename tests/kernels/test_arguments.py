@@ -9,10 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine import MIEstimator
 from engine.errors import DataError, EngineError, EstimatorError
 from engine.kernels import (
     InfoNCE,
+    KeyQueue,
     MILowerBound,
+    SigLIP,
     classifier_logits,
     cmi,
     concat_infonce,
@@ -377,3 +380,55 @@ def test_banks():
     refused(lambda: Bank({"T": Q, "A": K[1:]}), "T 8, A 7")
     refused(lambda: Bank({"T": Q, "A": K.to("meta")}), "cpu and on meta")
     refused(lambda: knn_product_samples(Q, K, Q[1:], 2, 2), "8, 8 and 7 rows")
+
+
+class Wrapper(torch.Tensor):
+    """A subclass that holds another tensor, as DTensor does: its own memory is none that a kernel may read."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError
+
+
+class Named(torch.Tensor):
+    """A subclass that is a tensor as others are."""
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        (Wrapper, "a Wrapper"),
+        (lambda x: torch.nested.nested_tensor([x, x]), "a nested tensor"),
+        (torch.Tensor.to_sparse, "a sparse_coo tensor"),
+        (lambda x: x.to("meta"), "on meta"),
+        (lambda x: None, "a NoneType"),
+    ],
+)
+def test_what_holds_no_numbers_is_refused_in_one_line(made, found):
+    """A wrapper's memory was read before, which ended the process."""
+    x = torch.randn(6, 4)
+    for loss in (infonce, siglip):
+        with pytest.raises(EstimatorError, match=found):
+            loss(x, made(x))
+    for call in (lambda y: mi_lower_bound(x, y), lambda y: MIEstimator(4, 4)(x, y)) if found in ("a Wrapper",) else ():
+        with pytest.raises(EstimatorError, match=found):
+            call(made(x))
+
+
+def test_plain_subclasses_and_parameters_are_tensors():
+    x, y = torch.randn(2, 6, 4)
+    expected = torch.nn.functional.cross_entropy(x.double() @ y.double().T, torch.arange(6))
+    for made in (torch.nn.Parameter, lambda t: t.as_subclass(Named)):
+        torch.testing.assert_close(infonce(x, made(y)).as_subclass(torch.Tensor).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_modules_without_data_can_be_shown():
+    with torch.device("meta"):
+        modules = [InfoNCE(0.1, learnable=True), SigLIP(), KeyQueue(8, 4)]
+    assert "temperature=?" in repr(modules[0])
+    assert "bias=?" in repr(modules[1])
+    assert "temperature=0.1" in repr(InfoNCE(0.1, learnable=True))

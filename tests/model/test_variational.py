@@ -11,6 +11,7 @@ from torch.distributions import Normal
 from engine.errors import ConfigError, EstimatorError
 from engine.model.custom_critics import LikelihoodCritic, SoftplusCritic
 from engine.model.estimators import Critic, MIEstimator
+from engine.model.neighbour_club import NeighbourCLUB
 from engine.model.stratified import StratifiedCLUB
 from engine.model.variational import (
     Categorical,
@@ -23,6 +24,7 @@ from engine.model.variational import (
     one_hot,
     other_rows,
 )
+from engine.objective import CMI, Objective
 from engine.vocabulary import VARIATIONAL_BOUNDS
 
 SMALL = {"hidden": 16}
@@ -271,6 +273,90 @@ def test_stratified_club_is_club_within_each_stratum(classes: int | None):
         estimator(x[:3], y[:3], z[:3])
     x.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: estimator(x, y, z).surrogate, (x,))
+
+
+# -- a continuous condition ------------------------------------------------------------------------------------
+
+
+class Exact(nn.Module):
+    """p(y|x,z) of y = c x + (sum of z) / sqrt(dim z) + noise, as a conditional."""
+
+    def __init__(self, c: float):
+        super().__init__()
+        self.c = c
+
+    def forward(self, given):
+        mean = self.c * given[:, :1] + given[:, 1:].sum(1, keepdim=True) / math.sqrt(given.shape[1] - 1)
+        return Gaussian(mean, torch.zeros_like(mean))
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_neighbour_club_by_hand(classes: int | None):
+    torch.manual_seed(0)
+    x, y = batch(14, classes, torch.float64)
+    z = torch.randn(14, 2, dtype=torch.float64)
+    estimator = NeighbourCLUB(4, 1 if classes else 3, 2, classes, k=3, **SMALL).double().eval()
+    q = estimator.q(torch.cat([x, z], 1))
+    targets, total = q.targets(y), 0.0
+    for i in range(14):
+        near = sorted((j for j in range(14) if j != i), key=lambda j: (z[i] - z[j]).norm().item())[:3]
+        for j in near:
+            swapped = targets.clone()
+            swapped[i] = targets[j]
+            total = total + (q.log_prob(targets)[i] - q.log_prob(swapped)[i]) / (3 * 14)
+    estimate = estimator(x, y, z)
+    torch.testing.assert_close(estimate.surrogate, total)
+    torch.testing.assert_close(estimate.loss, -q.log_prob(targets).mean())
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: estimator(x, y, z).surrogate, (x,))
+    with pytest.raises(EstimatorError, match=r"z \[14, 1\]"):
+        estimator(x, y, z[:, :1])
+    with pytest.raises(EstimatorError, match="a batch of 1"):
+        estimator(x[:1], y[:1], z[:1])
+    assert estimator(x[:3], y[:3], z[:3]).value.isfinite()  # by both others
+
+
+@pytest.mark.parametrize("c", [0.0, 1.0])
+@pytest.mark.parametrize(("width", "rows"), [(1, 2048), (2, 256), (5, 64)])
+def test_neighbour_club_bounds_from_above_by_the_exact_conditional(width: int, rows: int, c: float):
+    """I(X;Y|Z) = log(1 + c²) / 2; CLUB with y drawn from p(y|z) is c². Neighbours that are not near only add to it."""
+    values = []
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        z = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+        shared = z.sum(1, keepdim=True) / math.sqrt(width)
+        x = shared + torch.randn(rows, 1, generator=generator, dtype=torch.float64)
+        y = c * x + shared + torch.randn(rows, 1, generator=generator, dtype=torch.float64)
+        estimator = NeighbourCLUB(1, 1, width, k=5).eval()
+        estimator.q = Exact(c).eval()
+        values.append(estimator(x, y, z).value)
+    found = torch.stack(values)
+    error = found.std() / math.sqrt(len(found))
+    assert found.mean() > math.log(1 + c * c) / 2 - 2 * error
+    if width == 1:
+        assert abs(found.mean() - c * c) < 3 * error + 0.01
+    else:
+        assert found.mean() > c * c - 2 * error
+
+
+def test_an_objective_minimises_it_given_numbers():
+    torch.manual_seed(0)
+    objective = Objective([-1 * CMI("X", "Y", given="Z", bound="club")], dims={"X": 2, "Y": 1, "Z": 1})
+    assert isinstance(objective.estimators["XY_Z_by_club"], NeighbourCLUB)
+    assert not objective.needs_products
+    x = torch.randn(32, 2, requires_grad=True)
+    rows = {"X": x, "Y": x[:, :1].detach() + 0.1 * torch.randn(32, 1), "Z": torch.randn(32, 1)}
+    known = {name: value.detach() for name, value in rows.items()}
+    optimizer = torch.optim.Adam(objective.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        objective.estimator_loss(known).loss.backward()
+        optimizer.step()
+    out = objective.model_loss(rows)
+    assert out.values["I(X;Y|Z) by club"] > 0.3
+    gradient = torch.autograd.grad(out.loss, x)[0]
+    assert gradient[:, 0].abs().mean() > gradient[:, 1].abs().mean() > 0  # the column that tells of y
+    assert objective.read(known, 16)["I(X;Y|Z) by club"].value > 0
 
 
 # -- critics of one's own --------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def siglip(
             }  # fmt: skip
             return siglip_over_ranks(q, k, ranks, local_loss, options)
     check_reduction(where, reduction)
-    exact_type(where, q, k, negatives)
+    exact_type(where, q, k, negatives, needed=2)
     check_positives_type(where, positives)
     if cosine:
         q, k, negatives = (None if x is None else normalised(x) for x in (q, k, negatives))

@@ -135,7 +135,7 @@ def infonce(
         if over_ranks is not None:
             return over_ranks
     check_reduction("infonce", reduction)
-    exact_type("infonce", q, k, negatives)
+    exact_type("infonce", q, k, negatives, needed=2)
     check_positives_type("infonce", positives)
     if cosine:
         q, k, negatives = (None if x is None else normalised(x) for x in (q, k, negatives))

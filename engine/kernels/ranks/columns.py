@@ -43,7 +43,7 @@ def check_own(
     """
     over_ranks, negatives, positives = f"{where} with gather", options["negatives"], options["positives"]
     check_reduction(where, options["reduction"])
-    exact_type(where, q, k, negatives)
+    exact_type(where, q, k, negatives, needed=2)
     check_positives_type(where, positives)
     if q.dim() not in (2, 3) or k.dim() != q.dim():
         raise wrong_shapes(where, q, k, "[B, d] and [M, d], or [G, B, d] and [G, M, d]")

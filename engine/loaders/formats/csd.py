@@ -178,7 +178,10 @@ def _segments(source: DataFiles, reader: CsdReader, file: Path, notes: list[str]
         aligned = any(re.fullmatch(r".*\[\d+\]", video) for video in reader.videos)
         do = "Their ids end in [number], as after the SDK's align: give the files from before." if aligned else ""
         raise DataError(
-            str(source.path), "no labelled segment of a video of any split", "at least one", do or "Check the list of videos."
+            str(source.path),
+            "no labelled segment of a video of any split",
+            "at least one",
+            do or "Check the list of videos.",
         )
     return present(split_of.values()), out
 
