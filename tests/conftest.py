@@ -67,6 +67,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else libraries report as leaked what the interpreter leaves at its end
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     import torch
 

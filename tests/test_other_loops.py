@@ -627,11 +627,11 @@ def test_recent_features_move_to_the_models_device():
     recent = RecentFeatures(4)
     recent.store({"X": torch.ones(4, 2)})
     recent.to("meta")
-    assert recent.tensors()["X"].device.type == "meta"
+    assert recent.rows["X"].device.type == "meta"
     loaded = RecentFeatures(4)
     loaded.store({"X": torch.ones(4, 2)})
     loaded.store({"X": torch.ones(4, 2, device="meta")})
-    assert loaded.tensors()["X"].device.type == "meta"
+    assert loaded.rows["X"].device.type == "meta"
 
 
 def test_skipped_micro_batches_count_in_a_row_over_passes():

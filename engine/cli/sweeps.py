@@ -43,7 +43,7 @@ def _sweep(a: argparse.Namespace, words: list[str]) -> None:
         if not isinstance(content.get(key, {}), dict):
             raise ConfigError(f"{a.space}, {key}", f"{content[key]!r}"[:60], "a mapping", "See engine sweep --help.")
     if "seeds" in content and seeds is not None:
-        raise ConfigError("seeds=", f"seeds in {a.space}, too", "one of the two", "Leave one out.")
+        raise ConfigError("seeds", f"seeds in {a.space}, too", "one of the two", "Leave one out.")
     if "seeds" in content:
         seeds = _seeds_of(content["seeds"], f"{a.space}, seeds")
     grid = content.get("grid", {})

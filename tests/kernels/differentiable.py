@@ -16,6 +16,9 @@ from engine.kernels.cube_mix import op as cube
 from engine.kernels.dropout.op import dropout
 from engine.kernels.recurrent import cudnn
 from engine.kernels.recurrent import op as recurrent
+from engine.kernels.stacked import stack_sequences
+from engine.kernels.transformer import parts_of, plan
+from engine.kernels.transformer.embedding import _EmbedNorm
 from engine.kernels.transformer.op import add_norm, attention, bias_gelu
 from engine.model.lowered import lower
 from tests.kernels import critic_cases
@@ -56,6 +59,16 @@ def _dropped(x: Tensor) -> Tensor:
 
 def _cube_pair(x: Tensor, *weights: Tensor) -> Tensor:
     return cube._CubePair.apply(x, "gelu", False, 1e-6, "fp32", *weights)
+
+
+def _stacked(*sequences: Tensor) -> Tensor:
+    cube, means = stack_sequences(sequences, [LENGTH, LENGTH], 3, fill=[True, False])
+    return cube.sum() + sum(mean.square().sum() for mean in means)
+
+
+def _embedded(*tensors: Tensor) -> Tensor:
+    token_ids = torch.tensor([[1, 2, 1], [3, 0, 2]])
+    return _EmbedNorm.apply(token_ids, None, *tensors, (None, 0.0, 1e-5, None, None))[0].square()
 
 
 def _cube_weights(d_in: int, hidden: int, d_out: int, seed: int) -> list[Tensor]:
@@ -125,8 +138,13 @@ def cases() -> dict[str, Case]:
 def bare_cases() -> dict[str, Case]:
     """Functions that the operations call on a GPU, or under autocast, alone."""
     weights = [*_cube_weights(2, 3, 2, 1), *_cube_weights(4, 3, 5, 11)]
+    shapes = (4, 3), (3, 3), (1, 3), (3,), (3,), (plan.norm_programs(6, 3), 3, 3)
+    embeddings = [draw(*shape, seed=s).float() for s, shape in enumerate(shapes)]
     return {
         "cube_pair": (_cube_pair, [draw(2, 2, 4, seed=0), *weights]),
         "cudnn": (lambda x, *w: cudnn.bidirectional(x, LENGTH, w, "gru"), _rnn_tensors()),
+        "stack_sequences": (_stacked, [draw(2, 3, 2, seed=s).float() for s in range(2)]),
+        "embed_norm": (_embedded, embeddings),
+        "parts_of": (lambda *v: parts_of([(3, v)])[0].sum(), [draw(4, seed=s).float() for s in range(2)]),
         "lower": (lambda *w: lower([w], torch.bfloat16)[0].float(), [draw(2, 3, seed=s).float() for s in range(2)]),
     }  # fmt: skip

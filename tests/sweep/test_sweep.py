@@ -164,7 +164,7 @@ def test_what_is_wrong_is_told_before_the_first_run(data: Path, tmp_path: Path, 
     assert "train.lr: found values in" in fails(*known, "--space", str(space), "train.lr=1,2")
     assert "seeds: found seeds in" in fails(*known, "--space", str(space), "seeds=0-2")
     space.write_text("grids: {train.lr: [1, 2]}")
-    assert "the key 'grids'; expected seeds, grid and settings" in fails(*known, "--space", str(space))
+    assert "the key 'grids'; expected seeds, grid or settings" in fails(*known, "--space", str(space))
     space.write_text("grid: [1, 2]")
     assert "grid: found [1, 2]; expected a mapping" in fails(*known, "--space", str(space))
     assert not (tmp_path / "out").exists()

@@ -313,12 +313,12 @@ def mi_lower_bound(
         >>> round(float(mi_lower_bound(scores, bound="dv")), 4)
         5.0
     """
-    where, settings = f"bound {bound}", (bound, alpha, smile_tau, 1.0 if log_ema is None else ema_rate)
+    where, settings = f"bound {bound}", (bound, alpha, smile_tau, ema_rate)
     if gather is not False or group is not None:
         over_ranks = _bound_over_ranks(scores_or_q, k, gather, group, settings, temperature, log_baseline, log_ema)
         if over_ranks is not None:
             return over_ranks[0] if log_ema is None else over_ranks
-    settings = check_bound(where, settings, scores_or_q, k, log_baseline, log_ema)
+    settings = check_bound(where, settings, log_ema, scores_or_q, k, log_baseline)
     q = scale = None
     if k is None:
         first = scores = _square(where, scores_or_q)
@@ -343,15 +343,18 @@ def mi_lower_bound(
     return value if log_ema is None else (value, ema.detach())
 
 
-def check_bound(where: str, settings: _Settings, *tensors: Tensor | None) -> _Settings:
-    """The settings as floats. Refuses an unknown bound, numbers out of range, and tensors of other types."""
+def check_bound(where: str, settings: _Settings, log_ema: Tensor | None, *tensors: Tensor | None) -> _Settings:
+    """The settings as floats; without an average a batch is all of it.
+
+    Refuses an unknown bound, numbers out of range, and tensors of other types.
+    """
     bound, *numbers = settings
     if bound not in BOUNDS:
         raise EstimatorError(where, "an unknown bound", f"one of {', '.join(BOUNDS)}", "Choose one of these.")
-    exact_type(where, *tensors)
+    exact_type(where, *tensors, log_ema)
     check_settings(where, *numbers)
     alpha, smile_tau, ema_rate = (float(number) for number in numbers)
-    return bound, alpha, smile_tau, ema_rate
+    return bound, alpha, smile_tau, 1.0 if log_ema is None else ema_rate
 
 
 def _bound_over_ranks(

@@ -43,7 +43,7 @@ def bound_over_ranks(
 
     where = f"bound {settings[0]} with gather"
     with checked(ranks, scores_or_q, k):
-        numbers = BoundSettings(*check_bound(where, settings, scores_or_q, k, log_baseline, log_ema))
+        numbers = BoundSettings(*check_bound(where, settings, log_ema, scores_or_q, k, log_baseline))
         if k is None:
             rows = _checked_scores(where, scores_or_q, ranks)
         else:
