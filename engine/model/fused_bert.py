@@ -140,7 +140,12 @@ def mask_of(model: nn.Module, token_mask: Tensor) -> Tensor:
     width = inner.query.out_features // inner.num_attention_heads
     mask = token_mask[:, None, None, :]
     integers = not token_mask.is_floating_point()
-    if integers and width <= NARROW and runs_kernels(inner.query.weight) and attention_fits(dtype, token_mask.shape[1], width):
+    if (
+        integers
+        and width <= NARROW
+        and runs_kernels(inner.query.weight)
+        and attention_fits(dtype, token_mask.shape[1], width)
+    ):
         return mask
     return score_bias(mask == 0, dtype)
 
