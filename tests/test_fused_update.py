@@ -310,3 +310,34 @@ def test_parameters_without_gradients_stay_and_tied_weights_have_two_averages(fu
             assert torch.equal(step.average.values["one.weight"], step.average.values["two.weight"])
     torch.testing.assert_close(*ends, **CLOSE)
     assert fused == [3] * 5
+
+
+def test_tables_that_a_graph_makes_are_not_kept(monkeypatch):
+    """Only a replay of that graph writes them, so no other launch may read them."""
+    layer = nn.Linear(3, 1)
+    layer(torch.ones(2, 3)).sum().backward()
+    updates_of, optimizer = FusedUpdates(), adam(layer.parameters())
+    for name in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    captured = updates_of.work(optimizer, None)
+    monkeypatch.undo()
+    again = updates_of.work(optimizer, None)
+    assert captured.plan is not again.plan
+    assert updates_of.work(optimizer, None).plan is again.plan
+
+
+def test_an_average_moves_after_an_update_that_an_error_ended(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no room")
+
+    x, y = torch.ones(4, 3), torch.zeros(4, 1)
+    step = test_finite.make()
+    with monkeypatch.context() as patch:
+        patch.setattr(updates, "fuses", lambda parameter: True)
+        patch.setattr("engine.step.finite.readable", lambda tensor: False)
+        patch.setattr(updates, "move", broken)
+        with pytest.raises(RuntimeError, match="no room"):
+            step.stage2(x, y, None, information=False)
+    before = {name: step.average.values[name].clone() for name, _ in step.model.named_parameters()}
+    step.stage2(x, y, None, information=False)
+    assert not all(torch.equal(step.average.values[name], value) for name, value in before.items())

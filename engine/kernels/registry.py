@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._pytree import tree_iter
 
 from engine.errors import ConfigError
 from engine.kernels.gradients import no_gradient, transformed
@@ -297,7 +298,7 @@ def _run(operation: Operation, *args: Any) -> Any:
         with torch.cuda.device(tensor.device):
             results = operation.cuda(*args)
         if _blank:
-            for result in (results,) if isinstance(results, Tensor) else results:
+            for result in tree_iter(results):
                 result.zero_()
         return results
     if _setting == "triton" and backend_for(tensor) == "triton":

@@ -14,7 +14,7 @@ from engine.loaders.batch import Batch
 from engine.model.batch_text import project_text, with_packed_text
 from engine.model.cubemlp import CubeMLP
 from engine.model.encoders import SequenceEncoder, length_mask, masked_mean, nonzero_length
-from engine.model.fusion import make_fusion
+from engine.model.fusion import CubeMLPFusion, make_fusion
 from engine.model.heads import make_head
 from engine.model.output import ModelOutput
 from engine.profile import part
@@ -132,7 +132,7 @@ class MIMRL(nn.Module):
 
     def _stacks(self, sequences: list[Tensor]) -> bool:
         """Whether one kernel makes the cube: in fast mode on a GPU, for CubeMLP, which reads no mask."""
-        plain = not self.faithful and isinstance(self.fusion, CubeMLP) and sequences[0].is_cuda
+        plain = not self.faithful and type(self.fusion) is CubeMLPFusion and sequences[0].is_cuda
         return plain and stacks(sequences)
 
     def _stacked(self, sequences: list[Tensor], batch: Batch) -> tuple[Tensor, None, list[Tensor]]:

@@ -31,7 +31,8 @@ def project_text(encoder: nn.Module, batch: Batch, projection: nn.Linear) -> Ten
 
     In a static batch on a GPU its weight is cast with the encoder's weights, and it reads the encoder's cast output.
     """
-    plain = type(projection) is nn.Linear and projection.bias is None and not projection._forward_pre_hooks
+    watched = projection._forward_pre_hooks or projection._forward_hooks
+    plain = type(projection) is nn.Linear and projection.bias is None and not watched
     if plain and batch.static and batch.text is None and batch.token_ids.is_cuda:
         return encode_padded(encoder, batch.token_ids, batch.token_mask, projection.weight)
     return projection(encode_text(encoder, batch))

@@ -36,5 +36,8 @@ def check_frames(where: str, x: Any, length: Any, width: int, dtype: torch.dtype
     if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
         what = f"frames of {x.dtype} for parameters of {dtype}"
         raise DataError(where, what, "one type", "Convert the frames with .to(dtype), or the encoder.")
+    if length.shape != x.shape[:1]:
+        what = f"lengths of shape {list(length.shape)}"
+        raise DataError(where, what, f"[{len(x)}], one per row", "Give each row its length.")
     if looks_at(length) and not is_static():
         checked(length, x, x.shape[0] * x.shape[1])

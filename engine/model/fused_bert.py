@@ -139,7 +139,13 @@ def mask_of(model: nn.Module, token_mask: Tensor) -> Tensor:
     inner = model.encoder.layer[0].attention.self
     width = inner.query.out_features // inner.num_attention_heads
     mask = token_mask[:, None, None, :]
-    if width <= NARROW and runs_kernels(inner.query.weight) and attention_fits(dtype, token_mask.shape[1], width):
+    integers = not token_mask.is_floating_point()
+    if (
+        integers
+        and width <= NARROW
+        and runs_kernels(inner.query.weight)
+        and attention_fits(dtype, token_mask.shape[1], width)
+    ):
         return mask
     return score_bias(mask == 0, dtype)
 

@@ -1,7 +1,5 @@
 """The prediction head."""
 
-import contextlib
-
 import torch
 from torch import Tensor, nn
 
@@ -29,9 +27,11 @@ class Head(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, fused: Tensor) -> Tensor:
-        """float32 [B, c] -> float32 [B, n]. On a GPU in float32 throughout: casts would take longer than they save."""
-        with torch.autocast("cuda", enabled=False) if fused.is_cuda else contextlib.nullcontext():
+        """[B, c] -> [B, n]. On a GPU in the parameters' type, without autocast: casts cost more than they save."""
+        if not fused.is_cuda:
             return self.layers(fused)
+        with torch.autocast("cuda", enabled=False):
+            return self.layers(fused.to(self.layers[-1].weight.dtype))
 
 
 def make_head(dim: int, task: str, num_class: int, dropout: float = 0.0) -> Head:

@@ -110,7 +110,10 @@ class FusedUpdates:
             named = [(state[name], w.parameter) for name, w in zip(names, weights, strict=True) if name is not None]
             own = all(value.data_ptr() == parameter.data_ptr() for value, parameter in named)
             averaged = frozenset(name for name in names if name is not None)
-            self._plans[key] = _planned(weights, groups, averaged) if own else None
+            plan = _planned(weights, groups, averaged) if own else None
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                return plan  # its tables are written at every replay of this graph, and by no other
+            self._plans[key] = plan
         return self._plans[key]
 
     def _rates_of(self, optimizer: torch.optim.Optimizer) -> Tensor | None:

@@ -175,6 +175,7 @@ class Updates:
         return average.rate(average.next_rate() if self.held is None else self.held.tensor("average"))
 
     def _apply(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+        self._moved = None  # of a step that an error ended
         work = self._fused_work(optimizer)
         if work is None:
             self._apply_in_parts(optimizer, scaler)

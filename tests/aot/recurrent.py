@@ -33,4 +33,7 @@ def cases() -> list[AotCase]:
         for kernel, own in ((kernels.norm_kernel, {"y": "*fp32"}), (kernels.norm_backward_kernel, more)):
             title = f"recurrent.{kernel.__name__.removesuffix('_kernel')}/H{hidden}"
             cases.append(AotCase(title, kernel, given | own, fixed, num_warps=warps))
+            if hidden == 128:
+                whole = fixed | {"CLEAR": False}
+                cases.append(AotCase(f"{title}/padded", kernel, given | own, whole, num_warps=warps, archs=(90,)))
     return cases

@@ -8,7 +8,7 @@ from tests.aot.compiling import AotCase
 
 
 def cases() -> list[AotCase]:
-    """The flagship's update (average, no norm), the same with everything, and both for gradients in buckets."""
+    """The flagship's update (average, no norm), without an average, and with everything; gradients in buckets, too."""
     tables = {"sizes": "*i64", "blocks": "*i64", "gradients": "*i64"}
     cases = [
         AotCase(
@@ -44,6 +44,11 @@ def cases() -> list[AotCase]:
                     constants | blocks | {"COLUMNS": COLUMNS}, num_warps=kernels.WARPS,
                 )
             )  # fmt: skip
+            if aligned and not everything:
+                bare = {k: v for k, v in signature.items() if k != "average"}
+                fixed = constants | blocks | {"COLUMNS": COLUMNS, "average": None}
+                title = "update.move/bare/aligned/fp32"
+                cases.append(AotCase(title, kernels.move_kernel, bare, fixed, num_warps=kernels.WARPS, archs=(90,)))
     return cases
 
 

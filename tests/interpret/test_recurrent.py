@@ -7,7 +7,7 @@ from tests.interpret.guards import Guards, require_interpreter
 
 require_interpreter()
 
-from engine.kernels.recurrent import plumbing
+from engine.kernels.recurrent import cudnn, op, plumbing
 from engine.kernels.recurrent import triton as kernels
 from engine.kernels.registry import use_backend
 from tests.kernels.test_recurrent import between_recurrences
@@ -82,6 +82,25 @@ def test_norm(texts, steps, hidden, clear, monkeypatch):
     if hidden > 1:  # LayerNorm of one number amplifies rounding by 1 / sqrt(eps)
         for f, e in zip(back, plumbing.norm_backward(grad, *arguments), strict=True):
             torch.testing.assert_close(f, e, rtol=2e-4, atol=2e-4)
+
+
+def test_longer_lengths_are_those_of_whole_rows():
+    """Nothing beyond a row is read. The host does not look at lengths on a GPU."""
+    x, y = draw(3, 7, 5), draw(7, 3, 5)
+    long, whole = torch.tensor([9, 7, 4000]), torch.full((3,), 7)
+    with Guards() as guards:
+        length, given = guards.input(long), [guards.input(y), guards.input(y)]
+        turned, joined = kernels.turn(guards.input(x), length, 2), kernels.join(*given, length, True)
+    assert_same(turned, plumbing.turn(x, whole, 2))
+    assert_same(joined, plumbing.join(y, y, whole, True))
+
+
+def test_lengths_need_not_be_contiguous():
+    weights = op.parameters(torch.nn.GRU(5, 4, 2, bidirectional=True, batch_first=True))
+    x, columns = draw(3, 7, 5), torch.tensor([[2, 7], [7, 1], [5, 1]])
+    with use_backend("triton"), torch.no_grad():
+        found, expected = (cudnn.bidirectional(x, n, weights, "gru") for n in (columns[:, 0], columns[:, 0].clone()))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])

@@ -48,6 +48,14 @@ def test_stack_sequences(batch, d, lengths, size, name):
     assert_close(back, cpu.stack_sequences_backward(grad, mean_grads, valid, list(lengths), *drawn, numbers))
 
 
+@pytest.mark.parametrize("fill", [False, True])
+def test_a_sequence_without_places(fill):
+    """Its mean is 0, as by the formula, not 0 / 0."""
+    x, length = torch.empty(2, 0, 4), torch.ones(2, dtype=torch.int64)
+    cube, (mean,) = kernels.stack_sequences(x, [], [length], 3, [fill], [0.0], [0.0], None)
+    assert torch.equal(cube, torch.zeros(2, 3, 1, 4)) and torch.equal(mean, torch.zeros(2, 4))
+
+
 def test_masks_are_the_cpus_bit_for_bit():
     """Of dropout and of hiding, over more than one piece of the hash."""
     x, length = torch.ones(40, 9, 70), torch.full((40,), 9)

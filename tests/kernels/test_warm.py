@@ -110,6 +110,18 @@ def test_results_are_zeros_while_kernels_are_recorded(monkeypatch):
     assert all(result.all() for result in registry.call("test_warm_sevens", torch.ones(1)))
 
 
+def test_results_in_a_list_are_zeros_too(monkeypatch):
+    def run(tensor):
+        return torch.full((2,), 7.0), [torch.full((1,), 7), torch.full((3,), 7)]
+
+    registry.register("test_warm_lists", "(Tensor a) -> (Tensor, Tensor[])", cpu=run, cuda=run, fake=run)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    with registry.blank_results():
+        one, more = registry.call("test_warm_lists", torch.ones(1))
+    assert len(more) == 2 and not any(result.any() for result in (one, *more))
+
+
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(warm, "has_triton", lambda: False)
     with pytest.raises(ConfigError, match="no triton"):

@@ -1,11 +1,13 @@
 """Audio and vision encoders: packing, padding, initialisation, and the reference's rule of lengths."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bench.pretend import PretendedGpu
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DataError
 from engine.model.encoders import ENCODERS, SequenceEncoder, convolve, length_mask, masked_mean, nonzero_length
 
 LENGTH = torch.tensor([5, 9, 1, 7])
@@ -116,3 +118,13 @@ def test_a_masked_mean_is_the_same_on_a_gpu():
     with PretendedGpu():
         found = masked_mean(x, mask)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm", "conv"])
+def test_every_row_needs_a_length(kind):
+    """Shapes are looked at on a GPU, too, whose kernels would read what lies behind."""
+    encoder, x = SequenceEncoder(kind, 3, 4), torch.ones(2, 5, 3)
+    for device in (contextlib.nullcontext, PretendedGpu):
+        for length in (torch.ones(1, dtype=torch.int64), torch.ones(2, 1, dtype=torch.int64)):
+            with device(), pytest.raises(DataError, match="one per row"):
+                encoder(x, length)

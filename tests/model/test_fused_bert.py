@@ -357,3 +357,11 @@ def test_a_projection_is_that_of_the_linear_layer(as_on_a_gpu):
         pairs = zip(*(torch.autograd.grad(h.float().square().sum(), wanted) for h in (found, expected)), strict=True)
         for f, e in pairs:
             torch.testing.assert_close(f, e)
+
+
+def test_a_mask_of_floats_is_no_score(as_on_a_gpu):
+    encoder = TextEncoder(scattered(bert())).eval()
+    ids, mask = tokens(LENGTHS, width=33)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, expected = (encode_padded(encoder, ids, m)[mask != 0] for m in (mask.float(), mask))
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from bench.pretend import PretendedGpu
 from engine.errors import ConfigError
 from engine.model.heads import Head, make_head
 
@@ -31,3 +32,13 @@ def test_tasks():
     assert make_head(8, "classification", 7)(torch.zeros(2, 8)).shape == (2, 7)
     with pytest.raises(ConfigError, match=r"model\.num_class"):
         make_head(8, "classification", 1)
+
+
+@pytest.mark.parametrize("dim", [8, 129])
+def test_a_gpu_computes_in_the_parameters_type_what_autocast_left_in_16_bits(dim):
+    """Fusion by TensorFusion ends in a Linear, whose result under autocast has 16 bits."""
+    head, x = Head(dim, 1), torch.randn(4, dim).to(torch.bfloat16)
+    expected = head(x.float())
+    with PretendedGpu(), torch.autocast("cuda", torch.bfloat16):
+        found = head(x)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)

@@ -1,5 +1,7 @@
 """The whole model: recorded features in faithful mode, independence of batch mates in fast mode."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ from engine.errors import ConfigError
 from engine.loaders.batch import Batch
 from engine.mimrl.model import build_model, fit_length
 from engine.mimrl.names import split_reference_state
+from engine.model import batch_text
 from engine.model.encoders import ENCODERS
+from engine.model.fusion import CubeMLPFusion
 from engine.model.text_encoder import PrecomputedText, TextEncoder, load_text_encoder
 from engine.training.parts import parameter_groups
 from tests.golden.common import assert_values, cases, load, part
@@ -437,3 +441,26 @@ def test_what_is_left_to_torchs_operations(mode, fusion, monkeypatch):
     monkeypatch.setattr("engine.mimrl.model.stacks", lambda sequences: asked.append(sequences) or True)
     module(make_batch(samples()))
     assert not asked
+
+
+def test_a_fusion_encoder_of_ones_own_gets_its_mask(monkeypatch):
+    class Own(CubeMLPFusion):
+        pass
+
+    module = model()
+    monkeypatch.setattr("engine.mimrl.model.stacks", lambda sequences: True)
+    on_a_gpu = [SimpleNamespace(is_cuda=True)]
+    assert module._stacks(on_a_gpu)
+    module.fusion.__class__ = Own
+    assert not module._stacks(on_a_gpu)
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_projection_with_a_hook_is_called(hook, monkeypatch):
+    projection, calls = torch.nn.Linear(4, 2, bias=False), []
+    batch = SimpleNamespace(static=True, text=None, token_mask=None, token_ids=SimpleNamespace(is_cuda=True))
+    monkeypatch.setattr(batch_text, "encode_text", lambda encoder, batch: torch.ones(1, 3, 4))
+    monkeypatch.setattr(batch_text, "encode_padded", lambda *_: "fused")
+    assert batch_text.project_text(None, batch, projection) == "fused"
+    getattr(projection, hook)(lambda *_: calls.append(1))
+    assert batch_text.project_text(None, batch, projection).shape == (1, 3, 2) and calls == [1]

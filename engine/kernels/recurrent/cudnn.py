@@ -101,7 +101,7 @@ def _joined(weights: Sequence[Tensor], normed: Normed | None) -> list[Tensor]:
 
 def _layers(x: Tensor, length: Tensor, weights: Sequence[Tensor], cell: str, normed: Normed | None = None) -> Tensor:
     """`weights`: from `_joined`."""
-    layers = len(weights) // 8
+    layers, length = len(weights) // 8, length.contiguous()
     plain, turned, start = Turn.apply(x, length, weights[1].shape[1])
     for layer in range(layers):
         forward, backward = list(weights[8 * layer :][:4]), list(weights[8 * layer + 4 :][:4])

@@ -123,7 +123,7 @@ _SIZES = ["n", "texts", "steps"]
 def _steps(row, n, texts, lengths):
     """Of rows in the order of steps: step, text, whether the step is valid, and its place in the text turned round."""
     step, text = row // texts, row % texts
-    own = tl.load(lengths + text, mask=row < n, other=0).to(tl.int32)
+    own = tl.minimum(tl.load(lengths + text, mask=row < n, other=0).to(tl.int32), n // texts)
     inside = (row < n) & (step < own)
     return step, text, inside, tl.where(inside, own - 1 - step, step)
 

@@ -93,7 +93,7 @@ def _valid(valid, sample, place, length, BY_LENGTH: tl.constexpr):
 def _count(valid, sample, length, BY_LENGTH: tl.constexpr, ROWS: tl.constexpr):
     """The number of a sample's valid places, at least 1."""
     if BY_LENGTH:
-        count = tl.minimum(tl.maximum(tl.load(valid + sample), 1), length).to(tl.float32)
+        count = tl.maximum(tl.minimum(tl.load(valid + sample), length), 1).to(tl.float32)
     else:
         found = tl.zeros([ROWS], tl.float32)
         for start in range(0, length, ROWS):
