@@ -19,7 +19,7 @@ from engine.kernels.ranks.agreement import ANOTHER, OtherRankFailed, message_of
 from engine.torchrun import torchrun_shard
 
 DO = "Start with torchrun, or unset RANK and WORLD_SIZE to train in one process."
-_met = False  # whether this process has formed a group, which it may have left
+_met = 0  # how many groups this process has formed, which it may have left
 
 
 def form(rank: int, size: int, device: torch.device, timeout_s: float) -> None:
@@ -41,10 +41,12 @@ def form(rank: int, size: int, device: torch.device, timeout_s: float) -> None:
             torch.cuda.set_device(device)
         limit = timedelta(seconds=timeout_s)
         store = _meeting_place(rank, size, limit)
+        if _met:  # what the ranks left in it for an earlier group, such as their addresses, is no longer true
+            store = dist.PrefixStore(f"after {_met}", store)
         _meet(store, rank, size, timeout_s)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-        _met = True
+        _met += 1
     except (RuntimeError, ValueError, OSError) as cause:
         text = " ".join(str(cause).split())[:300]
         taken = "EADDRINUSE" in text or "address already in use" in text

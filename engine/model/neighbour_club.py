@@ -112,8 +112,11 @@ class NeighbourCLUB(nn.Module):
 def nearest_others(z: Tensor, k: int) -> Tensor:
     """The k rows nearest to each row of z [B, d] without the row itself, int64 [B, k]. Takes O(B) memory.
 
-    >>> nearest_others(torch.tensor([[0.0], [1.0], [5.0]]), 1)[:, 0]
-    tensor([1, 0, 1])
+    Of rows at equal distances those come first that follow the row in the batch, which begins again after its end. So
+    all rows of one z are neighbours about equally often.
+
+    >>> nearest_others(torch.tensor([[0.0], [1.0], [5.0], [1.0]]), 1)[:, 0]
+    tensor([1, 3, 3, 1])
     """
     z = full_precision(z)
     rows = torch.arange(len(z), device=z.device)
@@ -121,5 +124,12 @@ def nearest_others(z: Tensor, k: int) -> Tensor:
     for some, own in zip(z.split(SEARCHED), rows.split(SEARCHED), strict=True):
         distance = torch.cdist(some, z, compute_mode="donot_use_mm_for_euclid_dist")
         distance = torch.where(own[:, None] == rows, torch.inf, distance)
-        found.append(distance.topk(k, 1, largest=False).indices)
+        least = distance.topk(k + 1, 1, largest=False)
+        last, following = least.values[:, k - 1 : k], least.values[:, k:]
+        if readable(z) and not bool((last == following).any()):
+            found.append(least.indices[:, :k])
+            continue
+        after = (rows - own[:, None] - 1) % len(z)  # the row itself is the last one
+        place = torch.where(distance < last, after - len(z), torch.where(distance > last, after + len(z), after))
+        found.append(place.topk(k, 1, largest=False).indices)
     return torch.cat(found)

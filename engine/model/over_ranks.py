@@ -21,7 +21,7 @@ from engine.kernels.critics.op import entries, grouped_mlp
 from engine.kernels.gradients import update_buffer
 from engine.kernels.knn_product.op import ProductRows
 from engine.kernels.mi_bounds.op import mi_lower_bound
-from engine.kernels.ranks.agreement import agree, checked, true_on_all
+from engine.kernels.ranks.agreement import agree, checked, like, true_on_all
 from engine.kernels.ranks.autograd import BoundSettings
 from engine.kernels.ranks.bounds import concat_bound
 from engine.kernels.ranks.collectives import gather_rows
@@ -56,6 +56,7 @@ def gather_features(features: Mapping[str, Tensor], ranks: Ranks) -> dict[str, T
         rows = {f"rows of {name}": len(value) for name, value in features.items()}
         same = {f"width of {name}": value.shape[1:].numel() for name, value in features.items()}
         same |= {f"bytes of a number of {name}": value.element_size() for name, value in features.items()}
+        same |= {f"gradients of {name}": like(value) for name, value in features.items()}
     counts = agree("features with gather", ranks, first.device, rows, same, empty=True)
     return {name: gather_rows(value, ranks, counts[f"rows of {name}"]) for name, value in features.items()}
 
@@ -164,7 +165,8 @@ def cmi_estimate(estimator: CMIEstimator, joint: Rows, product: Rows, ranks: Ran
         parts = own_type(where, e, *joint, *product)
         joint, product = tuple(parts[:3]), tuple(parts[3:])
     sizes = {"joint rows": len(joint[0]), "product rows": len(product[0])}
-    counts = agree(where, ranks, joint[0].device, sizes, {}, empty=True)
+    same = {"gradients": max(like(part) for part in (*joint, *product))}
+    counts = agree(where, ranks, joint[0].device, sizes, same, empty=True)
     b, p = counts["joint rows"], counts["product rows"]
     if sum(b) < 2 or sum(p) == 0:
         return e._degenerate(f"{b} joint and {p} product rows on the ranks", "some of both", joint, product)
@@ -190,7 +192,9 @@ def cmi_group_estimates(
     if true_on_all(ranks, logits is not None, device):
         of_joint, of_product = logits or ()
         sizes = {"joint rows": of_joint.shape[1], "product rows": of_product.shape[1]}
-        counts = agree("conditional terms with gather", ranks, device, sizes, {"terms": len(of_joint)})
+        same = {"terms": len(of_joint), "gradients of joint rows": like(of_joint)}
+        same["gradients of product rows"] = like(of_product)
+        counts = agree("conditional terms with gather", ranks, device, sizes, same)
         of_joint = gather_rows(of_joint, ranks, counts["joint rows"], 1)
         estimates = group.read(of_joint, gather_rows(of_product, ranks, counts["product rows"], 1))
     if estimates is not None:

@@ -11,7 +11,7 @@ from torch.distributions import Normal
 from engine.errors import ConfigError, EstimatorError
 from engine.model.custom_critics import LikelihoodCritic, SoftplusCritic
 from engine.model.estimators import Critic, MIEstimator
-from engine.model.neighbour_club import NeighbourCLUB
+from engine.model.neighbour_club import NeighbourCLUB, nearest_others
 from engine.model.stratified import StratifiedCLUB
 from engine.model.variational import (
     Categorical,
@@ -314,6 +314,19 @@ def test_neighbour_club_by_hand(classes: int | None):
     with pytest.raises(EstimatorError, match="a batch of 1"):
         estimator(x[:1], y[:1], z[:1])
     assert estimator(x[:3], y[:3], z[:3]).value.isfinite()  # by both others
+
+
+@pytest.mark.parametrize(("values", "k"), [(1, 5), (4, 5), (4, 15), (4, 20), (64, 5)])
+def test_rows_of_one_condition_are_neighbours_equally_often(values, k):
+    z = torch.arange(64)[:, None] % values
+    found = nearest_others(z.double() ** 1.5, k)
+    assert (found != torch.arange(64)[:, None]).all()
+    assert all(len(row.unique()) == k for row in found)
+    same = 64 // values - 1  # other rows of the same value
+    assert (z[found[:, : k if k <= same else 0]] == z[:, None]).all()
+    assert ((z[found] == z[:, None]).sum(1) == min(k, same)).all()
+    if k <= same:
+        assert (found.flatten().bincount(minlength=64) == k).all()
 
 
 @pytest.mark.parametrize("c", [0.0, 1.0])

@@ -50,6 +50,22 @@ sys.exit(main(arguments))
 """
 
 
+AGAIN = """
+import os
+from engine.ranks import joined
+
+for attempt in range(3):
+    try:
+        with joined("cpu", 30) as ranks, ranks.failing_together():
+            if ranks.gather(attempt) == [attempt] * 2 and attempt == 0:
+                assert os.environ["RANK"] == "0", "mine"
+                ranks.barrier()
+            print(f"[{ranks.rank} has {ranks.tell(10 + attempt)}]", flush=True)
+    except Exception as error:
+        print(f"[{os.environ['RANK']}: {error}]", flush=True)
+"""
+
+
 @pytest.fixture
 def script(tmp_path) -> Path:
     (tmp_path / "script.py").write_text(SCRIPT)
@@ -81,6 +97,15 @@ def test_an_error_of_all_ranks_is_shown_once(script, data, tmp_path):  # noqa: F
     assert ended.returncode == 1
     assert len(errors_of(ended.stderr)) == 1 and "ValueError: user code of rank" in ended.stderr, ended.stderr
     assert not (tmp_path / "run").exists()  # no epoch was finished
+
+
+def test_ranks_meet_again_after_a_failure(tmp_path):
+    (tmp_path / "again.py").write_text(AGAIN)
+    # torchrun then keeps one store for all groups of the processes, with the addresses of the first one
+    ended = torchrun("--rdzv-backend=static", str(tmp_path / "again.py"), seconds=100)
+    said = [f"[{rank} has {value}]" for rank in (0, 1) for value in (11, 12)]
+    assert sorted(line for line in ended.stdout.splitlines() if "has" in line) == said, ended.stdout + ended.stderr
+    assert "[1: mine]" in ended.stdout and "[0: rank 1: AssertionError: mine]" in ended.stdout
 
 
 def test_an_error_before_the_ranks_meet_is_told(script, data, tmp_path):  # noqa: F811

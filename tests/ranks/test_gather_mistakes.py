@@ -127,6 +127,28 @@ def test_ranks_in_different_operations(ranks):
         assert len(texts) == 2 and all("ranks [1] in another operation than rank 0" in text for text in texts)
 
 
+def gradients_on_one_rank(rank, size, bound):
+    terms = [-1 * CMI("X", "Y", given="Z", bound=bound)]
+    settings = ObjectiveConfig(hidden=4, k_neighbor=2)
+    objective = Objective(terms, dims={"X": 3, "Y": 2, "Z": 1}, settings=settings, advise=False)
+    objective.requires_grad_(False)
+    features = {"X": draw(6, 3), "Y": draw(6, 2, seed=1), "Z": draw(6, 1, seed=2)}
+    products = objective.sample_products(features, 6) if objective.needs_products else None
+    if rank == 0:
+        features["X"].requires_grad_()
+    try:
+        objective.model_loss(features, products)
+    except EngineError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("bound", ["club", "dv"])
+def test_features_with_gradients_on_one_rank_alone(ranks, bound):
+    """Without an error its backward pass would wait for the others."""
+    for text in ranks(2).run(gradients_on_one_rank, bound, seconds=30):
+        assert "gradients of" in text and "on ranks [1, 0]" in text
+
+
 def many_numbers(rank, size):
     group, names = find_ranks("test", True), range(3 * LENGTH)
     told = agree("test", group, torch.device("cpu"), {f"n{n}": n + rank for n in names}, {}, empty=True)
