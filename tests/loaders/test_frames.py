@@ -63,6 +63,12 @@ def test_opensmile(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("header", ["e0,e1", "E1,E2", "a,1e", "2024-05-01,b"])
+def test_names_that_look_like_a_part_of_a_number(tmp_path, header):
+    found = read_frames(written(tmp_path, f"{header}\n1,2\n"), "x")
+    assert (found.values.tolist(), found.columns) == ([[1.0, 2.0]], header.split(","))
+
+
 @pytest.mark.parametrize("text", ["", "\n\n", "a,b\n"])
 def test_no_frames(tmp_path, text):
     assert read_frames(written(tmp_path, text), "x").values.shape == (0, 0)
