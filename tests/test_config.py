@@ -4,7 +4,7 @@ import copy
 import pickle
 import re
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pytest
 import yaml
@@ -551,6 +551,32 @@ def test_sections_made_by_a_call():
     with pytest.raises(ConfigError, match=r"^Config: found \{'epochs': 2\} \(dict\); expected settings by name"):
         Config({"epochs": 2})
     assert TrainConfig(schedule={"rate": 0.5}).schedule.rate == 0.5
+
+
+def test_a_section_of_a_users_own_takes_true_where_its_types_do():
+    class Mine(TrainConfig):
+        chosen: Literal[True, "auto"] = "auto"
+        anything: object = None
+        several: list = Field([])
+        either: float | bool = 0.0
+        width: int = 1
+
+        def __init__(self, lr: float = 0.1, **others):
+            super().__init__(lr=lr, **others)
+
+    mine = Mine(0.5, chosen=True, anything=True, several=[True], either=True)
+    assert (mine.lr, mine.chosen, mine.anything, mine.several, mine.either) == (0.5, True, True, [True], True)
+    with pytest.raises(ConfigError, match=r"^width: found True; expected a number"):
+        Mine(width=True)
+
+
+def test_settings_of_a_mapping_or_of_json_raise_our_error():
+    assert Config.model_validate({"epochs": 3}) == Config.model_validate_json('{"epochs": 3}') == Config(epochs=3)
+    for read, given in ((Config.model_validate, {"epochs": -3}), (Config.model_validate_json, '{"epochs": -3}')):
+        with pytest.raises(ConfigError, match=r"^epochs: found -3; expected a value >= 1"):
+            read(given)
+    with pytest.raises(ConfigError, match=r"^train\.lr: found x; expected a number"):
+        Config.model_validate({"train": {"lr": "x"}})
 
 
 def test_dotted_keys_in_a_file(tmp_path):

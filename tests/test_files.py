@@ -107,6 +107,13 @@ def test_a_pipe_is_not_replaced(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe"]
 
 
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/stderr", "/dev/fd/1", "/proc/self/fd/1"])
+def test_names_of_open_files_are_not_replaced(name):
+    """With its output in a file, /dev/stdout is a link to a file, which root can replace."""
+    with pytest.raises(OutputError, match="found a pipe or a device"):
+        write_text(name, "x")
+
+
 def test_unwritable_folder():
     with pytest.raises(OutputError) as caught:
         write_text("/proc/run/metrics.json", "")

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from engine.config.problems import wrong_choice
-from engine.config.section import COMMON, LONGEST, MOST_EPOCHS, Section, none
+from engine.config.section import COMMON, LONGEST, MOST_EPOCHS, Section, none, one_line
 from engine.config.sections import (
     DataConfig,
     ModelConfig,
@@ -89,6 +89,16 @@ class Config(Section):
     objective: SerializeAsAny[ObjectiveConfig] = _of_the_task()
     train: SerializeAsAny[TrainConfig] = _of_the_task()
     output: SerializeAsAny[OutputConfig] = _of_the_task()
+
+    @classmethod
+    def model_validate(cls, *values: Any, **options: Any) -> Any:
+        with one_line(cls):
+            return super().model_validate(*values, **options)
+
+    @classmethod
+    def model_validate_json(cls, *values: Any, **options: Any) -> Any:
+        with one_line(cls):
+            return super().model_validate_json(*values, **options)
 
     @classmethod
     def sections_of(cls, task: str) -> dict[str, type[Section]]:

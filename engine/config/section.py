@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from collections.abc import Hashable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -24,20 +26,29 @@ else:
     ModelMetaclass = type(BaseModel)  # pydantic publishes it under no name of its own
 
 
+@contextlib.contextmanager
+def one_line(section: Any, task: str | None = None) -> Iterator[None]:
+    """Turn pydantic's error into a `ConfigError`."""
+    from engine.config.problems import translate
+
+    try:
+        yield
+    except ValidationError as cause:
+        raise translate(cause, section, task) from None
+
+
 class _OneLine(ModelMetaclass):
     """Turns pydantic's errors into `ConfigError` where a section is made by a call, as in `DataConfig(clip=-1)`."""
 
     def __call__(cls, *places: Any, **values: Any) -> Any:
-        from engine.config.problems import short, translate
+        from engine.config.problems import short
 
-        if places:
+        if places and cls.__init__ is BaseModel.__init__:
             found = f"{short(places[0])} ({type(places[0]).__name__})"
             do = f"Write {cls.__name__}(name=value) or {cls.__name__}(**mapping)."
             raise ConfigError(cls.__name__, found, "settings by name", do)
-        try:
-            return super().__call__(**values)
-        except ValidationError as cause:
-            raise translate(cause, cls, values.get("task")) from None
+        with one_line(cls, values.get("task")):
+            return super().__call__(*places, **values)
 
 
 class Section(BaseModel, metaclass=_OneLine):
@@ -65,7 +76,7 @@ class Section(BaseModel, metaclass=_OneLine):
         plain = value if isinstance(value, (list, tuple)) else [value]
         if isinstance(value, dict) and get_origin(annotation) is dict:
             plain = value.values()
-        if any(one is True for one in plain) and not _holds_bool(annotation):
+        if any(one is True for one in plain) and not _takes_true(annotation):
             expected = "a number, or text in quotes (YAML takes yes and on for true)"
             raise PydanticCustomError(TRUE_AS_NUMBER, f"Input should be {expected}")
         return value
@@ -83,8 +94,19 @@ class Section(BaseModel, metaclass=_OneLine):
             raise
 
 
-def _holds_bool(annotation: Any) -> bool:
-    return annotation in (bool, Any) or any(map(_holds_bool, get_args(annotation)))
+def _takes_true(annotation: Any) -> bool:
+    """Whether `True` is a value of this type. A type that names neither numbers nor text decides for itself."""
+    named = _types_within(annotation)
+    return not named & {int, float, str} or bool(named & {bool, Any, object})
+
+
+def _types_within(annotation: Any) -> set[Any]:
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return set(map(type, parts))
+    if parts:
+        return set().union(*map(_types_within, parts))
+    return {annotation} if isinstance(annotation, Hashable) else set()
 
 
 def is_section(annotation: Any) -> bool:

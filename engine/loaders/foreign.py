@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 
 _PARQUET = "Read it with pandas, save each clip's frames with numpy.save, and list the clips in a manifest.csv."
 _ARRAYS = "Load it, save each clip's frames with numpy.save, and list the clips in a manifest.csv."
@@ -13,19 +14,23 @@ _HEADS = (
      "Download the file itself (the link led to a page)."),
     ((b"version https://git-lfs",), "a Git LFS pointer, not the data", "Fetch the real file with `git lfs pull`."),
     ((b"\x1f\x8b",), "a gzip archive", _UNPACK),
-    ((b"bzh",), "a bzip2 archive", _UNPACK),
     ((b"\xfd7zxz",), "an xz archive", _UNPACK),
     ((b"7z\xbc\xaf",), "a 7z archive", _UNPACK),
-    ((b"rar!",), "a rar archive", _UNPACK),
-    ((b"par1",), "a Parquet file", _PARQUET),
-    ((b"arrow1", b"fea1"), "a Feather or Arrow file", _PARQUET),
     ((b"matlab 7.3", b"matlab 5.0"), "a MATLAB file", _ARRAYS),
     ((b"sqlite format 3",), "an SQLite database", _PARQUET),
-    ((b"riff", b"id3", b"ogg", b"flac"), "a recording, not features", "Extract features from it first."),
     ((b"%pdf",), "a PDF", "Give the data itself."),
     ((b"\x89hdf",), "an HDF5 file", "Give one of the formats that docs/formats.md lists."),
     ((b"\x93numpy",), "a single .npy array", "List the arrays of all clips in a manifest.csv, and give its folder."),
 )  # fmt: skip
+
+_BINARY = (
+    ((b"bzh",), "a bzip2 archive", _UNPACK),
+    ((b"rar!",), "a rar archive", _UNPACK),
+    ((b"par1",), "a Parquet file", _PARQUET),
+    ((b"arrow1", b"fea1"), "a Feather or Arrow file", _PARQUET),
+    ((b"riff", b"id3", b"ogg", b"flac"), "a recording, not features", "Extract features from it first."),
+)  # fmt: skip
+"""Kinds whose first letters may also begin a CSV, as in `par1,par2`."""
 
 _ZIPS = (
     ((b".npy",), "an .npz archive", _ARRAYS),
@@ -50,9 +55,11 @@ def known_file(data: mmap.mmap | bytes) -> tuple[str, str] | None:
             if any(mark in name for mark in marks):
                 return found, do
         return "a zip archive or a torch.save file", "Unpack it, or save its contents as numpy arrays in a pickle."
-    if head[4:8] == b"ftyp":
+    is_text = len(head) > 4 and not re.search(rb"[\0-\x08\x0e-\x1f\x7f]", head)
+    if head[4:8] == b"ftyp" and not is_text:
         return "a video, not features", "Extract features from it first."
-    return next(((found, do) for marks, found, do in _HEADS if start.startswith(marks)), None)
+    heads = _HEADS if is_text else (*_HEADS, *_BINARY)
+    return next(((found, do) for marks, found, do in heads if start.startswith(marks)), None)
 
 
 def known_text(suffix: str) -> tuple[str, str] | None:

@@ -1,6 +1,7 @@
 """Frames in CSV files, as extractors and spreadsheets write them: the right numbers, or one line on what is wrong."""
 
 import csv
+import pickle
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from engine.errors import DataError
 from engine.loaders.formats.frames import ColumnNames, _checked, read_frames
 from engine.loaders.inspect import inspect_path
+from engine.loaders.safe_pickle import load
 
 ROWS = [[0.5, -1e-3, 3.0], [1e10, 0.1, -0.25]]
 
@@ -61,6 +63,14 @@ def test_opensmile(tmp_path):
         "audio: the column name is text and is left out (2 files)",
         "audio: columns read as features: frameTime; remove from the files what is none",
     ]
+
+
+@pytest.mark.parametrize(
+    "header", ["e0,e1", "E1,E2", "a,1e", "2024-05-01,b", "par1,par2", "fea1,fea2", "ID3,é", "abc,ftyp"]
+)
+def test_names_that_look_like_numbers_or_other_kinds_of_files(tmp_path, header):
+    found = read_frames(written(tmp_path, f"{header}\n1,2\n"), "x")
+    assert (found.values.tolist(), found.columns) == ([[1.0, 2.0]], header.split(","))
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "a,b\n"])
@@ -136,3 +146,8 @@ def test_other_kinds_of_files_are_named(tmp_path, content, name, found):
     (tmp_path / name).write_bytes(content)
     (problem,) = inspect_path(tmp_path / name).problems
     assert f"{name}: found {found}; expected a pickle" in problem
+
+
+def test_a_pickle_of_any_name(tmp_path):
+    (tmp_path / "x.txt").write_bytes(pickle.dumps([1, 2]))
+    assert load(tmp_path / "x.txt") == [1, 2]

@@ -203,8 +203,13 @@ def _is_header(cells: list[str], at: str) -> bool:
     """
     if len(cells) > 1 and not cells[0]:
         raise DataError(at, "a first column without a name, as of row numbers", SHAPE, "Save it without its index.")
-    numbers = any(re.fullmatch(r"[\d\s.,;eE+-]*\d[\d\s.,;eE+-]*", cell) for cell in cells)  # "1 2" names no column
-    return not (numbers or any(map(_is_number, cells))) or _counts(cells)
+    return not any(map(_holds_numbers, cells)) or _counts(cells)
+
+
+def _holds_numbers(cell: str) -> bool:
+    """Whether a cell is a number, or several as in "1 2", which name no column. e1 names one."""
+    parts = re.findall(r"[^\s,;]+", cell)
+    return bool(parts) and all(map(_is_number, parts))
 
 
 def _counts(cells: list[str]) -> bool:

@@ -72,7 +72,8 @@ def load(path: str | Path) -> Any:
         ) from cause
     if not data:
         raise DataError(str(path), "an empty file", expected, "Download or write the file again.")
-    if known := known_file(data) or known_text(path.suffix):
+    named = None if data[:1] == b"\x80" else known_text(path.suffix)  # a pickle may have any name
+    if known := known_file(data) or named:
         raise DataError(str(path), known[0], expected, known[1])
     damaged = "Compare its size or checksum with the publisher's and download it again."
     try:
