@@ -4,6 +4,7 @@ The fixtures `text_encoder`, `data` and `config` of tests/conftest.py are made o
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +16,11 @@ SIZES = {"train": 21, "valid": 6, "test": 9}
 DIMS = [[6, 3, 16], [3, 3, 16]]
 STILL = {"dropout": 0.0, "modality_dropout": 0.0}
 """Settings of a model that draws nothing."""
+# A process in the background of a shell script ignores SIGINT, and so would what it starts.
+AS_IN_A_TERMINAL = [
+    sys.executable, "-c",
+    "import os, sys, signal as s; s.signal(s.SIGINT, s.default_int_handler); os.execv(sys.argv[1], sys.argv[1:])",
+]  # fmt: skip
 
 
 def make_text_encoder(folder: Path, dropout: float = 0.1) -> Path:

@@ -29,7 +29,7 @@ from engine.stopping import Stopped, StopSignals
 from engine.training import parts, resuming, within
 from engine.training.random_state import random_state, set_random_state
 from tests.kills.content import content, differing
-from tests.small_runs import changed, history
+from tests.small_runs import AS_IN_A_TERMINAL, changed, history
 from tests.test_run_folder import Stop
 
 # -- the step --
@@ -340,11 +340,8 @@ def test_a_signal_to_the_command_line(config, tmp_path, name):
     changed(config, epochs=50, train={"checkpoint_steps": 1}).save(tmp_path / "mine.yaml")
     out, number = tmp_path / "run", getattr(signal, name)
     command = [sys.executable, "-m", "engine", "train", "--config", str(tmp_path / "mine.yaml"), "--out", str(out)]
-    usual = (
-        "import os, sys, signal as s; s.signal(s.SIGINT, s.default_int_handler); os.execv(sys.argv[1], sys.argv[1:])"
-    )
     child = subprocess.Popen(
-        [sys.executable, "-c", usual, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*AS_IN_A_TERMINAL, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
     while not (out / "previous.safetensors").exists() and time.monotonic() < deadline:

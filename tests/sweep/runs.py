@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.small_runs import AS_IN_A_TERMINAL
+
 PROJECT = Path(__file__).resolve().parents[2]
 QUICK = ("data.modalities=audio-vision", "objective.enabled=false", "output.report=false", "output.tensorboard=false")
 SWEEP = ("seeds=0-1", "train.lr=1e-3,1e-2", "epochs=2")
@@ -25,7 +27,11 @@ class Started:
         line = [sys.executable, "-m", "engine", command, "--preset", "mosi", "--data", str(data), "--out", str(out)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
         self.process = subprocess.Popen(
-            [*line, *QUICK, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*AS_IN_A_TERMINAL, *line, *QUICK, *words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         self.out = out
 

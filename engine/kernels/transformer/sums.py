@@ -49,11 +49,11 @@ class _Parts(torch.autograd.Function):
     @staticmethod
     @differentiable_once("a sum of vectors' gradients")
     def backward(ctx, *parts):
-        alike: dict[tuple, list[int]] = {}
+        alike = {}  # places of each shape
         for i, part in enumerate(parts):
             if part is not None:
                 alike.setdefault((part.shape, part.dtype), []).append(i)
-        sums: dict[int, Tensor] = {}
+        sums = {}
         for places in alike.values():
             first, *others = (parts[i].contiguous() for i in places)
             sums |= zip(places, call("sum_parts", first, others).unbind(), strict=True)
