@@ -179,5 +179,5 @@ def test_every_operation_has_a_case():
     # "mi_": of bounds that tests/kernels/test_mi_bounds_op.py goes through one by one
     named = {name for name in registry._operations if name.startswith((*own, "mi_"))}
     # tests and pages of the documentation register operations of their own
-    ours = {name for name, o in registry._operations.items() if o.cpu.__module__.startswith("engine.")}
-    assert len(ours) > 50 and not ours - called - named
+    ours = {name for name, o in registry._operations.items() if (o.cpu.__module__ or "").startswith("engine.")}
+    assert called <= ours and not ours - called - named
