@@ -18,10 +18,11 @@ from engine import load_config, trainer
 from engine.cli import main
 from engine.errors import EngineError
 from engine.kernels import infonce
+from engine.loaders.make_data import make_data
 from engine.process_group import rank_device
 from engine.ranks import Ranks
 from engine.training.rank_step import StepOnRanks
-from tests.ranks.test_run import QUICK, data, environment, free_port, torchrun, train_command  # noqa: F401
+from tests.ranks.test_run import QUICK, environment, free_port, torchrun, train_command
 
 SCRIPT = """
 import os, signal, sys
@@ -66,6 +67,11 @@ for attempt in range(3):
 """
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data") / "mosi", "mosi", 60, "declarelab")
+
+
 @pytest.fixture
 def script(tmp_path) -> Path:
     (tmp_path / "script.py").write_text(SCRIPT)
@@ -76,7 +82,7 @@ def errors_of(text: str) -> list[str]:
     return [line.split("]: ")[-1] for line in text.splitlines() if "error: " in line or "Error: user" in line]
 
 
-def processes(script, data, out, how, size=2):  # noqa: F811
+def processes(script, data, out, how, size=2):
     """(exit code, stderr) of every rank, of ranks that nothing watches over."""
     more = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     began = time.monotonic()
@@ -92,7 +98,7 @@ def processes(script, data, out, how, size=2):  # noqa: F811
     return [(process.returncode, error) for process, error in zip(running, errors, strict=True)]
 
 
-def test_an_error_of_all_ranks_is_shown_once(script, data, tmp_path):  # noqa: F811
+def test_an_error_of_all_ranks_is_shown_once(script, data, tmp_path):
     ended = torchrun(str(script), "value", "all", *train_command(data, tmp_path / "run"), seconds=100)
     assert ended.returncode == 1
     assert len(errors_of(ended.stderr)) == 1 and "ValueError: user code of rank" in ended.stderr, ended.stderr
@@ -108,7 +114,7 @@ def test_ranks_meet_again_after_a_failure(tmp_path):
     assert "[1: mine]" in ended.stdout and "[0: rank 1: AssertionError: mine]" in ended.stdout
 
 
-def test_an_error_before_the_ranks_meet_is_told(script, data, tmp_path):  # noqa: F811
+def test_an_error_before_the_ranks_meet_is_told(script, data, tmp_path):
     (code, first), (other_code, other) = processes(script, data, tmp_path / "run", "data")
     message = "--data elsewhere: found no such file or folder; expected existing data. Check the path."
     assert (code, other_code) == (2, 2)
@@ -117,7 +123,7 @@ def test_an_error_before_the_ranks_meet_is_told(script, data, tmp_path):  # noqa
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_others(script, data, tmp_path):  # noqa: F811
+def test_a_rank_that_is_killed_ends_the_others(script, data, tmp_path):
     (code, first), (other_code, _) = processes(script, data, tmp_path / "run", "kill")
     assert (code, other_code) == (2, -9)
     assert errors_of(first) == [
@@ -127,7 +133,7 @@ def test_a_rank_that_is_killed_ends_the_others(script, data, tmp_path):  # noqa:
 
 
 @pytest.mark.slow
-def test_a_rank_that_leaves_is_named(script, data, tmp_path):  # noqa: F811
+def test_a_rank_that_leaves_is_named(script, data, tmp_path):
     (code, first), (other_code, _) = processes(script, data, tmp_path / "run", "exit")
     assert (code, other_code) == (2, 3)
     assert errors_of(first) == ["error: rank 1: SystemExit: 3"] and "Traceback" not in first
@@ -155,7 +161,7 @@ def warned(rank, size, settings, out):
         StepOnRanks.stage2 = plain
 
 
-def test_warnings_of_one_rank_are_shown_once_with_its_name(ranks, data, tmp_path):  # noqa: F811
+def test_warnings_of_one_rank_are_shown_once_with_its_name(ranks, data, tmp_path):
     settings = [*QUICK, f"data.path={data}", "epochs=2", "batch_size=20"]
     first, *others = ranks(4).run(warned, settings, str(tmp_path / "run"))
     assert "of all ranks" in first and not any("bad sample" in text for text in first)
@@ -186,7 +192,7 @@ def test_what_starts_processes_of_its_own_is_refused_on_ranks(monkeypatch, tmp_p
         ),
     ],
 )
-def test_an_environment_that_cannot_work_is_one_line(monkeypatch, capsys, data, tmp_path, variables, found):  # noqa: F811
+def test_an_environment_that_cannot_work_is_one_line(monkeypatch, capsys, data, tmp_path, variables, found):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
