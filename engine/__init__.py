@@ -24,7 +24,7 @@ _HOME = {
     "Objective": "engine.objective",
     "MI": "engine.objective",
     "CMI": "engine.objective",
-    "probe": "engine.probing",
+    "probe": "engine.information.probing",
     "TwoStageStep": "engine.step",
     "MIEstimator": "engine.model.estimators",
     "CMIEstimator": "engine.model.cmi",
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from engine.information.cmi import estimate_cmi as estimate_cmi
     from engine.information.matrix import mi_matrix as mi_matrix
     from engine.information.mi import estimate_mi as estimate_mi
+    from engine.information.probing import probe as probe
     from engine.kernels.registry import use_backend as use_backend
     from engine.model.cmi import CMIEstimator as CMIEstimator
     from engine.model.estimators import MIEstimator as MIEstimator
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from engine.objective import CMI as CMI
     from engine.objective import MI as MI
     from engine.objective import Objective as Objective
-    from engine.probing import probe as probe
     from engine.step import TwoStageStep as TwoStageStep
     from engine.sweeps import sweep as sweep
     from engine.sweeps import tune as tune

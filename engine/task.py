@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from engine.config import Config, Section
     from engine.loaders.dataset import Dataset
     from engine.objective import Objective
+    from engine.objective.terms import Expression, Term
     from engine.report.words import Words
-    from engine.terms import Expression, Term
 
 DEFAULT = "mimrl"
 """The task of settings that name none."""
@@ -114,15 +114,15 @@ class Task:
 
     def expressions(self, config: Config) -> list[Expression]:
         """The information terms: those of `objective.terms`, or else the task's own."""
-        from engine.expressions import parse_expression
+        from engine.objective.expressions import parse_expression
 
         texts = config.objective.terms or self.terms
         return [parse_expression(text) if isinstance(text, str) else text for text in texts]
 
     def objective(self, config: Config, model: nn.Module) -> Objective:
         """Estimators of the information terms on the model's features. The label is the feature C."""
-        from engine.expressions import stage1_weights
         from engine.objective import Objective
+        from engine.objective.expressions import stage1_weights
 
         expressions, widths = self.expressions(config), getattr(model, "feature_dims", None)
         if expressions and widths is None:
@@ -152,14 +152,14 @@ class Task:
 
     def warnings(self, config: Config, objective: Objective) -> Sequence[str]:
         """What to tell the user once before training: by default, which terms have a bound that does not suit them."""
-        from engine.minimised import advice
+        from engine.objective.minimised import advice
 
         terms, c = objective.expressions, config.objective
         return advice(terms, c.bound, c.cmi_estimator) if c.enabled else ()
 
     def minimised(self, config: Config, objective: Objective) -> list[Term]:
         """The terms that a probe examines after training: by default, those of negative total weight."""
-        from engine.minimised import minimised_terms
+        from engine.objective.minimised import minimised_terms
 
         return minimised_terms(objective.expressions)
 

@@ -13,8 +13,8 @@ import torch
 from engine import checkpoint, trainer
 from engine.callbacks import TensorBoardCallback
 from engine.errors import CheckpointError, ConfigError, DataError, EstimatorError, NonFiniteError, OutputError
+from engine.loaders.choice import has_dali
 from engine.loaders.dataset import Dataset
-from engine.loaders.kinds import has_dali
 from engine.model.text_encoder import TextEncoder, encode_padded
 from engine.objective import Objective
 from engine.training import run as training_run

@@ -61,7 +61,7 @@ def print_seeds(metrics: list[dict[str, Any]], seeds: list[int], split: str) -> 
 
 def print_information(run: Path, best_epoch: int | None) -> None:
     """The information terms of a run, read on all rows."""
-    from engine.readings import print_rows
+    from engine.objective.readings import print_rows
 
     path = run / "history.jsonl"
     if path.exists():

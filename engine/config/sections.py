@@ -234,7 +234,7 @@ class ObjectiveConfig(Section):
     @classmethod
     def _readable_terms(cls, texts: list[str]) -> list[str]:
         if texts:
-            from engine.expressions import parse_terms
+            from engine.objective.expressions import parse_terms
 
             parse_terms(texts)
         return texts
@@ -243,7 +243,7 @@ class ObjectiveConfig(Section):
     @classmethod
     def _readable_weights(cls, weights: dict[str, float]) -> dict[str, float]:
         if weights:
-            from engine.expressions import parse_weights
+            from engine.objective.expressions import parse_weights
 
             parse_weights(weights)
         return weights

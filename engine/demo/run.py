@@ -16,7 +16,7 @@ from engine.demo.generator import write_demo_files
 from engine.demo.information import compare_with_truth
 from engine.errors import ConfigError
 from engine.files import user_path, write_json
-from engine.readings import print_rows
+from engine.objective.readings import print_rows
 from engine.run_folder import TRUTH, Checksums
 from engine.trainer import train
 from engine.training.parts import choose_device

@@ -16,9 +16,9 @@ from engine.config import AugmentConfig, DataConfig
 from engine.errors import printable
 from engine.loaders.augment import Augmentation
 from engine.loaders.cache import load_content
+from engine.loaders.choice import Kind, build, choose
 from engine.loaders.content import StoreData, require_modalities, require_text, tokenised
 from engine.loaders.formats import Choice
-from engine.loaders.kinds import Kind, build, choose
 from engine.loaders.loader import Loader, Padding
 from engine.loaders.normalize import Normalizer
 from engine.loaders.problems import held_back, training_problems

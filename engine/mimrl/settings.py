@@ -199,7 +199,7 @@ def _check_terms(config: Config) -> None:
     objective = config.objective
     if not objective.terms and not objective.estimator_weights:
         return
-    from engine.expressions import parse_terms, stage1_weights, term_text
+    from engine.objective.expressions import parse_terms, stage1_weights, term_text
 
     expressions = parse_terms(written_terms(objective))
     features = ["F", *(name[0].upper() for name in config.data.modalities), "C"]

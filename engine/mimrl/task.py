@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from engine.cli.command import Command
     from engine.loaders.dataset import Dataset
     from engine.objective import Objective
+    from engine.objective.terms import Expression, Term
     from engine.report.words import Words
-    from engine.terms import Expression, Term
 
 
 class MIMRLTask(Task):

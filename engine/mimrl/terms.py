@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.expressions import parse_expression, parse_term, parse_terms, stage1_weights
 from engine.mimrl import settings as mimrl
 from engine.mimrl.published import published_estimator
 from engine.objective import Objective, without_features
-from engine.terms import Expression, Term
+from engine.objective.expressions import parse_expression, parse_term, parse_terms, stage1_weights
+from engine.objective.terms import Expression, Term
 from engine.vocabulary import MODALITIES
 
 MIMRL_ESTIMATORS = tuple(parse_term(text) for text in mimrl.ESTIMATORS.values())

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from engine.loaders.dataset import Dataset
+    from engine.objective.terms import Expression
     from engine.report.words import Words
-    from engine.terms import Expression
 
 TERMS = {
     "I(T;A)": "shared by text and audio",

@@ -15,7 +15,7 @@ from engine.vocabulary import VARIATIONAL_BOUNDS
 
 if TYPE_CHECKING:
     from engine.config import ObjectiveConfig
-    from engine.terms import Term
+    from engine.objective.terms import Term
 
 
 def default_estimator(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from engine.readings import TEXTS, TermRow, best_rows, is_term, mark
+from engine.objective.readings import TEXTS, TermRow, best_rows, is_term, mark
 from engine.report.charts import escape, is_finite, lines, number, shape, truth
 from engine.report.folder import MOST_SHOWN, Run, part
 from engine.report.pieces import card, epoch_legend, sign, table_of

@@ -46,7 +46,6 @@ from engine.task import find_task
 from engine.torchrun import JOB, restartable, restarted
 from engine.training import resuming
 from engine.training.applying import own_tokenizer
-from engine.training.left import write_left
 from engine.training.parts import assemble, choose_device
 from engine.training.rank_warnings import RankWarnings
 from engine.training.records import Record, record_of
@@ -54,7 +53,8 @@ from engine.training.same_run import arithmetic, differing_splits
 from engine.training.saving import RunFiles
 from engine.training.sharding import ShardedText
 from engine.training.warming import compiles_kernels, warm_kernels
-from engine.training.within import WithinEpochs
+from engine.training.what_is_left import write_left
+from engine.training.within_epochs import WithinEpochs
 
 
 class TrainingRun:

@@ -21,7 +21,7 @@ from engine.step.graph_state import StateWatch
 from engine.step.graphs import CaptureWatch, GraphRunner, NotCapturable
 from engine.step.notes import Notes
 from engine.vocabulary import BOUNDS
-from tests.test_step import TwoFeatures, batches
+from tests.step.test_step import TwoFeatures, batches
 
 N, BATCH = 45, 10  # the last batch has 5 rows
 

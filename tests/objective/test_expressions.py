@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
-from engine.expressions import expression_text, parse_expression, parse_term, parse_terms, stage1_weights
 from engine.mimrl.settings import ESTIMATORS, TERMS, MIMRLObjectiveConfig, written_terms
 from engine.mimrl.terms import MIMRL_ESTIMATORS, mimrl_expressions, mimrl_objective, weights_of
 from engine.objective import CMI, MI, Expression, Term
+from engine.objective.expressions import expression_text, parse_expression, parse_term, parse_terms, stage1_weights
 
 
 @pytest.mark.parametrize(

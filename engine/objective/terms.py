@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -224,3 +224,13 @@ def distinct_terms(expressions: Sequence[Expression]) -> list[Term]:
     """The terms of all expressions in order of appearance, MI before CMI."""
     seen = dict.fromkeys(term for e in expressions for term, _ in e.coefficients)
     return sorted(seen, key=lambda term: term.given is not None)
+
+
+def without_features(expressions: Iterable[Expression], absent: Iterable[str]) -> list[Expression]:
+    """The expressions without the terms that name a feature of `absent`; one that loses all its terms is left out."""
+    absent = set(absent)
+    kept = [
+        replace(e, coefficients=tuple((t, c) for t, c in e.coefficients if not absent & {t.x, t.y, t.given}))
+        for e in expressions
+    ]
+    return [e for e in kept if e.coefficients]

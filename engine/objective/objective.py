@@ -1,15 +1,7 @@
-"""Declare which information terms a model's features should have.
+"""The objective itself: one estimator per distinct term, and the two losses of two-stage training.
 
-    from engine import CMI, MI, Objective
-
-    objective = Objective(
-        [0.1 * MI("Z", "Y"), -0.1 * CMI("Z", "S", given="Y").named("leak")],
-        dims={"Z": 64, "Y": 8, "S": 1},
-    )
-
-`MI` and `CMI` build expressions, and sums of expressions are expressions again (see `engine.terms`). An objective owns
-one estimator per distinct term and gives the two losses of two-stage training. Stage 1, `estimator_loss`, moves the
-estimators. Stage 2, `model_loss`, moves the features.
+Stage 1, `estimator_loss`, moves the estimators. Stage 2, `model_loss`, moves the features. Its expressions come from
+`engine.objective.terms`.
 """
 
 from __future__ import annotations
@@ -33,17 +25,15 @@ from engine.errors import ConfigError, EstimatorError
 from engine.kernels.knn_product import Bank, EpochProducts, ProductRows, ProductSampler, draw_epoch
 from engine.kernels.ranks.agreement import checked
 from engine.kernels.ranks.group import find_ranks
-from engine.minimised import advice
 from engine.model.default import default_estimator
 from engine.model.estimators import Estimate
 from engine.model.term_estimators import TermEstimates, TermEstimators
-from engine.objective_checks import as_expressions, as_settings, by_term, check_terms
-from engine.objective_output import ObjectiveOutput
-from engine.readings import Reading
-from engine.terms import CMI, MI, Expression, Sums, Term, distinct_terms
+from engine.objective.checks import as_expressions, as_settings, by_term, check_terms
+from engine.objective.minimised import advice
+from engine.objective.output import ObjectiveOutput
+from engine.objective.readings import Reading
+from engine.objective.terms import Expression, Sums, Term, distinct_terms
 from engine.vocabulary import GATHERS
-
-__all__ = ["CMI", "MI", "Expression", "Objective", "ObjectiveOutput", "Sums", "Term", "default_estimator"]
 
 MOST_PAIRED = 256
 """The most rows that are read at once where each pair of rows takes a pass of a network. It keeps reading cheap."""
@@ -83,6 +73,7 @@ class Objective(nn.Module):
     `estimators[term]` is the estimator of one term. Estimators of one shape share their parameters; `replace`, `freeze`
     and `split` take one out.
 
+    >>> from engine import MI
     >>> objective = Objective([MI("Z", "Y")], dims={"Z": 8, "Y": 2})
     >>> features = {"Z": torch.randn(16, 8), "Y": torch.randn(16, 2)}
     >>> objective.estimator_loss(features).names
@@ -160,6 +151,7 @@ class Objective(nn.Module):
 
         A captured CUDA graph reads the weights anew at every replay.
 
+        >>> from engine import MI
         >>> objective = Objective([0.1 * MI("Z", "Y")], dims={"Z": 8, "Y": 2})
         >>> objective.set_weights({"I(Z;Y)": 0.2})
         >>> objective.expressions[0].weight
@@ -464,13 +456,3 @@ class Objective(nn.Module):
         estimates = self._estimate(features, products)
         values = estimates.surrogates()
         return ObjectiveOutput(torch.dot(values, self._stage2(values)), estimates, self._sums)
-
-
-def without_features(expressions: Iterable[Expression], absent: Iterable[str]) -> list[Expression]:
-    """The expressions without the terms that name a feature of `absent`; one that loses all its terms is left out."""
-    absent = set(absent)
-    kept = [
-        replace(e, coefficients=tuple((t, c) for t, c in e.coefficients if not absent & {t.x, t.y, t.given}))
-        for e in expressions
-    ]
-    return [e for e in kept if e.coefficients]

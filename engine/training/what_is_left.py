@@ -14,9 +14,9 @@ from torch import Tensor
 from engine import checkpoint
 from engine.errors import CheckpointError, DataError
 from engine.files import write_json
-from engine.probing import Probe, probe
+from engine.information.probing import Probe, probe
+from engine.objective.terms import Term
 from engine.run_folder import BEST, METRICS
-from engine.terms import Term
 from engine.training.records import Record
 from engine.training.saving import RunFiles
 

@@ -10,7 +10,8 @@ from engine.errors import ConfigError, EstimatorError
 from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
 from engine.mimrl.terms import MIMRL_ESTIMATORS, mimrl_expressions, mimrl_objective
 from engine.model.estimators import Estimate, MIEstimator
-from engine.objective import CMI, MI, MOST_PAIRED, Objective, Term
+from engine.objective import CMI, MI, Objective, Term
+from engine.objective.objective import MOST_PAIRED
 
 SMALL = ObjectiveConfig(hidden=16, embed=8, compat="none")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.model.estimators import Estimate
 from engine.model.term_estimators import TermEstimates
-from engine.terms import Sums
+from engine.objective.terms import Sums
 
 
 @dataclass

@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 
 import engine
 from engine.errors import DataError
-from engine.probing import RIDGE, probe
+from engine.information.probing import RIDGE, probe
 
 
 def rows(n: int = 600, seed: int = 0):

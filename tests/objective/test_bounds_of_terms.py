@@ -14,19 +14,19 @@ import engine
 from engine import CMI, MI, Objective, TwoStageStep, checkpoint, trainer
 from engine.config import ObjectiveConfig
 from engine.errors import ConfigError, EstimatorError
-from engine.expressions import expression_text, parse_expression, parse_term
 from engine.mimrl.published import published_estimator
 from engine.mimrl.terms import mimrl_objective
-from engine.minimised import minimised_terms
 from engine.model.estimators import Estimate
 from engine.model.stratified import StratifiedCLUB
-from engine.readings import is_term, mark
-from engine.terms import Term
+from engine.objective.expressions import expression_text, parse_expression, parse_term
+from engine.objective.minimised import minimised_terms
+from engine.objective.readings import is_term, mark
+from engine.objective.terms import Term
 from engine.vocabulary import BOUNDS, CONDITIONAL_ESTIMATORS, CRITICS, VARIATIONAL_BOUNDS
 from tests.small_runs import history, timeless
+from tests.step.test_static import assert_equal
+from tests.step.test_step import TwoFeatures, batches
 from tests.test_mmim import small
-from tests.test_static import assert_equal
-from tests.test_step import TwoFeatures, batches
 
 SMALL = ObjectiveConfig(hidden=16, embed=8)
 DIMS = {"X": 4, "Y": 4, "C": 1}

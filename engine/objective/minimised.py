@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from engine.terms import Expression, Term
+from engine.objective.terms import Expression, Term
 from engine.vocabulary import UPPER_BOUNDS
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.config import ObjectiveConfig
 from engine.errors import ConfigError
-from engine.terms import Expression, Term, distinct_terms
+from engine.objective.terms import Expression, Term, distinct_terms
 
 
 def as_expressions(given: Any) -> tuple[Expression, ...]:

@@ -12,9 +12,9 @@ from torch import nn
 from engine.kernels import registry
 from engine.step import TwoStageStep, updates
 from engine.step.fused import FusedUpdates
-from tests import test_finite
-from tests.test_finite import BATCH, SAMPLES, Plain
-from tests.test_static import make, run
+from tests.step import test_finite
+from tests.step.test_finite import BATCH, SAMPLES, Plain
+from tests.step.test_static import make, run
 
 CLOSE = {"rtol": 1e-6, "atol": 5e-7}  # weights and features are of about 1
 

@@ -1,4 +1,4 @@
-"""Information terms as text: "inv = 0.01 * (MI(T, A) + MI(T, V))" is an `engine.terms.Expression`, and back.
+"""Information terms as text: "inv = 0.01 * (MI(T, A) + MI(T, V))" is an `engine.objective.terms.Expression`, and back.
 
 A text is a weighted sum of `MI(X, Y)` and `CMI(X, Y | Z)`, with an optional name in front:
 
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from engine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from engine.terms import Expression, Term
+    from engine.objective.terms import Expression, Term
 
 TERMS = "objective.terms"
 WEIGHTS = "objective.estimator_weights"
@@ -104,7 +104,7 @@ def stage1_weights(expressions: Sequence[Expression], weights: Mapping[str, floa
     Raises:
         ConfigError: a weight for a term that no expression uses.
     """
-    from engine.terms import distinct_terms
+    from engine.objective.terms import distinct_terms
 
     used = dict.fromkeys(distinct_terms(expressions), 1.0)
     given = parse_weights(weights)
@@ -264,7 +264,7 @@ class _Parser:
         return -value if negative else value
 
     def _atom(self) -> Expression | float:
-        from engine.terms import CMI, MI
+        from engine.objective.terms import CMI, MI
 
         if self._peek() == "(":
             self._take("(")

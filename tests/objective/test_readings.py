@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from engine.readings import NEAR_CEILING, NOISE, TEXTS, TermRow, best_rows, mark, term_rows
+from engine.objective.readings import NEAR_CEILING, NOISE, TEXTS, TermRow, best_rows, mark, term_rows
 
 
 @pytest.mark.parametrize(
