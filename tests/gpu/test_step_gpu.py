@@ -9,7 +9,7 @@ from bench import shapes
 from bench.epochs import tiny_batch, tiny_pair
 from engine.kernels.knn_product import Bank
 from engine.step import updates
-from tests import test_static as static
+from tests.step import test_static as static
 
 STEPS = 20
 
