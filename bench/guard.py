@@ -244,7 +244,7 @@ def load() -> dict[str, Any]:
 def environment() -> dict[str, str]:
     """What the counters depend on beside the engine: another version's operations are others, and without a C++
     compiler the compiled kernels' fallbacks run."""
-    from engine.kernels.build import compiler
+    from engine.kernels.compilers import compilers
 
     versions = {}
     for name in VERSIONS:
@@ -252,7 +252,7 @@ def environment() -> dict[str, str]:
             versions[name] = metadata.version(name).split("+")[0]
         except metadata.PackageNotFoundError:
             versions[name] = "none"
-    return versions | {"C++ compiler": "no" if compiler() is None else "yes"}
+    return versions | {"C++ compiler": "yes" if compilers() else "no"}
 
 
 def other_environment(recorded: dict[str, Any]) -> list[str]:

@@ -96,7 +96,7 @@ def output_error(path: Path, cause: OSError) -> OutputError:
         )
     if cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OutputError(
-            str(path), "a folder that cannot be written to", "write permission", "Choose another --out folder."
+            str(path), "a folder that cannot be written to", "write permission", "Choose another folder."
         )
     if cause.errno in (errno.ENOTDIR, errno.EEXIST):
         return OutputError(str(path), "a file where a folder is needed", "a folder", "Choose another --out folder.")

@@ -89,7 +89,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         "engine.mimrl.commands",
         import_command=record("import_command", lambda text: (load_config("mosi"), ["--radius has no effect"])),
     )
-    module("engine.report", write_report=record("write_report", lambda run: run / "report.html"))
+    module("engine.report", write_report=record("write_report", lambda run, out: out or run / "report.html"))
     module("engine.demo", run_demo=record("run_demo"), demo_config=lambda settings: load_config("demo", settings))
     return made
 
@@ -271,6 +271,40 @@ def test_an_option_whose_value_looks_like_an_option(capsys):
     assert "--option=VALUE" in fails(capsys, "train", "--preset", "mosi", "--out", "-x")
 
 
+def test_options_pass_through_torchrun():
+    """torchrun takes an option's beginning for the option, behind the name of the module, too."""
+    from torch.distributed.run import parse_args
+
+    subcommands = build_parser()._subparsers._group_actions[0].choices
+    options = {
+        (command, option)
+        for command in ("train", "evaluate", "predict", "report")
+        for action in subcommands[command]._actions
+        for option in action.option_strings
+        if option not in ("--run", "-h", "--help")
+    }
+    assert ("evaluate", "--run-folder") in options and ("train", "--resume") in options
+    for command, option in sorted(options):
+        passed = parse_args(["--nproc-per-node=1", "-m", "engine", command, option, "x"])
+        assert passed.training_script_args == [command, option, "x"], option
+    with pytest.raises(SystemExit):  # why --run has another name
+        parse_args(["-m", "engine", "evaluate", "--run", "x"])
+
+
+def test_a_current_folder_that_was_removed(tmp_path):
+    """Without this check, libraries of torch end the process without a reason."""
+    gone = tmp_path / "gone"
+    code = (
+        "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); from engine.cli import main;"
+        "sys.exit(main(['evaluate', '--run', '/tmp', '--data', '/tmp']))"
+    )
+    gone.mkdir()
+    env = os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([sys.executable, "-c", code, gone], capture_output=True, text=True, env=env)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: current folder: ") and done.stderr.count("\n") == 1
+
+
 def test_a_terminal_without_utf8(tmp_path):
     """The frames of tables and a name in another script must not end a command that has done its work."""
     code = (
@@ -341,8 +375,13 @@ def test_import_command(calls: list, tmp_path: Path, capsys):
 
 def test_report(calls: list, tmp_path: Path, capsys):
     assert run("report", "--run", tmp_path) == 0
-    assert calls == [("write_report", (tmp_path,), {})]
-    assert capsys.readouterr().out == f"report: {tmp_path / 'report.html'}\n"
+    assert run("report", "--run-folder", tmp_path, "--out", tmp_path / "elsewhere.html") == 0
+    assert calls == [
+        ("write_report", (tmp_path, None), {}),
+        ("write_report", (tmp_path, tmp_path / "elsewhere.html"), {}),
+    ]
+    printed = [f"report: {tmp_path / name}" for name in ("report.html", "elsewhere.html")]
+    assert capsys.readouterr().out.splitlines() == printed
 
 
 def test_demo_replaces_an_earlier_demo_and_nothing_else(calls: list, tmp_path: Path, capsys):
@@ -398,7 +437,7 @@ def test_warnings_are_one_line(calls: list, capsys, monkeypatch):
 
 def test_disk_full_and_interruption(calls: list, tmp_path: Path, capsys, monkeypatch):
     def raising(cause: BaseException):
-        def write_report(run: Path) -> None:
+        def write_report(run: Path, out: Path | None) -> None:
             raise cause
 
         monkeypatch.setattr(sys.modules["engine.report"], "write_report", write_report)

@@ -247,6 +247,8 @@ def test_it_is_self_contained_light_and_the_same_each_time(tmp_path):
     assert len(first) < 2e6
     write_report(folder)
     assert path.read_bytes() == first
+    elsewhere = write_report(folder, tmp_path / "elsewhere" / "page.html")
+    assert elsewhere == tmp_path / "elsewhere" / "page.html" and elsewhere.read_bytes() == first
     page = Page(first.decode())
     outside = re.compile(r"(https?:)?//\w|url\(|@import", re.IGNORECASE)
     assert not outside.search(first.decode().replace("http-equiv", ""))

@@ -42,6 +42,7 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
     try:
         if not arguments.debug:
             warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(' '.join(str(message).split()))}\n"
+        _require_current_folder()
         settings = split_settings(arguments, rest)
         if not _has_work(arguments.command):
             return 0
@@ -76,6 +77,20 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
     finally:
         warnings.formatwarning = formatwarning
     return 0
+
+
+def _require_current_folder() -> None:
+    """Libraries of torch end the process without a reason where the current folder was removed.
+
+    Raises:
+        EngineError: it was, or nobody may look into the folders above it.
+    """
+    try:
+        os.getcwd()
+    except OSError as cause:
+        raise EngineError(
+            "current folder", cause.strerror or str(cause), "a folder that exists", "Change to another folder with cd."
+        ) from cause
 
 
 def _said_by_another(cause: Exception) -> bool:

@@ -51,10 +51,18 @@ def config_arguments(p: argparse.ArgumentParser) -> None:
     group.add_argument("--config", metavar="FILE", help="a YAML file; `preset: NAME` in it starts from that preset")
 
 
+def run_folder_argument(p: argparse.ArgumentParser) -> None:
+    """Add --run. torchrun takes this word for one of its own options, so there is a longer one."""
+    p.add_argument(
+        "--run", "--run-folder", metavar="DIR", type=user_path, required=True, dest="run_folder",
+        help="a run folder; behind torchrun, which has a --run of its own, write --run-folder",
+    )  # fmt: skip
+
+
 def run_arguments(p: argparse.ArgumentParser) -> None:
     """Add the options of a command that applies a run's best model to data."""
     p.add_argument("--task", metavar="MODULE:ATTRIBUTE", help="where the run's task is, if it is one of your own")
-    p.add_argument("--run", metavar="DIR", type=user_path, required=True, dest="run_folder", help="a run folder")
+    run_folder_argument(p)
     p.add_argument("--data", metavar="PATH", type=user_path, required=True, help="feature file or folder, or a store")
     p.add_argument("--split", choices=SPLITS, help="which split (test, or the only one that the data has)")
     p.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1 or mps (auto)")

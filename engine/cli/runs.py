@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from engine.cli.command import Command, named_task, run_arguments
+from engine.cli.command import Command, named_task, run_arguments, run_folder_argument
 from engine.cli.folders import existing_run
 from engine.cli.printing import print_metrics, say
 from engine.files import user_path
@@ -59,11 +59,12 @@ def _predict_arguments(p: argparse.ArgumentParser) -> None:
 def _report(a: argparse.Namespace) -> None:
     from engine.report import write_report
 
-    say(f"report: {write_report(existing_run(a.run_folder))}")
+    say(f"report: {write_report(existing_run(a.run_folder), a.out)}")
 
 
 def _report_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--run", metavar="DIR", type=user_path, required=True, dest="run_folder", help="a run folder")
+    run_folder_argument(p)
+    p.add_argument("--out", metavar="HTML", type=user_path, help="the file to write (report.html in the run folder)")
 
 
 COMMANDS = (

@@ -77,7 +77,7 @@ class Config(Section):
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="auto, cpu, cuda, cuda:0, mps",
+        description="auto (an NVIDIA or AMD GPU where there is one, else cpu), cpu, cuda, cuda:0, mps",
         json_schema_extra=COMMON,
     )
     threads: Annotated[int | None, none] = Field(

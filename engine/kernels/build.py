@@ -2,53 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import hashlib
 import logging
 import os
-import shutil
+import platform
+import shlex
+import stat
 import subprocess
-import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from engine.allocator import settle
 from engine.errors import OutputError
-from engine.files import atomic_path, cache_home
+from engine.files import atomic_path, cache_home, lock
+from engine.kernels.compilers import compilers, flags
 
 HEADERS = Path(__file__).parent
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-# By torch's name for the processor. A folder that machines share then holds one library per kind of processor.
-PROCESSOR_FLAGS = {
-    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma"],
-    "AVX2": ["-mavx2", "-mfma"],
-}
 REAL = {torch.float32: "float", torch.float64: "double"}
+PATIENCE_S = 120.0
 
 log = logging.getLogger("engine")
+
+
+class NoHome(RuntimeError):
+    """There is no home directory to keep a library in."""
+
+
+class CompilerFailed(RuntimeError):
+    """A compiler cannot compile a source. The message has its first line."""
 
 
 def folder() -> Path:
     """Where compiled libraries are kept: torch's folder of extensions (TORCH_EXTENSIONS_DIR), in the user's cache.
 
     Raises:
-        RuntimeError: the user has no home directory, and neither variable names another place.
+        NoHome: the user has no home directory, and neither variable names another place.
     """
     if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(root) / "engine"
     cache = cache_home()
     if cache is None:
-        raise RuntimeError("no home directory to keep it in; set XDG_CACHE_HOME or TORCH_EXTENSIONS_DIR")
+        raise NoHome("no home directory to keep it in; set XDG_CACHE_HOME or TORCH_EXTENSIONS_DIR")
     return cache / "torch_extensions" / "engine"
 
 
-def compiler() -> str | None:
-    """The C++ compiler: the one that CXX names, else g++, clang++ or c++; None if there is none."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    return next(filter(None, map(shutil.which, names)), None)
+def own_temporary_folder() -> Path:
+    """The folder for libraries where `folder` cannot be written to: one of the user's alone among temporary files.
+
+    Raises:
+        OSError: it cannot be made, or other users may write into it.
+    """
+    place = Path(tempfile.gettempdir()) / f"engine-{os.getuid()}"
+    place.mkdir(mode=0o700, exist_ok=True)
+    state = place.lstat()
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022:
+        raise OSError(errno.EPERM, "a folder that is not this user's alone", str(place))
+    return place
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:
@@ -94,28 +111,77 @@ def library(
 
 
 def compiled(source: Path, dtype: torch.dtype) -> Path:
-    """The library of a C++ source with REAL defined as float or double, compiled unless it was kept."""
-    chosen = compiler()
-    if chosen is None:
-        raise RuntimeError("no C++ compiler found; install g++ or set CXX")
-    capability = torch.backends.cpu.get_cpu_capability()
-    # gcc links torch's own OpenMP runtime, which is loaded already; those of other compilers would compete with it
-    threads = ["-fopenmp"] if sys.platform == "linux" and "g++" in Path(chosen).name else []
-    flags = [*FLAGS, *PROCESSOR_FLAGS.get(capability, []), *threads, f"-DREAL={REAL[dtype]}"]
+    """The library of a C++ source with REAL defined as float or double, compiled unless it was kept.
+
+    Raises:
+        RuntimeError: there is no compiler, or none of them can compile it.
+        OSError, OutputError: no folder can be written to.
+    """
+    try:
+        return _compiled_in(folder(), source, dtype)
+    except (OutputError, NoHome) as cause:
+        place = own_temporary_folder()
+        log.info("compiled kernels: kept in %s, because: %s; TORCH_EXTENSIONS_DIR names another place", place, cause)
+        return _compiled_in(place, source, dtype)
+
+
+def _compiled_in(place: Path, source: Path, dtype: torch.dtype) -> Path:
+    failures = []
+    for command in compilers():
+        try:
+            return _compiled_with(command, place, source, dtype)
+        except CompilerFailed as cause:
+            log.info("%s kernel: %s", source.stem, cause)
+            failures.append(cause)
+    raise failures[0] if failures else RuntimeError("no C++ compiler found; install g++ or set CXX")
+
+
+def _compiled_with(command: list[str], place: Path, source: Path, dtype: torch.dtype) -> Path:
+    options = [*flags(command), f"-DREAL={REAL[dtype]}"]
     text = b"".join(path.read_bytes() for path in (source, *sorted(HEADERS.glob("*.h"))))
-    key = hashlib.sha256(text + "\0".join([chosen, *flags]).encode()).hexdigest()[:16]
-    path = folder() / f"{source.stem}_{REAL[dtype]}_{key}.so"
-    if not path.exists():
+    # Machines with other processors or older C libraries may share the folder.
+    key = hashlib.sha256(text + "\0".join([*command, *options, platform.machine(), *platform.libc_ver()]).encode())
+    path = place / f"{source.stem}_{REAL[dtype]}_{key.hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    with _turn(path):
+        if path.exists():  # another process has compiled it
+            return path
         start = time.perf_counter()
-        log.info("%s kernel: compiling for %s with %s, once for this machine", source.stem, capability, chosen)
-        # processes that compile at the same time write files of their own; the last one replaces the others'
+        log.info("%s kernel: compiling with %s, once for this machine", source.stem, shlex.join(command))
         with atomic_path(path) as part:
-            done = subprocess.run(
-                [chosen, *flags, f"-I{HEADERS}", str(source), "-o", str(part)], capture_output=True, text=True
-            )
+            part.write_bytes(bytes(1 << 20))  # fails at once where the disk is full
+            line = [*command, *options, f"-I{HEADERS}", str(source), "-o", str(part)]
+            try:
+                done = subprocess.run(line, capture_output=True, text=True, errors="replace")
+            except OSError as cause:
+                raise CompilerFailed(f"{command[0]} failed: {cause.strerror}") from cause
             if done.returncode != 0:
                 lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-                raise RuntimeError(f"{chosen} failed: {lines[0]}")
+                raise CompilerFailed(f"{command[0]} failed: {lines[0]}")
             part.chmod(0o755)
         log.info("%s kernel: compiled in %.1f s, kept as %s", source.stem, time.perf_counter() - start, path)
     return path
+
+
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Wait while another process compiles the same library: many that start at once take memory for one compiler.
+
+    The lock of a process that was killed is gone. Where there are no locks, and after `PATIENCE_S`, nobody waits.
+    """
+    mark, deadline = path.with_suffix(".lock"), time.monotonic() + PATIENCE_S
+    with contextlib.ExitStack() as stack:
+        while time.monotonic() < deadline:
+            try:
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that there are no locks
+                    stack.enter_context(lock(mark))
+                stack.callback(mark.unlink, missing_ok=True)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:  # whether the folder can be written to shows when the library is
+                break
+        yield

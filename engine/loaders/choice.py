@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from engine import limits
 from engine.errors import ConfigError
 from engine.loaders.loader import Loader
 from engine.vocabulary import Loader as Kind
@@ -25,23 +24,12 @@ def has_dali() -> bool:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that are still free on a device; None if nothing tells.
 
-    For a GPU it is what CUDA says; else what the system calls available, within the limit of a container.
+    For a GPU it is what CUDA says; else what the system calls available, within the limits of a container or a batch
+    job.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    limits = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            limits.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    if not limits and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        limits.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(limits) if limits else None
+    return limits.free_memory()
 
 
 def choose(kind: Kind, size: int, device: torch.device) -> tuple[str, str]:

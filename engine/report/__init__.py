@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.files import write_text
+from engine.files import user_path, write_text
 from engine.report.environment import environment as environment
 from engine.report.folder import Run as Run
 from engine.report.folder import read_run
 from engine.report.page import render
 
 
-def write_report(run: str | Path) -> Path:
+def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     """Write `report.html` into a run folder from what lies there, atomically.
 
     Args:
         run: folder of a run; an unfinished one is reported as far as it came.
+        out: another file for the page, where the run folder cannot be written to. An existing file is replaced.
 
     Returns:
         The path of the page.
@@ -29,6 +30,6 @@ def write_report(run: str | Path) -> Path:
         OutputError: the page cannot be written.
     """
     content = read_run(run)
-    path = content.folder / "report.html"
+    path = content.folder / "report.html" if out is None else user_path(out)
     write_text(path, render(content))
     return path

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from importlib import metadata
 from pathlib import Path
+
+from engine.limits import cores
 
 
 def environment(device: str = "cpu") -> dict[str, str]:
@@ -21,9 +22,8 @@ def environment(device: str = "cpu") -> dict[str, str]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions["system"] = f"{platform.system()} {platform.machine()}"
-    versions["processor"] = f"{_processor()}, {cores} cores"
+    versions["processor"] = f"{_processor()}, {cores()} cores"
     if device.startswith("cuda"):
         import torch
 

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from engine.config import Config
 from engine.errors import ConfigError
+from engine.limits import cores
 
 PATIENCE_S = 20.0  # that a run has to write what it must after SIGTERM
 
@@ -175,11 +176,6 @@ class Pool:
         self.selector.unregister(worker.stdout)
         worker.job, self.places[place] = None, None
         worker.close(0.0)
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resources(config: Config, jobs: int | None) -> tuple[int, int, list[str]]:

@@ -19,6 +19,7 @@ from engine.allocator import keep_memory
 from engine.callbacks import Callback, ProgressCallback, TensorBoardCallback
 from engine.config import Config
 from engine.errors import ConfigError, DataError, EngineError, EstimatorError, OutputError
+from engine.limits import fit_threads
 from engine.loaders.dataset import Dataset
 from engine.objective import Objective
 from engine.profile import Profiler
@@ -87,6 +88,8 @@ class TrainingRun:
         self.dataset, self.profile, self.profiler = dataset, profile and self.ranks.writes, None
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
+        else:
+            fit_threads()
         self.device = self.ranks.device
         if self.device.type == "cpu":
             keep_memory()
