@@ -15,6 +15,7 @@ import sys
 
 del sys.path[0]  # this script's folder, in which `inspect` and others would hide the standard library's
 
+import contextlib
 import json
 import os
 
@@ -124,15 +125,11 @@ def answer(request, opened):
 
 
 def main():
-    try:
-        import resource
+    for name, limit in (("RLIMIT_AS", int(sys.argv[1])), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
+        with contextlib.suppress(ImportError, AttributeError, ValueError, OSError):  # a system without this limit
+            import resource
 
-        limit = int(sys.argv[1])
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ImportError, ValueError, OSError):  # this system has no such limits
-        pass
+            resource.setrlimit(getattr(resource, name), (limit, limit))
     opened = []
     for line in sys.stdin.buffer:
         body = b""

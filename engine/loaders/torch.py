@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from engine.errors import DataError
 from engine.kernels.ragged import Source
+from engine.limits import cores
 from engine.loaders.batch import Batch
 from engine.loaders.loader import FRAMES, Loader, checked
 
@@ -38,7 +38,7 @@ def default_workers(device: torch.device) -> int:
 
     There, workers would take the cores away from training, and sending a batch costs more than reading it.
     """
-    return 0 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 2) // 2))
+    return 0 if device.type == "cpu" else max(1, min(4, cores() // 2))
 
 
 class TorchLoader(Loader):
