@@ -260,7 +260,7 @@ def test_predictions_to_standard_output(monkeypatch, calls, data, tmp_path, caps
 @pytest.mark.parametrize(
     ("words", "meant"),
     [(["--epochs", "3"], "epochs"), (["epochs", "3"], "epochs"), (["--batch-size=3"], "batch_size"),
-     (["--train.lr", "1"], "train.lr"), (["--lr=1"], "train.lr")],
+     (["--train.lr", "1"], "train.lr"), (["--lr=1"], "train.lr"), (["--seeds", "0-2"], "seeds")],
 )  # fmt: skip
 def test_settings_written_as_options(capsys, words, meant):
     line = fails(capsys, "train", "--preset", "mosi", "--out", "x", *words)

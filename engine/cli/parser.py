@@ -94,6 +94,8 @@ def _setting_of(word: str) -> str | None:
     from engine.config import keys
 
     name = word.lstrip("-").partition("=")[0].replace("-", "_")
+    if name == "seeds":  # of train and sweep, which are many runs, and so no key of one; an option of tune
+        return name
     meant = [key.name for key in keys() if name in (key.name, key.name.rpartition(".")[2])]
     return meant[0] if len(meant) == 1 else None
 

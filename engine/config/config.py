@@ -77,7 +77,7 @@ class Config(Section):
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="auto (an NVIDIA or AMD GPU where there is one, else cpu), cpu, cuda, cuda:0, mps",
+        description="auto, cpu, cuda, cuda:0, mps (auto takes cuda where there is one, else cpu, never mps)",
         json_schema_extra=COMMON,
     )
     threads: Annotated[int | None, none] = Field(
