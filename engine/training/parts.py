@@ -16,6 +16,7 @@ from engine.config import Config, ScheduleConfig
 from engine.errors import ConfigError
 from engine.loaders.batch import Batch
 from engine.loaders.dataset import Dataset
+from engine.model.described import without_memory
 from engine.model.text_encoder import load_text_encoder, text_encoder_from_config
 from engine.objective import Objective
 from engine.precision import autocast_dtype
@@ -134,7 +135,7 @@ def assemble(
     check_shard(config, encoder, device, ranks)
     checks.text_fits(config, dataset, encoder, task.pad_tokens(config))
     inputs, samples = Inputs(dataset.audio_dim, dataset.vision_dim), len(dataset.splits["train"])
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), without_memory():
         described = build(task, config, inputs, encoder)
     batch = min(config.batch_size, samples)
     elsewhere = held_elsewhere(config, encoder, ranks)
