@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 
 class Phases:
@@ -49,21 +47,12 @@ class Phases:
         return before
 
 
-def process_age() -> float | None:
-    """Seconds since this process began. None on a system that does not tell."""
-    try:
-        behind_name = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
-        began = int(behind_name.split()[19]) / os.sysconf("SC_CLK_TCK")
-        return float(Path("/proc/uptime").read_text(encoding="ascii").split()[0]) - began
-    except (OSError, ValueError, IndexError, AttributeError):
-        return None
+def in_words(seconds: float, phases: Mapping[str, float]) -> str:
+    """One line that says how long a run took, and what took it. What is left of `seconds` counts as other.
 
-
-def in_words(epochs: int, seconds: float, phases: dict[str, float]) -> str:
-    """One line that says how long a run took and with what.
-
-    >>> in_words(8, 12.3, {"start": 2.14, "training": 8.0, "other": 0.01})
-    '8 epochs in 12.3 s: 2.1 start, 8.0 training'
+    >>> in_words(12.3, {"start": 2.14, "other": 0.1, "data": 0.01, "training": 8.0})
+    '12.3 s: start 2.1, training 8.0, other 2.2'
     """
-    told = [f"{value:.1f} {name}" for name, value in phases.items() if value >= 0.05]
-    return f"{epochs} epoch{'s' * (epochs != 1)} in {seconds:.1f} s: {', '.join(told)}"
+    known = {name: value for name, value in phases.items() if name != "other"}
+    told = known | {"other": seconds - sum(known.values())}
+    return f"{seconds:.1f} s: " + ", ".join(f"{name} {value:.1f}" for name, value in told.items() if value >= 0.05)

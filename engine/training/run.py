@@ -45,6 +45,7 @@ from engine.stopping import Stopped, StopSignals
 from engine.task import find_task
 from engine.torchrun import JOB, restartable, restarted
 from engine.training import resuming
+from engine.training.ahead import begin_ahead
 from engine.training.applying import own_tokenizer
 from engine.training.parts import assemble, choose_device
 from engine.training.phases import Phases
@@ -98,6 +99,7 @@ class TrainingRun:
             self.arithmetic["ranks"] = self.ranks.size
             self.arithmetic |= {"shard": True} if self.config.train.shard else {}
         self.phases = Phases()
+        begin_ahead(self.config.device)
         self.results: dict[str, EpochResult] = {}
         self.saving: Future | None = None
         self.position = Position()
@@ -248,7 +250,7 @@ class TrainingRun:
                         callback.on_epoch(record, improved)
                     if saved:
                         within.saved()
-            self._wait()
+                self._wait()
             if sharded is not None:  # from here on the writer computes alone
                 sharded.undo()
         finally:
