@@ -30,6 +30,7 @@ from engine.training.random_state import seed_all
 from engine.training.rank_step import StepOnRanks
 from engine.training.records import Selection
 from engine.training.sharding import check_shard, held_elsewhere
+from engine.training.without_compiler import step_without_compiler
 from engine.vocabulary import SPLITS
 
 
@@ -277,9 +278,14 @@ def _optimizers(
 def _optimizer(config: Config, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
     groups = [g for g in groups if g["params"]]
     t = config.train
+    optimizer: torch.optim.Optimizer
     if t.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=t.momentum, weight_decay=t.weight_decay, fused=True)
-    return torch.optim.Adam(groups, lr=lr, weight_decay=t.weight_decay, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=t.momentum, weight_decay=t.weight_decay, fused=True)
+    else:
+        optimizer = torch.optim.Adam(groups, lr=lr, weight_decay=t.weight_decay, fused=True)
+    if t.compile == "off":
+        step_without_compiler(optimizer)
+    return optimizer
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, s: ScheduleConfig, higher_is_better: bool) -> Any:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import sys
+import types
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -31,3 +35,15 @@ def without_compiler() -> Iterator[None]:
     finally:
         for plain in marked:
             delattr(plain, DISABLED)
+
+
+def step_without_compiler(optimizer: torch.optim.Optimizer) -> None:
+    """Have `optimizer.step` do what it does without importing torch's compiler, which it tells where to stop."""
+    plain = inspect.unwrap(type(optimizer).step)
+
+    @functools.wraps(plain)
+    def step(self: torch.optim.Optimizer, closure: Any = None) -> Any:
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return plain(self, closure)
+
+    optimizer.step = types.MethodType(optimizer.profile_hook_step(step), optimizer)  # type: ignore[method-assign]
