@@ -6,6 +6,9 @@ import sys
 import pytest
 import torch
 
+from engine.config import Config
+from engine.step.fused import _is_torchs
+from engine.training import parts
 from engine.training.without_compiler import step_without_compiler
 from tests.small_runs import changed
 
@@ -31,6 +34,9 @@ def test_optimisers_are_as_torch_has_them_afterwards():
     code = """
 import sys
 import torch
+from engine.config import Config
+from engine.step.fused import _is_torchs
+from engine.training import parts
 from engine.training.without_compiler import without_compiler
 methods = [m.__wrapped__ for m in vars(torch.optim.Optimizer).values() if hasattr(m, "__wrapped__")]
 before = [dict(vars(m)) for m in methods]
@@ -70,3 +76,12 @@ def test_a_step_without_the_compiler_is_the_step(kind):
         found.append((values, called, weight.detach(), optimizer.param_groups[0]["lr"]))
     assert found[0][:2] == found[1][:2] == ([3.0] * 3, ["before", True, "after"] * 3)
     assert torch.equal(found[0][2], found[1][2]) and found[0][3] == found[1][3]
+
+
+def test_on_a_gpu_the_update_in_one_pass_finds_torchs_own_step():
+    """`engine.step.fused` leaves an optimiser with a step of its own alone."""
+    config = Config(train={"schedule": {"kind": "plateau"}})
+    for device, replaced in (("cpu", True), ("meta", False)):
+        optimizer = parts._optimizer(config, [{"params": [torch.nn.Parameter(torch.ones(1, device=device))]}], 0.1)
+        assert ("step" in vars(optimizer)) is replaced
+        assert _is_torchs(optimizer) is not replaced

@@ -283,7 +283,7 @@ def _optimizer(config: Config, groups: list[dict[str, Any]], lr: float) -> torch
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=t.momentum, weight_decay=t.weight_decay, fused=True)
     else:
         optimizer = torch.optim.Adam(groups, lr=lr, weight_decay=t.weight_decay, fused=True)
-    if t.compile == "off":
+    if t.compile == "off" and groups[0]["params"][0].device.type == "cpu":  # a GPU's update does not call `step`
         step_without_compiler(optimizer)
     return optimizer
 
