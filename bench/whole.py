@@ -43,19 +43,30 @@ def measure(data: Path, out: Path, device: str, settings: Sequence[str] = ()) ->
     seconds = time.perf_counter() - began
     if done.returncode != 0:
         raise RuntimeError(f"engine train: {done.stderr.strip()[-500:]}")
-    content = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    told = LINE.search(done.stdout)
-    start = re.search(r" start (\d+\.\d)", told[0]) if told else None
-    phases = {"start": float(start[1]) if start else 0.0, **content["timings"]}
-    if told:
-        phases["exit"] = seconds - float(told["seconds"])
-    phases["other"] += seconds - sum(phases.values())
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     lines = (out / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    epochs = [json.loads(line)["seconds"] for line in lines]
     return {
-        "row": "whole", "side": "engine", "device": device, "seconds": seconds, "phases": phases,
-        "epoch_seconds": epochs, "mae": content["test"].get("mae"),
+        "row": "whole", "side": "engine", "device": device, "seconds": seconds,
+        "phases": phases(done.stdout, out, seconds), "epochs": [json.loads(line)["seconds"] for line in lines],
+        "mae": metrics["test"].get("mae"),
     }  # fmt: skip
+
+
+def phases(printed: str, out: Path, seconds: float) -> dict[str, float]:
+    """Seconds of the phases of an `engine train` that has ended.
+
+    Args:
+        printed: what the command printed.
+        out: its run folder.
+        seconds: from the start of the process to its end.
+    """
+    timings = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["timings"]
+    told = LINE.search(printed)
+    start = re.search(r" start (\d+\.\d)", told[0]) if told else None
+    found = {"start": float(start[1]) if start else 0.0, **timings}
+    if told:
+        found["exit"] = seconds - float(told["seconds"])
+    return found | {"other": timings["other"] + seconds - sum(found.values())}
 
 
 def rounds(data: Path | None, device: str, count: int, settings: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
@@ -73,7 +84,7 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
     last = entries[-1]
     rows = [f"| {name} | {value:.2f} |" for name, value in last["phases"].items() if value >= 0.005]
     whole = ", ".join(f"{entry['seconds']:.1f}" for entry in entries)
-    epochs = ", ".join(f"{value:.2f}" for value in last["epoch_seconds"])
+    epochs = ", ".join(f"{value:.2f}" for value in last["epochs"])
     return "\n".join(
         [f"| phase ({last['device']}) | s |", "|---|---|", *rows, f"| **whole** | **{last['seconds']:.2f}** |", "",
          f"every round: {whole} s; epochs of the last: {epochs} s; test MAE {last['mae']}"]
