@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,12 @@ class BertConfig(SimpleNamespace):
         return json.dumps({name: value for name, value in vars(self).items() if not name.startswith("_")}, indent=2)
 
 
+class Hidden(NamedTuple):
+    """What a `Bert` returns: hidden states [B, L, hidden_size]."""
+
+    last_hidden_state: Tensor
+
+
 class Bert(nn.Module):
     """BERT's hidden states.
 
@@ -110,7 +116,7 @@ class Bert(nn.Module):
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> SimpleNamespace:
+    ) -> Hidden:
         """Hidden states [B, L, hidden_size] as `last_hidden_state`.
 
         Args:
@@ -127,7 +133,7 @@ class Bert(nn.Module):
             attention_mask = None if looks and seen.all() else seen[:, None, None, :].expand(-1, 1, length, -1)
         for layer in self.encoder.layer:
             h = layer(h, attention_mask)
-        return SimpleNamespace(last_hidden_state=h)
+        return Hidden(h)
 
 
 class BertEmbeddings(nn.Module):
