@@ -37,7 +37,6 @@ import torch
 import engine.kernels
 from engine.errors import ConfigError
 from engine.files import write_text
-from engine.kernels.compiling import constant_when_compiled
 
 TABLE = Path(__file__).with_suffix(".json")
 VARIABLE = "ENGINE_DISPATCH"
@@ -150,9 +149,12 @@ def architecture(device: torch.device) -> int | None:
     return _capability(device.index) if device.type == "cuda" else None
 
 
-@constant_when_compiled
 def _table_of(dtype: torch.dtype, device: torch.device) -> tuple[str, int | None]:
     return precision_of(dtype), architecture(device)
+
+
+# What torch.compiler.assume_constant_result sets; that imports the compiler, which takes a second.
+_table_of._dynamo_marked_constant = True
 
 
 @functools.cache
