@@ -1,4 +1,4 @@
-"""python -m bench run NAME [--json], all, compare --base REF, launches, host, list."""
+"""python -m bench run NAME [--json], all, compare --base REF, launches, host, whole, list."""
 
 from __future__ import annotations
 
@@ -101,6 +101,21 @@ def _host(a: argparse.Namespace, threads: int) -> int:
     return 0
 
 
+def _whole(a: argparse.Namespace, threads: int) -> int:
+    import json
+
+    from bench import whole
+
+    entries = []
+    for entry in whole.rounds(a.data, a.device, a.rounds, a.settings):
+        entries.append(entry)
+        if a.json:
+            print(json.dumps(entry), flush=True)
+    if not a.json:
+        print(whole.table(entries))
+    return 0
+
+
 def _serve(a: argparse.Namespace, threads: int) -> int:
     from bench.compare import serve
 
@@ -149,6 +164,12 @@ def _parser() -> argparse.ArgumentParser:
     p = command("host", _host, "what Python does in an epoch of replayed graphs, measured without a GPU")
     p.add_argument("--json", action="store_true", help="one line of JSON")
     p.add_argument("--where", action="store_true", help="the functions that take longest instead")
+    p = command("whole", _whole, "where the seconds of a whole engine train go, from the process's start to its end")
+    p.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of the run, such as epochs=8")
+    p.add_argument("--data", type=Path, metavar="PATH", help="MOSI's features (default: random data of that shape)")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--rounds", type=int, default=2, help="how often, one after the other")
+    p.add_argument("--json", action="store_true", help="a line of JSON for every round")
     p = command("serve", _serve, "one engine side, timed on request over pipes (used by compare)")
     p.add_argument("name")
     p.add_argument("--quick", action="store_true")

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 
@@ -32,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["config", "--preset", "no-such-preset"])
     2
     """
+    began = time.perf_counter()
     arguments, rest = build_parser().parse_known_args(argv)
+    arguments.began = began
     with standing_streams(survive_readers=arguments.command in ("train", "demo", "sweep", "tune")):
         return _run(arguments, rest)
 

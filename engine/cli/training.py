@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
+import time
 from pathlib import Path
 
 from engine.cli.command import Command, chosen_config, config_arguments, named_task
@@ -40,8 +41,13 @@ def _train(a: argparse.Namespace, settings: list[str]) -> None:
         check_out(folder, resume)
     if a.profile and seeds is not None:
         raise ConfigError("--profile", "several seeds", "one run", "Profile a run of one seed.")
-    from engine import trainer
+    from engine.training.ahead import begin_ahead
 
+    begin_ahead(config.device)  # before the engine's own modules are read
+    from engine import trainer
+    from engine.training.phases import in_words
+
+    start = time.perf_counter() - a.began
     if seeds is None:
         result = trainer.train(config, a.out, resume=a.resume, profile=a.profile)
         if not writes:
@@ -51,6 +57,8 @@ def _train(a: argparse.Namespace, settings: list[str]) -> None:
         split = "test" if result.metrics["test"] else "valid"  # a test split without labels has no metrics
         print_metrics(result.metrics[split], f"{split} metrics at the best epoch ({result.metrics['best_epoch']})")
         print_information(a.out, result.metrics["best_epoch"])
+        timings = {"start": start} | result.metrics.get("timings", {})
+        say(in_words(time.perf_counter() - a.began, timings))
     else:
         results = trainer.train_seeds(config, a.out, seeds, resume=a.resume)
         if not writes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from engine.errors import ConfigError
 from engine.kernels import dropout as ops
 from engine.loaders.batch import PackedText
-from engine.loaders.text import check_sizes, quiet
+from engine.loaders.text import check_model_files, check_sizes, quiet
 from engine.model import fused_bert
-from engine.model.pretrained import first_line, known_code_only, load_pretrained, refuse_kernels
+from engine.model.bert import Bert, is_plain, load_bert
+from engine.model.pretrained import first_line, known_code_only, load_pretrained, refuse_kernels, resolve_text_model
 from engine.sharded import is_sharded
 
 # Models that take 0-based positions and a mask over (query, key) pairs, so that several texts can share one row.
@@ -160,6 +162,8 @@ def text_encoder_from_config(description: dict[str, Any], freeze: str = "no") ->
     model_type = settings.pop("model_type", None)
     if model_type == "features":
         return PrecomputedText(settings.get("dim"))
+    if is_plain(description):
+        return TextEncoder(Bert(description), freeze)
     from transformers import AutoConfig, AutoModel
 
     try:
@@ -209,11 +213,22 @@ def load_text_encoder(name: str, freeze: str = "no", dim: int | None = None) -> 
                 "Name a text encoder, such as text_encoder=minilm.",
             )
         return PrecomputedText(dim)
-    from transformers import AutoModel
+    model: Any = _plain_bert(name)
+    if model is None:
+        from transformers import AutoModel
 
-    model = load_pretrained(AutoModel, name).float()
+        model = load_pretrained(AutoModel, name).float()
     _check_reads_text(model, name)
     return TextEncoder(model, freeze)
+
+
+def _plain_bert(name: str) -> Bert | None:
+    """The model of a folder that needs no transformers, if `name` is one."""
+    source = Path(resolve_text_model(name))
+    if not source.is_dir():
+        return None
+    check_model_files(source)
+    return load_bert(source)
 
 
 def _check_reads_text(model: nn.Module, name: str) -> None:

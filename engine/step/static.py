@@ -321,8 +321,9 @@ class StaticPasses:
             self.graphs.clear()
             return content
         if name not in self._banks or self._banks[name].size != size:
+            if name in self._banks:
+                self.graphs.clear()
             self._banks[name] = FeatureBank(size, self.device)
-            self.graphs.clear()
         self._banks[name].clear()
         return self._banks[name]
 
@@ -330,9 +331,10 @@ class StaticPasses:
         """Copy a bank's features to where the graphs read them."""
         features = bank.tensors()
         if {k: v.shape for k, v in features.items()} != {k: v.shape for k, v in self._known.items()}:
+            if self._known:
+                self.graphs.clear()
             self._known = {name: torch.empty_like(value) for name, value in features.items()}
             self._prepared = None
-            self.graphs.clear()
         for name, value in features.items():
             self._known[name].copy_(value)
         bank = Bank(self._known)
@@ -348,8 +350,9 @@ class StaticPasses:
         if position.order is None:
             position.order = self.step.shuffled(count)
         if self._order.shape != (batches, batch_size):
+            if self._order.numel():
+                self.graphs.clear()
             self._order = torch.zeros(batches, batch_size, dtype=torch.int64, device=self.device)
-            self.graphs.clear()
         order = position.order.new_zeros(batches * batch_size)
         order[:count] = position.order
         send(self._order, order.view(batches, batch_size))
@@ -364,8 +367,9 @@ class StaticPasses:
             if stage in self._draws and self._draws[stage].fits(drawn):
                 self._draws[stage].load(drawn)
             else:
+                if stage in self._draws:
+                    self.graphs.clear()
                 self._draws[stage] = drawn
-                self.graphs.clear()
 
     def _take(self, stage: str, size: int) -> Mapping[str, Any] | None:
         if stage not in self._draws:

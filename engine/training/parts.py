@@ -16,6 +16,7 @@ from engine.config import Config, ScheduleConfig
 from engine.errors import ConfigError
 from engine.loaders.batch import Batch
 from engine.loaders.dataset import Dataset
+from engine.model.described import without_memory
 from engine.model.text_encoder import load_text_encoder, text_encoder_from_config
 from engine.objective import Objective
 from engine.precision import autocast_dtype
@@ -29,6 +30,7 @@ from engine.training.random_state import seed_all
 from engine.training.rank_step import StepOnRanks
 from engine.training.records import Selection
 from engine.training.sharding import check_shard, held_elsewhere
+from engine.training.without_compiler import step_without_compiler
 from engine.vocabulary import SPLITS
 
 
@@ -134,7 +136,7 @@ def assemble(
     check_shard(config, encoder, device, ranks)
     checks.text_fits(config, dataset, encoder, task.pad_tokens(config))
     inputs, samples = Inputs(dataset.audio_dim, dataset.vision_dim), len(dataset.splits["train"])
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), without_memory():
         described = build(task, config, inputs, encoder)
     batch = min(config.batch_size, samples)
     elsewhere = held_elsewhere(config, encoder, ranks)
@@ -276,9 +278,14 @@ def _optimizers(
 def _optimizer(config: Config, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
     groups = [g for g in groups if g["params"]]
     t = config.train
+    optimizer: torch.optim.Optimizer
     if t.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=t.momentum, weight_decay=t.weight_decay, fused=True)
-    return torch.optim.Adam(groups, lr=lr, weight_decay=t.weight_decay, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=t.momentum, weight_decay=t.weight_decay, fused=True)
+    else:
+        optimizer = torch.optim.Adam(groups, lr=lr, weight_decay=t.weight_decay, fused=True)
+    if t.compile == "off" and groups[0]["params"][0].device.type == "cpu":  # a GPU's update does not call `step`
+        step_without_compiler(optimizer)
+    return optimizer
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, s: ScheduleConfig, higher_is_better: bool) -> Any:

@@ -105,6 +105,7 @@ def restore(files: RunFiles, saved: Saved, position: Position) -> tuple[list[Rec
     files.newest_is_damaged = "newest_is_damaged" in state
     with checkpoint.taken_apart(where):
         history = _restore_history(files, state, meta)
+        files.records = len(history)
         checkpoint.load_into(parts.model, state["model"], f"{where}: model")
         checkpoint.load_into(parts.objective, state["objective"], f"{where}: objective")
         factor = parts.config.train.lr / same_run.settings_of(files.out, meta).train.lr

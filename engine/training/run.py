@@ -46,8 +46,10 @@ from engine.stopping import Stopped, StopSignals
 from engine.task import find_task
 from engine.torchrun import JOB, restartable, restarted
 from engine.training import resuming
+from engine.training.ahead import begin_ahead
 from engine.training.applying import own_tokenizer
 from engine.training.parts import assemble, choose_device
+from engine.training.phases import Phases
 from engine.training.rank_warnings import RankWarnings
 from engine.training.records import Record, record_of
 from engine.training.same_run import arithmetic, differing_splits
@@ -56,6 +58,7 @@ from engine.training.sharding import ShardedText
 from engine.training.warming import compiles_kernels, warm_kernels
 from engine.training.what_is_left import write_left
 from engine.training.within_epochs import WithinEpochs
+from engine.training.without_compiler import without_compiler
 
 
 class TrainingRun:
@@ -70,6 +73,7 @@ class TrainingRun:
         files: what it writes, after `prepare`.
         results: the last epoch's evaluation by split.
         position: where the epoch is.
+        phases: where the time goes.
     """
 
     def __init__(
@@ -97,6 +101,8 @@ class TrainingRun:
         if self.ranks.size > 1:
             self.arithmetic["ranks"] = self.ranks.size
             self.arithmetic |= {"shard": True} if self.config.train.shard else {}
+        self.phases = Phases()
+        begin_ahead(self.config.device)
         self.results: dict[str, EpochResult] = {}
         self.saving: Future | None = None
         self.position = Position()
@@ -114,7 +120,8 @@ class TrainingRun:
             raise ConfigError(
                 "profile", "one epoch", "two or more: the first has no information terms", "Set epochs=2."
             )
-        with self.ranks.failing_together(), self.warnings.taken():
+        compiler = without_compiler() if self.config.train.compile == "off" else contextlib.nullcontext()
+        with self.ranks.failing_together(), self.warnings.taken(), compiler:
             return self._write(resume) if self.ranks.writes else self._fit(resume)
 
     def _write(self, resume: bool) -> dict[str, Any]:
@@ -142,7 +149,7 @@ class TrainingRun:
             history, bank = self._begin(resume)
         self.ranks.same_weights(self.parts.model, self.parts.objective)
         if self.ranks.writes:
-            with self.ranks.alone():
+            with self.ranks.alone(), self.phases.of("saving"):
                 self.files.write_settings()
                 if history:
                     self.files.complete(history, within=self.position.resumed)
@@ -161,9 +168,11 @@ class TrainingRun:
     def _end(self, history: list[Record], started: float) -> dict[str, Any]:
         """Write what a finished run has beside its epochs, and return the content of metrics.json."""
         with self.ranks.alone():
-            summary = self.files.write_summary(history, time.perf_counter() - started)
-            self.files.complete(history, ended=True)
-            write_left(self.files, history, summary)
+            with self.phases.of("saving"):
+                summary = self.files.write_summary(history, time.perf_counter() - started, self.phases.seconds())
+                self.files.complete(history, ended=True)
+            with self.phases.of("what is left"):
+                write_left(self.files, history, summary, self.phases.seconds)
             if self.config.output.features:
                 self.files.write_features()
         if self.config.output.report:
@@ -178,8 +187,9 @@ class TrainingRun:
         """
         c, task = self.config, find_task(self.config.task)
         if self.dataset is None:
-            tokenizer = own_tokenizer(self.out, c) if resumed is not None else None
-            self.dataset = task.open_data(c, c.data.path, tokenizer=tokenizer)
+            with self.phases.of("data"):
+                tokenizer = own_tokenizer(self.out, c) if resumed is not None else None
+                self.dataset = task.open_data(c, c.data.path, tokenizer=tokenizer)
         if resumed is not None and (differing := differing_splits(self.dataset, resumed)):
             raise DataError(
                 c.data.path, f"other data than the run in {self.out} was trained on ({', '.join(differing)})",
@@ -190,7 +200,8 @@ class TrainingRun:
             present = [self.out / name for name in (BEST, LAST, PREVIOUS)]
             checks.disk_space(self.out, model, objective, c.train, present)
 
-        self.parts = assemble(task, c, self.dataset, self.device, resumed, check_space, self.ranks)
+        with self.phases.of("model"):
+            self.parts = assemble(task, c, self.dataset, self.device, resumed, check_space, self.ranks)
         self.parts.step.finite.ids = self.dataset.splits["train"].ids
         self.files = RunFiles(self.out, self.parts, self.arithmetic)
 
@@ -209,7 +220,7 @@ class TrainingRun:
 
         on_batch.only_looks = not self.extra_callbacks  # type: ignore[attr-defined]
         if compiles_kernels(self.device):
-            with self.ranks.alone():
+            with self.ranks.alone(), self.phases.of("kernels"):
                 warm_kernels(self.parts)
         sharded = ShardedText(self.parts) if self.config.train.shard and self.ranks.size > 1 else None
         try:
@@ -229,31 +240,45 @@ class TrainingRun:
                         record, bank = self._epoch(epoch, bank, on_batch)
                     except EngineError as problem:
                         self._wait()
-                        raise (
-                            self.files.explain_failure(epoch, problem) if self.ranks.writes else problem
-                        ) from problem
-                    self._wait()
+                        raise (self.files.explain_failure(problem) if self.ranks.writes else problem) from problem
                     self.position = Position()
                     improved = self.parts.selection.improved(history, record)
                     if self.parts.sharded:  # all save the same, whatever the last digits of their metrics
                         improved = self.ranks.from_writer(improved)
                     history.append(record)
-                    wall_s = time.perf_counter() - started
-                    if self.ranks.writes:
-                        self.saving = beside.submit(self.files.save(history, bank, self.results, improved, wall_s))
-                    else:
-                        self.files.take_part(improved)
+                    saved = self._save(history, bank, improved, time.perf_counter() - started, beside)
                     if self.extra_callbacks:  # which may read the folder
                         self._wait()
                     for callback in callbacks:
                         callback.on_epoch(record, improved)
-                    within.saved()
-            self._wait()
+                    if saved:
+                        within.saved()
+                self._wait()
             if sharded is not None:  # from here on the writer computes alone
                 sharded.undo()
         finally:
             for callback in callbacks:
                 callback.on_end()
+
+    def _save(
+        self, history: list[Record], bank: FeatureBank, improved: bool, wall_s: float, beside: ThreadPoolExecutor
+    ) -> bool:
+        """Have the epoch written beside the next one. False where it is left to the next one.
+
+        That is so where the checkpoint before is still being written, a large one of a short epoch: a slow disk then
+        does not hold up the training. The last epoch is always written.
+        """
+        with self.phases.of("saving"):
+            behind = self.saving is not None and not self.saving.done()
+            if behind and self.ranks.size == 1 and len(history) < self.config.epochs and self.files.may_postpone:
+                self.files.postpone(history, self.results, improved)
+                return False
+            self._wait()
+            if self.ranks.writes:
+                self.saving = beside.submit(self.files.save(history, bank, self.results, improved, wall_s))
+            else:
+                self.files.take_part(improved)
+        return True
 
     def _callbacks(self, history: list[Record]) -> list[Callback]:
         callbacks: list[Callback] = list(self.extra_callbacks)
@@ -274,7 +299,8 @@ class TrainingRun:
     def _wait(self) -> None:
         """Let the epoch before be saved, and raise what was in the way."""
         if self.saving is not None:
-            self.saving.result()
+            with self.phases.of("saving"):
+                self.saving.result()
 
     # -- one epoch --
 
@@ -286,7 +312,8 @@ class TrainingRun:
         record: Record = {"epoch": epoch}
         for name, optimizer in parts.optimizers.items():
             record[f"lr_{name}"] = optimizer.param_groups[0]["lr"]
-        trained, next_bank = self._train_epoch(epoch, bank, on_batch)
+        with self.phases.of("training"):
+            trained, next_bank = self._train_epoch(epoch, bank, on_batch)
         record["seconds"] = time.perf_counter() - start
         record["waiting_seconds"] = parts.loaders["train"].waited
         record["train"] = record_of(self.config, trained)
@@ -299,7 +326,7 @@ class TrainingRun:
                 )
         # Epoch 0 trains without information terms, so its evaluation has none either: the losses stay comparable.
         informed = bank is not None and parts.informed
-        with parts.step.averaged():
+        with self.phases.of("evaluation"), parts.step.averaged():
             self.results = {
                 split: parts.evaluate(split, parts.loaders[split], next_bank if informed else None)
                 for split in ("valid", "test")
@@ -309,7 +336,8 @@ class TrainingRun:
         self.ranks.check_weights(f"epoch {epoch}", parts.model, parts.objective)
         self.warnings.show()
         if informed and self.ranks.writes:
-            self._read_terms(record, trained.features)
+            with self.phases.of("readings"):
+                self._read_terms(record, trained.features)
         self._step_schedules(record)
         record["wall_seconds"] = time.perf_counter() - start
         return record, next_bank

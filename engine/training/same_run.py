@@ -13,6 +13,7 @@ from engine import checkpoint
 from engine.config import Config, load_config, text_of
 from engine.errors import CheckpointError
 from engine.loaders.dataset import Dataset
+from engine.model.described import without_memory
 from engine.precision import autocast_dtype
 from engine.run_folder import CONFIG, DIVERGED, NORMALIZER, verify
 from engine.task import Inputs, find_task
@@ -118,7 +119,7 @@ def require_described(
         raise CheckpointError(
             str(path), "a description of another form", "what engine train writes", "Use the file as it was written."
         )
-    with torch.device("meta"), checkpoint.taken_apart(str(path)):
+    with without_memory(), checkpoint.taken_apart(str(path)):
         model, objective = parts.build(find_task(config.task), config, Inputs(*dims), parts.saved_encoder(meta))
     checkpoint.compare(model, state["model"], f"{path}: model")
     checkpoint.compare(objective, state["objective"], f"{path}: objective")

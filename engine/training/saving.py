@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -43,19 +44,27 @@ from engine.training.random_state import random_state, unchanged_random_state
 from engine.training.records import Record, line_of
 from engine.training.same_run import ADVISED, divergences
 
+LARGE = 32 << 20
+"""Bytes of a model's weights from which a checkpoint may take longer than a short epoch."""
+
 
 class RunFiles:
     """The files of one run in `out`.
 
     Attributes:
         lines: bytes and CRC-32 of history.jsonl.
+        records: epochs that history.jsonl holds.
         newest_is_damaged: whether the run goes on from the checkpoint before the newest.
     """
 
     def __init__(self, out: Path, parts: Parts, arithmetic: dict[str, Any]):
         self.out, self.parts, self.arithmetic = out, parts, arithmetic
         self.sums = Checksums(out)
-        self.lines, self.newest_is_damaged = (0, 0), False
+        self.lines, self.records, self.newest_is_damaged = (0, 0), 0, False
+        self._kept: tuple[int, Callable[[], None]] | None = None  # the best epoch if it is not written, and its writing
+        self._written: tuple[int, tuple[int, int] | None] | None = (
+            None  # the epoch of best.safetensors, and what it was then
+        )
         self.predictions = [f"predictions_{split}.csv" for split in parts.loaders if split != "train"]
 
     def write_settings(self) -> None:
@@ -82,21 +91,53 @@ class RunFiles:
             results: the epoch's evaluation by split.
             improved: whether the epoch is the best so far, so that its model and predictions are kept.
         """
-        meta, history = self._meta(history), list(history)
+        meta = self._meta(history)
         last = checkpoint.Snapshot(self._state(bank))
-        save_best = self._save_best(meta, results) if improved else None
+        if improved:
+            self._kept = meta["epoch"], self._save_best(meta, results)
+        return self._write_epochs(list(history), last, meta, wall_s)
+
+    @property
+    def may_postpone(self) -> bool:
+        """Whether a checkpoint is so large that the next epoch may end before it is written."""
+        modules = (self.parts.model, self.parts.objective)
+        return sum(t.nbytes for m in modules for t in m.state_dict().values()) >= LARGE
+
+    def postpone(self, history: list[Record], results: dict[str, EpochResult], improved: bool) -> None:
+        """Leave an epoch to the next checkpoint. Its model is copied here if it is the best so far."""
+        if improved:
+            meta = self._meta(history)
+            self._kept = meta["epoch"], self._save_best(meta, results)
+
+    def _write_epochs(
+        self, history: list[Record], last: checkpoint.Snapshot, meta: dict[str, Any], wall_s: float | None = None
+    ) -> Callable[[], None]:
+        """What writes a checkpoint, the epochs that history.jsonl lacks, and the best model if it is not written.
+
+        Args:
+            wall_s: for a summary of the epochs; None: there is none within an epoch.
+        """
+        text = "".join(map(line_of, history[self.records :]))
+        best, self._kept, self.records = self._kept, None, len(history)
+        names = [HISTORY] * bool(text) + self.predictions * (best is not None)
+        names += [METRICS, METRICS_CSV] * (wall_s is not None)
 
         def write() -> None:
-            with self.sums.writing(HISTORY, METRICS, METRICS_CSV, *(self.predictions if improved else [])):
-                line = line_of(history[-1])
-                append_text(self.out / HISTORY, line, at=self.lines[0])
-                self.lines = self.lines[0] + len(line.encode()), zlib.crc32(line.encode(), self.lines[1])
-                self.sums.sums[HISTORY] = self.lines
-                # With this file the epoch counts. `complete` can make the others from it, and not it from them.
+            with self.sums.writing(*names):
+                if text:
+                    append_text(self.out / HISTORY, text, at=self.lines[0])
+                    self.lines = self.lines[0] + len(text.encode()), zlib.crc32(text.encode(), self.lines[1])
+                    self.sums.sums[HISTORY] = self.lines
+                # The checkpoint has the weights of its last epoch alone: those of an earlier one go first.
+                earlier = best is not None and ("within" in meta or best[0] != meta["epoch"])
+                if best is not None and earlier:
+                    best[1]()
+                # With this file the epochs count. `complete` can make the others from it, and not it from them.
                 self._save_last(last, meta | {"history": self.lines})
-                if save_best is not None:
-                    save_best()
-                self._write_summary(history, wall_s)
+                if best is not None and not earlier:
+                    best[1]()
+                if wall_s is not None:
+                    self._write_summary(history, wall_s)
 
         return write
 
@@ -104,13 +145,9 @@ class RunFiles:
         """Copy what is needed to go on within an epoch. The returned function writes it."""
         place = {"epoch": len(history), "stage": position.stage, "batches": position.total}
         times = {"seconds": position.seconds, "waiting_seconds": position.waited}
-        meta = self._meta(history) | {"history": self.lines, "within": place | times}
+        meta = self._meta(history) | {"within": place | times}
         last = checkpoint.Snapshot(self._state(position.bank) | {"position": position.state_dict()})
-
-        def write() -> None:
-            self._save_last(last, meta)
-
-        return write
+        return self._write_epochs(list(history), last, meta)
 
     def _save_last(self, last: checkpoint.Snapshot, meta: dict[str, Any]) -> None:
         """Write the newest checkpoint, and keep the one before. One that is damaged does not take its place."""
@@ -173,6 +210,7 @@ class RunFiles:
 
         def write() -> None:
             best.save(self.out / BEST, meta)
+            self._written = meta["epoch"], _stamp(self.out / BEST)
             for split, result in kept.items():
                 path = self.out / f"predictions_{split}.csv"
                 write_predictions(path, self.parts.config, self.parts.dataset.splits[split], result)
@@ -181,18 +219,18 @@ class RunFiles:
 
     # -- what went wrong --
 
-    def explain_failure(self, epoch: int, problem: EngineError) -> EngineError:
+    def explain_failure(self, problem: EngineError) -> EngineError:
         """The error of an epoch that failed. Where the run has diverged, it says how the run can go on."""
         diverged = isinstance(problem, EstimatorError) or problem.where == metrics.PREDICTIONS
         if not diverged or not (self.out / LAST).exists():
             return problem
-        place = place_of(checkpoint.load_meta(self.out / LAST))
-        known = [*divergences(self.out), {"epoch": epoch - 1, "problem": str(problem)}]
+        meta = checkpoint.load_meta(self.out / LAST)
+        known = [*divergences(self.out), {"epoch": meta["epoch"], "problem": str(problem)}]
         with self.sums.writing(DIVERGED):
             write_json(self.out / DIVERGED, known)
         return type(problem)(
             problem.where, problem.found, problem.expected,
-            f"{problem.do} The run in {self.out} can go on {place} that way: with --resume and another "
+            f"{problem.do} The run in {self.out} can go on {place_of(meta)} that way: with --resume and another "
             f"{' or '.join(sorted(ADVISED))}.",
         )  # fmt: skip
 
@@ -205,10 +243,7 @@ class RunFiles:
         Args:
             within: whether the present weights are those of an epoch that is not finished.
         """
-        try:
-            kept = checkpoint.load(self.out / BEST)[1]["epoch"]
-        except CheckpointError:
-            kept = None
+        kept = self._epoch_of_best()
         parts = self.parts
         best, last = parts.selection.best(history, "valid")["epoch"], history[-1]["epoch"]
         wrong = [name for name in self.predictions if not self.sums.hold(name)]
@@ -227,14 +262,29 @@ class RunFiles:
                 with self.sums.writing(*self.predictions):
                     self._save_best(self._meta(history), results)()
 
+    def _epoch_of_best(self) -> int | None:
+        """The epoch of best.safetensors; None if there is none that is whole."""
+        if self._written is not None and _stamp(self.out / BEST) == self._written[1]:
+            return self._written[0]
+        try:
+            return checkpoint.load(self.out / BEST)[1]["epoch"]
+        except CheckpointError:
+            return None
+
     # -- the end --
 
-    def write_summary(self, history: list[Record], wall_s: float) -> dict[str, Any]:
-        """Write metrics.json and metrics.csv, and return the content of the first."""
-        with self.sums.writing(METRICS, METRICS_CSV):
-            return self._write_summary(history, wall_s)
+    def write_summary(self, history: list[Record], wall_s: float, timings: dict[str, float]) -> dict[str, Any]:
+        """Write metrics.json and metrics.csv, and return the content of the first.
 
-    def _write_summary(self, history: list[Record], wall_s: float) -> dict[str, Any]:
+        Args:
+            timings: where the time went, in seconds by phase.
+        """
+        with self.sums.writing(METRICS, METRICS_CSV):
+            return self._write_summary(history, wall_s, timings)
+
+    def _write_summary(
+        self, history: list[Record], wall_s: float, timings: dict[str, float] | None = None
+    ) -> dict[str, Any]:
         parts = self.parts
         best = parts.selection.best(history, "valid")
         oracle = parts.selection.best(history, "test") if "test" in parts.scored else None
@@ -252,8 +302,10 @@ class RunFiles:
         }
         if parts.config.train.non_finite == "skip":
             summary["skipped_steps"] = sum(r.get("skipped_steps", 0) for r in history)
-        write_json(self.out / METRICS, summary)
         metrics.write_metrics_csv(self.out / METRICS_CSV, {k: v for k, v in summary.items() if v != {}})
+        if timings is not None:
+            summary["timings"] = timings
+        write_json(self.out / METRICS, summary)
         return summary
 
     def write_features(self) -> None:
@@ -296,6 +348,14 @@ def _write_features(path: Path, split: Split, result: EpochResult) -> None:
     tensors: dict[str, Tensor] = {k: v.float().cpu().contiguous() for k, v in result.features.items() if k != "C"}
     tensors["label"] = split.label
     checkpoint.write_tensors(path, tensors, {"ids": json.dumps(split.ids)})
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written again; None if there is none."""
+    with contextlib.suppress(OSError):
+        state = path.stat()
+        return state.st_mtime_ns, state.st_size
+    return None
 
 
 def _peak_memory_mb(device: torch.device) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +21,16 @@ from engine.training.records import Record
 from engine.training.saving import RunFiles
 
 
-def write_left(files: RunFiles, history: list[Record], summary: dict[str, Any]) -> None:
+def write_left(
+    files: RunFiles, history: list[Record], summary: dict[str, Any], timings: Callable[[], dict[str, float]]
+) -> None:
     """Probe every term that was minimised, and add the result to `summary` and metrics.json as "left".
 
     The probes learn from the training rows and are scored on the others, all by the best model in evaluation mode. The
     model holds the best weights afterwards. Nothing happens in a run that minimises no term of the user's.
+
+    Args:
+        timings: where the time of the run went until now, for metrics.json.
     """
     parts = files.parts
     terms = parts.task.minimised(parts.config, parts.objective) if parts.informed else []
@@ -48,7 +53,7 @@ def write_left(files: RunFiles, history: list[Record], summary: dict[str, Any]) 
             except DataError as problem:  # such as a split without labels
                 warnings.warn(f"{term}, {split}: what is left is not measured: {problem}", stacklevel=2)
         left[str(term)] = {"reading": _reading(record, str(term)), **found}
-    summary["left"] = left
+    summary |= {"left": left, "timings": timings()}
     with files.sums.writing(METRICS):
         write_json(files.out / METRICS, summary)
 

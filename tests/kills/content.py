@@ -16,7 +16,7 @@ from engine import checkpoint
 
 TIMES = {
     "seconds", "waiting_seconds", "wall_seconds", "wall_s", "samples_per_second", "peak_memory_mb", "data_wait_share",
-    "environment",
+    "environment", "timings",
 }  # fmt: skip
 
 

@@ -252,6 +252,78 @@ def test_replayed_batches_give_what_uncaptured_ones_give(features):
     assert step.static.graphs.replays > 20
 
 
+def addresses(value, path="", seen=None):
+    """{path: address} of every tensor that an object holds, however deep."""
+    seen = {} if seen is None else seen
+    if isinstance(value, torch.Tensor):
+        seen[path] = value.data_ptr()
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            addresses(item, f"{path}/{number}", seen)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            addresses(item, f"{path}/{name}", seen)
+    elif type(value).__module__.startswith("engine.") and hasattr(value, "__dict__"):
+        addresses(vars(value), path, seen)
+    return seen
+
+
+class Pinned(Replaying):
+    """Requires of every replay that the buffers which were there at the capture are where they were."""
+
+    BUFFERS = ("_known", "_order", "_draws", "_totals", "_left_out", "_notes", "_banks")
+
+    def __init__(self, static):
+        super().__init__()
+        self.static, self.captured = static, []
+
+    def buffers(self):
+        return addresses({name: getattr(self.static, name) for name in self.BUFFERS})
+
+    def _captured(self, key, function):
+        held = self.buffers()
+        super()._captured(key, function)
+        replay = self._graphs[key].replay
+
+        def checked():
+            now = self.buffers()
+            assert not [name for name in held if now.get(name) != held[name]], key
+            replay()
+
+        self._graphs[key] = SimpleNamespace(replay=checked)
+        self.captured.append(key)
+        return True
+
+
+@pytest.mark.parametrize("features", ["cached", "fresh", "bank"])
+def test_graphs_read_buffers_that_stay_where_they_are(features):
+    """Through evaluations, which draw rows of their own, and through data and batches of other sizes."""
+    found, options = [], {"stage1_n": 2, "stage1_features": features}
+    sizes = [(N, 10)] * 3 + [(N, 15)] * 2 + [(N, 10)] * 2 + [(N + 20, 10)] * 3 + [(N, 10)]
+    for step in (make("emulate"), make("emulate")):
+        if found:
+            step.static.graphs = Pinned(step.static)
+        bank, numbers = None, []
+        for size, batch in sizes:
+            loader = batches(n=size, size=batch)
+            bank = None if bank is not None and bank.size != size else bank
+            result, bank = step.train_epoch(loader, size, bank, batch_size=batch, **options)
+            held_out = step.evaluate(batches(n=15), bank)
+            numbers += [result.loss, result.task, *result.information.values(), held_out.loss]
+        found.append((numbers, [p.detach() for p in step.model.parameters()]))
+    assert found[0][0] == found[1][0] and all(map(torch.equal, found[0][1], found[1][1]))
+    assert step.static.graphs.replays > 20
+
+
+def test_what_is_drawn_for_an_evaluation_makes_no_graph_anew():
+    step, bank, loader, held_out = replaying(), None, batches(n=N), batches(n=15)
+    for epoch in range(3):
+        _, bank = step.train_epoch(loader, N, bank, batch_size=BATCH)
+        before = step.static.graphs.cleared
+        step.evaluate(held_out, bank)
+        assert step.static.graphs.cleared == before, epoch
+
+
 @pytest.mark.parametrize("only_looks", [False, True])
 def test_a_parameter_that_a_callback_replaces_is_captured_anew(only_looks):
     """Before the next batch; before the next pass, where the callback had promised to change nothing."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.kernels import registry
 from engine.kernels.arguments import exact_type, wants_gradient
+from engine.kernels.compiling import constant_when_compiled
 from engine.kernels.cube_mix import cpu, reference
 from engine.kernels.gradients import differentiable_once
 
@@ -178,17 +179,17 @@ def on_triton(x: Tensor) -> bool:
 
 
 # Constants to torch.compile, which must not look inside.
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _single() -> bool:
     return cpu.library(torch.float32) is not None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _double() -> bool:
     return cpu.library(torch.float64) is not None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _tf32() -> bool:
     """Whether torch's own products of float32 matrices may be tf32."""
     cuda = torch.backends.cuda.matmul

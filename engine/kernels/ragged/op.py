@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import registry
+from engine.kernels.compiling import constant_when_compiled
 from engine.kernels.ragged import cpu, reference
 
 RESULT = {torch.float16: torch.float32, torch.float32: torch.float32, torch.int32: torch.int64}
@@ -148,7 +149,7 @@ def _padded(source: Source, rows: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(out, (*[0] * (2 * out.dim() - 4), 0, width - cut), value=source.fill)
 
 
-@torch.compiler.assume_constant_result  # torch.compile must not look inside
+@constant_when_compiled
 def _compiled() -> bool:
     return cpu.library() is not None
 

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from engine.kernels import registry
 from engine.kernels.arguments import exact_type, looks_at
+from engine.kernels.compiling import constant_when_compiled
 from engine.kernels.gradients import differentiable_once
 from engine.kernels.recurrent import cpu, cudnn, reference
 
@@ -47,7 +48,7 @@ def available(x: Tensor) -> bool:
     return _compiled(x.dtype)
 
 
-@torch.compiler.assume_constant_result  # torch.compile must not look inside
+@constant_when_compiled
 def _compiled(dtype: torch.dtype) -> bool:
     return cpu.library(torch.float64 if dtype == torch.float64 else torch.float32) is not None
 
