@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.mlp.plan import tile
+from engine.kernels.mlp.plan import WIDE, tile
 from engine.kernels.triton_math import round_tf32
 
 PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
@@ -268,7 +268,8 @@ def layer_backward(
     begins, ends, widths = _sections(weights)
     rows = grad.shape[1] + (0 if second is None else second.shape[1])
     precision = precision_now()
-    m, n, k, warps, stages = tile(grad, rows, precision)
+    # with deep tiles the sum over a section's MLPs spills on Ampere
+    m, n, k, warps, stages = WIDE[precision] if shared else tile(grad, rows, precision)
     count, width = len(grad), grad.shape[2]
     column_tiles = triton.cdiv(max(widths), n)
     weight_tiles = triton.cdiv(width, m) * column_tiles if of_weights else 0
