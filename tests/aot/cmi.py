@@ -51,7 +51,9 @@ def _classifier_cases() -> list[AotCase]:
             AotCase(f"cmi.first_forward/{variant}", classifiers._first_forward, signature, common, warps, stages, True)
         )
         more = ("grad_ptr", "of_first_ptr", "of_bias_ptr")
-        m, n, c, warps, stages = plan.FIRST_BACKWARD[kind][precision]
+        if kind == "deep":
+            continue
+        m, n, c, warps, stages = plan.FIRST_BACKWARD[precision]
         common |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": c}
         signature = pointers | dict.fromkeys(more, "*fp32") | {"of_joint": ("*fp32",) * 4} | sizes
         signature |= {"weight_tiles": "i32", "row_tiles": "i32"}

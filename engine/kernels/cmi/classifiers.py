@@ -216,7 +216,7 @@ def _first_gradients(
     of_joint = [first.new_empty(b, dim) for _ in joint] if row_grads else []
     uses = tuple(sum(1 << place for place, slot in enumerate(slots) if slot == s) for s in range(len(joint)))
     precision = precision_now()
-    m, n, c, warps, stages = tile(first, grad.shape[1], precision, FIRST_BACKWARD)
+    m, n, c, warps, stages = FIRST_BACKWARD[precision]
     weight_tiles = triton.cdiv(hidden, m) * 3 * triton.cdiv(dim, n) if of_first else 0
     row_tiles = triton.cdiv(b, m) * triton.cdiv(dim, n)
     widths, places, _, _ = _sizes(first, joint, slots)
