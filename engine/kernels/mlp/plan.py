@@ -19,7 +19,7 @@ from engine.kernels import dispatch
 # By precision: rows, columns, terms of the sum taken at a time, warps, stages.
 Tiles = dict[str, tuple[int, int, int, int, int]]
 WIDE: Tiles = {"tf32x3": (32, 64, 32, 4, 2), "tf32": (32, 64, 32, 4, 3), "bf16": (32, 64, 32, 4, 2)}
-# tf32x3 has three factors of each operand in registers: of 64 terms they spill
+# tf32x3 keeps both parts of each operand in registers: those of 64 terms spill
 DEEP: Tiles = {"tf32x3": (32, 32, 32, 4, 3), "tf32": (32, 32, 64, 4, 3), "bf16": (32, 32, 64, 4, 3)}
 LAYERS = {"wide": WIDE, "deep": DEEP}
 # The classifiers' first layers read several features, which takes registers. Their gradients spill in deep tiles with
