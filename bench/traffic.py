@@ -43,6 +43,7 @@ from engine.kernels.critics import op as critics
 from engine.kernels.cube_mix.cpu import SHORT
 from engine.kernels.mi_bounds import op as mi_bounds
 from engine.kernels.mi_bounds import plan
+from engine.kernels.mlp import plan as plan_of_tiles
 from engine.mimrl.settings import MIMRLObjectiveConfig as ObjectiveConfig
 from engine.mimrl.terms import mimrl_objective
 from tests.aot import budgets
@@ -420,6 +421,51 @@ def operation_table(counted: dict[str, tuple[float, Count]]) -> str:
     return "\n".join(lines)
 
 
+# Microseconds of a hidden layer of ten towers, 256 wide, at B=32 in fp32: measured on CHIP within stage 1, in wide
+# tiles. What a launch takes but for its steps is a guess, and so is the rate of what a cache holds.
+LAYER, START = 11.0, 2.5
+CACHE, CACHED = 50e6, 2  # bytes of the cache, and its rate in that of a copy
+# The concat critic with InfoNCE at B=256: its products, and its launches beside those of slabs.
+CONCAT_GFLOP, OUTER = 77.4, 17
+
+
+def layer_microseconds(tile: tuple[int, int, int, int, int], width: int = 256) -> float:
+    """A program takes one step after the other, and loads stages - 1 steps ahead: what waits is a load."""
+    steps, ahead = width / 32, plan_of_tiles.WIDE["tf32x3"][4] - 1
+    latency = (LAYER - START) / steps * ahead
+    return START + width / tile[2] * latency / (tile[4] - 1)
+
+
+def tile_table() -> str:
+    lines = ["| precision | wide, µs | deep, µs |", "|---|---|---|"]
+    for name, precision in (("fp32", "tf32x3"), ("tf32", "tf32"), ("bf16", "bf16")):
+        times = [layer_microseconds(tiles[precision]) for tiles in plan_of_tiles.LAYERS.values()]
+        lines.append(f"| {name} | {times[0]:.1f} | {times[1]:.1f} |")
+    return "\n".join(lines)
+
+
+def slab_table() -> str:
+    """The concat critic with InfoNCE, B=256, by kinds of slabs. Buffers: what a slab's layers and gradients take."""
+    from engine.kernels.critics import slabs
+
+    rows, hidden, depth = 256, 256, 2
+    lines = [
+        "| precision | slabs | buffers, MB | MB | launches | modelled, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    passes = 2 + 4 * depth + 4 + 7 * depth  # as `_concat_bytes`
+    for precision, size in (("tf32", 4), ("bf16", 2)):
+        for name, buffers, share in (("before", depth + 3, 1), ("slabs", depth + 2, 1), ("half_slabs", depth + 2, 2)):
+            with mock.patch.object(slabs, "_dtype", lambda size=size: torch.float32 if size == 4 else torch.bfloat16):
+                count = OUTER + slabs.launches(rows, rows, hidden, depth, "infonce", True, share)
+            held = buffers * slabs.SLAB_NUMBERS // share * size
+            traffic = passes * rows * rows * hidden * size
+            rate = COPY * (CACHED if held <= CACHE else 1)
+            time = CONCAT_GFLOP / RATES[precision] + traffic / rate + count * NODE
+            lines.append(f"| {precision} | {name} | {held / 1e6:.0f} | {traffic / 1e6:,.0f} | {count} | {time:.2f} |")
+    return "\n".join(lines)
+
+
 def dispatch_entries() -> list[dict[str, Any]]:
     """Entries of the dispatch table. Times that were not measured are modelled."""
     entries = []
@@ -476,6 +522,8 @@ def update(page: Path = PAGE) -> None:
         ("traffic", traffic_table(measure())),
         ("infonce", infonce_table()),
         ("operations", operation_table(operations())),
+        ("tiles", tile_table()),
+        ("slabs", slab_table()),
     ):
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         before, rest = text.split(start)

@@ -13,6 +13,7 @@ from engine.errors import EstimatorError
 from engine.kernels.gradients import transformed
 
 _PLAIN = Tensor, torch.nn.Parameter
+_WIDE = torch.float32, torch.bfloat16, torch.float16
 _WAYS = {"DTensor": ".full_tensor() or .to_local()", "AsyncCollectiveTensor": ".wait()"}
 
 
@@ -26,8 +27,8 @@ def exact_type(where: str, *tensors: Tensor | None, integers: bool = False, need
         needed: how many of the first tensors must be there. Later ones may be None, which is skipped.
 
     Raises:
-        EstimatorError: anything but a dense tensor with data, complex numbers (or integers), or tensors on several
-            devices.
+        EstimatorError: anything but a dense tensor with data, complex numbers (or integers), floating-point numbers of
+            8 bits, or tensors on several devices.
     """
     device, exact = None, torch.float32
     for number, tensor in enumerate(tensors):
@@ -44,8 +45,9 @@ def exact_type(where: str, *tensors: Tensor | None, integers: bool = False, need
         dtype = tensor.dtype
         if dtype == torch.float64:
             exact = dtype
-        elif not dtype.is_floating_point and (dtype.is_complex or not integers):
-            raise EstimatorError(where, f"a tensor of {dtype}", "floating-point numbers", "Call .float() on it.")
+        elif dtype not in _WIDE and (dtype.is_floating_point or dtype.is_complex or not integers):
+            expected = "floating-point numbers of 16, 32 or 64 bits"
+            raise EstimatorError(where, f"a tensor of {dtype}", expected, "Call .float() on it.")
     if device is not None and device.type == "meta" and type(tensors[0]) in _PLAIN:
         do = "Move the module with .to_empty(device=...), or ask for shapes under torch's FakeTensorMode."
         raise EstimatorError(where, "tensors on meta", "tensors with data", do)
@@ -72,6 +74,11 @@ def _check_dense(where: str, tensor: Any) -> None:
         raise EstimatorError(where, f"a {layout} tensor", "a dense one", "Call .to_dense(), or pad it, first.")
 
 
+def _proxies() -> bool:
+    """Whether make_fx records what is done. It does not let tensors become numbers."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether one of the tensors requires a gradient that is being recorded."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -79,7 +86,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def looks_at(tensor: Tensor) -> bool:
     """Whether the host may read the values of `tensor`: not on a GPU, which it would wait for, and not in a graph."""
-    if torch.compiler.is_compiling() or transformed():
+    if torch.compiler.is_compiling() or transformed() or _proxies():
         return False
     return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
 

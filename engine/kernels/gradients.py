@@ -18,11 +18,15 @@ from torch.autograd.graph import get_gradient_edge
 from engine.errors import ConfigError
 
 _active = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._is_tracing
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func (vmap, grad, jvp, ...) or forward-mode AD is active."""
-    return _active() is not None or forward_ad._current_level >= 0
+    """Whether a transform of torch.func (vmap, grad, jvp, ...), forward-mode AD or torch.jit.trace is active.
+
+    torch.jit.trace records torch's operations. It would keep a host function's results as constants.
+    """
+    return _active() is not None or forward_ad._current_level >= 0 or _tracing()
 
 
 _REMEDY = 'Run the forward pass under engine.use_backend("reference"): torch differentiates its formulas.'

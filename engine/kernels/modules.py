@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from engine.errors import EstimatorError
 from engine.kernels.arguments import check_count, check_number, exact_type
-from engine.kernels.contrastive.op import siglip
+from engine.kernels.contrastive.op import check_reduction, siglip
 from engine.kernels.gradients import transformed, update_buffer
 from engine.kernels.mi_bounds.embeddings import check_temperature
 from engine.kernels.mi_bounds.op import infonce, mi_lower_bound
-from engine.kernels.mi_bounds.reference import check_settings
+from engine.kernels.mi_bounds.reference import BOUNDS, check_settings
 
 
 def _shown(value: float | Tensor) -> str:
@@ -102,6 +102,7 @@ class InfoNCE(_Temperature):
         local_loss: bool = False,
     ):
         super().__init__(temperature, learnable, max_scale)
+        check_reduction("InfoNCE", reduction)
         self.over_ranks = {"gather": gather, "group": group, "local_loss": local_loss}
         self.cosine, self.symmetric, self.reduction = cosine, symmetric, reduction
         self.decoupled, self.hardness, self.label_smoothing = decoupled, hardness, label_smoothing
@@ -175,6 +176,7 @@ class SigLIP(_Temperature):
         super().__init__(temperature, learnable, max_scale)
         self.over_ranks = {"gather": gather, "group": group, "local_loss": local_loss}
         check_number("SigLIP", "bias", bias)
+        check_reduction("SigLIP", reduction)
         self.bias = nn.Parameter(torch.tensor(float(bias))) if learnable else float(bias)
         self.cosine, self.reduction = cosine, reduction
 
@@ -299,7 +301,13 @@ class MILowerBound(nn.Module):
     ):
         super().__init__()
         self.over_ranks = {"gather": gather, "group": group}
+        if bound not in BOUNDS:
+            raise EstimatorError(
+                "MILowerBound", f"bound {bound!r}", f"one of {', '.join(BOUNDS)}", "Choose one of these."
+            )
         check_settings("MILowerBound", alpha, smile_tau, ema_rate)
+        if groups is not None:
+            check_count("MILowerBound", "groups", groups)
         self.bound, self.alpha, self.smile_tau, self.ema_rate = bound, alpha, smile_tau, ema_rate
         if bound == "mine":
             # -inf is the logarithm of an average that has not begun

@@ -63,7 +63,7 @@ class use_backend:
     the choice at the start.
 
     "auto" takes triton for CUDA tensors if triton is installed, cpu for CPU tensors, else reference. Within the
-    transforms of torch.func and under forward-mode AD it takes reference.
+    transforms of torch.func, under forward-mode AD and in torch.jit.trace it takes reference.
 
     Args:
         name: The backend.
@@ -224,7 +224,7 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
         if setting == "auto":
             return "reference"
         raise ConfigError(
-            f"backend {setting}", "a transform of torch.func, or forward-mode AD", "plain tensors",
+            f"backend {setting}", "a transform of torch.func, forward-mode AD, or torch.jit.trace", "plain tensors",
             'use_backend("auto") or use_backend("reference"): the formulas, which torch transforms.',
         )  # fmt: skip
     has_kernels = op is None or _operations[op].cuda is not None

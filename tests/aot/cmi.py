@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 from engine.kernels.cmi import classifiers
 from engine.kernels.cmi import triton as read
-from engine.kernels.mlp.triton import TILES
+from engine.kernels.mlp import plan
 from tests.aot.compiling import AotCase
 
 
@@ -37,17 +39,21 @@ def _classifier_cases() -> list[AotCase]:
     widths = tuple(1 if s == 3 else 128 for s in (1, 3, 0, 0, 1, 3, 2, 3, 0, 0, 2, 3, 0, 3, 1, 0, 3, 2))
     rows, sizes = ("*fp32",) * 18, {"b": "i32", "rows": "i32", "k": "i32"}
     collected = []
-    for precision, (m, n, c, warps, stages) in TILES.items():
+    for kind, precision in itertools.product(plan.FIRST, plan.WIDE):
+        m, n, c, warps, stages = plan.FIRST[kind][precision]
         common = {"WIDTHS": widths, "PLACES": 18, "DIM": 128, "HIDDEN": 256, "PRECISION": precision}
         common |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": c}
-        variant = "fp32" if precision == "tf32x3" else precision
+        deep = "deep_" if kind == "deep" else ""
+        variant = deep + ("fp32" if precision == "tf32x3" else precision)
         pointers = {"joint": rows, "product": rows, "first_ptr": "*fp32"}
         signature = pointers | {"bias_ptr": "*fp32", "out_ptr": "*fp32"} | sizes
         collected.append(
             AotCase(f"cmi.first_forward/{variant}", classifiers._first_forward, signature, common, warps, stages, True)
         )
         more = ("grad_ptr", "of_first_ptr", "of_bias_ptr")
-        m, n, c, warps, stages = classifiers.FIRST_BACKWARD[precision]
+        if kind == "deep":
+            continue
+        m, n, c, warps, stages = plan.FIRST_BACKWARD[precision]
         common |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": c}
         signature = pointers | dict.fromkeys(more, "*fp32") | {"of_joint": ("*fp32",) * 4} | sizes
         signature |= {"weight_tiles": "i32", "row_tiles": "i32"}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from engine.kernels.critics import slabs, towers
 from engine.kernels.critics import triton as fused
-from engine.kernels.mlp.triton import PRECISIONS, TILES
+from engine.kernels.mlp import plan
+from engine.kernels.mlp.triton import PRECISIONS
 from tests.aot.compiling import AotCase
 
 
@@ -98,7 +99,7 @@ def _slab_cases() -> list[AotCase]:
 def _tower_cases() -> list[AotCase]:
     """MIMRL's five critics in every precision."""
     collected = []
-    for precision, (m, n, k, warps, stages) in TILES.items():
+    for precision, (m, n, k, warps, stages) in plan.WIDE.items():
         constant = {"Q": (1, 3, 4, 6, 9), "K": (0, 2, 5, 7, 8), "CRITICS": 5, "WIDTH": 128, "PRECISION": precision}
         variant = "fp32" if precision == "tf32x3" else precision
         pointers = {"out_ptr": "*fp32", "slope_ptr": "*fp32", "loss_ptr": "*fp32", "rows": "i32"}

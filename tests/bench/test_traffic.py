@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench import guard, traffic
+from engine.kernels.mlp import plan
 from tests.aot import budgets
 
 PAGE = traffic.PAGE.read_text(encoding="utf-8")
@@ -13,6 +14,19 @@ def test_table_of_kernels_is_that_of_the_budgets():
     table = traffic.kernel_table(budgets.newest())
     assert table in PAGE, "run python -m bench.traffic --update"
     assert all(line.endswith("| 0 |") for line in table.splitlines()[2:]), "a kernel spills"
+
+
+def test_candidates_that_no_gpu_has_measured_are_modelled():
+    """The layer to which the model is fitted has its time, and slabs have the launches that were counted."""
+    assert traffic.layer_microseconds(plan.WIDE["tf32x3"]) == traffic.LAYER
+    # twice the steps ahead: 2.5 + 8.5 / 2; half the steps as well: 2.5 + 8.5 / 4
+    assert traffic.layer_microseconds(plan.WIDE["tf32"]) == pytest.approx(6.75)
+    assert traffic.layer_microseconds(plan.DEEP["tf32"]) == pytest.approx(4.625)
+    tables = traffic.tile_table(), traffic.slab_table()
+    assert all(table in PAGE for table in tables), "run python -m bench.traffic --update"
+    (before, slabs, half), counted = tables[1].splitlines()[2:5], "| 77.4 | 1,883 | 74 | tf32 |"
+    assert "| 1,879 | 74 | 0.78 |" in before and "| 1,879 | 74 | 0.78 |" in slabs and counted in PAGE
+    assert "| 34 | 1,879 |" in half
 
 
 def test_table_of_traffic_is_that_of_the_model():

@@ -8,6 +8,7 @@ from tests.interpret.guards import Guards, require_interpreter
 
 require_interpreter()
 
+from engine.kernels import dispatch
 from engine.kernels.cmi import batched, classifiers, cmi, triton
 from tests.kernels.test_knn_cmi_op import leaves, problem, rebuilt, run
 
@@ -125,6 +126,12 @@ def test_classifiers_as_torch(widths, b, m, k, dim, hidden, out):
         )  # fmt: skip
         for f, e in zip(pieces, expected, strict=True):
             torch.testing.assert_close(f.double(), e, rtol=1e-4, atol=1e-4 * max(1e-3, e.abs().max().item()))
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_classifiers_in_deep_tiles(number):
+    with dispatch.use(tower_tiles="deep"):
+        test_classifiers_as_torch(*PROBLEMS[number])
 
 
 def test_classifiers_through_the_operation_and_bitwise_the_same():

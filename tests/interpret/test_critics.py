@@ -141,6 +141,34 @@ def test_memory_of_a_slab_is_bounded():
     for rows, columns, hidden in ((10**6, 10**6, 8), (1, 10**6, 100), (10**6, 1, 600), (3, 3, 50), (7, 9, 599)):
         height, width = slabs._size(rows, columns, hidden)
         assert 1 <= height <= rows and 1 <= width <= columns and height * width * hidden <= 600
+        height, width = slabs._size(rows, columns, hidden, share=2)
+        assert 1 <= height <= rows and 1 <= width <= columns and height * width * hidden <= max(300, hidden)
+
+
+@slabs_only
+@pytest.mark.parametrize("numbers", [600, 4000])
+def test_half_slabs(monkeypatch, numbers):
+    """As slabs of half the numbers, bit for bit: with parts of a row in a slab, and with several rows."""
+    case = concat(13, 13, (2, 9), 12, 2, torch.float32)
+    upstream, found = draw(seed=7, dtype=torch.float32), []
+    for algorithm, most in (("half_slabs", numbers), ("slabs", numbers // 2)):
+        monkeypatch.setattr(slabs, "SLAB_NUMBERS", most)
+        with dispatch.use(concat_critic=algorithm):
+            compare(by_scores, reference.concat_scores, case)
+            found.append(guarded(by_infonce(False), case, upstream))
+    assert all(same(a, b) for a, b in zip(*found, strict=True))
+
+
+@slabs_only
+def test_a_slab_takes_one_buffer_beside_its_layers(monkeypatch):
+    """Gradients take turns in the last layer's memory and in one more."""
+    monkeypatch.setattr(slabs, "SLAB_NUMBERS", 1 << 22)
+    for layers in (0, 1, 2):
+        weights = tensors(concat(8, 8, (4, 3), 16, layers, torch.float32)[2])
+        made = slabs._Slabs(torch.zeros(8, 16), torch.zeros(8, 16), weights[2:], 1, backward=True)
+        storage = made.layers.untyped_storage()
+        assert made.spare.untyped_storage().data_ptr() == storage.data_ptr()
+        assert storage.nbytes() == 4 * 8 * 8 * 16 * (layers + 1 + (layers > 0))
 
 
 @fused_only
@@ -223,6 +251,13 @@ def test_towers(rows, dims, counts, hidden, out, layers, of_critics):
     pieces = plain.pieces_of(found, plain.grad_shapes(inputs, (*first[::2], *rest[::2]), True, True))
     summands = math.log(rows) if of_critics else 0.0
     assert_as_good_as_torch([value, *pieces], value_and_grads(formula, case), exact, 2e-5, summands)
+
+
+@pytest.mark.parametrize("of_critics, number", [(False, 2), (True, 3), (False, 4)])
+@slabs_only
+def test_towers_in_deep_tiles(of_critics, number):
+    with dispatch.use(tower_tiles="deep"):
+        test_towers(*TOWERS[number], of_critics)
 
 
 @slabs_only

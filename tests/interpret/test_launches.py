@@ -102,7 +102,7 @@ def test_flagship():
     assert forward + registry.launches("critics_grouped_infonce_backward", *arguments) == 10
 
 
-@pytest.mark.parametrize("preferred", ["slabs", "fused"])
+@pytest.mark.parametrize("preferred", ["slabs", "half_slabs", "fused"])
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_concat_critic(monkeypatch, preferred, layers):
     monkeypatch.setitem(dispatch._override, "concat_critic", preferred)

@@ -432,3 +432,62 @@ def test_modules_without_data_can_be_shown():
     assert "temperature=?" in repr(modules[0])
     assert "bias=?" in repr(modules[1])
     assert "temperature=0.1" in repr(InfoNCE(0.1, learnable=True))
+
+
+def test_numbers_of_8_bits_are_refused(backend: str):
+    eight = Q.to(torch.float8_e4m3fn)
+    x, weights = cube_case((4, 9, 3, 8), 1, 5, 6)
+    for call in (
+        lambda: infonce(eight, K), lambda: siglip(Q, eight), lambda: mi_lower_bound(eight, eight, bound="dv"),
+        lambda: concat_scores(eight, Q, concat(8, 8, (4, 4), 6)[2]), lambda: cmi(eight, eight),
+        lambda: cube_mix(x.to(torch.float8_e4m3fn), 1, *weights),
+    ):  # fmt: skip
+        refused(call, "a tensor of torch.float8_e4m3fn; expected floating-point numbers of 16, 32 or 64 bits")
+
+
+TWO = [(draw(1, 6, 4, seed=0), draw(1, 6, seed=1)), (draw(1, 6, 4, seed=2), draw(1, 6, seed=3))]
+LAST = draw(2, 3, 6, seed=4), draw(2, 3, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: grouped_mlp([Q, K], [(TWO[0][0], None), TWO[1]], [LAST]), "a NoneType"),
+        (lambda: grouped_mlp([Q, K], [TWO[0][0], TWO[1][0]], [LAST]), "a layer that is a Tensor"),
+        (lambda: grouped_mlp([Q, K], [(*TWO[0], 1), TWO[1]], [LAST]), "a layer that is a tuple of 3"),
+        (lambda: concat_scores(Q, K, torch.nn.Sequential(torch.nn.Linear(8, 1))), "a Sequential; .* pairs"),
+        (lambda: concat_scores(Q, K, None), "a NoneType; .* pairs"),
+        (lambda: grouped_infonce([Q, K], TWO, [LAST], 1, 0), "rows 1 and columns 0 of 2 MLPs"),
+        (lambda: grouped_infonce([Q, K], TWO, [LAST], [1.0], [0.0]), r"rows \[1.0\]"),
+        (lambda: classifier_logits((TWO[0][0], None), [LAST], [Q], [(0, 0, 0)], [(Q, Q, Q)]), "a NoneType"),
+        (lambda: knn_product_samples(Q, Q, K, 2, 1, generator=3), "generator 3"),
+        (lambda: knn_product_samples(*torch.zeros(3), 0, 1), "a number"),
+        (lambda: MILowerBound("mime"), "bound 'mime'; expected one of infonce"),
+        (lambda: MILowerBound("mine", groups=-1), "groups = -1"),
+        (lambda: InfoNCE(reduction="avg"), "reduction 'avg'"),
+        (lambda: SigLIP(reduction="avg"), "reduction 'avg'"),
+        (lambda: infonce(Q, K, temperature=1e-45), "temperature 1e-45"),
+    ],
+)
+def test_mistakes_that_ended_in_a_traceback(call, match: str):
+    refused(call, match)
+
+
+def test_a_large_score_never_weighs_more_than_all():
+    """Products of other shapes round otherwise: the backward pass may find scores above their log-sum-exp."""
+    q, k = (draw(67, 48, seed=n, dtype=torch.float32).mul(4000).requires_grad_() for n in (0, 1))
+    for options in ({"symmetric": True}, {"reduction": "sum"}, {"labels": torch.arange(67) // 2, "reduction": "none"}):
+        found = torch.autograd.grad(infonce(q, k, **options).sum() / 67, (q, k))
+        # absolute values of a row of dS add up to 2 at most
+        for gradient, other in zip(found, (k, q), strict=True):
+            assert gradient.abs().max() <= 2 * other.abs().max()
+
+
+def test_make_fx_records_losses_that_look_at_values():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def loss(q, k):
+        return infonce(q, k, label_smoothing=0.1)
+
+    graph = make_fx(loss)(Q, K)
+    torch.testing.assert_close(graph(2 * Q, K), F.cross_entropy(2 * Q @ K.T, torch.arange(8), label_smoothing=0.1))

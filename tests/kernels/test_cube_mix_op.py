@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engine.errors import EstimatorError
 from engine.kernels import registry
 from engine.kernels.cube_mix import cpu, op, reference
 from engine.kernels.registry import use_backend
@@ -300,6 +301,17 @@ def test_autocast_runs_in_fp32():
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_summed_in_32(dtype):
+    """As float64 on the same numbers, but for one rounding of each result."""
+    x, weights = (part for part in case((40, 9, 3, 40), 1, 5, 6, dtype=dtype))
+    found, expected = run("auto", x, weights, 1), run("reference", x, weights, 1, dtype=torch.float64)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - b).abs().max() <= 1.01 * torch.finfo(dtype).eps / 2 * b.abs().max()
+    assert op.cube_mix(x, 1, *(w.float() for w in weights)).dtype == torch.float32
+
+
 @needs_compiler
 def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch):
     kept, forward = [], cpu.forward
@@ -333,6 +345,15 @@ def test_without_a_compiler_the_formula_runs(monkeypatch):
 
 def test_errors_name_the_weight():
     x, weights = case((2, 9, 3, 8), 1, 5, 6)
+    for n in (0, 2, 5, 6):  # a missing one ended the process
+        with pytest.raises(ValueError, match=f"{NAMES[n]} is None"):
+            op.cube_mix(x, 1, *(None if m == n else w for m, w in enumerate(weights)))
+    for axis in ("time", 1.0, 4):
+        with pytest.raises(ValueError, match=f"axis {axis!r} of an x with 4 axes"):
+            op.cube_mix(x, axis, *weights)
+    for eps in (-1.0, "small", float("nan")):
+        with pytest.raises(EstimatorError, match=f"eps = {eps!r}"):
+            op.cube_mix(x, 1, *weights, eps=eps)
     with pytest.raises(ValueError, match="silu"):
         op.cube_mix(x, 1, *weights, activation="silu")
     with pytest.raises(ValueError, match="fc1_weight"):

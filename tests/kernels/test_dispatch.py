@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from bench import traffic
 from engine.errors import ConfigError
 from engine.kernels import dispatch
 from engine.kernels.mi_bounds import op, plan  # noqa: F401  (registers infonce and mi_bound)
+from engine.kernels.mlp import plan as tiles
 
 CUDA = torch.device("cuda")
 CANDIDATES = {"small": lambda s: s["width"] <= 100, "large": lambda s: True, "eager": lambda s: True}
@@ -47,6 +49,22 @@ def test_nearest_size_class_by_ratio(table):
     assert [chosen(r) for r in (1, 100, 999, 1001, 10**6)] == ["small", "small", "small", "large", "large"]
     # width before rows
     assert chosen(10_000, width=90) == "eager"
+
+
+def test_tiles_of_small_layers_follow_the_table(table):
+    """Wide ones until a chip was measured; sizes are the rows of a launch."""
+    x = SimpleNamespace(dtype=torch.float32, device=CUDA)
+    assert tiles.tile(x, 32, "tf32x3") == tiles.WIDE["tf32x3"]
+    measured = [
+        entry(kind, rows, precision="fp32") | {"operation": "tower_tiles", "sizes": {"rows": rows}}
+        for kind, rows in (("deep", 32), ("wide", 512))
+    ]
+    dispatch.write(table, measured)
+    found = [tiles.tile(x, rows, "tf32x3", given) for rows in (64, 512) for given in (tiles.LAYERS, tiles.FIRST)]
+    expected = tiles.DEEP["tf32x3"], tiles.FIRST["deep"]["tf32x3"], tiles.WIDE["tf32x3"], tiles.WIDE["tf32x3"]
+    assert found == list(expected)
+    with dispatch.use(tower_tiles="wide"):
+        assert tiles.tile(x, 32, "tf32x3") == tiles.WIDE["tf32x3"]
 
 
 def test_nearest_architecture(table, monkeypatch):

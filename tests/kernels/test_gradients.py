@@ -207,6 +207,17 @@ class TestTransforms:
         for transform in (torch.func.jacrev, torch.func.jacfwd):
             torch.testing.assert_close(transform(lambda t: function(t, *rest))(first), expected)
 
+    @pytest.mark.parametrize(
+        "name", ["infonce, symmetric", "infonce, MoCo", "towers", "critics", "concat infonce", "cmi", "cube_mix"]
+    )
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+    def test_jit_trace(self, name: str):
+        """A trace computes with the tensors that it is given later, and keeps none of the first ones' results."""
+        function, tensors = CASES[name]
+        traced = torch.jit.trace(function, tuple(tensors), check_trace=False)
+        others = [1.5 * t for t in tensors]
+        torch.testing.assert_close(traced(*others), function(*others))
+
     def test_hessian(self):
         q, k = draw(4, 3, seed=0), draw(4, 3, seed=1)
         found = torch.func.hessian(lambda q: infonce(q, k))(q)

@@ -17,12 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.cmi import batched
-from engine.kernels.mlp.triton import TILES, dot, layer_backward, layer_forward, load_grad, positive, precision_now
+from engine.kernels.mlp.plan import FIRST, FIRST_BACKWARD, tile
+from engine.kernels.mlp.triton import dot, layer_backward, layer_forward, load_grad, positive, precision_now
 
 # Rows up to which a step is launches and not arithmetic; above them library products take over.
 FEW_ROWS = 4096
-# The tile of the first layer's gradients; in bf16 the usual one spills.
-FIRST_BACKWARD = TILES | {"bf16": (64, 32, 32, 4, 2)}
 MOST_PLACES = 30  # bits of a number that says where a feature is used
 
 
@@ -152,7 +151,7 @@ def forward(
     b, p = len(joint[0]), len(product[0])
     hidden = first.new_empty(len(first), b + p, first.shape[1])
     precision = precision_now()
-    m, n, c, warps, stages = TILES[precision]
+    m, n, c, warps, stages = tile(first, b + p, precision, FIRST)
     _first_forward[triton.cdiv(b + p, m), triton.cdiv(first.shape[1], n), len(first)](
         *_rows(joint, slots, product), first, first_bias, hidden, b, b + p, k, *_sizes(first, joint, slots), precision,
         m, n, c, num_warps=warps, num_stages=stages,

@@ -74,7 +74,8 @@ def classifier_logits(
     """
     weights = [t for layer in (first, *rest) for t in layer]
     flat = [part for three in product for part in three]
-    dtype = exact_type("classifier_logits", *weights, *joint, *flat, integers=True)
+    everything = *weights, *joint, *flat
+    dtype = exact_type("classifier_logits", *everything, integers=True, needed=len(everything))
     weights, joint = [_to(t, dtype) for t in weights], [_to(j, dtype) for j in joint]
     flat = [_to(part, dtype).detach() for part in flat]
     places = [s for three in slots for s in three]
@@ -86,17 +87,23 @@ def classifier_logits(
 
 
 def cmi(joint: Tensor, product: Tensor, estimator: str = "ldr", limit: float = LOGIT_LIMIT) -> CMIOutput:
-    """Loss and values of classifiers' logits. `engine.kernels.cmi.reference` has the formulas.
+    """Loss and values of classifiers' logits t, which estimate log p(x,y,z) − log p(x|z) p(y,z).
+
+    With means over the b joint rows (p) and the b' product rows (q), and c = log b/b',
+
+        loss = (b mean_p softplus(-t - c) + b' mean_q softplus(t + c)) / (b + b')
+        ldr = mean_p t,  dv = mean_p t − log mean_q e^t,  nwj = 1 + mean_p t − mean_q e^t
+
+    The constant c makes the logit itself the log ratio, however many rows of each there are.
 
     >>> joint, product = torch.full((5,), 2.0), torch.full((4,), -3.0)
     >>> cmi(joint, product, "dv").value
     tensor(5.)
 
     Args:
-        joint, product: logits [..., b] and [..., b'] of joint and of product rows, b, b' >= 1. They estimate
-            log p(x,y,z) − log p(x|z) p(y,z).
+        joint, product: logits [..., b] and [..., b'] of joint and of product rows, b, b' >= 1.
         estimator: which of "ldr", "dv" and "nwj" is `value`.
-        limit: values are read from logits clamped to ±limit. The loss uses the logits as they are.
+        limit: values are read from logits clamped to ±limit, infinite ones too. The loss uses them as they are.
 
     Raises:
         EstimatorError: no rows, leading dimensions, types or devices that do not fit, an unknown estimator, or a limit

@@ -215,14 +215,17 @@ class _Softmax:
 
 
 def _softmax_gradient_(scores: Tensor, block: _Block, hardness: float, grads: Tensor, state: Tensor) -> None:
-    """Turn scores of a block into their gradient. grads, state: [7, G, n]."""
-    share = (scores[block.places] - state[POSITIVES][:, block.places[1]]).exp()
+    """Turn scores of a block into their gradient. grads, state: [7, G, n].
+
+    No score is above its log-sum-exp, but for products that are rounded otherwise here (`mi_bounds.cpu.gradients`).
+    """
+    share = (scores[block.places] - state[POSITIVES][:, block.places[1]]).clamp_(max=0).exp_()
     at_positives = _at_positives(share, block, grads[POSITIVES], grads[SPREAD])
     grads, state, weights = grads[..., None], state[..., None], None
     if hardness:
-        weights = (scores * hardness).sub_(state[WEIGHTS]).exp_().mul_(grads[WEIGHTS] * hardness)
+        weights = (scores * hardness).sub_(state[WEIGHTS]).clamp_(max=0).exp_().mul_(grads[WEIGHTS] * hardness)
         scores.mul_(1 + hardness)
-    scores.sub_(state[NEGATIVES]).exp_().mul_(grads[NEGATIVES] * (1 + hardness))
+    scores.sub_(state[NEGATIVES]).clamp_(max=0).exp_().mul_(grads[NEGATIVES] * (1 + hardness))
     if weights is not None:
         scores.add_(weights)
     if grads[TOTAL].any():

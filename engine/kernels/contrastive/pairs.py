@@ -46,7 +46,7 @@ class Pairs(NamedTuple):
             listed = self.positives[begin:end]
             listed = torch.where(listed < 0, keys, listed)
             found = torch.zeros(end - begin, keys + 1, dtype=torch.bool, device=device)
-            found = found.scatter(1, listed, True)[:, :keys]
+            found = found.scatter(1, listed, 1)[:, :keys]
         return found & ~_own(begin, end, keys, device) if self.exclude_self else found
 
     def left_out(self, begin: int, end: int, keys: int, device: torch.device) -> Tensor | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -122,9 +123,9 @@ def grouped_infonce(
         inputs, first, rest = _exact_towers("grouped_infonce", inputs, first, rest, activation)
         _check_rows("grouped_infonce", inputs[0])
         count = sum(len(w) for w, _ in first)
-        if len(rows) != len(columns) or sorted((*rows, *columns)) != list(range(count)):
+        if not _every_one(rows, columns, count):
             raise EstimatorError(
-                "grouped_infonce", f"rows {list(rows)} and columns {list(columns)} of {count} MLPs", "every MLP once",
+                "grouped_infonce", f"rows {rows} and columns {columns} of {count} MLPs", "every MLP once",
                 "Name for every critic the MLP of y in `rows` and that of x in `columns`.",
             )  # fmt: skip
     if ranks is not None:
@@ -139,6 +140,15 @@ def grouped_infonce(
         loss = infonce(q, k)
         return log_size(q.shape[1], loss) - loss
     return _infonce_of_towers(inputs, [*_flat(first), *_flat(rest)], list(rows), list(columns))
+
+
+def _every_one(rows: Sequence[int], columns: Sequence[int], count: int) -> bool:
+    """Whether rows and columns together name each of `count` MLPs once, as many in each."""
+    try:
+        numbers = [index(number) for number in (*rows, *columns)]
+    except TypeError:
+        return False
+    return len(rows) == len(columns) and sorted(numbers) == list(range(count))
 
 
 def infonce_of_towers(
@@ -397,7 +407,8 @@ def _exact_towers(
 ) -> tuple[list[Tensor], Layers, Layers]:
     """The arguments of `grouped_mlp`, checked and in one dtype."""
     _check_activation(where, activation)
-    dtype = exact_type(where, *inputs, *_all(first), *_all(rest), integers=True)
+    everything = *inputs, *_all(_pairs(where, first)), *_all(_pairs(where, rest))
+    dtype = exact_type(where, *everything, integers=True, needed=len(everything))
     inputs = [_to(x, dtype) for x in inputs]
     first, rest = ([(_to(w, dtype), _to(b, dtype)) for w, b in layers] for layers in (first, rest))
     _check_grouped(inputs, first, rest)
@@ -407,10 +418,24 @@ def _exact_towers(
 def _exact_pairs(where: str, x: Tensor, y: Tensor, layers: Layers, activation: str) -> tuple[Tensor, Tensor, Layers]:
     """The arguments of `concat_scores`, checked and in one dtype."""
     _check_activation(where, activation)
-    dtype = exact_type(where, x, y, *_all(layers), integers=True)
+    everything = x, y, *_all(_pairs(where, layers))
+    dtype = exact_type(where, *everything, integers=True, needed=len(everything))
     x, y, layers = _to(x, dtype), _to(y, dtype), [(_to(w, dtype), _to(b, dtype)) for w, b in layers]
     _check_concat(x, y, layers)
     return x, y, layers
+
+
+def _pairs(where: str, layers: Layers) -> Layers:
+    """The layers, if they are pairs."""
+    if not isinstance(layers, Sequence) or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in layers):
+        found = f"a {type(layers).__name__}"
+        if isinstance(layers, Sequence):
+            odd = next(pair for pair in layers if not (isinstance(pair, Sequence) and len(pair) == 2))
+            found = f"a layer that is a {type(odd).__name__}"
+            found += f" of {len(odd)}" if isinstance(odd, Sequence) else ""
+        do = "Give [(linear.weight, linear.bias), ...]."
+        raise EstimatorError(where, found, "a list of pairs (weight, bias)", do)
+    return layers
 
 
 def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:

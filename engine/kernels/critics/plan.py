@@ -1,7 +1,9 @@
 """Which algorithm critics run by on a GPU: their candidates in the dispatch table.
 
-    concat_critic    slabs: library products on a slab of pairs; fused: a tile of pairs stays on the chip
-    critic_towers    fused: one launch per layer for all towers; plain: library products
+    concat_critic    slabs: library products on a slab of pairs; half_slabs: on slabs of half as many; fused: a tile of
+                     pairs stays on the chip
+    critic_towers    fused: one launch per layer for all towers; plain: library products. The tiles of the former are
+                     an operation of their own, `engine.kernels.mlp.plan`
 
 For both, eager torch is taken where it was measured to be faster.
 """
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from engine.kernels import dispatch
 from engine.kernels.critics.plain import FEW_ROWS
+from engine.kernels.mlp import plan  # noqa: F401  (registers the towers' tiles)
 
 WIDEST, DEEPEST = 256, 2  # hidden layers that the fused concat critic takes: their width, how many after the first
 EAGER_NUMBERS = 1 << 28  # numbers of one layer of all pairs that eager torch may keep
@@ -49,7 +52,7 @@ def _measured_concat(device: torch.device, dtype: torch.dtype, sizes: dispatch.S
     return lambda: torch.autograd.grad(concat_infonce(x, y, layers), leaves)
 
 
-def _measured_towers(device: torch.device, dtype: torch.dtype, sizes: dispatch.Sizes) -> Callable[[], None]:
+def measured_towers(device: torch.device, dtype: torch.dtype, sizes: dispatch.Sizes) -> Callable[[], None]:
     from engine.kernels.critics.op import grouped_infonce
 
     inputs = [_random(device, dtype, sizes["rows"], EMBED) for _ in range(4)]
@@ -69,6 +72,7 @@ dispatch.register(
     ("rows", "hidden", "depth"),
     {
         "slabs": lambda sizes: True,
+        "half_slabs": lambda sizes: True,
         "fused": lambda sizes: sizes["hidden"] <= WIDEST and sizes["depth"] <= DEEPEST,
         "eager": lambda sizes: math.prod((sizes["rows"], sizes["rows"], sizes["hidden"])) <= EAGER_NUMBERS,
     },
@@ -85,6 +89,6 @@ dispatch.register(
         "eager": lambda sizes: sizes["rows"] <= 4 * FEW_ROWS,
     },
     lambda precision, sizes: "fused" if sizes["rows"] <= FEW_ROWS else "plain",
-    work=_measured_towers,
+    work=measured_towers,
     classes=[{"rows": rows} for rows in (32, 128, 512, 2048)],
 )

@@ -7,8 +7,10 @@ derivative of ReLU is one kernel together with the bias's gradient. InfoNCE take
 slab holds whole rows, so that its softmax is known as soon as its scores are. Only where a row alone fills a slab do
 its columns take turns, and their layers are computed twice.
 
-Memory: a slab's layers, (depth + 3) · `SLAB_NUMBERS` numbers for `depth` hidden layers after the first (80 MiB in fp32
-and half of it in bf16 for the usual two), `BLOCKS` partial sums per layer, and a slab's scores.
+Memory: a slab's layers, (depth + 2) · `SLAB_NUMBERS` numbers for `depth` hidden layers after the first (64 MiB in fp32
+and half of it in bf16 for the usual two), `BLOCKS` partial sums per layer, and a slab's scores. Gradients of layers
+take turns in the last layer's memory and in one more. What fits into a GPU's cache need not come from its memory:
+`share` makes slabs that much smaller, in as many times the launches.
 
 Products are taken as torch takes them: in fp32, or in TF32 where torch.backends.cuda.matmul.allow_tf32 is set, with
 operands rounded to nearest. With torch.set_float32_matmul_precision("medium") layers are stored, and multiplied, in
@@ -204,19 +206,19 @@ def _sides(
 # -- host functions --
 
 
-def forward_pairs(of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], scores: Tensor) -> None:
+def forward_pairs(of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], scores: Tensor, share: int = 1) -> None:
     """As `plain.forward_pairs`."""
-    slabs = _Slabs(of_y, of_x, further, backward=False)
+    slabs = _Slabs(of_y, of_x, further, share, backward=False)
     for rows, columns in slabs.all():
         slabs.forward(rows, columns, scores[rows])
 
 
 def backward_pairs(
     grad: Tensor, of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], sums_x: Tensor, sums_y: Tensor,
-    of_weights: Sequence[Tensor],
+    of_weights: Sequence[Tensor], share: int = 1,
 ) -> None:  # fmt: skip
     """As `plain.backward_pairs`."""
-    slabs = _Slabs(of_y, of_x, further, backward=True)
+    slabs = _Slabs(of_y, of_x, further, share, backward=True)
     grad = grad.contiguous()
     for rows, columns in slabs.all():
         layers = slabs.forward(rows, columns)
@@ -228,12 +230,12 @@ def backward_pairs(
 
 def infonce_pairs(
     of_x: Tensor, of_y: Tensor, further: Sequence[Tensor], transpose: bool, losses: Tensor, sums_x: Tensor | None,
-    sums_y: Tensor | None, of_weights: Sequence[Tensor],
+    sums_y: Tensor | None, of_weights: Sequence[Tensor], share: int = 1,
 ) -> None:  # fmt: skip
     """As `plain.infonce_pairs`."""
     (row, sums_row), (column, sums_column) = ((of_x, sums_x), (of_y, sums_y))[:: 1 if transpose else -1]
     grads = sums_row is not None
-    slabs = _Slabs(row, column, further, backward=grads)
+    slabs = _Slabs(row, column, further, share, backward=grads)
     scores = row.new_empty(slabs.height, len(column))
     for rows in slabs.rows():
         own = scores[: rows.stop - rows.start]
@@ -252,10 +254,12 @@ def infonce_pairs(
             torch.sum(losses * 0, 0, keepdim=True, out=of_weights[-1])
 
 
-def launches(rows: int, columns: int, hidden: int, depth: int, kind: str, weight_grads: bool) -> int:
+def launches(
+    rows: int, columns: int, hidden: int, depth: int, kind: str, weight_grads: bool, share: int = 1
+) -> int:  # fmt: skip
     """Kernels that `forward_pairs`, `backward_pairs`, or `infonce_pairs` with or without gradients launch, as `kind`
     "forward", "backward", "infonce" or "losses" says."""
-    height, width = _size(rows, columns, hidden)
+    height, width = _size(rows, columns, hidden, share)
     half = int(_dtype() != torch.float32)
     casts = depth * half
     last = {"backward": 1, "infonce": 2}.get(kind, 0) if weight_grads else 0
@@ -284,19 +288,19 @@ class _Slabs:
         weights, biases: of the further hidden layers, weights in the type that products are taken in.
         last, last_bias: of the output.
         height, width: rows and columns of a slab.
-        layers, grads: memory for hidden layers, and for their gradients, of a slab's pairs.
+        layers, spare: memory for hidden layers of a slab's pairs, and for the gradient of one of them.
         sums: [depth + 1, blocks, hidden], partial sums of the biases' gradients and of the last weight's.
     """
 
-    def __init__(self, row: Tensor, column: Tensor, further: Sequence[Tensor], backward: bool):
+    def __init__(self, row: Tensor, column: Tensor, further: Sequence[Tensor], share: int, backward: bool):
         dtype = _dtype()
         self.row, self.column, self.hidden = row, column, row.shape[1]
         self.weights, self.biases = [w.to(dtype) for w in further[:-2:2]], further[1:-2:2]
         self.last, self.last_bias = further[-2:]
         self.depth = len(self.weights)
-        self.height, self.width = _size(len(row), len(column), self.hidden)
+        self.height, self.width = _size(len(row), len(column), self.hidden, share)
         memory = row.new_empty(_layers(self.depth, backward), self.height * self.width * self.hidden, dtype=dtype)
-        self.layers, self.grads = memory[: self.depth + 1], memory[self.depth + 1 :]
+        self.layers, self.spare = memory[: self.depth + 1], memory[-1]
         blocks = min(BLOCKS, triton.cdiv(max(1, self.height * self.width), PAIRS))
         self.sums = row.new_empty(self.depth + 1 if backward else 0, blocks, self.hidden)
         self.features = triton.cdiv(self.hidden, FEATURES)
@@ -339,10 +343,10 @@ class _Slabs:
         of_columns: Tensor, of_weights: Sequence[Tensor],
     ) -> None:  # fmt: skip
         """Add a slab's gradients to all sums, from its layers and the derivatives by its scores: those columns of
-        `slopes` [rows, all columns]."""
+        `slopes` [rows, all columns]. The last layer is overwritten."""
         row, column = self.row[rows], self.column[columns]
         pairs, later = len(row) * len(column), rows.start > 0 or columns.start > 0
-        grad, other = (memory[: pairs * self.hidden].view(pairs, self.hidden) for memory in self.grads)
+        grad, other = layers[-1], self.spare[: pairs * self.hidden].view(pairs, self.hidden)
         blocks = self.sums.shape[1], self.features
         tile = {"PAIRS": PAIRS, "FEATURES": FEATURES, "num_warps": WARPS}
         _output_backward[blocks](
@@ -382,16 +386,16 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, later: bool) -> None:
         torch.mm(a, b, out=total)
 
 
-def _size(rows: int, columns: int, hidden: int) -> tuple[int, int]:
+def _size(rows: int, columns: int, hidden: int, share: int = 1) -> tuple[int, int]:
     """Rows and columns of a slab."""
-    pairs = max(1, SLAB_NUMBERS // hidden)
+    pairs = max(1, SLAB_NUMBERS // (hidden * share))
     width = max(1, min(columns, pairs))
     return max(1, min(rows, pairs // width)), width
 
 
 def _layers(depth: int, backward: bool) -> int:
-    """Hidden layers, and gradients of some, that a slab's memory holds."""
-    return depth + 1 + (2 if backward else 0)
+    """Hidden layers, and the gradient of one, that a slab's memory holds."""
+    return depth + 1 + int(backward and depth > 0)
 
 
 def _dtype() -> torch.dtype:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from engine.kernels.critics import plain
 from engine.kernels.critics.plan import tower_algorithm
-from engine.kernels.mlp.triton import TILES, dot, layer_backward, layer_forward, precision_now
+from engine.kernels.mlp.plan import WIDE
+from engine.kernels.mlp.triton import dot, layer_backward, layer_forward, precision_now
 
 SCORE_ROWS, SCORE_COLUMNS = 16, 64  # a program's tile of scores
 WARPS = 4
@@ -162,7 +163,7 @@ def grouped_infonce(
     if not losses.numel():
         return losses.mean(1), state
     precision = precision_now()
-    m, n, depth, warps, stages = TILES[precision]
+    m, n, depth, warps, stages = WIDE[precision]
     constant = tuple(q), tuple(k), critics, width
     _scores[triton.cdiv(rows, SCORE_ROWS), critics](
         out, slopes, losses, rows, *constant, grads, precision, SCORE_ROWS, SCORE_COLUMNS, depth, num_warps=WARPS,

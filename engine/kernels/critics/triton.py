@@ -14,7 +14,8 @@ fp32), high tf32, medium bf16. Sums are fp32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -310,49 +311,62 @@ def _weight_gradient(
 
 def concat_forward(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> Tensor:
     """As `plain.concat_forward`."""
-    pairs = _forward_pairs if concat_algorithm(x, layers) == "fused" else slabs.forward_pairs
-    return plain.concat_forward(x, y, layers, pairs)
+    return plain.concat_forward(x, y, layers, _pairs(x, layers, _forward_pairs, slabs.forward_pairs))
 
 
 def concat_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Sequence[Tensor], *wanted: bool) -> Tensor:
     """As `plain.concat_backward`."""
-    pairs = _backward_pairs if concat_algorithm(x, layers) == "fused" else slabs.backward_pairs
+    pairs = _pairs(x, layers, _backward_pairs, slabs.backward_pairs)
     return plain.concat_backward(grad, x, y, layers, *wanted, pairs)
 
 
 def concat_infonce(x: Tensor, y: Tensor, layers: Sequence[Tensor], *settings: bool) -> tuple[Tensor, Tensor]:
     """As `plain.concat_infonce`."""
-    pairs = _infonce_pairs if concat_algorithm(x, layers) == "fused" else slabs.infonce_pairs
+    pairs = _pairs(x, layers, _infonce_pairs, slabs.infonce_pairs)
     return plain.concat_infonce(x, y, layers, *settings, pairs)
+
+
+def _pairs(
+    x: Tensor, layers: Sequence[Tensor], fused: Callable[..., None], by_slabs: Callable[..., None]
+) -> Callable[..., None]:
+    """The function for all pairs, by the chosen algorithm."""
+    algorithm = concat_algorithm(x, layers)
+    return fused if algorithm == "fused" else functools.partial(by_slabs, share=_share(algorithm))
+
+
+def _share(algorithm: str) -> int:
+    """By how much slabs are smaller than the largest."""
+    return 2 if algorithm == "half_slabs" else 1
 
 
 # -- launches; each takes the arguments of the function it is named after --
 
 
 def concat_forward_launches(x: Tensor, y: Tensor, layers: Sequence[Tensor]) -> int:
-    if concat_algorithm(x, layers) == "fused":
+    algorithm = concat_algorithm(x, layers)
+    if algorithm == "fused":
         return 3 if x.shape[0] * y.shape[0] else 2
-    return 2 + slabs.launches(y.shape[0], x.shape[0], *_widths(layers), "forward", False)
+    return 2 + slabs.launches(y.shape[0], x.shape[0], *_widths(layers), "forward", False, _share(algorithm))
 
 
 def concat_backward_launches(
     grad: Tensor, x: Tensor, y: Tensor, layers: Sequence[Tensor], input_grads: bool, weight_grads: bool
 ) -> int:
     pairs = y.shape[0], x.shape[0], *_widths(layers)
-    outer = _outer_launches(input_grads, weight_grads)
-    if concat_algorithm(x, layers) == "fused":
+    outer, algorithm = _outer_launches(input_grads, weight_grads), concat_algorithm(x, layers)
+    if algorithm == "fused":
         return outer + _fused_gradients(*pairs, True, weight_grads)
-    return outer + slabs.launches(*pairs, "backward", weight_grads)
+    return outer + slabs.launches(*pairs, "backward", weight_grads, _share(algorithm))
 
 
 def concat_infonce_launches(
     x: Tensor, y: Tensor, layers: Sequence[Tensor], transpose: bool, input_grads: bool, weight_grads: bool
 ) -> int:
     pairs, wanted = (x.shape[0], x.shape[0], *_widths(layers)), input_grads or weight_grads
-    outer = _outer_launches(input_grads, weight_grads)
-    if concat_algorithm(x, layers) == "fused":
+    outer, algorithm = _outer_launches(input_grads, weight_grads), concat_algorithm(x, layers)
+    if algorithm == "fused":
         return outer + 1 + (_fused_gradients(*pairs, False, weight_grads) if wanted else 0)
-    return outer + slabs.launches(*pairs, "infonce" if wanted else "losses", weight_grads)
+    return outer + slabs.launches(*pairs, "infonce" if wanted else "losses", weight_grads, _share(algorithm))
 
 
 def _widths(layers: Sequence[Tensor]) -> tuple[int, int]:

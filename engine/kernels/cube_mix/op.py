@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import registry
-from engine.kernels.arguments import exact_type, wants_gradient
+from engine.kernels.arguments import check_number, exact_type, wants_gradient
 from engine.kernels.compiling import constant_when_compiled
 from engine.kernels.cube_mix import cpu, reference
 from engine.kernels.gradients import differentiable_once
@@ -75,8 +75,8 @@ def cube_mix(
         eps: Of LayerNorm.
 
     Returns:
-        x with the length of `axis` changed to d_out, float32 (float64 for float64 x). Differentiable once in x and in
-        the weights.
+        x with the length of `axis` changed to d_out, float32 (float64 for float64 x). Without autocast, x and weights
+        that all have one type of 16 bits give that type. Differentiable once in x and in the weights.
 
     Raises:
         ValueError: An unknown activation, or shapes that do not belong together.
@@ -93,10 +93,10 @@ def cube_mix(
     """
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual_weight, norm_weight, norm_bias)
     exact_type("cube_mix", x, *weights)
-    if not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis {axis} of an x with {x.ndim} axes")
+    if not isinstance(axis, int) or not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis {axis!r} of an x with {x.ndim} axes")
     axis = axis % x.ndim
-    _check(x.shape[axis], weights, activation, ln_first)
+    _check("cube_mix", x.shape[axis], weights, activation, eps, ln_first)
     return _mix(x, axis, weights, activation, ln_first, eps)
 
 
@@ -143,7 +143,7 @@ def cube_block(
     if x.ndim != 4:
         raise ValueError(f"x of shape {list(x.shape)}, expected [B, l, k, d]")
     for axis, weights in enumerate((time, modality, channel), 1):
-        _check(x.shape[axis], weights, activation, ln_first)
+        _check("cube_block", x.shape[axis], weights, activation, eps, ln_first)
     settings = (activation, ln_first, eps)
     if not on_triton(x) or _longest(modality) > cpu.SHORT or _longest(channel) <= cpu.SHORT:
         for axis, weights in enumerate((time, modality, channel), 1):
@@ -207,18 +207,28 @@ def _precision(x: Tensor) -> str:
     return "tf32" if _tf32() else "fp32"
 
 
+def _autocasts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
 def _longest(weights: Weights) -> int:
     """The largest of an axis' input, hidden layer and output."""
     return max(*weights[0].shape, len(weights[2]))
 
 
-def _check(d_in: int, weights: tuple[Tensor | None, ...], activation: str, ln_first: bool) -> None:
+def _check(where: str, d_in: int, weights: Weights, activation: str, eps: float, ln_first: bool) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    check_number(where, "eps", eps, 0)
+    names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "residual_weight", "norm_weight", "norm_bias")
+    for n in (0, 2, 5, 6):  # the others may be None
+        if weights[n] is None or weights[n].dim() == 0:
+            raise ValueError(
+                f"{names[n]} is {'None' if weights[n] is None else 'a number'}, expected a tensor of weights"
+            )
     hidden, d_out, residual = weights[0].shape[0], weights[2].shape[0], weights[4]
     norm = (d_in if ln_first else d_out,)
     expected = ((hidden, d_in), (hidden,), (d_out, hidden), (d_out,), (d_out, d_in), norm, norm)
-    names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "residual_weight", "norm_weight", "norm_bias")
     for name, weight, shape in zip(names, weights, expected, strict=True):
         if weight is not None and weight.shape != shape:
             raise ValueError(f"{name} has shape {list(weight.shape)}, expected {list(shape)} (the axis has {d_in})")
@@ -237,7 +247,13 @@ def _mix(
 ) -> Tensor:
     """`cube_mix`. dtype: the result's on a GPU."""
     if not available(x):
-        if len({t.dtype for t in (x, *weights) if t is not None}) > 1:
+        dtypes = {t.dtype for t in (x, *weights) if t is not None}
+        if x.device.type == "cpu" and dtypes <= set(cpu.STORAGE.values()) and not _autocasts(x):
+            # torch's CPU products and LayerNorm of 16 bits sum in 16 bits
+            exact = [None if w is None else w.float() for w in weights]
+            y = _mix(x.float(), axis, exact, activation, ln_first, eps)
+            return y.to(x.dtype) if len(dtypes) == 1 else y
+        if len(dtypes) > 1:
             exact = torch.float64 if x.dtype == torch.float64 else torch.float32
             x, weights = x.to(exact), [None if w is None else w.to(exact) for w in weights]
         return reference.axis_mix(x, axis, *weights, activation=_FUNCTIONS[activation], ln_first=ln_first, eps=eps)

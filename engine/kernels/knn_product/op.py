@@ -246,7 +246,12 @@ def knn_product_samples(
         >>> [part.shape for part in rows]
         [torch.Size([20, 2]), torch.Size([20, 3]), torch.Size([20, 4])]
     """
-    exact_type("knn_product_samples", x, y, z, integers=True)
+    exact_type("knn_product_samples", x, y, z, integers=True, needed=3)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        do = "Give torch.Generator().manual_seed(0)."
+        raise EstimatorError("knn_product_samples", f"generator {generator!r}", "a torch.Generator", do)
+    if 0 in (x.dim(), y.dim(), z.dim()):
+        raise EstimatorError("knn_product_samples", "a number", "rows of samples", "Give tensors [N, width].")
     if not len(x) == len(y) == len(z):
         raise EstimatorError(
             "knn_product_samples", f"{len(x)}, {len(y)} and {len(z)} rows of x, y, z", "as many of each",

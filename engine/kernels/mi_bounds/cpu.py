@@ -84,6 +84,9 @@ def gradients(
     With dS_ij = -row_weight_i e^(S_ij - row_shift_i) - col_weight_j e^(S_ij - col_shift_j) (the second term only where
     given; -row_weight_i sigmoid(S_ij) where row_shift is None), and dS_ij = diagonal_i at the positives.
 
+    Shifts are log-sum-exps of scores, so no difference is above 0. Products of another shape are rounded otherwise,
+    though: of scores near 1e8 a difference could be 40, and its exponential 1e17. Those above 0 are taken as 0.
+
     Args: row_weight, row_shift, diagonal [G, B]; col_weight, col_shift [G, C]; else as for `statistics`.
 
     Returns:
@@ -98,11 +101,11 @@ def gradients(
         mask.remove(scores)
         if col_shift is not None:
             other = torch.empty_like(scores) if other is None else other[:, : end - begin]
-            torch.sub(scores, col_shift[:, None], out=other).exp_().mul_(-col_weight[:, None])
+            torch.sub(scores, col_shift[:, None], out=other).clamp_(max=0).exp_().mul_(-col_weight[:, None])
         if row_shift is None:
             scores.sigmoid_()
         else:
-            scores.sub_(row_shift[:, begin:end, None]).exp_()
+            scores.sub_(row_shift[:, begin:end, None]).clamp_(max=0).exp_()
         scores.mul_(-row_weight[:, begin:end, None])
         if other is not None:
             scores.add_(other)

@@ -13,6 +13,9 @@ from engine.kernels.arguments import exact_type, looks_at
 from engine.kernels.mi_bounds.reference import check_positives, full_precision
 from engine.kernels.registry import interpreting
 
+# the least temperature whose inverse float32 can hold
+_LEAST = 1 / torch.finfo(torch.float32).max
+
 
 def normalised(x: Tensor) -> Tensor:
     """Rows of length 1. A row of zeros has no direction: it stays zero and gets no gradient.
@@ -98,12 +101,12 @@ def check_temperature(where: str, temperature: float | Tensor, device: torch.dev
         if temperature.numel() == 1 and real and near:
             if not looks_at(temperature):
                 return False
-            if 0 < temperature.item() < math.inf:
+            if _LEAST <= temperature.item() < math.inf:
                 return True
             what = repr(temperature.item())
         else:
             what = f"{temperature.dtype} {list(temperature.shape)} on {temperature.device}"
-    elif isinstance(temperature, Real) and not isinstance(temperature, bool) and 0 < temperature < math.inf:
+    elif isinstance(temperature, Real) and not isinstance(temperature, bool) and _LEAST <= temperature < math.inf:
         return True
     else:
         what = repr(temperature)

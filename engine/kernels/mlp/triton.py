@@ -19,12 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.mlp.plan import WIDE, tile
 from engine.kernels.triton_math import round_tf32
 
 PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
-
-# A tile of a product: rows, columns, terms of the sum taken at a time, warps, stages.
-TILES = {"tf32x3": (32, 64, 32, 4, 2), "tf32": (32, 64, 32, 4, 3), "bf16": (32, 64, 32, 4, 2)}
 
 
 @triton.jit
@@ -241,7 +239,7 @@ def layer_forward(
     begins, _, widths = _sections(weights)
     rows, split = inputs[0].shape[-2], out.shape[1]
     precision = precision_now()
-    m, n, k, warps, stages = TILES[precision]
+    m, n, k, warps, stages = tile(out, rows, precision)
     if not out.shape[0] * rows:
         return
     count, width = len(out), out.shape[2]
@@ -270,7 +268,8 @@ def layer_backward(
     begins, ends, widths = _sections(weights)
     rows = grad.shape[1] + (0 if second is None else second.shape[1])
     precision = precision_now()
-    m, n, k, warps, stages = TILES[precision]
+    # with deep tiles the sum over a section's MLPs spills on Ampere
+    m, n, k, warps, stages = WIDE[precision] if shared else tile(grad, rows, precision)
     count, width = len(grad), grad.shape[2]
     column_tiles = triton.cdiv(max(widths), n)
     weight_tiles = triton.cdiv(width, m) * column_tiles if of_weights else 0
