@@ -42,7 +42,7 @@ def cases() -> list[AotCase]:
             signature |= {"average": "*fp32", "factors": "*fp32", "shared": "*fp32", "n": "i32", "count": "i32"}
             signature |= {"limit": "fp32"}
             for low in kernels.LOW.values():
-                fixed = constants | blocks | {"COLUMNS": COLUMNS, "LOW": low}
+                fixed = constants | blocks | {"COLUMNS": COLUMNS, "LOW": low, "INTERPRETED": False}
                 title = f"update.move/{name}/{where}/{low or 'fp32'}"
                 cases.append(AotCase(title, kernels.move_kernel, signature, fixed, num_warps=kernels.WARPS))
                 if aligned and not everything:

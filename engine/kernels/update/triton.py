@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.registry import interpreting
 from engine.kernels.update.tables import BLOCK
 
 WARPS = 8
@@ -53,7 +54,8 @@ def move(
     if count:
         move_kernel[(count,)](
             addresses, sizes, blocks, group, settings, rates, gradients, inverse, average, factors, shared, n, count,
-            limit, BLOCK=BLOCK, COLUMNS=settings.shape[1], ALIGNED=aligned, LOW=LOW[low], num_warps=WARPS,
+            limit, BLOCK=BLOCK, COLUMNS=settings.shape[1], ALIGNED=aligned, LOW=LOW[low],
+            INTERPRETED=interpreting(), num_warps=WARPS,
         )  # fmt: skip
     return shared
 
@@ -149,20 +151,22 @@ def _number(settings, column):
 
 
 @triton.jit
-def _bits_of(p, LOW: tl.constexpr):
+def _bits_of(p, LOW: tl.constexpr, INTERPRETED: tl.constexpr):
     """The bits of p as bfloat16 or float16, rounded to nearest, ties to even."""
     if LOW == "fp16":
         bits = p.to(tl.float16).to(tl.uint16, bitcast=True)
-    else:  # not `p.to(tl.bfloat16)`, which the interpreter cuts off
+    elif INTERPRETED:  # the interpreter's own cast cuts bits off
         whole = p.to(tl.uint32, bitcast=True)
         bits = tl.where(p == p, (whole + 0x7FFF + ((whole >> 16) & 1)) >> 16, 0x7FC0).to(tl.uint16)
+    else:
+        bits = p.to(tl.bfloat16).to(tl.uint16, bitcast=True)
     return bits
 
 
 @triton.jit
 def _moved(
     parameter, first, second, mean, address, low, low_address, gradient, at, within, settings, rate, size, root,
-    inverse, limit, factor, average, LOW: tl.constexpr,
+    inverse, limit, factor, average, LOW: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     # all loads come before all stores, which the compiler would not let them pass
     g = _load(gradient + at, within)
@@ -187,13 +191,13 @@ def _moved(
         tl.store(mean + at, a + tl.load(average) * (p - a), mask=with_average)
     if LOW is not None:  # noqa: SIM102 - for the compiler
         if low_address != 0:
-            tl.store(low + at, _bits_of(p, LOW), mask=within)
+            tl.store(low + at, _bits_of(p, LOW, INTERPRETED), mask=within)
 
 
 @triton.jit(do_not_specialize=["n", "count"])
 def move_kernel(
     addresses, sizes, blocks, group, settings, rates, gradients, inverse, average, factors, shared, n, count, limit,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, LOW: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, LOW: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
     if tl.load(shared) == 0.0:
@@ -220,10 +224,10 @@ def move_kernel(
         if start + BLOCK <= size:
             _moved(
                 parameter, first, second, mean, address, low, low_address, gradient, at, None, own, rate, step_size,
-                root, inverse, limit, factor, average, LOW,
+                root, inverse, limit, factor, average, LOW, INTERPRETED,
             )  # fmt: skip
         else:
             _moved(
                 parameter, first, second, mean, address, low, low_address, gradient, at, at < size, own, rate,
-                step_size, root, inverse, limit, factor, average, LOW,
+                step_size, root, inverse, limit, factor, average, LOW, INTERPRETED,
             )  # fmt: skip
