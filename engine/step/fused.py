@@ -22,9 +22,10 @@ from engine.kernels.update.reference import Weight
 from engine.kernels.update.tables import layout
 from engine.model.lowered import Copies
 from engine.step.averages import WeightAverage
+from engine.step.graphs import keep_for_graph
 
 KEPT = 64
-"""Tables that are kept. CUDA graphs read them, of which there are never so many for one place of the weights."""
+"""Tables that are kept here. A CUDA graph keeps those that it reads itself (`engine.step.graphs.keep_for_graph`)."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,10 @@ class FusedUpdates:
             weights = [w._replace(low=copies.of(w.parameter)) for w in weights]
         groups = tuple(_settings(optimizer, g) for g in optimizer.param_groups)
         plan = self._plan(weights, groups, average, names, low)
-        return None if plan is None or not plan.fits(gradients) else Work(plan, parameters, gradients, rates)
+        if plan is None or not plan.fits(gradients):
+            return None
+        keep_for_graph((plan, rates))
+        return Work(plan, parameters, gradients, rates)
 
     def _names_of(self, average: WeightAverage, parameters: list[Tensor]) -> list[str | None]:
         key = id(average), *map(id, parameters)
