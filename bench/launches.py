@@ -83,7 +83,7 @@ def of_epochs(trainer: Any, gpu: PretendedGpu) -> dict[str, Seen]:
         stack.enter_context(mock.patch.object(graphs, "_watching", False))
         # results of the engine's operations are placeholders: whether they are finite says nothing
         stack.enter_context(mock.patch.object(torch, "isfinite", lambda x: torch.ones_like(x, dtype=torch.bool)))
-        stack.enter_context(mock.patch.object(trainer.step, "_check_finite", lambda result: None))
+        stack.enter_context(mock.patch.object(type(trainer.step), "_check_finite", lambda step, result: None))
         for number in range(2):
             bank = stages.epoch(trainer, number, bank)
         if "collect" not in seen_in:  # faithful mode takes features anew in every batch of stage 1

@@ -1,8 +1,8 @@
 """Which updates of Adam and AdamW one pass over the weights can make, and what it needs to know of them.
 
 The optimiser stays torch's: its state, its groups and its learning rates are read where they are, and the weights, the
-moments, the step counters and the averages are changed in place (`engine.kernels.update`). What the pass does not
-compute exactly is left to the optimiser's own step.
+moments, the step counters, the averages and kept 16-bit copies are changed in place (`engine.kernels.update`). What
+the pass does not compute exactly is left to the optimiser's own step.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from engine.kernels.registry import backend_for
 from engine.kernels.update import Settings, Table
 from engine.kernels.update.reference import Weight
 from engine.kernels.update.tables import layout
+from engine.model.lowered import Copies
 from engine.step.averages import WeightAverage
+from engine.step.graphs import keep_for_graph
 
 KEPT = 64
-"""Tables that are kept. CUDA graphs read them, of which there are never so many for one place of the weights."""
+"""Tables that are kept here. A CUDA graph keeps those that it reads itself (`engine.step.graphs.keep_for_graph`)."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,21 @@ class FusedUpdates:
         self._names: dict[tuple, tuple[WeightAverage, list[Tensor], list[str | None]]] = {}
 
     @torch.no_grad()
-    def work(self, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> Work | None:
+    def work(
+        self,
+        optimizer: torch.optim.Optimizer,
+        average: WeightAverage | None,
+        copies: Copies | None = None,
+        low: torch.dtype | None = None,
+    ) -> Work | None:
         """What is to be done for the present gradients; None where the optimiser's own step is to make the update.
 
         State that the optimiser's first step would make is made.
 
         Args:
             average: of the optimiser's weights, or None.
+            copies: 16-bit copies of weights, which the pass writes, too.
+            low: the type that such copies have, whether or not there are any: one kernel is compiled for both.
         """
         if not _is_torchs(optimizer) or not _moving(optimizer) or not all(map(_fits, optimizer.param_groups)):
             return None
@@ -84,9 +94,16 @@ class FusedUpdates:
         names = [None] * len(weights) if average is None else self._names_of(average, parameters)
         if average is not None:
             averages = [None if name is None else average.values[name] for name in names]
-            weights = [Weight(*w[:4], a, w.group) for w, a in zip(weights, averages, strict=True)]
-        plan = self._plan(weights, tuple(_settings(optimizer, g) for g in optimizer.param_groups), average, names)
-        return None if plan is None or not plan.fits(gradients) else Work(plan, parameters, gradients, rates)
+            weights = [w._replace(average=a) for w, a in zip(weights, averages, strict=True)]
+        if copies is not None:
+            low = copies.dtype
+            weights = [w._replace(low=copies.of(w.parameter)) for w in weights]
+        groups = tuple(_settings(optimizer, g) for g in optimizer.param_groups)
+        plan = self._plan(weights, groups, average, names, low)
+        if plan is None or not plan.fits(gradients):
+            return None
+        keep_for_graph((plan, rates))
+        return Work(plan, parameters, gradients, rates)
 
     def _names_of(self, average: WeightAverage, parameters: list[Tensor]) -> list[str | None]:
         key = id(average), *map(id, parameters)
@@ -101,16 +118,17 @@ class FusedUpdates:
         groups: tuple[Settings, ...],
         average: WeightAverage | None,
         names: list[str | None],
+        low: torch.dtype | None,
     ) -> Plan | None:
-        places = tuple(t.data_ptr() for w in weights for t in w[:5] if t is not None)
-        key = places, tuple((w.parameter.shape, w.group) for w in weights), groups
+        places = tuple(0 if t is None else t.data_ptr() for w in weights for t in (*w[:5], w.low))
+        key = places, tuple((w.parameter.shape, w.group) for w in weights), groups, low
         if key not in self._plans:
             _make_room(self._plans)
             state = {} if average is None else average.module.state_dict()
             named = [(state[name], w.parameter) for name, w in zip(names, weights, strict=True) if name is not None]
             own = all(value.data_ptr() == parameter.data_ptr() for value, parameter in named)
             averaged = frozenset(name for name in names if name is not None)
-            plan = _planned(weights, groups, averaged) if own else None
+            plan = _planned(weights, groups, averaged, low) if own else None
             if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
                 return plan  # its tables are written at every replay of this graph, and by no other
             self._plans[key] = plan
@@ -222,7 +240,9 @@ def _weights(optimizer: torch.optim.Optimizer) -> tuple[list[Weight], list[Tenso
     return weights, gradients
 
 
-def _planned(weights: list[Weight], groups: Sequence[Settings], averaged: frozenset[str]) -> Plan | None:
+def _planned(
+    weights: list[Weight], groups: Sequence[Settings], averaged: frozenset[str], low: torch.dtype | None
+) -> Plan | None:
     """The plan, or None where not all of it lies in memory as the pass needs it."""
     device = weights[0].parameter.device
     for w in weights:
@@ -230,7 +250,10 @@ def _planned(weights: list[Weight], groups: Sequence[Settings], averaged: frozen
         beside = [t for t in (w.first, w.second, w.average) if t is not None]
         alike = all(_plain(t) and layout(t) == place and t.numel() == w.parameter.numel() for t in beside)
         counted = _plain(w.step) and w.step.numel() == 1
-        if place is None or not alike or not counted or any(t.device != device for t in (w.parameter, w.step, *beside)):
+        copied = w.low is None or (w.low.device == device and w.low.dtype == low and layout(w.low) == place)
+        if place is None or not alike or not counted or not copied:
+            return None
+        if any(t.device != device for t in (w.parameter, w.step, *beside)):
             return None
     parameters = [w.parameter for w in weights]
-    return Plan(Table(weights, groups), [*map(layout, parameters)], [p.stride() for p in parameters], averaged)
+    return Plan(Table(weights, groups, low), [*map(layout, parameters)], [p.stride() for p in parameters], averaged)

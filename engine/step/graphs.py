@@ -88,6 +88,29 @@ def _caller() -> tuple[str, bool]:
     return "an unknown place", False
 
 
+# -- memory that a graph reads and did not allocate ----------------------------------------------------------------
+
+
+_read: list[Any] | None = None
+
+
+@contextlib.contextmanager
+def noting_reads() -> Iterator[list[Any]]:
+    """A context around a capture; gives what the graph must keep alive."""
+    global _read
+    before, _read = _read, []
+    try:
+        yield _read
+    finally:
+        _read = before
+
+
+def keep_for_graph(thing: Any) -> None:
+    """Have the graph that is being captured, if one is, keep alive what it reads by address."""
+    if _read is not None:
+        _read.append(thing)
+
+
 # -- graphs ---------------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +130,7 @@ class GraphRunner:
     def __init__(self, device: torch.device, capture: bool, strict: bool, warm_ups: int = 1, limit: int = LIMIT):
         self.device, self.capture, self.strict, self.warm_ups, self.limit = device, capture, strict, warm_ups, limit
         self._graphs: dict[Hashable, Any] = {}
+        self._reads: dict[Hashable, list[Any]] = {}  # what each of them reads by address
         self._seen: Counter[Hashable] = Counter()
         self._uncaptured: set[Hashable] = set()
         self._watching = True
@@ -120,6 +144,7 @@ class GraphRunner:
     def clear(self) -> None:
         """Forget all graphs: memory that they read has moved."""
         self._graphs.clear()
+        self._reads.clear()
         self._seen.clear()
         self._uncaptured.clear()
         if self.capture:
@@ -176,7 +201,10 @@ class GraphRunner:
         """Whether the function could be captured under the key."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with (
+                noting_reads() as reads,
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 function()
         except ConfigError:
             raise
@@ -188,7 +216,7 @@ class GraphRunner:
                 _mend_generator(self.device)  # only here: graphs that are kept draw from the state it replaces
                 self._give_up(NotCapturable("an operation", _raised_at(cause), str(cause).splitlines()[0]))
             return False
-        self._graphs[key] = graph
+        self._graphs[key], self._reads[key] = graph, reads
         return True
 
     def _no_room_for(self, key: Hashable, cause: torch.OutOfMemoryError) -> None:
@@ -206,6 +234,7 @@ class GraphRunner:
         log.warning("steps run without CUDA graphs: %s", cause)
         self.capture = self._watching = False
         self._graphs.clear()
+        self._reads.clear()
 
 
 def _mend_generator(device: torch.device) -> None:

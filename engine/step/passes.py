@@ -25,7 +25,7 @@ OnBatch = Callable[[str, int], None]
 """Called after every batch with its stage and its number.
 
 A static step looks after each call whether parameters were replaced, moved or frozen. A function with an attribute
-`only_looks` that is true promises to do none of this, and spares the look.
+`only_looks` that is true promises to do none of this and to change no weight, and spares the look.
 """
 
 

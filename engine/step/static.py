@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from engine.errors import ConfigError
 from engine.kernels.knn_product import Bank
 from engine.loaders.feed import CopyFeed, Feed, Key, send
+from engine.model.lowered import LOW, Copies
 from engine.profile import part
 from engine.step.averages import Average, EpochResult, Sums, means
 from engine.step.bank import FeatureBank
 from engine.step.batches import whole_batches
 from engine.step.graph_state import DeviceNumbers, StateWatch, make_capturable, optimizer_settings, plain_settings
 from engine.step.graphs import GraphRunner
+from engine.step.known_code import KnownCode, is_known
 from engine.step.notes import Notes
 from engine.step.passes import OnBatch, nothing
 from engine.step.position import Position
@@ -70,6 +72,8 @@ class StaticPasses:
         self._left_out: dict[str, Tensor] = {}  # of these, samples of steps that were left out
         self._banks: dict[str, FeatureBank] = {}
         self._watched: StateWatch | None = None
+        self._code: KnownCode | None = None
+        self._lowered: Copies | None = None  # of weights, for the forward passes of the stages' functions
         self._replayed = False  # whether nothing but a replay has happened since the last look at the parameters
         self._settings: list[Any] = []
         self._plain: list[tuple] = []
@@ -258,6 +262,7 @@ class StaticPasses:
                 self.number.fill_(position.batches)
                 self.row.fill_(first + position.batches)
                 self._begin_sums(position)
+                self._begin_copies()
                 yield self._feed
         finally:
             self.step.held = None
@@ -277,15 +282,33 @@ class StaticPasses:
         """What runs the batches of a pass. It makes graphs anew where a parameter has been replaced since the last one.
 
         Code that it does not know may do so: a callback, a loader, or a function that ran instead of being replayed.
+        Where a callback or a loader may do so, no kept copies of weights are used.
         """
         quiet = getattr(on_batch, "only_looks", False) and (loader is None or hasattr(loader, "feed"))
+        known = quiet and (loader is None or is_known(loader))
 
         def run(key: tuple, function: Callable[[], None]) -> None:
             if not (quiet and self._replayed) and self._watched.moved():
                 self._begin_watching()
-            self._replayed = self.graphs.run((*key, self._place), function)
+            if (copies := self._lowered) is None or not known:
+                self._replayed = self.graphs.run((*key, self._place), function)
+                return
+            self._replayed = self.graphs.run((*key, self._place, "copies"), partial(_with_copies, copies, function))
+            if copies.make() and len(self.graphs):
+                self.graphs.clear()  # whose updates do not write the new copies
 
         return run
+
+    def _begin_copies(self) -> None:
+        """Cast the kept 16-bit weights anew. They are forgotten where code that is not known might change weights."""
+        if self.step.autocast not in LOW or not self._code.alone():
+            if self._lowered is not None:
+                self._lowered = None
+                self.graphs.clear()
+        elif self._lowered is None:
+            self._lowered = Copies(self.step.autocast)
+        else:
+            self._lowered.refresh()
 
     def _modules(self) -> list[nn.Module]:
         return [m for m in (self.step.model, self.step.objective) if m is not None]
@@ -306,12 +329,15 @@ class StaticPasses:
             same = watched is not None and (now, plain) == (self._settings, self._plain)
             if not same or watched.moved() or watched.replaced():
                 self.graphs.clear()
+                self._lowered = None
+            self._code = KnownCode(step)
             self._settings, self._plain = now, plain
             self._watched = StateWatch(modules, optimizers)  # with state that earlier passes added
         self._replayed = True
 
     def _begin_watching(self) -> None:
         self.graphs.clear()
+        self._lowered, self._code = None, KnownCode(self.step)
         self._watched = StateWatch(self._modules(), self._optimizers())
 
     def _bank(self, name: str, size: int, content: FeatureBank | None = None) -> FeatureBank:
@@ -441,6 +467,11 @@ class StaticPasses:
         """Samples of the steps that were made, of those that the totals `name` hold."""
         count, skips = self._counts[name], self.step.finite.policy == "skip"
         return count - int(self._left_out[name]) if count and skips else count
+
+
+def _with_copies(copies: Copies, function: Callable[[], None]) -> None:
+    with copies.used():
+        function()
 
 
 def _named(names: Sequence[str], total: Tensor, count: int) -> Sums:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engine.errors import ConfigError
 from engine.kernels.update import Settings, Table, inspect, move
 from engine.kernels.update.reference import Weight
+from engine.model.lowered import LOW, in_use
 from engine.objective import Objective
 from engine.profile import part
 from engine.sharded import clip_norm, clip_values, is_sharded, local
@@ -97,6 +98,7 @@ class Updates:
     clip_norm: float | None
     average: WeightAverage | None
     scaler: torch.amp.GradScaler | None
+    autocast: torch.dtype | None
     held: DeviceNumbers | None
     finite: NonFinite
     accumulate: int
@@ -199,11 +201,13 @@ class Updates:
         with contextlib.nullcontext() if self.held is None else self.held.rates(optimizer):
             if scaler is None:
                 optimizer.step()
-                return
-            if self.average is not None and optimizer is self.main_optimizer:
-                self.average.hold = _overflowed(scaler, optimizer)
-            scaler.step(optimizer)
-            scaler.update()
+            else:
+                if self.average is not None and optimizer is self.main_optimizer:
+                    self.average.hold = _overflowed(scaler, optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+        if (copies := in_use()) is not None:
+            copies.refresh(parameters)
 
     # -- the same in one pass --
 
@@ -218,7 +222,12 @@ class Updates:
             return None
         average = self.average if optimizer is self.main_optimizer else None
         with contextlib.nullcontext() if self.held is None else self.held.rates(optimizer):
-            return self._fused.work(optimizer, average)
+            return self._fused.work(optimizer, average, in_use(), self._low)
+
+    @property
+    def _low(self) -> torch.dtype | None:
+        """The type of 16-bit copies of weights, where some are kept."""
+        return self.autocast if self.autocast in LOW else None
 
     def try_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Launch what one pass launches, but on a weight of its own, as `engine.kernels.warm_up` needs it."""
@@ -230,7 +239,7 @@ class Updates:
         scaled = number if main and self.scaler is not None else None
         averaged = self.average is not None and main
         weight = Weight(one, one.clone(), one.clone(), number.clone(), one.clone() if averaged else None, 0)
-        table = Table([weight], [Settings()])
+        table = Table([weight], [Settings()], self._low)
         gradients = table.gradients([one.clone()])
         norm, stats = math.inf if self.clip_norm is None else self.clip_norm, None
         if leaves_out or self.clip_norm is not None:
@@ -240,7 +249,7 @@ class Updates:
         move(table, gradients, rates, norm=norm, stats=stats, inverse=scaled, skip=skip, average=average)
 
     def _move(self, work: Work, optimizer: torch.optim.Optimizer, inverse: Tensor | None, skip: Tensor | None) -> None:
-        """Unscale, clip, check, move and average in one pass, after a look at the gradients where one is needed."""
+        """Unscale, clip, check, move, average and copy in one pass; before it look at the gradients where need be."""
         table, device = work.plan.table, work.gradients[0].device
         gradients = table.gradients(work.gradients)
         limit = math.inf if self.clip_value is None else self.clip_value

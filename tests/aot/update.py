@@ -8,7 +8,10 @@ from tests.aot.compiling import AotCase
 
 
 def cases() -> list[AotCase]:
-    """The flagship's update (average, no norm), without an average, and with everything; gradients in buckets, too."""
+    """The flagship's update (average, no norm), without an average, and with everything; gradients in buckets, too.
+
+    Of each the moving pass also with 16-bit copies, as under autocast.
+    """
     tables = {"sizes": "*i64", "blocks": "*i64", "gradients": "*i64"}
     cases = [
         AotCase(
@@ -38,17 +41,14 @@ def cases() -> list[AotCase]:
             signature |= tables | {"addresses": "*i64", "group": "*i64", "settings": "*fp64", "rates": "*fp32"}
             signature |= {"average": "*fp32", "factors": "*fp32", "shared": "*fp32", "n": "i32", "count": "i32"}
             signature |= {"limit": "fp32"}
-            cases.append(
-                AotCase(
-                    f"update.move/{name}/{where}/fp32", kernels.move_kernel, signature,
-                    constants | blocks | {"COLUMNS": COLUMNS}, num_warps=kernels.WARPS,
-                )
-            )  # fmt: skip
-            if aligned and not everything:
-                bare = {k: v for k, v in signature.items() if k != "average"}
-                fixed = constants | blocks | {"COLUMNS": COLUMNS, "average": None}
-                title = "update.move/bare/aligned/fp32"
-                cases.append(AotCase(title, kernels.move_kernel, bare, fixed, num_warps=kernels.WARPS, archs=(90,)))
+            for low in kernels.LOW.values():
+                fixed = constants | blocks | {"COLUMNS": COLUMNS, "LOW": low, "INTERPRETED": False}
+                title = f"update.move/{name}/{where}/{low or 'fp32'}"
+                cases.append(AotCase(title, kernels.move_kernel, signature, fixed, num_warps=kernels.WARPS))
+                if aligned and not everything:
+                    bare, fixed = {k: v for k, v in signature.items() if k != "average"}, fixed | {"average": None}
+                    title = f"update.move/bare/aligned/{low or 'fp32'}"
+                    cases.append(AotCase(title, kernels.move_kernel, bare, fixed, num_warps=kernels.WARPS, archs=(90,)))
     return cases
 
 

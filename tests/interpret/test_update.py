@@ -14,8 +14,21 @@ from engine.kernels.registry import use_backend
 from engine.kernels.update import Settings, Table, inspect, move, tables
 from engine.kernels.update import triton as kernels
 from engine.kernels.update.reference import Weight
+from engine.kernels.update.tables import BLOCK
 from tests.interpret.launches import launches
-from tests.kernels.test_update import CASES, CLOSE, GROUPS, RATES, assert_same, by_torch, name, run, weights
+from tests.kernels.test_update import (
+    CASES,
+    CLOSE,
+    GROUPS,
+    RATES,
+    assert_copied,
+    assert_same,
+    by_torch,
+    name,
+    run,
+    weights,
+    with_copies,
+)
 
 
 def canaried(tensor):
@@ -40,6 +53,69 @@ def test_the_kernels_move_as_torch_does(case):
         stats, out = run(found, gradients, **case)
     assert_same(found, expected, **CLOSE)
     assert stats.isfinite().all() and out[0] == 0
+
+
+# halfway between two neighbours, past the largest, below the smallest, infinite, and the first numbers that round up
+EDGES = [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 65504.0, 65519.9, 65520.0, 3.39e38, 6e-8, 2e-8, 1e-40, math.inf, 0.0]
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, 2 * BLOCK + 5])
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_copies_are_the_new_weights_rounded_as_torch_rounds(low, size):
+    """Bit for bit, of weights of all magnitudes that a rate of 0 leaves as they are; and of those that move."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(size, generator=generator) * 10 ** (6 * torch.randn(size, generator=generator))
+    values[: len(EDGES)] = torch.tensor(EDGES[:size])
+    values[len(EDGES) : 2 * len(EDGES)] = -torch.tensor(EDGES)[: max(0, size - len(EDGES))]
+    with Guards():
+        still, moving = (
+            Weight(
+                canaried(start), canaried(torch.zeros(size)), canaried(torch.zeros(size)), canaried(torch.zeros(())),
+                None, group, torch.empty(size, dtype=low),
+            )
+            for group, start in enumerate((values, torch.randn(size, generator=generator)))
+        )  # fmt: skip
+        table = Table([still, moving], [Settings(), Settings()], low)
+        move(table, [torch.ones(size), torch.randn(size, generator=generator)], torch.tensor([0.0, 0.1]))
+    assert torch.equal(still.parameter, values)
+    for w in (still, moving):
+        assert torch.equal(w.low.view(torch.int16), w.parameter.to(low).view(torch.int16))
+
+
+def test_a_copy_of_nan_is_nan():
+    for low in (torch.bfloat16, torch.float16):
+        copy = torch.zeros(3, dtype=low)
+        weight = Weight(torch.ones(3), torch.zeros(3), torch.zeros(3), torch.tensor(0.0), None, 0, copy)
+        move(Table([weight], [Settings()], low), [torch.tensor([1.0, math.nan, 1.0])], torch.tensor([0.1]))
+        assert copy.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("case", CASES[::7], ids=name)
+def test_copies_beside_everything_else(case, aligned):
+    """Slices of one copy, as of query, key and value; with averages and without; nothing where a weight has none."""
+    low = torch.bfloat16 if aligned else torch.float16
+    with Guards():
+        found, gradients = weights(steps=case["steps"], make=canaried)
+        step, whole = (8 if aligned else 1), torch.empty(sum(w.parameter.numel() + 8 for w in found), dtype=low)
+        whole.fill_(7.0)
+        end = whole.storage_offset() + (0 if aligned else 1)
+
+        def next_slice(like):
+            nonlocal end
+            begin, end = end, end + -(-like.numel() // step) * step
+            return whole.as_strided(like.shape, like.stride(), begin)
+
+        found = with_copies(found, low, next_slice)
+        assert Table(found, GROUPS, low).aligned == aligned
+        expected = by_torch(found, gradients, GROUPS, RATES, *(case[k] for k in ("limit", "norm", "scale", "average")))
+        run(found, gradients, low=low, **case)
+    assert_same(found, expected, **CLOSE)
+    assert_copied(found, low)
+    for w in found:
+        if w.low is not None:
+            w.low.fill_(7.0)
+    assert (whole == 7.0).all()
 
 
 @pytest.mark.parametrize("offset", [1, 4])
@@ -105,6 +181,6 @@ def test_each_is_two_launches():
     with launches() as seen:
         registry.call(
             "update_move", table.addresses, table.sizes, table.blocks, table.group, table.settings, addresses, aligned,
-            rates, 1.0, 1.0, stats, None, None, None,
+            rates, 1.0, 1.0, stats, None, None, None, None,
         )  # fmt: skip
     assert seen.count == 2 == registry.operation("update_move").launches

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from engine.errors import ConfigError
 from engine.kernels.update import Settings, Table, inspect, move, reference
 from engine.kernels.update.reference import Weight
 from engine.kernels.update.tables import BLOCK, layout
@@ -86,11 +87,25 @@ def assert_same(found, expected, **tolerance):
                 torch.testing.assert_close(a, b, **tolerance)
 
 
-def run(found, gradients, limit, norm, scale, average, steps, dtype=torch.float32, skip=None):
+def with_copies(found, low, make=torch.empty_like):
+    """The weights, of which the first of any three has no copy; a copy has the memory of `make` of such a tensor."""
+    copies = [None if i % 3 == 0 else make(w.parameter.to(low)) for i, w in enumerate(found)]
+    return [w._replace(low=copy) for w, copy in zip(found, copies, strict=True)]
+
+
+def assert_copied(found, low):
+    """Bit for bit what torch casts, of weights with a copy."""
+    copied = [w for w in found if w.low is not None]
+    assert len(copied) > 4
+    for w in copied:
+        assert w.low.dtype == low and torch.equal(w.low.view(torch.int16), w.parameter.to(low).view(torch.int16))
+
+
+def run(found, gradients, limit, norm, scale, average, steps, dtype=torch.float32, skip=None, low=None):
     """`inspect` and `move` through a table; the statistics and what `move` returns."""
     inverse = None if scale == 1 else torch.tensor(1 / scale)
     rate = None if average is None else torch.tensor(average)
-    table = Table(found, GROUPS)
+    table = Table(found, GROUPS, low)
     stats = inspect(table, gradients, limit=limit, inverse=inverse)
     out = move(
         table, gradients, torch.tensor(RATES), limit=limit, norm=norm, stats=stats, inverse=inverse, skip=skip,
@@ -123,6 +138,25 @@ def test_memory_at_addresses_moves_as_torch_moves_it(case):
     run(found, gradients, **case)
     assert_same(found, expected, **CLOSE)
     assert all(map(torch.equal, gradients, kept))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_copies_are_the_new_weights_as_torch_casts_them(low):
+    found, gradients = weights()
+    found = with_copies(found, low)
+    expected = by_torch(found, gradients, GROUPS, RATES, 0.5, math.inf, 1.0, 0.3)
+    run(found, gradients, 0.5, math.inf, 1.0, 0.3, None, low=low)
+    assert_same(found, expected, **CLOSE)
+    assert_copied(found, low)
+    before = [None if w.low is None else w.low.clone() for w in found]
+    run(found, gradients, 0.5, math.inf, 1.0, 0.3, None, low=low, skip=torch.tensor(1.0))
+    assert all(w.low is None or torch.equal(w.low, b) for w, b in zip(found, before, strict=True))
+
+
+def test_a_table_takes_copies_of_one_type():
+    found, _ = weights()
+    with pytest.raises(ConfigError, match=r"a copy of torch.bfloat16 with low=None"):
+        Table(with_copies(found, torch.bfloat16), GROUPS)
 
 
 def test_a_step_that_is_skipped_changes_nothing():

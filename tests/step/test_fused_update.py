@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch import nn
 
 from engine.kernels import registry
 from engine.step import TwoStageStep, updates
-from engine.step.fused import FusedUpdates
+from engine.step.fused import KEPT, FusedUpdates
+from engine.step.graphs import GraphRunner
 from tests.step import test_finite
 from tests.step.test_finite import BATCH, SAMPLES, Plain
 from tests.step.test_static import make, run
@@ -324,6 +327,27 @@ def test_tables_that_a_graph_makes_are_not_kept(monkeypatch):
     again = updates_of.work(optimizer, None)
     assert captured.plan is not again.plan
     assert updates_of.work(optimizer, None).plan is again.plan
+
+
+def test_a_graph_keeps_the_tables_that_it_reads(monkeypatch):
+    """Although the step keeps only the last ones."""
+    layer = nn.Linear(3, 1)
+    layer(torch.ones(2, 3)).sum().backward()
+    updates_of, optimizer, works = FusedUpdates(), adam(layer.parameters()), []
+    updates_of.work(optimizer, None)
+    graphs = GraphRunner(torch.device("cpu"), capture=False, strict=True)
+    graphs._stream = graphs._pool = None
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: object())
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    assert graphs._captured("key", lambda: works.append(weakref.ref(updates_of.work(optimizer, None).plan)))
+    for number in range(KEPT):
+        optimizer.param_groups[0]["weight_decay"] = 0.1 + number
+        updates_of.work(optimizer, None)
+    gc.collect()
+    assert works[0]() is not None and works[0]() not in updates_of._plans.values()
+    graphs.clear()
+    gc.collect()
+    assert works[0]() is None
 
 
 def test_an_average_moves_after_an_update_that_an_error_ended(monkeypatch):

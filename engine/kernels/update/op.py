@@ -6,8 +6,8 @@
     move(table, gradients, rates, norm=1.0, stats=stats)
 
 The separate passes (unscaling, clipping, Adam, the moving average) read and write the weights some twenty times. `move`
-reads the gradients once, and reads and writes the weights, both moments and the averages once. It is Triton's; on a CPU
-torch's own optimisers are used (`engine.step.fused`).
+reads the gradients once, and reads and writes the weights, both moments and the averages once. It also writes 16-bit
+copies of weights, where there are any. It is Triton's; on a CPU torch's own optimisers are used (`engine.step.fused`).
 
 The operations take addresses, as of `torch.Tensor.data_ptr`: what they change is no argument of theirs. So they are
 neither differentiated nor compiled.
@@ -35,7 +35,8 @@ _add(
 _add(
     "move",
     "(Tensor addresses, Tensor sizes, Tensor blocks, Tensor group, Tensor settings, Tensor gradients, bool aligned, "
-    "Tensor rates, float limit, float norm, Tensor? stats, Tensor? inverse, Tensor? skip, Tensor? average) -> Tensor",
+    "Tensor rates, float limit, float norm, Tensor? stats, Tensor? inverse, Tensor? skip, Tensor? average, "
+    "ScalarType? low) -> Tensor",
     "triton",
     lambda addresses, *_: addresses.new_empty(2, dtype=torch.float32),
     launches=2,
@@ -64,7 +65,9 @@ def move(
     norm: float = math.inf, stats: Tensor | None = None, inverse: Tensor | None = None, skip: Tensor | None = None,
     average: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Clip the gradients and move the table's weights, moments, step counters and averages; gradients stay as they are.
+    """Clip the gradients and move the table's weights, moments, step counters, averages and 16-bit copies.
+
+    The gradients stay as they are.
 
     Args:
         gradients, limit, inverse: as of `inspect`.
@@ -87,5 +90,5 @@ def move(
     found, aligned = gradients if isinstance(gradients, Gradients) else table.gradients(gradients)
     return call(
         "update_move", table.addresses, table.sizes, table.blocks, table.group, table.settings, found, aligned, rates,
-        float(limit), float(norm), stats if math.isfinite(norm) else None, inverse, skip, average,
+        float(limit), float(norm), stats if math.isfinite(norm) else None, inverse, skip, average, table.low,
     )  # fmt: skip

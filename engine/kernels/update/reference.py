@@ -1,7 +1,8 @@
 """What the fused update computes, in plain torch: the definition.
 
 The order is that of the separate passes. A gradient is unscaled, its elements are clipped, then the norm of all of them
-together is. Adam or AdamW moves the weights. The average moves towards the new weights.
+together is. Adam or AdamW moves the weights. The average moves towards the new weights. A 16-bit copy becomes the new
+weights, rounded to nearest, ties to even, as `Tensor.to` rounds.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Weight(NamedTuple):
         step: 0-d, the number of updates so far.
         average: the moving average of the parameter; None for none.
         group: the number of its group.
+        low: the parameter in float16 or bfloat16; None for none.
     """
 
     parameter: Tensor
@@ -43,6 +45,7 @@ class Weight(NamedTuple):
     step: Tensor
     average: Tensor | None
     group: int
+    low: Tensor | None = None
 
 
 def clipped(gradient: Tensor, limit: float, inverse: Tensor | None) -> Tensor:
@@ -70,7 +73,7 @@ def move(
     weights: Sequence[Weight], gradients: Sequence[Tensor], groups: Sequence[Settings], rates: Tensor, limit: float,
     norm: float, stats: Tensor | None, inverse: Tensor | None, skip: Tensor | None, average: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Update the weights, their moments, their step counters and their averages in place.
+    """Update the weights, their moments, their step counters, their averages and their 16-bit copies in place.
 
     Args:
         gradients: of the weights, in their order. They are not changed.
@@ -99,6 +102,8 @@ def move(
         changed = [(w.first, first), (w.second, second), (w.parameter, p), (w.step, step.to(w.step.dtype))]
         if average is not None and w.average is not None:
             changed.append((w.average, w.average + average.to(p) * (p - w.average)))
+        if w.low is not None:
+            changed.append((w.low, p))
         for old, new in changed:
             old.copy_(torch.where(kept > 0, new, old))
     return torch.stack([1 - kept, factor])

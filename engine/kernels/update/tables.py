@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine.errors import ConfigError
 from engine.kernels.update.reference import Settings, Weight
 
 BLOCK = 2048
 """Elements of a weight that one program moves."""
-ROWS = ("parameter", "first", "second", "step", "average")
+ROWS = ("parameter", "first", "second", "step", "average", "low")
 """What `Table.addresses` has of every weight; 0 for none."""
 COLUMNS = 7
 """Of `Table.settings`: log beta1, log beta2, 1 - beta1, 1 - beta2, eps, and weight decay coupled and decoupled."""
@@ -58,8 +59,10 @@ class Table:
     """The weights of an optimiser whose gradients `inspect` and `move` take. They must stay where they are.
 
     Args:
-        weights: float32, of one device, each with its moments and its average of one `layout`; `step` is float32.
+        weights: float32, of one device, each with its moments and its average of one `layout`; `step` is float32. The
+            elements of a 16-bit copy lie in memory in the order of its weight's.
         groups: settings of the groups of weights.
+        low: the type of the 16-bit copies; None for none. Which of them there are makes no difference to the kernel.
 
     Attributes:
         addresses: int64 [len(ROWS), n].
@@ -69,9 +72,12 @@ class Table:
         aligned: whether all addresses are multiples of 16.
     """
 
-    def __init__(self, weights: Sequence[Weight], groups: Sequence[Settings]):
+    def __init__(self, weights: Sequence[Weight], groups: Sequence[Settings], low: torch.dtype | None = None):
         device, n = weights[0].parameter.device, len(weights)
-        self.count = n
+        self.count, self.low = n, low
+        for w in weights:
+            if w.low is not None and w.low.dtype != low:
+                raise ConfigError("Table", f"a copy of {w.low.dtype} with low={low}", "one type", "Pass the copies'.")
         rows = [[0 if getattr(w, row) is None else getattr(w, row).data_ptr() for w in weights] for row in ROWS]
         sizes, group = [w.parameter.numel() for w in weights], [w.group for w in weights]
         every = numbers([*(a for row in rows for a in row), *sizes, *group], torch.int64, device)

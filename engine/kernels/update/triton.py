@@ -11,11 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.registry import interpreting
 from engine.kernels.update.tables import BLOCK
 
 WARPS = 8
 MANY = 1024
 """Blocks that the one program of `combine` reads at once."""
+LOW = {None: None, torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""What `move_kernel` calls the types of 16-bit copies."""
 WEIGHTS = 128
 """Weights that the one program of `prepare` counts at once."""
 
@@ -38,7 +41,7 @@ def inspect(
 def move(
     addresses: Tensor, sizes: Tensor, blocks: Tensor, group: Tensor, settings: Tensor, gradients: Tensor,
     aligned: bool, rates: Tensor, limit: float, norm: float, stats: Tensor | None, inverse: Tensor | None,
-    skip: Tensor | None, average: Tensor | None,
+    skip: Tensor | None, average: Tensor | None, low: torch.dtype | None,
 ) -> Tensor:  # fmt: skip
     """As `reference.move`, of what lies at these addresses."""
     n, count = len(sizes), blocks.shape[1]
@@ -51,16 +54,17 @@ def move(
     if count:
         move_kernel[(count,)](
             addresses, sizes, blocks, group, settings, rates, gradients, inverse, average, factors, shared, n, count,
-            limit, BLOCK=BLOCK, COLUMNS=settings.shape[1], ALIGNED=aligned, num_warps=WARPS,
+            limit, BLOCK=BLOCK, COLUMNS=settings.shape[1], ALIGNED=aligned, LOW=LOW[low],
+            INTERPRETED=interpreting(), num_warps=WARPS,
         )  # fmt: skip
     return shared
 
 
 @triton.jit
-def _at(table, i, ALIGNED: tl.constexpr):
-    """The float32 numbers at the address that is number i of a table."""
-    pointer = tl.load(table + i).to(tl.pointer_type(tl.float32))
-    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+def _at(table, i, ALIGNED: tl.constexpr, TYPE: tl.constexpr = tl.float32, MULTIPLE: tl.constexpr = 16):
+    """The numbers at the address that is number i of a table."""
+    pointer = tl.load(table + i).to(tl.pointer_type(TYPE))
+    return tl.multiple_of(pointer, MULTIPLE) if ALIGNED else pointer
 
 
 @triton.jit
@@ -147,9 +151,22 @@ def _number(settings, column):
 
 
 @triton.jit
+def _bits_of(p, LOW: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The bits of p as bfloat16 or float16, rounded to nearest, ties to even."""
+    if LOW == "fp16":
+        bits = p.to(tl.float16).to(tl.uint16, bitcast=True)
+    elif INTERPRETED:  # the interpreter's own cast cuts bits off
+        whole = p.to(tl.uint32, bitcast=True)
+        bits = tl.where(p == p, (whole + 0x7FFF + ((whole >> 16) & 1)) >> 16, 0x7FC0).to(tl.uint16)
+    else:
+        bits = p.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+    return bits
+
+
+@triton.jit
 def _moved(
-    parameter, first, second, mean, address, gradient, at, within, settings, rate, size, root, inverse, limit, factor,
-    average,
+    parameter, first, second, mean, address, low, low_address, gradient, at, within, settings, rate, size, root,
+    inverse, limit, factor, average, LOW: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     # all loads come before all stores, which the compiler would not let them pass
     g = _load(gradient + at, within)
@@ -172,12 +189,15 @@ def _moved(
     tl.store(second + at, v, mask=within)
     if average is not None:
         tl.store(mean + at, a + tl.load(average) * (p - a), mask=with_average)
+    if LOW is not None:  # noqa: SIM102 - for the compiler
+        if low_address != 0:
+            tl.store(low + at, _bits_of(p, LOW, INTERPRETED), mask=within)
 
 
 @triton.jit(do_not_specialize=["n", "count"])
 def move_kernel(
     addresses, sizes, blocks, group, settings, rates, gradients, inverse, average, factors, shared, n, count, limit,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, LOW: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
     if tl.load(shared) == 0.0:
@@ -190,6 +210,9 @@ def move_kernel(
         second = _at(addresses + 2 * n, i, ALIGNED)
         mean = _at(addresses + 4 * n, i, ALIGNED)
         address = tl.load(addresses + 4 * n + i)
+        # of 16, stores of 8 numbers would be laid out anew, through shared memory
+        low = _at(addresses + 5 * n, i, ALIGNED, tl.uint16, 8)
+        low_address = tl.load(addresses + 5 * n + i)
         gradient = _at(gradients, i, ALIGNED)
         own = settings + g * COLUMNS
         rate = tl.load(rates + g)
@@ -200,11 +223,11 @@ def move_kernel(
         # without a mask loads and stores take 16 bytes at once
         if start + BLOCK <= size:
             _moved(
-                parameter, first, second, mean, address, gradient, at, None, own, rate, step_size, root, inverse,
-                limit, factor, average,
+                parameter, first, second, mean, address, low, low_address, gradient, at, None, own, rate, step_size,
+                root, inverse, limit, factor, average, LOW, INTERPRETED,
             )  # fmt: skip
         else:
             _moved(
-                parameter, first, second, mean, address, gradient, at, at < size, own, rate, step_size, root, inverse,
-                limit, factor, average,
+                parameter, first, second, mean, address, low, low_address, gradient, at, at < size, own, rate,
+                step_size, root, inverse, limit, factor, average, LOW, INTERPRETED,
             )  # fmt: skip
