@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.errors import DataError, printable
+from engine.errors import DataError, OutputError, printable
 from engine.loaders import formats
+from engine.loaders.cache import is_writable, room_for
 from engine.loaders.formats import SPLIT_ALIASES, DataFiles
 from engine.loaders.formats.tables import csv_header
 from engine.loaders.problems import level_widths, nan_words, problems, training_problems
 from engine.loaders.ragged import Ragged
+from engine.loaders.spool import spooled
 from engine.loaders.store import is_store, open_store, store_path, verify_store
 from engine.vocabulary import KnownLengthRule
 
@@ -115,6 +117,16 @@ def inspect_path(path: str | Path, length_rule: KnownLengthRule = "recorded", ve
     if is_store(path):
         return _inspect_store(store_path(path), verify)
     source = formats.find_source(path)
+    room = next((p for p in room_for(source) if is_writable(p)), None)
+    try:
+        with spooled(room):
+            return _inspect_source(path, source, length_rule)
+    except OutputError:  # the disk is full: memory holds the frames
+        return _inspect_source(path, formats.find_source(path), length_rule)
+
+
+def _inspect_source(path: str | Path, source: DataFiles, length_rule: KnownLengthRule) -> InspectReport:
+    """The report on foreign files."""
     files = {file.name: file.stat().st_size for file in source.files.values()}
     report = InspectReport(str(path), "unknown", files, length_rule)
     try:
