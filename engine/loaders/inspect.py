@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from engine.vocabulary import KnownLengthRule
 if TYPE_CHECKING:
     from rich.console import Group
 
+# Chinese and Japanese put no blanks between words: each of their characters counts as one.
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -139,6 +142,9 @@ def _inspect_source(path: str | Path, source: DataFiles, length_rule: KnownLengt
         return report
     level_widths(raw)
     report.notes += formats.remarks(source, raw) + nan_words(raw)
+    sets = list(dict.fromkeys(key for keys in report.layout.values() for key in keys if "_labels" in key))
+    if len(sets) > 1:
+        report.notes.append(f"sets of labels: {', '.join(sets)}; data.label_key chooses (default: regression_labels)")
     report.problems += [str(p) for p in problems(raw, str(path))]
     for name, split in raw.splits.items():
         described = report.splits[name] = _describe(split.label, split.text)
@@ -217,13 +223,16 @@ def _describe(label: np.ndarray, text: list[str] | None) -> dict[str, Any]:
     about: dict[str, Any] = {"min": None, "mean": None, "max": None, "edges": [], "counts": []}
     if len(flat):
         low, high = float(flat.min()), float(flat.max())
-        # sentiment scales are centred on 0: one bin for each of Acc-7's classes
-        edges = np.arange(-3.5, 4) if low >= -3 and high <= 3 else np.linspace(low, high, 11)
+        edges = np.linspace(low, high, 11)
+        if low >= -3 and high <= 3:  # sentiment, centred on 0: one bin for each of Acc-7's classes
+            edges = np.arange(-3.5, 4)
+        if low < 0 and low >= -1 and high <= 1:  # SIMS has eleven labels: -1, -0.8, ..., 1
+            edges = np.linspace(-1.1, 1.1, 12)
         counts = [int(n) for n in np.histogram(flat, edges)[0]]
         about = {"min": low, "mean": float(flat.mean()), "max": high, "edges": edges.tolist(), "counts": counts}
     out: dict[str, Any] = {"samples": len(label), "label": about}
     if text is not None:
-        words = np.array([len(t.split()) for t in text])
+        words = np.array([len(WORD.findall(t)) for t in text])
         out["text"] = {"length": _spread(words), "missing": int((words == 0).sum())}
     return out
 

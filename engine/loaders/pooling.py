@@ -1,4 +1,4 @@
-"""Averages of successive frames: recordings of minutes at 100 frames a second become sequences that a model can take."""
+"""Means of successive frames. A recording of minutes, at 100 frames a second, becomes a sequence for a model."""
 
 from __future__ import annotations
 

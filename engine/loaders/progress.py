@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -38,7 +39,5 @@ def told(items: Iterable[T], doing: str, unit: str, total: int | None = None) ->
 
 
 def _say(line: str) -> None:
-    try:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it
         print(printable(line), file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # nobody reads it
-        pass
