@@ -15,6 +15,7 @@ from engine.config.section import (
     Probability,
     Section,
     as_modalities,
+    as_names,
     dashed,
     no,
     none,
@@ -111,7 +112,7 @@ class DataConfig(Section):
         "(100: one step a second of 10 ms frames)",
     )
     pool_vision: int = Field(1, ge=1, le=LONGEST, description="as pool_audio")
-    skip_columns: list[str] = Field(
+    skip_columns: Annotated[list[str], as_names] = Field(
         [],
         description="columns of a manifest's .csv files that are no features, such as [frameTime, timestamp, "
         "confidence, success]",

@@ -178,6 +178,7 @@ def test_interviews_as_the_page_on_formats_reads_them(tmp_path, monkeypatch):
     exec(compile(code, "docs/formats.md", "exec"), {})
     skip = ["frameTime", "frame", "timestamp", "confidence", "success"]
     config = DataConfig(dataset="avec2019", pool_audio=300, pool_vision=90, skip_columns=skip, normalize_audio="none")
+    assert DataConfig(skip_columns=", ".join(skip)).skip_columns == skip  # as `engine convert` is given them
     with pytest.warns():
         data = open_dataset(tmp_path / "E-DAIC", config)
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 4, "valid": 2, "test": 2}
