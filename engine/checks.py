@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from engine.loaders.dataset import Dataset, Split
     from engine.objective import Objective
 
+STATES = {"gru": 40, "lstm": 40, "conv": 20}
+"""Numbers of width model.d_common that training holds at least for every frame of a batch, by `model.encoder`."""
+UNSEEN = 20  # data.time_len times this is a length of which the user is told that most of it is not seen
 HELD = 8  # tensors as large as the largest one that a step holds at least
 
 PLAIN = "MAE, Corr, CCC and RMSE"
@@ -239,6 +242,45 @@ def memory(config: Config, parts: Iterable[nn.Module], largest: int, device: tor
             f"at most the {have / 1e9:.0f} GB of this machine",
             "Lower the sizes in the section model, data.time_len or batch_size.",
         )
+
+
+def long_sequences(config: Config, dataset: Dataset, device: torch.device) -> None:
+    """Check that a batch of recordings fits into memory, and say which share of them the fusion encoder sees.
+
+    The encoders keep several states of width `model.d_common` for every frame of a batch. The fusion encoder sees the
+    first `data.time_len` of them; only the means are taken over all.
+
+    Raises:
+        ConfigError: a batch needs more memory than the machine has.
+    """
+    from engine.loaders.dataset import DataWarning
+
+    states, width = STATES.get(getattr(config.model, "encoder", "")), getattr(config.model, "d_common", None)
+    train, most, have = dataset.splits["train"], config.data.time_len, _memory_of(device)
+    lengths = {m: train.lengths(m) for m in ("audio", "vision") if m in config.data.modalities}
+    if width is None or states is None or not lengths:
+        return
+    frames = {m: float(np.median(n)) for m, n in lengths.items()}
+    longest = max(frames, key=frames.__getitem__)
+    batch = min(config.batch_size, len(train))
+    padded = sum(float(np.quantile(n, 1 - 1 / batch)) for n in lengths.values())  # about the longest of a batch
+    need = 4 * states * batch * width * padded
+    if have is not None and need > have:
+        raise ConfigError(
+            f"data.pool_{longest}", f"{longest} of {frames[longest]:.0f} frames (median): a batch of {batch} takes "
+            f"about {need / 1e9:.0f} GB of memory", f"at most the {have / 1e9:.0f} GB of this machine",
+            f"Average frames, for example with data.pool_{longest}={max(2, round(frames[longest] / most))}, or lower "
+            "batch_size.",
+        )  # fmt: skip
+    for modality, length in frames.items():
+        if length > UNSEEN * most:
+            warnings.warn(
+                f"{modality}: half of the training sequences have {length:.0f} frames or more, of which the fusion "
+                f"encoder sees the first {most} (data.time_len); means are taken over all frames. Set "
+                f"data.pool_{modality}={round(length / most)} for sequences of about that length",
+                DataWarning,
+                stacklevel=2,
+            )
 
 
 def _memory_of(device: torch.device) -> int | None:

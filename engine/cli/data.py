@@ -14,7 +14,7 @@ from engine.vocabulary import ALIGNMENTS, LENGTH_RULES
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 CHOICES = (
     *("audio_features", "vision_features", "text_features"),
-    *("label_column", "label_key", "modalities", "align"),
+    *("label_column", "label_key", "modalities", "align", "pool_audio", "pool_vision", "skip_columns"),
 )
 """Options of `convert` that are settings of `data`, too."""
 
@@ -48,6 +48,9 @@ def _convert_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--label-key", metavar="KEY", help="set of labels where an MMSA file has several")
     p.add_argument("--modalities", metavar="LIST", help="what the data has to hold (text,audio,vision)")
     p.add_argument("--align", choices=ALIGNMENTS, help=".csd files: one row per word, or frames as they are")
+    for kind in ("audio", "vision"):
+        p.add_argument(f"--pool-{kind}", metavar="N", type=int, help="the mean of N successive frames is one step")
+    p.add_argument("--skip-columns", metavar="LIST", help="columns of a manifest's .csv files that are no features")
 
 
 def _make_data(a: argparse.Namespace) -> None:

@@ -140,6 +140,7 @@ def spread(n: int) -> BeforeValidator:
 
 dashed = BeforeValidator(_dashed)
 as_modalities = BeforeValidator(_modalities)
+as_names = BeforeValidator(lambda value: [n.strip() for n in value.split(",")] if isinstance(value, str) else value)
 one_or_many = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 
 # YAML reads a bare `off` or `no` as false, and knows no lower-case `none`. People write all three.

@@ -15,6 +15,7 @@ from engine.config.section import (
     Probability,
     Section,
     as_modalities,
+    as_names,
     dashed,
     no,
     none,
@@ -102,6 +103,19 @@ class DataConfig(Section):
     align: Alignment = Field(
         "words",
         description=".csd files: one row per word (the mean of its frames), or the frames of a segment as they are",
+    )
+    pool_audio: int = Field(
+        1,
+        ge=1,
+        le=LONGEST,
+        description="so many successive frames become one step, their mean; for recordings of minutes "
+        "(100: one step a second of 10 ms frames)",
+    )
+    pool_vision: int = Field(1, ge=1, le=LONGEST, description="as pool_audio")
+    skip_columns: Annotated[list[str], as_names] = Field(
+        [],
+        description="columns of a manifest's .csv files that are no features, such as [frameTime, timestamp, "
+        "confidence, success]",
     )
     dataset: DatasetName = Field("mosi", description="names the metrics to report")
     label_scale: LabelScale = Field(

@@ -45,7 +45,7 @@ def load_content(
     source = find_source(path, choice)
     mark = fingerprint(source, csv_beside(source))
     features = tokenizer is None and "text" in source.choice.modalities
-    settings = {"length_rule": rule, "features": features, "expected": expected, **asdict(source.choice)}
+    settings = {"length_rule": rule, "features": features, "expected": expected, **_chosen(source.choice)}
     known = places = cache_places(source, settings)
     if not training:  # not all data that can be predicted is fit for training: it has its own places
         places = cache_places(source, settings | {"training": False})
@@ -74,16 +74,27 @@ def load_content(
     return data
 
 
+def _chosen(choice: Choice) -> dict[str, Any]:
+    """The choice as part of a store's name. Choices that are newer than stores count if they were made."""
+    newer = ("pool_audio", "pool_vision", "skip_columns")
+    return {k: v for k, v in asdict(choice).items() if k not in newer or v != getattr(Choice(), k)}
+
+
 def cache_places(source: DataFiles, settings: dict[str, Any]) -> list[Path]:
     """Where a store that is made on first use may lie: beside the source, else in the user's cache folder, if any."""
     key = hashlib.sha256(json.dumps({**settings, "version": VERSION}, sort_keys=True).encode()).hexdigest()[:8]
     first = next(iter(source.files.values())).absolute()
     stem = first.stem if "" in source.files else source.path.absolute().stem
     whole = hashlib.sha256(str(source.path.resolve()).encode()).hexdigest()[:8]
-    places, cache = [first.parent / f"{stem}.engine-{key}.safetensors"], cache_home()
-    if cache is not None:
-        places.append(cache / "engine" / f"{stem}.{whole}.engine-{key}.safetensors")
-    return places
+    places = [first.parent / f"{stem}.engine-{key}.safetensors"]
+    return places + [p / f"{stem}.{whole}.engine-{key}.safetensors" for p in room_for(source)[1:]]
+
+
+def room_for(source: DataFiles) -> list[Path]:
+    """Folders for what is made of a source: that of the source, then the user's cache folder, if any."""
+    cache = cache_home()
+    beside = next(iter(source.files.values())).absolute().parent
+    return [beside] if cache is None else [beside, cache / "engine"]
 
 
 def is_writable(folder: Path) -> bool:

@@ -13,7 +13,9 @@ from engine.files import parse_json, sweep
 from engine.loaders import formats
 from engine.loaders.content import SplitData, StoreData, describe_tokenizer, require_text, tokenised
 from engine.loaders.formats import Choice, DataFiles, RawDataset, RawSplit, remarks
+from engine.loaders.pooling import pool
 from engine.loaders.problems import level_widths, nan_words, problems
+from engine.loaders.progress import told
 from engine.loaders.ragged import LengthRule
 from engine.loaders.spool import spooled
 from engine.loaders.store import CHUNK, KEY, VERSION, is_store, no_room, open_store, store_path, write_store
@@ -136,6 +138,7 @@ def read_source(
         )  # fmt: skip
     with spooled(spool):
         raw = reader.read(source, rule, tokenizer is None and "text" in source.choice.modalities)
+        pool(raw, {"audio": source.choice.pool_audio, "vision": source.choice.pool_vision})
     raw.notes += formats.registry.without_effect(reader, source.choice) if training else []
     return prepare(source, raw, rule, tokenizer, mark, training)
 
@@ -227,12 +230,17 @@ def fingerprint(source: DataFiles, beside: list[Path]) -> str:
 
 
 def source_sums(source: DataFiles, beside: list[Path]) -> dict[str, str]:
-    """sha256 of every file that data was read from, by name. Publishers of data sets name them too."""
-    sums = {}
-    for path in [*source.files.values(), *source.parts, *beside]:
+    """sha256 of every file that data was read from, by its path below the source's folder.
+
+    Publishers of data sets name them too.
+    """
+    files = list(dict.fromkeys([*source.files.values(), *source.parts, *beside]))
+    folder, sums = files[0].parent, {}
+    for path in told(files, "computing checksums", "files"):
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while piece := file.read(CHUNK):
                 digest.update(piece)
-        sums[path.name] = digest.hexdigest()
+        name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+        sums[name] = digest.hexdigest()
     return sums

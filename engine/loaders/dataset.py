@@ -93,6 +93,24 @@ def _beyond(data: StoreData, most: int) -> list[str]:
     return notes
 
 
+def _long_texts(splits: dict[str, Split], most: int) -> list[str]:
+    """A note on the tokens, or rows of text features, that batches leave out after the first `most`."""
+    lost, texts = {}, 0
+    for name, split in splits.items():
+        rows = split.features if split.tokens is None else split.tokens
+        over = np.maximum(rows.lengths - most, 0)
+        if over.any():
+            lost[name], texts = int(over.sum()), texts + int(np.count_nonzero(over))
+    if not lost:
+        return []
+    total = sum(int((s.features if s.tokens is None else s.tokens).lengths.sum()) for s in splits.values())
+    what = "tokens" if next(iter(splits.values())).tokens is not None else "rows of text features"
+    return [
+        f"text: {sum(lost.values())} {what} beyond data.time_len={most} left out, of {texts} texts "
+        f"({_listed(lost)}; {100 * sum(lost.values()) / total:.1f} % of all)"
+    ]
+
+
 class Dataset:
     """An open data set.
 
@@ -150,7 +168,9 @@ class Dataset:
                 {name: {m: n for m, n in c[kind].items() if m in counted} for name, c in counts.items()}
                 for kind in ("nonfinite", "missing")
             ),
-            list(meta["notes"]) + (_beyond(data, config.time_len) if meta.get("cut") else []),
+            list(meta["notes"])
+            + (_beyond(data, config.time_len) if meta.get("cut") else [])
+            + (_long_texts(self.splits, config.time_len) if tokenizer or precomputed else []),
             {n: tokenizer.unknown_share(s.tokens) for n, s in data.splits.items()} if tokenizer else {},
         )
 
@@ -235,7 +255,7 @@ def choice_of(data: DataConfig) -> Choice:
     """What the settings say to take if the data has several of a kind."""
     return Choice(
         data.audio_features, data.vision_features, data.text_features, data.label_column, data.align, data.label_key,
-        tuple(data.modalities),
+        tuple(data.modalities), data.pool_audio, data.pool_vision, tuple(data.skip_columns),
     )  # fmt: skip
 
 
@@ -301,6 +321,7 @@ def _differences(meta: dict[str, Any], length_rule: str, choice: Choice) -> list
     for name, value in asdict(choice).items():
         if name == "label_key" and value == "classes" and meta["format"] != "mmsa":
             continue  # other formats have one set of labels
-        if name != "modalities" and value != getattr(Choice(), name) and made[name] != value:
+        value, before = (list(v) if isinstance(v, tuple) else v for v in (value, made[name]))
+        if name != "modalities" and value not in (getattr(Choice(), name), []) and before != value:
             notes.append(f"the store was made with {name} {made[name]}, not {value}: {again}")
     return notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,18 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.errors import DataError, printable
+from engine.errors import DataError, OutputError, printable
 from engine.loaders import formats
+from engine.loaders.cache import is_writable, room_for
 from engine.loaders.formats import SPLIT_ALIASES, DataFiles
 from engine.loaders.formats.tables import csv_header
 from engine.loaders.problems import level_widths, nan_words, problems, training_problems
 from engine.loaders.ragged import Ragged
+from engine.loaders.spool import spooled
 from engine.loaders.store import is_store, open_store, store_path, verify_store
 from engine.vocabulary import KnownLengthRule
 
 if TYPE_CHECKING:
     from rich.console import Group
 
+# Chinese and Japanese put no blanks between words: each of their characters counts as one.
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -115,6 +120,16 @@ def inspect_path(path: str | Path, length_rule: KnownLengthRule = "recorded", ve
     if is_store(path):
         return _inspect_store(store_path(path), verify)
     source = formats.find_source(path)
+    room = next((p for p in room_for(source) if is_writable(p)), None)
+    try:
+        with spooled(room):
+            return _inspect_source(path, source, length_rule)
+    except OutputError:  # the disk is full: memory holds the frames
+        return _inspect_source(path, formats.find_source(path), length_rule)
+
+
+def _inspect_source(path: str | Path, source: DataFiles, length_rule: KnownLengthRule) -> InspectReport:
+    """The report on foreign files."""
     files = {file.name: file.stat().st_size for file in source.files.values()}
     report = InspectReport(str(path), "unknown", files, length_rule)
     try:
@@ -127,6 +142,9 @@ def inspect_path(path: str | Path, length_rule: KnownLengthRule = "recorded", ve
         return report
     level_widths(raw)
     report.notes += formats.remarks(source, raw) + nan_words(raw)
+    sets = list(dict.fromkeys(key for keys in report.layout.values() for key in keys if "_labels" in key))
+    if len(sets) > 1:
+        report.notes.append(f"sets of labels: {', '.join(sets)}; data.label_key chooses (default: regression_labels)")
     report.problems += [str(p) for p in problems(raw, str(path))]
     for name, split in raw.splits.items():
         described = report.splits[name] = _describe(split.label, split.text)
@@ -205,13 +223,16 @@ def _describe(label: np.ndarray, text: list[str] | None) -> dict[str, Any]:
     about: dict[str, Any] = {"min": None, "mean": None, "max": None, "edges": [], "counts": []}
     if len(flat):
         low, high = float(flat.min()), float(flat.max())
-        # sentiment scales are centred on 0: one bin for each of Acc-7's classes
-        edges = np.arange(-3.5, 4) if low >= -3 and high <= 3 else np.linspace(low, high, 11)
+        edges = np.linspace(low, high, 11)
+        if low >= -3 and high <= 3:  # sentiment, centred on 0: one bin for each of Acc-7's classes
+            edges = np.arange(-3.5, 4)
+        if low < 0 and low >= -1 and high <= 1:  # SIMS has eleven labels: -1, -0.8, ..., 1
+            edges = np.linspace(-1.1, 1.1, 12)
         counts = [int(n) for n in np.histogram(flat, edges)[0]]
         about = {"min": low, "mean": float(flat.mean()), "max": high, "edges": edges.tolist(), "counts": counts}
     out: dict[str, Any] = {"samples": len(label), "label": about}
     if text is not None:
-        words = np.array([len(t.split()) for t in text])
+        words = np.array([len(WORD.findall(t)) for t in text])
         out["text"] = {"length": _spread(words), "missing": int((words == 0).sum())}
     return out
 

@@ -241,6 +241,8 @@ def from_sequences(
                 if 4 * kept > room:
                     raise _shared_too_often(where, len(arrays), len(distinct), size)
                 joined.add(frames)
+                if array is not None:
+                    release(array)
                 continue
             zeros[key] = clean.nonfinite - before
         missing.append(row)

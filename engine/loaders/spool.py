@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import shutil
@@ -18,6 +19,7 @@ from engine.errors import DataError
 from engine.files import output_error
 
 SMALL, MAPPED = 1 << 16, 1 << 28  # bytes: smaller files are read into memory; larger ones are only mapped
+ALIGNMENT = 64  # bytes
 
 _SPOOL: ContextVar[Path | None] = ContextVar("spool", default=None)
 
@@ -48,11 +50,14 @@ def _writing(folder: Path) -> Iterator[None]:
         raise output_error(folder, cause) from cause
 
 
-def stable_content(path: Path) -> mmap.mmap | bytes:
+def stable_content(path: Path, small: int = SMALL) -> mmap.mmap | bytes:
     """The content of a file. It stays the same whatever happens to the file later.
 
     If somebody cuts off a mapped file, reading past its new end kills the process. So within `spooled` the file is
     copied to an unnamed one, which is mapped. Else it is read into memory; a file of 256 MiB or more is mapped itself.
+
+    Args:
+        small: bytes; within `spooled`, files up to this size are read into memory too.
 
     Raises:
         DataError: the file was written to meanwhile.
@@ -61,7 +66,7 @@ def stable_content(path: Path) -> mmap.mmap | bytes:
     folder = _SPOOL.get()
     with path.open("rb", buffering=0) as file:
         before = os.fstat(file.fileno())
-        if before.st_size > SMALL and folder is not None:
+        if before.st_size > small and folder is not None:
             with _writing(folder), _unnamed(folder) as copy:
                 _copy(file, copy)
                 done = copy.seek(0, os.SEEK_END)
@@ -86,6 +91,49 @@ def _copy(source: IO[bytes], target: IO[bytes]) -> None:
     target.seek(0, os.SEEK_END)
     shutil.copyfileobj(source, target, 1 << 20)
     target.flush()
+
+
+class Staged:
+    """Arrays of any dtype that wait to be joined. Within `spooled`, one unnamed file holds all of them.
+
+    A file for each would need a file handle for each, and systems allow a process about a thousand.
+
+    Raises:
+        OutputError: there is no space for the spool.
+    """
+
+    def __init__(self) -> None:
+        self._folder, self._arrays, self._end = _SPOOL.get(), [], 0
+        self._places: list[tuple[int, np.dtype, tuple[int, ...]]] = []
+        self._file = None
+        if self._folder is not None:
+            with _writing(self._folder):
+                self._file = _unnamed(self._folder)
+
+    def add(self, array: np.ndarray) -> None:
+        if self._file is None:
+            self._arrays.append(array)
+            return
+        data = np.ascontiguousarray(array)
+        with _writing(self._folder):
+            self._end += self._file.write(bytes(-self._end % ALIGNMENT))
+            self._file.write(data.reshape(-1).view(np.uint8).data if data.size else b"")
+        self._places.append((self._end, data.dtype, data.shape))
+        self._end += data.nbytes
+
+    def arrays(self) -> list[np.ndarray]:
+        """The arrays in order; within `spooled`, read-only views of the one file."""
+        if self._file is None:
+            return self._arrays
+        with _writing(self._folder), self._file:
+            self._file.flush()
+            whole = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self._end else b""
+        return [
+            np.frombuffer(whole, dtype, math.prod(shape), place).reshape(shape)
+            if math.prod(shape)
+            else np.zeros(shape, dtype)
+            for place, dtype, shape in self._places
+        ]
 
 
 class Joiner:

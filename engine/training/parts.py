@@ -141,6 +141,7 @@ def assemble(
     batch = min(config.batch_size, samples)
     elsewhere = held_elsewhere(config, encoder, ranks)
     checks.memory(config, described, task.held_bytes(config, batch), device, elsewhere)
+    checks.long_sequences(config, dataset, device)
     checks.bank_size(config, described[1], samples)
     check_space(*described)
     model, objective = build(task, config, inputs, encoder)

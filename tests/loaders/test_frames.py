@@ -61,7 +61,8 @@ def test_opensmile(tmp_path):
     names.add(found, "y")
     assert names.notes("audio") == [
         "audio: the column name is text and is left out (2 files)",
-        "audio: columns read as features: frameTime; remove from the files what is none",
+        "audio: columns read as features: frameTime; name what is none in data.skip_columns, or remove it from the "
+        "files",
     ]
 
 

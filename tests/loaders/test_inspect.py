@@ -125,3 +125,16 @@ def test_names_from_a_file_are_text_and_nothing_else():
     shown = "[/red]\\x1b]0;owned\\x07\\u202e"
     assert out.getvalue().count(shown) == 9
     assert "\x1b" not in out.getvalue() and "\u202e" not in out.getvalue()
+
+
+def test_chinese_texts_and_labels_of_sims(tmp_path, data):
+    """Chinese has no blanks, and SIMS has eleven labels in [-1, 1]."""
+    content = writers.mmsa(data)
+    content["train"]["raw_text"] = ["我很喜欢", "这部 movie 很好!"] + ["好"] * 5
+    content["train"]["regression_labels"] = np.array([-1, -0.8, -0.8, 0, 0.2, 0.6, 1])
+    content["train"]["regression_labels_T"] = np.zeros(7)
+    report = inspect_path(writers.dump(content, tmp_path / "x.pkl"))
+    train = report.splits["train"]
+    assert (train["text"]["length"]["max"], train["text"]["length"]["min"]) == (6, 1)  # 这 部 movie 很 好 !
+    assert train["label"]["counts"] == [1, 2, 0, 0, 0, 1, 1, 0, 1, 0, 1]
+    assert any("regression_labels_T; data.label_key chooses" in note for note in report.notes)

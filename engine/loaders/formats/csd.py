@@ -30,7 +30,9 @@ from engine.loaders.formats.registry import RawDataset, RawSplit
 from engine.loaders.formats.source import SPLITS_FILE, Choice, DataFiles, csv_files
 from engine.loaders.formats.tables import csv_header, read_table
 from engine.loaders.hdf5 import CsdReader
+from engine.loaders.progress import told
 from engine.loaders.ragged import LengthRule, absent, from_sequences
+from engine.loaders.spool import Staged
 
 TITLE = "CMU-SDK .csd"
 PAUSE = "sp"
@@ -156,7 +158,7 @@ def _segments(source: DataFiles, reader: CsdReader, file: Path, notes: list[str]
         raise DataError(str(file), "labels that are text", "numbers", "Use the SDK's labels.")
     out: list[_Segment] = []
     unknown = 0
-    for video in reader.videos:
+    for video in told(reader.videos, "reading labels", "videos"):
         intervals, labels = reader.video(video)
         split = split_of.get(video)
         if split is None:
@@ -247,7 +249,8 @@ def _words(reader: CsdReader, segments: list[_Segment]) -> tuple[dict[str, list[
     words: dict[str, list[str]] = {}
     spans: dict[str, np.ndarray] = {}
     known = set(reader.videos)
-    for video, own in _by_video(segments).items():
+    by_video = _by_video(segments)
+    for video, own in told(by_video.items(), "reading words", "videos", len(by_video)):
         intervals, spoken = reader.video(video) if video in known else (np.zeros((0, 2)), [])
         kept = [i for i, w in enumerate(spoken) if w.strip() and w != PAUSE]
         times = intervals[kept]
@@ -269,26 +272,28 @@ def _frames(
     """Rows of every segment, float32 or float64 [n, d]."""
     if reader.kind != "numbers":
         raise DataError(str(file), "text", "numbers", "Choose another feature set.")
-    out: dict[str, np.ndarray] = {}
+    staged, by_video = Staged(), _by_video(segments)
     known, absent, bad, outside = set(reader.videos), 0, 0, 0
-    for video, own in _by_video(segments).items():
+    for video, own in told(by_video.items(), f"reading {file.name}", "videos", len(by_video)):
         if video not in known:
             absent += 1
-            out.update({x.id: np.zeros((0, 0), np.float32) for x in own})
+            for _ in own:
+                staged.add(np.zeros((0, 0), np.float32))
             continue
         intervals, features = reader.video(video)
         used = np.zeros(len(features), bool)
         if align == "segments":
             for x in own:
                 rows = _inside(intervals, x.start, x.end)
-                out[x.id], used[rows] = features[rows], True
+                staged.add(features[rows])
+                used[rows] = True
             outside += int(np.count_nonzero((features != 0).any(1) & ~used))
             continue
         finite = np.isfinite(features)
         bad += features.size - int(np.count_nonzero(finite))
         features = np.where(finite, features, 0)
         for segment in own:
-            out[segment.id] = _mean_by_word(intervals, features, spans[segment.id], used)
+            staged.add(_mean_by_word(intervals, features, spans[segment.id], used))
         outside += int(np.count_nonzero(features.any(1) & ~used))
     if absent:
         notes.append(f"{file.name} lacks {absent} videos: that modality is missing for their segments")
@@ -297,15 +302,24 @@ def _frames(
     if outside:
         where = "segment" if align == "segments" else "word"
         notes.append(f"{outside} frames of {file.name} that are not zero lie in no {where} and are left out")
-    return out
+    ids = [x.id for own in by_video.values() for x in own]
+    return dict(zip(ids, staged.arrays(), strict=True))
 
 
 def _mean_by_word(intervals: np.ndarray, features: np.ndarray, words: np.ndarray, used: np.ndarray) -> np.ndarray:
     """The mean of the frames that overlap each word, which are marked in `used`."""
     rows = np.zeros((len(words), features.shape[1]), features.dtype)
+    starts, ends = np.ascontiguousarray(intervals[:, 0]), np.ascontiguousarray(intervals[:, 1])
+    over: slice | np.ndarray
+    in_order = bool((np.diff(starts) >= 0).all() and (np.diff(ends) >= 0).all())
+    first = np.searchsorted(ends, words[:, 0] + ROUNDING, "right") if in_order else None
+    behind = np.searchsorted(starts, words[:, 1] - ROUNDING, "left") if in_order else None
     for i, (start, end) in enumerate(words):
-        over = (intervals[:, 0] < end - ROUNDING) & (intervals[:, 1] > start + ROUNDING)
-        if over.any():
+        if first is not None and behind is not None:
+            over = slice(first[i], behind[i])
+        else:
+            over = np.flatnonzero((starts < end - ROUNDING) & (ends > start + ROUNDING))
+        if len(starts[over]):
             rows[i], used[over] = features[over].mean(0, dtype=np.float64), True
     return rows
 

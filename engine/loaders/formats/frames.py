@@ -44,12 +44,29 @@ class Frames:
 
 @dataclass
 class ColumnNames:
-    """Compares the column names of all files of a modality. A feature has one place, the same in every file."""
+    """Compares the column names of all files of a modality. A feature has one place, the same in every file.
 
+    Attributes:
+        skip: names of columns that are no features.
+    """
+
+    skip: tuple[str, ...] = ()
     first: list[str] = field(default_factory=list)
     first_file: str = ""
     others: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def features(self, frames: Frames) -> np.ndarray:
+        """The values of a file without the columns to skip, whose names may differ in case."""
+        skip = {name.lower() for name in self.skip}
+        kept = [i for i, name in enumerate(frames.columns) if name.lower() not in skip]
+        if not frames.columns or len(kept) == len(frames.columns):
+            return frames.values
+        for name in frames.columns:
+            if name.lower() in skip:
+                self.skipped[name] = self.skipped.get(name, 0) + 1
+        return frames.values[:, kept]
 
     def add(self, frames: Frames, where: str) -> None:
         """Take note of a file.
@@ -74,8 +91,12 @@ class ColumnNames:
     def notes(self, kind: str) -> list[str]:
         """What the user should know of the columns."""
         notes = [f"{kind}: the column {name} is text and is left out ({n} files)" for name, n in self.left_out.items()]
-        if kept := [name for name in self.first if name.lower() in BOOKKEEPING]:
-            notes.append(f"{kind}: columns read as features: {listed(kept)}; remove from the files what is none")
+        notes += [f"{kind}: the column {name} is skipped ({n} files)" for name, n in self.skipped.items()]
+        if kept := [name for name in self.first if name.lower() in BOOKKEEPING and name not in self.skipped]:
+            notes.append(
+                f"{kind}: columns read as features: {listed(kept)}; name what is none in data.skip_columns, or remove "
+                "it from the files"
+            )
         if self.others:
             notes.append(
                 f"{kind}: {self.others} files have other column names than {self.first_file}: "

@@ -24,8 +24,9 @@ from engine.loaders.formats.frames import SHAPE, ColumnNames, read_frames
 from engine.loaders.formats.registry import RawDataset, RawSplit
 from engine.loaders.formats.source import DataFiles
 from engine.loaders.formats.tables import csv_header, label_of, read_table
+from engine.loaders.progress import told
 from engine.loaders.ragged import LengthRule, absent, from_sequences
-from engine.loaders.spool import stable_content
+from engine.loaders.spool import MAPPED, Staged, stable_content
 
 TITLE = "folder of arrays with a manifest.csv"
 COLUMNS = ("id", "split", "label", "audio", "vision", "text", "text_features")
@@ -34,7 +35,7 @@ COLUMNS = ("id", "split", "label", "audio", "vision", "text", "text_features")
 class Manifest:
     name = "manifest"
     title = TITLE
-    choices = ()  # fields of `Choice` that it heeds
+    choices = ("skip_columns",)  # fields of `Choice` that it heeds
 
     def recognises(self, source: DataFiles) -> bool:
         if source.kind != "csv":
@@ -60,13 +61,14 @@ class Manifest:
             lacking = " and ".join(f"no {m}" for m in (*gone, *text))
             raise DataError(str(path), f"{lacking} in any row", "one of them at least", "Fill the cells.")
         data.notes += [f"no row has {m}: it is missing in every sample" for m in gone]
-        names = {kind: ColumnNames() for kind in (*frames, "text_features")}
+        skip = source.choice.skip_columns
+        names = {kind: ColumnNames(skip) for kind in (*frames, "text_features")}
         for s in present(r["split"] for r in rows):
             own = [r for r in rows if r["split"] == s]
             ids = [r["id"] for r in own]
             parts = {m: absent(len(own)) for m in ("audio", "vision") if m not in frames}
             for kind in [*frames, "text_features"] if features else frames:
-                arrays = [_array(path, r, kind, names[kind]) for r in own]
+                arrays = _arrays(path, own, kind, names[kind], f"reading {kind} of {s}")
                 data.dtypes.setdefault(kind, str(arrays[0].dtype))
                 parts[kind] = from_sequences(arrays, ids, f"{path}, {s}, {kind}")
             data.splits[s] = RawSplit(
@@ -75,6 +77,11 @@ class Manifest:
                 parts.get("text_features"),
             )  # fmt: skip
         data.notes += [note for kind, one in names.items() for note in one.notes(kind)]
+        found = {name.lower() for one in names.values() for name in one.skipped}
+        unknown = [name for name in skip if name.lower() not in found]
+        data.notes += [f"no file has the columns {listed(unknown)} of data.skip_columns"] if unknown else []
+        named = {(path.parent / r[kind].replace("\\", "/")).resolve() for r in rows for kind in parts if r.get(kind)}
+        source.parts = [p for p in source.parts if p.resolve() in named]  # other files of the folder are not the data
         return data
 
 
@@ -106,6 +113,14 @@ def _rows(path: Path, modalities: list[str]) -> list[dict]:
     return rows
 
 
+def _arrays(manifest: Path, rows: list[dict], kind: str, names: ColumnNames, doing: str) -> list[np.ndarray]:
+    """The arrays of a modality, one per row. One file at a time is in memory."""
+    staged = Staged()
+    for row in told(rows, doing, "files"):
+        staged.add(_array(manifest, row, kind, names))
+    return staged.arrays()
+
+
 def _array(manifest: Path, row: dict, kind: str, names: ColumnNames) -> np.ndarray:
     """The array that a row names, [frames, features]; empty if the cell is empty."""
     cell, at = row[kind], f"{row['at']} (id {row['id']}), {kind}"
@@ -130,7 +145,7 @@ def _array(manifest: Path, row: dict, kind: str, names: ColumnNames) -> np.ndarr
     else:
         table = read_frames(path, at)
         names.add(table, f"{at}: {path.name}")
-        array = table.values
+        array = names.features(table)
     if array.ndim != 2 or array.dtype.kind not in "fiu":
         raise DataError(f"{at}: {path.name}", f"shape {array.shape} and dtype {array.dtype}", SHAPE, "Save it again.")
     return array
@@ -138,7 +153,7 @@ def _array(manifest: Path, row: dict, kind: str, names: ColumnNames) -> np.ndarr
 
 def _npy(path: Path, at: str) -> np.ndarray:
     try:
-        return _parsed(stable_content(path))
+        return _parsed(stable_content(path, small=MAPPED))
     except EngineError:
         raise
     except Exception as cause:  # numpy parses the header as Python: a damaged one can raise anything

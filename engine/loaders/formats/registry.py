@@ -216,13 +216,17 @@ def read(
     return source, reader.read(source, rule, features)
 
 
+EVERYWHERE = ("modalities", "label_key", "align", "pool_audio", "pool_vision")
+"""Choices that need no note: every reader heeds them, or other places tell what they do."""
+
+
 def without_effect(reader: Format, choice: Choice) -> list[str]:
     """Notes on choices of the user's that a reader does not heed. None for a reader that does not say what it heeds."""
     heeded = getattr(reader, "choices", None)
     if heeded is None:
         return []
     given = {key: value for key, value in vars(choice).items() if value != getattr(Choice(), key)}
-    ignored = [key for key in given if key not in (*heeded, "modalities", "label_key", "align")]
+    ignored = [key for key in given if key not in (*heeded, *EVERYWHERE)]
     if given.get("label_column") == 0:  # the only column
         ignored = [key for key in ignored if key != "label_column"]
     return [f"data.{key}={given[key]} has no effect: a {reader.title} has no choice of that kind" for key in ignored]

@@ -19,6 +19,7 @@ from engine.vocabulary import Alignment
 
 MANIFEST = "manifest.csv"
 SPLITS_FILE = "splits.json"
+EDAIC_LABELS = "labels/train_split.csv"
 CSD = (".csd", ".hdf5", ".h5")
 COMPANIONS = ("thumbs.db", "desktop.ini")  # file managers leave these in folders, and names that begin with a dot
 
@@ -34,6 +35,8 @@ class Choice:
         label_key: set of labels of an MMSA file. auto: regression_labels. classes: classification_labels, if it has
             them.
         modalities: those of text, audio and vision that the data must hold.
+        pool_audio, pool_vision: number of successive frames whose mean is one step.
+        skip_columns: columns of a manifest's CSV files that are no features.
     """
 
     audio_features: str = "auto"
@@ -43,6 +46,9 @@ class Choice:
     align: Alignment = "words"
     label_key: str = "auto"
     modalities: tuple[str, ...] = MODALITIES
+    pool_audio: int = 1
+    pool_vision: int = 1
+    skip_columns: tuple[str, ...] = ()
 
     def of(self, modality: Literal["audio", "vision", "text"], names: Iterable[str], where: str) -> str:
         """The name chosen for `modality` among `names`.
@@ -193,6 +199,11 @@ def _find(path: Path, choice: Choice) -> DataFiles:
         names = [p.name for p in single] + [f"{prefix}{{{','.join(files)}}}.pkl" for prefix, files in groups.items()]
         names += [MANIFEST] * manifest.is_file() + ["*.csd"] * bool(csd)
         tables = [p.name for p in csv_files(folder) if not names]
+        if (path / EDAIC_LABELS).is_file():
+            raise DataError(
+                str(path), f"the interviews of E-DAIC (AVEC2019), with {EDAIC_LABELS}", "one data set",
+                "Write a manifest.csv that names their feature files: docs/formats.md, section AVEC2019.",
+            )  # fmt: skip
         if tables:
             raise DataError(
                 str(path), f"no manifest.csv, but {listed(tables)}", "one data set",

@@ -1,0 +1,44 @@
+"""Means of successive frames. A recording of minutes, at 100 frames a second, becomes a sequence for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from engine.loaders.formats import RawDataset
+from engine.loaders.progress import told
+from engine.loaders.ragged import Ragged, Sequences
+from engine.loaders.spool import Joiner, release
+
+
+def pool(raw: RawDataset, frames: Mapping[str, int]) -> None:
+    """Replace every so many successive frames of a modality by their mean, in place, and note it.
+
+    Args:
+        frames: modality -> number of frames per step; 1 keeps them as they are.
+    """
+    for modality, count in frames.items():
+        if count == 1:
+            continue
+        for name, split in raw.splits.items():
+            setattr(split, modality, pooled(getattr(split, modality), count, f"averaging {modality} of {name}"))
+        raw.notes.append(f"{modality}: the mean of every {count} frames is one step (data.pool_{modality})")
+
+
+def pooled(part: Sequences, count: int, doing: str = "averaging") -> Sequences:
+    """The sequences with the mean of every `count` frames for a frame. The last mean may be of fewer frames.
+
+    >>> part = Sequences(Ragged(np.array([[1.0], [3.0], [5.0]], np.float32), np.array([0, 3])))
+    >>> pooled(part, 2).ragged[0].tolist()
+    [[2.0], [5.0]]
+    """
+    joined = Joiner(part.ragged.dim)
+    for frames in told(part.ragged.pieces(), doing, "sequences"):
+        starts = np.arange(0, len(frames), count)
+        sizes = np.diff([*starts, len(frames)])
+        sums = np.add.reduceat(frames, starts, axis=0, dtype=np.float64)
+        joined.add((sums / sizes[:, None]).astype(np.float32))
+        release(frames)
+    return replace(part, ragged=Ragged(*joined.arrays()))
