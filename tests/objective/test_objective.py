@@ -325,6 +325,11 @@ class TestMistakes:
                 "settings: found a dict",
             ),
             (lambda: CMI("Z", "Y", given=None), "given=None; expected the name of the condition"),
+            (lambda: Objective([MI("Z", "Y")], dims={"Z": 4, "Y": 1}, discrete={"Y": 0}), r"discrete\['Y'\]: found 0;"),
+            (
+                lambda: Objective([MI("Z", "Y")], dims={"Z": 4, "Y": 1}, discrete={"Y": "2"}),
+                "found '2'; .* of its classes",
+            ),
             (lambda: MI("Z", ""), "feature ''"),
             (lambda: torch.ones((), requires_grad=True) * MI("Z", "Y"), "weights do not learn"),
         ],
