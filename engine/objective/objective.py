@@ -26,7 +26,7 @@ from engine.kernels.knn_product import Bank, EpochProducts, ProductRows, Product
 from engine.kernels.ranks.agreement import checked
 from engine.kernels.ranks.group import find_ranks
 from engine.model.default import default_estimator
-from engine.model.estimators import Estimate
+from engine.model.estimators import Estimate, outside_inference
 from engine.model.term_estimators import TermEstimates, TermEstimators
 from engine.objective.checks import as_expressions, as_settings, by_term, check_terms
 from engine.objective.minimised import advice
@@ -455,7 +455,7 @@ class Objective(nn.Module):
         with contextlib.nullcontext() if ranks is None else checked(ranks, *features.values()):
             self._check_features(features)
             self._check_products(products)
-        return self.estimators(features, products, ranks)
+        return self.estimators({name: outside_inference(features[name]) for name in self._readers}, products, ranks)
 
     def _check_features(self, features: Mapping[str, Tensor]) -> None:
         for name, term in self._readers.items():

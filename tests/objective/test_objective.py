@@ -358,6 +358,21 @@ class TestMistakes:
             objective.stage1_weights[objective.terms[0]] = 2.0
 
 
+def test_estimators_learn_from_features_of_inference_mode():
+    torch.manual_seed(0)
+    terms = [MI("Z", "Y"), MI("Z", "Y", bound="club"), CMI("Z", "Y", given="S", bound="club")]
+    objective = Objective(terms, dims={"Z": 4, "Y": 2, "S": 1})
+    with torch.inference_mode():
+        made = {name: torch.randn(16, width) for name, width in (("Z", 4), ("Y", 2), ("S", 1))}
+    grads = []
+    for batch in (made, {name: value.clone() for name, value in made.items()}):
+        objective.zero_grad()
+        objective.eval().estimator_loss(batch).loss.backward()
+        grads.append([p.grad.clone() for p in objective.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and len(grads[0]) > 10
+    objective.estimators["I(Z;Y) by club"](made["Z"], made["Y"]).loss.backward()
+
+
 class TestWeights:
     def test_sums_and_quotients_of_expressions(self):
         total = sum([MI("Z", "Y"), 2 * MI("Z", "S")]) / 4
