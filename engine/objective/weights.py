@@ -22,7 +22,7 @@ def restored(changed: Mapping[str, Sequence[float]], built_with: Mapping[str, fl
     for name, (built, then) in changed.items():
         if name in weights and math.isclose(built, weights[name], rel_tol=1e-6):
             weights[name] = then
-        elif name in weights:
+        elif name in weights and not math.isclose(then, weights[name], rel_tol=1e-6):
             warnings.warn(
                 f"objective: the state's weight of {name} is {then:g}, changed from {built:g}. This objective was "
                 f"built with {weights[name]:g}, which is kept. Call set_weights for another one.",

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -432,6 +433,9 @@ class TestWeights:
         with pytest.warns(UserWarning, match=r"keep is 0.7, changed from 0.1. .* built with 0.5, which is kept"):
             other.load_state_dict(objective.state_dict())
         assert other.expressions[0].weight == 0.5
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            built(weight=0.7).load_state_dict(objective.state_dict())  # built anew with the weight that it had
 
     def test_stage_1_weights_by_name(self):
         torch.manual_seed(0)
