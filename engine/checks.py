@@ -248,8 +248,8 @@ def long_sequences(config: Config, dataset: Dataset, device: torch.device) -> No
     """Check that a batch of recordings fits into memory, and say which share of them the fusion encoder sees.
 
     The encoders keep several states of width `model.d_common` for every frame of a batch. The fusion encoder sees the
-    first `data.time_len` of them; only the means are taken over all. Memory is looked at on a CPU alone, where a process
-    that takes too much is killed without a word; a GPU says itself that it has no more.
+    first `data.time_len` of them; only the means are taken over all frames. Memory is looked at on a CPU alone: a
+    process that takes too much there is killed without a word, while a GPU says that it has no more.
 
     Raises:
         ConfigError: a batch needs more memory than the machine has.

@@ -214,6 +214,25 @@ def expected_curves(run: Path) -> dict:
     return found
 
 
+def test_a_resumed_run_goes_on_with_weights_that_a_callback_changed(config, tmp_path):
+    class Reweigh(Stop):
+        def on_batch(self, stage, number):
+            if stage == "stage1":  # in epoch 1, the first that has one
+                run.parts.objective.set_weights({e.name: 5.0 for e in run.parts.objective.expressions})
+
+    ends = []
+    for stop in (None, 1):
+        run = TrainingRun(config, tmp_path / f"stopped at {stop}", callbacks=[Reweigh(epoch=stop)])
+        if stop is None:
+            run.fit(False)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run.fit(False)
+            trainer.train(config, run.out, resume=True)
+        ends.append(history(run.out)[-1])
+    assert ends[1]["train"] == ends[0]["train"] and ends[1]["valid"] == ends[0]["valid"]
+
+
 def assert_complete(run: Path) -> None:
     found, expected = curves(run), expected_curves(run)
     assert found.keys() == expected.keys()

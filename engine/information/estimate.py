@@ -20,7 +20,7 @@ SIGMAS = 1.96  # standard errors from an estimate to the ends of its interval
 ADVICE = {
     "saturated": "The estimate is near what this many samples can show. Believe 'at least', or give more samples.",
     "not converged": "The critic was still improving when training ended. Raise steps.",
-    "overfitted": "The critic fits its training rows far better than held-out ones. Give more rows or fewer columns.",
+    "overfitted": "The critic misses what many columns share on few rows. Give more rows or fewer columns.",
     "heavy tails": "Some columns have extreme values. They were read by rank; check that they are no mistakes.",
     "repeated rows": "Rows occur more than once, so held-out rows are not new. Pass their groups, or remove copies.",
     "discrete columns": "Some columns have few distinct values. Ranks of ties carry less than categories do.",

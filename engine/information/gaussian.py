@@ -8,8 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.information.estimate import SIGMAS
+
 LARGEST_CORRELATION = 1 - 1e-6  # float32 scores still tell rows apart
 LEAST_SHARE = 1e-6  # of the largest variance; a direction of less is a copy of others
+NORMALISED = 0.05  # a log ratio whose log normaliser is below this share of (1 nat + the information) is taken as one
+CHECKED_ROWS = 1000
+SIGNIFICANT = 3.0  # standard errors
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,78 @@ def sampling_bias(samples: int, dx: int, dy: int) -> float:
         return torch.digamma((samples - 1 - torch.arange(dim, dtype=torch.float64)) / 2).sum()
 
     return 0.5 * (log_determinant(dx) + log_determinant(dy) - log_determinant(dx + dy)).item()
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The information of Gaussian samples with the correlations of x and y, nats.
+
+    Attributes:
+        information: free of sampling bias; NaN where there are no more rows than columns.
+        error: its standard error, for Gaussian samples.
+        chance: its standard deviation where x and y are independent.
+    """
+
+    information: float
+    error: float
+    chance: float
+
+    @property
+    def exists(self) -> bool:
+        """Whether there are more rows than columns."""
+        return not math.isnan(self.information)
+
+    @property
+    def high(self) -> float:
+        """The upper end of its 95 % interval."""
+        return self.information + SIGMAS * self.error
+
+    def shows_more_than(self, high: float) -> bool:
+        """Whether the columns seem to share more than `high`, as independent ones hardly would.
+
+        Also True where there are so few rows that no correlation shows what they share.
+        """
+        return not self.information <= SIGNIFICANT * self.chance and not self.high <= high
+
+
+def closed_form(x: Tensor, y: Tensor) -> ClosedForm:
+    """For x [N, dx] and y [N, dy], float64.
+
+    >>> x, noise = torch.randn(2, 500, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    >>> closed = closed_form(x, x + noise)  # 10 log 2 = 6.93
+    >>> abs(closed.information - 6.93) < 2 * closed.error, closed.shows_more_than(6.0)
+    (True, True)
+    """
+    fit = canonical(x, y)
+    count, (dx, dy) = len(x), (fit.x.shape[1], fit.y.shape[1])
+    free = count - dx - dy - 1
+    if free < 1:
+        return ClosedForm(math.nan, math.nan, math.nan)
+    information = fit.information - sampling_bias(count, dx, dy)
+    chance = math.sqrt(dx * dy / 2) / free
+    return ClosedForm(information, math.sqrt(fit.correlation.square().sum().item() / free + chance**2), chance)
+
+
+def looks_gaussian(x: Tensor, y: Tensor) -> bool:
+    """Whether the canonical variates of x and y look Gaussian, each pair for itself.
+
+    Then the mean of its ratio p(u,v) / p(u)p(v) over pairs of different rows is 1. Of all of them together, few rows
+    cannot show that mean.
+
+    >>> x = torch.randn(500, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    >>> looks_gaussian(x, x + x.flip(0)), looks_gaussian(x.sign(), x.sign() + x)
+    (True, False)
+    """
+    fit = canonical(x, y)
+    rows = torch.linspace(0, len(x) - 1, min(len(x), CHECKED_ROWS), dtype=torch.float64).round().long()
+    count, total = len(fit.correlation), 0.0
+    us, vs = (x[rows] - fit.mean_x) @ fit.x[:, :count], (y[rows] - fit.mean_y) @ fit.y[:, :count]
+    for u, v, rho in zip(us.T, vs.T, fit.correlation.tolist(), strict=True):
+        slope = rho / (1 - rho * rho)
+        ratio = slope * (u[:, None] * v - rho / 2 * (u.square()[:, None] + v.square())) - math.log1p(-rho * rho) / 2
+        ratio.fill_diagonal_(-math.inf)
+        total += ratio.logsumexp((0, 1)).item() - math.log(len(u) * (len(u) - 1))
+    return abs(total) < NORMALISED * (1 + fit.information)
 
 
 def _whitening(centred: Tensor, shrinkage: float) -> Tensor:

@@ -34,7 +34,7 @@ from engine.information.critics import (
 )
 from engine.information.estimate import SIGMAS, Estimate, value_flags
 from engine.information.folds import best_on_others
-from engine.information.gaussian import canonical, least_correlation, sampling_bias
+from engine.information.gaussian import NORMALISED, canonical, closed_form, least_correlation, looks_gaussian
 from engine.information.inputs import (
     FEW_GROUPS,
     LEAST_PER_CATEGORY,
@@ -64,7 +64,6 @@ FOLDS = 5
 GAUSSIAN = "gaussian"
 # A network is used if its reading exceeds the one without it by this share of (1 nat + the reading).
 MARGIN = 0.002
-NORMALISED = 0.05
 SATURATION = 3.0  # InfoNCE within so many nats of its ceiling is off by more than chance
 OVERFITTED = 0.1
 SHRINKAGES = (0.1, 0.5)
@@ -317,40 +316,55 @@ def _train_critics(
     rows = min(len(block) for part in training.held_out for block in blocks(part))
     if networks and isinstance(critics, Concatenated):
         rows = min(rows, READ_PAIRS + 1)
-    closed = _gaussian_information(*plain)
+    closed = closed_form(*plain)
     saturated = unseen["infonce"] > math.log(rows) - SATURATION
-    # a Gaussian whose log ratio is normalised, as DV measures it, has a closed form, which knows no ceiling
-    is_gaussian = base.name == GAUSSIAN and not networks
-    normalised = abs(unseen["dv"] - unseen["ldr"]) < NORMALISED * (1 + unseen["ldr"])
-    if auto and is_gaussian and normalised and group is None and not (x.discrete.any() or y.discrete.any()):
-        reading, value = "ldr", closed
-    else:
-        reading = "dv" if auto and saturated else settings.bound
-        value = (unseen[reading] + seen[reading]) / 2
+    reading = "dv" if auto and saturated else settings.bound
+    value, error = (unseen[reading] + seen[reading]) / 2, max(standard_error(shares, group), _spread(training, shares))
+    continuous = not (x.discrete.any() or y.discrete.any())
+    if auto and group is None and continuous and GAUSSIAN in base.name and closed.exists:
+        overfitted = seen[reading] - unseen[reading] > OVERFITTED * (1 + value)
+        if base.name == GAUSSIAN and not networks and _normalised(unseen):
+            reading, value = "ldr", closed.information
+        elif saturated and (overfitted or not networks) and looks_gaussian(*plain):
+            reading, value, error = "ldr", closed.information, max(error, closed.error)
     optimism = max(0.0, seen[reading] - unseen[reading])
     gain = max(0.0, unseen["infonce"] - trainer.held_out[0].mean().item())
     low = min(unseen[reading], value)
+    if reading == "ldr" and saturated:  # many columns on few rows: the other reading is a lower bound, too
+        low = min(max(low, unseen["infonce"]), value)
     detectable = DETECTABLE * math.sqrt(columns[0] * columns[1]) / (count if group is None else int(group.max()) + 1)
     # the same critic's InfoNCE is a bound, too, and the one that needs no normaliser
     high = max(unseen[reading], unseen["infonce"], value, detectable) + optimism + UNLEARNT * gain
+    missed = auto and group is None and sum(columns) > MANY_COLUMNS * count and closed.shows_more_than(high)
+    high = closed.high if missed and closed.exists else high
     unfinished = networks and trainer.checks[max(picks)].step == settings.steps
-    overfitted = optimism > OVERFITTED * (1 + value)
+    overfitted = missed or optimism > OVERFITTED * (1 + value)
     flags = flags + ["saturated"] * saturated + ["not converged"] * unfinished + ["overfitted"] * overfitted
     readings = {name: unseen[name] for name in dict.fromkeys(("infonce", "dv", settings.bound))}
-    readings |= {"training": seen[reading], "gaussian": closed}
+    readings |= {"training": seen[reading], "gaussian": closed.information}
     ceilings = {"infonce": math.log(rows), "interpolate": 1 + math.log((rows - 1) / settings.alpha)}
     return _estimate(
         value,
         low,
         high,
-        max(standard_error(shares, group), _spread(training, shares)),
+        error,
         base.name + f" + {critics.name} network" * networks,
         readings,
         shares,
         flags,
         ceilings.get(reading),
         trainer.history(),
+        missed,
     )
+
+
+def _normalised(unseen: dict[str, float]) -> bool:
+    """Whether the mean of a Gaussian's ratio over pairs of different rows is 1, as DV measures it.
+
+    Beyond some nats DV cannot tell: the mean over few pairs reads far too low, and DV far too high. What looks
+    Gaussian, one pair of variates after another, is then taken as such.
+    """
+    return abs(unseen["dv"] - unseen["ldr"]) < NORMALISED * (1 + unseen["ldr"])
 
 
 def _views(side: Side) -> tuple[Tensor, Tensor, Tensor]:
@@ -365,13 +379,6 @@ def _views(side: Side) -> tuple[Tensor, Tensor, Tensor]:
     radial = torch.cat([_with_radius(measured), names], 1)
     plain = torch.cat([normal_scores(measured).double(), names], 1)
     return plain, radial, torch.cat([radial, robust(measured).asinh()], 1)
-
-
-def _gaussian_information(x: Tensor, y: Tensor) -> float:
-    """The information of Gaussian samples with these correlations, corrected for bias; NaN for too few rows."""
-    fit = canonical(x, y)
-    dx, dy = fit.x.shape[1], fit.y.shape[1]
-    return fit.information - sampling_bias(len(x), dx, dy) if len(x) > dx + dy + 1 else math.nan
 
 
 def _spread(training: CriticTraining, shares: Tensor) -> float:
@@ -462,14 +469,16 @@ def _estimate(
     flags: list[str],
     ceiling: float | None = None,
     history: list[dict[str, Any]] | None = None,
+    missed: bool = False,
 ) -> Estimate:
     """The result.
 
     Args:
         low, high: readings that would lie below and above the truth if there were no sampling error.
+        missed: whether a low value may come from too few rows, and so is no sign of noise.
     """
     interval = max(0.0, low - SIGMAS * error), max(0.0, high + SIGMAS * error)
-    flags = (*flags, *value_flags(value, low, error))
+    flags = (*flags, *(flag for flag in value_flags(value, low, error) if not (missed and flag == "noise")))
     return Estimate(
         max(0.0, value), interval, error, method, readings, len(shares), flags, ceiling, shares, history or []
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,9 @@ class Probe:
         chance: what needs no features: 0 for R², and for classes the accuracy of always naming the commonest one.
         rows: number of unseen rows.
         neighbours: number of neighbours.
+        balanced: for classes: the mean over the classes of the share of rows that are recognised, above the chance
+            1/classes, by the better of both predictors. They then weigh all classes alike. Accuracy hardly sees a rare
+            class, even if it is recognised without fail. None for R².
     """
 
     kind: str
@@ -45,6 +49,7 @@ class Probe:
     chance: float
     rows: int
     neighbours: int
+    balanced: float | None = None
 
     @property
     def left(self) -> float:
@@ -76,7 +81,8 @@ def probe(
     (True, True)
 
     Args:
-        features: [N, d] or [N], of rows that the model was not trained on: tensors or arrays of finite numbers.
+        features: [N, d] or [N], of rows that the model was not trained on: tensors, arrays or data frames of finite
+            numbers.
         target: [N, n] or [N] of the same rows.
         known: (features, target) of other rows, from which the predictors learn; such as the training rows. None: the
             rows are split at random into halves, and each half is predicted from the other.
@@ -89,7 +95,8 @@ def probe(
         two, above chance.
 
     Raises:
-        DataError: shapes that do not fit, numbers that are not finite, a constant target, or too few rows.
+        DataError: shapes that do not fit, numbers that are not finite, a constant target, classes of about one row
+            each, or too few rows.
     """
     x, y = _columns("features", features), _columns("target", target)
     _check(x, y, 2 * neighbours if known is None else 2)
@@ -134,18 +141,28 @@ def _classes(parts: list[Any], k: int) -> Probe:
     values = labels.unique()
     if len(values) < 2:
         raise DataError("probe, target", "a single class", "two or more", "Give another target.")
-    right = {"knn": 0, "linear": 0, "chance": 0}
-    count = 0
+    rows = max(sum(len(pair[i][1]) for pair in parts) for i in (0, 1))
+    if len(values) > rows / 2:
+        found = f"{len(values)} classes in {rows} rows"
+        raise DataError("probe, target", found, "several rows of each", "Leave out discrete=True for numbers.")
+    scores: dict[str, list[Tensor]] = {"knn": [], "linear": [], "chance": []}
+    truths, shares = [], []
     for (x, y), (unseen, wanted) in parts:
         x, unseen = _standardised(x, unseen)
         known, truth = (torch.searchsorted(values, _label(t)) for t in (y, wanted))
         one_hot = torch.nn.functional.one_hot(known, len(values)).to(x.dtype)
-        right["knn"] += int((_neighbour_means(x, one_hot, unseen, k).argmax(1) == truth).sum())
-        right["linear"] += int((_ridge(x, one_hot, unseen).argmax(1) == truth).sum())
-        right["chance"] += int((one_hot.sum(0).argmax() == truth).sum())
-        count += len(truth)
-    knn, linear, chance = (right[name] / count for name in ("knn", "linear", "chance"))
-    return Probe("accuracy", knn, linear, chance, count, k)
+        scores["knn"].append(_neighbour_means(x, one_hot, unseen, k))
+        scores["linear"].append(_ridge(x, one_hot, unseen))
+        scores["chance"].append(one_hot.mean(0).expand(len(truth), -1))
+        shares.append(scores["chance"][-1].clamp(min=1e-12))
+        truths.append(truth)
+    truth, share, joined = torch.cat(truths), torch.cat(shares), {n: torch.cat(parts) for n, parts in scores.items()}
+    knn, linear, chance = ((score.argmax(1) == truth).double().mean().item() for score in joined.values())
+    recognised = []
+    for score in (joined["knn"] / share, (joined["linear"] - share) / (share * (1 - share)).sqrt()):
+        right = (score.argmax(1) == truth).double()
+        recognised.append(torch.stack([right[truth == c].mean() for c in truth.unique()]).mean().item())
+    return Probe("accuracy", knn, linear, chance, len(truth), k, max(recognised) - 1 / len(truth.unique()))
 
 
 def _neighbour_means(x: Tensor, y: Tensor, unseen: Tensor, k: int) -> Tensor:
@@ -180,7 +197,7 @@ def _label(y: Tensor) -> Tensor:
 def _columns(what: str, values: Any) -> Tensor:
     """Numbers as float64 [N, columns]."""
     try:
-        tensor = torch.as_tensor(values).detach()
+        tensor = torch.as_tensor(np.array(values) if hasattr(values, "to_numpy") else values).detach()
     except (TypeError, ValueError, RuntimeError) as cause:  # such as names of classes
         raise DataError(
             f"probe, {what}", f"a {type(values).__name__} that is no table of numbers", "real numbers [N, d] or [N]",

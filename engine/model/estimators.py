@@ -415,8 +415,7 @@ def own_type(where: str, estimator: nn.Module, *features: Tensor) -> list[Tensor
     Raises:
         EstimatorError: another floating type outside of autocast, complex numbers, or another device.
     """
-    own = next(estimator.parameters(), None)
-    exact_type(where, *features, own, integers=True)
+    exact_type(where, *features, own := next(estimator.parameters(), None), integers=True)
     if own is None:
         return list(features)
     mixed = torch.is_autocast_enabled(own.device.type)
@@ -426,7 +425,13 @@ def own_type(where: str, estimator: nn.Module, *features: Tensor) -> list[Tensor
                 where, f"features of {feature.dtype} for parameters of {own.dtype}", "one type",
                 "Convert the features with .to(dtype), or the estimator.",
             )  # fmt: skip
-    return [f if f.is_floating_point() else f.to(own.dtype) for f in features]
+    return [outside_inference(f) if f.is_floating_point() else f.to(own.dtype) for f in features]
+
+
+def outside_inference(feature: Tensor) -> Tensor:
+    """The feature itself, or a copy of one that was made in inference mode, from which no estimator could learn."""
+    inside = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+    return feature if inside or not feature.is_inference() else feature.clone()
 
 
 def readable(tensor: Tensor) -> bool:

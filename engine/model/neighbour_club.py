@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.errors import EstimatorError
 from engine.kernels.arguments import check_count
 from engine.kernels.mi_bounds.reference import full_precision
-from engine.model.estimators import Estimate, finite, or_zero, own_type, raise_or_skip, readable
-from engine.model.mlps import check_choice, xavier
-from engine.model.variational import check_classes, check_conditional, conditional_net, learns
-from engine.vocabulary import ON_DEGENERATE
+from engine.model.conditional_club import ConditionalCLUB
+from engine.model.estimators import readable
+from engine.model.variational import Conditional
 
 SEARCHED = 1024
 """Rows whose distances to all rows are held at once."""
 
 
-class NeighbourCLUB(nn.Module):
+class NeighbourCLUB(ConditionalCLUB):
     """An upper bound of I(X;Y|Z) for any Z: CLUB among the rows with the nearest z.
 
     A conditional q(y|x,z) learns by likelihood. The value is the mean of log q(y_i|x_i,z_i) minus the mean of
@@ -60,52 +58,21 @@ class NeighbourCLUB(nn.Module):
         activation: str = "relu",
         on_degenerate: str = "raise",
     ):
-        super().__init__()
-        check_choice("on_degenerate", on_degenerate, ON_DEGENERATE)
         check_count("NeighbourCLUB", "k", k)
-        check_conditional("club", "separate", dim_y, classes)
-        self.dim_x, self.dim_y, self.dim_z, self.classes, self.k = dim_x, dim_y, dim_z, classes, k
-        self.on_degenerate = on_degenerate
-        self.q = conditional_net(dim_x + dim_z, dim_y, classes, hidden, layers, activation, xavier)
+        super().__init__(dim_x, dim_y, dim_z, (dim_z,), classes, hidden, layers, activation, on_degenerate)
+        self.dim_z, self.k = dim_z, k
 
-    @property
-    def bound(self) -> str:
-        return "club"
+    def conditions(self, z: Tensor) -> Tensor:
+        return z
 
-    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Estimate:
-        """One estimate from x [B, dim_x], y [B, dim_y] and z [B, dim_z].
+    def problem(self, z: Tensor) -> tuple[str, str] | None:
+        return (f"a batch of {len(z)}", "at least 2 samples") if len(z) < 2 else None
 
-        Raises:
-            EstimatorError: shapes, types or devices that do not fit; a degenerate batch under on_degenerate="raise".
-        """
-        where = "conditional mutual information (club)"
-        x, y, z = own_type(where, self, x, y, z)
-        widths = self.dim_x, self.dim_y, self.dim_z
-        if any(list(t.shape) != [len(x), width] for t, width in zip((x, y, z), widths, strict=True)):
-            raise EstimatorError(
-                where, f"x {list(x.shape)}, y {list(y.shape)} and z {list(z.shape)}",
-                f"x [B, {self.dim_x}], y [B, {self.dim_y}] and z [B, {self.dim_z}]",
-                "Give the three features of the same samples, at the widths the estimator was built for.",
-            )  # fmt: skip
-        if len(x) < 2:
-            return raise_or_skip(self, where, f"a batch of {len(x)}", "at least 2 samples", x, y)
-        if self.classes is not None and readable(y):
-            check_classes(where, y, self.classes)
-        q, given = self.q(torch.cat([x, z.to(x.dtype)], 1)), y
-        with torch.autocast(x.device.type, enabled=False):
-            y = q.targets(y)
-            loss = -q.log_prob(y).mean()
-            others = y[nearest_others(z, min(self.k, len(z) - 1))]  # [B, k, dim_y]
-            means = others.mean(1)
-            moments = (means,) if self.classes is not None else (means, others.var(1, correction=0))
-            value = q.excess(y, moments).mean()
-        if not finite(value, loss):
-            what = f"the estimate {value.item()} and the log-likelihood {-loss.item()}"
-            return raise_or_skip(self, where, what, "finite numbers", x, y)
-        if learns(self.q):
-            self.q.observe(given)
-        value, loss = (or_zero(t, self.on_degenerate) for t in (value, loss))
-        return Estimate(value.detach(), value, loss)
+    def excess(self, q: Conditional, y: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        others = y[nearest_others(z, min(self.k, len(z) - 1))]  # [B, k, dim_y]
+        means = others.mean(1)
+        moments = (means,) if self.classes is not None else (means, others.var(1, correction=0))
+        return q.excess(y, moments).mean(), {}
 
 
 @torch.no_grad()

@@ -68,6 +68,12 @@ def check_terms(
         raise ConfigError("objective", found, "terms with distinct keys", "Rename a feature.")
     if infinite := [x for x in (*coefficients, *weights.values()) if not math.isfinite(x)]:
         raise ConfigError("objective", f"a weight of {infinite[0]}", "finite weights", "Correct it.")
+    for name, count in discrete.items() if isinstance(discrete, Mapping) else ():
+        if count is not None and (not isinstance(count, Integral) or isinstance(count, bool) or count < 2):
+            raise ConfigError(
+                f"objective.discrete[{name!r}]", repr(count), "the number of its classes, from 2, or None",
+                "Count the classes; None where the number is not known.",
+            )  # fmt: skip
     if unknown := [name for name in discrete if name not in dims]:
         raise ConfigError(
             "objective.discrete", f"{unknown[0]!r}", f"features among {sorted(dims)}", "Name one of them."

@@ -26,13 +26,14 @@ from engine.kernels.knn_product import Bank, EpochProducts, ProductRows, Product
 from engine.kernels.ranks.agreement import checked
 from engine.kernels.ranks.group import find_ranks
 from engine.model.default import default_estimator
-from engine.model.estimators import Estimate
+from engine.model.estimators import Estimate, outside_inference
 from engine.model.term_estimators import TermEstimates, TermEstimators
 from engine.objective.checks import as_expressions, as_settings, by_term, check_terms
 from engine.objective.minimised import advice
 from engine.objective.output import ObjectiveOutput
 from engine.objective.readings import Reading
 from engine.objective.terms import Expression, Sums, Term, distinct_terms
+from engine.objective.weights import restored
 from engine.vocabulary import GATHERS
 
 MOST_PAIRED = 256
@@ -50,6 +51,9 @@ Rows = Sequence[Tensor]
 
 class Objective(nn.Module):
     """Information terms on named features: the estimators they need and the two losses of two-stage training.
+
+    Its state dict notes the weights in its metadata, as it does which estimators share a tensor. So a resumed loop goes
+    on with the weights that `set_weights` gave.
 
     Args:
         expressions: what to maximise. A negative weight minimises. Names must differ. `set_weights` changes weights.
@@ -100,6 +104,7 @@ class Objective(nn.Module):
     ):
         super().__init__()
         self._expressions = as_expressions(expressions)
+        self._built_with = [e.weight for e in self._expressions]
         self.settings = as_settings(settings)
         discrete = (discrete,) if isinstance(discrete, str) else discrete
         self.discrete, self.shared_draws = frozenset(discrete), shared_draws
@@ -149,7 +154,8 @@ class Objective(nn.Module):
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Change the weights of expressions from now on, as a schedule does. The names and values stay as they are.
 
-        A captured CUDA graph reads the weights anew at every replay.
+        A captured CUDA graph reads the weights anew at every replay. The weights are part of the state: see
+        `changed_weights`.
 
         >>> from engine import MI
         >>> objective = Objective([0.1 * MI("Z", "Y")], dims={"Z": 8, "Y": 2})
@@ -171,6 +177,35 @@ class Objective(nn.Module):
                 raise ConfigError(f"weight of {name}", repr(weight), "a finite number", "Correct it.")
         self._expressions = tuple(replace(e, weight=float(weights.get(e.name, e.weight))) for e in self._expressions)
         self._stage2.set(self._weights_of_terms())
+
+    def changed_weights(self) -> dict[str, list[float]]:
+        """{name: [the weight that it was built with, the present one]} of the expressions that `set_weights` changed.
+
+        The metadata of `state_dict()` holds them, and `load_state_dict` puts them back. Where the state is copied into
+        a plain dict, save them yourself, and give them to `restore_weights`.
+        """
+        pairs = zip(self._expressions, self._built_with, strict=True)
+        return {e.name: [built, e.weight] for e, built in pairs if e.weight != built}
+
+    def restore_weights(self, changed: Mapping[str, Sequence[float]]) -> None:
+        """Put back the weights of a state, as `changed_weights` gave them. All others are those it was built with.
+
+        An expression that this objective was built with another weight than that one keeps its own, with a warning.
+        """
+        built_with = {e.name: built for e, built in zip(self._expressions, self._built_with, strict=True)}
+        self.set_weights(restored(changed, built_with))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["weights"] = self.changed_weights()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if "weights" in local_metadata:  # older states have none
+            self.restore_weights(local_metadata["weights"])
 
     def _weights_of_terms(self) -> list[float]:
         """What stage 2 minimises of each term."""
@@ -420,7 +455,7 @@ class Objective(nn.Module):
         with contextlib.nullcontext() if ranks is None else checked(ranks, *features.values()):
             self._check_features(features)
             self._check_products(products)
-        return self.estimators(features, products, ranks)
+        return self.estimators({name: outside_inference(features[name]) for name in self._readers}, products, ranks)
 
     def _check_features(self, features: Mapping[str, Tensor]) -> None:
         for name, term in self._readers.items():

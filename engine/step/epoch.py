@@ -9,7 +9,7 @@ from engine.errors import ConfigError
 from engine.profile import part
 from engine.step.averages import EpochResult, means
 from engine.step.bank import FeatureBank
-from engine.step.passes import OnBatch, no_batch, passes_of_epoch
+from engine.step.passes import AfterBatch, OnBatch, no_batch, only_looks, passes_of_epoch
 from engine.step.position import Position
 
 if TYPE_CHECKING:
@@ -28,10 +28,33 @@ def run_epoch(
     position: Position,
 ) -> tuple[EpochResult, FeatureBank]:
     """See `TwoStageStep.train_epoch`."""
+    if step.in_epoch:
+        raise ConfigError(
+            "TwoStageStep.train_epoch", "a call from within an epoch of the same step", "one epoch after another",
+            "Call it after train_epoch has returned, not in on_batch or in a loader.",
+        )  # fmt: skip
     if position.finished:
         raise ConfigError(
             "position", "that of an epoch that is finished", "a new one for every epoch", "Pass Position()."
         )
+    step.in_epoch = True
+    try:
+        return _run(step, loader, size, bank, batch_size, stage1_n, stage1_features, on_batch, position)
+    finally:
+        step.in_epoch = False
+
+
+def _run(
+    step: TwoStageStep,
+    loader: Iterable,
+    size: int,
+    bank: FeatureBank | None,
+    batch_size: int,
+    stage1_n: int,
+    stage1_features: StageOneFeatures,
+    on_batch: OnBatch,
+    position: Position,
+) -> tuple[EpochResult, FeatureBank]:
     passes = step.static or step.eager
     bank, fresh = bank if step.objective is not None else None, stage1_features == "fresh"
     stage1_n = stage1_n if bank is not None else 0
@@ -39,12 +62,12 @@ def run_epoch(
     if position.resumed and hasattr(loader, "go_to"):
         loader.go_to(*_place_in_loader(position, stage1_n, collects, fresh))
 
-    def done(stage: str, number: int) -> None:
+    def count(stage: str, number: int) -> None:
         position.batches = number + 1
         position.total += 1
         on_batch(stage, number)
 
-    done.only_looks = getattr(on_batch, "only_looks", False)  # type: ignore[attr-defined]
+    done = AfterBatch(count, only_looks(on_batch))
     step.finite.begin(position, getattr(loader, "rows", None))
     position.bank = bank
     if collects and position.enter("collect"):

@@ -22,18 +22,33 @@ if TYPE_CHECKING:
     from engine.step import StepOutput, TwoStageStep
 
 OnBatch = Callable[[str, int], None]
-"""Called after every batch with its stage and its number.
+"""Called after every batch with its stage and its number. It may change anything but begin another epoch.
 
-A static step looks after each call whether parameters were replaced, moved or frozen. A function with an attribute
-`only_looks` that is true promises to do none of this and to change no weight, and spares the look.
+A static step looks after each call whether what its graphs hold has changed. `AfterBatch` can spare the look.
 """
 
 
-def nothing(stage: str, number: int) -> None:
-    """What is called after a batch where no one asked for anything."""
+class AfterBatch:
+    """An `OnBatch` that says whether it only looks: it then promises to change no parameter, optimiser or setting.
+
+    >>> AfterBatch(lambda stage, number: print(stage, number), only_looks=True)("stage2", 0)
+    stage2 0
+    """
+
+    def __init__(self, call: OnBatch, only_looks: bool):
+        self.call, self.only_looks = call, only_looks
+
+    def __call__(self, stage: str, number: int) -> None:
+        self.call(stage, number)
 
 
-nothing.only_looks = True  # type: ignore[attr-defined]
+def only_looks(on_batch: OnBatch) -> bool:
+    """Whether a callback promises to change nothing: an `AfterBatch`, or any callable with such an attribute."""
+    return bool(getattr(on_batch, "only_looks", False))
+
+
+nothing = AfterBatch(lambda stage, number: None, only_looks=True)
+"""What is called after a batch where no one asked for anything."""
 
 TakeProducts = Callable[[int, int], Mapping[str, Any] | None]
 """Maps a batch's number and its number of rows to its product rows."""

@@ -33,7 +33,7 @@ from engine.step.graph_state import DeviceNumbers, StateWatch, make_capturable, 
 from engine.step.graphs import GraphRunner
 from engine.step.known_code import KnownCode, is_known
 from engine.step.notes import Notes
-from engine.step.passes import OnBatch, nothing
+from engine.step.passes import OnBatch, nothing, only_looks
 from engine.step.position import Position
 
 if TYPE_CHECKING:
@@ -279,16 +279,20 @@ class StaticPasses:
         return self._feeds[id(loader)][1], id(loader)
 
     def _runner(self, on_batch: OnBatch, loader: Iterable | None) -> Callable[[tuple, Callable[[], None]], None]:
-        """What runs the batches of a pass. It makes graphs anew where a parameter has been replaced since the last one.
+        """What runs the batches of a pass. It makes graphs anew where what they hold has changed since the last one.
 
-        Code that it does not know may do so: a callback, a loader, or a function that ran instead of being replayed.
-        Where a callback or a loader may do so, no kept copies of weights are used.
+        Code that it does not know may have done so. After a callback everything is compared, and parameters alone after
+        a loader's batch, or where a function ran instead of being replayed. Where such code runs between two batches,
+        no kept copies of weights are used.
         """
-        quiet = getattr(on_batch, "only_looks", False) and (loader is None or hasattr(loader, "feed"))
+        looks = only_looks(on_batch)
+        quiet = looks and (loader is None or hasattr(loader, "feed"))
         known = quiet and (loader is None or is_known(loader))
 
         def run(key: tuple, function: Callable[[], None]) -> None:
-            if not (quiet and self._replayed) and self._watched.moved():
+            if not looks:
+                self._check_settings()
+            elif not (quiet and self._replayed) and self._watched.moved():
                 self._begin_watching()
             if (copies := self._lowered) is None or not known:
                 self._replayed = self.graphs.run((*key, self._place), function)

@@ -151,6 +151,7 @@ class TwoStageStep(Updates):
             compile_regions(model, compile)
         self.generator = generator or torch.Generator().manual_seed(0)
         self.held: DeviceNumbers | None = None  # set while a static pass runs
+        self.in_epoch = False
         self.finite = NonFinite(self, non_finite)
         self.eager = EagerPasses(self)
         self.static = self._static_step(graphs)
@@ -409,7 +410,8 @@ class TwoStageStep(Updates):
             stage1_features: where stage 1 takes its features from. "fresh": the model runs on every batch, as in the
                 reference. "cached": it runs once per epoch, and product rows come from that pass too. "bank": it does
                 not run, and the features of the last epoch are used.
-            on_batch: called after every batch with the stage ("collect", "stage1", "stage2") and the batch's number.
+            on_batch: called after every batch with the stage ("collect", "stage1", "stage2") and the batch's number. It
+                may evaluate or change anything, but not begin another epoch.
             position: follows the epoch, so that `on_batch` can save where it is; one that was loaded is gone on from.
                 Every epoch needs a new one.
 
@@ -461,8 +463,9 @@ class TwoStageStep(Updates):
         Information terms use product rows from `bank`. They are left out without a bank, and on a batch smaller than
         `Objective.min_batch`.
         """
-        passes = self.static if self.static is not None and getattr(loader, "in_order", False) else self.eager
-        return passes.evaluate(loader, bank)
+        # a static pass has one set of counters and sums, which a callback's evaluation would overwrite
+        static = self.static if getattr(loader, "in_order", False) and self.held is None else None
+        return (static or self.eager).evaluate(loader, bank)
 
     @torch.no_grad()
     def evaluated(

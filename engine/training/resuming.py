@@ -108,6 +108,7 @@ def restore(files: RunFiles, saved: Saved, position: Position) -> tuple[list[Rec
         files.records = len(history)
         checkpoint.load_into(parts.model, state["model"], f"{where}: model")
         checkpoint.load_into(parts.objective, state["objective"], f"{where}: objective")
+        parts.objective.restore_weights(state.get("term_weights", {}))
         factor = parts.config.train.lr / same_run.settings_of(files.out, meta).train.lr
         for name, optimizer in parts.optimizers.items():
             _load_optimizer(optimizer, state["optimizers"][name], f"{where}: optimizer {name}")

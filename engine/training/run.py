@@ -41,6 +41,7 @@ from engine.run_folder import (
 )
 from engine.step.averages import EpochResult
 from engine.step.bank import FeatureBank
+from engine.step.passes import AfterBatch
 from engine.step.position import Position
 from engine.stopping import Stopped, StopSignals
 from engine.task import find_task
@@ -211,14 +212,14 @@ class TrainingRun:
         for callback in callbacks:
             callback.on_start(len(history), self.config.epochs, self.parts.batches())
 
-        def on_batch(stage: str, number: int) -> None:
+        def tell(stage: str, number: int) -> None:
             if self.profiler is not None:
                 self.profiler.batch_done()
             for callback in callbacks:
                 callback.on_batch(stage, number)
             within.batch_done()
 
-        on_batch.only_looks = not self.extra_callbacks  # type: ignore[attr-defined]
+        on_batch = AfterBatch(tell, only_looks=not self.extra_callbacks)
         if compiles_kernels(self.device):
             with self.ranks.alone(), self.phases.of("kernels"):
                 warm_kernels(self.parts)

@@ -175,6 +175,7 @@ class RunFiles:
             "bank": bank.state_dict() if bank is not None else None,
             "generator": parts.step.generator.get_state(),
             "rng": random_state(),
+            **({"term_weights": changed} if (changed := parts.objective.changed_weights()) else {}),
         }
 
     def _trained(self) -> dict[str, Any]:

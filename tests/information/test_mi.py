@@ -37,6 +37,27 @@ def test_gaussians(dims, rho):
     assert estimate.method == ("neighbours" if dims == 1 else "gaussian")
 
 
+@pytest.mark.parametrize(("rho", "dims", "count"), [(0.8, 50, 200), (0.8, 20, 200)])
+def test_strong_dependence_of_many_columns_on_few_rows(rho: float, dims: int, count: int):
+    """DV of a Gaussian fitted to few rows reads two to three times the truth."""
+    x, y, truth = gaussian(rho, dims, count, seed=3)
+    estimate = estimate_mi(x, y, steps=5)
+    assert estimate.value == pytest.approx(truth, abs=2 * math.sqrt(dims / (count - 2 * dims)))
+    assert estimate.interval[0] < truth < estimate.interval[1] and "noise" not in estimate.flags
+    assert estimate.interval[0] > 1.0
+    assert estimate["dv"] > 1.1 * truth
+
+
+def test_weak_dependence_of_many_columns_on_few_rows_is_not_called_noise():
+    x, y, truth = gaussian(0.3, 100, 500, seed=3)
+    estimate = estimate_mi(x, y, steps=5)
+    assert estimate.value < truth < estimate.interval[1] < truth + 2
+    assert "overfitted" in estimate.flags and "noise" not in estimate.flags
+    estimate = estimate_mi(x[:, :50], y[:, 50:], steps=5)  # independent
+    assert estimate.value == 0 and "noise" in estimate.flags
+    assert "overfitted" in estimate_mi(x[:200], y[:200], steps=5).flags  # as many columns as rows: nothing shows it
+
+
 def test_high_information_is_read_beyond_the_ceiling_and_flagged():
     x, y, truth = gaussian(math.sqrt(1 - math.exp(-1)), 20, 2000)
     assert truth == pytest.approx(10)

@@ -91,3 +91,27 @@ def test_a_single_class_is_an_error():
 def test_names_of_classes_are_refused_in_one_line():
     with pytest.raises(DataError, match="probe, target: found a list"):
         probe(torch.randn(40, 2), ["a", "b"] * 20, discrete=True)
+
+
+def test_a_rare_class_that_is_recognised_shows_in_the_balanced_score():
+    """Six of 400 rows lie apart, so they are recognised: the balanced score is 1 - 1/2. Accuracy cannot show it."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(400, 3, generator=generator)
+    rare = torch.zeros(400)
+    rare[:6] = 1
+    apart = z + 8 * rare[:, None]
+    found = probe(apart, rare, discrete=True)
+    assert found.left < 0.02 and found.balanced == pytest.approx(0.5, abs=0.02)
+    assert probe(1e-6 * apart, rare, discrete=True).balanced == found.balanced
+    unknown = [probe(z, rare.roll(40 * n), discrete=True, seed=n).balanced for n in range(10)]
+    assert abs(sum(unknown) / 10) < 0.15
+    assert probe(z, z[:, :1]).balanced is None
+
+
+def test_tables_of_pandas_and_numbers_that_are_no_classes():
+    pandas = pytest.importorskip("pandas")
+    z = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    s = (z[:, 0] > 0).long()
+    assert probe(pandas.DataFrame(z.numpy()), pandas.Series(s.numpy()), discrete=True) == probe(z, s, discrete=True)
+    with pytest.raises(DataError, match="100 classes in 100 rows"):
+        probe(z, z[:, 0], discrete=True)

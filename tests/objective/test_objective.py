@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -325,6 +326,11 @@ class TestMistakes:
                 "settings: found a dict",
             ),
             (lambda: CMI("Z", "Y", given=None), "given=None; expected the name of the condition"),
+            (lambda: Objective([MI("Z", "Y")], dims={"Z": 4, "Y": 1}, discrete={"Y": 0}), r"discrete\['Y'\]: found 0;"),
+            (
+                lambda: Objective([MI("Z", "Y")], dims={"Z": 4, "Y": 1}, discrete={"Y": "2"}),
+                "found '2'; .* of its classes",
+            ),
             (lambda: MI("Z", ""), "feature ''"),
             (lambda: torch.ones((), requires_grad=True) * MI("Z", "Y"), "weights do not learn"),
         ],
@@ -353,6 +359,21 @@ class TestMistakes:
             objective.stage1_weights[objective.terms[0]] = 2.0
 
 
+def test_estimators_learn_from_features_of_inference_mode():
+    torch.manual_seed(0)
+    terms = [MI("Z", "Y"), MI("Z", "Y", bound="club"), CMI("Z", "Y", given="S", bound="club")]
+    objective = Objective(terms, dims={"Z": 4, "Y": 2, "S": 1})
+    with torch.inference_mode():
+        made = {name: torch.randn(16, width) for name, width in (("Z", 4), ("Y", 2), ("S", 1))}
+    grads = []
+    for batch in (made, {name: value.clone() for name, value in made.items()}):
+        objective.zero_grad()
+        objective.eval().estimator_loss(batch).loss.backward()
+        grads.append([p.grad.clone() for p in objective.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and len(grads[0]) > 10
+    objective.estimators["I(Z;Y) by club"](made["Z"], made["Y"]).loss.backward()
+
+
 class TestWeights:
     def test_sums_and_quotients_of_expressions(self):
         total = sum([MI("Z", "Y"), 2 * MI("Z", "S")]) / 4
@@ -379,6 +400,42 @@ class TestWeights:
             objective.set_weights({"other": 1.0})
         with pytest.raises(ConfigError, match="nan"):
             objective.set_weights({"keep": math.nan})
+
+    def test_a_resumed_loop_goes_on_with_the_changed_weights(self, tmp_path):
+        """The loss of one batch is that of the objective whose state was saved, through a file, and within a module."""
+
+        def built(weight=0.1, extra=()):
+            torch.manual_seed(0)
+            terms = [(weight * MI("Z", "Y")).named("keep"), -0.2 * MI("Z", "S", bound="club"), *extra]
+            return Objective(terms, dims={"Z": 4, "Y": 2, "S": 1}).eval()
+
+        batch = {"Z": torch.randn(16, 4), "Y": torch.randn(16, 2), "S": torch.randn(16, 1)}
+        objective = built()
+        first, plain = objective.state_dict(), {k: v.clone() for k, v in objective.state_dict().items()}
+        objective.set_weights({"keep": 0.7})
+        expected = objective.model_loss(batch).loss
+        assert expected != built().model_loss(batch).loss
+        torch.save(torch.nn.ModuleDict({"terms": objective}).state_dict(), tmp_path / "state.pt")
+
+        resumed = torch.nn.ModuleDict({"terms": built()})
+        resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert torch.equal(resumed["terms"].model_loss(batch).loss, expected)
+        assert list(objective.state_dict()) == list(first)  # no other keys than before
+        resumed["terms"].load_state_dict(plain)  # as states from before weights were noted
+        assert torch.equal(resumed["terms"].model_loss(batch).loss, expected)
+        resumed["terms"].load_state_dict(first)  # from before they were changed
+        assert torch.equal(resumed["terms"].model_loss(batch).loss, built().model_loss(batch).loss)
+
+        wider = built(extra=[MI("Y", "S")])
+        wider.load_state_dict(objective.state_dict(), strict=False)
+        assert [e.weight for e in wider.expressions] == [0.7, -0.2, 1.0]
+        other = built(weight=0.5)
+        with pytest.warns(UserWarning, match=r"keep is 0.7, changed from 0.1. .* built with 0.5, which is kept"):
+            other.load_state_dict(objective.state_dict())
+        assert other.expressions[0].weight == 0.5
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            built(weight=0.7).load_state_dict(objective.state_dict())  # built anew with the weight that it had
 
     def test_stage_1_weights_by_name(self):
         torch.manual_seed(0)

@@ -387,6 +387,76 @@ def test_a_learning_rate_that_a_callback_changes_counts_at_the_next_replay():
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
 
 
+class InOrder(list):
+    """A loader that a static step evaluates itself."""
+
+    in_order = True
+
+    def batch_sizes(self):
+        return [len(batch[0]) for batch in self]
+
+
+CALLED_BACK = {
+    "evaluate": (lambda step, bank: step.evaluate(InOrder(batches(n=N)), bank), 0),
+    "read": (lambda step, bank: step.objective.read(dict(bank.tensors()), BATCH), 0),
+    "weights of terms": (lambda step, bank: step.objective.set_weights({"I(X;Y)": 3.0}), 0),
+    "modes": (lambda step, bank: (step.model.eval(), step.objective.eval()), 0),
+    "an update": (lambda step, bank: step.main_optimizer.step(), 0),
+    "a batch more": (lambda step, bank: step.stage2(*batches(n=N)[0][:2], None, information=False), 0),
+    "load the model": (lambda step, bank: step.model.load_state_dict(scaled(step.model.state_dict(), 0.5)), 0),
+    "load the step": (lambda step, bank: step.load_state_dict(copy.deepcopy(step.state_dict())), 1),
+    "another optimiser": (lambda step, bank: setattr(step, "main_optimizer", sgd(step.model.parameters())), 1),
+    "weight decay": (lambda step, bank: step.main_optimizer.param_groups[0].update(weight_decay=0.5), 1),
+    "clip": (lambda step, bank: setattr(step, "clip_value", 1e-3), 1),
+    "another layer": (lambda step, bank: setattr(step.model, "head", copy.deepcopy(step.model.head)), 1),
+    "freeze": (lambda step, bank: step.model.x.weight.requires_grad_(False), 1),
+    "freeze a term": (lambda step, bank: step.objective.freeze("I(X;Y)"), 1),
+}  # fmt: skip
+
+
+def scaled(state, factor):
+    return {name: value * factor for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [*((name, "stage2") for name in CALLED_BACK), ("evaluate", "stage1"), ("freeze a term", "stage1")],
+)
+def test_what_a_callback_does_within_a_pass_is_what_it_does_in_an_eager_one(name, stage):
+    """And graphs are forgotten before the next batch if they hold what was changed, and only then."""
+    call, forgets = CALLED_BACK[name]
+    ends = []
+    for step in (make("off"), replaying()):
+        run(step, 2)
+        cleared = []
+
+        def on_batch(now, number, step=step, cleared=cleared):
+            if now == stage and step.static is not None:
+                cleared.append(step.static.graphs.cleared)
+            if (now, number) == (stage, 1):
+                call(step, step.collect(batches(n=N), N))
+
+        result, _ = step.train_epoch(
+            batches(n=N), N, step.collect(batches(n=N), N), batch_size=BATCH, on_batch=on_batch
+        )
+        numbers = [result.loss, result.task, *result.information.values(), *result.estimators.values()]
+        ends.append((numbers, [p.detach() for m in (step.model, step.objective) for p in m.parameters()]))
+        assert not cleared or cleared[2] - cleared[1] == forgets
+    assert_equal(ends[0], ends[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("graphs", ["off", "emulate"])
+def test_an_epoch_within_an_epoch_is_refused(graphs):
+    step = make(graphs)
+
+    def on_batch(stage, number):
+        step.train_epoch(batches(n=N), N, None, batch_size=BATCH)
+
+    with pytest.raises(ConfigError, match=r"within an epoch of the same step; .* after train_epoch has returned"):
+        step.train_epoch(batches(n=N), N, None, batch_size=BATCH, on_batch=on_batch)
+    step.train_epoch(batches(n=N), N, None, batch_size=BATCH)
+
+
 def test_a_value_that_is_not_finite_is_placed_in_its_own_pass():
     """Although it is read at the end of the epoch."""
     for stage, passes, number in (("stage1", 1, 3), ("stage2", 0, 2)):
