@@ -9,7 +9,7 @@ from engine.kernels.registry import families
 from tests.gpu import __main__ as command
 from tests.gpu import quick
 
-CASES = '''
+CASES = """
 import os, time, pytest
 
 def test_fine():
@@ -18,7 +18,7 @@ def test_fine():
 @pytest.mark.parametrize("kind", ["a b", "c"])
 def test_numbers(kind):
     raise AssertionError("Tensor-likes are not close!")
-'''
+"""
 LAUNCH = "\ndef test_launch():\n    raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
 ABORT = "\ndef test_abort():\n    os.abort()\n"
 HANG = "\ndef test_hang():\n    time.sleep(60)\n"

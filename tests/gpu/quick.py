@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -124,6 +125,7 @@ def main(seconds: float = SECONDS, out: Path | None = None, device: str = "cuda"
     end = time.monotonic() + seconds
     environment = {"TRITON_INTERPRET": "1" if device == "cpu" else "", "ENGINE_PLAIN": "", "OMP_NUM_THREADS": "2"}
     found: dict[str, Any] = {"broken": [], "results": {}}
+    one_at_a_time = threading.Lock()
 
     def one(item: tuple[str, tuple[str, ...]]) -> None:
         name, arguments = item
@@ -132,11 +134,12 @@ def main(seconds: float = SECONDS, out: Path | None = None, device: str = "cuda"
             result = {"passed": 0, "failed": {}, "ended": "not begun: no time left"}
         else:
             result = run_part(arguments, left, environment, device)
-        found["results"][name] = result
-        found["broken"] = [n for n, r in found["results"].items() if n in families() and crashes(r)]
-        print("\n".join(lines_of(name, result)), flush=True)
-        if out is not None:
-            write_json(out, found)
+        with one_at_a_time:
+            found["results"][name] = result
+            found["broken"] = [n for n, r in found["results"].items() if n in families() and crashes(r)]
+            print("\n".join(lines_of(name, result)), flush=True)
+            if out is not None:
+                write_json(out, found)
 
     chosen = [(n, arguments) for n, arguments in parts().items() if only is None or n in only]
     with ThreadPoolExecutor(min(AT_ONCE, cores())) as pool:
