@@ -496,7 +496,7 @@ GROUPS = {
     "step_fast": Group(lambda context: step("fast", context), 120),
     "operations": Group(operations, 45),
     "modules": Group(modules, 90),
-    "command": Group(command, 60),
+    "command": Group(command, 75),
     "step_faithful": Group(lambda context: step("faithful", context), 80),
     "mosei": Group(mosei, 120, 50),
     "ceilings": Group(ceilings, 25),
