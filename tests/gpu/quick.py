@@ -53,7 +53,8 @@ def run_part(
     """
     line = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
     line += ["--device", device] if device != "cpu" else []
-    environment = os.environ | {"COLUMNS": "400"} | environment
+    own = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "ENGINE_PLAIN")}
+    environment = own | {"COLUMNS": "400"} | environment
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         process = subprocess.Popen(
             line, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -123,7 +124,7 @@ def main(seconds: float = SECONDS, out: Path | None = None, device: str = "cuda"
         only: names of parts.
     """
     end = time.monotonic() + seconds
-    environment = {"TRITON_INTERPRET": "1" if device == "cpu" else "", "ENGINE_PLAIN": "", "OMP_NUM_THREADS": "2"}
+    environment = {"OMP_NUM_THREADS": "2"} | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
     found: dict[str, Any] = {"broken": [], "results": {}}
     one_at_a_time = threading.Lock()
 
