@@ -149,7 +149,7 @@ def register(
         cpu_anywhere: `cpu` is plain torch that works on any device, and so takes the kernels' place where `use_backend`
             calls the operation's folder plain.
     """
-    family = fake.__module__.removeprefix("engine.kernels.").partition(".")[0]
+    family = (getattr(fake, "__module__", None) or "").removeprefix("engine.kernels.").partition(".")[0]
     operation = _operations[name] = Operation(cpu, cuda, fake, launches, family, cpu_anywhere)
     run = functools.partial(_run, operation)
     LIB.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
