@@ -94,11 +94,15 @@ def measured(
     for side, run in running.items():
         entry = entries[side]
         try:
-            entry |= {"wall_ms": clock.wall(run, 3 if context.quick else 10), **(clock.traced(run) if traces else {})}
+            entry["wall_ms"] = clock.wall(run, 3 if context.quick else 10)
             if (peak := clock.peak_mib(run)) is not None:
                 entry["extra_mib"] = peak
         except Exception as cause:
             entry["failed"] = short(cause)
+        try:
+            entry |= clock.traced(run) if traces else {}
+        except Exception as cause:
+            entry["trace_failed"] = short(cause)
         if graphs and side != "compile":
             try:
                 replays[side] = clock.graph(run)
@@ -168,10 +172,12 @@ def batches(mode: str, config: Config, context: Context) -> Iterator[Entry]:
     for stage, (run, count) in stages.passes(trainer).items():
         entry = {"row": f"{stage}_{mode}", "side": "engine", "B": config.batch_size}
         try:
-            times = {"wall_ms": clock.wall(run, 1 if context.quick else 3), **clock.traced(run)}
-            yield entry | {key: number / count for key, number in times.items()}
+            entry["wall_ms"] = clock.wall(run, 1 if context.quick else 3) / count
+            yield entry  # and again with its trace, which might not end
+            if traced := clock.traced(run):
+                yield entry | {key: number / count for key, number in traced.items()}
         except Exception as cause:
-            yield entry | {"failed": short(cause)}
+            yield {**entry, "trace_failed" if "wall_ms" in entry else "failed": short(cause)}
 
 
 def epoch(name: str, config: Config, context: Context, case: Entry) -> Iterator[Entry]:
@@ -188,10 +194,14 @@ def epoch(name: str, config: Config, context: Context, case: Entry) -> Iterator[
             if len(seconds) >= 2 and context.left() < 3 * seconds[-1] + 5:
                 break
         entry = {"row": name, "side": "engine", **case, "seconds": statistics.median(seconds), "all": seconds}
-        # what is read back is the checkpoint, which the epoch's seconds leave out
-        if traced := context.clock.traced(run, without="Memcpy DtoH"):
-            entry |= traced | {"busy": traced["device_ms"] / 1e3 / entry["seconds"]}
-        yield entry | {"first_epoch_s": first}
+        entry["first_epoch_s"] = first
+        yield entry  # and again with its trace, which might not end
+        try:
+            # what is read back is the checkpoint, which the epoch's seconds leave out
+            if traced := context.clock.traced(run, without="Memcpy DtoH"):
+                yield entry | traced | {"busy": traced["device_ms"] / 1e3 / entry["seconds"]}
+        except Exception as cause:
+            yield entry | {"trace_failed": short(cause)}
     finally:
         run.close()
 
