@@ -56,15 +56,14 @@ def run_part(
     own = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "ENGINE_PLAIN")}
     environment = own | {"COLUMNS": "400"} | environment
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            line, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        # of this process's group, so that who ends that ends the tests, too
+        process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
         end, ended, hangs = time.monotonic() + seconds, None, False
         while (code := process.poll()) is None:
             hangs = time.time() - os.fstat(output.fileno()).st_mtime > silent
             if hangs or time.monotonic() > end:
                 ended = f"hangs: {silent:.0f} s in one test" if hangs else f"did not end within {seconds:.0f} s"
-                os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
                 break
             time.sleep(0.1)
         if code is not None and code < 0:
