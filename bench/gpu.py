@@ -162,14 +162,15 @@ def measure(a: argparse.Namespace, names: Sequence[str]) -> int:
     for name in groups:
         (a.results / f"{name}.json").unlink(missing_ok=True)  # a group that fails leaves no older result behind
     for name, group in groups.items():
-        most = min(group.most, TUNE_SHARE * 60 * a.minutes) if name == "tune" else group.most
+        # the limits are for GPUs; a rehearsal may have a slow CPU
+        most = min(group.most, TUNE_SHARE * 60 * a.minutes) if name == "tune" else group.most * (1 + 4 * a.rehearse)
         seconds = min(most, end - time.monotonic())
         if seconds < min(group.least, group.most):
             summary["left_out"].append(name)
             continue
         content = _measured(a, name, seconds, summary)
         plain = sorted({*summary["plain"], *NEW})
-        left = min(group.most, end - time.monotonic())
+        left = min(most, end - time.monotonic())
         if name in OF_STEPS and _spoilt(content) and plain != summary["plain"] and left >= group.least:
             _say(f"{name}: once more, with plain torch in the place of {', '.join(plain)}")
             (a.results / f"{name}.json").replace(a.results / f"{name}_spoilt.json")
