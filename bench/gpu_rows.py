@@ -3,6 +3,7 @@
 An entry is {"row", "side", the case's sizes and precision, and what was measured}: `ms` (median, the sides taking
 turns), `graph_ms` (the same work replayed as a CUDA graph), `wall_ms`, `device_ms`, `launches`, `extra_mib`, `error`;
 or why it was not: `failed` (an exception), `red` (the engine's result is wrong, so that its time would mean nothing).
+A row that fails leaves the others of its group alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import epochs, guard, shapes, stages
+from bench.gpu_operations import command, operations
+from bench.machine import ROOT
 from bench.runner import Setting
 from bench.timing import Clock, error_of, precision
 from engine.config import Config
@@ -31,15 +34,19 @@ MOSI, MOSEI = 1284, 16326  # training samples
 
 @dataclass
 class Context:
-    """Where and for how long: `deadline` is a time of `time.monotonic`."""
+    """Where and for how long: `deadline` is a time of `time.monotonic`.
+
+    rehearse: run what a GPU runs, small and on the CPU, within `bench.gpu_rehearsal.pretended_gpu`.
+    """
 
     device: str
     quick: bool = False
     rounds: int = 3
     deadline: float = math.inf
+    rehearse: bool = False
 
     def __post_init__(self) -> None:
-        self.clock = Clock(self.device)
+        self.clock = Clock(self.device, True if self.rehearse else None)
         self.setting = Setting(self.quick, self.device)
 
     def left(self) -> float:
@@ -47,7 +54,22 @@ class Context:
 
 
 def short(cause: BaseException) -> str:
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+    """The error in one line, with the last place of this project that it came through."""
+    trace, place = cause.__traceback__, ""
+    while trace is not None:
+        file = Path(trace.tb_frame.f_code.co_filename)
+        if file.is_relative_to(ROOT / "engine") or file.is_relative_to(ROOT / "bench"):
+            place = f" ({file.relative_to(ROOT)}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}{place}"
+
+
+def kept(row: str, entries: Iterator[Entry], side: str = "engine") -> Iterator[Entry]:
+    """The entries, up to the first failure, which becomes an entry of `row`."""
+    try:
+        yield from entries
+    except Exception as cause:
+        yield {"row": row, "side": side, "failed": short(cause)}
 
 
 def measured(
@@ -61,23 +83,36 @@ def measured(
             running[side] = run
         except Exception as cause:
             entries[side]["failed"] = short(cause)
-    for side, ms in clock.interleaved(running, context.rounds).items():
+
+    def failed(side: str, cause: Exception) -> None:
+        entries[side]["failed"] = short(cause)
+        running.pop(side)
+
+    for side, ms in clock.interleaved(dict(running), context.rounds, failed=failed).items():
         entries[side]["ms"] = ms
     replays = {}
     for side, run in running.items():
         entry = entries[side]
         try:
-            entry |= {"wall_ms": clock.wall(run, 3 if context.quick else 10), **(clock.traced(run) if traces else {})}
+            entry["wall_ms"] = clock.wall(run, 3 if context.quick else 10)
             if (peak := clock.peak_mib(run)) is not None:
                 entry["extra_mib"] = peak
         except Exception as cause:
             entry["failed"] = short(cause)
+        try:
+            entry |= clock.traced(run) if traces else {}
+        except Exception as cause:
+            entry["trace_failed"] = short(cause)
         if graphs and side != "compile":
             try:
                 replays[side] = clock.graph(run)
             except Exception as cause:
                 entry["graph_failed"] = short(cause)
-    for side, ms in clock.interleaved(replays, context.rounds).items():
+
+    def broke(side: str, cause: Exception) -> None:
+        entries[side]["graph_failed"] = short(cause)
+
+    for side, ms in clock.interleaved(replays, context.rounds, failed=broke).items():
         entries[side]["graph_ms"] = ms
     return entries
 
@@ -89,6 +124,7 @@ def configured(mode: str, folder: Path, context: Context, samples: int, make: An
     """Settings of a run on generated data in `folder`; a quick one has a tiny text encoder."""
     if not context.quick:
         return stages.settings(mode, stages.write_data(folder / "data", make(samples)), context.device, *words)
+    make(4), stages.settings(mode, folder, "cpu", *words)  # what the whole run makes of them is not used
     encoder = guard.tiny_text_encoder(folder / "encoder")
     data = shapes.utterances(guard.SHAPE, 3 * guard.BATCH)
     config = guard.tiny_config(mode, stages.write_data(folder / "data", data, str(encoder)), encoder)
@@ -107,12 +143,22 @@ def step(mode: str, context: Context) -> Iterator[Entry]:
         return
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as place:
         config = configured(mode, Path(place), context, MOSI, shapes.mosi)
-        yield from epoch(f"epoch_{mode}", config, context, {"samples": MOSI, "B": config.batch_size})
-        yield from batches(mode, config, context)
-        eagerly = stages.prepare(with_graphs(config, "off"), stages.BANK if not context.quick else 24)
-        for stage in ("stage2", "stage1", "draw", "collect"):
-            times = measured(context, {"eager": eagerly[stage]}, graphs=stage in ("stage1", "stage2"))
-            yield {"row": f"{stage}_{mode}", "side": "uncaptured", "B": config.batch_size, **times["eager"]}
+        yield from kept(
+            f"epoch_{mode}", epoch(f"epoch_{mode}", config, context, {"samples": MOSI, "B": config.batch_size})
+        )
+        yield from kept(f"batches_{mode}", batches(mode, config, context))
+        if context.left() > 10:
+            yield from kept(f"batches_{mode}", uncaptured(mode, config, context), "uncaptured")
+
+
+def uncaptured(mode: str, config: Config, context: Context) -> Iterator[Entry]:
+    """Time per batch of each stage run eagerly, and as one graph."""
+    eagerly = stages.prepare(with_graphs(config, "off"), stages.BANK if not context.quick else 24)
+    for stage in ("stage2", "stage1", "draw", "collect"):
+        if context.left() < 5:
+            return
+        times = measured(context, {"eager": eagerly[stage]}, graphs=stage in ("stage1", "stage2"))
+        yield {"row": f"{stage}_{mode}", "side": "uncaptured", "B": config.batch_size, **times["eager"]}
 
 
 def with_graphs(config: Config, graphs: str) -> Config:
@@ -122,14 +168,16 @@ def with_graphs(config: Config, graphs: str) -> Config:
 def batches(mode: str, config: Config, context: Context) -> Iterator[Entry]:
     """Time per batch of each stage as training runs it: a whole pass of replayed graphs, divided by its batches."""
     clock = context.clock
-    trainer = stages.ready(with_graphs(config, "auto" if clock.cuda else "emulate"))
+    trainer = stages.ready(with_graphs(config, "auto" if clock.device.type == "cuda" else "emulate"))
     for stage, (run, count) in stages.passes(trainer).items():
         entry = {"row": f"{stage}_{mode}", "side": "engine", "B": config.batch_size}
         try:
-            times = {"wall_ms": clock.wall(run, 1 if context.quick else 3), **clock.traced(run)}
-            yield entry | {key: number / count for key, number in times.items()}
+            entry["wall_ms"] = clock.wall(run, 1 if context.quick else 3) / count
+            yield entry  # and again with its trace, which might not end
+            if traced := clock.traced(run):
+                yield entry | {key: number / count for key, number in traced.items()}
         except Exception as cause:
-            yield entry | {"failed": short(cause)}
+            yield {**entry, "trace_failed" if "wall_ms" in entry else "failed": short(cause)}
 
 
 def epoch(name: str, config: Config, context: Context, case: Entry) -> Iterator[Entry]:
@@ -146,29 +194,38 @@ def epoch(name: str, config: Config, context: Context, case: Entry) -> Iterator[
             if len(seconds) >= 2 and context.left() < 3 * seconds[-1] + 5:
                 break
         entry = {"row": name, "side": "engine", **case, "seconds": statistics.median(seconds), "all": seconds}
-        # what is read back is the checkpoint, which the epoch's seconds leave out
-        if traced := context.clock.traced(run, without="Memcpy DtoH"):
-            entry |= traced | {"busy": traced["device_ms"] / 1e3 / entry["seconds"]}
-        yield entry | {"first_epoch_s": first}
+        entry["first_epoch_s"] = first
+        yield entry  # and again with its trace, which might not end
+        try:
+            # what is read back is the checkpoint, which the epoch's seconds leave out
+            if traced := context.clock.traced(run, without="Memcpy DtoH"):
+                yield entry | traced | {"busy": traced["device_ms"] / 1e3 / entry["seconds"]}
+        except Exception as cause:
+            yield entry | {"trace_failed": short(cause)}
     finally:
         run.close()
 
 
 def eager_epoch(context: Context) -> Iterator[Entry]:
     """An epoch of the eager baseline on ready-made batches, in float32 as in the published code."""
-    if context.quick:
-        yield {"row": "epoch_fast", "side": "baseline", "failed": "needs MiniLM: left out of quick runs"}
-        return
-    work = epochs.build_baseline(shapes.mosi(MOSI), context.setting)
-    seconds = [context.clock.wall(work.run, 1) / 1e3 for _ in range(1)]
-    yield {"row": "epoch_fast", "side": "baseline", "samples": MOSI, "seconds": seconds[0]}
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as place:
+        encoder = str(guard.tiny_text_encoder(Path(place) / "encoder")) if context.quick else "minilm"
+        samples = shapes.utterances(guard.SHAPE, 2 * guard.BATCH) if context.quick else shapes.mosi(MOSI)
+        work = epochs.build_baseline(samples, context.setting, encoder)
+        context.clock.synchronize()
+        start = time.monotonic()
+        work.run()  # the first epoch, which is the warm-up, has run
+        context.clock.synchronize()
+        yield {"row": "epoch_fast", "side": "baseline", "samples": MOSI, "seconds": time.monotonic() - start}
 
 
 def mosei(context: Context) -> Iterator[Entry]:
     """Epochs on data of MOSEI's shape and size at B=128."""
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as place:
         config = configured("fast", Path(place), context, MOSEI, shapes.mosei, "batch_size=128")
-        yield from epoch("epoch_mosei", config, context, {"samples": MOSEI, "B": config.batch_size})
+        yield from kept(
+            "epoch_mosei", epoch("epoch_mosei", config, context, {"samples": MOSEI, "B": config.batch_size})
+        )
 
 
 # -- InfoNCE ----------------------------------------------------------------------------------------------------------
@@ -295,27 +352,38 @@ def modules(context: Context) -> Iterator[Entry]:
     """Concat critic, CubeMLP, five critics: the engine against the eager modules and torch.compile of them."""
     from bench.suites import concat_critic, critics, cubemlp
 
-    for name, suite in (("concat_critic", concat_critic), ("cubemlp", cubemlp), ("five_critics", critics)):
+    suites = {"cubemlp": cubemlp, "concat_critic": concat_critic, "five_critics": critics}
+    right = []
+    for name, suite in suites.items():
         try:
             with precision("fp32", context.device):
                 suite.gate(context.setting)
+            right.append(name)
         except Exception as cause:
             yield {"row": name, "side": "engine", "red": short(cause)}
-            continue
-        for kind in ("fp32",) if context.quick or name == "five_critics" else ("tf32", "bf16", "fp32"):
+    kinds = ("fp32",) if context.quick else ("tf32", "bf16", "fp32")
+    for name in right:
+        for kind in ("fp32",) if name == "five_critics" else kinds:
             if context.left() < 5:
                 return
-            sides, works = {}, []
-            case = {"row": name, "precision": kind}
-            compiled = ("compile",) if kind == "tf32" else ()  # it takes half a minute each
-            for side in ("engine", "baseline", *compiled):
-                try:
-                    works.append(suite.build(side, context.setting))
-                    sides["eager" if side == "baseline" else side] = _in_precision(works[-1].run, kind, context)
-                except Exception as cause:
-                    yield {**case, "side": side, "failed": short(cause)}
-            for side, entry in measured(context, sides).items():
-                yield {**case, "B": works[0].samples, "side": side, **entry}
+            yield from kept(name, _module(context, name, suites[name], kind, ("engine", "baseline")))
+    for name in right:  # compiling takes half a minute each
+        if name == "five_critics" or context.quick or context.left() < 45:
+            continue
+        yield from kept(name, _module(context, name, suites[name], kinds[0], ("compile",)))
+
+
+def _module(context: Context, name: str, suite: Any, kind: str, sides: Sequence[str]) -> Iterator[Entry]:
+    runs, size = {}, 0
+    case = {"row": name, "precision": kind}
+    for side in sides:
+        try:
+            work = suite.build(side, context.setting)
+            size, runs[side] = work.samples, _in_precision(work.run, kind, context)
+        except Exception as cause:
+            yield {**case, "side": "eager" if side == "baseline" else side, "failed": short(cause)}
+    for side, entry in measured(context, runs).items():
+        yield {**case, "B": size, "side": "eager" if side == "baseline" else side, **entry}
 
 
 def _in_precision(run: Callable[[], Any], kind: str, context: Context) -> Callable[[], Any]:
@@ -332,7 +400,6 @@ def _in_precision(run: Callable[[], Any], kind: str, context: Context) -> Callab
 def draws(context: Context) -> Iterator[Entry]:
     """Six sets of product rows per batch; and, on sides that can, a whole epoch of them and one batch of that."""
     from bench.suites import knn
-    from engine.kernels import knn_product
 
     try:
         knn.gate(context.setting)
@@ -342,37 +409,42 @@ def draws(context: Context) -> Iterator[Entry]:
     for size, batch in ((300, 16),) if context.quick else ((MOSI, 32), (MOSEI, 128)):
         if context.left() < 5:
             return
-        case = {"row": "draws", "N": size, "B": batch}
-        rows = knn.bank(size, context.setting)
-        generator = torch.Generator().manual_seed(0)
-        sampler = knn_product.ProductSampler(knn_product.Bank(rows), knn.NEIGHBOURS, **knn.MODES["engine"])
-        asked = torch.arange(batch // knn.NEIGHBOURS, device=context.device)
+        yield from kept("draws", _draws(context, size, batch))
 
-        def brute(rows: dict = rows, asked: Tensor = asked) -> Any:
-            return [torch.cdist(rows[n][asked], rows[n]).topk(knn.NEIGHBOURS, largest=False) for n in "TAV"]
 
-        times = measured(
-            context,
-            {"engine": lambda s=sampler, b=batch, g=generator: s.draw(knn.TERMS, b, g), "torch": brute},
-            graphs=False,
-        )
+def _draws(context: Context, size: int, batch: int) -> Iterator[Entry]:
+    from bench.suites import knn
+    from engine.kernels import knn_product
+
+    case = {"row": "draws", "N": size, "B": batch}
+    rows = knn.bank(size, context.setting)
+    generator = torch.Generator().manual_seed(0)
+    sampler = knn_product.ProductSampler(knn_product.Bank(rows), knn.NEIGHBOURS, **knn.MODES["engine"])
+    asked = torch.arange(batch // knn.NEIGHBOURS, device=context.device)
+
+    def brute() -> Any:
+        return [torch.cdist(rows[n][asked], rows[n]).topk(knn.NEIGHBOURS, largest=False) for n in "TAV"]
+
+    times = measured(
+        context,
+        {"engine": lambda: sampler.draw(knn.TERMS, batch, generator), "torch": brute},
+        graphs=False,
+    )
+    for side, entry in times.items():
+        yield {**case, "side": side, **entry}
+    batches = [batch] * (size // batch)
+
+    def whole() -> Any:
+        return knn_product.draw_epoch(sampler, knn.TERMS, batches, generator)
+
+    try:
+        drawn = whole()
+        times = measured(context, {"epoch": whole}, graphs=False)
+        times |= measured(context, {"take": lambda: drawn.take(1)})
         for side, entry in times.items():
-            yield {**case, "side": side, **entry}
-        if not hasattr(knn_product, "draw_epoch"):
-            continue
-        batches = [batch] * (size // batch)
-
-        def whole(sampler: Any = sampler, batches: list[int] = batches, generator: Any = generator) -> Any:
-            return knn_product.draw_epoch(sampler, knn.TERMS, batches, generator)
-
-        try:
-            drawn = whole()
-            times = measured(context, {"epoch": whole}, graphs=False)
-            times |= measured(context, {"take": lambda drawn=drawn: drawn.take(1)})
-            for side, entry in times.items():
-                yield {**case, "row": "epoch_draws" if side == "epoch" else "take_rows", "side": "engine", **entry}
-        except Exception as cause:
-            yield {**case, "row": "epoch_draws", "side": "engine", "failed": short(cause)}
+            yield {**case, "row": "epoch_draws" if side == "epoch" else "take_rows", "side": "engine", **entry}
+    except Exception as cause:
+        yield {**case, "row": "epoch_draws", "side": "engine", "failed": short(cause)}
 
 
 def ceilings(context: Context) -> Iterator[Entry]:
@@ -391,12 +463,12 @@ def ceilings(context: Context) -> Iterator[Entry]:
 
 
 def tune(context: Context) -> Iterator[Entry]:
-    """Measure every operation with several algorithms and keep the result: engine/kernels/dispatch.json."""
-    try:
-        from engine.kernels import dispatch
-    except ImportError:
-        yield {"row": "tune", "side": "engine", "failed": "this version has no dispatch table"}
-        return
+    """Measure every operation with several algorithms and keep the result: engine/kernels/dispatch.json.
+
+    The entries hold what was measured, too: `python -m bench.gpu --adopt DIR` puts it into the table elsewhere.
+    """
+    from engine.kernels import dispatch
+
     if not context.clock.cuda:
         yield {"row": "tune", "side": "engine", "failed": "a table is of a GPU"}
         return
@@ -405,11 +477,20 @@ def tune(context: Context) -> Iterator[Entry]:
         if context.left() < 10:
             return
         try:
-            entries = dispatch.measure(name, context.device)
-            dispatch.write(dispatch.TABLE, entries)
-            yield {"row": "tune", "side": "engine", "operation": name, "entries": len(entries)}
+            small = {"precisions": ("fp32",), "classes": _small(name), "milliseconds": 1.0} if context.quick else {}
+            entries = dispatch.measure(name, context.device, **small)
+            if not context.quick:
+                dispatch.write(dispatch.TABLE, entries)
+            yield {"row": "tune", "side": "engine", "operation": name, "entries": len(entries), "table": entries}
         except Exception as cause:
             yield {"row": "tune", "side": "engine", "operation": name, "failed": short(cause)}
+
+
+def _small(operation: str) -> list[dict[str, int]]:
+    """Sizes at which a CPU tries an operation's candidates."""
+    from engine.kernels import dispatch
+
+    return [{name: min(size, 32) for name, size in dispatch._operations[operation].classes[0].items()}]
 
 
 @dataclass(frozen=True)
@@ -422,13 +503,15 @@ class Group:
 
 
 GROUPS = {
-    "ceilings": Group(ceilings, 20),
-    "step_fast": Group(lambda context: step("fast", context), 150),
-    "infonce": Group(infonce, 100),
-    "modules": Group(modules, 100),
-    "step_faithful": Group(lambda context: step("faithful", context), 90),
+    "step_fast": Group(lambda context: step("fast", context), 120),
+    "operations": Group(operations, 45),
+    "modules": Group(modules, 90),
+    "command": Group(command, 75),
+    "step_faithful": Group(lambda context: step("faithful", context), 80),
+    "mosei": Group(mosei, 120, 50),
+    "ceilings": Group(ceilings, 25),
     "draws": Group(draws, 40),
-    "mosei": Group(mosei, 150, 60),
-    "eager_epoch": Group(eager_epoch, 120, 60),
+    "infonce": Group(infonce, 100),
+    "eager_epoch": Group(eager_epoch, 100, 50),
 }
 TUNE = Group(tune, 300)

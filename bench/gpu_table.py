@@ -56,6 +56,7 @@ LINES = (
     Line("launches of stage 1", {"row": "stage1_fast"}, "launches", "", 120, 60),
     Line("launches of the product rows", {"row": "draw_fast"}, "launches", "", 20, 5),
     Line("MOSEI-shaped epoch, 16,326 samples, B=128", {"row": "epoch_mosei"}, "seconds", "s", 4.0, 1.5),
+    Line("8 epochs of MOSI, whole command, kernels compiled before", {"row": "command_kept"}, "seconds", "s", 20, 8),
     _infonce(16384, 128, "bf16", 1.1, 0.7),
     _infonce(16384, 512, "bf16", 2.6, 1.7),
     _infonce(16384, 768, "bf16", 3.6, 2.4),
@@ -76,7 +77,8 @@ LINES = (
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """{group: content} of the files that `bench.gpu` wrote into a folder."""
     contents = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    return {name: content for name, content in contents.items() if isinstance(content, dict) and "entries" in content}
+    groups = {n: c for n, c in contents.items() if isinstance(c, dict) and "entries" in c and "machine" in c}
+    return {n: c for n, c in groups.items() if not n.endswith("_spoilt")}
 
 
 def entries(results: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
@@ -108,7 +110,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             why = "wrong result" if "red" in engine else "failed" if "failed" in engine else "not measured"
             measured = why
         else:
-            mark = "" if _reaches(number, line.floor, line.more) else " (misses the floor)"
+            mark = f" (plain torch for {', '.join(engine['plain'])})" if engine.get("plain") else ""
+            mark += "" if _reaches(number, line.floor, line.more) else " (misses the floor)"
             measured = show(number) + mark
         others = [
             f"{SIDES.get(name, name)} {show(v)}"
@@ -124,7 +127,8 @@ def slower(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines, cases = [], {}
     for entry in entries(results):
         if (time := value(entry, "best")) is not None and entry["row"] in (
-            "infonce", "concat_critic", "cubemlp", "five_critics",
+            "infonce", "concat_critic", "cubemlp", "five_critics", "op_update", "op_stack_sequences", "op_recurrent",
+            "op_embeddings",
         ):  # fmt: skip
             case = tuple((k, entry[k]) for k in ("row", "B", "d", "precision") if k in entry)
             cases.setdefault(case, {})[entry["side"]] = time
@@ -149,6 +153,8 @@ def _places(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         m, v = content["machine"], content["versions"]
         where = m.get("gpu") or m["processor"]
         names = ", ".join(f"{n} {v[n]}" for n in ("torch", "triton") if n in v)
+        if content.get("rehearsal"):
+            places["A rehearsal without a GPU: no figure means anything."] = None
         quick = "; a quick run on small shapes, not to be reported" if content["quick"] else ""
         places[f"{where}; {names}; commit {content['commit']}; {content['date']}{quick}."] = None
     return list(places)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from engine.streams import mend_generator
+
 Run = Callable[[], Any]
 LEAST, MOST = 5, 50  # calls that one figure is the median of
 BUDGET = 0.25  # seconds for the calls of one side
@@ -34,29 +36,56 @@ def precision(name: str, device: str) -> Iterator[None]:
 
 
 class Clock:
-    """Measures calls on a device. Figures that a CPU cannot give are left out."""
+    """Measures calls on a device. Figures that a CPU cannot give are left out.
 
-    def __init__(self, device: str):
+    Args:
+        cuda: whether events, graphs and traces are a GPU's; None: where the device is one.
+    """
+
+    def __init__(self, device: str, cuda: bool | None = None):
         self.device = torch.device(device)
-        self.cuda = self.device.type == "cuda"
+        self.cuda = self.device.type == "cuda" if cuda is None else cuda
 
     def synchronize(self) -> None:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
-    def interleaved(self, sides: Mapping[str, Run], rounds: int = 3, budget: float = BUDGET) -> dict[str, float]:
-        """Median milliseconds per call of each side. The sides take turns, in a different order in each round."""
+    def interleaved(
+        self,
+        sides: Mapping[str, Run],
+        rounds: int = 3,
+        budget: float = BUDGET,
+        failed: Callable[[str, Exception], None] | None = None,
+    ) -> dict[str, float]:
+        """Median milliseconds per call of each side. The sides take turns, in a different order in each round.
+
+        failed: is told of a side that fails, which then has no figure. None: the error is raised.
+        """
         counts, times = {}, {side: [] for side in sides}
-        for side, run in sides.items():
+
+        def attempt(side: str, work: Callable[[], Any]) -> None:
+            try:
+                work()
+            except Exception as cause:
+                if failed is None:
+                    raise
+                failed(side, cause)
+                times.pop(side)
+
+        def begin(side: str, run: Run) -> None:
             for _ in range(WARMUPS if self.cuda else 1):
                 run()
             first = self._calls(run, 1)[0]
             counts[side] = max(1, min(MOST, int(budget * 1e3 / max(first, 1e-3)) // rounds))
-        order = list(sides)
+
+        for side, run in sides.items():
+            attempt(side, lambda side=side, run=run: begin(side, run))
+        order = list(times)
         for number in range(rounds if order else 0):
             first = number % len(order)
             for side in order[first:] + order[:first]:
-                times[side] += self._calls(sides[side], counts[side])
+                if side in times:
+                    attempt(side, lambda side=side: times[side].extend(self._calls(sides[side], counts[side])))
         return {side: statistics.median(each) for side, each in times.items()}
 
     def _calls(self, run: Run, count: int) -> list[float]:
@@ -99,8 +128,12 @@ class Clock:
                 run()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
+        try:
+            with torch.cuda.graph(graph):
+                run()
+        except Exception:
+            mend_generator(self.device)  # or the next random number of this process would fail
+            raise
         return graph.replay
 
     def traced(self, run: Run, without: str = "Optimizer.") -> dict[str, float]:

@@ -78,3 +78,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
+
+
+def mend_generator(device: torch.device) -> None:
+    """Give torch's generator a new state that draws the same numbers.
+
+    After a capture that failed, torch's generator still believes that the capture goes on, and every draw fails.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    fresh = torch.Generator(device)
+    fresh.set_state(generator.get_state())
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())

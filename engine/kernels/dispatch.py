@@ -37,6 +37,7 @@ import torch
 import engine.kernels
 from engine.errors import ConfigError
 from engine.files import write_text
+from engine.streams import mend_generator
 
 TABLE = Path(__file__).with_suffix(".json")
 VARIABLE = "ENGINE_DISPATCH"
@@ -285,7 +286,7 @@ def _time(run: Run, milliseconds: float) -> float | None:
         run = _replay_of(run)
         first = _events(run)
         return statistics.median(_events(run) for _ in range(max(5, min(100, int(milliseconds / max(first, 1e-3))))))
-    except torch.cuda.OutOfMemoryError:
+    except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return None
 
@@ -299,9 +300,10 @@ def _replay_of(run: Run) -> Run:
     try:
         with torch.cuda.graph(graph):
             run()
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except RuntimeError:
+    except RuntimeError as error:
+        mend_generator(torch.device("cuda"))
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         return run
     return graph.replay
 

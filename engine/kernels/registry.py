@@ -19,8 +19,9 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -47,10 +48,15 @@ class Operation:
     cuda: Callable[..., Any] | None
     fake: Callable[..., Any]
     launches: int | Callable[..., int] | None = None
+    family: str = ""
+    cpu_anywhere: bool = False
 
 
 _operations: dict[str, Operation] = {}
 _setting = os.environ.get("ENGINE_BACKEND", "auto")
+PLAIN = "ENGINE_PLAIN"
+_plain = frozenset(name.strip() for name in os.environ.get(PLAIN, "").split(",") if name.strip())
+_plain_checked = False
 _told: set[str] = set()
 _blank = False
 
@@ -67,6 +73,8 @@ class use_backend:
 
     Args:
         name: The backend.
+        plain: Folders of engine/kernels whose Triton kernels are not used: plain torch takes their place. The
+            environment variable ENGINE_PLAIN gives them at the start, separated by commas.
 
     Raises:
         ConfigError: An unknown name, or "triton" without triton installed.
@@ -78,17 +86,22 @@ class use_backend:
         'reference'
     """
 
-    def __init__(self, name: str):
-        global _setting
+    def __init__(self, name: str, plain: Iterable[str] | None = None):
+        global _setting, _plain
         _check(name, "use_backend")
-        self.previous, _setting = _setting, name
+        self.previous = _setting, _plain
+        if plain is not None:
+            plain = frozenset(plain)
+            _check_plain(plain, "use_backend")
+            _plain = plain
+        _setting = name
 
     def __enter__(self) -> use_backend:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        global _setting
-        _setting = self.previous
+        global _setting, _plain
+        _setting, _plain = self.previous
 
 
 @contextlib.contextmanager
@@ -120,6 +133,7 @@ def register(
     cuda: Callable[..., Any] | None = None,
     fake: Callable[..., Any],
     launches: int | Callable[..., int] | None = None,
+    cpu_anywhere: bool = False,
 ) -> None:
     """Register an operation as `torch.ops.engine.NAME`. Forward and backward are two operations.
 
@@ -132,8 +146,11 @@ def register(
         fake: shapes and dtypes of the outputs for tensors without data.
         launches: number of GPU kernels that one call launches, or a function of its arguments that gives it. None: not
             declared.
+        cpu_anywhere: `cpu` is plain torch that works on any device, and so takes the kernels' place where `use_backend`
+            calls the operation's folder plain.
     """
-    operation = _operations[name] = Operation(cpu, cuda, fake, launches)
+    family = (getattr(fake, "__module__", None) or "").removeprefix("engine.kernels.").partition(".")[0]
+    operation = _operations[name] = Operation(cpu, cuda, fake, launches, family, cpu_anywhere)
     run = functools.partial(_run, operation)
     LIB.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIB.impl(name, run, "CPU")
@@ -228,6 +245,8 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
             'use_backend("auto") or use_backend("reference"): the formulas, which torch transforms.',
         )  # fmt: skip
     has_kernels = op is None or _operations[op].cuda is not None
+    if _plain and op is not None and is_plain(_operations[op].family):
+        return "cpu" if device == "cpu" and setting in ("auto", "cpu") else "reference"
     if setting == "auto":
         chosen = "cpu" if device == "cpu" else "reference"
         if device == "cuda" and has_kernels and has_triton():
@@ -251,6 +270,25 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
 def setting() -> str:
     """What `use_backend` or ENGINE_BACKEND chose: one of `BACKENDS`."""
     return _setting
+
+
+def families() -> list[str]:
+    """The folders of engine/kernels that have operations with Triton kernels, for `use_backend(..., plain=...)`."""
+    here = Path(__file__).parent
+    return sorted(path.parent.name for path in here.glob("*/op.py") if path.with_name("triton.py").exists())
+
+
+def is_plain(family: str) -> bool:
+    """Whether `use_backend` or ENGINE_PLAIN puts plain torch in the place of a folder's Triton kernels.
+
+    Raises:
+        ConfigError: a folder without Triton kernels was named.
+    """
+    global _plain_checked
+    if not _plain_checked and not torch.compiler.is_compiling():
+        _check_plain(_plain, PLAIN)
+        _plain_checked = True
+    return family in _plain
 
 
 def has_triton() -> bool:
@@ -293,6 +331,8 @@ def _run(operation: Operation, *args: Any) -> Any:
         # a host function chooses its own precision: autocast would take its fp32 products in 16 bits
         with torch.autocast(tensor.device.type, enabled=False):
             return _run(operation, *args)
+    if _plain and operation.cpu_anywhere and is_plain(operation.family):
+        return operation.cpu(*args)
     if tensor.is_cuda:
         # a launch goes to the current device, which need not be the tensor's
         with torch.cuda.device(tensor.device):
@@ -311,6 +351,11 @@ def _check(name: str, where: str) -> None:
         raise ConfigError(where, repr(name), f"one of {', '.join(BACKENDS)}", "Choose one of these.")
     if name == "triton" and not has_triton():
         raise ConfigError(where, "no triton", "triton installed", 'Install engine[triton], or use "auto".')
+
+
+def _check_plain(plain: frozenset[str], where: str) -> None:
+    if unknown := plain.difference(families()):
+        raise ConfigError(where, repr(min(unknown)), f"one of {', '.join(families())}", "Name folders of kernels.")
 
 
 def _tell(device: str, chosen: str) -> None:

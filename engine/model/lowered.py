@@ -60,18 +60,20 @@ def lower(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor
             multiplies, or single weights.
     """
     groups = [tuple(group) for group in groups]
-    copied = [g for g in groups if len(g) > 1 or g[0].dtype != dtype]
-    frozen = [g for g in copied if not any(t.requires_grad for t in g)]
-    moving = [g for g in copied if any(t.requires_grad for t in g)]
+    copied = [i for i, g in enumerate(groups) if len(g) > 1 or g[0].dtype != dtype]
+    frozen = [i for i in copied if not any(t.requires_grad for t in groups[i])]
+    moving = [i for i in copied if any(t.requires_grad for t in groups[i])]
     copies: dict[int, Tensor] = {}
     if frozen:
-        copies |= zip(map(id, frozen), _wholes(frozen, dtype, _kept(frozen, dtype)), strict=True)
-    if moving and backend_for(moving[0][0]) == "reference":
-        copies |= {id(g): torch.cat(g).to(dtype) for g in moving}
+        of_frozen = [groups[i] for i in frozen]
+        copies |= zip(frozen, _wholes(of_frozen, dtype, _kept(of_frozen, dtype)), strict=True)
+    if moving and backend_for(groups[moving[0]][0]) == "reference":
+        copies |= {i: torch.cat(groups[i]).to(dtype) for i in moving}
     elif moving:
-        sizes, kept = [len(g) for g in moving], _kept(moving, dtype)
-        copies |= zip(map(id, moving), _Lower.apply(dtype, sizes, kept, *(t for g in moving for t in g)), strict=True)
-    return [copies.get(id(g), g[0]) for g in groups]
+        of_moving = [groups[i] for i in moving]
+        sizes, kept = [len(g) for g in of_moving], _kept(of_moving, dtype)
+        copies |= zip(moving, _Lower.apply(dtype, sizes, kept, *(t for g in of_moving for t in g)), strict=True)
+    return [copies.get(i, g[0]) for i, g in enumerate(groups)]
 
 
 class Copies:

@@ -132,6 +132,8 @@ class FusedUpdates:
             if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
                 return plan  # its tables are written at every replay of this graph, and by no other
             self._plans[key] = plan
+        else:
+            self._plans[key] = self._plans.pop(key)  # the one that was used last is the last to go
         return self._plans[key]
 
     def _rates_of(self, optimizer: torch.optim.Optimizer) -> Tensor | None:

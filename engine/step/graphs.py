@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_iter
 
 from engine.errors import ConfigError
 from engine.kernels import registry
+from engine.streams import mend_generator
 
 LIMIT = 64  # graphs that a step keeps; further shapes run uncaptured
 KERNELS = str(Path(registry.__file__).parent)
@@ -143,10 +144,13 @@ class GraphRunner:
 
     def clear(self) -> None:
         """Forget all graphs: memory that they read has moved."""
-        self._graphs.clear()
-        self._reads.clear()
         self._seen.clear()
         self._uncaptured.clear()
+        self._drop_graphs()
+
+    def _drop_graphs(self) -> None:
+        self._graphs.clear()
+        self._reads.clear()
         if self.capture:
             # torch refuses new graphs in a pool without graphs while a tensor in it is still alive.
             self._pool = torch.cuda.graph_pool_handle()
@@ -211,9 +215,12 @@ class GraphRunner:
         except RuntimeError as error:
             cause = _first_error(error)
             if isinstance(cause, torch.OutOfMemoryError):
+                if error is not cause:  # streams were not joined, and the capture could not end
+                    mend_generator(self.device)
+                    self._drop_graphs()  # they draw from the state that was replaced, and are captured again
                 self._no_room_for(key, cause)
             else:
-                _mend_generator(self.device)  # only here: graphs that are kept draw from the state it replaces
+                mend_generator(self.device)  # only here: graphs that are kept draw from the state it replaces
                 self._give_up(NotCapturable("an operation", _raised_at(cause), str(cause).splitlines()[0]))
             return False
         self._graphs[key], self._reads[key] = graph, reads
@@ -235,17 +242,6 @@ class GraphRunner:
         self.capture = self._watching = False
         self._graphs.clear()
         self._reads.clear()
-
-
-def _mend_generator(device: torch.device) -> None:
-    """Give torch's generator a new state that draws the same numbers.
-
-    After a capture that failed, torch's generator still believes that the capture goes on, and every draw fails.
-    """
-    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-    fresh = torch.Generator(device)
-    fresh.set_state(generator.get_state())
-    generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def _first_error(error: BaseException) -> BaseException:

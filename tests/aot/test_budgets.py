@@ -65,6 +65,29 @@ def test_excesses_are_found(field: str, value: int):
     assert budgets.excesses(FINE, None) == ["it has no budget: run python -m tests.aot --update"]
 
 
+def test_the_command_names_every_fault_and_goes_on(monkeypatch, capsys):
+    from tests.aot import __main__ as command
+
+    cases = tuple(AotCase(f"op.{name}", None, {}, {}, quick=name != "slow") for name in ("broken", "spills", "slow"))
+
+    def compiled(case: AotCase, arch: int) -> AotReport:
+        if case.name == "op.broken":
+            raise RuntimeError("no such\ninstruction")
+        return AotReport(**{**FINE.__dict__, "name": case.name, "arch": arch, "stack": 8 * (case.name == "op.spills")})
+
+    monkeypatch.setattr(command, "all_cases", lambda: cases)
+    monkeypatch.setattr(command, "compile_case", compiled)
+    assert command.main(["--quick", "--arch", "90"]) == 1
+    last = capsys.readouterr().out.splitlines()[-3:]
+    assert last[0] == "2 kernels, 2 faults"
+    assert last[1] == "FAULT op.broken@sm_90: does not compile: RuntimeError: no such instruction"
+    assert last[2].startswith("FAULT op.spills@sm_90: it spills: 8 bytes of stack")
+    monkeypatch.setattr(command, "all_cases", lambda: cases[2:])
+    assert command.main([]) == 0 and capsys.readouterr().out.endswith("3 kernels, 0 faults\n")
+    with pytest.raises(SystemExit):
+        command.main(["--update", "--quick"])
+
+
 def test_budgets_are_kept_per_version(tmp_path):
     path = tmp_path / "budgets.json"
     old, new = {"a.x@sm_80": {"regs": 9}, "b.y@sm_80": {"regs": 8}}, {"a.x@sm_80": {"regs": 7}}

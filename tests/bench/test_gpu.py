@@ -1,13 +1,17 @@
 """`python -m bench.gpu` without a GPU, and its code path on the CPU."""
 
+import argparse
 import json
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from bench import gpu, gpu_rows, gpu_table, machine, timing
+from bench import gpu, gpu_operations, gpu_rows, gpu_table, machine, timing
+from engine.kernels import dispatch
 
 
 def test_without_a_gpu_it_says_why_and_ends_well(monkeypatch, capsys, tmp_path):
@@ -21,32 +25,61 @@ def test_the_order_names_every_group():
     assert set(gpu.ORDER) == set(gpu_rows.GROUPS)
 
 
-def test_the_whole_code_path_on_the_cpu(tmp_path, capsys):
+def test_everything_that_a_gpu_runs_is_rehearsed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_operations, "command", lambda context: iter(()))  # starts two processes: below
+    monkeypatch.setitem(gpu_rows.GROUPS, "command", gpu_rows.Group(gpu_operations.command, 60))
+    table = dispatch.TABLE.read_bytes()
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- gpu:start -->\nold\n<!-- gpu:end -->\nb\n", encoding="utf-8")
-    arguments = ["--device", "cpu", "--quick", "--results", str(tmp_path / "out"), "--readme", str(readme)]
-    assert gpu.main(arguments) == 0
+    before = readme.read_bytes()
+    arguments = ["--rehearse", "--here", "--tune", "--minutes", "30", "--results", str(tmp_path / "out")]
+    assert gpu.main([*arguments, "--readme", str(readme)]) == 0
     printed = capsys.readouterr().out
     entries = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     wanted = {
         "ceiling", "epoch_fast", "epoch_faithful", "stage2_fast", "stage1_faithful", "draw_fast", "collect_fast",
-        "infonce", "concat_critic", "cubemlp", "five_critics", "draws", "epoch_mosei",
+        "infonce", "concat_critic", "cubemlp", "five_critics", "draws", "epoch_draws", "take_rows", "epoch_mosei",
+        "op_update", "op_stack_sequences", "op_recurrent", "op_embeddings", "tune",
     }  # fmt: skip
     measured = {e["row"] for e in entries if e["side"] == "engine" or e["row"] == "ceiling"}
     assert wanted <= measured
     for entry in entries:
-        absent = entry["side"] in ("cce", "liger", "baseline")  # libraries that are not installed, MiniLM
+        absent = entry["side"] in ("cce", "liger")  # libraries that are not installed
         assert absent or not {"failed", "red", "graph_failed"} & set(entry), entry
     infonce = [e for e in entries if e["row"] == "infonce" and "error" in e]
     assert all(e["error"][0] < 1e-5 and e["ms"] > 0 for e in infonce) and {"engine", "eager"} <= {
         e["side"] for e in infonce
     }
     files = gpu_table.load(tmp_path / "out")
-    assert set(files) == set(gpu.ORDER) and all(content["complete"] for content in files.values())
+    assert set(files) == {*gpu.ORDER, "tune"} and all(c["complete"] and c["rehearsal"] for c in files.values())
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     assert summary["left_out"] == summary["failed"] == []
     assert "| stage 2, a batch |" in printed
-    assert readme.read_text(encoding="utf-8").startswith("a\n<!-- gpu:start -->\n\n| what |")
+    assert "A rehearsal without a GPU: no figure means anything." in printed
+    # of a page only a copy is written, and neither the table of algorithms nor committed results are
+    page = (tmp_path / "out" / "page.md").read_text(encoding="utf-8")
+    assert page.startswith("a\n<!-- gpu:start -->\n\n| what |") and readme.read_bytes() == before
+    assert dispatch.TABLE.read_bytes() == table and "graph_ms" in infonce[0] and "extra_mib" in infonce[0]
+    assert gpu.adopt(tmp_path / "out") == 1 and dispatch.TABLE.read_bytes() == table
+
+
+def test_a_rehearsal_writes_nothing_among_results(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--rehearse", "--results", str(gpu.RESULTS / "gpu")])
+    assert "a rehearsal writes nothing under" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_rehearsal_as_a_person_runs_it(tmp_path):
+    """Every group in a process of its own, the check of the kernels in triton's interpreter, the command twice."""
+    line = [sys.executable, "-m", "bench.gpu", "--rehearse", "--check", "--minutes", "30", "--results", str(tmp_path)]
+    done = subprocess.run(line, cwd=machine.ROOT, capture_output=True, text=True)
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert done.returncode == 0 and summary["failed"] == summary["left_out"] == [], done.stderr[-3000:]
+    assert summary["check"]["broken"] == [] and summary["check"]["results"]["stacked"]["passed"] > 5
+    rows = {e["row"] for e in gpu_table.entries(gpu_table.load(tmp_path))}
+    assert {"command_kept", "command_compiled", "epoch_fast", "op_update"} <= rows
+    assert not list(tmp_path.glob("*.hung.txt"))
 
 
 def test_without_time_groups_are_left_out_by_name(tmp_path, capsys):
@@ -66,10 +99,11 @@ def test_a_fault_keeps_what_was_measured_and_leaves_the_others_alone(tmp_path, m
     assert gpu.main(arguments) == 1
     content = json.loads((tmp_path / "draws.json").read_text(encoding="utf-8"))
     assert content["entries"][0]["ms"] == 1.0 and not content["complete"]
-    assert content["fault"] == "RuntimeError: illegal memory access"
+    assert content["fault"].startswith("RuntimeError: illegal memory access (bench/gpu.py:")
     assert json.loads((tmp_path / "ceilings.json").read_text(encoding="utf-8"))["complete"]
+    assert "raise RuntimeError" in content["traceback"]
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
-    assert summary == {"left_out": ["draws (in part)"], "failed": ["draws"], "slower_than_eager": []}
+    assert summary["left_out"] == ["draws (in part)"] and summary["failed"] == ["draws"]
 
 
 def test_a_group_in_a_process_of_its_own(tmp_path):
@@ -79,6 +113,108 @@ def test_a_group_in_a_process_of_its_own(tmp_path):
     )
     assert json.loads(done.stdout.splitlines()[0])["row"] == "ceiling"
     assert json.loads((tmp_path / "ceilings.json").read_text(encoding="utf-8"))["complete"]
+
+
+# -- groups in processes of their own ---------------------------------------------------------------------------------
+
+
+def arguments(folder, **changes):
+    values = {"device": "cpu", "quick": True, "rehearse": False, "rounds": 1, "results": folder, "here": False}
+    return argparse.Namespace(
+        **values | {"plain": (), "minutes": 1.0, "check": False, "tune": False, "readme": None} | changes
+    )
+
+
+def process(monkeypatch, code):
+    """Groups run this Python code, with `path` the file of the group and `seconds` its time."""
+    start = "import json, os, sys, time; path, seconds = sys.argv[1], float(sys.argv[2]);"
+    monkeypatch.setattr(
+        gpu, "_command",
+        lambda a, name, seconds: [sys.executable, "-c", start + code, str(a.results / f"{name}.json"), str(seconds)],
+    )  # fmt: skip
+
+
+WRITE = """
+content = {"entries": [{"row": "one", "side": "engine", "ms": 1.0}], "machine": {"gpu": "a GPU"}, "versions": {},
+           "commit": "", "date": "", "quick": True, "complete": False}
+json.dump(content, open(path, "w"))
+"""
+
+
+def test_a_group_that_hangs_ends_in_time_and_says_where(tmp_path, monkeypatch):
+    code = WRITE + "from pathlib import Path; from bench import gpu\n"
+    code += "with gpu._last_words(Path(path).with_suffix('.hung.txt'), 4.0):\n"
+    code += "    os.fork() or time.sleep(60)\n    time.sleep(60)\n"
+    process(monkeypatch, code)
+    summary = {"left_out": [], "failed": [], "plain": []}
+    start = time.monotonic()
+    content = gpu._measured(arguments(tmp_path), "ceilings", 5.0, summary)
+    assert time.monotonic() - start < 12
+    assert content["fault"] == "did not end within 5 s" and 'File "<string>"' in content["traceback"]
+    assert json.loads((tmp_path / "ceilings.json").read_text(encoding="utf-8")) == content
+    assert summary["left_out"] == ["ceilings (in part)"] and not list(tmp_path.glob("*.hung.txt"))
+
+
+def test_a_group_that_crashes_says_by_what(tmp_path, monkeypatch):
+    process(monkeypatch, WRITE + "os.abort()")
+    summary = {"left_out": [], "failed": [], "plain": []}
+    content = gpu._measured(arguments(tmp_path), "ceilings", 20.0, summary)
+    assert content["fault"] == "ended by SIGABRT" and content["entries"][0]["ms"] == 1.0
+    assert summary["failed"] == ["ceilings"]
+
+
+def test_a_step_that_fails_is_run_again_without_the_newest_kernels(tmp_path, monkeypatch, capsys):
+    """Both are kept; the table shows the second and says so."""
+    code = WRITE.replace('"ms": 1.0}', '"seconds": 0.3, **({} if os.environ["ENGINE_PLAIN"] else {"failed": "x"})}')
+    code = code.replace('"one"', '"epoch_fast"').replace('"complete": False', '"complete": True')
+    code += "content['entries'][0] |= {'plain': [n for n in os.environ['ENGINE_PLAIN'].split(',') if n]}\n"
+    process(monkeypatch, code + "json.dump(content, open(path, 'w'))")
+    monkeypatch.setattr(gpu, "absent", list)
+    gpu.measure(arguments(tmp_path, minutes=2.0), ["step_fast", "ceilings"])
+    spoilt, again = (
+        json.loads((tmp_path / f"step_fast{end}.json").read_text(encoding="utf-8"))["entries"][0]
+        for end in ("_spoilt", "")
+    )
+    assert spoilt["failed"] == "x" and "failed" not in again and again["plain"] == sorted(gpu.NEW)
+    assert "| 0.3 s (plain torch for recurrent, stacked, transformer, update) |" in capsys.readouterr().out
+    assert (tmp_path / "table.md").exists()
+
+
+def test_a_broken_page_costs_no_results(tmp_path, monkeypatch, capsys):
+    process(monkeypatch, WRITE.replace("False}", "True}"))
+    monkeypatch.setattr(gpu, "absent", lambda: ["a package"])
+    assert gpu.measure(arguments(tmp_path, readme=tmp_path / "absent.md"), ["ceilings"]) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["failed"] == ["plots and table"] and summary["absent"] == ["a package"]
+    assert "| what | measured |" in capsys.readouterr().out
+
+
+def test_all_of_it_ends_in_time(tmp_path, monkeypatch):
+    process(monkeypatch, WRITE + "time.sleep(60)")
+    monkeypatch.setattr(gpu, "absent", list)
+    monkeypatch.setattr(gpu, "SPARE", 1.0)
+    for name in gpu_rows.GROUPS:
+        monkeypatch.setitem(gpu_rows.GROUPS, name, gpu_rows.Group(gpu_rows.ceilings, 3.0, 1.0))
+    start = time.monotonic()
+    gpu.measure(arguments(tmp_path, minutes=0.15), list(gpu.ORDER))
+    assert time.monotonic() - start < 11
+    left_out = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["left_out"]
+    assert len(left_out) == len(gpu.ORDER) and left_out[0] == "step_fast (in part)" and left_out[-1] == "eager_epoch"
+
+
+def test_a_table_that_was_measured_elsewhere_is_adopted(tmp_path, monkeypatch):
+    table = tmp_path / "dispatch.json"
+    monkeypatch.setattr(dispatch, "TABLE", table)
+    entry = {
+        "operation": "infonce", "precision": "bf16", "architecture": "sm90", "sizes": {"rows": 4},
+        "algorithm": "eager", "milliseconds": {"eager": 1.0}, "source": "measured",
+    }  # fmt: skip
+    content = {"quick": False, "entries": [{"row": "tune", "table": [entry]}, {"row": "tune", "failed": "x"}]}
+    (tmp_path / "tune.json").write_text(json.dumps(content), encoding="utf-8")
+    assert gpu.main(["--adopt", str(tmp_path)]) == 0
+    assert dispatch.read(table) == [entry]
+    monkeypatch.undo()
+    dispatch._load()
 
 
 @pytest.mark.slow
@@ -119,8 +255,18 @@ def test_a_side_that_fails_leaves_the_others_their_turns():
     def broken():
         raise ValueError("no such kernel")
 
-    measured = gpu_rows.measured(context, {"engine": lambda: None, "other": broken})
-    assert measured["other"] == {"failed": "ValueError: no such kernel"} and measured["engine"]["ms"] >= 0
+    calls = []
+
+    def breaks_later():
+        calls.append(1)
+        if len(calls) > 3:
+            broken()
+
+    measured = gpu_rows.measured(context, {"engine": lambda: None, "other": broken, "third": breaks_later})
+    for side in ("other", "third"):
+        assert re.fullmatch(r"ValueError: no such kernel \(bench/\w+.py:\d+\)", measured[side].pop("failed"))
+        assert not measured[side]
+    assert measured["engine"]["ms"] >= 0 and "failed" not in measured["engine"]
 
 
 def test_sides_take_turns():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import guard, launches, rules
+from bench import guard, launches, rules, shapes
 from bench.launches import HostTraffic, HostTrafficError, PretendedGpu, count
 from bench.pretend import launched_by_the_host_function
 from engine.kernels import infonce, registry
@@ -235,6 +235,25 @@ def test_what_stays_on_the_gpu_passes():
     step()
     with HostTraffic():
         step()
+
+
+def test_a_step_with_plain_torch_in_the_place_of_kernels_still_holds_in_a_graph(tmp_path):
+    """So a kernel that fails on some GPU costs its own time, and not that of all graphs."""
+    from bench import stages
+
+    torch.manual_seed(0)
+    encoder = guard.tiny_text_encoder(tmp_path / "encoder")
+    data = stages.write_data(tmp_path / "data", shapes.utterances(guard.SHAPE, 3 * guard.BATCH), str(encoder))
+    plain = [folder for folder in registry.families() if folder != "ragged"]  # its formula selects by a mask
+    counts = {}
+    for folders in ([], plain):
+        with registry.use_backend("auto", plain=folders), PretendedGpu() as gpu:
+            config = guard.tiny_config("fast", data, encoder).model_copy(update={"device": "cuda"})
+            config.train.graphs = "emulate"
+            seen = launches.of_epochs(stages.ready(config), gpu)
+        assert not any(stage.traffic or stage.failed for stage in seen.values()), folders
+        counts[len(folders)] = {name: stage.launches for name, stage in seen.items()}
+    assert all(counts[0][stage] < counts[len(plain)][stage] for stage in ("stage1", "stage2", "collect"))
 
 
 # -- the stages -------------------------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+import dataclasses
+import importlib
 import json
 import logging
 import os
@@ -155,3 +157,62 @@ def test_functions_are_not_hidden_by_folders_of_their_name():
     )
     done = run(code)
     assert done.returncode == 0, done.stderr
+
+
+# -- kernels of which plain torch takes the place ---------------------------------------------------------------------
+
+
+def on_a_gpu() -> torch.Tensor:
+    """A tensor without data that says it is on a GPU."""
+    with torch._subclasses.FakeTensorMode():
+        return torch.empty(2, device="cuda")
+
+
+def test_a_folder_can_be_plain(monkeypatch):
+    monkeypatch.setattr(registry, "_HAS_TRITON", True)
+    monkeypatch.setattr(registry, "_setting", "auto")
+    importlib.import_module("engine.kernels.stacked.op")
+    importlib.import_module("engine.kernels.update.op")
+    x = on_a_gpu()
+    assert backend_for(x, "update_move") == backend_for(x, "stack_sequences") == "triton"
+    with use_backend("auto", plain=["update"]):
+        assert backend_for(x, "update_move") == backend_for(x, "update_inspect") == "reference"
+        assert backend_for(x, "stack_sequences") == "triton" and backend_for(torch.zeros(1), "update_move") == "cpu"
+        with use_backend("auto"):  # says nothing about folders, and leaves them
+            assert backend_for(x, "update_move") == "reference"
+        with use_backend("auto", plain=()):
+            assert backend_for(x, "update_move") == "triton"
+    assert backend_for(x, "update_move") == "triton"
+
+
+def test_a_plain_folder_without_a_formula_of_its_own_runs_what_works_anywhere(monkeypatch):
+    """What lies between cuDNN's recurrences is called as an operation, whatever the backend."""
+    plumbing = importlib.import_module("engine.kernels.recurrent.plumbing")
+    x, length = torch.arange(12.0).reshape(2, 3, 2), torch.tensor([3, 2])
+    expected = plumbing.turn(x, length, 1)
+    operation = registry.operation("recurrent_turn")
+    assert operation.cpu_anywhere and operation.family == "recurrent"
+    broken = dataclasses.replace(operation, cuda=None)  # a GPU's host function that cannot be called
+    monkeypatch.setitem(registry._operations, "recurrent_turn", broken)
+    monkeypatch.setattr(registry, "_setting", "triton")
+    monkeypatch.setattr(registry, "backend_for", lambda *_: "triton")
+    with pytest.raises(TypeError):
+        call("recurrent_turn", x, length, 1)
+    with use_backend("auto", plain=["recurrent"]):
+        monkeypatch.setattr(registry, "_setting", "triton")
+        for a, b in zip(call("recurrent_turn", x, length, 1), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_unknown_plain_folder():
+    with pytest.raises(ConfigError, match=r"'updat'; expected one of cmi, .*, update"):
+        use_backend("auto", plain=["updat"])
+    code = "from engine.kernels import registry\ntry: registry.is_plain('x')\nexcept Exception as e: print(e)"
+    done = run(code, ENGINE_PLAIN="a")
+    assert done.stdout.startswith("ENGINE_PLAIN: found 'a'; expected one of")
+
+
+def test_every_folder_with_kernels_has_a_name_to_be_plain_by():
+    importlib.import_module("engine.kernels.dispatch")._import_operations()
+    launched = {o.family for n, o in registry._operations.items() if o.cuda is not None}
+    assert launched - {""} <= set(registry.families())

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import math
 import warnings
 from types import SimpleNamespace
 
@@ -95,6 +96,53 @@ def test_what_is_recorded_is_what_a_launch_needs(cache, gpu_of_hopper):
     finally:
         knobs.runtime.jit_cache_hook = None
     assert asked == [], "a launch finds it"
+
+
+def stacks():
+    """Constants of these kernels are tuples, which become lists in what is recorded."""
+    from engine.kernels.stacked import triton as stacked
+
+    x, valid = [torch.ones(2, 5, 16), torch.ones(2, 7, 16)], [torch.tensor([3, 2]), torch.ones(2, 7, dtype=torch.bool)]
+    settings = [True, False], [0.1, 0.0], [0.0, 0.2], torch.tensor([7])
+    cube, means = stacked.stack_sequences(x[0], x[1:], valid, 6, *settings)
+    stacked.stack_sequences_backward(cube, means, valid, [5, 7], *settings, [0, 0])
+
+
+def updates():
+    """Optional tensors and numbers that are infinite."""
+    from engine.kernels.update import Settings, Table
+    from engine.kernels.update import triton as update
+    from engine.kernels.update.reference import Weight
+
+    weights = [Weight(torch.ones(9), torch.zeros(9), torch.zeros(9), torch.zeros(()), None, 0) for _ in range(2)]
+    table = Table(weights, [Settings()])
+    where, aligned = table.gradients([torch.ones(9)] * 2)
+    stats = update.inspect(table.sizes, table.blocks, where, aligned, math.inf, None)
+    every = (table.addresses, table.sizes, table.blocks, table.group, table.settings, where, aligned, torch.ones(1))
+    update.move(*every, math.inf, 1.0, stats, None, None, None)
+
+
+@needs_compiler
+@pytest.mark.parametrize("run, kernels", [(stacks, 2), (updates, 4)])
+def test_launches_of_the_newest_kernels_find_what_was_compiled_beforehand(
+    cache, gpu_of_hopper, monkeypatch, run, kernels
+):
+    """With other constants than a launch has, each would be compiled once more, and perhaps within a capture."""
+    from triton import knobs
+    from triton.runtime.jit import JITFunction
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert warm_up(run, workers=2) == kernels
+    original, asked, found = JITFunction.run, [], []
+
+    def look(self, *args, grid, warmup, **rest):
+        found.append(original(self, *args, grid=grid, warmup=True, **rest))
+
+    monkeypatch.setattr(JITFunction, "run", look)
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **named: asked.append(named))
+    run()
+    assert len(found) == kernels and not asked and all(kernel.asm["cubin"] for kernel in found)
 
 
 def test_results_are_zeros_while_kernels_are_recorded(monkeypatch):

@@ -365,3 +365,21 @@ def test_an_average_moves_after_an_update_that_an_error_ended(monkeypatch):
     before = {name: step.average.values[name].clone() for name, _ in step.model.named_parameters()}
     step.stage2(x, y, None, information=False)
     assert not all(torch.equal(step.average.values[name], value) for name, value in before.items())
+
+
+def test_a_table_that_is_used_outlives_newer_ones_that_are_not(monkeypatch):
+    """A graph may still read it. The kept tables are few, and the one that was not used for longest goes first."""
+    monkeypatch.setattr("engine.step.fused.KEPT", 3)
+    updates_of_one = FusedUpdates()
+    optimizers = [adam([nn.Parameter(torch.ones(3 + i))]) for i in range(6)]
+
+    def plan(number):
+        (parameter,) = optimizers[number].param_groups[0]["params"]
+        parameter.grad = torch.ones_like(parameter)
+        return updates_of_one.work(optimizers[number], None).plan
+
+    first = plan(0)
+    for number in range(1, 6):
+        plan(number)
+        assert plan(0) is first
+    assert len(updates_of_one._plans) == 3

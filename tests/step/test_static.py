@@ -159,6 +159,50 @@ def test_what_cannot_be_captured_is_run_once():
     assert len(calls) == 3
 
 
+class _Capture:
+    """A capture that fails for want of memory; with `unjoined` its end fails, too, as torch says it then."""
+
+    def __init__(self, unjoined: bool):
+        self.unjoined = unjoined
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is not None and self.unjoined:
+            raise RuntimeError("capturing stream has unjoined work")
+
+
+@pytest.mark.parametrize("unjoined", [False, True])
+def test_out_of_memory_while_streams_are_apart_spares_the_generator(unjoined, monkeypatch, caplog):
+    """A capture that could not end leaves torch's generator broken, and with it all graphs that draw from it."""
+    mended, pools = [], iter(range(9))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr("engine.step.graphs.mend_generator", mended.append)
+    graphs = GraphRunner(torch.device("cpu"), capture=True, strict=False)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *a, **k: _Capture(False))
+    for _ in range(2):
+        graphs.run("kept", lambda: None)
+    assert len(graphs) == 1
+    monkeypatch.setattr(torch.cuda, "graph", lambda *a, **k: _Capture(unjoined))
+    calls = []
+
+    def large():
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("none left")
+
+    for _ in range(3):
+        graphs.run("large", large)
+    assert len(calls) == 4 and len(mended) == unjoined and "out of memory" in caplog.text
+    assert len(graphs) == (0 if unjoined else 1) and graphs._pool == (1 if unjoined else 0)
+    graphs.run("kept", lambda: None)  # is captured again, without another warm-up
+    assert len(graphs) == 1
+
+
 def test_graphs_are_forgotten_when_what_they_hold_changes():
     step = make("emulate")
     run(step, 2)

@@ -81,7 +81,7 @@ def classifier_logits(
     places = [s for three in slots for s in three]
     _check(weights, joint, places, flat, k)
     with torch.autocast(joint[0].device.type, enabled=False):
-        if backend_for(joint[0]) == "reference":
+        if backend_for(joint[0], "cmi_forward") == "reference":
             return reference.classifier_logits(weights[0], weights[1], weights[2:], joint, places, flat, k)
         return _Classify.apply(len(joint), places, k, flat, *joint, *(w.contiguous() for w in weights))
 
@@ -121,7 +121,7 @@ def cmi(joint: Tensor, product: Tensor, estimator: str = "ldr", limit: float = L
         )  # fmt: skip
     joint, product, which = _to(joint, dtype), _to(product, dtype), READINGS.index(estimator)
     with torch.autocast(joint.device.type, enabled=False):
-        if backend_for(joint) == "reference":
+        if backend_for(joint, "cmi_read") == "reference":
             values = reference.cmi_values(joint.clamp(-limit, limit), product.clamp(-limit, limit))
             loss = reference.classifier_loss(joint, product)
             return CMIOutput(loss, values[estimator], torch.stack([values[e].detach() for e in READINGS]))

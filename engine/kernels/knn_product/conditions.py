@@ -147,6 +147,6 @@ class Line:
         return self._run("knn_within_strata", reference.within_strata, s.group, s.start, s.stop, query, key, k)
 
     def _run(self, name: str, formula: Any, *args: Any) -> Tensor:
-        if backend_for(self.z) == "reference":
+        if backend_for(self.z, name) == "reference":
             return formula(self.ascending, self.order, *args)
         return call(name, self.ascending, self.order, *args)

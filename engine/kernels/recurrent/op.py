@@ -124,7 +124,9 @@ def fuses_norm(x: Tensor, weights: Sequence[Tensor], norm: nn.Module) -> bool:
     known = all(t is not None and t.dtype in (torch.float16, torch.bfloat16, torch.float32) for t in given)
     fits = known and norm.weight.dtype == torch.float32 and norm.weight.shape == weights[1].shape[1:]
     watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks
-    return bool(fits and not watched and norm.weight.numel() <= WIDEST and registry.backend_for(x) == "triton")
+    return bool(
+        fits and not watched and norm.weight.numel() <= WIDEST and registry.backend_for(x, "recurrent_norm") == "triton"
+    )
 
 
 class _Recurrent(torch.autograd.Function):

@@ -159,7 +159,8 @@ def _fake_norm_backward(
 
 def _register(name: str, schema: str, fake: object, launches: int = 1) -> None:
     kernels = lazy("engine.kernels.recurrent.triton", name)
-    register(f"recurrent_{name}", schema, cpu=globals()[name], cuda=kernels, fake=fake, launches=launches)
+    formula = globals()[name]
+    register(f"recurrent_{name}", schema, cpu=formula, cuda=kernels, fake=fake, launches=launches, cpu_anywhere=True)
 
 
 _NORM = "Tensor forward, Tensor backward, Tensor length, Tensor weight, Tensor shift, float eps, bool clear"
