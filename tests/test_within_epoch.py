@@ -26,7 +26,7 @@ from engine.step.averages import Average
 from engine.step.bank import FeatureBank
 from engine.step.position import Position
 from engine.stopping import Stopped, StopSignals
-from engine.training import parts, resuming, within
+from engine.training import parts, resuming, within_epochs
 from engine.training.random_state import random_state, set_random_state
 from tests.kills.content import content, differing
 from tests.small_runs import AS_IN_A_TERMINAL, changed, history
@@ -362,12 +362,14 @@ def test_a_signal_to_the_command_line(config, tmp_path, name):
 
 def test_minutes_and_steps(monkeypatch):
     now, saved = [0.0], []
-    monkeypatch.setattr(within.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(within_epochs.time, "monotonic", lambda: now[0])
 
     def due(train):
         saved.clear()
         now[0] = 0.0
-        return within.WithinEpochs(train, StopSignals(), lambda: saved.append(now[0]), lambda: saved.append("waited"))
+        return within_epochs.WithinEpochs(
+            train, StopSignals(), lambda: saved.append(now[0]), lambda: saved.append("waited")
+        )
 
     by_time = due(TrainConfig(checkpoint_minutes=0.5))
     for now[0] in (10, 29, 31, 60, 62, 91, 93):
