@@ -10,7 +10,7 @@ import torch
 
 from engine.config import DataConfig
 from engine.errors import CheckpointError, ConfigError, DataError
-from engine.loaders import kinds, open_dataset
+from engine.loaders import choice, open_dataset
 from engine.loaders.sampler import Lengths, Sampler, epoch_order, torchrun_shard
 from tests.loaders import writers
 from tests.loaders.test_text import small_tokenizer
@@ -134,21 +134,21 @@ def test_auto_says_why(path, tokenizer, monkeypatch):
     opened = open_dataset(path, DataConfig(), tokenizer)
     chosen = opened.loader("valid", 2)
     assert (chosen.kind, chosen.why.partition(" MB of frames fit into")[1]) == ("resident", " MB of frames fit into")
-    monkeypatch.setattr(kinds, "free_memory", lambda _: 100)
+    monkeypatch.setattr(choice, "free_memory", lambda _: 100)
     chosen = opened.loader("valid", 2)
     assert chosen.kind == "torch"
     assert "do not fit into 50% of the 0 MB free on cpu, and without a GPU it is faster than dali" in chosen.why
     gpu = torch.device("cuda")
-    monkeypatch.setattr(kinds, "has_dali", lambda: False)
-    kind, why = kinds.choose("auto", 1000, gpu)
+    monkeypatch.setattr(choice, "has_dali", lambda: False)
+    kind, why = choice.choose("auto", 1000, gpu)
     assert kind == "torch" and "do not fit into 50% of the 0 MB free on cuda, and DALI is not installed" in why
     with pytest.raises(ConfigError, match=r"dali, which is not installed.*engine\[dali\]"):
         opened.loader("valid", 2, kind="dali")
-    monkeypatch.setattr(kinds, "has_dali", lambda: True)
-    monkeypatch.setattr(kinds.sys, "platform", "linux")
-    assert kinds.choose("auto", 1000, gpu)[0] == "dali"
-    monkeypatch.setattr(kinds, "free_memory", lambda _: None)
-    assert kinds.choose("auto", 1000, torch.device("cpu")) == ("resident", "0 MB of frames")
+    monkeypatch.setattr(choice, "has_dali", lambda: True)
+    monkeypatch.setattr(choice.sys, "platform", "linux")
+    assert choice.choose("auto", 1000, gpu)[0] == "dali"
+    monkeypatch.setattr(choice, "free_memory", lambda _: None)
+    assert choice.choose("auto", 1000, torch.device("cpu")) == ("resident", "0 MB of frames")
 
 
 @pytest.mark.filterwarnings("ignore::engine.loaders.DataWarning")
@@ -162,7 +162,7 @@ def test_text_on_the_device_does_not_count_as_frames(path, tokenizer):
 
 
 def test_free_memory_is_a_positive_number():
-    assert kinds.free_memory(torch.device("cpu")) > 0
+    assert choice.free_memory(torch.device("cpu")) > 0
 
 
 def test_float16_refuses_what_it_cannot_hold(tmp_path, tokenizer):

@@ -149,6 +149,8 @@ class TestLosses:
             "estimators": objective.estimator_loss(rows).loss.item(), "model": objective.model_loss(rows).loss.item()
         }  # fmt: skip
         assert losses["model"] == pytest.approx(0.5 * losses["estimators"]) and losses["model"] != 0
+        for stage in losses:
+            assert not any(value.requires_grad for value in objective(rows, stage=stage).values.values())
         with pytest.raises(ConfigError, match="stage 'stage2'"):
             objective(rows, stage="stage2")
 
