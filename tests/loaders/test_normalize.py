@@ -9,6 +9,7 @@ from engine.config import DataConfig
 from engine.errors import DataError
 from engine.kernels import use_backend
 from engine.kernels.ragged import cpu
+from engine.loaders import normalize
 from engine.loaders.content import SplitData
 from engine.loaders.normalize import ColumnNormalizer, Normalizer
 from engine.loaders.ragged import Ragged
@@ -75,6 +76,29 @@ def test_log_uses_the_minimum_of_train():
     z = ColumnNormalizer.fit(x, "zscore", log=True).apply(x)
     g = np.log([1, 2, 5])
     assert np.allclose(z[:, 0], (g - g.mean()) / g.std(), atol=1e-6)
+
+
+def test_missing_frames_and_the_clip_also_with_a_logarithm():
+    x = np.array([[1.0], [0], [2], [5]], np.float32)  # the second frame is missing
+    g = np.log([1, 2, 5])
+    for kind, expected in (("zscore", np.clip((g - g.mean()) / g.std(), -0.5, 0.5)), ("minmax", 2 * g / g[2] - 1)):
+        y = ColumnNormalizer.fit(x, kind, log=True, clip=0.5).apply(x)
+        assert np.allclose(y[:, 0], [expected[0], 0, *expected[1:]], atol=1e-6)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("kind", ["zscore", "minmax"])
+def test_frames_are_read_in_blocks(monkeypatch, kind, log):
+    x, checks = columns(), []
+    x[100, 0], x[450, 1] = 50, -2000  # extremes of columns lie in different blocks
+    whole = ColumnNormalizer.fit(x, kind, log)
+    expected = whole.apply(x)
+    monkeypatch.setattr(normalize, "BLOCK", 64)
+    fitted = ColumnNormalizer.fit(x, kind, log)
+    for name in ("low", "shift", "scale"):
+        np.testing.assert_allclose(getattr(fitted, name), getattr(whole, name), rtol=1e-9, err_msg=name)
+    assert np.array_equal(whole.apply(x, check=lambda: checks.append(1)), expected)
+    assert len(checks) == 2 * 8  # before and after each block of 64 of 500 frames
 
 
 def test_none_changes_nothing():
