@@ -204,6 +204,31 @@ def test_bank_keeps_rows_by_index():
     assert torch.equal(restored.tensors()["X"], bank.tensors()["X"])
 
 
+def test_a_copied_bank_has_memory_of_its_own():
+    bank = FeatureBank(3)
+    bank.store(torch.tensor([2]), {"X": torch.tensor([[3.0]])})
+    copied = bank.copy()
+    copied.store(torch.tensor([0, 2]), {"X": torch.tensor([[1.0], [4.0]])})
+    assert bank.tensors()["X"].tolist() == [[3.0]] and copied.tensors()["X"].tolist() == [[1.0], [4.0]]
+    copied.clear()
+    assert copied.tensors()["X"].tolist() == []
+    copied.store(torch.tensor([1]), {"X": torch.tensor([[7.0]])})
+    assert copied.tensors()["X"].tolist() == [[7.0]]
+
+
+def test_a_bank_forgets_samples_that_are_not_kept():
+    bank = FeatureBank(3)
+    bank.store(torch.tensor([0, 1]), {"X": torch.tensor([[1.0], [2.0]])})
+    bank.store(torch.tensor([1, 2]), {"X": torch.tensor([[math.nan], [5.0]])}, keep=torch.tensor([False, True]))
+    assert bank.tensors()["X"].tolist() == [[1.0], [5.0]] and bank.rows["X"].tolist() == [[1.0], [0.0], [5.0]]
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), torch.zeros(3, 1)], ids=["a number", "another batch"])
+def test_a_bank_takes_a_row_per_sample(value):
+    with pytest.raises(ConfigError, match=r"feature 'X': found shape .* in a batch of 2; expected \[2, \.\.\.\]"):
+        FeatureBank(5).store(torch.tensor([3, 0]), {"X": value})
+
+
 def test_averaged_weights_are_the_moving_average_and_leave_the_model_as_it_was():
     step = make(average=0.9)
     follow = [p.detach().clone() for p in step.model.parameters()]
