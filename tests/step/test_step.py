@@ -11,6 +11,7 @@ from engine.errors import ConfigError
 from engine.objective import CMI, MI, Objective
 from engine.step import TwoStageStep
 from engine.step.bank import FeatureBank
+from engine.step.passes import passes_of_epoch
 
 N, BATCH = 40, 10
 
@@ -202,6 +203,17 @@ def test_bank_keeps_rows_by_index():
     restored = FeatureBank(5)
     restored.load_state_dict(bank.state_dict())
     assert torch.equal(restored.tensors()["X"], bank.tensors()["X"])
+
+
+def test_product_rows_are_drawn_for_the_batches_of_every_pass():
+    """Stage 1 takes the samples that the bank holds, or in fresh passes all of them, as stage 2 does."""
+    bank, loader = FeatureBank(22), [None] * 6
+    bank.store(torch.arange(10), {"X": torch.zeros(10, 1)})
+    whole, stored = [4, 4, 4, 4, 4, 2], [4, 4, 2]
+    assert passes_of_epoch(loader, 22, bank, 4, 2, fresh=False) == [stored, stored, whole]
+    assert passes_of_epoch(loader, 22, bank, 4, 1, fresh=True) == [whole, whole]
+    assert passes_of_epoch([None] * 5, 20, bank, 4, 0, fresh=True) == [[4] * 5]
+    assert passes_of_epoch(iter(loader), 22, bank, 4, 1, fresh=False) == [stored, None]
 
 
 def test_a_copied_bank_has_memory_of_its_own():
