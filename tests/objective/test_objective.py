@@ -151,6 +151,11 @@ class TestLosses:
         assert losses["model"] == pytest.approx(0.5 * losses["estimators"]) and losses["model"] != 0
         for stage in losses:
             assert not any(value.requires_grad for value in objective(rows, stage=stage).values.values())
+        output = objective(rows, stage="model")
+        assert {name: -loss.item() for name, loss in output.losses.items()} == {
+            name: value.item() for name, value in output.values.items()
+        }
+        assert all(loss.requires_grad for loss in output.losses.values())
         with pytest.raises(ConfigError, match="stage 'stage2'"):
             objective(rows, stage="stage2")
 
