@@ -54,8 +54,6 @@ def _run_shell(block: blocks.Block) -> None:
 @pytest.mark.parametrize("page", [page for page in RUN if page not in ALONE])
 def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    # one process for the runs of a sweep: to start another one takes longer than they do
-    monkeypatch.setattr("engine.sweeps.pool.cores", lambda: 1)
     CHECKS.get(page, lambda scope: None)(run_page(page))
 
 
