@@ -29,7 +29,7 @@ from engine.stopping import Stopped, StopSignals
 from engine.training import parts, resuming, within_epochs
 from engine.training.random_state import random_state, set_random_state
 from tests.kills.content import content, differing
-from tests.small_runs import AS_IN_A_TERMINAL, changed, history
+from tests.small_runs import AS_IN_A_TERMINAL, changed, history, small_config
 from tests.test_run_folder import Stop
 
 # -- the step --
@@ -224,50 +224,83 @@ class Count(Stop):
         self.batches += 1
 
 
-def resumed_everywhere(settings, folder, at=None):
-    """Resume a run from each of its batches (or from those in `at`) and compare every file."""
+@pytest.fixture(scope="module")
+def stopped(data, text_encoder, tmp_path_factory) -> Path:
+    """A run of two epochs of 4 and 16 batches, with a checkpoint after each: "run", and "1" to "19" as left there."""
+    settings = changed(small_config(data, text_encoder), epochs=2, train={"checkpoint_steps": 1})
+    folder = tmp_path_factory.mktemp("stopped")
+    copier = Copy(folder / "run", folder)
+    trainer.train(settings, folder / "run", callbacks=[copier])
+    assert copier.batches == 20
+    return folder
+
+
+def copied(stopped: Path, done: int, to: Path) -> Path:
+    """The run as it was left after so many batches."""
+    shutil.copytree(stopped / str(done), to, ignore=shutil.ignore_patterns(".lock"))
+    return to
+
+
+def assert_goes_on(settings, out, whole, rest):
+    """Resume a run, which does the `rest` of its batches, and compare every file with the run that was not stopped."""
+    count = Count()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.train(settings, out, resume=True, callbacks=[count])
+    assert count.batches == rest
+    assert differing(content(out), content(whole)) == [], rest
+
+
+@pytest.mark.parametrize("done", [1, 4, 5, 8, 9, 12, 13, 16, 17, 19])
+def test_a_run_goes_on_from_its_batches(config, stopped, tmp_path, done):
+    """The first and the last batch of every pass; `test_an_epoch_goes_on_from_every_batch` has those between."""
+    settings = changed(config, epochs=2, train={"checkpoint_steps": 1})
+    assert_goes_on(settings, copied(stopped, done, tmp_path / "run"), stopped / "run", 20 - done)
+
+
+def resumed(settings, folder, at):
+    """Resume a new run from some of its batches. Returns how many it has."""
     copier = Copy(folder / "run", folder / "stopped")
     trainer.train(settings, folder / "run", callbacks=[copier])
-    expected = content(folder / "run")
-    for done in range(1, copier.batches) if at is None else at:
-        out, count = folder / "stopped" / str(done), Count()
-        (out / ".lock").unlink()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            trainer.train(settings, out, resume=True, callbacks=[count])
-        assert count.batches == copier.batches - done
-        assert differing(content(out), expected) == [], (done, copier.batches)
-        shutil.rmtree(out)
+    for done in at:
+        out = copied(folder / "stopped", done, folder / f"again{done}")
+        assert_goes_on(settings, out, folder / "run", copier.batches - done)
     return copier.batches
 
 
-@pytest.mark.parametrize(("mode", "batches"), [("fast", 20), ("faithful", 16)])
-def test_a_run_goes_on_from_every_batch(config, tmp_path, mode, batches):
-    settings = changed(config, mode=mode, epochs=2, train={"checkpoint_steps": 1})
-    assert resumed_everywhere(settings, tmp_path) == batches
+def test_a_faithful_run_goes_on_from_its_batches(config, tmp_path):
+    """The first and the last batch of every pass."""
+    settings = changed(config, mode="faithful", epochs=2, train={"checkpoint_steps": 1})
+    assert resumed(settings, tmp_path, (1, 4, 5, 8, 9, 12, 13, 15)) == 16
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("more", "at"),
     [
-        {"train": {"stage1_features": "bank", "clip_norm": 0.3, "schedule": {"kind": "plateau", "patience": 0}}},
-        {"train": {"graphs": "emulate"}, "data": {"loader": "torch", "max_padding": 0.2}},
-        {
-            "train": {"graphs": "emulate", "average": None, "stage1_features": "fresh", "optimizer": "sgd"},
-            "data": {"augment": {"mask_audio": 0.3, "drop_text": 0.2}, "loader": "resident"},
-        },
-        {"train": {"amp": "bf16", "stage1_n": 1}, "data": {"loader": "torch", "workers": 1}},
+        (
+            {"train": {"stage1_features": "bank", "clip_norm": 0.3, "schedule": {"kind": "plateau", "patience": 0}}},
+            (2, 4, 9, 12),
+        ),
+        ({"train": {"graphs": "emulate"}, "data": {"loader": "torch", "max_padding": 0.2}}, (2, 4, 9, 12)),
+        (
+            {
+                "train": {"graphs": "emulate", "average": None, "stage1_features": "fresh", "optimizer": "sgd"},
+                "data": {"augment": {"mask_audio": 0.3, "drop_text": 0.2}, "loader": "resident"},
+            },
+            (2, 4, 9, 12),
+        ),
+        # every pass of a run with workers starts processes
+        ({"train": {"amp": "bf16", "stage1_n": 1}, "data": {"loader": "torch", "workers": 1}}, (4, 9)),
     ],
     ids=["bank-plateau", "emulate-torch-padding", "emulate-fresh-augment", "fp16-workers"],
 )
-def test_other_runs_go_on_from_some_batches(config, tmp_path, monkeypatch, more):
+def test_other_runs_go_on_from_some_batches(config, tmp_path, monkeypatch, more, at):
     """The last batch of a pass, and batches within each stage."""
     if "amp" in more["train"]:  # a CPU computes in float16, too, though too slowly to be offered
         monkeypatch.setattr(parts, "autocast_dtype", lambda *_: torch.float16)
         monkeypatch.setattr(torch.amp.GradScaler, "get_growth_interval", lambda self: 3)
     settings = changed(config, epochs=2, **more)
-    settings = changed(settings, train={"checkpoint_steps": 1})
-    resumed_everywhere(settings, tmp_path, at=(2, 4, 9, 12))
+    resumed(changed(settings, train={"checkpoint_steps": 1}), tmp_path, at)
 
 
 # -- signals --
@@ -334,11 +367,10 @@ def test_another_thread_has_no_handlers(config, tmp_path, usual_signals):
     assert seen and set(seen) == {before}
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_to_the_command_line(config, tmp_path, name):
-    """`kill PID` while `engine train` runs, and `--resume`."""
+def test_a_signal_to_the_command_line(config, tmp_path):
+    """`kill PID` while `engine train` runs, and `--resume`; tests/kills sends SIGINT and others."""
     changed(config, epochs=50, train={"checkpoint_steps": 1}).save(tmp_path / "mine.yaml")
-    out, number = tmp_path / "run", getattr(signal, name)
+    out = tmp_path / "run"
     command = [sys.executable, "-m", "engine", "train", "--config", str(tmp_path / "mine.yaml"), "--out", str(out)]
     child = subprocess.Popen(
         [*AS_IN_A_TERMINAL, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -346,13 +378,12 @@ def test_a_signal_to_the_command_line(config, tmp_path, name):
     deadline = time.monotonic() + 120
     while not (out / "previous.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    child.send_signal(number)
+    child.send_signal(signal.SIGTERM)
     error = child.communicate(timeout=120)[1]
-    by = "" if name == "SIGINT" else f" by {name}"
-    assert child.returncode == 128 + number, error
+    assert child.returncode == 128 + signal.SIGTERM, error
     (line,) = [line for line in error.splitlines() if line.startswith("interrupted")]
     assert re.fullmatch(
-        rf"interrupted{by}: kept (\d+ epochs? and )?\d+ (batch(es)?|epochs?) in {out}\. "
+        rf"interrupted by SIGTERM: kept (\d+ epochs? and )?\d+ (batch(es)?|epochs?) in {out}\. "
         rf"Go on with: engine train --resume --out {out}", line,
     )  # fmt: skip
 
@@ -392,13 +423,11 @@ def test_minutes_and_steps(monkeypatch):
 # -- damage --
 
 
-def test_a_damaged_newest_checkpoint_is_found(config, tmp_path):
+def test_a_damaged_newest_checkpoint_is_found(config, stopped, tmp_path):
     """20 flipped bits and 20 truncations each: of the newest, and of both. History is cut where the older one was."""
     settings = changed(config, epochs=2, train={"checkpoint_steps": 1})
-    copier = Copy(tmp_path / "run", tmp_path / "stopped")
-    trainer.train(settings, tmp_path / "run", callbacks=[copier])
-    whole, out = content(tmp_path / "run"), tmp_path / "stopped/5"  # last: after a batch of epoch 1; previous: epoch 0
-    (out / ".lock").unlink()
+    whole = content(stopped / "run")
+    out = copied(stopped, 5, tmp_path / "stopped/5")  # last: after a batch of epoch 1; previous: epoch 0
     last, previous = out / "last.safetensors", out / "previous.safetensors"
     assert [checkpoint.load_meta(path)["epoch"] for path in (last, previous)] == [0, 0]
     draw = random.Random(0)
@@ -433,15 +462,11 @@ def test_a_damaged_newest_checkpoint_is_found(config, tmp_path):
     assert checkpoint.load(tmp_path / "again/1/last.safetensors")[1]["epoch"] == 0
 
 
-def test_the_history_is_cut_to_the_checkpoint(config, tmp_path):
+def test_the_history_is_cut_to_the_checkpoint(config, stopped, tmp_path):
     """`previous` lies within an epoch that `last` has finished."""
     settings = changed(config, epochs=2, train={"checkpoint_steps": 1})
-    copier = Copy(tmp_path / "run", tmp_path / "stopped")
-    trainer.train(settings, tmp_path / "run", callbacks=[copier])
-    out = tmp_path / "stopped/4"  # after the last batch of epoch 0, which is saved before epoch 1 begins
-    shutil.copytree(tmp_path / "stopped/5", tmp_path / "five")
-    assert checkpoint.load_meta(tmp_path / "five/previous.safetensors").get("within") is None
-    (out / ".lock").unlink()
+    out = copied(stopped, 4, tmp_path / "run")  # after the last batch of epoch 0, which is saved before epoch 1 begins
+    assert checkpoint.load_meta(stopped / "5/previous.safetensors").get("within") is None
     assert len(history(out)) == 1 and "within" in checkpoint.load_meta(out / "previous.safetensors")
     flip = bytearray((out / "last.safetensors").read_bytes())
     flip[-3] ^= 4
@@ -450,7 +475,7 @@ def test_the_history_is_cut_to_the_checkpoint(config, tmp_path):
     with pytest.warns(UserWarning, match=r"goes on from previous\.safetensors, in epoch 0, after 4 batches"):
         trainer.train(settings, out, resume=True, callbacks=[count])
     assert count.batches == 16
-    assert differing(content(out), content(tmp_path / "run")) == []
+    assert differing(content(out), content(stopped / "run")) == []
 
 
 def test_a_run_may_not_end_within_an_epoch(config, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.kernels.cmi import LOGIT_LIMIT, classifier_loss, cmi_values
+from engine.kernels.cmi.batched import runs
 
 
 def logits(n: int, seed: int, *columns: int) -> torch.Tensor:
@@ -79,4 +80,12 @@ def test_gradients(name):
 
 
 def test_limit():
-    assert torch.sigmoid(torch.tensor(LOGIT_LIMIT, dtype=torch.float64)).item() == pytest.approx(1 - 1e-4)
+    assert math.isclose(LOGIT_LIMIT, math.log(9999), rel_tol=1e-12)  # the log odds of 1 - 1e-4
+
+
+def test_neighbouring_classifiers_of_equal_widths_run_together():
+    joint = [torch.zeros(5, width) for width in (2, 3, 3, 4)]
+    first, second = [0, 1, 2, 0, 2, 1, 1, 2, 3], [3, 3, 0, 3, 3, 0]  # (2, 3, 3) twice, (3, 3, 4) and (4, 4, 2) twice
+    assert runs(joint, first + second) == [slice(0, 2), slice(2, 3), slice(3, 5)]
+    assert runs(joint, second) == [slice(0, 2)]
+    assert runs(joint, first[:3] + second + first[:3]) == [slice(0, 1), slice(1, 3), slice(3, 4)]

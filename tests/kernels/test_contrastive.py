@@ -11,6 +11,7 @@ from engine.errors import EstimatorError
 from engine.kernels import infonce, registry, siglip, use_backend
 from engine.kernels.contrastive import autograd, op
 from engine.kernels.contrastive.losses import Options, Statistics, gradients, losses
+from engine.kernels.contrastive.pairs import Pairs
 from engine.kernels.mi_bounds import cpu as blocks_of
 from tests.kernels.contrastive_cases import INFONCE, NAMES, contrastive_case
 from tests.kernels.mi_cases import assert_as_good_as_torch, cast, draw, evaluate
@@ -417,3 +418,19 @@ def test_every_case_of_infonce_leaves_the_fast_path(monkeypatch):
         function, inputs = contrastive_case(name, 7, 4)
         function(**inputs)
     assert len(called) == len(INFONCE)
+
+
+def test_what_is_no_negative():
+    """A row itself, a row of its id, and what the mask says: each leaves out a pair by itself."""
+    ids, mask = torch.tensor([5, 6, 5]), torch.tensor([[False, True, False], [False] * 3, [False] * 3])
+    same_id = [[True, False, True], [False, True, False], [True, False, True]]
+
+    def left_out(**given):
+        return Pairs(**given).left_out(0, 3, 3, torch.device("cpu"))
+
+    assert left_out() is None and left_out(mask=mask).tolist() == mask.tolist()
+    assert left_out(exclude_self=True).tolist() == torch.eye(3, dtype=torch.bool).tolist()
+    assert left_out(row_ids=ids, key_ids=ids, exclude_self=True).tolist() == same_id
+    same_id[0][1] = True
+    assert left_out(row_ids=ids, key_ids=ids, mask=mask, exclude_self=True).tolist() == same_id
+    assert Pairs(mask=mask).left_out(0, 1, 3, torch.device("cpu")).tolist() == [[False, True, False]]

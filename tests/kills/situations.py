@@ -269,7 +269,8 @@ def signalled(place: Place, runs: int, kind: str) -> Iterator[Count]:
             continue
         what = f"{out.name}, {number.name}"
         lines = [line for line in ended.output.splitlines() if not line.startswith(("warning:", " "))]
-        if ended.code != 128 + number or len(lines) != 1 or not lines[0].startswith("interrupted"):
+        said = "interrupted:" if number == signal.SIGINT else f"interrupted by {number.name}:"
+        if ended.code != 128 + number or len(lines) != 1 or not lines[0].startswith(said):
             count.add(f"{what}: exit code {ended.code}: {ended.output.strip()[-500:]}")
         elif not child.left_alone():
             count.add(f"{what}: a process of it is left")

@@ -8,7 +8,7 @@ import torch
 from engine.config import AugmentConfig, DataConfig
 from engine.errors import ConfigError
 from engine.loaders import open_dataset
-from engine.loaders.augment import Augmentation
+from engine.loaders.augment import Augmentation, _key, _mix
 from engine.loaders.batch import Batch
 from tests.loaders import writers
 from tests.loaders.test_loaders import KINDS, same
@@ -114,6 +114,47 @@ def test_draws_depend_on_seed_epoch_and_sample_alone():
 def _rows(data, rows):
     taken = {k: v[rows] for k, v in vars(data).items() if isinstance(v, torch.Tensor)}
     return replace(data, ids=[data.ids[i] for i in rows.tolist()], **taken)
+
+
+# splitmix64 in Python's integers, and the first numbers that it gives from 0 (Steele, Lea and Flood 2014)
+GOLDEN, WORD = 0x9E3779B97F4A7C15, 1 << 64
+SPLITMIX = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+
+
+def mixed(state):
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % WORD
+    state = (state ^ state >> 27) * 0x94D049BB133111EB % WORD
+    return state ^ state >> 31
+
+
+def key(*numbers):
+    state = 0
+    for number in numbers:
+        state = mixed((state + (number + 1) * GOLDEN) % WORD)
+    return state
+
+
+def test_the_generator_is_splitmix64():
+    assert [mixed(n * GOLDEN % WORD) for n in (1, 2, 3)] == SPLITMIX
+    states = torch.tensor([n * GOLDEN % WORD - (n * GOLDEN % WORD >> 63) * WORD for n in (1, 2, 3)])
+    assert [value % WORD for value in _mix(states).tolist()] == SPLITMIX
+    assert _key(0) % WORD == SPLITMIX[0] and _key(7, 3, 1) % WORD == key(7, 3, 1)
+
+
+def test_draws_stay_what_they_are():
+    """A run that is repeated with a later version meets the same batches."""
+    rates, count = (0.6, 0.7, 0.8), 60
+    config = AugmentConfig(drop_text=rates[0], drop_audio=rates[1], drop_vision=rates[2])
+    bits = [[mixed(mixed((i * GOLDEN + key(7, 3, stream)) % WORD)) for i in range(count)] for stream in range(7)]
+    expected = [[bits[m][i] % 2**63 < rates[m] * 2**63 for m in range(3)] for i in range(count)]
+    for i, row in enumerate(expected):
+        if all(row):
+            row[(bits[6][i] >> 1) % 2**30 % 3] = False
+    assert missing(augmented(config, batch(count), epoch=3, seed=7)).tolist() == expected
+    masked = ~augmented(AugmentConfig(mask_vision=0.3), batch(count), epoch=3, seed=7).vision.any(-1)
+    assert masked.tolist() == [
+        [mixed((bits[5][i] + place * GOLDEN) % WORD) % 2**63 < 0.3 * 2**63 for place in range(6)] for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)

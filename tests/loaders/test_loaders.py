@@ -184,6 +184,12 @@ def lengths(count, seed=0):
     return Lengths(values, np.array([74, 35]))
 
 
+def test_waste_is_the_share_of_padding():
+    """Rows of 10 and 1 numbers; batches (0, 2) and (1), whose padded sizes are 2 * (2 * 10 + 5 * 1) and 3 * 10 + 4."""
+    data = Lengths(np.array([[1, 5], [3, 4], [2, 3]]), np.array([10, 1]))
+    assert data.waste(np.array([0, 2, 1]), 2) == pytest.approx(1 - (15 + 34 + 23) / (50 + 34), abs=1e-12)
+
+
 def test_without_options_the_order_is_the_shuffled_one():
     rows = torch.cat(Sampler(50, 8, shuffle=True, seed=3).batches(2))
     assert torch.equal(rows, epoch_order(50, True, 3, 2))

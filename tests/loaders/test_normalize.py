@@ -9,9 +9,11 @@ from engine.config import DataConfig
 from engine.errors import DataError
 from engine.kernels import use_backend
 from engine.kernels.ragged import cpu
+from engine.loaders import normalize
 from engine.loaders.content import SplitData
 from engine.loaders.normalize import ColumnNormalizer, Normalizer
 from engine.loaders.ragged import Ragged
+from engine.loaders.split import Split
 
 
 def columns(count=500, seed=0):
@@ -77,6 +79,29 @@ def test_log_uses_the_minimum_of_train():
     assert np.allclose(z[:, 0], (g - g.mean()) / g.std(), atol=1e-6)
 
 
+def test_missing_frames_and_the_clip_also_with_a_logarithm():
+    x = np.array([[1.0], [0], [2], [5]], np.float32)  # the second frame is missing
+    g = np.log([1, 2, 5])
+    for kind, expected in (("zscore", np.clip((g - g.mean()) / g.std(), -0.5, 0.5)), ("minmax", 2 * g / g[2] - 1)):
+        y = ColumnNormalizer.fit(x, kind, log=True, clip=0.5).apply(x)
+        assert np.allclose(y[:, 0], [expected[0], 0, *expected[1:]], atol=1e-6)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("kind", ["zscore", "minmax"])
+def test_frames_are_read_in_blocks(monkeypatch, kind, log):
+    x, checks = columns(), []
+    x[100, 0], x[450, 1] = 50, -2000  # extremes of columns lie in different blocks
+    whole = ColumnNormalizer.fit(x, kind, log)
+    expected = whole.apply(x)
+    monkeypatch.setattr(normalize, "BLOCK", 64)
+    fitted = ColumnNormalizer.fit(x, kind, log)
+    for name in ("low", "shift", "scale"):
+        np.testing.assert_allclose(getattr(fitted, name), getattr(whole, name), rtol=1e-9, err_msg=name)
+    assert np.array_equal(whole.apply(x, check=lambda: checks.append(1)), expected)
+    assert len(checks) == 2 * 8  # before and after each block of 64 of 500 frames
+
+
 def test_none_changes_nothing():
     x = columns()
     assert np.array_equal(ColumnNormalizer.fit(x, "none").apply(x), x)
@@ -95,6 +120,18 @@ def split(seed):
     return SplitData(["a", "b"], None, np.zeros((2, 1), np.float32), ragged, Ragged(x[:, :2].copy(), ragged.offsets))
 
 
+def test_a_split_that_is_cut():
+    """The first frames of every sequence, normalised with statistics of whole ones."""
+    fitted = Normalizer.fit(split(0), DataConfig(normalize_audio="zscore", normalize_vision="none"))
+    cut, whole = Split(split(0), fitted, None, cut=120), Split(split(0), fitted, None)
+    assert (cut.lengths("audio").tolist(), whole.lengths("audio").tolist()) == ([100, 120], [100, 400])
+    for key in ("audio", "vision"):
+        for short, long in zip(cut.rows(key, np.array([1, 0])), whole.rows(key, np.array([1, 0])), strict=True):
+            assert np.array_equal(short, long[:120])
+    assert (cut.frame_bytes, whole.frame_bytes) == (220 * 5 * 4, 500 * 5 * 4)
+    assert Split(split(0), fitted, None, cut=120, precision="float16").frame_bytes == 220 * 5 * 2
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_the_reference_backend_gives_the_same_values_without_the_kernel(monkeypatch, dtype):
     x = columns()
@@ -108,7 +145,7 @@ def test_the_reference_backend_gives_the_same_values_without_the_kernel(monkeypa
 
 @pytest.mark.parametrize("kind", ["none", "zscore", "minmax"])
 def test_saved_statistics_give_the_same_values(tmp_path, kind):
-    config = DataConfig(normalize_audio=kind, log_vision=True, clip=None if kind == "none" else 3)
+    config = DataConfig(normalize_audio=kind, log_vision=True, clip=None if kind == "none" else 0.5)
     fitted = Normalizer.fit(split(0), config)
     fitted.save(tmp_path / "n.safetensors")
     loaded = Normalizer.load(tmp_path / "n.safetensors")
@@ -131,6 +168,21 @@ def test_load_names_the_file(tmp_path):
 def test_other_width_is_an_error():
     with pytest.raises(DataError, match="2 feature columns; expected 3"):
         Normalizer.fit(split(0), DataConfig()).audio.apply(np.ones((1, 2), np.float32))
+    column, values = ColumnNormalizer.fit(columns(), "none"), np.ones((1, 2), np.float32)
+    for read in (column.linear, lambda values: column.keeps(values, np.float32)):
+        with pytest.raises(DataError, match="2 feature columns; expected 3"):
+            read(values)
+
+
+def test_what_is_left_as_it_is():
+    x = columns()
+    plain, scaled = ColumnNormalizer.fit(x, "none"), ColumnNormalizer.fit(x, "zscore", clip=2.0)
+    assert plain.keeps(x, np.float32) and plain.linear(x) is None
+    assert not plain.keeps(x, np.float16) and not scaled.keeps(x, np.float32)
+    assert not ColumnNormalizer.fit(x, "none", log=True).keeps(x, np.float32)
+    shift, scale, most = scaled.linear(x)
+    assert np.array_equal(shift, scaled.shift) and np.array_equal(scale, scaled.scale) and most == 2
+    assert ColumnNormalizer.fit(x, "minmax", clip=2.0).linear(x)[2] == np.inf  # only z-scores are clipped
 
 
 @pytest.mark.parametrize(
@@ -142,6 +194,7 @@ def test_other_width_is_an_error():
         ({"low": np.zeros(3, np.float32)}, "not float64"),
         ({"kind": "other"}, "another form"),
         ({"clip": "x"}, "another form"),
+        ({"clip": 0.0}, "another form"),
         ({"log": 1}, "another form"),
     ],
 )

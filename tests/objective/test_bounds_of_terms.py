@@ -210,6 +210,9 @@ def test_a_minimised_lower_bound_is_told_of_once():
     assert all(name in text for name in ("club", "club_sample", "l1out")) and "\n" not in text
     assert make(MI("X", "Y"), -MI("X", "Y", bound="club"), -CMI("X", "Y", given="C", bound="club")) == []
     assert make(MI("X", "Y") - 0.5 * MI("X", "Y")) == []  # maximised on the whole
+    for bound in ("nwj", "club"):  # neither
+        nothing = MI("X", "Y", bound=bound) - MI("X", "Y", bound=bound)
+        assert make(nothing) == minimised_terms([nothing]) == []
     assert "maximised by an upper bound" in make(MI("X", "Y", bound="l1out"))[0]
 
 

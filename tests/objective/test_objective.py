@@ -52,6 +52,9 @@ class TestExpressions:
     def test_only_expressions_add(self):
         with pytest.raises(TypeError, match="'Expression' and 'int'"):
             MI("A", "B") + 1
+        with pytest.raises(TypeError, match="'int' and 'Expression'"):
+            1 + MI("A", "B")
+        assert sum([MI("A", "B"), MI("A", "C")]) == MI("A", "B") + MI("A", "C")  # which begins with 0
 
 
 class TestDeclaration:
@@ -139,6 +142,30 @@ class TestLosses:
     def test_conditional_terms_need_product_rows(self):
         with pytest.raises(EstimatorError, match="product rows"):
             small_mimrl().model_loss(features())
+
+    def test_a_call_gives_the_loss_of_its_stage(self):
+        objective, rows = Objective([0.5 * MI("F", "T")], {"F": 6, "T": 6}, settings=SMALL), features()
+        losses = {stage: objective(rows, stage=stage).loss.item() for stage in ("estimators", "model")}
+        assert losses == {
+            "estimators": objective.estimator_loss(rows).loss.item(), "model": objective.model_loss(rows).loss.item()
+        }  # fmt: skip
+        assert losses["model"] == pytest.approx(0.5 * losses["estimators"]) and losses["model"] != 0
+        for stage in losses:
+            assert not any(value.requires_grad for value in objective(rows, stage=stage).values.values())
+        output = objective(rows, stage="model")
+        assert {name: -loss.item() for name, loss in output.losses.items()} == {
+            name: value.item() for name, value in output.values.items()
+        }
+        assert all(loss.requires_grad for loss in output.losses.values())
+        with pytest.raises(ConfigError, match="stage 'stage2'"):
+            objective(rows, stage="stage2")
+
+    def test_the_least_batch_has_the_neighbours_of_a_query(self):
+        assert small_mimrl(k_neighbor=3).min_batch == 3
+        assert (
+            Objective([MI("F", "T")], {"F": 6, "T": 6}, settings=SMALL.model_copy(update={"k_neighbor": 3})).min_batch
+            == 2
+        )
 
 
 class TestProducts:

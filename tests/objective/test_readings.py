@@ -1,10 +1,11 @@
 """Marks on readings and the table of an epoch's terms."""
 
+import io
 import math
 
 import pytest
 
-from engine.objective.readings import NEAR_CEILING, NOISE, TEXTS, TermRow, best_rows, mark, term_rows
+from engine.objective.readings import NEAR_CEILING, NOISE, TEXTS, TermRow, best_rows, mark, print_rows, term_rows
 
 
 @pytest.mark.parametrize(
@@ -63,3 +64,38 @@ def test_the_best_epoch_that_was_read():
         found, rows = best_rows(history, best)
         assert (found, rows[0].bank) == (epoch, history[epoch]["train"]["bank"]["I(F;T)"])
     assert best_rows([record(0)], 0) == best_rows([], None) == (None, [])
+
+
+def test_the_printed_table():
+    """Every number in its column, a mark of one split with the split's name, and each mark's text once."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=500)
+    print_rows(console, [record(0), record(1, 6.5), record(2, 4.0)], 1)
+    lines = [line.split() for line in console.file.getvalue().splitlines() if line.strip()]
+    assert lines[0][:2] == ["Information", "terms"] and "epoch 1 (nats" in " ".join(lines[0])
+    rows = [line for line in lines if line[0].startswith("I(")]
+    assert rows == [
+        ["I(F;T)", "1.200", "6.500", "7.160", "1.500", "5.430", "train:", "at", "its", "ceiling"],
+        ["I(T;A|C)", "0.200", "-", "-", "0.100", "-", "valid:", "noise"],
+    ]
+    assert [" ".join(line) for line in lines[-2:]] == [f"{name}: {TEXTS[name]}" for name in ("at its ceiling", "noise")]
+
+
+def test_nothing_is_printed_without_readings():
+    from rich.console import Console
+
+    console = Console(file=io.StringIO())
+    print_rows(console, [record(0)], 0)
+    assert console.file.getvalue() == ""
+
+
+def test_a_mark_of_both_splits_is_printed_once():
+    from rich.console import Console
+
+    both = record(1, 6.5)
+    both["valid"]["bank"]["I(F;T)"] = 5.4
+    console = Console(file=io.StringIO(), width=500)
+    print_rows(console, [both], 1)
+    (row,) = [line.split() for line in console.file.getvalue().splitlines() if line.strip().startswith("I(F;T)")]
+    assert row[4:] == ["5.400", "5.430", "at", "its", "ceiling"]

@@ -62,3 +62,57 @@ def test_averaged_weights_are_loaded_as_by_load_state_dict(change):
 
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def rate_of(decay, update):
+    return 1 - min(decay, (1 + update) / (10 + update))
+
+
+def test_the_rate_of_every_update():
+    average = WeightAverage(nn.Linear(2, 1), 0.2)
+    assert [average.next_rate() for _ in range(4)] == pytest.approx([0.9, 1 - 2 / 11, 0.8, 0.8], rel=1e-12)
+    assert average.state_dict()["updates"] == 4
+
+
+def test_updates_that_the_device_leaves_out_are_not_counted():
+    average, rates = WeightAverage(nn.Linear(2, 1), 0.5), []
+    for hold in (0.0, 1.0, 0.0, 0.0):
+        average.hold = torch.tensor(hold)
+        rates.append(float(average.rate(average.next_rate())))
+    assert rates == pytest.approx([rate_of(0.5, 0), 0, rate_of(0.5, 1), rate_of(0.5, 2)], rel=1e-6)
+    assert average.updates == 4 and average.state_dict()["updates"] == 3
+    average.load_state_dict({"updates": 7, "values": {}})
+    assert float(average.rate(average.next_rate())) == pytest.approx(rate_of(0.5, 7), rel=1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.25, torch.tensor(0.25)], ids=["number", "tensor"])
+def test_an_update_moves_by_its_rate(rate):
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
+    average = WeightAverage(model, 0.5)
+    assert "0.num_batches_tracked" not in average.values and "0.running_mean" in average.values
+    before = copy.deepcopy(average.values)
+    with torch.no_grad():
+        for parameter in (*model.parameters(), model[0].running_mean):
+            parameter.add_(torch.randn_like(parameter))
+    average.update(rate, moved=frozenset({"1.bias"}))
+    for name, value in model.state_dict().items():
+        if name in before:
+            expected = before[name] + (0 if name == "1.bias" else 0.25) * (value - before[name])
+            torch.testing.assert_close(average.values[name], expected)
+
+
+def test_averages_of_a_checkpoint_are_taken_over():
+    average, other = (WeightAverage(nn.Linear(2, 1), 0.5) for _ in range(2))
+    average.next_rate()
+    own = other.values["weight"]
+    other.load_state_dict(average.state_dict())
+    assert same(other.values, average.values) and other.updates == 1
+    assert other.values["weight"] is own  # a captured graph keeps its address
+
+
+def test_names_of_averages():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    average = WeightAverage(model, 0.5)
+    others = [nn.Parameter(torch.zeros(1))]
+    assert average.names_of([model[1].bias, model[1].weight, *others]) == ["1.bias", "0.weight", None]

@@ -11,6 +11,7 @@ from engine.errors import ConfigError
 from engine.objective import CMI, MI, Objective
 from engine.step import TwoStageStep
 from engine.step.bank import FeatureBank
+from engine.step.passes import passes_of_epoch
 
 N, BATCH = 40, 10
 
@@ -202,6 +203,42 @@ def test_bank_keeps_rows_by_index():
     restored = FeatureBank(5)
     restored.load_state_dict(bank.state_dict())
     assert torch.equal(restored.tensors()["X"], bank.tensors()["X"])
+
+
+def test_product_rows_are_drawn_for_the_batches_of_every_pass():
+    """Stage 1 takes the samples that the bank holds, or in fresh passes all of them, as stage 2 does."""
+    bank, loader = FeatureBank(22), [None] * 6
+    bank.store(torch.arange(10), {"X": torch.zeros(10, 1)})
+    whole, stored = [4, 4, 4, 4, 4, 2], [4, 4, 2]
+    assert passes_of_epoch(loader, 22, bank, 4, 2, fresh=False) == [stored, stored, whole]
+    assert passes_of_epoch(loader, 22, bank, 4, 1, fresh=True) == [whole, whole]
+    assert passes_of_epoch([None] * 5, 20, bank, 4, 0, fresh=True) == [[4] * 5]
+    assert passes_of_epoch(iter(loader), 22, bank, 4, 1, fresh=False) == [stored, None]
+
+
+def test_a_copied_bank_has_memory_of_its_own():
+    bank = FeatureBank(3)
+    bank.store(torch.tensor([2]), {"X": torch.tensor([[3.0]])})
+    copied = bank.copy()
+    copied.store(torch.tensor([0, 2]), {"X": torch.tensor([[1.0], [4.0]])})
+    assert bank.tensors()["X"].tolist() == [[3.0]] and copied.tensors()["X"].tolist() == [[1.0], [4.0]]
+    copied.clear()
+    assert copied.tensors()["X"].tolist() == []
+    copied.store(torch.tensor([1]), {"X": torch.tensor([[7.0]])})
+    assert copied.tensors()["X"].tolist() == [[7.0]]
+
+
+def test_a_bank_forgets_samples_that_are_not_kept():
+    bank = FeatureBank(3)
+    bank.store(torch.tensor([0, 1]), {"X": torch.tensor([[1.0], [2.0]])})
+    bank.store(torch.tensor([1, 2]), {"X": torch.tensor([[math.nan], [5.0]])}, keep=torch.tensor([False, True]))
+    assert bank.tensors()["X"].tolist() == [[1.0], [5.0]] and bank.rows["X"].tolist() == [[1.0], [0.0], [5.0]]
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), torch.zeros(3, 1)], ids=["a number", "another batch"])
+def test_a_bank_takes_a_row_per_sample(value):
+    with pytest.raises(ConfigError, match=r"feature 'X': found shape .* in a batch of 2; expected \[2, \.\.\.\]"):
+        FeatureBank(5).store(torch.tensor([3, 0]), {"X": value})
 
 
 def test_averaged_weights_are_the_moving_average_and_leave_the_model_as_it_was():

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-from tests.small_runs import AS_IN_A_TERMINAL
 
 PROJECT = Path(__file__).resolve().parents[2]
 QUICK = ("data.modalities=audio-vision", "objective.enabled=false", "output.report=false", "output.tensorboard=false")
@@ -20,34 +19,34 @@ TUNE = ("--trials", "4", "epochs=2", "train.lr=1e-4..1e-1:log", "batch_size=8,16
 PATIENCE_S = 300
 
 
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["engine.cli.sweeps", "engine.trainer", "engine.mimrl", "optuna", "pytest"])
+"""Commands are forked from a process that has imported what they need: importing takes longer than their runs."""
+
+
 class Started:
-    """`engine COMMAND` on generated data, on one thread."""
+    """`engine COMMAND` on generated data, on one thread, in a process of its own."""
 
     def __init__(self, command: str, data: Path, out: Path, *words: str):
-        line = [sys.executable, "-m", "engine", command, "--preset", "mosi", "--data", str(data), "--out", str(out)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
-        self.process = subprocess.Popen(
-            [*AS_IN_A_TERMINAL, *line, *QUICK, *words],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.out = out
+        line = [command, "--preset", "mosi", "--data", str(data), "--out", str(out), *QUICK, *words]
+        handle, name = tempfile.mkstemp(prefix="output", dir=out.parent)
+        os.close(handle)
+        self.out, self.output = out, Path(name)
+        self.process = _FORKS.Process(target=_command, args=(line, name), daemon=True)
+        self.process.start()
 
-    def end(self) -> tuple[int, str]:
+    def end(self) -> tuple[int | None, str]:
         """Its exit code and its output."""
-        try:
-            output, _ = self.process.communicate(timeout=PATIENCE_S)
-        finally:
-            self.process.kill()
-        return self.process.returncode, output
+        self.process.join(PATIENCE_S)
+        self.process.kill()
+        self.process.join()
+        return self.process.exitcode, self.output.read_text(encoding="utf-8")
 
     def wait_for(self, reached: Callable[[], bool]) -> None:
         """Wait until it is so far; it may not end before."""
         deadline = time.monotonic() + PATIENCE_S
         while not reached():
-            assert self.process.poll() is None, self.end()
+            assert self.process.is_alive(), self.end()
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
@@ -64,8 +63,22 @@ class Started:
     def stop(self, number: int = signal.SIGKILL) -> list[int]:
         """Send it a signal. Returns the processes that it had started."""
         children = self.children()
-        self.process.send_signal(number)
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
         return children
+
+
+def _command(words: list[str], output: str) -> None:
+    """In the process: as a terminal would start it, its output in a file."""
+    from engine.cli import main
+
+    file = os.open(output, os.O_WRONLY)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, encoding="utf-8") for n in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.exit(main(words))
 
 
 def all_end(processes: list[int], patience_s: float = 20.0) -> bool:
