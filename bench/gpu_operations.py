@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import machine, shapes, stages
+from bench import machine, shapes, stages, whole
 from bench.timing import precision
 from engine.kernels.registry import families, is_plain, setting, use_backend
 
@@ -229,6 +229,7 @@ def command(context: Any) -> Iterator[Entry]:
                 lines = (out / "history.jsonl").read_text(encoding="utf-8").splitlines()
                 entry["seconds"] = time.monotonic() - begun
                 entry["epochs"] = [json.loads(text)["seconds"] for text in lines]
+                entry["phases"] = whole.phases(done.stdout, out, entry["seconds"])
                 if real:
                     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
                     entry["test"] = metrics.get("test")
