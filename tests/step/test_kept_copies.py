@@ -127,7 +127,9 @@ def assert_same(reads_copies=True, **options):
 
 @pytest.mark.parametrize("replays", [True, False])
 @pytest.mark.parametrize(
-    "options", [{"average": 0.9, "clip_norm": 0.1, "clip_value": 0.05}, {"optimizer": sgd}], ids=str
+    "options",
+    [{"average": 0.9, "clip_norm": 0.1, "clip_value": 0.05}, {"optimizer": sgd}],
+    ids=["Adam, average and clipping", "SGD"],
 )
 def test_trajectories_are_those_of_casts(options, replays, update):
     assert_same(replays=replays, **options)
