@@ -412,6 +412,16 @@ def test_weights_that_have_no_copy():
     assert copies.of(a) is not None and copies.of(b) is None
 
 
+def test_what_a_forward_pass_computes_is_not_kept():
+    """It is another tensor in each one. Were it noted, all graphs would be made anew after every batch."""
+    a, copies = nn.Parameter(torch.randn(2, 2)), Copies(torch.bfloat16)
+    for computed in (a * 2, a.detach() * 3):
+        with copies.used():
+            cast = lower([(computed,), (a, computed)], torch.bfloat16)
+        assert torch.equal(cast[0], computed.bfloat16()) and torch.equal(cast[1], torch.cat([a, computed]).bfloat16())
+        assert not copies.make() and not copies._wholes
+
+
 def test_copies_made_in_inference_mode_can_be_written_outside():
     a, copies = nn.Parameter(torch.randn(2, 2)), Copies(torch.bfloat16)
     with torch.inference_mode(), copies.used():
