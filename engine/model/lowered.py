@@ -80,7 +80,7 @@ class Copies:
     """Copies in a 16-bit type that stay in place. See the module's text for when they may be used.
 
     `lower` notes what it was asked for and did not have, and `make` makes copies of it. Kept are whole float32
-    parameters that belong to one group. Tensors that a forward pass computes are others in each one: they are not noted.
+    parameters that belong to one group. Tensors that a forward pass computes are others each time: they are not noted.
 
     >>> weight = torch.nn.Parameter(torch.ones(2, 2))
     >>> copies = Copies(torch.bfloat16)
