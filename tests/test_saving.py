@@ -1,5 +1,6 @@
 """Epochs that end before the checkpoint before them is written: they are left to the next one, and nothing is lost."""
 
+import signal
 import threading
 
 import pytest
@@ -89,6 +90,25 @@ def test_a_run_that_fails_with_postponed_epochs_goes_on_from_what_is_written(set
         with pytest.raises(EngineError, match="a problem of the test"):
             trainer.train(settings, tmp_path / "run")
     assert disk.epochs("last.safetensors") == [0, 1] and len(history(tmp_path / "run")) == 2
+    trainer.train(settings, tmp_path / "run", resume=True)
+    assert not differing(content(tmp_path / "run"), content(tmp_path / "whole"))
+
+
+def test_a_signal_while_an_epoch_is_evaluated_saves_that_epoch(settings, tmp_path, monkeypatch):
+    trainer.train(settings, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        disk, evaluation = SlowDisk(patch, slow=1, until=3), TrainingRun._step_schedules
+
+        def signalled(run, record):
+            if record["epoch"] == 3:
+                signal.raise_signal(signal.SIGINT)
+            evaluation(run, record)
+
+        patch.setattr(TrainingRun, "_step_schedules", signalled)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(settings, tmp_path / "run")
+    assert disk.epochs("last.safetensors") == [0, 1, 3] and len(history(tmp_path / "run")) == 4
+    assert "within" not in checkpoint.load_meta(tmp_path / "run/last.safetensors")
     trainer.train(settings, tmp_path / "run", resume=True)
     assert not differing(content(tmp_path / "run"), content(tmp_path / "whole"))
 

@@ -1,10 +1,12 @@
 """Runs that compile nothing import neither torch's compiler nor transformers."""
 
+import functools
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.optim import optimizer as torch_optimizer
 
 from engine.config import Config
 from engine.step.fused import _is_torchs
@@ -34,6 +36,7 @@ def test_optimisers_are_as_torch_has_them_afterwards():
     code = """
 import sys
 import torch
+from torch.optim import optimizer as torch_optimizer
 from engine.config import Config
 from engine.step.fused import _is_torchs
 from engine.training import parts
@@ -76,6 +79,39 @@ def test_a_step_without_the_compiler_is_the_step(kind):
         found.append((values, called, weight.detach(), optimizer.param_groups[0]["lr"]))
     assert found[0][:2] == found[1][:2] == ([3.0] * 3, ["before", True, "after"] * 3)
     assert torch.equal(found[0][2], found[1][2]) and found[0][3] == found[1][3]
+
+
+@pytest.mark.parametrize("layer", ["around", "between", "of a later torch"])
+def test_a_step_that_is_wrapped_otherwise_stays(layer, monkeypatch):
+    calls, torchs = [], torch.optim.Adam.step
+    graded = torchs.__wrapped__
+
+    def counted(function):
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            calls.append(1)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    later = "def _use_grad(self, *args):\n    calls.append(1)\n    return step(self, *args)"
+    place = {"calls": calls, "step": graded.__wrapped__}
+    exec(compile(later, torch_optimizer.__file__, "exec"), place)
+    new = functools.update_wrapper(place["_use_grad"], graded.__wrapped__)
+    wrapped = {
+        "around": counted(torchs),
+        "between": torch.optim.Adam.profile_hook_step(counted(graded)),
+        "of a later torch": torch.optim.Adam.profile_hook_step(new),
+    }[layer]
+    wrapped.hooked = True
+    monkeypatch.setattr(torch.optim.Adam, "step", wrapped)
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.Adam([weight], fused=True)
+    step_without_compiler(optimizer)
+    with torch.no_grad():
+        optimizer.step()
+    assert calls and "step" not in vars(optimizer) and (weight < 1).all()
 
 
 def test_on_a_gpu_the_update_in_one_pass_finds_torchs_own_step():

@@ -7,6 +7,7 @@ for a BERT with settings that are not listed here.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,8 @@ IGNORED = {
 }  # fmt: skip
 """Settings that change nothing that is computed here."""
 WEIGHTS = "model.safetensors"
+ADAPTER = "adapter_config.json"
+"""Beside it are weights that transformers adds to the model's, where peft is installed."""
 
 
 def is_plain(description: Mapping[str, Any]) -> bool:
@@ -60,8 +63,10 @@ def is_plain(description: Mapping[str, Any]) -> bool:
             return False
     sizes = DEFAULTS | dict(description)
     heads = sizes["num_attention_heads"]
+    shares = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     return all(sizes[n] > 0 for n in DEFAULTS if n.startswith(("num", "vocab", "max", "type"))) and (
-        sizes["hidden_size"] > 0 and sizes["intermediate_size"] > 0 and sizes["hidden_size"] % heads == 0
+        all(0 <= sizes[n] <= 1 for n in shares) and 0 <= sizes["initializer_range"] < math.inf
+        and sizes["hidden_size"] > 0 and sizes["intermediate_size"] > 0 and sizes["hidden_size"] % heads == 0
         and 0 <= sizes["pad_token_id"] < sizes["vocab_size"]
     )  # fmt: skip
 
@@ -218,7 +223,7 @@ def load_bert(folder: Path) -> Bert | None:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / WEIGHTS).is_file() or (folder / ADAPTER).exists():
         return None
     try:
         description = parse_json(read_text(folder / "config.json", CONFIG_BYTES))

@@ -79,10 +79,10 @@ def lower(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor
 class Copies:
     """Copies in a 16-bit type that stay in place. See the module's text for when they may be used.
 
-    `lower` notes what it was asked for and did not have, and `make` makes copies of it. Kept are whole float32 tensors
-    that belong to one group.
+    `lower` notes what it was asked for and did not have, and `make` makes copies of it. Kept are whole float32
+    parameters that belong to one group. Tensors that a forward pass computes are others each time: they are not noted.
 
-    >>> weight = torch.ones(2, 2)
+    >>> weight = torch.nn.Parameter(torch.ones(2, 2))
     >>> copies = Copies(torch.bfloat16)
     >>> with copies.used():
     ...     cast = lower([(weight,)], torch.bfloat16)[0]
@@ -114,6 +114,8 @@ class Copies:
         """The group's copy; None where there is none, which is noted."""
         key = tuple(map(id, group))
         if key not in self._wholes:
+            if not all(isinstance(weight, torch.nn.Parameter) for weight in group):
+                return None
             self._wholes[key] = group, None
             self._asked.append(group)
         return self._wholes[key][1]
@@ -161,8 +163,7 @@ def in_use() -> Copies | None:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    of_torch = type(weight) in (torch.nn.Parameter, Tensor)
-    return of_torch and weight.dtype == torch.float32 and weight.is_contiguous()
+    return type(weight) is torch.nn.Parameter and weight.dtype == torch.float32 and weight.is_contiguous()
 
 
 def _kept(groups: Sequence[Group], dtype: torch.dtype) -> list[Tensor | None] | None:

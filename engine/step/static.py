@@ -298,8 +298,10 @@ class StaticPasses:
                 self._replayed = self.graphs.run((*key, self._place), function)
                 return
             self._replayed = self.graphs.run((*key, self._place, "copies"), partial(_with_copies, copies, function))
-            if copies.make() and len(self.graphs):
-                self.graphs.clear()  # whose updates do not write the new copies
+            if copies.make():
+                # Graphs do not write the new copies. Warm-ups begin anew: the update makes its tables in one, outside
+                # of the graph, which else would make them again in every replay.
+                self.graphs.clear()
 
         return run
 
@@ -324,6 +326,7 @@ class StaticPasses:
         """Forget the graphs where a setting that they hold has changed."""
         step, modules, optimizers = self.step, self._modules(), self._optimizers()
         now = [*map(optimizer_settings, optimizers), step.clip_value, step.clip_norm, step.autocast, step.label]
+        now += [*modules, *optimizers, step.average, step.scaler, step.task_loss, step.finite]  # equal: the same ones
         watched = self._watched
         if watched is None or now != self._settings or not watched.unchanged(modules, optimizers):
             for optimizer in optimizers:

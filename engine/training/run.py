@@ -247,7 +247,8 @@ class TrainingRun:
                     if self.parts.sharded:  # all save the same, whatever the last digits of their metrics
                         improved = self.ranks.from_writer(improved)
                     history.append(record)
-                    saved = self._save(history, bank, improved, time.perf_counter() - started, beside)
+                    seconds, ends = time.perf_counter() - started, bool(signals.number)
+                    saved = self._save(history, bank, improved, seconds, beside, at_once=ends)
                     if self.extra_callbacks:  # which may read the folder
                         self._wait()
                     for callback in callbacks:
@@ -262,16 +263,23 @@ class TrainingRun:
                 callback.on_end()
 
     def _save(
-        self, history: list[Record], bank: FeatureBank, improved: bool, wall_s: float, beside: ThreadPoolExecutor
+        self,
+        history: list[Record],
+        bank: FeatureBank,
+        improved: bool,
+        wall_s: float,
+        beside: ThreadPoolExecutor,
+        at_once: bool,
     ) -> bool:
         """Have the epoch written beside the next one. False where it is left to the next one.
 
         That is so where the checkpoint before is still being written, a large one of a short epoch: a slow disk then
-        does not hold up the training. The last epoch is always written.
+        does not hold up the training. The last epoch is always written, and one with `at_once`: after a signal.
         """
         with self.phases.of("saving"):
             behind = self.saving is not None and not self.saving.done()
-            if behind and self.ranks.size == 1 and len(history) < self.config.epochs and self.files.may_postpone:
+            more = len(history) < self.config.epochs and not at_once
+            if behind and more and self.ranks.size == 1 and self.files.may_postpone:
                 self.files.postpone(history, self.results, improved)
                 return False
             self._wait()

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import sys
 import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.optim import optimizer as torch_optimizer
 
 DISABLED = "__dynamo_disable"
 """Where torch keeps a function as its compiler is to see it."""
+GRADED = {
+    "torch", "torch._dynamo", "_dynamo", "graph_break", "cast", "Optimizer", "is_grad_enabled", "set_grad_enabled",
+    "defaults",
+}  # fmt: skip
+"""All that torch's inner wrapper of `step` uses: it sets whether gradients are on, and tells the compiler to stop."""
 
 
 @contextlib.contextmanager
@@ -38,12 +43,27 @@ def without_compiler() -> Iterator[None]:
 
 
 def step_without_compiler(optimizer: torch.optim.Optimizer) -> None:
-    """Have `optimizer.step` do what it does without importing torch's compiler, which it tells where to stop."""
-    plain = inspect.unwrap(type(optimizer).step)
+    """Have `optimizer.step` do what it does without importing torch's compiler, which it tells where to stop.
+
+    Nothing changes where `step` is wrapped otherwise than torch does: by a later version, or by code of a user's.
+    """
+    hooked = type(optimizer).step
+    graded = getattr(hooked, "__wrapped__", None)
+    plain = getattr(graded, "__wrapped__", None)
+    if not _is_torchs(hooked, "wrapper") or not _is_torchs(graded, "_use_grad") or hasattr(plain, "__wrapped__"):
+        return
+    if not {*graded.__code__.co_names} <= GRADED:  # type: ignore[union-attr]
+        return
 
     @functools.wraps(plain)
-    def step(self: torch.optim.Optimizer, closure: Any = None) -> Any:
+    def step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            return plain(self, closure)
+            return plain(self, *args, **kwargs)
 
     optimizer.step = types.MethodType(optimizer.profile_hook_step(step), optimizer)  # type: ignore[method-assign]
+
+
+def _is_torchs(function: Any, name: str) -> bool:
+    """Whether a function is one of this name from torch's module of optimisers."""
+    code, file = getattr(function, "__code__", None), torch_optimizer.__file__
+    return code is not None and (code.co_name, code.co_filename) == (name, file)

@@ -103,6 +103,7 @@ def test_fresh_weights_are_as_berts_authors_drew_them():
         {"hidden_act": "relu"}, {"is_decoder": True}, {"position_embedding_type": "relative_key"}, {"dtype": "float16"},
         {"attn_implementation": "eager"}, {"never_heard_of": 1}, {"hidden_size": 16.0}, {"num_hidden_layers": True},
         {"num_attention_heads": 3}, {"num_attention_heads": 0}, {"pad_token_id": 50}, {"model_type": "roberta"},
+        {"hidden_dropout_prob": 1.5}, {"attention_probs_dropout_prob": float("nan")}, {"initializer_range": -1.0},
     ],
     ids=lambda settings: next(iter(settings)),
 )  # fmt: skip
@@ -111,11 +112,19 @@ def test_other_settings_are_left_to_transformers(settings):
     assert not bert.is_plain({"model_type": "bert", **SMALL, **settings})
 
 
+def test_a_damaged_description_is_one_line():
+    with pytest.raises(ConfigError, match="text encoder's model_type"):
+        text_encoder_from_config({"model_type": "bert", **SMALL, "hidden_dropout_prob": 1.5})
+
+
 def test_a_folder_of_another_kind_is_left_to_transformers(tmp_path):
     assert type(load_text_encoder(str(folder_of(tmp_path / "relu", hidden_act="relu"))).model) is BertModel
     half = tmp_path / "half"
     BertModel(BertConfig(max_position_embeddings=40, **SMALL)).half().save_pretrained(half)
     assert type(load_text_encoder(str(half)).model) is BertModel
+    adapted = folder_of(tmp_path / "adapted")
+    (adapted / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert bert.load_bert(adapted) is None
     lacking = folder_of(tmp_path / "lacking")
     settings = json.loads((lacking / "config.json").read_text(encoding="utf-8"))
     (lacking / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 3}), encoding="utf-8")

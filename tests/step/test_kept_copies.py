@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from engine.loaders.feed import CopyFeed
 from engine.model.lowered import Copies, autocast_type, in_use, lower
-from engine.step import TwoStageStep, known_code, updates
+from engine.step import TwoStageStep, fused, known_code, updates
 from engine.step.batches import whole_batches
 from engine.step.passes import nothing
 from tests.step.test_static import BATCH, N, Replaying
@@ -414,6 +414,16 @@ def test_weights_that_have_no_copy():
     assert copies.of(a) is not None and copies.of(b) is None
 
 
+def test_what_a_forward_pass_computes_is_not_kept():
+    """It is another tensor in each one. Were it noted, all graphs would be made anew after every batch."""
+    a, copies = nn.Parameter(torch.randn(2, 2)), Copies(torch.bfloat16)
+    for computed in (a * 2, a.detach() * 3):
+        with copies.used():
+            cast = lower([(computed,), (a, computed)], torch.bfloat16)
+        assert torch.equal(cast[0], computed.bfloat16()) and torch.equal(cast[1], torch.cat([a, computed]).bfloat16())
+        assert not copies.make() and not copies._wholes
+
+
 def test_copies_made_in_inference_mode_can_be_written_outside():
     a, copies = nn.Parameter(torch.randn(2, 2)), Copies(torch.bfloat16)
     with torch.inference_mode(), copies.used():
@@ -422,3 +432,18 @@ def test_copies_made_in_inference_mode_can_be_written_outside():
     a.data.add_(1)
     copies.refresh()
     assert torch.equal(copies.of(a), a.bfloat16()) and not copies.of(a).is_inference()
+
+
+def test_the_updates_tables_are_made_before_a_graph_is(monkeypatch):
+    """One that is made within a capture is made again in every replay."""
+    monkeypatch.setattr(updates, "fuses", lambda parameter: True)
+    step, made = make(True), []
+
+    class Noted(fused.Table):
+        def __init__(self, weights, groups, low):
+            made.append((len(step.static.graphs), any(w.low is not None for w in weights)))
+            super().__init__(weights, groups, low)
+
+    monkeypatch.setattr(fused, "Table", Noted)
+    step.train_epoch(loader_of(step), N, None, batch_size=BATCH, on_batch=nothing)
+    assert made == [(0, False), (0, True)] and step.static.graphs.replays

@@ -16,6 +16,7 @@ from engine.mimrl.published import published_estimator
 from engine.mimrl.settings import MIMRLObjectiveConfig
 from engine.objective import CMI, MI, Objective
 from engine.step import TwoStageStep
+from engine.step.averages import WeightAverage
 from engine.step.batches import whole_batches
 from engine.step.graph_state import StateWatch
 from engine.step.graphs import CaptureWatch, GraphRunner, NotCapturable
@@ -203,6 +204,13 @@ def test_out_of_memory_while_streams_are_apart_spares_the_generator(unjoined, mo
     assert len(graphs) == 1
 
 
+def optimizer_like(optimizer, model):
+    """An optimiser of the same settings, without a state."""
+    fresh = type(optimizer)(model.parameters())
+    fresh.param_groups[0].update({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
+    return fresh
+
+
 def test_graphs_are_forgotten_when_what_they_hold_changes():
     step = make("emulate")
     run(step, 2)
@@ -216,6 +224,10 @@ def test_graphs_are_forgotten_when_what_they_hold_changes():
         lambda: step.model.x.weight.requires_grad_(False),
         lambda: setattr(step.model.x.weight, "data", torch.zeros(4, 6)),
         lambda: step.main_optimizer.load_state_dict(copy.deepcopy(step.main_optimizer.state_dict())),
+        lambda: setattr(step, "main_optimizer", optimizer_like(step.main_optimizer, step.model)),
+        lambda: setattr(step, "average", WeightAverage(step.model, 0.9)),
+        lambda: setattr(step, "average", WeightAverage(step.model, 0.9)),
+        lambda: setattr(step, "task_loss", nn.functional.l1_loss),
     ):
         cleared = []
         graphs.clear = lambda cleared=cleared: (cleared.append(1), GraphRunner.clear(graphs))
