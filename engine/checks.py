@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 STATES = {"gru": (24, 15), "lstm": (16, 10), "conv": (4, 3)}
 """Numbers that training on a CPU holds at least, by `model.encoder`, in units of model.d_common for each frame: for the
 backward pass of all modalities, and in addition while that of one modality runs. Measured with torch 2.13."""
-UNSEEN = 20  # data.time_len times this is a length of which the user is told that most of it is not seen
+UNSEEN = 20  # sequences longer than so many times data.time_len get a warning that most of them is not seen
 HELD = 8  # tensors as large as the largest one that a step holds at least
 
 PLAIN = "MAE, Corr, CCC and RMSE"

@@ -57,7 +57,7 @@ def free_memory() -> int | None:
 
 
 def _shares() -> Iterator[float]:
-    """Processor time a second that the process's control groups may take."""
+    """Seconds of processor time per second that the process's control groups may take."""
     for folder in _folders("cpu"):
         quota, _, period = _text(folder / "cpu.max").partition(" ")  # version 2, else version 1
         quota, period = quota or _text(folder / "cpu.cfs_quota_us"), period or _text(folder / "cpu.cfs_period_us")

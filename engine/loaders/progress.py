@@ -1,4 +1,4 @@
-"""Lines that say how far reading is, so that minutes of work are not minutes of silence."""
+"""Lines on standard error that show how far long reading is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def told(items: Iterable[T], doing: str, unit: str, total: int | None = None) -> Iterator[T]:
-    """The same items. If they take long, lines on standard error count those that are done.
+    """The same items, one by one. If they take long, lines on standard error count those that are done.
 
     Args:
         doing: what is done with an item, such as "reading audio". unit: what an item is, in the plural.

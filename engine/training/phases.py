@@ -39,7 +39,7 @@ class Phases:
         return dict(self._seconds)
 
     def _enter(self, name: str) -> str:
-        """The phase that ends here."""
+        """Begin a phase. Returns the one that ends."""
         now, before = time.perf_counter(), self._now
         self._seconds[before] += now - self._since
         self._seconds.setdefault(name, 0.0)
