@@ -121,7 +121,7 @@ def compiled(source: Path, dtype: torch.dtype) -> Path:
         return _compiled_in(folder(), source, dtype)
     except (OutputError, NoHome) as cause:
         place = own_temporary_folder()
-        log.info("compiled kernels: kept in %s, because: %s; TORCH_EXTENSIONS_DIR names another place", place, cause)
+        log.info("compiled kernels: kept in %s (TORCH_EXTENSIONS_DIR names another place): %s", place, cause)
         return _compiled_in(place, source, dtype)
 
 

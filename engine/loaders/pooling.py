@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from engine.loaders.formats import RawDataset
-from engine.loaders.progress import told
+from engine.loaders.progress import with_progress
 from engine.loaders.ragged import Ragged, Sequences
 from engine.loaders.spool import Joiner, release
 
@@ -35,7 +35,7 @@ def pooled(part: Sequences, count: int, doing: str = "averaging") -> Sequences:
     [[2.0], [5.0]]
     """
     joined = Joiner(part.ragged.dim)
-    for frames in told(part.ragged.pieces(), doing, "sequences"):
+    for frames in with_progress(part.ragged.pieces(), doing, "sequences"):
         starts = np.arange(0, len(frames), count)
         sizes = np.diff([*starts, len(frames)])
         sums = np.add.reduceat(frames, starts, axis=0, dtype=np.float64)

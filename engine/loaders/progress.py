@@ -16,17 +16,16 @@ FIRST, LONGEST = 5.0, 60.0
 T = TypeVar("T")
 
 
-def told(items: Iterable[T], doing: str, unit: str, total: int | None = None) -> Iterator[T]:
+def with_progress(items: Iterable[T], doing: str, unit: str) -> Iterator[T]:
     """The same items, one by one. If they take long, lines on standard error count those that are done.
 
     Args:
         doing: what is done with an item, such as "reading audio". unit: what an item is, in the plural.
-        total: number of items; None: `len(items)`.
 
-    >>> list(told([1, 2], "reading", "files"))
+    >>> list(with_progress([1, 2], "reading", "files"))
     [1, 2]
     """
-    count = len(items) if total is None and isinstance(items, Sized) else total
+    count = len(items) if isinstance(items, Sized) else None
     started, wait = time.monotonic(), FIRST
     due = started + wait
     for done, item in enumerate(items):

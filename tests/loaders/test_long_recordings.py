@@ -226,7 +226,7 @@ def test_inspect_leaves_nothing_behind(tmp_path):
 def test_progress_is_told_ever_more_rarely(monkeypatch, capsys):
     clock = iter(range(0, 1000, 3))  # each item takes three seconds
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
-    assert list(progress.told(range(40), "reading audio", "files")) == list(range(40))
+    assert list(progress.with_progress(range(40), "reading audio", "files")) == list(range(40))
     seconds = [int(line.split()[-2]) for line in capsys.readouterr().err.splitlines()]
     assert seconds[:4] == [6, 18, 39, 81]  # at least 5 s, then 10, 20, 40 more
 
