@@ -23,7 +23,7 @@ from typing import Any
 
 from bench import machine
 
-LINE = re.compile(r"^(?P<seconds>\d+\.\d) s: .*$", re.MULTILINE)
+LINE = re.compile(r"^time: (?P<seconds>\d+\.\d) s \(.*$", re.MULTILINE)
 
 
 def command(data: Path, out: Path, device: str, settings: Sequence[str]) -> list[str]:
@@ -62,7 +62,7 @@ def phases(printed: str, out: Path, seconds: float) -> dict[str, float]:
     """
     timings = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["timings"]
     told = LINE.search(printed)
-    start = re.search(r" start (\d+\.\d)", told[0]) if told else None
+    start = re.search(r"\bstart (\d+\.\d)", told[0]) if told else None
     found = {"start": float(start[1]) if start else 0.0, **timings}
     if told:
         found["exit"] = seconds - float(told["seconds"])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine import metrics
+from engine import limits, metrics
 from engine.config import Config, TrainConfig
 from engine.errors import ConfigError, DataError, OutputError
 from engine.model.text_encoder import TextEncoder
@@ -22,9 +21,10 @@ if TYPE_CHECKING:
     from engine.loaders.dataset import Dataset, Split
     from engine.objective import Objective
 
-STATES = {"gru": 40, "lstm": 40, "conv": 10}
-"""Numbers of width model.d_common that training on a CPU holds at least for every frame, by `model.encoder`."""
-UNSEEN = 20  # data.time_len times this is a length of which the user is told that most of it is not seen
+STATES = {"gru": (24, 15), "lstm": (16, 10), "conv": (4, 3)}
+"""Numbers that training on a CPU holds at least, by `model.encoder`, in units of model.d_common for each frame: for the
+backward pass of all modalities, and in addition while that of one modality runs. Measured with torch 2.13."""
+UNSEEN = 20  # sequences longer than so many times data.time_len get a warning that most of them is not seen
 HELD = 8  # tensors as large as the largest one that a step holds at least
 
 PLAIN = "MAE, Corr, CCC and RMSE"
@@ -245,53 +245,69 @@ def memory(config: Config, parts: Iterable[nn.Module], largest: int, device: tor
 
 
 def long_sequences(config: Config, dataset: Dataset, device: torch.device) -> None:
-    """Check that a batch of recordings fits into memory, and say which share of them the fusion encoder sees.
+    """Check that a batch of long recordings fits into memory, and warn where the fusion encoder sees little of them.
 
-    The encoders keep several states of width `model.d_common` for every frame of a batch. The fusion encoder sees the
-    first `data.time_len` of them; only the means are taken over all frames. Memory is looked at on a CPU alone: a
-    process that takes too much there is killed without a word, while a GPU says that it has no more.
+    The encoders keep several states of width `model.d_common` for every frame of a batch. MIMRL's fusion encoder sees
+    the first `data.time_len` frames. Memory is checked on a CPU only: there the system kills a process that takes too
+    much, without a message, while on a GPU torch raises an error.
 
     Raises:
         ConfigError: a batch needs more memory than the machine has.
     """
-    from engine.loaders.dataset import DataWarning
-
     states, width = STATES.get(getattr(config.model, "encoder", "")), getattr(config.model, "d_common", None)
-    train, most, have = dataset.splits["train"], config.data.time_len, _memory_of(device)
+    train = dataset.splits["train"]
     lengths = {m: train.lengths(m) for m in ("audio", "vision") if m in config.data.modalities}
     if width is None or states is None or not lengths:
         return
     frames = {m: float(np.median(n)) for m, n in lengths.items()}
-    longest = max(frames, key=frames.__getitem__)
-    batch = min(config.batch_size, len(train))
-    padded = sum(float(np.quantile(n, 1 - 1 / batch)) for n in lengths.values())  # about the longest of a batch
-    need = 4 * states * batch * width * padded
-    if device.type == "cpu" and have is not None and need > have:
-        raise ConfigError(
-            f"data.pool_{longest}", f"{longest} of {frames[longest]:.0f} frames (median): a batch of {batch} takes "
-            f"about {need / 1e9:.0f} GB of memory", f"at most the {have / 1e9:.0f} GB of this machine",
-            f"Average frames, for example with data.pool_{longest}={max(2, round(frames[longest] / most))}, or lower "
-            "batch_size.",
-        )  # fmt: skip
+    steps = {m: max(2, round(n * _pooled(config, m) / config.data.time_len)) for m, n in frames.items()}
+    have = _memory_of(device)
+    if device.type == "cpu" and have is not None:
+        batch = min(config.batch_size, len(train))
+        padded = [float(np.quantile(n, 1 - 1 / batch)) for n in lengths.values()]  # about the longest of a batch
+        need = 4 * batch * width * (states[0] * sum(padded) + states[1] * max(padded))
+        longest = max(frames, key=frames.__getitem__)
+        if need > have:
+            raise ConfigError(
+                f"data.pool_{longest}", f"{longest} of {frames[longest]:.0f} frames (median): a batch of {batch} takes "
+                f"about {need / 1e9:.0f} GB of memory", f"at most the {have / 1e9:.0f} GB of this machine",
+                f"Average frames, for example with data.pool_{longest}={steps[longest]}, or lower batch_size.",
+            )  # fmt: skip
+    if hasattr(config.model, "fusion"):
+        _warn_of_unseen(frames, steps, config.data.time_len)
+
+
+def _warn_of_unseen(frames: Mapping[str, float], steps: Mapping[str, int], most: int) -> None:
+    """Warn of modalities of which the fusion encoder sees little.
+
+    Args:
+        frames: {modality: median length of the training sequences}.
+        steps: {modality: the number of frames to average}.
+        most: length of the fusion encoder's time axis.
+    """
+    from engine.loaders.dataset import DataWarning
+
     for modality, length in frames.items():
         if length > UNSEEN * most:
             warnings.warn(
-                f"{modality}: half of the training sequences have {length:.0f} frames or more, of which the fusion "
-                f"encoder sees the first {most} (data.time_len); means are taken over all frames. Set "
-                f"data.pool_{modality}={round(length / most)} for sequences of about that length",
+                f"{modality}: half of the training sequences have {length:.0f} frames or more. The fusion encoder sees "
+                f"only the first {most} (data.time_len); means are taken over all frames. To average frames, set "
+                f"data.pool_{modality}={steps[modality]}",
                 DataWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
 
+def _pooled(config: Config, modality: str) -> int:
+    """The number of frames that are averaged already."""
+    return config.data.pool_audio if modality == "audio" else config.data.pool_vision
+
+
 def _memory_of(device: torch.device) -> int | None:
-    """Total memory of a device in bytes; None if it is not known."""
+    """Total memory of a device in bytes, within the limits of a container or a batch job; None if it is not known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not on Windows
-        return None
+    return limits.total_memory()
 
 
 def disk_space(out: Path, model: nn.Module, objective: nn.Module, train: TrainConfig, present: Iterable[Path]) -> None:

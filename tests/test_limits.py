@@ -32,6 +32,7 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_machine_without_limits(system):
     system(**{"proc/self/cgroup": "0::/\n", "groups/cpu.max": "max 100000", "groups/memory.max": "max"})
     assert (limits.cores(), limits.free_memory()) == (64, 100 * GB)
+    assert limits.total_memory() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_container(system):
@@ -40,7 +41,7 @@ def test_a_container(system):
         "proc/self/cgroup": "0::/\n", "groups/cpu.max": "150000 100000", "groups/memory.max": str(2 * GB),
         "groups/memory.current": str(GB), "groups/memory.stat": f"anon 5\ninactive_file {GB // 2}\n",
     })  # fmt: skip
-    assert (limits.cores(), limits.free_memory()) == (2, GB + GB // 2)
+    assert (limits.cores(), limits.free_memory(), limits.total_memory()) == (2, GB + GB // 2, 2 * GB)
     assert choice.free_memory(torch.device("cpu")) == GB + GB // 2
 
 

@@ -170,4 +170,4 @@ def test_time_within_a_phase_counts_once(monkeypatch):
         now[0] += 16
     now[0] += 32
     assert phases.seconds() == {"other": 33, "training": 18, "saving": 12}
-    assert in_words(64, phases.seconds()) == "64.0 s: training 18.0, saving 12.0, other 34.0"
+    assert in_words(64, phases.seconds()) == "time: 64.0 s (training 18.0, saving 12.0, other 34.0)"

@@ -83,10 +83,10 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _require_current_folder() -> None:
-    """Libraries of torch end the process without a reason where the current folder was removed.
+    """Check that the current folder exists. Where it was removed, torch's libraries end the process without a message.
 
     Raises:
-        EngineError: it was, or nobody may look into the folders above it.
+        EngineError: it was removed, or this user may not read the folders above it.
     """
     try:
         os.getcwd()

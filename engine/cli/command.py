@@ -52,10 +52,10 @@ def config_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run_folder_argument(p: argparse.ArgumentParser) -> None:
-    """Add --run. torchrun takes this word for one of its own options, so there is a longer one."""
+    """Add --run, and --run-folder for torchrun, which has a --run of its own."""
     p.add_argument(
         "--run", "--run-folder", metavar="DIR", type=user_path, required=True, dest="run_folder",
-        help="a run folder; behind torchrun, which has a --run of its own, write --run-folder",
+        help="a run folder; under torchrun, which has a --run of its own, write --run-folder",
     )  # fmt: skip
 
 

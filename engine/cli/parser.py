@@ -94,7 +94,7 @@ def _setting_of(word: str) -> str | None:
     from engine.config import keys
 
     name = word.lstrip("-").partition("=")[0].replace("-", "_")
-    if name == "seeds":  # of train and sweep, which are many runs, and so no key of one; an option of tune
+    if name == "seeds":  # a setting of train and sweep, an option of tune, and no key of a single run
         return name
     meant = [key.name for key in keys() if name in (key.name, key.name.rpartition(".")[2])]
     return meant[0] if len(meant) == 1 else None

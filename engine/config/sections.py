@@ -108,7 +108,7 @@ class DataConfig(Section):
         1,
         ge=1,
         le=LONGEST,
-        description="so many successive frames become one step, their mean; for recordings of minutes "
+        description="number of successive frames whose mean becomes one step; for recordings of minutes "
         "(100: one step a second of 10 ms frames)",
     )
     pool_vision: int = Field(1, ge=1, le=LONGEST, description="as pool_audio")

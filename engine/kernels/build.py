@@ -37,7 +37,7 @@ class NoHome(RuntimeError):
 
 
 class CompilerFailed(RuntimeError):
-    """A compiler cannot compile a source. The message has its first line."""
+    """A compiler cannot compile a source. The message holds the first line of what it printed."""
 
 
 def folder() -> Path:
@@ -55,7 +55,7 @@ def folder() -> Path:
 
 
 def own_temporary_folder() -> Path:
-    """The folder for libraries where `folder` cannot be written to: one of the user's alone among temporary files.
+    """A folder among temporary files that only this user may write to. It serves where `folder` cannot be written to.
 
     Raises:
         OSError: it cannot be made, or other users may write into it.
@@ -121,7 +121,7 @@ def compiled(source: Path, dtype: torch.dtype) -> Path:
         return _compiled_in(folder(), source, dtype)
     except (OutputError, NoHome) as cause:
         place = own_temporary_folder()
-        log.info("compiled kernels: kept in %s, because: %s; TORCH_EXTENSIONS_DIR names another place", place, cause)
+        log.info("compiled kernels: kept in %s (TORCH_EXTENSIONS_DIR names another place): %s", place, cause)
         return _compiled_in(place, source, dtype)
 
 
@@ -166,9 +166,9 @@ def _compiled_with(command: list[str], place: Path, source: Path, dtype: torch.d
 
 @contextlib.contextmanager
 def _turn(path: Path) -> Iterator[None]:
-    """Wait while another process compiles the same library: many that start at once take memory for one compiler.
+    """Wait while another process compiles the same library. Processes that start together then run one compiler.
 
-    The lock of a process that was killed is gone. Where there are no locks, and after `PATIENCE_S`, nobody waits.
+    The system releases the lock of a killed process. Where there are no locks, and after `PATIENCE_S`, nobody waits.
     """
     mark, deadline = path.with_suffix(".lock"), time.monotonic() + PATIENCE_S
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The C++ compilers of this machine, and what they are told."""
+"""The C++ compilers of this machine, and their options."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def flags(command: list[str]) -> list[str]:
 
 @functools.cache
 def _is_gcc(command: tuple[str, ...]) -> bool:
-    """Whether a command is gcc's. Where its name leaves that open, as that of c++, it is asked."""
+    """Whether a command runs gcc. If the name does not tell, as with c++, the command's --version does."""
     name = Path(command[0]).name
     if len(command) == 1 and re.fullmatch(r"([\w.]+-)*(clan)?g\+\+(-[\d.]+)?", name):
         return "clang" not in name

@@ -7,7 +7,7 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def constant_when_compiled(function: Function) -> Function:
-    """As `torch.compiler.assume_constant_result`, which imports the compiler: that takes a second.
+    """As `torch.compiler.assume_constant_result`, but without importing the compiler, which takes a second.
 
     torch.compile does not look inside the function. It takes what it returns as a constant.
     """

@@ -75,7 +75,10 @@ def load_content(
 
 
 def _chosen(choice: Choice) -> dict[str, Any]:
-    """The choice as part of a store's name. Choices that are newer than stores count if they were made."""
+    """The choice as part of a store's name.
+
+    The newer fields count only where they differ from the default. So older stores keep their names.
+    """
     newer = ("pool_audio", "pool_vision", "skip_columns")
     return {k: v for k, v in asdict(choice).items() if k not in newer or v != getattr(Choice(), k)}
 
@@ -91,7 +94,7 @@ def cache_places(source: DataFiles, settings: dict[str, Any]) -> list[Path]:
 
 
 def room_for(source: DataFiles) -> list[Path]:
-    """Folders for what is made of a source: that of the source, then the user's cache folder, if any."""
+    """Folders for files that are made from a source: its own, then the user's cache folder, if there is one."""
     cache = cache_home()
     beside = next(iter(source.files.values())).absolute().parent
     return [beside] if cache is None else [beside, cache / "engine"]

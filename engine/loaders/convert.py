@@ -15,7 +15,7 @@ from engine.loaders.content import SplitData, StoreData, describe_tokenizer, req
 from engine.loaders.formats import Choice, DataFiles, RawDataset, RawSplit, remarks
 from engine.loaders.pooling import pool
 from engine.loaders.problems import level_widths, nan_words, problems
-from engine.loaders.progress import told
+from engine.loaders.progress import with_progress
 from engine.loaders.ragged import LengthRule
 from engine.loaders.spool import spooled
 from engine.loaders.store import CHUNK, KEY, VERSION, is_store, no_room, open_store, store_path, write_store
@@ -236,7 +236,7 @@ def source_sums(source: DataFiles, beside: list[Path]) -> dict[str, str]:
     """
     files = list(dict.fromkeys([*source.files.values(), *source.parts, *beside]))
     folder, sums = files[0].parent, {}
-    for path in told(files, "computing checksums", "files"):
+    for path in with_progress(files, "computing checksums", "files"):
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while piece := file.read(CHUNK):

@@ -1,4 +1,4 @@
-"""Lines that say how far reading is, so that minutes of work are not minutes of silence."""
+"""Lines on standard error that show how far long reading is."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ FIRST, LONGEST = 5.0, 60.0
 T = TypeVar("T")
 
 
-def told(items: Iterable[T], doing: str, unit: str, total: int | None = None) -> Iterator[T]:
-    """The same items. If they take long, lines on standard error count those that are done.
+def with_progress(items: Iterable[T], doing: str, unit: str) -> Iterator[T]:
+    """The same items, one by one. If they take long, lines on standard error count those that are done.
 
     Args:
         doing: what is done with an item, such as "reading audio". unit: what an item is, in the plural.
-        total: number of items; None: `len(items)`.
 
-    >>> list(told([1, 2], "reading", "files"))
+    >>> list(with_progress([1, 2], "reading", "files"))
     [1, 2]
     """
-    count = len(items) if total is None and isinstance(items, Sized) else total
+    count = len(items) if isinstance(items, Sized) else None
     started, wait = time.monotonic(), FIRST
     due = started + wait
     for done, item in enumerate(items):

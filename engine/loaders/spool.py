@@ -94,7 +94,7 @@ def _copy(source: IO[bytes], target: IO[bytes]) -> None:
 
 
 class Staged:
-    """Arrays of any dtype that wait to be joined. Within `spooled`, one unnamed file holds all of them.
+    """Collects arrays of any dtype that are joined later. Within `spooled`, one unnamed file holds all of them.
 
     A file for each would need a file handle for each, and systems allow a process about a thousand.
 

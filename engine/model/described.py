@@ -1,4 +1,4 @@
-"""Models without memory: what a model would be, before any is taken for it."""
+"""Models without memory: sizes and types of their tensors are known before any memory is taken."""
 
 from __future__ import annotations
 

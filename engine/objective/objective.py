@@ -188,9 +188,9 @@ class Objective(nn.Module):
         return {e.name: [built, e.weight] for e, built in pairs if e.weight != built}
 
     def restore_weights(self, changed: Mapping[str, Sequence[float]]) -> None:
-        """Put back the weights of a state, as `changed_weights` gave them. All others are those it was built with.
+        """Put back the weights of a state, as `changed_weights` gave them. All others become those of the beginning.
 
-        An expression that this objective was built with another weight than that one keeps its own, with a warning.
+        An expression that began with another weight here than in that state keeps it, with a warning.
         """
         built_with = {e.name: built for e, built in zip(self._expressions, self._built_with, strict=True)}
         self.set_weights(restored(changed, built_with))

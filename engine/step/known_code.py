@@ -1,4 +1,4 @@
-"""Whether a step runs code that is known, which changes no weight beside its updates: the engine's, and its libraries'.
+"""Whether a step runs only known code: the engine's and its libraries'. It changes weights in updates alone.
 
 What is not known: a model, an estimator, an optimiser or a task loss of a user's own; a hook on a module, a parameter
 or an optimiser; a method that was replaced.

@@ -1,4 +1,4 @@
-"""What a GPU needs before its first operation, done beside the reading of code and data."""
+"""Prepares a GPU on a thread while code and data are loaded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _begun = threading.Event()
 
 
 def begin_ahead(device: str) -> threading.Thread | None:
-    """Start a GPU's context and Triton's look at its own files on a thread: about a second, mostly outside Python.
+    """On a thread, make a GPU's context and let Triton hash its own files. This takes about a second.
 
-    Nothing depends on it. What it has not done, or could not do, happens where it is needed. It begins once in a
-    process, and not under torchrun, where each rank chooses its device first.
+    Nothing depends on it: what the thread has not done, or could not do, is done where it is needed. It begins once in
+    a process, and not under torchrun, where each rank first chooses its device.
 
     Args:
         device: as in a run's settings.

@@ -39,7 +39,7 @@ class Phases:
         return dict(self._seconds)
 
     def _enter(self, name: str) -> str:
-        """The phase that ends here."""
+        """Begin a phase. Returns the one that ends."""
         now, before = time.perf_counter(), self._now
         self._seconds[before] += now - self._since
         self._seconds.setdefault(name, 0.0)
@@ -48,11 +48,12 @@ class Phases:
 
 
 def in_words(seconds: float, phases: Mapping[str, float]) -> str:
-    """One line that says how long a run took, and what took it. What is left of `seconds` counts as other.
+    """One line that says how long a run took, and where the time went. What the phases leave of `seconds` is "other".
 
     >>> in_words(12.3, {"start": 2.14, "other": 0.1, "data": 0.01, "training": 8.0})
-    '12.3 s: start 2.1, training 8.0, other 2.2'
+    'time: 12.3 s (start 2.1, training 8.0, other 2.2)'
     """
     known = {name: value for name, value in phases.items() if name != "other"}
     told = known | {"other": seconds - sum(known.values())}
-    return f"{seconds:.1f} s: " + ", ".join(f"{name} {value:.1f}" for name, value in told.items() if value >= 0.05)
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in told.items() if value >= 0.05)
+    return f"time: {seconds:.1f} s ({parts})"

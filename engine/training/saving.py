@@ -62,9 +62,8 @@ class RunFiles:
         self.sums = Checksums(out)
         self.lines, self.records, self.newest_is_damaged = (0, 0), 0, False
         self._kept: tuple[int, Callable[[], None]] | None = None  # the best epoch if it is not written, and its writing
-        self._written: tuple[int, tuple[int, int] | None] | None = (
-            None  # the epoch of best.safetensors, and what it was then
-        )
+        # the epoch of best.safetensors, and the file's time and size when it was written
+        self._written: tuple[int, tuple[int, int] | None] | None = None
         self.predictions = [f"predictions_{split}.csv" for split in parts.loaders if split != "train"]
 
     def write_settings(self) -> None:

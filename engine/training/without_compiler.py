@@ -43,7 +43,7 @@ def without_compiler() -> Iterator[None]:
 
 
 def step_without_compiler(optimizer: torch.optim.Optimizer) -> None:
-    """Have `optimizer.step` do what it does without importing torch's compiler, which it tells where to stop.
+    """Have `optimizer.step` do the same without importing torch's compiler. torch imports it to mark a graph break.
 
     Nothing changes where `step` is wrapped otherwise than torch does: by a later version, or by code of a user's.
     """

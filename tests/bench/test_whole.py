@@ -18,7 +18,7 @@ def folder(path):
 
 def test_phases_add_up_to_the_command(tmp_path):
     line = in_words(8.0, {"start": 2.0} | TIMINGS)
-    assert line == "8.0 s: start 2.0, data 0.2, training 4.0, other 1.7"
+    assert line == "time: 8.0 s (start 2.0, data 0.2, training 4.0, other 1.7)"
     found = whole.phases(f"a table\n{line}\nreport: run/report.html\n", folder(tmp_path), 9.5)
     assert found == pytest.approx(
         {"start": 2.0, "data": 0.25, "training": 4.0, "kernels": 0.01, "exit": 1.5, "other": 9.5 - 2 - 4.26 - 1.5}

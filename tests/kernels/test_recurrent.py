@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -287,8 +288,10 @@ def test_training_goes_on_without_a_kernel(broken, monkeypatch, tmp_path, caplog
     if broken == "no compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
+    elif broken == "failing compiler":
+        monkeypatch.setattr(build, "compilers", lambda: [["false"]])
     else:
-        monkeypatch.setenv("CXX", "false")
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file" / "temporary"))
     module = SequenceEncoder("gru", 5, 16)
     with caplog.at_level(logging.WARNING, "engine"):
         for _ in range(2):

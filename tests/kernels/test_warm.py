@@ -119,7 +119,7 @@ def updates():
     where, aligned = table.gradients([torch.ones(9)] * 2)
     stats = update.inspect(table.sizes, table.blocks, where, aligned, math.inf, None)
     every = (table.addresses, table.sizes, table.blocks, table.group, table.settings, where, aligned, torch.ones(1))
-    update.move(*every, math.inf, 1.0, stats, None, None, None)
+    update.move(*every, math.inf, 1.0, stats, None, None, None, None)
 
 
 @needs_compiler

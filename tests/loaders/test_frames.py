@@ -61,8 +61,8 @@ def test_opensmile(tmp_path):
     names.add(found, "y")
     assert names.notes("audio") == [
         "audio: the column name is text and is left out (2 files)",
-        "audio: columns read as features: frameTime; name what is none in data.skip_columns, or remove it from the "
-        "files",
+        "audio: columns read as features: frameTime; name those that are no features in data.skip_columns, or remove "
+        "them from the files",
     ]
 
 

@@ -125,6 +125,17 @@ def test_tokens_beyond_time_len_are_counted(tmp_path):
     assert not any("tokens beyond" in str(w.message) for w in told)
 
 
+@pytest.mark.parametrize("most, warned", [(49, True), (50, False)])  # 3 of 52 tokens are 5.8 %, 2 are 3.8 %
+def test_few_tokens_beyond_time_len_are_counted_in_the_log(tmp_path, caplog, most, warned):
+    """The usual data sets have a few long texts. A warning at every command would tell the user nothing."""
+    interviews(tmp_path, words=50)
+    with pytest.warns() as told, caplog.at_level("INFO", "engine"):
+        open_dataset(tmp_path, DataConfig(time_len=most))
+    line = f"text: {10 * (52 - most)} tokens beyond data.time_len={most} left out, of 10 texts"
+    assert any(line in str(w.message) for w in told) == warned
+    assert (line in caplog.text) != warned
+
+
 def test_long_sequences_are_refused_or_told(tmp_path, monkeypatch):
     interviews(tmp_path, frames=900)
     config = load_config("avec2019", ["batch_size=6", "data.time_len=40"])
@@ -132,17 +143,31 @@ def test_long_sequences_are_refused_or_told(tmp_path, monkeypatch):
         data = open_dataset(tmp_path, config.data)
     cpu = torch.device("cpu")
     with pytest.warns(
-        match=r"audio: half of the training sequences have 902 frames or more, of which .* the first 40 "
+        match=r"audio: half of the training sequences have 902 frames or more. .* only the first 40 .*pool_audio=23$"
     ):
         checks.long_sequences(config, data, cpu)
     monkeypatch.setattr(checks, "_memory_of", lambda device: 100 << 20)
     with pytest.raises(ConfigError, match=r"data.pool_audio: .* 902 frames .* data.pool_audio=23"):
         checks.long_sequences(config, data, cpu)
+    audio, vision = (int(data.splits["train"].lengths(m).max()) for m in ("audio", "vision"))
+    need = 4 * 6 * config.model.d_common * (24 * (audio + vision) + 15 * audio)  # of float32, a batch of six
+    monkeypatch.setattr(checks, "_memory_of", lambda device: 0.95 * need)  # the median is near the longest
+    with pytest.raises(ConfigError, match="a batch of 6 takes"):
+        checks.long_sequences(config, data, cpu)
+    monkeypatch.setattr(checks, "_memory_of", lambda device: need)
+    checks_without_warnings(load_config("mmim-mosi", ["batch_size=6"]), data)  # whose model sees all frames
+    config.data.pool_audio = 10  # the 902 frames are means of ten already
+    with pytest.warns(match="data.pool_audio=226$"):
+        checks.long_sequences(config, data, cpu)
     short = load_config("avec2019", ["data.time_len=100"])
     monkeypatch.setattr(checks, "_memory_of", lambda device: None)
+    checks_without_warnings(short, data)
+
+
+def checks_without_warnings(config, data):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        checks.long_sequences(short, data, cpu)
+        checks.long_sequences(config, data, torch.device("cpu"))
 
 
 def test_folders_of_interviews_are_known(tmp_path):
@@ -201,7 +226,7 @@ def test_inspect_leaves_nothing_behind(tmp_path):
 def test_progress_is_told_ever_more_rarely(monkeypatch, capsys):
     clock = iter(range(0, 1000, 3))  # each item takes three seconds
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
-    assert list(progress.told(range(40), "reading audio", "files")) == list(range(40))
+    assert list(progress.with_progress(range(40), "reading audio", "files")) == list(range(40))
     seconds = [int(line.split()[-2]) for line in capsys.readouterr().err.splitlines()]
     assert seconds[:4] == [6, 18, 39, 81]  # at least 5 s, then 10, 20, 40 more
 

@@ -30,7 +30,7 @@ from engine.loaders.formats.registry import RawDataset, RawSplit
 from engine.loaders.formats.source import SPLITS_FILE, Choice, DataFiles, csv_files
 from engine.loaders.formats.tables import csv_header, read_table
 from engine.loaders.hdf5 import CsdReader
-from engine.loaders.progress import told
+from engine.loaders.progress import with_progress
 from engine.loaders.ragged import LengthRule, absent, from_sequences
 from engine.loaders.spool import Staged
 
@@ -158,7 +158,7 @@ def _segments(source: DataFiles, reader: CsdReader, file: Path, notes: list[str]
         raise DataError(str(file), "labels that are text", "numbers", "Use the SDK's labels.")
     out: list[_Segment] = []
     unknown = 0
-    for video in told(reader.videos, "reading labels", "videos"):
+    for video in with_progress(reader.videos, "reading labels", "videos"):
         intervals, labels = reader.video(video)
         split = split_of.get(video)
         if split is None:
@@ -250,7 +250,7 @@ def _words(reader: CsdReader, segments: list[_Segment]) -> tuple[dict[str, list[
     spans: dict[str, np.ndarray] = {}
     known = set(reader.videos)
     by_video = _by_video(segments)
-    for video, own in told(by_video.items(), "reading words", "videos", len(by_video)):
+    for video, own in with_progress(by_video.items(), "reading words", "videos"):
         intervals, spoken = reader.video(video) if video in known else (np.zeros((0, 2)), [])
         kept = [i for i, w in enumerate(spoken) if w.strip() and w != PAUSE]
         times = intervals[kept]
@@ -274,7 +274,7 @@ def _frames(
         raise DataError(str(file), "text", "numbers", "Choose another feature set.")
     staged, by_video = Staged(), _by_video(segments)
     known, absent, bad, outside = set(reader.videos), 0, 0, 0
-    for video, own in told(by_video.items(), f"reading {file.name}", "videos", len(by_video)):
+    for video, own in with_progress(by_video.items(), f"reading {file.name}", "videos"):
         if video not in known:
             absent += 1
             for _ in own:

@@ -58,7 +58,7 @@ class ColumnNames:
     skipped: dict[str, int] = field(default_factory=dict)
 
     def features(self, frames: Frames) -> np.ndarray:
-        """The values of a file without the columns to skip, whose names may differ in case."""
+        """The values of a file without the columns to skip. Upper and lower case of names are the same."""
         skip = {name.lower() for name in self.skip}
         kept = [i for i, name in enumerate(frames.columns) if name.lower() not in skip]
         if not frames.columns or len(kept) == len(frames.columns):
@@ -94,8 +94,8 @@ class ColumnNames:
         notes += [f"{kind}: the column {name} is skipped ({n} files)" for name, n in self.skipped.items()]
         if kept := [name for name in self.first if name.lower() in BOOKKEEPING and name not in self.skipped]:
             notes.append(
-                f"{kind}: columns read as features: {listed(kept)}; name what is none in data.skip_columns, or remove "
-                "it from the files"
+                f"{kind}: columns read as features: {listed(kept)}; name those that are no features in "
+                "data.skip_columns, or remove them from the files"
             )
         if self.others:
             notes.append(

@@ -24,7 +24,7 @@ from engine.loaders.formats.frames import SHAPE, ColumnNames, read_frames
 from engine.loaders.formats.registry import RawDataset, RawSplit
 from engine.loaders.formats.source import DataFiles
 from engine.loaders.formats.tables import csv_header, label_of, read_table
-from engine.loaders.progress import told
+from engine.loaders.progress import with_progress
 from engine.loaders.ragged import LengthRule, absent, from_sequences
 from engine.loaders.spool import MAPPED, Staged, stable_content
 
@@ -116,7 +116,7 @@ def _rows(path: Path, modalities: list[str]) -> list[dict]:
 def _arrays(manifest: Path, rows: list[dict], kind: str, names: ColumnNames, doing: str) -> list[np.ndarray]:
     """The arrays of a modality, one per row. One file at a time is in memory."""
     staged = Staged()
-    for row in told(rows, doing, "files"):
+    for row in with_progress(rows, doing, "files"):
         staged.add(_array(manifest, row, kind, names))
     return staged.arrays()
 

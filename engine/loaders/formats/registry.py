@@ -217,7 +217,7 @@ def read(
 
 
 EVERYWHERE = ("modalities", "label_key", "align", "pool_audio", "pool_vision")
-"""Choices that need no note: every reader heeds them, or other places tell what they do."""
+"""Choices that need no note here: every reader heeds them, or other notes say what they did."""
 
 
 def without_effect(reader: Format, choice: Choice) -> list[str]:
