@@ -34,7 +34,14 @@ from engine.information.critics import (
 )
 from engine.information.estimate import SIGMAS, Estimate, value_flags
 from engine.information.folds import best_on_others
-from engine.information.gaussian import NORMALISED, canonical, closed_form, least_correlation, looks_gaussian
+from engine.information.gaussian import (
+    NORMALISED,
+    canonical,
+    closed_form,
+    least_correlation,
+    looks_gaussian,
+    lost_by_ranks,
+)
 from engine.information.inputs import (
     FEW_GROUPS,
     LEAST_PER_CATEGORY,
@@ -320,13 +327,15 @@ def _train_critics(
     saturated = unseen["infonce"] > math.log(rows) - SATURATION
     reading = "dv" if auto and saturated else settings.bound
     value, error = (unseen[reading] + seen[reading]) / 2, max(standard_error(shares, group), _spread(training, shares))
-    continuous = not (x.discrete.any() or y.discrete.any())
+    continuous, lost = not (x.discrete.any() or y.discrete.any()), 0.0
     if auto and group is None and continuous and GAUSSIAN in base.name and closed.exists:
         overfitted = seen[reading] - unseen[reading] > OVERFITTED * (1 + value)
-        if base.name == GAUSSIAN and not networks and _normalised(unseen):
-            reading, value = "ldr", closed.information
-        elif saturated and (overfitted or not networks) and looks_gaussian(*plain):
+        is_gaussian = base.name == GAUSSIAN and not networks and abs(_excess(unseen)) < NORMALISED
+        if not is_gaussian and saturated and (overfitted or not networks) and _excess(unseen) < NORMALISED:
+            is_gaussian = looks_gaussian(*plain)
+        if is_gaussian:
             reading, value, error = "ldr", closed.information, max(error, closed.error)
+            lost = lost_by_ranks(*plain)
     optimism = max(0.0, seen[reading] - unseen[reading])
     gain = max(0.0, unseen["infonce"] - trainer.held_out[0].mean().item())
     low = min(unseen[reading], value)
@@ -334,7 +343,7 @@ def _train_critics(
         low = min(max(low, unseen["infonce"]), value)
     detectable = DETECTABLE * math.sqrt(columns[0] * columns[1]) / (count if group is None else int(group.max()) + 1)
     # the same critic's InfoNCE is a bound, too, and the one that needs no normaliser
-    high = max(unseen[reading], unseen["infonce"], value, detectable) + optimism + UNLEARNT * gain
+    high = max(unseen[reading], unseen["infonce"], value, detectable) + optimism + UNLEARNT * gain + lost
     missed = auto and group is None and sum(columns) > MANY_COLUMNS * count and closed.shows_more_than(high)
     high = closed.high if missed and closed.exists else high
     unfinished = networks and trainer.checks[max(picks)].step == settings.steps
@@ -358,13 +367,13 @@ def _train_critics(
     )
 
 
-def _normalised(unseen: dict[str, float]) -> bool:
-    """Whether the mean of a Gaussian's ratio over pairs of different rows is 1, as DV measures it.
+def _excess(unseen: dict[str, float]) -> float:
+    """The log of the mean of a ratio over pairs of different rows, as DV measures it, as a share of what is read.
 
-    Beyond some nats DV cannot tell: the mean over few pairs reads far too low, and DV far too high. What looks
-    Gaussian, one pair of variates after another, is then taken as such.
+    0: normalised. Beyond some nats few pairs make the mean too low, but never too high. It is too high where a Gaussian
+    counts the same information several times: columns that do not correlate may still depend on each other.
     """
-    return abs(unseen["dv"] - unseen["ldr"]) < NORMALISED * (1 + unseen["ldr"])
+    return (unseen["ldr"] - unseen["dv"]) / max(1 + unseen["ldr"], 1e-9)
 
 
 def _views(side: Side) -> tuple[Tensor, Tensor, Tensor]:

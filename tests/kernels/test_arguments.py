@@ -483,6 +483,16 @@ def test_a_large_score_never_weighs_more_than_all():
             assert gradient.abs().max() <= 2 * other.abs().max()
 
 
+def test_scores_above_their_log_sum_exp_count_as_equal_to_it():
+    """Of scores 1 with shifts 40 below them: rows and columns weigh 2 and 3, and the diagonal nothing."""
+    from engine.kernels.mi_bounds.cpu import gradients
+
+    ones, diagonal = torch.ones(1, 2, 1, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    shift, scale = diagonal - 39, torch.ones((), dtype=torch.float64)
+    both = gradients(ones, ones, scale, None, False, diagonal + 2, shift, diagonal + 3, shift, diagonal)
+    assert [gradient.flatten().tolist() for gradient in both] == [[-5, -5], [-5, -5]]
+
+
 def test_make_fx_records_losses_that_look_at_values():
     from torch.fx.experimental.proxy_tensor import make_fx
 

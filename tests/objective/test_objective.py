@@ -460,6 +460,10 @@ class TestWeights:
         with pytest.warns(UserWarning, match=r"keep is 0.7, changed from 0.1. .* built with 0.5, which is kept"):
             other.load_state_dict(objective.state_dict())
         assert other.expressions[0].weight == 0.5
+        renamed = Objective([e.named(f"my {e.name}") for e in built().expressions], dims={"Z": 4, "Y": 2, "S": 1})
+        with pytest.warns(UserWarning, match=r"weight of keep is 0.7, .* no expression of that name"):
+            renamed.load_state_dict(objective.state_dict())
+        assert [e.weight for e in renamed.expressions] == [0.1, -0.2]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             built(weight=0.7).load_state_dict(objective.state_dict())  # built anew with the weight that it had
