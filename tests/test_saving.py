@@ -149,7 +149,8 @@ def test_the_phases_of_a_run_add_up_to_its_time(settings, tmp_path):
     timings = metrics["timings"]
     assert {"data", "model", "training", "evaluation", "readings", "saving", "other"} <= timings.keys()
     epochs = history(tmp_path / "run")
-    assert timings["training"] == pytest.approx(sum(r["seconds"] for r in epochs), rel=0.2)
+    whole = sum(r["seconds"] for r in epochs)
+    assert whole / 2 < timings["training"] <= whole
     inside = timings["training"] + timings["evaluation"] + timings["readings"]
     assert inside <= 1.02 * sum(r["wall_seconds"] for r in epochs)
     assert metrics["wall_s"] <= sum(timings.values()) <= metrics["wall_s"] + 30
