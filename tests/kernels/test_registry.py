@@ -205,8 +205,8 @@ def test_a_plain_folder_without_a_formula_of_its_own_runs_what_works_anywhere(mo
 
 
 def test_unknown_plain_folder():
-    with pytest.raises(ConfigError, match=r"'updat'; expected one of cmi, .*, update"):
-        use_backend("auto", plain=["updat"])
+    with pytest.raises(ConfigError, match=r"'updater'; expected one of cmi, .*, update"):
+        use_backend("auto", plain=["updater"])
     code = "from engine.kernels import registry\ntry: registry.is_plain('x')\nexcept Exception as e: print(e)"
     done = run(code, ENGINE_PLAIN="a")
     assert done.stdout.startswith("ENGINE_PLAIN: found 'a'; expected one of")
