@@ -94,7 +94,15 @@ def test_a_run_that_fails_with_postponed_epochs_goes_on_from_what_is_written(set
     assert not differing(content(tmp_path / "run"), content(tmp_path / "whole"))
 
 
-def test_a_signal_while_an_epoch_is_evaluated_saves_that_epoch(settings, tmp_path, monkeypatch):
+@pytest.fixture
+def interrupts():
+    """SIGINT raises KeyboardInterrupt, as in a terminal. A shell's background processes ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_while_an_epoch_is_evaluated_saves_that_epoch(settings, tmp_path, monkeypatch, interrupts):
     trainer.train(settings, tmp_path / "whole")
     with monkeypatch.context() as patch:
         disk, evaluation = SlowDisk(patch, slow=1, until=3), TrainingRun._step_schedules
