@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
@@ -14,6 +15,25 @@ from engine.step.position import Position
 
 if TYPE_CHECKING:
     from engine.step import StageOneFeatures, TwoStageStep
+
+
+@contextlib.contextmanager
+def one_at_a_time(step: TwoStageStep) -> Iterator[None]:
+    """A context for an epoch of the step.
+
+    Raises:
+        ConfigError: the step is within an epoch.
+    """
+    if step.in_epoch:
+        raise ConfigError(
+            "TwoStageStep.train_epoch", "a call from within an epoch of the same step", "one epoch after another",
+            "Call it after train_epoch has returned, not in on_batch or in a loader.",
+        )  # fmt: skip
+    step.in_epoch = True
+    try:
+        yield
+    finally:
+        step.in_epoch = False
 
 
 def run_epoch(
@@ -28,33 +48,10 @@ def run_epoch(
     position: Position,
 ) -> tuple[EpochResult, FeatureBank]:
     """See `TwoStageStep.train_epoch`."""
-    if step.in_epoch:
-        raise ConfigError(
-            "TwoStageStep.train_epoch", "a call from within an epoch of the same step", "one epoch after another",
-            "Call it after train_epoch has returned, not in on_batch or in a loader.",
-        )  # fmt: skip
     if position.finished:
         raise ConfigError(
             "position", "that of an epoch that is finished", "a new one for every epoch", "Pass Position()."
         )
-    step.in_epoch = True
-    try:
-        return _run(step, loader, size, bank, batch_size, stage1_n, stage1_features, on_batch, position)
-    finally:
-        step.in_epoch = False
-
-
-def _run(
-    step: TwoStageStep,
-    loader: Iterable,
-    size: int,
-    bank: FeatureBank | None,
-    batch_size: int,
-    stage1_n: int,
-    stage1_features: StageOneFeatures,
-    on_batch: OnBatch,
-    position: Position,
-) -> tuple[EpochResult, FeatureBank]:
     passes = step.static or step.eager
     bank, fresh = bank if step.objective is not None else None, stage1_features == "fresh"
     stage1_n = stage1_n if bank is not None else 0

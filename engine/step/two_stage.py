@@ -24,7 +24,7 @@ from engine.step.bank import FeatureBank
 from engine.step.batches import KeywordInputs, ReadBatch, Target, check_index, mapped, read_batch, rows_of
 from engine.step.checks import check_bank, check_epoch, check_task_loss, task_of, unwrapped
 from engine.step.compiled import compile_regions
-from engine.step.epoch import run_epoch
+from engine.step.epoch import one_at_a_time, run_epoch
 from engine.step.finite import NonFinite
 from engine.step.graph_state import DeviceNumbers
 from engine.step.outputs import (
@@ -433,9 +433,10 @@ class TwoStageStep(Updates):
                 "Give a list, a DataLoader or another object with __len__, or use graphs off.",
             )  # fmt: skip
         check_bank(bank, size, self._readers)
-        return run_epoch(
-            self, loader, size, bank, batch_size, stage1_n, stage1_features, on_batch, position or Position()
-        )
+        with one_at_a_time(self):
+            return run_epoch(
+                self, loader, size, bank, batch_size, stage1_n, stage1_features, on_batch, position or Position()
+            )
 
     def _check_finite(self, result: EpochResult) -> None:
         """Raise an error for a task loss or an estimate that is not finite.

@@ -109,7 +109,7 @@ def test_a_rare_class_that_is_recognised_shows_in_the_balanced_score():
 
 
 def test_tables_of_pandas_and_numbers_that_are_no_classes():
-    pandas = pytest.importorskip("pandas")
+    pandas = pytest.importorskip("pandas", reason="needs pandas, which the engine only reads")
     z = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
     s = (z[:, 0] > 0).long()
     assert probe(pandas.DataFrame(z.numpy()), pandas.Series(s.numpy()), discrete=True) == probe(z, s, discrete=True)
