@@ -8,7 +8,6 @@ negatives give the gradients of the whole batch.
     python examples/clip_style.py
 """
 
-import socket
 import time
 
 import torch
@@ -83,7 +82,7 @@ def train_share(rank: int, ranks: int, steps: int, loss_of) -> Outcome:
 def run_rank(rank: int, steps: int, port: int, results) -> None:
     """One process of the engine's version."""
     torch.set_num_threads(1)
-    store = distributed.TCPStore("127.0.0.1", port, RANKS, is_master=rank == 0)
+    store = distributed.TCPStore("127.0.0.1", port)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     try:
         train_share(rank, RANKS, 2, gathered)  # loads libraries
@@ -106,12 +105,11 @@ def train(side: str, steps: int = STEPS) -> Outcome:
     """
     if side == "plain":
         return train_share(0, 1, steps, plain)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # on a port that is free; the processes meet there
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    torch.multiprocessing.spawn(run_rank, (steps, port, results), nprocs=RANKS)
+    torch.multiprocessing.spawn(run_rank, (steps, store.port, results), nprocs=RANKS)
     return Outcome(*results.get())
 
 

@@ -38,6 +38,14 @@ def pytest_configure(config: pytest.Config) -> None:
     # test modules look at it when they are imported, in every worker
     if config.getoption("--device"):
         os.environ["ENGINE_TEST_DEVICE"] = config.getoption("--device")
+    with contextlib.suppress(ImportError):  # a GPU's machine may lack it
+        import hypothesis
+
+        # on top of what it chooses on CI: a slow machine is no fault of the code
+        slow = [hypothesis.HealthCheck.too_slow]
+        chosen = hypothesis.settings()
+        hypothesis.settings.register_profile("slow machines", chosen, deadline=None, suppress_health_check=slow)
+        hypothesis.settings.load_profile("slow machines")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -18,6 +18,7 @@ from engine.mimrl.task import MIMRL_TASK
 from engine.step import TwoStageStep
 from tests.loaders import writers
 from tests.small_runs import SIZES, changed, history
+from tests.warned import user_warnings
 
 
 def labelled(**splits):
@@ -35,8 +36,8 @@ def scale(labels, **settings):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = checks.label_scale(Config(data=settings), labelled(train=labels[:2], test=labels[2:]))
-    assert all(w.category is DataWarning for w in caught)
-    return found, [str(w.message) for w in caught]
+    assert all(w.category is DataWarning for w in caught if issubclass(w.category, UserWarning))
+    return found, user_warnings(caught)
 
 
 class TestLabelScale:

@@ -161,7 +161,7 @@ def test_the_phases_of_a_run_add_up_to_its_time(settings, tmp_path):
     assert whole / 2 < timings["training"] <= whole
     inside = timings["training"] + timings["evaluation"] + timings["readings"]
     assert inside <= 1.02 * sum(r["wall_seconds"] for r in epochs)
-    assert metrics["wall_s"] <= sum(timings.values()) <= metrics["wall_s"] + 30
+    assert metrics["wall_s"] <= sum(timings.values()) <= metrics["wall_s"] + 300
 
 
 def test_time_within_a_phase_counts_once(monkeypatch):

@@ -23,6 +23,7 @@ from engine.training.run import TrainingRun
 from tests.kills.content import content, curves, differing
 from tests.small_runs import changed, history
 from tests.test_run_folder import Stop, flip
+from tests.warned import user_warnings
 
 # -- saving beside the next epoch --
 
@@ -313,15 +314,23 @@ def test_a_stream_that_breaks_is_let_go():
         for word in ("a", "b", "c", "d"):
             out.write(word)
             out.flush()
-    assert stream.getvalue() == "ab" and len(told) == 1
+    assert stream.getvalue() == "ab" and len(user_warnings(told)) == 1
 
 
-LIMITED = """
+WAITING = """
 import os, sys
 os.environ["HF_HUB_OFFLINE"] = "1"
 from engine.cli import main
+from engine.training.run import TrainingRun
+train_epoch = TrainingRun._train_epoch
+def after_its_reader(run, epoch, *more):
+    if epoch:
+        sys.stdin.read()
+    return train_epoch(run, epoch, *more)
+TrainingRun._train_epoch = after_its_reader
 sys.exit(main(sys.argv[1:]))
 """
+"""Goes on after its first epoch once its standard input is closed."""
 
 
 @pytest.fixture
@@ -332,13 +341,13 @@ def words(config, tmp_path) -> list[str]:
 
 def test_training_outlives_head(words, tmp_path):
     """`engine train | head -1` and `engine train >&- 2>&-`."""
-    command = [sys.executable, "-c", LIMITED, *words]
+    command = [sys.executable, "-c", WAITING, *words]
     read, write = os.pipe()
-    child = subprocess.Popen(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     os.read(read, 1)
     os.close(read)
-    error = child.communicate()[1]
+    error = child.communicate()[1]  # which closes its input
     assert child.returncode == 0, error
     assert "standard output: Broken pipe" in error and "Traceback" not in error
     assert len(history(tmp_path / "run")) == 2 and (tmp_path / "run/metrics.json").exists()

@@ -369,17 +369,17 @@ def test_another_thread_has_no_handlers(config, tmp_path, usual_signals):
 
 def test_a_signal_to_the_command_line(config, tmp_path):
     """`kill PID` while `engine train` runs, and `--resume`; tests/kills sends SIGINT and others."""
-    changed(config, epochs=50, train={"checkpoint_steps": 1}).save(tmp_path / "mine.yaml")
+    changed(config, epochs=5000, train={"checkpoint_steps": 1}).save(tmp_path / "mine.yaml")
     out = tmp_path / "run"
     command = [sys.executable, "-m", "engine", "train", "--config", str(tmp_path / "mine.yaml"), "--out", str(out)]
     child = subprocess.Popen(
         [*AS_IN_A_TERMINAL, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (out / "previous.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     child.send_signal(signal.SIGTERM)
-    error = child.communicate(timeout=120)[1]
+    error = child.communicate(timeout=300)[1]
     assert child.returncode == 128 + signal.SIGTERM, error
     (line,) = [line for line in error.splitlines() if line.startswith("interrupted")]
     assert re.fullmatch(

@@ -24,6 +24,9 @@ from engine.torchrun import VARIABLES, torchrun_shard
 
 __all__ = ["main"]
 
+SAYING_S = 1.0
+"""Seconds that a rank leaves another one to say what happened to both: torchrun ends all ranks when one has ended."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a problem that the user can solve, 130 when interrupted.
@@ -70,12 +73,14 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
         if of_another and os.environ.get("RANK", "0") != "0":
             return 2  # that rank and rank 0 have said it
         if _said_by_another(cause):
+            time.sleep(SAYING_S)
             return 2
         say(f"error: {as_engine_error(cause)}", file=sys.stderr)
         return 2
     except Exception as cause:
         if arguments.debug or not _said_by_another(cause):
             raise
+        time.sleep(SAYING_S)
         return 1
     finally:
         warnings.formatwarning = formatwarning

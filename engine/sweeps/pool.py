@@ -64,6 +64,7 @@ class _Worker:
         self.stdout: IO[bytes] = self.process.stdout
         self.task = task
         self.job: Job | None = None
+        self.asks = False  # whether it waits for an answer
 
     def tell(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended, which its output tells
@@ -83,7 +84,12 @@ class _Worker:
             message = json.loads(line)
         except ValueError:
             return Event(job, "failed", {"error": f"its process ended{_how(self.process.wait())} (see {job.log})"})
+        self.asks = message["kind"] == "epoch"
         return Event(job, message.pop("kind"), message)
+
+    def answer(self, go_on: bool) -> None:
+        self.asks = False
+        self.tell({"go_on": go_on})
 
     def close(self, patience: float) -> None:
         """End it. A run that was asked to end has `patience` seconds to write what it must."""
@@ -126,6 +132,8 @@ class Pool:
         for worker in workers:
             if worker.job is not None:
                 worker.process.terminate()
+                if worker.asks:  # it ends at its next batch
+                    worker.answer(True)
         deadline = time.monotonic() + PATIENCE_S
         for worker in workers:
             worker.close(max(0.0, deadline - time.monotonic()))
@@ -168,7 +176,7 @@ class Pool:
     def answer(self, job: Job, go_on: bool) -> None:
         """Answer an epoch's event: whether the run goes on. One that does not ends with the event "done"."""
         worker = next(w for w in self.places if w is not None and w.job is job)
-        worker.tell({"go_on": go_on})
+        worker.answer(go_on)
 
     def _discard(self, place: int) -> None:
         worker = self.places[place]

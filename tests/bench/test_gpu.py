@@ -143,14 +143,14 @@ json.dump(content, open(path, "w"))
 
 def test_a_group_that_hangs_ends_in_time_and_says_where(tmp_path, monkeypatch):
     code = WRITE + "from pathlib import Path; from bench import gpu\n"
-    code += "with gpu._last_words(Path(path).with_suffix('.hung.txt'), 4.0):\n"
-    code += "    os.fork() or time.sleep(60)\n    time.sleep(60)\n"
+    code += "with gpu._last_words(Path(path).with_suffix('.hung.txt'), 0.0):\n"
+    code += "    os.fork() or time.sleep(1000)\n    time.sleep(1000)\n"
     process(monkeypatch, code)
     summary = {"left_out": [], "failed": [], "plain": []}
     start = time.monotonic()
-    content = gpu._measured(arguments(tmp_path), "ceilings", 5.0, summary)
-    assert time.monotonic() - start < 12
-    assert content["fault"] == "did not end within 5 s" and 'File "<string>"' in content["traceback"]
+    content = gpu._measured(arguments(tmp_path), "ceilings", 8.0, summary)
+    assert time.monotonic() - start < 200
+    assert content["fault"] == "did not end within 8 s" and 'File "<string>"' in content["traceback"]
     assert json.loads((tmp_path / "ceilings.json").read_text(encoding="utf-8")) == content
     assert summary["left_out"] == ["ceilings (in part)"] and not list(tmp_path.glob("*.hung.txt"))
 
@@ -158,7 +158,7 @@ def test_a_group_that_hangs_ends_in_time_and_says_where(tmp_path, monkeypatch):
 def test_a_group_that_crashes_says_by_what(tmp_path, monkeypatch):
     process(monkeypatch, WRITE + "os.abort()")
     summary = {"left_out": [], "failed": [], "plain": []}
-    content = gpu._measured(arguments(tmp_path), "ceilings", 20.0, summary)
+    content = gpu._measured(arguments(tmp_path), "ceilings", 300.0, summary)
     assert content["fault"] == "ended by SIGABRT" and content["entries"][0]["ms"] == 1.0
     assert summary["failed"] == ["ceilings"]
 
@@ -190,14 +190,14 @@ def test_a_broken_page_costs_no_results(tmp_path, monkeypatch, capsys):
 
 
 def test_all_of_it_ends_in_time(tmp_path, monkeypatch):
-    process(monkeypatch, WRITE + "time.sleep(60)")
+    process(monkeypatch, WRITE + "time.sleep(1000)")
     monkeypatch.setattr(gpu, "absent", list)
     monkeypatch.setattr(gpu, "SPARE", 1.0)
     for name in gpu_rows.GROUPS:
-        monkeypatch.setitem(gpu_rows.GROUPS, name, gpu_rows.Group(gpu_rows.ceilings, 3.0, 1.0))
+        monkeypatch.setitem(gpu_rows.GROUPS, name, gpu_rows.Group(gpu_rows.ceilings, 6.0, 1.0))
     start = time.monotonic()
-    gpu.measure(arguments(tmp_path, minutes=0.15), list(gpu.ORDER))
-    assert time.monotonic() - start < 11
+    gpu.measure(arguments(tmp_path, minutes=0.2), list(gpu.ORDER))
+    assert time.monotonic() - start < 6.0 * (len(gpu.ORDER) - 1)
     left_out = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["left_out"]
     assert len(left_out) == len(gpu.ORDER) and left_out[0] == "step_fast (in part)" and left_out[-1] == "eager_epoch"
 

@@ -48,6 +48,8 @@ def run_part(
 ) -> dict[str, Any]:
     """Run tests in a process of its own, which is ended after `silent` seconds within one test.
 
+    It may take SILENT seconds to begin the first one.
+
     Returns:
         {"passed": number, "failed": {test: why}, "ended": why it ended early, or None}.
     """
@@ -60,7 +62,8 @@ def run_part(
         process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
         end, ended, hangs = time.monotonic() + seconds, None, False
         while (code := process.poll()) is None:
-            hangs = time.time() - os.fstat(output.fileno()).st_mtime > silent
+            written = os.fstat(output.fileno())  # nothing before the first test
+            hangs = time.time() - written.st_mtime > (silent if written.st_size else max(silent, SILENT))
             if hangs or time.monotonic() > end:
                 ended = f"hangs: {silent:.0f} s in one test" if hangs else f"did not end within {seconds:.0f} s"
                 process.kill()

@@ -208,6 +208,10 @@ def warm() -> Iterator[None]:
     """What the forked processes share is made first."""
     import torch
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    run()
-    yield
+    try:
+        run()
+        yield
+    finally:
+        torch.set_num_threads(threads)

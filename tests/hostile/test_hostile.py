@@ -73,7 +73,7 @@ def answered(words: list[str], folder: Path) -> tuple[int, str]:
                 break
         else:
             os.write(terminal, b"y\n")
-        if time.monotonic() - start > 120:
+        if time.monotonic() - start > 600:
             os.kill(child, signal.SIGKILL)
             break
     _, status = os.waitpid(child, 0)

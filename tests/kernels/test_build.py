@@ -163,7 +163,7 @@ def test_processes_that_start_at_once_compile_once(source, tmp_path):
         subprocess.Popen([sys.executable, "-c", code, source], env=there, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    paths = {process.communicate(timeout=120)[0].strip() for process in started}
+    paths = {process.communicate(timeout=600)[0].strip() for process in started}
     assert len(paths) == 1 and doubles(Path(paths.pop()))
     calls = (tmp_path / "calls").read_text()
     assert calls.count("-shared") == 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,15 +41,26 @@ class Child:
         self.log = log
         sys.stdout.flush()
         log.touch()
+        self._listening, tell = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            self._run(words, before)
+            self._run(words, before, tell)
+        os.close(tell)
         os.setpgid(self.pid, self.pid)
 
-    def _run(self, words: Sequence[str], before: Callable[[], None]) -> None:
-        from engine.cli import main
+    def _run(self, words: Sequence[str], before: Callable[[], None], tell: int) -> None:
+        from engine import cli
 
-        code = 1
+        stop_signals, code = cli.stop_signals, 1
+
+        @contextlib.contextmanager
+        def told() -> Iterator[None]:
+            with stop_signals():
+                os.close(tell)
+                yield
+            # the work is done, and what is left of the process is a moment
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
+
         try:
             os.setpgid(0, 0)
             file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -59,7 +71,8 @@ class Child:
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             before()
-            code = main(list(words))
+            cli.stop_signals = told
+            code = cli.main(list(words))
         except BaseException:
             traceback.print_exc()
         finally:
@@ -68,6 +81,10 @@ class Child:
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
 
+    def wait_until_it_works(self) -> None:
+        """Wait until it handles signals, or has ended."""
+        os.read(self._listening, 1)
+
     def wait(self) -> Ended:
         deadline = time.monotonic() + PATIENCE
         while not (found := os.wait4(self.pid, os.WNOHANG))[0]:
@@ -75,6 +92,7 @@ class Child:
                 self.kill()
                 raise TimeoutError(f"{self.log}: still running after {PATIENCE} s")
             time.sleep(0.002)
+        os.close(self._listening)
         used = found[2].ru_utime + found[2].ru_stime
         return Ended(os.waitstatus_to_exitcode(found[1]), self.log.read_text(encoding="utf-8"), used)
 
@@ -86,7 +104,7 @@ class Child:
                 return
             time.sleep(0.001)
 
-    def left_alone(self, patience: float = 20.0) -> bool:
+    def left_alone(self, patience: float = 120.0) -> bool:
         """Whether all processes that it started end, too."""
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:

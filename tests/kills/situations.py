@@ -261,7 +261,8 @@ def signalled(place: Place, runs: int, kind: str) -> Iterator[Count]:
         out, seconds, steps = place.new(), place.whole(kind)[1], place.steps()
         number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)[count.tried % 4]
         child = place.child(place.words(out, *WORDS[kind]), steps)
-        child.compute(0.05 + place.random.uniform(0, seconds))
+        child.wait_until_it_works()
+        child.compute(place.random.uniform(0, seconds))
         child.kill(number)
         ended = child.wait()
         if ended.code == 0:
@@ -287,19 +288,14 @@ def pairs(place: Place, each: int) -> Iterator[Count]:
     for resume in (False, True):
         count = Count(f"pairs of {'resumes' if resume else 'runs'} into one folder at once")
         for _ in range(each):
-            out, (read, write) = place.new(), os.pipe()
+            out, begin, other = place.new(), os.pipe(), os.pipe()
             if resume:
                 assert place.engine(place.words(out, "epochs=1")).code == 0
-
-            def wait(read: int = read, write: int = write) -> None:
-                os.close(write)
-                os.read(read, 1)  # until the other end is closed
-
             words = place.words(out, *resume * ["epochs=3"], resume=resume)
-            both = [place.child(words, wait) for _ in range(2)]
-            os.close(read)
+            both = [place.child(words, lambda pipes=(begin, other): _side_by_side(*pipes)) for _ in range(2)]
             time.sleep(0.1)
-            os.close(write)
+            for end in (*begin, *other):
+                os.close(end)
             ended = sorted((child.wait() for child in both), key=lambda e: e.code)
             refused = ended[1].one_line
             said = "another process is writing" in refused or (not resume and "another run" in refused)
@@ -310,6 +306,23 @@ def pairs(place: Place, each: int) -> Iterator[Count]:
             else:
                 count.add(None, "one won")
         yield count
+
+
+def _side_by_side(begin: tuple[int, int], other: tuple[int, int]) -> None:
+    """In a child: wait until `begin` is closed, and train only when all others that hold `other` have ended."""
+    from engine.training.run import TrainingRun
+
+    train_epoch = TrainingRun._train_epoch
+
+    def alone(*arguments):
+        TrainingRun._train_epoch = train_epoch
+        os.close(other[1])
+        os.read(other[0], 1)
+        return train_epoch(*arguments)
+
+    TrainingRun._train_epoch = alone
+    os.close(begin[1])
+    os.read(begin[0], 1)
 
 
 def others(place: Place, kinds: int) -> Iterator[Count]:

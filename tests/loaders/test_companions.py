@@ -18,6 +18,7 @@ from engine.loaders.inspect import inspect_path
 from engine.loaders.store import open_store
 from tests.loaders import writers
 from tests.loaders.test_text import small_tokenizer
+from tests.warned import user_warnings
 
 CONFIG = DataConfig()
 
@@ -44,7 +45,7 @@ def told(path, tokenizer, *parts):
     """Open a data set: exactly one warning of what was skipped, with `parts`; inspect and the store say the same."""
     with pytest.warns(DataWarning) as caught:
         opened = open_dataset(path, CONFIG, tokenizer)
-    (line,) = [str(w.message) for w in caught]
+    (line,) = user_warnings(caught)
     for part in parts:
         assert part in line, (part, line)
     of_files = [note for note in inspect_path(path).notes if not note.startswith("sets of labels")]
@@ -122,10 +123,7 @@ def test_extra_columns_and_splits_of_a_manifest(tmp_path, data, tokenizer):
     (folder / "manifest.csv").write_text("\n".join([lines[0] + ",speaker", *rows]))
     with pytest.warns(DataWarning) as caught:
         opened = open_dataset(folder, CONFIG, tokenizer)
-    told = [
-        str(w.message) for w in caught if issubclass(w.category, DataWarning)
-    ]  # others are of files left open before
-    assert [message.partition(": ")[2] for message in told] == [
+    assert [text.partition(": ")[2] for text in user_warnings(caught)] == [
         "splits that are not read: unlabelled",
         "columns that are not read: speaker",
     ]

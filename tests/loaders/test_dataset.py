@@ -11,6 +11,7 @@ from engine.errors import DataError
 from engine.loaders import DataWarning, Normalizer, open_dataset
 from tests.loaders import writers
 from tests.loaders.test_text import small_tokenizer
+from tests.warned import user_warnings
 
 PLAIN = DataConfig(normalize_audio="none", normalize_vision="none", time_len=6)
 
@@ -187,7 +188,7 @@ def test_missing_and_non_finite_are_reported_once(tmp_path, data, tokenizer):
     for _ in range(2):  # the second time from the store
         with pytest.warns(DataWarning) as caught:
             opened = open_dataset(path, DataConfig(), tokenizer)
-        assert [str(w.message).partition(": ")[2] for w in caught if w.category is DataWarning] == [
+        assert [text.partition(": ")[2] for text in user_warnings(caught)] == [
             "1 NaN or infinite audio values replaced by 0 (valid 1)",
             "2 samples without vision, kept as one zero frame (train 1, test 1)",
             "1 samples without text, kept as an empty text (valid 1)",
@@ -217,7 +218,7 @@ def test_cells_that_are_no_text(tmp_path, data, tokenizer, kind):
     path = writers.dump(content, tmp_path / "x.pkl")
     with pytest.warns(DataWarning) as caught:
         opened = open_dataset(path, DataConfig(), tokenizer)
-    said = [str(w.message).partition(": ")[2] for w in caught]
+    said = [text.partition(": ")[2] for text in user_warnings(caught)]
     assert opened.splits["test"].text == ["fine", "", "nan", "5"]
     assert opened.splits["test"].ids == ["1", "2", "c", "d"]
     assert "1 samples without text, kept as an empty text (test 1)" in said

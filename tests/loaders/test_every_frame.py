@@ -16,6 +16,7 @@ from engine.loaders.store import open_store
 from tests.loaders import writers
 from tests.loaders.test_text import small_tokenizer
 from tests.loaders.writers import SPLITS
+from tests.warned import user_warnings
 
 RULES = ("recorded", "all_zero", "sum_zero")
 
@@ -58,7 +59,7 @@ def test_an_mmsa_file_that_is_padded_at_the_start(tmp_path, data, tokenizer, rul
     assert_read(read(path, rule)[1], data)
     with pytest.warns(DataWarning) as caught:
         opened = open_dataset(path, DataConfig(length_rule=rule), tokenizer)
-    assert [str(w.message).partition(": ")[2] for w in caught] == [
+    assert [text.partition(": ")[2] for text in user_warnings(caught)] == [
         f"{name}: padding found at the start of sequences (train, valid, test), where mmsa files have it at the end; "
         "removed at the start"
         for name in ("audio", "vision")
@@ -137,7 +138,7 @@ def test_rows_that_share_arrays(tmp_path, tokenizer, kind):
     path = writers.dump(content, tmp_path / "x.pkl")
     with pytest.warns(DataWarning) as caught:
         opened = open_dataset(path, DataConfig(), tokenizer)
-    lines = [str(w.message).partition(": ")[2] for w in caught]
+    lines = [text.partition(": ")[2] for text in user_warnings(caught)]
     train = opened.splits["train"]._data
     assert np.array_equal(train.audio[0], own["train"][0])
     if kind.startswith("a video"):

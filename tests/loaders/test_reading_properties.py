@@ -91,12 +91,14 @@ def test_padding_is_undone(sequences, side):
 
 
 @given(SEQUENCES, st.integers(1, 7))
+@settings(deadline=None)
 def test_cutting_keeps_the_first_rows(sequences, most):
     cut = Ragged.join(sequences, np.float32, 2).cut(most)
     assert all(np.array_equal(cut[i], s[:most]) for i, s in enumerate(sequences))
 
 
 @given(st.lists(st.lists(st.text("ab", min_size=1, max_size=2), max_size=4), max_size=5), st.integers(0, 99))
+@settings(deadline=None)
 def test_a_drawn_text_has_one_word_of_each_sentence(lines, epoch):
     (drawn,) = draw_words(["\n".join(map(" ".join, lines))], 0, epoch)
     spoken = [line for line in lines if line]

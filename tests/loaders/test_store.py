@@ -381,7 +381,7 @@ def drive(*arguments, timeout=500):
 
 def check_kills(tmp_path, count):
     found = drive("kill", tmp_path, count)
-    assert found["killed"] >= 0.6 * count
+    assert found["killed"] == count
     assert found["corrupt"] == []
     assert found["left"] == []
 

@@ -27,6 +27,7 @@ from tests.small_runs import history, timeless
 from tests.step.test_static import assert_equal
 from tests.step.test_step import TwoFeatures, batches
 from tests.test_mmim import small
+from tests.warned import user_warnings
 
 SMALL = ObjectiveConfig(hidden=16, embed=8)
 DIMS = {"X": 4, "Y": 4, "C": 1}
@@ -198,7 +199,7 @@ def advice_of(make) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make()
-    return [str(w.message) for w in caught]
+    return user_warnings(caught)
 
 
 def test_a_minimised_lower_bound_is_told_of_once():

@@ -29,6 +29,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+STARTING_S = 300.0
+"""What several processes may take to start, which import torch at once beside other tests."""
+
 
 class Ranks:
     """A pool of `size` processes in one gloo group, which is their default process group."""
@@ -45,7 +48,7 @@ class Ranks:
         Args:
             function: at the top level of a module that the processes can import.
             arguments: picklable.
-            seconds: the time limit of all together.
+            seconds: the time limit of all together. It begins when every process has imported the function.
 
         Raises:
             AssertionError: a process failed, ended or took too long.
@@ -54,6 +57,12 @@ class Ranks:
             self._start()
         for pipe in self._pipes:
             pipe.send((function, arguments))
+        self._answers(STARTING_S)
+        answers = self._answers(seconds)
+        return [torch.load(io.BytesIO(content), weights_only=True) for _, content in answers]
+
+    def _answers(self, seconds: float) -> list[tuple[str, Any]]:
+        """The next message of every process."""
         deadline = time.monotonic() + seconds
         answers: list[tuple[str, Any] | None] = [None] * self.size
         while None in answers:
@@ -66,7 +75,7 @@ class Ranks:
                 self.close()
                 late = f"ranks {sorted(waiting.values())} took more than {seconds} s"
                 raise AssertionError("\n".join(f"rank {rank}:\n{text}" for rank, text in failed) or late)
-        return [torch.load(io.BytesIO(answer[1]), weights_only=True) for answer in answers if answer]
+        return [answer for answer in answers if answer]
 
     @staticmethod
     def _answer(pipe: Any) -> tuple[str, Any]:
@@ -105,13 +114,14 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
     """The life of one process: run functions until the pipe closes."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     torch.set_num_threads(1)
-    limit = timedelta(seconds=60)
+    limit = timedelta(seconds=STARTING_S)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit)
     while True:
         try:
             function, arguments = pipe.recv()
         except EOFError:
             return
+        pipe.send(("begins", None))
         try:
             buffer = io.BytesIO()
             torch.save(function(rank, size, *arguments), buffer)

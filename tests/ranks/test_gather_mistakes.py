@@ -14,7 +14,8 @@ from engine.kernels.ranks.group import find_ranks
 from engine.model.estimators import MIEstimator
 from engine.objective import CMI, MI, Objective
 
-SECONDS = 10.0
+SECONDS = 100.0
+"""Of the clock, and far less than what an exchange waits for a rank that does not come."""
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -83,7 +84,7 @@ def mistake_of_one(rank, size, failing):
 
 @pytest.mark.parametrize(("size", "failing"), [(2, 0), (4, 2)])
 def test_a_mistake_of_one_rank_is_told_to_the_others(ranks, size, failing):
-    results = ranks(size).run(mistake_of_one, failing, seconds=60)
+    results = ranks(size).run(mistake_of_one, failing, seconds=280)
     for name, text in results[failing].items():
         kind, _, message = text.partition(" ")
         assert kind != "OtherRankFailed" and kind != "nothing", (name, text)
@@ -105,7 +106,7 @@ def several_mistakes(rank, size):
 
 
 def test_mistakes_of_several_ranks(ranks):
-    texts = ranks(4).run(several_mistakes, seconds=60)
+    texts = ranks(4).run(several_mistakes)
     other = "OtherRankFailed rank 1 (and ranks [3]): ValueError: the one of rank 1"
     assert texts == [other, "ValueError the one\nof rank 1", other, "ValueError the one\nof rank 3"]
 
@@ -123,7 +124,7 @@ def different_operations(rank, size):
 
 
 def test_ranks_in_different_operations(ranks):
-    for texts in ranks(2).run(different_operations, seconds=60):
+    for texts in ranks(2).run(different_operations):
         assert len(texts) == 2 and all("ranks [1] in another operation than rank 0" in text for text in texts)
 
 
@@ -145,7 +146,7 @@ def gradients_on_one_rank(rank, size, bound):
 @pytest.mark.parametrize("bound", ["club", "dv"])
 def test_features_with_gradients_on_one_rank_alone(ranks, bound):
     """Without an error its backward pass would wait for the others."""
-    for text in ranks(2).run(gradients_on_one_rank, bound, seconds=30):
+    for text in ranks(2).run(gradients_on_one_rank, bound):
         assert "gradients of" in text and "on ranks [1, 0]" in text
 
 
@@ -159,7 +160,7 @@ def many_numbers(rank, size):
 
 
 def test_more_numbers_than_one_exchange_holds(ranks):
-    for first, last, text in ranks(2).run(many_numbers, seconds=60):
+    for first, last, text in ranks(2).run(many_numbers):
         assert (first, last) == ([0, 1], [150, 151]) and "n100 on ranks [0, 1]" in text
 
 

@@ -1,10 +1,12 @@
 """Runs on several ranks: the files of one process, one writer, errors of any rank, restarts, the command line."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,8 @@ QUICK = [
     "output.progress=false", "output.report=false", "output.tensorboard=false", "threads=1", "device=cpu",
 ]  # fmt: skip
 TIMES = {"seconds", "waiting_seconds", "wall_seconds"}
+PATIENCE_S = 600
+"""For processes that end by themselves; one that waits for its group would wait for `train.timeout`, 1800 s."""
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +178,13 @@ sys.exit(main(arguments))
 """
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+@contextlib.contextmanager
+def free_port() -> Iterator[int]:
+    """A port that stays bound within the context, so that nobody else is given it. A server can listen on it."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 def environment(**more) -> dict[str, str]:
@@ -186,15 +193,30 @@ def environment(**more) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "PYTHONWARNINGS": "default"} | more
 
 
-def torchrun(*arguments, size=2, seconds=240) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={size}",
-        f"--master-port={free_port()}",
-    ]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=seconds, env=environment())
+def torchrun(*arguments, size=2) -> subprocess.CompletedProcess:
+    with free_port() as port:
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", f"--master-port={port}"]
+        return subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, timeout=PATIENCE_S, env=environment()
+        )
+
+
+def ended(script, how, command, size=2) -> list[tuple[int, str]]:
+    """(exit code, standard error) of every rank, of ranks that nothing watches over. `how` is the script's first
+    argument.
+    """
+    with free_port() as port, contextlib.ExitStack() as stack:
+        more = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        running = []
+        for rank in range(size):
+            process = subprocess.Popen(
+                [sys.executable, str(script), *how, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                text=True, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **more),
+            )  # fmt: skip
+            running.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        errors = [process.communicate(timeout=PATIENCE_S)[1] for process in running]
+    return [(process.returncode, error) for process, error in zip(running, errors, strict=True)]
 
 
 def train_command(data, out):
@@ -216,18 +238,8 @@ def test_a_killed_rank_ends_with_the_same_metrics(data, tmp_path):
 
 def test_an_error_of_one_rank_ends_all(data, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "script.py"), "raise", *train_command(data, tmp_path / "run")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=environment(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                            MASTER_PORT=port),
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], errors
+    codes, errors = zip(*ended(tmp_path / "script.py", ["raise"], train_command(data, tmp_path / "run")), strict=True)
+    assert codes == (2, 2), errors
     lines = [[line for line in e.splitlines() if line.startswith("error: ")] for e in errors]
     assert lines[1] == ["error: here: found a bad number; expected a good one. Mend it."]
     assert lines[0] == ["error: rank 1: here: found a bad number; expected a good one. Mend it."]

@@ -9,8 +9,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[2]
 QUICK = ("data.modalities=audio-vision", "objective.enabled=false", "output.report=false", "output.tensorboard=false")
@@ -25,14 +25,21 @@ _FORKS.set_forkserver_preload(["engine.cli.sweeps", "engine.trainer", "engine.mi
 
 
 class Started:
-    """`engine COMMAND` on generated data, on one thread, in a process of its own."""
+    """`engine COMMAND` on generated data, on one thread, in a process of its own.
 
-    def __init__(self, command: str, data: Path, out: Path, *words: str):
+    Args:
+        hold: (pattern, number): the command stops for good, with its run waiting for an answer, at the first epoch at
+            which so many files of `out` match the pattern.
+    """
+
+    def __init__(self, command: str, data: Path, out: Path, *words: str, hold: tuple[str, int] | None = None):
         line = [command, "--preset", "mosi", "--data", str(data), "--out", str(out), *QUICK, *words]
         handle, name = tempfile.mkstemp(prefix="output", dir=out.parent)
         os.close(handle)
         self.out, self.output = out, Path(name)
-        self.process = _FORKS.Process(target=_command, args=(line, name), daemon=True)
+        self.held = Path(f"{name}.held")
+        stop = None if hold is None else (str(out), *hold, str(self.held))
+        self.process = _FORKS.Process(target=_command, args=(line, name, stop), daemon=True)
         self.process.start()
 
     def end(self) -> tuple[int | None, str]:
@@ -42,10 +49,10 @@ class Started:
         self.process.join()
         return self.process.exitcode, self.output.read_text(encoding="utf-8")
 
-    def wait_for(self, reached: Callable[[], bool]) -> None:
-        """Wait until it is so far; it may not end before."""
+    def wait(self) -> None:
+        """Wait until it has stopped at `hold`; it may not end before."""
         deadline = time.monotonic() + PATIENCE_S
-        while not reached():
+        while not self.held.exists():
             assert self.process.is_alive(), self.end()
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -68,9 +75,12 @@ class Started:
         return children
 
 
-def _command(words: list[str], output: str) -> None:
+def _command(words: list[str], output: str, hold: tuple[str, str, int, str] | None) -> None:
     """In the process: as a terminal would start it, its output in a file."""
     from engine.cli import main
+
+    if hold is not None:
+        _stop_at(*hold)
 
     file = os.open(output, os.O_WRONLY)
     os.dup2(file, 1)
@@ -81,7 +91,23 @@ def _command(words: list[str], output: str) -> None:
     sys.exit(main(words))
 
 
-def all_end(processes: list[int], patience_s: float = 20.0) -> bool:
+def _stop_at(out: str, pattern: str, number: int, held: str) -> None:
+    """Have the pool of runs stop before it answers an epoch, once so many files are there."""
+    from engine.sweeps.pool import Pool
+
+    answer = Pool.answer
+
+    def answered(*arguments: Any) -> None:
+        if len(list(Path(out).glob(pattern))) >= number:
+            Path(held).touch()
+            while True:
+                time.sleep(1.0)  # until a signal comes
+        answer(*arguments)
+
+    Pool.answer = answered
+
+
+def all_end(processes: list[int], patience_s: float = 120.0) -> bool:
     """Whether these processes end soon."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:

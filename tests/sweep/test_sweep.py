@@ -72,13 +72,10 @@ def test_the_report_shows_test_numbers_of_the_chosen_settings_only(whole_sweep: 
 def test_a_sweep_that_is_killed_twice_goes_on(whole_sweep: tuple[Path, str], data: Path, tmp_path: Path):
     """kill -9 of the command: its processes end with it, and the same command ends as an uninterrupted one does."""
     out = tmp_path / "sweep"
-    moments = (
-        lambda: any(out.glob("runs/*/*/last.safetensors")),  # a run has an epoch
-        lambda: len(list(out.glob("runs/*/*/config.yaml"))) == 3,  # two have ended
-    )
-    for reached in moments:
-        begun = Started("sweep", data, out, *SWEEP, "--jobs", "1")
-        begun.wait_for(reached)
+    moments = (("runs/*/*/last.safetensors", 1), ("runs/*/*/config.yaml", 3))  # a run has an epoch; two have ended
+    for moment in moments:
+        begun = Started("sweep", data, out, *SWEEP, "--jobs", "1", hold=moment)
+        begun.wait()
         children = begun.stop(signal.SIGKILL)
         begun.end()
         assert children and all_end(children)
@@ -90,8 +87,8 @@ def test_a_sweep_that_is_killed_twice_goes_on(whole_sweep: tuple[Path, str], dat
 
 @LINUX
 def test_ctrl_c_ends_the_runs_too(data: Path, tmp_path: Path):
-    begun = Started("sweep", data, tmp_path / "sweep", *SWEEP, "--jobs", "1")
-    begun.wait_for(lambda: any(tmp_path.glob("sweep/runs/*/*/config.yaml")))
+    begun = Started("sweep", data, tmp_path / "sweep", *SWEEP, "--jobs", "1", hold=("runs/*/*/config.yaml", 1))
+    begun.wait()
     children = begun.stop(signal.SIGINT)
     code, output = begun.end()
     assert code == 130 and "interrupted: the runs that have finished are kept" in output and "Traceback" not in output

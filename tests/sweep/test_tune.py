@@ -241,13 +241,10 @@ def test_the_best_settings_are_those_of_the_best_valid_metric(whole_tuning: tupl
 def test_a_tuning_that_is_killed_goes_on(whole_tuning: tuple[Path, str], data: Path, tmp_path: Path):
     """kill -9 twice: in a trial, and in the seeds. The tables equal those without it."""
     out, words = tmp_path / "tune", (*TUNE, "--jobs", "1", "--seeds", "0-1")
-    moments = (
-        lambda: (out / "trials/trial-0001/history.jsonl").exists(),
-        lambda: any(out.glob("runs/*/seed1/config.yaml")),
-    )
-    for reached in moments:
-        begun = Started("tune", data, out, *words)
-        begun.wait_for(reached)
+    moments = (("trials/trial-0001/history.jsonl", 1), ("runs/*/seed1/config.yaml", 1))
+    for moment in moments:
+        begun = Started("tune", data, out, *words, hold=moment)
+        begun.wait()
         children = begun.stop(signal.SIGKILL)
         begun.end()
         assert children and all_end(children)
