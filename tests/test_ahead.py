@@ -22,7 +22,7 @@ def gpu(monkeypatch):
 def test_it_begins_once_on_the_runs_device(gpu, device, asked_for):
     thread = ahead.begin_ahead(device)
     assert ahead.begin_ahead(device) is None
-    thread.join(60)
+    thread.join(600)
     assert not thread.is_alive() and gpu == [(asked_for, "engine-ahead")]
 
 
@@ -44,5 +44,5 @@ def test_a_gpu_that_cannot_be_used_is_left_to_its_first_use(gpu, monkeypatch):
     monkeypatch.setattr(torch, "empty", broken)
     failed = []
     monkeypatch.setattr(threading, "excepthook", failed.append)
-    ahead.begin_ahead("cuda").join(60)
+    ahead.begin_ahead("cuda").join(600)
     assert not failed

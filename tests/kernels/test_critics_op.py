@@ -289,7 +289,8 @@ def test_errors_name_the_shapes():
 
 
 def test_opcheck():
-    inputs, first, rest = grouped(6, (3, 2), (1, 2), 4, 2, dtype=torch.float32)
+    """With rows that fill the vectors of every processor. Beyond them a state is memory that nothing has written."""
+    inputs, first, rest = grouped(16, (3, 2), (1, 2), 4, 2, dtype=torch.float32)
     first, rest = tensors(first), tensors(rest)
     names = torch.ops.engine
     torch.library.opcheck(names.critics_mlp_forward.default, (inputs[0], inputs[1:], first, rest))
@@ -297,7 +298,7 @@ def test_opcheck():
     arguments = (torch.ones_like(out), inputs, first[::2], rest[::2], state)
     for wanted in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(names.critics_mlp_backward.default, (*arguments, *wanted))
-    inputs, first, rest = grouped(6, (3, 2), (2, 2), 4, 2, dtype=torch.float32)
+    inputs, first, rest = grouped(16, (3, 2), (2, 2), 4, 2, dtype=torch.float32)
     first, rest, numbers = tensors(first), tensors(rest), ([0, 3], [1, 2])
     for grads in (False, True):
         arguments = (inputs[0], inputs[1:], first, rest, *numbers, grads)

@@ -215,4 +215,5 @@ def test_unknown_plain_folder():
 def test_every_folder_with_kernels_has_a_name_to_be_plain_by():
     importlib.import_module("engine.kernels.dispatch")._import_operations()
     launched = {o.family for n, o in registry._operations.items() if o.cuda is not None}
-    assert launched - {""} <= set(registry.families())
+    launched -= {"", "tests"}  # which have registered operations of their own
+    assert launched and launched <= set(registry.families())

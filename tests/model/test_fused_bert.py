@@ -71,16 +71,17 @@ def test_equals_the_call_without_padding(encoder):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_is_as_exact_as_autocast(encoder, dtype):
-    """Judged against fp32 by the relative errors of whole tensors, in the mean over four sets of weights.
+    """Judged against fp32 by the relative errors of whole tensors, in the mean over 24 sets of weights.
 
-    Errors of one set have causes in common, so that one set alone differs by chance. A key's bias moves all scores of a
-    query alike: its gradient is nothing but rounding.
+    Errors of one set have causes in common. The ratio of a set is 0.6 to 1.7. That of four sets exceeds 1.1 on one
+    processor and not on another. That of 24 sets is 0.89 to 0.99 on all that were tried. A key's bias moves all scores
+    of a query alike: its gradient is nothing but rounding.
     """
     ids, mask = tokens(LENGTHS)
     names = ["hidden states", *(n for n, _ in encoder.named_parameters())]
     kept = [i for i, name in enumerate(names) if not name.endswith("key.bias")]
     errors = []
-    for seed in range(4):
+    for seed in range(24):
         scattered(encoder, seed, 0.1)
         exact = outputs_and_gradients(encoder, huggingface, ids, mask)
         for run in (encode_padded, huggingface):

@@ -34,13 +34,22 @@ SUMS = {"reassoc", "contract", "nsz"}
 # -- once for a bank --------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def int8_is_fast() -> bool:
     """Whether int8 products run on the processor's own instructions (elsewhere they are slower than float32)."""
     supported = getattr(torch.cpu, "_is_vnni_supported", None)
-    if supported is None or not supported() or not hasattr(torch, "_int_mm"):
+    return supported is not None and supported() and int8_is_exact()
+
+
+@functools.cache
+def int8_is_exact() -> bool:
+    """Whether torch's int8 products are right. Without these instructions, sums of large products saturate.
+
+    oneDNN may be kept from them by ONEDNN_MAX_CPU_ISA.
+    """
+    if not hasattr(torch, "_int_mm"):
         return False
-    a = torch.arange(-64, 64, dtype=torch.int8).reshape(8, 16)
+    a = torch.arange(16)[:, None] * torch.arange(32)  # of small and of the largest entries
+    a = torch.cat([a % 255 - 127, torch.full((8, 32), 127), torch.full((8, 32), -127)]).to(torch.int8)
     try:
         return torch.equal(torch._int_mm(a, a.T), (a.long() @ a.T.long()).int())
     except RuntimeError:
