@@ -42,7 +42,7 @@ class Ranks:
         self._pipes: list[Any] = []
         self._folder: tempfile.TemporaryDirectory | None = None
 
-    def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = 120) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = 300) -> list[Any]:
         """What function(rank, size, *arguments) returns in every process, rank 0 first.
 
         Args:
