@@ -31,10 +31,11 @@ def at_most(x, most):
 def share_of_sum(score, log_sum):
     """e^(score - log_sum), what one score contributes to a sum of exponentials whose logarithm is log_sum; 1 at most.
 
-    A score that is computed again is rounded otherwise, and so is a log-sum-exp of large scores. Near 1e8, where
-    neighbours in fp32 are 8 apart, the difference can be 8 or 16 where it should be 0.
+    A score that is computed again is rounded otherwise. Near 1e8, where neighbours in fp32 are 8 apart, it can be 8 or
+    16 above a log-sum-exp that it is part of. The score is limited, not the difference: no compiler then takes the
+    difference of a product that is not rounded as it was before.
     """
-    return tl.exp(at_most(score - log_sum, 0.0))
+    return tl.exp(at_most(score, log_sum) - log_sum)
 
 
 @triton.jit

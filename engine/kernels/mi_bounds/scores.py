@@ -340,7 +340,7 @@ def _mixture_gradients(
     z_rest = tl.load(state_ptr + 5 * slots + place, mask=row_ok, other=0.0)
     joint = tl.load(state_ptr + 6 * slots + place, mask=row_ok, other=0.0)
     is_joint = row == column
-    marginal = tl.exp(at_most(scores - row_rest, 0.0) + weight)
+    marginal = tl.exp(at_most(scores, row_rest) - row_rest + weight)
     own = tl.where(is_joint, 1.0, -marginal) / tl.cast(count, tl.float32)
     scores -= joint
     loo = leave_one_out(scores, column, lse, arg, rest)
