@@ -18,6 +18,7 @@ from tests.kernels.large_scores import (
     check_critic,
     check_products,
     check_scores,
+    check_two_largest,
     gradients,
 )
 from tests.kernels.mi_cases import draw
@@ -52,6 +53,11 @@ def test_gradients_of_stored_scores(bound, backend):
         scores = {"scores": (size * draw((12, 12), 4)).float()}
         found, exact = gradients(lambda scores: mi_lower_bound(scores, bound=bound), scores, backend)
         torch.testing.assert_close(found["scores"], exact["scores"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_two_largest_scores(backend):
+    check_two_largest(backend)
 
 
 def test_recomputed_scores_above_their_log_sum_exp():
