@@ -24,9 +24,10 @@ from tests.kernels.large_scores import (
     by_the_concat_critic,
     by_towers,
     check_critic,
+    check_interpolated,
+    check_joint,
     check_products,
     check_scores,
-    check_two_largest,
     gradients,
 )
 from tests.kernels.mi_cases import draw
@@ -43,14 +44,10 @@ def few_programs(monkeypatch):
         monkeypatch.setattr(contrastive, name, {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4})
 
 
-@pytest.fixture(params=["fused", "chunked", "split"])
-def algorithm(request, monkeypatch):
-    """Fused, by library products, and by library products of parts in bf16."""
-    if request.param == "split":
-        monkeypatch.setattr(plan, "LEAST_SPLIT", 0)
-    name = "fused" if request.param == "fused" else "chunked"
-    with dispatch.use(infonce=name, mi_bound=name):
-        yield name
+@pytest.fixture(params=["fused", "chunked"])
+def algorithm(request):
+    with dispatch.use(infonce=request.param, mi_bound=request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -64,6 +61,14 @@ def test_gradients_of_embeddings(name, algorithm):
     check_products(name, "triton")
 
 
+@pytest.mark.parametrize("name", ["sum", "symmetric", "hard"])
+def test_gradients_of_embeddings_in_parts(name, monkeypatch):
+    """Library products of parts in bf16."""
+    monkeypatch.setattr(plan, "LEAST_SPLIT", 0)
+    with dispatch.use(infonce="chunked", mi_bound="chunked"):
+        check_products(name, "triton")
+
+
 @pytest.mark.parametrize("bound", ["infonce", "dv", "mine"])
 def test_gradients_of_stored_scores(bound):
     for size in SIZES:
@@ -72,8 +77,13 @@ def test_gradients_of_stored_scores(bound):
         torch.testing.assert_close(found["scores"], exact["scores"], rtol=1e-5, atol=1e-6)
 
 
-def test_two_largest_scores():
-    check_two_largest("triton")
+def test_interpolated_bounds():
+    check_interpolated("triton")
+
+
+@pytest.mark.parametrize("name", ["sum", "none", "symmetric"])
+def test_joint_scores_far_from_the_others(name, algorithm):
+    check_joint(name, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

@@ -70,19 +70,29 @@ def check_products(name: str, backend: str) -> None:
         assert ((found[own] - exact[own]).abs() <= allowed).all(), (name, own)
 
 
-def check_two_largest(backend: str) -> None:
-    """The interpolated bound without one of two equal scores keeps the other, and their row's share is bounded."""
-    scores = (1e8 * draw((6, 6), 7)).float()
-    scores[1, 2] = scores[1, 3] = 5e8
+def check_joint(name: str, backend: str) -> None:
+    """Shares keep their digits where the joint scores alone are large."""
+    function, most = CASES[name]
+    for joint in (-1e8, -1e4, 1e8):
+        scores = draw((COUNT, COUNT), 6).float().fill_diagonal_(joint)
+        found, exact = gradients(function, {"q": torch.eye(COUNT), "k": scores.T}, backend)
+        assert (found["k"] - exact["k"]).abs().max() <= 1e-4 * most, (name, joint)
+
+
+def check_interpolated(backend: str) -> None:
+    """Without one of two equal scores the other is left. No score's gradient is above its limit."""
+    two, many = ((1e8 * draw((count, count), 7)).float() for count in (6, 70))
+    two[1, 2] = two[1, 3] = 5e8
 
     def bound(scores: Tensor) -> Tensor:
         return mi_lower_bound(scores, bound="interpolate", alpha=0.5)
 
-    with use_backend("reference"):
-        exact = bound(scores.double())
-    result = evaluate(bound, {"scores": scores}, backend)
-    torch.testing.assert_close(result.value, exact)
-    assert result.grads["scores"].abs().max() <= (1 + 1 / 0.5) / 6
+    for scores in (two, many):
+        with use_backend("reference"):
+            exact = bound(scores.double())
+        result = evaluate(bound, {"scores": scores}, backend)
+        torch.testing.assert_close(result.value, exact)
+        assert result.grads["scores"].abs().max() <= (1 + 1 / 0.5) / len(scores)
 
 
 def gradients(
