@@ -125,7 +125,7 @@ def finish(
             constant = log_sum
             if bound == "mine":
                 log_ema = mix_ema(log_ema, log_sum - log_pairs, ema_rate)
-                constant = log_sum if ema_rate >= 1 else log_pairs + log_ema
+                constant = log_pairs + log_ema
         log_weight = rest - constant[:, None]
     return Finish(value, log_ema, constant, log_weight, diagonal, baseline)
 
