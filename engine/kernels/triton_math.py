@@ -22,6 +22,23 @@ def round_tf32(x):
 
 
 @triton.jit
+def at_most(x, most):
+    """x, or `most` where x is larger. NaN stays NaN, which `tl.minimum` alone would hide."""
+    return tl.minimum(x, most, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def share_of_sum(score, log_sum):
+    """e^(score - log_sum), what one score contributes to a sum of exponentials whose logarithm is log_sum; 1 at most.
+
+    A score that is computed again is rounded otherwise. Near 1e8, where neighbours in fp32 are 8 apart, it can be 8 or
+    16 above a log-sum-exp that it is part of. The score is limited, not the difference: no compiler then takes the
+    difference of a product that is not rounded as it was before.
+    """
+    return tl.exp(at_most(score, log_sum) - log_sum)
+
+
+@triton.jit
 def mixed(h):
     """As `engine.kernels.dropout.reference.mixed`, on uint32."""
     h = h ^ (h >> 16)

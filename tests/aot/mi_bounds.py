@@ -179,7 +179,7 @@ def _score_cases() -> list[AotCase]:
         scaled = {"SCALED": True} if source is chunk else {"SCALED": False, "scale_ptr": None}
         outputs = {f"{what}_ptr": "*fp32" for what in ("joint", "rest", "excess", "shares")}
         add(f"{name}_mixture", scores._mixture, {**source, **state, **outputs}, {**weights, **scaled}, scores.MIXTURE)
-        more = {"marginal_ptr": "*fp32", "grad_ptr": "*fp32"}
+        more = {"row_rest_ptr": "*fp32", "weight_ptr": "*fp32", "grad_ptr": "*fp32"}
         for out in ("fp32", "bf16", "split") if source is chunk else ("fp32",):
             add(
                 f"{name}_mixture_gradients/{out}",

@@ -1,5 +1,7 @@
 """Shared arithmetic of the Triton kernels, in triton's interpreter."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ require_interpreter()
 import triton
 import triton.language as tl
 
-from engine.kernels.triton_math import round_tf32
+from engine.kernels.triton_math import at_most, round_tf32
 
 
 @triton.jit
@@ -55,3 +57,17 @@ def test_what_is_not_a_number_stays_so():
     y = rounded(x)
     assert y[:3].isnan().all()
     assert torch.equal(y[3:], torch.tensor([float("inf"), float("-inf"), 0.0, -0.0, float("inf")]))
+
+
+@triton.jit
+def at_most_kernel(x, y, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y + i, at_most(tl.load(x + i, mask=i < n), 2.0), mask=i < n)
+
+
+def test_a_limit_lets_nan_pass():
+    x = torch.tensor([math.nan, math.inf, 2.5, 2.0, -3.0, -math.inf])
+    with Guards() as guards:
+        y = torch.empty_like(x)
+        at_most_kernel[(1,)](guards.input(x), y, len(x), BLOCK=16)
+    torch.testing.assert_close(y, torch.tensor([math.nan, 2.0, 2.0, 2.0, -3.0, -math.inf]), equal_nan=True)

@@ -25,6 +25,7 @@ from engine.kernels.contrastive.pairs import Pairs
 from engine.kernels.mi_bounds.chunked import _Chunks, _Pair, _Sums, in_range
 from engine.kernels.mi_bounds.scores import _load, _store
 from engine.kernels.mi_bounds.tiles import push, sigmoid, softplus
+from engine.kernels.triton_math import share_of_sum
 
 # Rows and columns of a tile, warps.
 STATISTICS = {"BLOCK_M": 4, "BLOCK_N": 512, "num_warps": 4}
@@ -183,13 +184,14 @@ def _gradients(
             grad = tl.where(positive | negative, grad, 0.0)
             sums += tl.sum(grad, 1)
         else:
-            share = tl.exp(scores - positives[:, None])
+            share = share_of_sum(scores, positives[:, None])
             of_positive = spread[:, None] * (share - share_of_one[:, None]) + first[:, None] * share
             # one positive has the share 1; a product taken again may differ in its last digit
             of_positive = tl.where(count[:, None] == 1, first[:, None], of_positive)
-            of_negative = weight[:, None] * tl.exp((1.0 + HARDNESS) * scores - negatives[:, None]) + total[:, None]
+            of_negative = weight[:, None] * share_of_sum((1.0 + HARDNESS) * scores, negatives[:, None])
+            of_negative += total[:, None]
             if HARDNESS > 0:
-                of_negative += of_weights[:, None] * tl.exp(HARDNESS * scores - weights[:, None])
+                of_negative += of_weights[:, None] * share_of_sum(HARDNESS * scores, weights[:, None])
             # chosen, not added: what is not chosen may be infinite
             grad = tl.where(positive, of_positive, tl.where(negative, of_negative, 0.0))
         _store(out_ptr, cell, grad, mask, plane, SPLIT)

@@ -105,17 +105,20 @@ def _losses(scores_ptr, loss_ptr, columns, row0, count, GRADS: tl.constexpr, COL
         j = start + tl.arange(0, COLUMNS)
         score = tl.load(row + j, mask=(j < columns) & (j != own), other=float("-inf"))
         total += tl.exp(score - base)
-    difference = base + tl.log(tl.sum(total, 0)) - joint
+    rest = base + tl.log(tl.sum(total, 0))
+    difference = rest - joint
     e = tl.exp(-tl.abs(difference))
-    loss = tl.maximum(difference, 0.0) + tl.log(1.0 + e) + check_all
-    tl.store(loss_ptr + own, loss)
+    above = tl.log(1.0 + e) + check_all
+    tl.store(loss_ptr + own, tl.maximum(difference, 0.0) + above)
     if GRADS:
         diagonal = -tl.where(difference >= 0, 1.0, e) / (1.0 + e) + check_all
+        # not the joint score and the loss, whose sum has few digits where the joint score is far below the others
+        log_sum = tl.maximum(rest, joint) + above
         for start in range(0, columns, COLUMNS):
             j = start + tl.arange(0, COLUMNS)
             score = tl.load(row + j, mask=j < columns, other=0.0)
             # chosen, not added: the diagonal's own derivative keeps its digits where the positive has all the weight
-            slope = tl.where(j == own, diagonal, tl.exp(score - (joint + loss)))
+            slope = tl.where(j == own, diagonal, tl.exp(score - log_sum))
             tl.store(row + j, slope / tl.cast(count, tl.float32), mask=j < columns)
 
 

@@ -68,19 +68,22 @@ def _scores(
         high = new
         if GRADS:
             tl.store(own + j[None, :], score, mask=(i < rows)[:, None] & live)
-    difference = high + tl.log(total) - joint
+    rest = high + tl.log(total)
+    difference = rest - joint
     e = tl.exp(-tl.abs(difference))
-    loss = tl.maximum(difference, 0.0) + tl.log(1.0 + e) + check
-    tl.store(loss_ptr + c.to(tl.int64) * rows + i, loss, mask=i < rows)
+    above = tl.log(1.0 + e) + check
+    tl.store(loss_ptr + c.to(tl.int64) * rows + i, tl.maximum(difference, 0.0) + above, mask=i < rows)
     if GRADS:
         # other threads read the scores than those that stored them
         tl.debug_barrier()
         diagonal = -tl.where(difference >= 0, 1.0, e) / (1.0 + e) + check
+        # not the joint score and the loss, whose sum has few digits where the joint score is far below the others
+        log_sum = tl.maximum(rest, joint) + above
         for start in range(0, rows, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
             live = (i < rows)[:, None] & (j < rows)[None, :]
             score = tl.load(own + j[None, :], mask=live, other=0.0)
-            slope = tl.exp(score - (joint + loss)[:, None])
+            slope = tl.exp(score - log_sum[:, None])
             # chosen, not added: the diagonal's own derivative keeps its digits where the positive has all the weight
             slope = tl.where(j[None, :] == i[:, None], diagonal[:, None], slope)
             tl.store(own + j[None, :], slope / tl.cast(rows, tl.float32), mask=live)

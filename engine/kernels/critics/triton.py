@@ -25,6 +25,7 @@ from torch import Tensor
 from engine.kernels.critics import plain, slabs
 from engine.kernels.critics.plan import concat_algorithm
 from engine.kernels.mlp.triton import PRECISIONS, dot, positive
+from engine.kernels.triton_math import share_of_sum
 
 # Rows and columns of a tile of pairs; features of a slice of the input and of the second layer; warps, stages.
 SCORES = {"tf32x3": (1, 32, 16, 32, 8, 1), "tf32": (1, 64, 32, 64, 8, 2), "bf16": (1, 64, 32, 32, 8, 2)}
@@ -155,12 +156,14 @@ def _statistics(
         base = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp(high - base) + tl.sum(tl.exp(others - base[:, None]), 1)
         high = new
-    difference = high + tl.log(total) - joint
+    rest = high + tl.log(total)
+    difference = rest - joint
     e = tl.exp(-tl.abs(difference))
-    loss = tl.maximum(difference, 0.0) + tl.log(1.0 + e) + check
+    above = tl.log(1.0 + e) + check
     ok = own < count
-    tl.store(loss_ptr + own, loss, mask=ok)
-    tl.store(shift_ptr + own, joint + loss, mask=ok)
+    tl.store(loss_ptr + own, tl.maximum(difference, 0.0) + above, mask=ok)
+    # not the joint score and the loss, whose sum has few digits where the joint score is far below the others
+    tl.store(shift_ptr + own, tl.maximum(rest, joint) + above, mask=ok)
     tl.store(diagonal_ptr + own, -tl.where(difference >= 0, 1.0, e) / (1.0 + e) + check, mask=ok)
 
 
@@ -203,7 +206,7 @@ def _top_backward(
     if not GIVEN:
         score = tl.sum(top * weight[None, :], 1) + tl.load(last_bias)
         # chosen, not added: the diagonal's own derivative keeps its digits where the positive has all the weight
-        grad = tl.where(i == j, diagonal, tl.exp(score - shift)) / tl.cast(rows, tl.float32)
+        grad = tl.where(i == j, diagonal, share_of_sum(score, shift)) / tl.cast(rows, tl.float32)
         grad = tl.where(live, grad, 0.0)
     own = vectors_ptr + tl.program_id(0).to(tl.int64) * HIDDEN
     tl.store(own + h, tl.sum(top * grad[:, None], 0), mask=h < HIDDEN)

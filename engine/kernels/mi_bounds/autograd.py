@@ -122,12 +122,9 @@ class Bound(torch.autograd.Function):
         else:
             joint, rest = call("mi_statistics", q, k, scale, None, False, kind, smile_tau)
             done = finish(bound, joint, rest, a, log_ema, ema_rate)
-            log_weight = shift = None
-            if done.shift is not None:
-                # relative to the row's own log-sum-exp, e^(S - shift) is at most 1 and fits into 16 bits
-                shift = rest.clamp(min=torch.finfo(rest.dtype).min)
-                log_weight = shift - done.shift
-            ctx.save_for_backward(q, k, scale, a, done.constant, log_weight, shift, done.diagonal, done.baseline)
+            # relative to the row's own log-sum-exp, e^(S - shift) is at most 1 and fits into 16 bits
+            shift = None if done.log_weight is None else rest.clamp(min=torch.finfo(rest.dtype).min)
+            ctx.save_for_backward(q, k, scale, a, done.constant, done.log_weight, shift, done.diagonal, done.baseline)
         ctx.mark_non_differentiable(done.log_ema)
         return done.value, done.log_ema.clone()
 
@@ -165,7 +162,15 @@ class ScoreBound(torch.autograd.Function):
             return value, log_ema.clone()
         joint, rest = call("mi_score_statistics", scores, _kind(bound), smile_tau)
         done = finish(bound, joint, rest, a, log_ema, ema_rate)
-        ctx.save_for_backward(scores, a, done.constant, done.shift, done.diagonal, done.baseline)
+        weight = shift = None
+        if done.log_weight is None:
+            weight = (-done.constant).exp()[:, None]
+        else:
+            # a weight above 1 becomes part of the shift: an infinite one times a share of 0 would be NaN
+            excess = done.log_weight.clamp(min=0)
+            weight = (done.log_weight - excess).exp()
+            shift = rest.clamp(min=torch.finfo(rest.dtype).min) - excess
+        ctx.save_for_backward(scores, a, weight, shift, done.diagonal, done.baseline)
         return done.value, done.log_ema.clone()
 
     @staticmethod
@@ -176,9 +181,8 @@ class ScoreBound(torch.autograd.Function):
             rest, weight, grad_a = state
             gradient = call("mi_score_mixture_gradients", scores, a, ctx.alpha, rest, weight, grad)
         else:
-            constant, shift, diagonal, grad_a = state
-            weight = grad if shift is not None else grad * (-constant).exp()
-            weight = weight[:, None].expand_as(diagonal).contiguous()
+            weight, shift, diagonal, grad_a = state
+            weight = (grad[:, None] * weight).expand_as(diagonal).contiguous()
             gradient = call("mi_score_gradients", scores, weight, shift, grad[:, None] * diagonal)
         da = grad[:, None] * grad_a if ctx.has_baseline and grad_a is not None else None
         return gradient, da, None, None, None, None, None

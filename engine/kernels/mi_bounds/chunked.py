@@ -218,14 +218,14 @@ def mixture_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Three products."""
     pair, a = _Pair(q, k), log_baseline.contiguous()
-    marginal = weight - rest
+    rest, weight = rest.contiguous(), weight.contiguous()
     # the gradient of row i is at most |grad| (1 + e^weight_i) / B
     factor, (grad,) = in_range(q, scale, grad[:, None], share=lambda: (1 + weight.exp()) / q.shape[1])
     state, unused = kernels.state_like(q), kernels.rows_like(q, 4)
     sums = _Sums(pair)
     for begin, scores, gradient in _Chunks(pair, with_gradient=True):
         kernels.mixture(scores, scale, a, alpha, begin, unused, state)
-        kernels.mixture_gradients(scores, scale, a, alpha, state, marginal, grad, begin, gradient)
+        kernels.mixture_gradients(scores, scale, a, alpha, state, rest, weight, grad, begin, gradient)
         sums.add(begin, gradient)
     return sums.scaled(factor)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from engine.kernels import build
-from engine.kernels.mi_bounds.reference import check_positives
+from engine.kernels.mi_bounds.reference import MOST_OF_ONE, check_positives
 from engine.kernels.mi_bounds.statistics import LSE, SHARE, add_positives_, log_weights
 
 # (first row, scores of a block of rows), over all rows
@@ -424,7 +424,7 @@ def _leave_one_out(scores: Tensor) -> Tensor:
     without_largest = rest.logsumexp(2, keepdim=True)
     total = torch.logaddexp(largest_value, without_largest)
     # the largest has share 0 here, and its own entry is written last
-    rest.sub_(total.clamp(min=torch.finfo(scores.dtype).min)).exp_().neg_().log1p_().add_(total)
+    rest.sub_(total.clamp(min=torch.finfo(scores.dtype).min)).exp_().clamp_(max=MOST_OF_ONE).neg_().log1p_().add_(total)
     return rest.scatter_(2, argmax, without_largest)
 
 
@@ -458,7 +458,9 @@ def _mixture_gradient(
     pairs = count * (count - 1)
     log_alpha, log_beta = log_weights(alpha)
     columns = _Mask(scores, begin, None, False).columns
-    marginal = (scores + (weight - rest)[:, begin:end, None]).exp_().scatter_(2, columns, 0)
+    # No score is above a log-sum-exp that it is part of.
+    marginal, weight = scores + (weight - rest)[:, begin:end, None], weight[:, begin:end, None]
+    marginal = torch.minimum(marginal, weight, out=marginal).exp_().scatter_(2, columns, 0)
     joint = scores.gather(2, columns)
     # Relative to the joint score, as in the value: e^(S - L) keeps the more digits the smaller S is.
     scores = scores.sub_(joint)
@@ -466,5 +468,6 @@ def _mixture_gradient(
     constant = log_alpha - log_beta - math.log(count - 1)
     odds = loo + (joint - log_baseline[:, begin:end, None] + constant)
     mixed = _leave_one_out((logsigmoid(odds) - loo).scatter_(2, columns, -math.inf))
-    gradient = mixed.add_(scores).exp_().mul_(-1 / pairs).sub_(marginal, alpha=1 / count)
+    mixed = mixed.add_(scores).clamp_(max=math.log(count - 1)).exp_()
+    gradient = mixed.mul_(-1 / pairs).sub_(marginal, alpha=1 / count)
     return gradient.scatter_add_(2, columns, torch.full_like(columns, 1, dtype=scores.dtype) / count)

@@ -161,7 +161,7 @@ def mixture_launches(q, k, *rest) -> int:
 
 
 def mixture_gradient_launches(q, k, *rest) -> int:
-    return gradient_launches(q, k) + _chunks(q, k, True) + 1 + scalings(q, 1, 5)
+    return gradient_launches(q, k) + _chunks(q, k, True) + scalings(q, 1, 5)
 
 
 def _chunks(q: Tensor, k: Tensor, with_gradient: bool) -> int:

@@ -21,6 +21,10 @@ from engine.errors import EstimatorError
 from engine.kernels.arguments import check_number, exact_type
 from engine.vocabulary import BOUNDS
 
+MOST_OF_ONE = 0.75
+"""A limit of the share of a score that is not its row's largest: 1/2, and room for rounding. Large scores that are
+nearly equal would get the share 1, of which no digits of the others' log-sum-exp are left."""
+
 
 def bound_value(
     scores: Tensor,
@@ -123,7 +127,7 @@ def leave_one_out(scores: Tensor) -> Tensor:
     largest = columns == scores.argmax(1, keepdim=True)
     total = scores.logsumexp(1, keepdim=True)
     without_largest = scores.masked_fill(largest, -math.inf).logsumexp(1, keepdim=True)
-    share = (scores - total).exp().masked_fill(largest, 0)
+    share = (scores - total).exp().masked_fill(largest, 0).clamp(max=MOST_OF_ONE)
     return torch.where(largest, without_largest, total + torch.log1p(-share))
 
 

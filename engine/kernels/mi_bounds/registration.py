@@ -115,5 +115,5 @@ _add(
 _add(
     "score_mixture_gradients",
     "(Tensor scores, Tensor log_baseline, float alpha, Tensor rest, Tensor weight, Tensor grad) -> Tensor",
-    "scores", _like_scores, 3,
+    "scores", _like_scores, 2,
 )  # fmt: skip

@@ -25,6 +25,7 @@ from engine.kernels.mi_bounds.tiles import (
     sigmoid,
     softplus,
 )
+from engine.kernels.triton_math import at_most, share_of_sum
 
 # Rows and columns of a tile, warps. A row that is read twice is taken alone, so that it is still in the cache.
 ROWS = {"BLOCK_M": 4, "BLOCK_N": 512, "num_warps": 4}
@@ -144,7 +145,7 @@ def _infonce_rows(
             cell = start_of_row[:, None] + column[None, :]
             scores = _load(scores_ptr, scale_ptr, cell, mask, True)
             # chosen, not subtracted: 1 - p of a positive has digits that p lacks
-            grad = tl.where(column[None, :] == positive[:, None], -share[:, None], tl.exp(scores - lse[:, None]))
+            grad = tl.where(column[None, :] == positive[:, None], -share[:, None], share_of_sum(scores, lse[:, None]))
             if EXCLUDE_SELF:
                 grad = tl.where(column[None, :] == row[:, None], 0.0, grad)
             _store(out_ptr, cell, FACTOR * grad, mask, plane, SPLIT)
@@ -200,7 +201,11 @@ def _gradients(
     IS_SIGMOID: tl.constexpr, HAS_COLUMNS: tl.constexpr, SCALED: tl.constexpr, HAS_POSITIVES: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dV / dS elementwise; see triton._gradients. Grid: (row blocks, column blocks, groups). `out` may be `scores`."""
+    """dV / dS elementwise; see triton._gradients. Grid: (row blocks, column blocks, groups). `out` may be `scores`.
+
+    SCALED, shifts are log-sum-exps of products that are computed again here. Of scores that were stored they may be any
+    numbers.
+    """
     group = tl.program_id(2).to(tl.int64)
     local = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -216,12 +221,15 @@ def _gradients(
         grad = -weight[:, None] * sigmoid(scores)
     else:
         shift = tl.load(row_shift_ptr + place, mask=row_ok, other=0.0)
-        grad = -weight[:, None] * tl.exp(scores - shift[:, None])
+        if SCALED:
+            grad = -weight[:, None] * share_of_sum(scores, shift[:, None])
+        else:
+            grad = -weight[:, None] * tl.exp(scores - shift[:, None])
     if HAS_COLUMNS:
         weight = tl.load(col_weight_ptr + group * columns + column, mask=column_ok, other=0.0)
         shift = tl.load(col_shift_ptr + group * columns + column, mask=column_ok, other=0.0)
-        grad -= weight[None, :] * tl.exp(scores - shift[None, :])
-    # chosen, not added: a positive's e^(S - shift) may be infinite
+        grad -= weight[None, :] * share_of_sum(scores, shift[None, :])
+    # chosen, not added: a positive has no part in the statistics that shifts are
     grad = tl.where(column[None, :] == positive[:, None], diagonal[:, None], grad)
     if EXCLUDE_SELF:
         grad = tl.where(column[None, :] == row[:, None], 0.0, grad)
@@ -301,11 +309,15 @@ def _mixture(
 
 @triton.jit
 def _mixture_gradients(
-    scores_ptr, scale_ptr, baseline_ptr, state_ptr, marginal_ptr, grad_ptr, out_ptr, begin, height, count, slots, plane,
+    scores_ptr, scale_ptr, baseline_ptr, state_ptr, row_rest_ptr, weight_ptr, grad_ptr, out_ptr, begin, height, count,
+    slots, plane,
     LOG_ALPHA: tl.constexpr, LOG_BETA: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dV / dS of the interpolated bound, elementwise. Grid: (row blocks, column blocks, groups)."""
+    """dV / dS of the interpolated bound, elementwise. Grid: (row blocks, column blocks, groups).
+
+    No score is above a log-sum-exp that it is part of.
+    """
     group = tl.program_id(2).to(tl.int64)
     local = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
@@ -318,7 +330,8 @@ def _mixture_gradients(
     pairs = tl.cast(count, tl.float32) * tl.cast(count - 1, tl.float32)
     log_others = tl.log(tl.cast(count - 1, tl.float32))
     a = tl.load(baseline_ptr + place, mask=row_ok, other=0.0)
-    marginal = tl.load(marginal_ptr + place, mask=row_ok, other=0.0)
+    row_rest = tl.load(row_rest_ptr + place, mask=row_ok, other=0.0)
+    weight = tl.load(weight_ptr + place, mask=row_ok, other=0.0)
     lse = tl.load(state_ptr + place, mask=row_ok, other=0.0)
     arg = tl.load(state_ptr + slots + place, mask=row_ok, other=0.0).to(tl.int32)
     rest = tl.load(state_ptr + 2 * slots + place, mask=row_ok, other=0.0)
@@ -327,13 +340,14 @@ def _mixture_gradients(
     z_rest = tl.load(state_ptr + 5 * slots + place, mask=row_ok, other=0.0)
     joint = tl.load(state_ptr + 6 * slots + place, mask=row_ok, other=0.0)
     is_joint = row == column
-    own = tl.where(is_joint, 1.0, -tl.exp(scores + marginal)) / tl.cast(count, tl.float32)
+    marginal = tl.exp(at_most(scores, row_rest) - row_rest + weight)
+    own = tl.where(is_joint, 1.0, -marginal) / tl.cast(count, tl.float32)
     scores -= joint
     loo = leave_one_out(scores, column, lse, arg, rest)
     odds = loo - log_others + (joint - a) + (LOG_ALPHA - LOG_BETA)
     z = tl.where(is_joint, float("-inf"), -softplus(-odds) - loo)
     mixed = leave_one_out(z, column, z_lse, z_arg, z_rest)
-    grad = (own - tl.exp(scores + mixed) / pairs) * tl.load(grad_ptr + group)
+    grad = (own - tl.exp(at_most(scores + mixed, log_others)) / pairs) * tl.load(grad_ptr + group)
     _store(out_ptr, cell, grad, mask, plane, SPLIT)
 
 
@@ -408,16 +422,16 @@ def mixture(
 
 
 def mixture_gradients(
-    scores: Tensor, scale: Tensor | None, log_baseline: Tensor, alpha: float, state: Tensor, marginal: Tensor,
-    grad: Tensor, begin: int, out: Tensor,
+    scores: Tensor, scale: Tensor | None, log_baseline: Tensor, alpha: float, state: Tensor, rest: Tensor,
+    weight: Tensor, grad: Tensor, begin: int, out: Tensor,
 ) -> None:  # fmt: skip
-    """Write a chunk's dV / dS of the interpolated bound into `out`. marginal [G, N]: log-weights less R."""
+    """Write a chunk's dV / dS of the interpolated bound into `out`. rest, weight: as for `cpu.mixture_gradients`."""
     groups, height, count = scores.shape
     config = MIXTURE_CELLS
     grid = (triton.cdiv(height, config["BLOCK_M"]), triton.cdiv(count, config["BLOCK_N"]), groups)
     _mixture_gradients[grid](
-        scores, scale, log_baseline, state, marginal, grad, out, begin, height, count, groups * count, scores.numel(),
-        *_log_weights(alpha), scale is not None, _is_split(out), **config,
+        scores, scale, log_baseline, state, rest, weight, grad, out, begin, height, count, groups * count,
+        scores.numel(), *_log_weights(alpha), scale is not None, _is_split(out), **config,
     )  # fmt: skip
 
 
@@ -458,7 +472,8 @@ def score_mixture_gradients(
     scores, a, state = scores.contiguous(), log_baseline.contiguous(), state_like(scores)
     mixture(scores, None, a, alpha, 0, rows_like(scores, 4), state)
     out = torch.empty_like(scores)
-    mixture_gradients(scores, None, a, alpha, state, weight - rest, grad.contiguous(), 0, out)
+    rest, weight, grad = rest.contiguous(), weight.contiguous(), grad.contiguous()
+    mixture_gradients(scores, None, a, alpha, state, rest, weight, grad, 0, out)
     return out
 
 

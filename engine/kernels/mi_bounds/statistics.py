@@ -6,7 +6,7 @@ the row's other scores, and the gradient is, for every score that is not a posit
     dV / dS_ij = -exp(S_ij - c_i)        infonce, dv, mine, nwj, tuba
     dV / dS_ij = -sigmoid(S_ij) / M      js, js_fgan, smile           M = B (B - 1)
 
-with one c_i per row. These are the functions R, M -> value and c. Everything is in nats and vectorised over groups.
+with one c_i per row. These are the functions R, M -> value and R - c. Everything is in nats and vectorised over groups.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Finish:
         value: [G].
         log_ema: [G], MINE's moving average, this batch included; for the other bounds as it was given.
         constant: [G]; for a gradient that is a sigmoid, its weight is e^-constant.
-        shift: [G, B], c_i, the constant included; None where the gradient is a sigmoid.
+        log_weight: [G, B], R_i - c_i: the gradients of row i's other scores add up to -e^(R_i - c_i). None where the
+            gradient is a sigmoid. Not c_i, which is rounded where scores are large: near 1e8 by up to 4.
         diagonal: [G, B], dV / dS_ii.
         baseline: [G, B], dV / da_i; None where the bound has no log-baseline.
     """
@@ -64,7 +65,7 @@ class Finish:
     value: Tensor
     log_ema: Tensor
     constant: Tensor
-    shift: Tensor | None
+    log_weight: Tensor | None
     diagonal: Tensor
     baseline: Tensor | None
 
@@ -106,14 +107,14 @@ def finish(
         # D_i - logaddexp(R_i, D_i), in the form that keeps its digits where one of the two dominates
         value = math.log(count) + rows.mean(logsigmoid(joint - rest))
         constant = torch.full_like(value, math.log(count))
-        shift = torch.logaddexp(rest, joint) + math.log(count)
+        log_weight = logsigmoid(rest - joint) - math.log(count)
         diagonal = torch.sigmoid(rest - joint) / count
     elif bound == "tuba":
         a = torch.zeros_like(joint) if log_baseline is None else log_baseline
         value = 1 + rows.mean(joint - a) - (rows.logsumexp(rest - a) - log_pairs).exp()
         constant = torch.full_like(value, log_pairs)
-        shift = a + log_pairs
-        baseline = (rest - shift).exp() - 1 / count
+        log_weight = rest - a - log_pairs
+        baseline = log_weight.exp() - 1 / count
     else:
         log_sum = rows.logsumexp(rest)
         if bound == "nwj":
@@ -125,8 +126,8 @@ def finish(
             if bound == "mine":
                 log_ema = mix_ema(log_ema, log_sum - log_pairs, ema_rate)
                 constant = log_pairs + log_ema
-        shift = constant[:, None].expand_as(joint)
-    return Finish(value, log_ema, constant, shift, diagonal, baseline)
+        log_weight = rest - constant[:, None]
+    return Finish(value, log_ema, constant, log_weight, diagonal, baseline)
 
 
 def mix_ema(log_ema: Tensor, log_mean: Tensor, rate: float) -> Tensor:

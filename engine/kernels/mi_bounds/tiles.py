@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from engine.kernels.mi_bounds.reference import MOST_OF_ONE
+from engine.kernels.triton_math import at_most
+
+_MOST_OF_ONE = tl.constexpr(MOST_OF_ONE)
 LSE, CLIPPED, SOFTPLUS = 0, 1, 2
 KINDS = {"lse": LSE, "clipped": CLIPPED, "softplus": SOFTPLUS}
 
@@ -71,6 +75,6 @@ def push_largest(top, arg, high, total, scores, column):
 @triton.jit
 def leave_one_out(scores, column, total, arg, rest):
     """LSE of each row without the column, from the row's LSE, its largest column and the LSE of all others."""
-    share = tl.exp(scores - finite(total))
+    share = at_most(tl.exp(scores - finite(total)), _MOST_OF_ONE)
     is_largest = column == arg
     return tl.where(is_largest, rest, total + tl.log(1.0 - tl.where(is_largest, 0.0, share)))

@@ -25,7 +25,7 @@ from engine.kernels.mi_bounds.scores import rows_like
 from engine.kernels.mi_bounds.statistics import LSE, SHARE
 from engine.kernels.mi_bounds.tiles import KINDS, LN_2, LOG2_E, finite, infonce_row, sigmoid, softplus
 from engine.kernels.registry import interpreting
-from engine.kernels.triton_math import round_tf32
+from engine.kernels.triton_math import at_most, round_tf32
 
 # Which side `positives` belongs to: none (positives are on the diagonal), the owned side, the streamed side.
 DIAGONAL, OWN, OTHER = 0, 1, 2
@@ -185,13 +185,14 @@ def _infonce(
         high = new
     # the difference in base 2 first: joint and rest may be large and close to each other
     rest = high + tl.log2(total)
-    loss, lse, share = infonce_row(tl.zeros_like(joint), (rest - joint) * LN_2)
-    joint = joint * LN_2
+    difference = (rest - joint) * LN_2
+    loss, _, share = infonce_row(tl.zeros_like(joint), difference)
+    lse = tl.maximum(rest, joint) * LN_2 + softplus(-tl.abs(difference))
     place = group * rows + row
     tl.store(losses_ptr + place, loss, mask=row_ok)
-    tl.store(state_ptr + place, joint, mask=row_ok)
+    tl.store(state_ptr + place, joint * LN_2, mask=row_ok)
     tl.store(state_ptr + slots + place, rest * LN_2, mask=row_ok)
-    tl.store(state_ptr + 2 * slots + place, joint + lse, mask=row_ok)
+    tl.store(state_ptr + 2 * slots + place, lse, mask=row_ok)
     tl.store(state_ptr + 3 * slots + place, share, mask=row_ok)
     if PULL:
         key = _load(k_ptr, tl.where(row_ok, positive, columns), columns, WIDTH, BLOCK_W, UPCAST).to(tl.float32)
@@ -211,9 +212,10 @@ def _gradients(
 ):  # fmt: skip
     """factor * dS other for BLOCK_M owned embeddings. Grid: (blocks, groups).
 
-    dS = -weight e^(S - shift) summed over the sides that have one, or -weight sigmoid(S). At a row's positive it is the
-    row's diagonal coefficient. With IS_SHARE weights are InfoNCE losses' gradients: dS = weight e^(S - shift), and
-    -weight times the coefficient at the positive. The factor is one number, or one per group.
+    dS = -weight e^(S - shift) summed over the sides that have one, or -weight sigmoid(S). Shifts are log-sum-exps, so
+    that e^(S - shift) is at most 1 (`triton_math.share_of_sum`). At a row's positive dS is the row's diagonal
+    coefficient. With IS_SHARE weights are InfoNCE losses' gradients: dS = weight e^(S - shift), and -weight times the
+    coefficient at the positive. The factor is one number, or one per group.
     """
     group = tl.program_id(1).to(tl.int64)
     own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -255,10 +257,10 @@ def _gradients(
         else:
             grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             if HAS_OWN:
-                grad -= own_weight[:, None] * tl.exp2(scores - own_shift[:, None])
+                grad -= own_weight[:, None] * tl.exp2(at_most(scores - own_shift[:, None], 0.0))
             if HAS_OTHER:
                 shift = tl.load(other_shift_ptr + other_base + other, mask=other_ok, other=0.0) * LOG2_E
-                grad -= weight[None, :] * tl.exp2(scores - shift[None, :])
+                grad -= weight[None, :] * tl.exp2(at_most(scores - shift[None, :], 0.0))
         other_mark = other
         if POSITIVES == 2:
             other_mark = tl.load(positives_ptr + other, mask=other_ok, other=-1).to(tl.int32)
@@ -270,7 +272,7 @@ def _gradients(
             if IS_SHARE:
                 coefficient *= weight
             diagonal = coefficient[None, :]
-        # chosen, not added: a positive's e^(S - shift) may be infinite
+        # chosen, not added: a positive has no part in the statistics that shifts are
         grad = tl.where(is_positive, diagonal, grad)
         # rows past the end have weights of 0 or are not stored; a weight of 0 times an infinite number is not 0
         keep = own_ok[:, None] & other_ok[None, :]

@@ -57,7 +57,8 @@ class RowLosses(torch.autograd.Function):
         whole, share = torch.logaddexp(rest, joint)[..., None], torch.sigmoid(rest - joint)
 
         def coefficients(scores: Tensor, block: Block) -> Tensor:
-            others = block.only_others(grad[..., None] * (scores - whole).exp(), 0)
+            # no score is above its log-sum-exp, but for products that are rounded otherwise here
+            others = block.only_others(grad[..., None] * (scores - whole).clamp(max=0).exp(), 0)
             return _with_positives(others, block, (-grad * share)[..., None])
 
         return _gradients(ctx, (rows, columns, more, parameters), grad, coefficients)
@@ -104,15 +105,16 @@ class BoundOverRanks(torch.autograd.Function):
             ctx.mixture = mixture = _mixture(arguments, a, settings.alpha)
             parts = mixture.joint, mixture.rest, mixture.excess, mixture.shares
             value, marginal, grad_a = interpolated(*parts, a, settings.alpha, of_all)
-            log_ema, state = log_ema.clone(), (None, None, marginal, grad_a)
+            log_ema, state = log_ema.clone(), (None, None, None, marginal, grad_a)
         else:
             statistics = Statistics(settings.kind, like, settings.smile_tau)
             for scores, block in _scored(*arguments):
                 statistics.add(scores, block)
             joint, rest = statistics.joint, statistics.rest
             done = finish(settings.bound, joint, rest, a, log_ema, settings.ema_rate, of_all)
+            shift = None if done.log_weight is None else rest.clamp(min=torch.finfo(rest.dtype).min)
             value, log_ema, state = done.value, done.log_ema.clone(), (
-                done.constant, done.shift, done.diagonal, done.baseline
+                done.constant, done.log_weight, shift, done.diagonal, done.baseline
             )  # fmt: skip
         ctx.save_for_backward(rows, columns, more, *state, *parameters)
         ctx.mark_non_differentiable(log_ema)
@@ -121,7 +123,7 @@ class BoundOverRanks(torch.autograd.Function):
     @staticmethod
     @differentiable_once("mi_lower_bound", REMEDY)
     def backward(ctx, grad, _):
-        rows, columns, more, constant, shift, diagonal, grad_a, *parameters = ctx.saved_tensors
+        rows, columns, more, constant, log_weight, shift, diagonal, grad_a, *parameters = ctx.saved_tensors
         settings, scoring = ctx.settings, ctx.scoring
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=scoring.ranks.group)  # every rank's result is the same function of all rows
@@ -133,7 +135,8 @@ class BoundOverRanks(torch.autograd.Function):
             if settings.bound in SIGMOID_GRADIENT:
                 others = -(factor * (-constant).exp()[:, None, None]) * torch.sigmoid(scores)
             else:
-                others = -factor * (scores - shift[..., None]).exp()
+                # as in `RowLosses`
+                others = -factor * ((scores - shift[..., None]).clamp(max=0) + log_weight[..., None]).exp()
             return _with_positives(block.only_others(others, 0), block, (grad[:, None] * diagonal)[..., None])
 
         gradients = _gradients(ctx, (rows, columns, more, parameters), grad, coefficients, before=3)

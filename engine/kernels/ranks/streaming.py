@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from engine.kernels.mi_bounds.reference import MOST_OF_ONE
 from engine.kernels.mi_bounds.statistics import Rows, log_weights
 from engine.kernels.ranks.collectives import stack_ranks
 from engine.kernels.ranks.group import Ranks
@@ -241,7 +242,7 @@ class Mixture:
         """L_ij and log p_ij, [G, b, c]."""
         is_top = self.is_top(block)
         whole = torch.logaddexp(self.top, self.below)[..., None]
-        share = (shifted - whole).exp().masked_fill(is_top, 0)
+        share = (shifted - whole).exp().masked_fill(is_top, 0).clamp(max=MOST_OF_ONE)
         loo = torch.where(is_top, self.below[..., None], whole + torch.log1p(-share))
         return loo, logsigmoid(self.log_alpha + loo - self.baseline[..., None])
 
@@ -261,10 +262,12 @@ class Mixture:
         shifted = self.shifted(scores, block)
         loo, log_p = self.left_out(shifted, block)
         is_top = self.is_top(block)
-        pairs = (shifted + self.others[..., None]).exp()
-        rest = (shifted + self.largest[..., None]).exp() - (shifted + log_p - loo).exp()
+        # No score is above a log-sum-exp that it is part of.
+        pairs = (shifted + self.others[..., None]).clamp(max=math.log(total - 1)).exp()
+        rest = (shifted + self.largest[..., None]).clamp(max=0).exp() - (shifted + log_p - loo).clamp(max=0).exp()
         pairs = pairs + rest.masked_fill(is_top, 0)
-        gradient = -pairs / (total * (total - 1)) - (marginal[..., None] + scores - self.rest[..., None]).exp() / total
+        of_row = ((scores - self.rest[..., None]).clamp(max=0) + marginal[..., None]).exp()
+        gradient = -pairs / (total * (total - 1)) - of_row / total
         if block.positive is None:
             return gradient
         own = 1 / total - torch.logaddexp(self.others, self.largest).exp() / (total * (total - 1))
