@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine import checkpoint
 from engine.errors import EstimatorError
+from engine.kernels import registry
 from engine.kernels.critics import cpu
 from engine.kernels.mi_bounds import BOUNDS
 from engine.kernels.registry import use_backend
@@ -215,6 +216,13 @@ def test_parameters_that_were_moved(move: str, tmp_path):
     assert all(p.grad is not None for p in group.parameters())
 
 
+def test_a_copy_is_frozen_and_in_the_mode_of_its_group():
+    group = grouped(estimators(bound="mine"))
+    for learns in (True, False):
+        copied = group.train(learns).requires_grad_(learns).copy_of("fa")
+        assert copied.training == learns and all(p.requires_grad == learns for p in copied.parameters())
+
+
 def test_a_change_between_forward_and_backward_is_an_error():
     group, given = grouped(estimators()), features()
     loss = group(given).surrogate.sum()
@@ -292,6 +300,11 @@ def test_a_batch_that_cannot_run_together_moves_mines_average_too():
     group = grouped(estimators(bound="mine", on_degenerate="skip"))
     group(given)
     assert group.log_ema.isfinite().tolist() == [name not in ("fa", "ta") for name in group.names]
+    unread = grouped(estimators(bound="mine", on_degenerate="skip"))
+    with registry.static():  # as on a GPU, which computes all of them together
+        found = together(unread, given)
+    assert [name for name in found if found[name].value == 0] == ["fa", "ta"]
+    torch.testing.assert_close(unread.log_ema, group.log_ema)
 
 
 def test_without_a_compiler(monkeypatch):
