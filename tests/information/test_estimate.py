@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from engine import estimate_cmi, estimate_mi
 from engine.errors import EstimatorError
@@ -32,6 +33,20 @@ def test_numbers_that_are_not_finite_are_null_in_json():
     record = json.loads(estimate.to_json())
     assert record["readings"] == {"gaussian": None, "dv": 1.0} and record["history"] == [{"held_out": None}]
     assert math.isnan(Estimate.from_json(estimate.to_json()).readings["gaussian"])
+
+
+def test_what_an_estimate_holds_and_says():
+    estimate = Estimate(
+        0.5, (0.25, 0.75), 0.1, "counts", {"counts": 0.5}, 60, ("noise",), 4.0, torch.ones(60), [{"step": 0}], 3, 20
+    )
+    again = Estimate.from_json(estimate.to_json())
+    assert (again.dropped, again.groups, again.ceiling, again.samples) == (3, 20, 4.0, 60)
+    assert len(list(estimate)) == len(estimate) and {name: estimate[name] for name in estimate}["counts"] == 0.5
+    assert str(estimate) == "0.500 nats, 95 % interval 0.250 to 0.750 (noise)"
+    assert estimate == Estimate(*(getattr(estimate, name) for name in Estimate.__dataclass_fields__))
+    values = {name: getattr(estimate, name) for name in Estimate.__dataclass_fields__}
+    for change in ({"pointwise": torch.zeros(60)}, {"pointwise": None}, {"dropped": 4}):
+        assert estimate != Estimate(**values | change)
 
 
 @pytest.mark.parametrize("source", ["{", "{}", '{"value": []}', "nowhere.json", '{"a":' * 100_000])

@@ -10,6 +10,7 @@ from sklearn.preprocessing import StandardScaler
 
 import engine
 from engine.errors import DataError
+from engine.information import probing
 from engine.information.probing import RIDGE, probe
 
 
@@ -43,6 +44,15 @@ def test_classes_agree_with_scikit_learn():
     scaler = StandardScaler().fit(seen.double().numpy())
     a, b = scaler.transform(seen.double().numpy()), scaler.transform(x.double().numpy())
     assert found.knn == pytest.approx(KNeighborsClassifier(7).fit(a, of_known).score(b, labels), abs=0.011)  # ties
+    neighbours = KNeighborsClassifier(7).fit(a, of_known).predict_proba(b)
+    one_hot, share = np.eye(3)[of_known.numpy()], np.bincount(of_known) / 600
+    ridge = Ridge(RIDGE * 600).fit(a, one_hot).predict(b)
+    recalls = [
+        np.mean([(score.argmax(1) == c)[labels.numpy() == c].mean() for c in range(3)])
+        for score in (neighbours / share, (ridge - share) / np.sqrt(share * (1 - share)))
+    ]
+    assert found.balanced == pytest.approx(max(recalls) - 1 / 3, abs=0.01)
+    assert found.linear == pytest.approx((ridge.argmax(1) == labels.numpy()).mean())
     commonest = np.bincount(of_known).argmax()
     assert found.chance == pytest.approx((labels == commonest).double().mean().item())
     one_hot = torch.nn.functional.one_hot(labels, 3)
@@ -58,6 +68,18 @@ def test_cross_fit_sees_what_is_there_and_nothing_else():
     independent = probe(x, y[torch.randperm(1000, generator=torch.Generator().manual_seed(1))])
     assert -0.2 < independent.knn < 0 and -0.05 < independent.linear < 0.05
     assert probe(x, y) == probe(x.numpy(), y.numpy()) == engine.probe(x.double(), y.double())
+    assert probe(x, y) == probe(x, y, neighbours=10, seed=0) != probe(x, y, seed=1)
+    assert -0.2 < independent.left < 0.05 and probe(x, y).left == probe(x, y).knn
+
+
+def test_many_rows_are_thinned_out_evenly(monkeypatch):
+    (x, y), (seen, known) = rows(201, 1), rows(601, 0)
+    order = y[:, 1].argsort()  # the first rows alone would be others
+    x, y = x[order], y[order]
+    expected = probe(x[::2], y[::2], known=(seen[::6], known[::6]))
+    monkeypatch.setattr(probing, "MOST_ROWS", 101)
+    found = probe(x, y, known=(seen, known))
+    assert found == expected and found.rows == 101
 
 
 def test_a_column_that_hardly_varies_in_the_unseen_rows_does_not_decide():
@@ -80,6 +102,19 @@ def test_errors(change, text):
     with pytest.raises(DataError, match=text) as caught:
         probe(*change(*rows(100)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("known", "text"),
+    [
+        (lambda x, y: (x[:6], y[:6]), r"features \[6, 5\] and target \[6, 2\]; expected 7 rows or more"),
+        (lambda x, y: (x[:, :4], y), r"\[100, 4\] and \[100, 2\]; expected 5 and 2 columns"),
+        (lambda x, y: (x, y[:, :1]), r"\[100, 5\] and \[100, 1\]; expected 5 and 2 columns"),
+    ],
+)
+def test_known_rows_that_do_not_fit(known, text):
+    with pytest.raises(DataError, match=text):
+        probe(*rows(100), known=known(*rows(100)), neighbours=7)
 
 
 def test_a_single_class_is_an_error():
@@ -115,3 +150,6 @@ def test_tables_of_pandas_and_numbers_that_are_no_classes():
     assert probe(pandas.DataFrame(z.numpy()), pandas.Series(s.numpy()), discrete=True) == probe(z, s, discrete=True)
     with pytest.raises(DataError, match="100 classes in 100 rows"):
         probe(z, z[:, 0], discrete=True)
+    with pytest.raises(DataError, match="51 classes in 100 rows"):
+        probe(z, torch.arange(100) % 51, discrete=True)
+    assert probe(z, torch.arange(100) % 50, discrete=True).kind == "accuracy"

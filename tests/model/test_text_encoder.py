@@ -241,6 +241,16 @@ def test_vocabulary_and_positions():
         encoder(torch.full((1, 59), 5), torch.ones(1, 59, dtype=torch.long))
 
 
+def test_positions_of_models_that_number_them_otherwise():
+    from transformers import GPT2Config, GPT2Model, OPTConfig, OPTModel
+
+    opt = OPTModel(OPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, ffn_dim=24, num_attention_heads=2,
+                             max_position_embeddings=30, word_embed_proj_dim=16))  # fmt: skip
+    gpt = GPT2Model(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=20))
+    assert TextEncoder(opt).positions == 30 and TextEncoder(gpt).positions == 20
+    assert TextEncoder(distilbert()).positions == 512
+
+
 def test_models_that_are_no_text_encoder(tmp_path):
     from transformers import T5Config, T5Model, ViTConfig, ViTModel
 
