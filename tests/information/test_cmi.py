@@ -10,7 +10,7 @@ from scipy.stats import multivariate_normal
 
 from engine import estimate_cmi
 from engine.errors import EstimatorError
-from engine.information.cmi import _attenuation, _neighbour_shuffle
+from engine.information.cmi import _attenuation, _neighbour_shuffle, _Reading
 from engine.information.folds import TrainingSettings
 from engine.information.likelihood import _Classes, _Mixtures, _Networks, _ridge_regressions, fit
 from tests.information import cmi_cases, knn
@@ -181,6 +181,18 @@ def test_result():
     assert [r["step"] for r in estimate.history] == [0, 10, 20, 30, 40, 48]
     low, high = estimate.interval
     assert low <= estimate.value <= high
+    assert estimate["dv"] == max(estimate["x given y"], estimate["y given x"])
+
+
+def test_a_side_of_many_columns_is_not_predicted_from_few():
+    """Ten columns from one. Nine are still tried."""
+    x, y, z = chain(200)
+    for columns, tried in ((9, {"x given y", "y given x"}), (10, {"x given y"})):
+        wide = np.hstack([y[:, None], normal(200, columns - 1, 1)])
+        found = [estimate_cmi(*sides, z, steps=1, hidden=2) for sides in ((x, wide), (wide, x))]
+        assert {name for name in found[0].readings if "given" in name} == tried
+        turned = {name.translate(str.maketrans("xy", "yx")) for name in found[1].readings if "given" in name}
+        assert turned == tried
 
 
 def test_negative_readings_are_given_as_zero():
@@ -215,6 +227,9 @@ def test_shuffle_among_neighbours():
     assert sorted(order.tolist()) == list(range(500))
     assert (order == torch.arange(500)).float().mean() < 0.02
     assert (z[order] - z).abs().median() < 0.03  # of a spread of 1
+    place = z[:, 0].argsort().argsort()
+    apart = (place[order] - place).abs()  # five neighbours lie within five places
+    assert (apart <= 5).float().mean() > 0.8 and (apart > 2).float().mean() > 0.2
 
 
 def test_shuffle_among_neighbours_of_other_groups():
@@ -254,6 +269,38 @@ def test_few_groups_and_overfitting_are_flagged():
 
 
 # -- the parts --------------------------------------------------------------------------------------------------------
+
+
+def density(overfit: float = 0.0, spread: float = 1.0) -> SimpleNamespace:
+    return SimpleNamespace(overfit=overfit, spread=spread, history=[{"held_out": 0.0}] * 2, picks=[0])
+
+
+def test_what_widens_an_interval():
+    """What z may explain beyond what was learnt reaches down, what the other side may explain reaches up."""
+    found = [
+        _Reading.interval(
+            SimpleNamespace(
+                best=SimpleNamespace(value=1.0, density=density(overfit)), value=1.0 + more, attenuation=more,
+                standard_error=0.1, confounding=confounding,
+            )
+        )
+        for overfit, confounding, more in ((0, 0, 0), (0.5, 0, 0), (0, 0.25, 0), (0, 0, 0.125))
+    ]  # fmt: skip
+    assert found[0] == pytest.approx((1 - 0.196, 1 + 0.196))
+    assert found[1] == pytest.approx((1 - 0.196, 1.5 + 0.196)) and found[2] == pytest.approx((0.75 - 0.196, 1.196))
+    assert found[3] == pytest.approx((1 - 0.196, 1.25 + 0.196))  # by as much again as the value
+
+
+def test_flags_of_a_reading():
+    def flags(value=1.0, finest=1.0, **of_density):
+        best = SimpleNamespace(density=density(**of_density), finest=finest)
+        return _Reading.flags(
+            SimpleNamespace(value=value, ceiling=5.0, best=best, grain=0.01, densities=[best.density])
+        )
+
+    assert flags() == flags(3.9) == flags(0.1, overfit=0.09) == flags(overfit=0.45) == []
+    assert flags(4.1) == flags(finest=0.04, spread=0.1) == ["saturated"] and flags(finest=0.04, spread=0.5) == []
+    assert flags(overfit=0.55) == flags(0.1, overfit=0.11) == ["overfitted"]
 
 
 def side(overfit: float, dims: int = 1, picks: tuple[int, ...] = (0, 3)) -> SimpleNamespace:
@@ -354,6 +401,17 @@ def test_a_reference_is_subtracted_from_regressions_and_networks_alike():
     torch.testing.assert_close(less.regression, plain.regression - own, rtol=0, atol=1e-9)
     assert plain.chosen.mean() > plain.regression.mean() + 0.3
     assert plain.overfit == pytest.approx(max(0.0, plain.training - plain.chosen.mean().item()))
+
+
+def test_folds_of_several_sizes_are_read_on_their_own_rows():
+    x, noise = torch.from_numpy(normal(300, 2)).T
+    fold = (torch.arange(300) % 5).clamp(max=2)
+    target = (x.square() + 0.2 * noise)[:, None].expand(3, -1, -1)
+    design, generator = x[:, None].expand(3, -1, -1), torch.Generator().manual_seed(0)
+    found = fit(target, [design], fold, TrainingSettings(10, 64, 3e-2, 16), generator)
+    assert found.picks == [1, 1, 1]
+    means = [found.chosen[fold == f].mean().item() for f in range(3)]
+    assert found.history[1]["held_out"] == pytest.approx(np.mean(means), abs=1e-6)
 
 
 def test_a_fold_that_keeps_its_regression_keeps_its_residual():

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.special import digamma
 
 from engine import estimate_cmi, estimate_mi
 from engine.information.columns import standard_error
@@ -32,6 +33,7 @@ def test_neighbours_of_the_same_subject_are_no_evidence():
     assert sum(e.interval[0] > 0 for e in plain) >= 5  # "surely some information"
     assert all(e.interval[0] == 0 for e in grouped) and np.mean([e.value for e in grouped]) < 0.03
     assert all(e.groups == SUBJECTS and e.method == "neighbours of other groups" for e in grouped)
+    assert grouped[0].ceiling == pytest.approx(digamma(SUBJECTS) - digamma(3))
 
 
 def test_dependence_between_subjects_is_found():

@@ -462,4 +462,12 @@ def test_the_ceiling_of_the_interpolated_bound():
     x, y, _ = gaussian(0.8, 2, 200)
     estimate = estimate_mi(x, y, bound="interpolate", alpha=0.3, steps=5, hidden=8)
     assert estimate.ceiling == pytest.approx(1 + math.log(39 / 0.3))  # folds of 40 rows
+    assert estimate.value == pytest.approx((estimate["training"] + estimate["interpolate"]) / 2)
     assert estimate_mi(x, y, bound="nwj", steps=5, hidden=8).ceiling is None
+
+
+def test_no_interval_is_smaller_than_what_could_be_detected():
+    """A Gaussian pair of 8 / N nats would read two standard errors above 0. Only groups are independent."""
+    x, y, _ = gaussian(0.0, 2, 400)
+    rows, groups = (estimate_mi(x, y, steps=5, hidden=8, groups=g).interval for g in (None, np.arange(400) // 10))
+    assert rows[1] >= 8 * 2 / 400 and groups[1] >= 8 * 2 / 40 > rows[1]
