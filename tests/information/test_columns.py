@@ -26,6 +26,7 @@ def test_flags_of_columns():
     assert flags(discrete) == ["discrete columns"]
     assert column_flags(discrete, discrete[:, :1]) == []  # the second column is read as categories
     assert flags(heavy) == ["heavy tails"]
+    assert column_flags(heavy, heavy, torch.tensor([False, True, False])) == []  # the number of a category
     heavy[7, 1] = 25.0  # of a column whose robust deviation is about 1
     assert flags(heavy) == []
     assert flags(plain.repeat(2, 1)) == ["repeated rows"]

@@ -9,7 +9,7 @@ import torch
 
 from engine import estimate_cmi, estimate_mi
 from engine.errors import EstimatorError
-from engine.information.estimate import Estimate
+from engine.information.estimate import Estimate, value_flags
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -71,6 +71,12 @@ def test_a_picture_of_an_unknown_format_is_one_line(tmp_path):
 
 
 # -- flags: when they must be raised and when they must not -----------------------------------------------------------
+
+
+def test_a_value_that_may_be_none():
+    """Of the raw reading, and of the lowest one that is likely, by 1.96 standard errors."""
+    assert value_flags(0.3, 0.197, 0.1) == [] and value_flags(0.3, 0.195, 0.1) == ["noise"]
+    assert value_flags(-0.1, 0.3, 0.1) == ["below zero"]
 
 
 def test_saturation_of_infonce_is_flagged_near_the_log_of_the_rows():

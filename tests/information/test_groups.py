@@ -108,6 +108,23 @@ def test_jackknife_of_rows_is_about_the_closed_form():
     assert error == pytest.approx(standard_error(shares), rel=0.5)
 
 
+def test_jackknife_by_leaving_out_one_group_after_another():
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randint(3, (2, 60), generator=generator)
+    group = torch.cat([torch.arange(12), torch.randint(12, (48,), generator=generator)])
+
+    def information(kept):
+        codes = (side[kept].unique(return_inverse=True)[1] for side in (x, y))
+        return counted_information(*codes)[0].mean().item()
+
+    left = np.array([information(group != g) for g in range(12)])
+    shares, bias, error = jackknifed_information(x, y, group)
+    whole = information(torch.ones(60, dtype=torch.bool))
+    assert shares.mean().item() == pytest.approx(whole)
+    assert bias == pytest.approx(11 * (left.mean() - whole))
+    assert error == pytest.approx(math.sqrt(11 / 12 * ((left - left.mean()) ** 2).sum()))
+
+
 def test_pairs_of_one_group_are_left_out():
     scores = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     group = torch.arange(6) // 2

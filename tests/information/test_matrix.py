@@ -67,6 +67,8 @@ def test_few_values_are_categories_unless_told_otherwise():
     plain = mi_matrix(values, discrete=False, steps=20, hidden=8).estimates["0", "1"]
     assert "categories" not in plain.method and "discrete columns" in plain.flags
     assert mi_matrix(values, discrete=[0]).estimates["0", "2"].method == "neighbours within categories"
+    digits = np.random.default_rng(1).integers(12, size=(2000, 2))
+    assert mi_matrix(digits, discrete=True).estimates["0", "1"].method == "counts"
     for count, few in ((10, True), (11, False)):
         values[:, 0] = np.arange(200) % count
         frame = pd.DataFrame(values).astype(object)  # numbers, whatever the type of their column

@@ -62,12 +62,12 @@ def test_weak_dependence_of_many_columns_on_few_rows_is_not_called_noise():
 def test_intervals_reach_what_ranks_of_few_rows_cannot_show():
     """Ranks lose 0.2 of 5.9 nats here, about two standard errors."""
     inside, errors = 0, []
-    for seed in range(5):
+    for seed in range(20):
         x, y, truth = gaussian(0.99, 3, 300, seed=seed)
         estimate = estimate_mi(x, y, steps=5)
         inside += estimate.interval[0] < truth < estimate.interval[1] < truth + 0.8
         errors.append(estimate.value - truth)
-    assert inside == 5 and -0.35 < sum(errors) / 5 < 0
+    assert inside >= 18 and -0.35 < sum(errors) / 20 < 0
 
 
 def test_uncorrelated_columns_of_two_latent_variables_are_not_added_up():
@@ -318,10 +318,10 @@ def test_the_closed_form_is_free_of_bias_and_knows_its_error(rho):
     forms = [closed_form(a, b) for a, b in zip(x, rho * x + math.sqrt(1 - rho**2) * noise, strict=True)]
     found = torch.tensor([form.information for form in forms])
     assert found.mean().item() == pytest.approx(-2 * math.log(1 - rho**2), abs=4 * found.std().item() / 20)
-    if rho == 0:
-        assert forms[0].chance == pytest.approx(found.std().item(), rel=0.15)
-    else:
-        assert np.mean([form.error for form in forms]) == pytest.approx(found.std().item(), rel=0.15)
+    error = forms[0].chance if rho == 0 else np.mean([form.error for form in forms])
+    assert found.std().item() < error < 1.25 * found.std().item()
+    shown = sum(form.shows_more_than(0.0) for form in forms)
+    assert shown <= 4 if rho == 0 else shown == 400
 
 
 def test_shrinkage_subtracts_what_is_due_to_chance():

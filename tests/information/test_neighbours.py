@@ -131,13 +131,13 @@ def test_the_ceiling_is_what_a_column_shares_with_itself(monkeypatch):
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_each_rows_share_with_ties_and_categories_by_the_definition(labelled, monkeypatch):
-    """Ross (2014) within categories, one of a single row and one of three; Gao et al. (2017) where rows coincide."""
+    """Ross (2014) within categories, of one, two and three rows, too; Gao et al. (2017) where rows coincide."""
     monkeypatch.setattr(neighbours, "CHUNK", 7)
     x, y = whole_numbers(50, 300, 3), whole_numbers(50, 300, 4)
     x[:14] = y[:14] = 0
     y[14:18] = 0
     if labelled:
-        x = torch.cat([torch.tensor([7.0, 9, 9, 9]), whole_numbers(46, 3, 5)])
+        x = torch.cat([torch.tensor([7.0, 8, 8, 9, 9, 9]), whole_numbers(44, 3, 5)])
     found = mixed_information(Column(x, labelled), Column(y, False))
     for row in range(50):
         others = [j for j in range(50) if j != row]

@@ -44,21 +44,39 @@ def test_classes_agree_with_scikit_learn():
     scaler = StandardScaler().fit(seen.double().numpy())
     a, b = scaler.transform(seen.double().numpy()), scaler.transform(x.double().numpy())
     assert found.knn == pytest.approx(KNeighborsClassifier(7).fit(a, of_known).score(b, labels), abs=0.011)  # ties
-    neighbours = KNeighborsClassifier(7).fit(a, of_known).predict_proba(b)
-    one_hot, share = np.eye(3)[of_known.numpy()], np.bincount(of_known) / 600
-    ridge = Ridge(RIDGE * 600).fit(a, one_hot).predict(b)
-    recalls = [
-        np.mean([(score.argmax(1) == c)[labels.numpy() == c].mean() for c in range(3)])
-        for score in (neighbours / share, (ridge - share) / np.sqrt(share * (1 - share)))
-    ]
-    assert found.balanced == pytest.approx(max(recalls) - 1 / 3, abs=0.01)
-    assert found.linear == pytest.approx((ridge.argmax(1) == labels.numpy()).mean())
     commonest = np.bincount(of_known).argmax()
     assert found.chance == pytest.approx((labels == commonest).double().mean().item())
     one_hot = torch.nn.functional.one_hot(labels, 3)
     assert (
         probe(x, one_hot, known=(seen, torch.nn.functional.one_hot(of_known, 3)), discrete=True, neighbours=7) == found
     )
+
+
+@pytest.mark.parametrize("cuts, better", [([0.7, 0.9], 0), ([0.8], 1)])
+def test_the_balanced_score_is_the_mean_recall_of_the_better_predictor(cuts, better):
+    """Shares of classes are taken out: neighbours by their quotient, a regression in standard deviations."""
+    (x, y), (seen, known) = rows(400, 1), rows(600, 0)
+    target, of_seen = y[:, 0], known[:, 0]
+    if better == 1:  # a noisy sum of all columns
+        unit = torch.tensor([1.0, 10.0, 0.1, 1.0, 1.0])
+        target, of_seen = ((a / unit).sum(1) + 3 * (b[:, 1] - a[:, 1]) for a, b in ((x, y), (seen, known)))
+    edges, count = of_seen.quantile(torch.tensor(cuts)), len(cuts) + 1
+    labels, of_known = (torch.bucketize(t.contiguous(), edges).numpy() for t in (target, of_seen))
+    found = probe(x, torch.tensor(labels), known=(seen, torch.tensor(of_known)), discrete=True, neighbours=7)
+    scaler = StandardScaler().fit(seen.double().numpy())
+    a, b = scaler.transform(seen.double().numpy()), scaler.transform(x.double().numpy())
+    share = np.bincount(of_known) / 600
+    ridge = Ridge(RIDGE * 600).fit(a, np.eye(count)[of_known]).predict(b)
+    near = KNeighborsClassifier(7).fit(a, of_known).predict_proba(b)
+    recalls = [
+        np.mean([(score.argmax(1) == c)[labels == c].mean() for c in range(count)])
+        for score in (near / share, (ridge - share) / np.sqrt(share * (1 - share)))
+    ]
+    assert found.balanced == pytest.approx(max(recalls) - 1 / count, abs=1e-3) and np.argmax(recalls) == better
+    assert found.linear == pytest.approx((ridge.argmax(1) == labels).mean())
+    kept = labels < 2  # of three classes one is left to the known rows
+    fewer = probe(x[kept], torch.tensor(labels[kept]), known=(seen, torch.tensor(of_known)), discrete=True)
+    assert 0.1 < fewer.balanced <= 0.5
 
 
 def test_cross_fit_sees_what_is_there_and_nothing_else():
