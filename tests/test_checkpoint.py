@@ -244,6 +244,18 @@ class TestRefused:
         save_file({"a": torch.zeros(3)}, path)
         self.refused(path, "not a checkpoint of this project")
 
+    def test_meta_that_was_changed(self, good):
+        whole = good.read_bytes()
+        assert whole.count(rb"\"epoch\": 1") == 1
+        good.write_bytes(whole.replace(rb"\"epoch\": 1", rb"\"epoch\": 2"))
+        self.refused(good, "checksum")
+
+    def test_what_is_no_state(self, path):
+        """Though it was written so."""
+        for state, meta in (([1, 2], {}), ({}, [3])):
+            checkpoint.save(path, state, meta)
+            self.refused(path, "contents that do not match")
+
     def test_a_header_that_would_fill_the_memory(self, path, monkeypatch):
         path.write_bytes((1 << 20).to_bytes(8, "little") + b" " * (1 << 20))
         monkeypatch.setattr(checkpoint, "HEADER_BYTES", 1 << 19)

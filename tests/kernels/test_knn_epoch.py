@@ -172,7 +172,8 @@ def test_a_bank_takes_over_the_labels_of_an_earlier_one():
     assert torch.equal(alone.neighbour, taken.neighbour) and torch.equal(alone.features, taken.features)
     other = rows["C"].clone()
     other[3] += 1
-    for changed in (other, rows["C"][:-1], rows["C"].flip(0), torch.full_like(rows["C"], float("nan"))):
+    nan = torch.full_like(rows["C"], float("nan"))
+    for changed in (other, rows["C"][:-1], rows["C"].flip(0), nan, rows["C"].reshape(-1, 2)):
         bank = Bank({"C": changed})
         bank.take_over(earlier)
         assert "C" not in bank._lines
@@ -269,7 +270,10 @@ def test_another_epoch_in_place():
         same_rows(epoch.take(number), turned.take(number))
     shorter = draw_epoch(ProductSampler(Bank(rows[0]), 2, ("C",)), TERMS, sizes[:2], seeded())
     fewer = draw_epoch(ProductSampler(Bank(rows[0]), 2, ("C",)), TERMS[:2], sizes, seeded())
-    for wrong in (shorter, fewer):
+    turned = draw_epoch(ProductSampler(Bank(rows[0]), 2, ("C",)), TERMS[::-1], sizes, seeded())
+    wide = {name: value.double() for name, value in rows[0].items()}
+    double = draw_epoch(ProductSampler(Bank(wide), 2, ("C",)), TERMS, sizes, seeded())
+    for wrong in (shorter, fewer, turned, double):
         with pytest.raises(EstimatorError, match=r"EpochProducts\.load"):
             epoch.load(wrong)
 

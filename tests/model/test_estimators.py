@@ -10,7 +10,7 @@ from engine.kernels.mi_bounds import BOUNDS
 from engine.mimrl.published import PublishedMIEstimator
 from engine.model.cmi import CMIEstimator
 from engine.model.default import default_estimator
-from engine.model.estimators import BASELINES, LogBaseline, MIEstimator
+from engine.model.estimators import BASELINES, LogBaseline, MIEstimator, finite
 from engine.model.neighbour_club import NeighbourCLUB
 from engine.model.stratified import StratifiedCLUB
 from engine.objective import Term
@@ -196,6 +196,17 @@ def train(steps: int = 200, **setting) -> float:
 def test_short_training_comes_near_the_truth(bound: str):
     truth = -math.log(0.6)
     assert 0.75 * truth < train(bound=bound, baseline="unnormalized") < 1.1 * truth
+
+
+def test_which_estimates_store_no_scores_of_all_pairs():
+    for bound in (*BOUNDS, "club", "club_sample", "l1out", "ba"):
+        assert MIEstimator(4, 3, bound=bound, **SMALL).streams == (bound in ("club", "club_sample", "ba"))
+
+
+def test_large_numbers_are_finite():
+    """Also where their sum is not."""
+    assert finite(torch.full((4,), 3e38), torch.zeros(2)) and not finite(torch.zeros(2), torch.tensor([0.0, math.nan]))
+    assert not finite(torch.tensor([math.inf, -math.inf]))
 
 
 def test_the_estimator_of_a_term_has_all_settings():

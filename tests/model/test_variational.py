@@ -263,12 +263,13 @@ def test_settings_that_do_not_fit():
     for options, text in [
         ({"bound": "infonce", "classes": 3}, "classes=3"),
         ({"bound": "club", "classes": 2}, "width 3"),
-        ({"bound": "club", "classes": 1}, "2 or more"),
         ({"bound": "club", "critic": nn.Identity()}, "no critic"),
         ({"bound": "kl"}, "club_sample"),
     ]:
         with pytest.raises(EstimatorError, match=text):
             MIEstimator(4, 3, **options)
+    with pytest.raises(EstimatorError, match="classes=1 for a y of width 1; expected 2 or more"):
+        MIEstimator(4, 1, bound="club", classes=1)
 
 
 # -- a condition of classes ------------------------------------------------------------------------------------
@@ -474,8 +475,12 @@ def test_looking_at_the_orientation_leaves_a_critic_as_it_was():
 
     torch.manual_seed(0)
     x, y = batch()
-    estimator = MIEstimator(4, 3, critic=Dropping(False))
+    estimator, calls = MIEstimator(4, 3, critic=Dropping(False)), []
+    estimator.critic.module.register_forward_hook(lambda *_: calls.append(1))
     estimator(x, y)
+    assert len(calls) == 3  # of which two look
+    estimator(x, y)
+    assert len(calls) == 4
     assert estimator.critic.module.drop.training and not estimator.critic.module.still.training
     with pytest.raises(EstimatorError, match="a row per x"):
         MIEstimator(4, 3, critic=Dropping(True))(x, y)
@@ -499,6 +504,9 @@ def test_a_constant_column_leaves_the_moving_variance(value):
     net.observe(y)
     assert net.y_variance[0] == 1 and net.y_mean[0] == 0
     assert net.y_variance[1] == 4 and net.y_mean[1] == 3  # of 0 to 6
+    alone = GaussianNet(2, 1, 8, 2, "relu")  # of one column torch sums in another order
+    alone.observe(y[:, :1])
+    assert alone.y_variance == 1 and alone.y_mean == 0 and alone.begun == 0
 
 
 @pytest.mark.parametrize("bound", VARIATIONAL_BOUNDS)

@@ -207,13 +207,22 @@ def test_a_loss_scaler_leaves_out_what_overflows_and_nothing_is_noted(unread):
     assert all(p.isfinite().all() for p in step.model.parameters())
 
 
+def test_an_eager_pass_leaves_out_on_the_device_what_the_host_did_not_look_at(unread):
+    step = make(non_finite="skip")
+    result, _ = step.train_epoch(Numbered(batches("loss")), SAMPLES, None, batch_size=BATCH)
+    assert result.skipped == 1 and math.isfinite(result.loss)
+    assert all(bool(value.isfinite().all()) for value in state(step))
+
+
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_with_a_loss_scaler_the_host_looks_at_no_gradients(policy):
+def test_with_a_loss_scaler_the_host_looks_at_no_gradients(policy, request):
     """Nor is a step left out on the device: the scaler does that."""
     one = torch.zeros(1)
     scaled, plain = (make(autocast=dtype, non_finite=policy).finite for dtype in (torch.float16, None))
     assert plain.host_looks(one) and not scaled.host_looks(one)
     assert not plain.on_device(one) and not scaled.on_device(one)
+    request.getfixturevalue("unread")
+    assert not plain.host_looks(one) and plain.on_device(one) == (policy == "skip") and not scaled.on_device(one)
 
 
 def test_clipped_gradients_may_be_infinite():
