@@ -10,7 +10,7 @@ from engine.kernels.mi_bounds import BOUNDS
 from engine.mimrl.published import PublishedMIEstimator
 from engine.model.cmi import CMIEstimator
 from engine.model.default import default_estimator
-from engine.model.estimators import BASELINES, LogBaseline, MIEstimator, finite
+from engine.model.estimators import BASELINES, LogBaseline, MIEstimator, build_mlp, finite, mlp_layers, run_mlp
 from engine.model.neighbour_club import NeighbourCLUB
 from engine.model.stratified import StratifiedCLUB
 from engine.objective import Term
@@ -196,6 +196,20 @@ def train(steps: int = 200, **setting) -> float:
 def test_short_training_comes_near_the_truth(bound: str):
     truth = -math.log(0.6)
     assert 0.75 * truth < train(bound=bound, baseline="unnormalized") < 1.1 * truth
+
+
+def test_a_tower_that_was_changed_is_called_as_it_is():
+    x = torch.randn(5, 4)
+    tower = build_mlp(4, 2, 8, 1, "leakyrelu")
+    assert mlp_layers(tower, "leakyrelu") is not None and mlp_layers(tower) is None
+    tower[1].negative_slope = 0.3
+    assert mlp_layers(tower, "leakyrelu") is None
+    torch.testing.assert_close(run_mlp(tower, x, "leakyrelu"), tower(x))
+    for part in (slice(None), 0):
+        tower = build_mlp(4, 2, 8, 1, "relu")
+        expected = tower(x)
+        (tower if part != 0 else tower[-1]).register_forward_hook(lambda module, inputs, output: 2 * output)
+        torch.testing.assert_close(run_mlp(tower, x), 2 * expected)
 
 
 def test_which_estimates_store_no_scores_of_all_pairs():

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import checkpoint
-from engine.errors import EstimatorError
+from engine import MI, Objective, checkpoint
+from engine.config import ObjectiveConfig
+from engine.errors import ConfigError, EstimatorError
 from engine.kernels import registry
 from engine.kernels.critics import cpu
 from engine.kernels.mi_bounds import BOUNDS
@@ -311,3 +312,20 @@ def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(cpu, "library", lambda dtype: None)
     modules = estimators()
     assert_same(together(grouped(modules), features()), one_by_one(modules, features()))
+
+
+def test_an_objective_of_a_group_of_which_one_estimator_skips_the_batch():
+    """It is left out of the loss, whose sign stays, and is marked under the name of its term."""
+    settings = ObjectiveConfig(hidden=24, embed=6, on_degenerate="skip")
+    torch.manual_seed(0)
+    objective = Objective([MI("F", "T"), MI("F", "A")], dims=DIMS, settings=settings)
+    given = {name: value.detach().clone() for name, value in features().items()}
+    given["A"][3, 2] = math.nan
+    found = objective.estimators(given).by_term
+    assert "skipped" not in found["I(F;T)"].details and found["I(F;A)"].details["skipped"] == 1
+    assert objective.estimator_loss(given).loss.item() == pytest.approx(-found["I(F;T)"].value.item())
+    view = objective.estimators["I(F;T)"]
+    state = view.state_dict()
+    for wrong in (state | {"critic.g.0.bias": torch.zeros(3)}, {"critic.g.0.bias": torch.zeros(24)}):
+        with pytest.raises(ConfigError, match="a state that differs in critic"):
+            view.load_state_dict(wrong)

@@ -352,6 +352,20 @@ def test_rows_of_one_condition_are_neighbours_equally_often(values, k):
         assert (found.flatten().bincount(minlength=64) == k).all()
 
 
+@pytest.mark.parametrize("kind", [StratifiedCLUB, NeighbourCLUB])
+def test_conditional_clubs_standardise_y_by_what_they_were_trained_on(kind):
+    x, y = batch()
+    z = (torch.arange(12) % 3)[:, None].float()
+    estimator = kind(4, 3, 3 if kind is StratifiedCLUB else 1, **SMALL)
+    estimator.eval()(x, y, z)
+    assert estimator.q.begun == 0
+    estimator.train()(x, y, z)
+    torch.testing.assert_close(estimator.q.y_mean, y.mean(0))
+    estimator.requires_grad_(False)(x, y + 5, z)
+    torch.testing.assert_close(estimator.q.y_mean, y.mean(0))
+    assert kind is StratifiedCLUB or estimator.k == 5
+
+
 @pytest.mark.parametrize("values", [3, 40])
 def test_neighbours_of_some_rows_at_a_time(values, monkeypatch):
     z = torch.randint(values, (41, 2), generator=generator()).double()
