@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine import checkpoint, trainer
 from engine.callbacks import TensorBoardCallback
@@ -26,9 +27,11 @@ from engine.objective import Objective, Term
 from engine.training import parts as made_of
 from engine.training import run as training_run
 from engine.training import warming
+from engine.training.applying import apply, open_split
 from engine.training.random_state import random_state, seed_all, set_random_state, unchanged_random_state
 from engine.training.records import Selection
 from engine.training.run import TrainingRun
+from engine.training.saving import RunFiles
 from engine.training.sharding import held_elsewhere
 from engine.training.what_is_left import _reading, probe_term
 from tests.loaders import writers
@@ -136,9 +139,9 @@ def test_a_run_folder(config, tmp_path, mode):
     error = np.mean([abs(float(r["label"]) - float(r["prediction"])) for r in rows])
     assert error == pytest.approx(written["test"]["mae"], rel=1e-5)
     for split, size in SIZES.items():
-        from safetensors.numpy import load_file
+        from safetensors.numpy import load_file as load_arrays
 
-        features = load_file(run / f"features_{split}.safetensors")
+        features = load_arrays(run / f"features_{split}.safetensors")
         assert {k: v.shape for k, v in features.items()} == dict.fromkeys("FTAV", (size, 16)) | {"label": (size, 1)}
     assert (run / "report.html").stat().st_size > 1000
     assert list((run / "tensorboard").glob("events*"))
@@ -249,7 +252,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config, tmp_path, mo
                 raise KeyboardInterrupt
 
     settings = changed(
-        config, mode=mode, epochs=4, objective={"bound": "mine"}, train={"schedule": {"milestones": [2]}}
+        config, mode=mode, epochs=4, objective={"bound": "mine"}, train={"schedule": {"milestones": [2, 3]}}
     )
     trainer.train(settings, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -687,3 +690,32 @@ def test_what_is_left_is_what_probes_find():
     assert abs(label.left) < 0.15 and probe_term(Term("Z", "L"), known, unseen, {"L": 2}).left > 0.3
     found = {"valid": {"information": {"I": 0.5, "J": 0.25}, "bank": {"I": 0.75, "J": math.nan}}}
     assert [_reading(found, name) for name in "IJK"] == [0.75, 0.25, None]
+
+
+def test_features_are_those_of_the_best_model(config, data, tmp_path, monkeypatch):
+    """The first epoch stays the best, so that the last weights are others."""
+    monkeypatch.setattr(Selection, "better", lambda self, a, b, split: False)
+    trainer.train(changed(config, output={"features": True}), tmp_path / "run")
+    run = trainer.load_run(tmp_path / "run")
+    assert run.meta["epoch"] == 0
+    _, dataset = open_split(run, data, "test")
+    expected = apply(run, dataset, "test", None, "regression").features
+    found = load_file(tmp_path / "run/features_test.safetensors")
+    for name in "FTAV":
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_summary_tells_the_best_epochs_of_both_splits(tmp_path):
+    history = [
+        {"epoch": n, "seconds": s, "waiting_seconds": 1.0, "skipped_steps": n, "valid": {"mae": v}, "test": {"mae": t}}
+        for n, (s, v, t) in enumerate([(8.0, 0.9, 0.5), (4.0, 0.6, 0.8), (4.0, 0.7, 0.7)])
+    ]
+    settings = Config(train={"non_finite": "skip"})
+    of = SimpleNamespace(
+        selection=Selection("mae", False), scored=["valid", "test"], samples=20, device=torch.device("cpu"),
+        config=settings,
+    )  # fmt: skip
+    summary = RunFiles._write_summary(SimpleNamespace(parts=of, out=tmp_path), history, 20.0)
+    assert summary["best_epoch"] == 1 and summary["test"] == {"mae": 0.8} and summary["valid"] == {"mae": 0.6}
+    assert summary["oracle_test"] == {"mae": 0.5, "epoch": 0} and summary["skipped_steps"] == 3
+    assert summary["data_wait_share"] == 3 / 16 and summary["samples_per_second"] == 5 and summary["wall_s"] == 20

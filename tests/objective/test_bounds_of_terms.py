@@ -300,6 +300,8 @@ def test_a_run_resumes_bit_equal_and_reports_what_is_left(data, text_encoder, tm
     left = json.loads((whole / "metrics.json").read_text())["left"]
     assert list(left) == ["I(F;A) by club_sample", "I(F;C) by club", "I(F;V|C)"]
     assert left == json.loads((two / "metrics.json").read_text())["left"]
+    best = history(whole)[json.loads((whole / "metrics.json").read_text())["best_epoch"]]
+    assert {name: of["reading"] for name, of in left.items()} == {name: best["valid"]["bank"][name] for name in left}
     assert {"reading", "valid", "test"} == set(left["I(F;C) by club"]) and left["I(F;C) by club"]["test"][
         "kind"
     ] == "r2"
