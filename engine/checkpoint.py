@@ -266,7 +266,6 @@ class _Encoder:
     def __init__(self, copies: bool = False) -> None:
         self.copies = copies
         self.tensors: dict[str, Tensor] = {}
-        self._storages: set[int] = set()
 
     def tree(self, value: Any, path: tuple[str, ...] = ()) -> Any:
         """A plain value stands for itself, anything else becomes `{kind: content}`."""
@@ -293,12 +292,8 @@ class _Encoder:
         while name in self.tensors:  # keys may themselves hold a "/"
             name += "'"
         saved = tensor.detach().cpu().contiguous()
-        storage = saved.untyped_storage()
-        shared = self.copies and storage.data_ptr() == tensor.untyped_storage().data_ptr()
-        # safetensors refuses tensors that share memory (tied weights)
-        if storage.data_ptr() in self._storages or shared:
+        if self.copies and saved.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
             saved = saved.clone()
-        self._storages.add(storage.data_ptr())
         self.tensors[name] = saved
         return name
 

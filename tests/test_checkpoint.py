@@ -61,9 +61,16 @@ def test_tree_comes_back_exactly(path):
             str(dtype): torch.arange(5).to(dtype)
             for dtype in (
                 torch.float64,
+                torch.float32,
                 torch.float16,
                 torch.bfloat16,
                 torch.int64,
+                torch.int32,
+                torch.int16,
+                torch.int8,
+                torch.uint64,
+                torch.uint32,
+                torch.uint16,
                 torch.uint8,
                 torch.bool,
                 torch.complex64,
@@ -237,6 +244,23 @@ class TestRefused:
         save_file({"a": torch.zeros(3)}, path)
         self.refused(path, "not a checkpoint of this project")
 
+    def test_meta_that_was_changed(self, good):
+        whole = good.read_bytes()
+        assert whole.count(rb"\"epoch\": 1") == 1
+        good.write_bytes(whole.replace(rb"\"epoch\": 1", rb"\"epoch\": 2"))
+        self.refused(good, "checksum")
+
+    def test_what_is_no_state(self, path):
+        """Though it was written so."""
+        for state, meta in (([1, 2], {}), ({}, [3])):
+            checkpoint.save(path, state, meta)
+            self.refused(path, "contents that do not match")
+
+    def test_a_header_that_would_fill_the_memory(self, path, monkeypatch):
+        path.write_bytes((1 << 20).to_bytes(8, "little") + b" " * (1 << 20))
+        monkeypatch.setattr(checkpoint, "HEADER_BYTES", 1 << 19)
+        self.refused(path, "a header of 1048576 bytes", "at most 524288")
+
     def test_text(self, path):
         path.write_text("mode: fast\n" * 20)
         self.refused(path, "not safetensors")
@@ -324,6 +348,41 @@ class TestSaving:
             assert [p.name for p in disk.iterdir()] == [path.name], "nothing half-written stays behind"
         finally:
             subprocess.run(["umount", disk], check=True)
+
+
+def test_every_tensor_begins_at_a_multiple_of_its_size(path):
+    """As other tools that map the file into memory need it."""
+    state = {str(i): torch.arange(3).to(dtype) for i, dtype in enumerate((torch.int8, torch.float64, torch.int16))}
+    checkpoint.save(path, state | {"long name, so that the header's length is odd": torch.zeros(3)})
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0 and header.pop("__metadata__")["version"] == "1"
+    size = {"I8": 1, "I16": 2, "F32": 4, "F64": 8}
+    assert all(entry["data_offsets"][0] % size[entry["dtype"]] == 0 for entry in header.values())
+
+
+def test_the_meta_alone(path, tmp_path):
+    checkpoint.save(path, {"a": torch.zeros(1000)}, {"epoch": 3})
+    assert checkpoint.load_meta(path) == {"epoch": 3}
+    for meta in ("[3]", "{"):
+        header = {"format": "engine-checkpoint", "version": "1", "state": "{}", "meta": meta, "checksum": "0"}
+        save_file({"a": torch.zeros(3)}, path, metadata=header)
+        with pytest.raises(CheckpointError, match="a damaged header"):
+            checkpoint.load_meta(path)
+        with pytest.raises(CheckpointError, match="do not match their checksum"):
+            checkpoint.load(path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        checkpoint.load_meta(tmp_path / "none.safetensors")
+
+
+def test_a_state_of_another_form_is_named(path):
+    said = r"run: found a state of another form \(KeyError: 'model'\)"
+    with pytest.raises(CheckpointError, match=said), checkpoint.taken_apart("run"):
+        raise KeyError("model")
+    for state in ([], {"a": 1}, {"0.weight": torch.zeros(4, 3, dtype=torch.complex64)}):
+        with pytest.raises(CheckpointError, match="best: found something else than a state; expected real tensors"):
+            checkpoint.compare(small_model(), state, "best")
 
 
 def test_header_is_plain_json(path):

@@ -2,24 +2,38 @@
 
 import csv
 import json
+import math
+import random
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine import checkpoint, trainer
 from engine.callbacks import TensorBoardCallback
+from engine.config import Config
 from engine.errors import CheckpointError, ConfigError, DataError, EstimatorError, NonFiniteError, OutputError
+from engine.information.probing import probe
 from engine.loaders.choice import has_dali
 from engine.loaders.dataset import Dataset
 from engine.model.text_encoder import TextEncoder, encode_padded
-from engine.objective import Objective
+from engine.objective import Objective, Term
+from engine.training import parts as made_of
 from engine.training import run as training_run
 from engine.training import warming
+from engine.training.applying import apply, open_split
+from engine.training.random_state import random_state, seed_all, set_random_state, unchanged_random_state
+from engine.training.records import Selection
 from engine.training.run import TrainingRun
+from engine.training.saving import RunFiles
+from engine.training.sharding import held_elsewhere
+from engine.training.what_is_left import _reading, probe_term
 from tests.loaders import writers
 from tests.small_runs import DIMS, SIZES, STILL, changed, history, numbers, timeless
 
@@ -110,6 +124,10 @@ def test_a_run_folder(config, tmp_path, mode):
         assert len(record["train"]["information"]) == len(record["valid"]["information"]) == 8
         assert len(record["train"]["estimators"]) == 11
     best = min(records, key=lambda r: r["valid"]["mae"])
+    seconds, waited = ([r[name] for r in records] for name in ("seconds", "waiting_seconds"))
+    assert written["samples_per_second"] == pytest.approx(2 * SIZES["train"] / sum(seconds[1:]))
+    assert written["data_wait_share"] == pytest.approx(sum(waited) / sum(seconds)) and written["peak_memory_mb"] > 50
+    assert all(r["wall_seconds"] >= r["seconds"] >= r["waiting_seconds"] > 0 for r in records)
     assert written["best_epoch"] == best["epoch"]
     assert written["test"]["mae"] == best["test"]["mae"]
     assert written["oracle_test"]["mae"] == min(r["test"]["mae"] for r in records) <= written["test"]["mae"]
@@ -121,9 +139,9 @@ def test_a_run_folder(config, tmp_path, mode):
     error = np.mean([abs(float(r["label"]) - float(r["prediction"])) for r in rows])
     assert error == pytest.approx(written["test"]["mae"], rel=1e-5)
     for split, size in SIZES.items():
-        from safetensors.numpy import load_file
+        from safetensors.numpy import load_file as load_arrays
 
-        features = load_file(run / f"features_{split}.safetensors")
+        features = load_arrays(run / f"features_{split}.safetensors")
         assert {k: v.shape for k, v in features.items()} == dict.fromkeys("FTAV", (size, 16)) | {"label": (size, 1)}
     assert (run / "report.html").stat().st_size > 1000
     assert list((run / "tensorboard").glob("events*"))
@@ -234,7 +252,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config, tmp_path, mo
                 raise KeyboardInterrupt
 
     settings = changed(
-        config, mode=mode, epochs=4, objective={"bound": "mine"}, train={"schedule": {"milestones": [2]}}
+        config, mode=mode, epochs=4, objective={"bound": "mine"}, train={"schedule": {"milestones": [2, 3]}}
     )
     trainer.train(settings, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -540,3 +558,164 @@ def test_a_run_goes_on_with_another_loader(config, tmp_path):
     trainer.train(changed(config, epochs=2), tmp_path / "run")
     trainer.train(changed(config, epochs=3, data={"loader": "torch", "workers": 1}), tmp_path / "run", resume=True)
     assert [timeless(r) for r in history(tmp_path / "run")] == [timeless(r) for r in history(tmp_path / "whole")]
+
+
+# -- the parts --------------------------------------------------------------------------------------------------------
+
+
+def rates(optimizer) -> list[float]:
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_optimisers_have_the_rates_and_settings_of_their_parts(kind):
+    encoder, objective = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    model = torch.nn.ModuleDict({"text": encoder, "rest": torch.nn.Linear(3, 1)})
+    settings = {"optimizer": kind, "lr": 0.1, "mi_lr_rate": 0.5, "weight_decay": 0.25, "momentum": 0.75}
+    made = made_of._optimizers(Config(train=settings, text={"lr_rate": 0.2}), model, encoder, objective)
+    assert rates(made["main"]) == pytest.approx([0.1, 0.02]) and rates(made["estimators"]) == pytest.approx([0.05])
+    for optimizer in made.values():
+        assert type(optimizer) is (torch.optim.SGD if kind == "sgd" else torch.optim.Adam)
+        assert all(group["weight_decay"] == 0.25 for group in optimizer.param_groups)
+        assert all(group.get("momentum", 0.75) == 0.75 and group["fused"] for group in optimizer.param_groups)
+    sizes = [[p.numel() for p in group["params"]] for group in made["main"].param_groups]
+    assert sizes == [[3, 1], [4, 2]]
+    same = made_of._optimizers(Config(train=settings, text={"lr_rate": -1}), model, encoder, objective)
+    assert rates(same["main"]) == pytest.approx([0.1, 0.1])
+    encoder.requires_grad_(False)
+    alone = made_of._optimizers(Config(train=settings), model, encoder, torch.nn.Identity())
+    assert list(alone) == ["main"] and rates(alone["main"]) == pytest.approx([0.1])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "higher", "expected"),
+    [
+        ({"kind": "none"}, False, [1, 1, 1, 1, 1, 1]),
+        ({"kind": "step", "step_size": 2, "rate": 0.5}, False, [1, 1, 0.5, 0.5, 0.25, 0.25]),
+        ({"kind": "multi_step", "milestones": [1, 4], "rate": 0.5}, False, [1, 0.5, 0.5, 0.5, 0.25, 0.25]),
+        ({"kind": "exp", "rate": 0.5}, False, [1, 0.5, 0.25, 0.125, 0.0625, 0.03125]),
+        # the metric is 3, 2, 4, 4, 1: of those that are to be low the third and the fourth are no better
+        ({"kind": "plateau", "patience": 1, "rate": 0.5}, False, [1, 1, 1, 1, 0.5, 0.5]),
+        ({"kind": "plateau", "patience": 0, "rate": 0.5}, True, [1, 1, 0.5, 0.5, 0.25, 0.125]),
+    ],
+    ids=str,
+)
+def test_schedules(schedule, higher, expected):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], 1.0)
+    scheduler = made_of._scheduler(optimizer, Config(train={"schedule": schedule}).train.schedule, higher)
+    found = rates(optimizer)
+    for metric in (3.0, 2.0, 4.0, 4.0, 1.0):
+        optimizer.step()
+        run = SimpleNamespace(parts=SimpleNamespace(schedulers={"main": scheduler}, selection=Selection("m", higher)))
+        TrainingRun._step_schedules(run, {"valid": {"m": metric}})
+        found += rates(optimizer)
+    assert found == pytest.approx(expected)
+
+
+def test_the_best_epoch():
+    """Of equal ones the first. One without a number is never better, and always worse."""
+    low, nan, high, again = ({"valid": {"m": m}} for m in (1.0, math.nan, 2.0, 2.0))
+    most, least = Selection("m", True), Selection("m", False)
+    assert most.best([low, high, again], "valid") is high and least.best([high, again, low], "valid") is low
+    assert least.best([high, again], "valid") is high
+    for selection in (most, least):
+        assert selection.best([nan, low], "valid") is low and selection.best([low, nan], "valid") is low
+        assert selection.improved([], nan) and selection.improved([nan], low)
+        assert not selection.improved([low], nan) and not selection.improved([nan], nan)
+        assert not selection.improved([high], again)
+    assert most.improved([low], high) and not most.improved([low, high, low], low)
+
+
+def test_random_states_are_put_back():
+    """Python's, NumPy's, torch's and a generator's own."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item(), torch.rand((), generator=generator).item()
+
+    seed_all(2**32 + 5)
+    seeded = draw()
+    state, own = random_state(), generator.get_state()
+    expected = draw()
+    assert len({*seeded, *expected}) == 8
+    set_random_state(state)
+    generator.set_state(own)
+    with unchanged_random_state(generator):
+        draw()
+    assert draw() == expected
+    seed_all(2**32 + 5)
+    generator.manual_seed(3)
+    assert draw() == seeded
+
+
+def test_batches_of_an_epoch_by_stage():
+    def batches(informed, **train):
+        config = Config(train=train).resolve()
+        return made_of.Parts.batches(SimpleNamespace(config=config, loaders={"train": range(7)}, informed=informed))
+
+    assert batches(True, stage1_n=3) == {"collect": 7, "stage1": 21, "stage2": 7}
+    assert batches(True, stage1_n=0) == {"collect": 0, "stage1": 0, "stage2": 7}
+    assert batches(True, stage1_features="bank") == {"collect": 0, "stage1": 14, "stage2": 7}
+    assert batches(False) == {"stage2": 7}
+
+
+def test_what_only_other_ranks_hold():
+    encoder, three = torch.nn.Linear(4, 4), SimpleNamespace(size=3)
+    shard, whole = (Config(train={"shard": shard}) for shard in (True, False))
+    assert held_elsewhere(shard, encoder, three) == 20 - 7
+    assert held_elsewhere(shard, encoder, SimpleNamespace(size=1)) == 0
+    encoder.bias.requires_grad_(False)
+    assert held_elsewhere(shard, encoder, three) == 16 - 6
+    assert held_elsewhere(whole, encoder, three) == held_elsewhere(shard, None, three) == 0
+
+
+def test_what_is_left_is_what_probes_find():
+    """Of I(x;y|z) the chance is what z alone tells."""
+    generator = torch.Generator().manual_seed(0)
+    known, unseen = ({n: torch.randn(200, 2, generator=generator) for n in "XZ"} for _ in range(2))
+    for rows in (known, unseen):
+        rows["Y"] = rows["Z"][:, :1] + rows["X"][:, :1]
+        rows["L"] = (rows["Z"][:, :1] > 0).float()
+
+    def probed(names, target, discrete=False):
+        seen, x = (torch.cat([rows[name] for name in names], 1) for rows in (known, unseen))
+        return probe(x, unseen[target], known=(seen, known[target]), discrete=discrete)
+
+    assert probe_term(Term("X", "Y"), known, unseen, {}) == probed("X", "Y")
+    given, alone = probe_term(Term("X", "Y", "Z"), known, unseen, {}), probed("Z", "Y")
+    assert given == replace(probed("XZ", "Y"), chance=max(alone.knn, alone.linear)) and 0.3 < given.left < 0.7
+    label = probe_term(Term("X", "L", "Z"), known, unseen, {"L": 2})
+    assert label.kind == "accuracy" and label.chance == max(probed("Z", "L", True).knn, probed("Z", "L", True).linear)
+    assert abs(label.left) < 0.15 and probe_term(Term("Z", "L"), known, unseen, {"L": 2}).left > 0.3
+    found = {"valid": {"information": {"I": 0.5, "J": 0.25}, "bank": {"I": 0.75, "J": math.nan}}}
+    assert [_reading(found, name) for name in "IJK"] == [0.75, 0.25, None]
+
+
+def test_features_are_those_of_the_best_model(config, data, tmp_path, monkeypatch):
+    """The first epoch stays the best, so that the last weights are others."""
+    monkeypatch.setattr(Selection, "better", lambda self, a, b, split: False)
+    trainer.train(changed(config, output={"features": True}), tmp_path / "run")
+    run = trainer.load_run(tmp_path / "run")
+    assert run.meta["epoch"] == 0
+    _, dataset = open_split(run, data, "test")
+    expected = apply(run, dataset, "test", None, "regression").features
+    found = load_file(tmp_path / "run/features_test.safetensors")
+    for name in "FTAV":
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_summary_tells_the_best_epochs_of_both_splits(tmp_path):
+    history = [
+        {"epoch": n, "seconds": s, "waiting_seconds": 1.0, "skipped_steps": n, "valid": {"mae": v}, "test": {"mae": t}}
+        for n, (s, v, t) in enumerate([(8.0, 0.9, 0.5), (4.0, 0.6, 0.8), (4.0, 0.7, 0.7)])
+    ]
+    settings = Config(train={"non_finite": "skip"})
+    of = SimpleNamespace(
+        selection=Selection("mae", False), scored=["valid", "test"], samples=20, device=torch.device("cpu"),
+        config=settings,
+    )  # fmt: skip
+    summary = RunFiles._write_summary(SimpleNamespace(parts=of, out=tmp_path), history, 20.0)
+    assert summary["best_epoch"] == 1 and summary["test"] == {"mae": 0.8} and summary["valid"] == {"mae": 0.6}
+    assert summary["oracle_test"] == {"mae": 0.5, "epoch": 0} and summary["skipped_steps"] == 3
+    assert summary["data_wait_share"] == 3 / 16 and summary["samples_per_second"] == 5 and summary["wall_s"] == 20

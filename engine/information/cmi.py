@@ -441,7 +441,7 @@ def _neighbour_shuffle(z: Tensor, k: int, generator: torch.Generator, group: Ten
     if z.shape[1] == 0:
         return torch.randperm(count, generator=generator)
     noise = 1e-6 * torch.randn(z.shape, generator=generator, dtype=torch.float64)  # among rows of equal z, any
-    z = (z + noise).float()
+    z = z + noise  # in float32 the distances of equal rows would be rounding errors
     near = []
     for rows in torch.arange(count).split(1024):
         distance = torch.cdist(z[rows], z)

@@ -20,7 +20,6 @@ from engine.information.alone import alone
 from engine.information.cmi import estimate_cmi
 from engine.information.columns import FEW_VALUES
 from engine.information.estimate import Estimate, new_figure, save_figure
-from engine.information.inputs import LEAST_PER_CATEGORY
 from engine.information.mi import estimate_mi
 from engine.samples import as_codes, as_numbers, check_index, columns_of, position, split
 
@@ -267,7 +266,7 @@ def _has_few_values(values: Any) -> bool:
     codes = as_codes(WHERE, "frame", values)
     count = int(codes.nan_to_num(nan=-1).max()) + 1
     is_text = kind in "OUS" and not _is_number_column(values)
-    return is_text or count <= min(FEW_VALUES, len(codes) / LEAST_PER_CATEGORY)
+    return is_text or count <= FEW_VALUES
 
 
 def _is_number_column(values: Any) -> bool:

@@ -44,8 +44,14 @@ def refuse_vmap(where: str) -> None:
         raise ConfigError(where, "a call under vmap", "plain tensors: values decide what is done", "Loop in its place.")
 
 
-def update_buffer(where: str, buffer: Tensor, value: Tensor) -> None:
-    """`buffer.copy_(value)`, with a ConfigError if a transform of torch.func refuses it."""
+def update_buffer(where: str, buffer: Tensor, value: Tensor, finite_only: bool = False) -> None:
+    """`buffer.copy_(value)`, with a ConfigError if a transform of torch.func refuses it.
+
+    Args:
+        finite_only: entries whose new value is not finite stay as they are.
+    """
+    if finite_only:
+        value = torch.where(value.isfinite(), value, buffer)
     try:
         buffer.copy_(value)
     except RuntimeError:

@@ -267,7 +267,7 @@ class MIEstimator(nn.Module):
                 f"the estimate {value.item()} from scores of up to {size:.3g}", "a finite estimate", x, y
             )
         if log_ema is not None and self.training:
-            update_buffer("MINE's moving average", self.log_ema, log_ema)
+            update_buffer("MINE's moving average", self.log_ema, log_ema, self.on_degenerate == "skip")
         loss = self.loss_of(scores, surrogate)
         value, surrogate, loss = (or_zero(t, self.on_degenerate) for t in (value, surrogate, loss))
         return Estimate(value, surrogate, loss)

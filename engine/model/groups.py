@@ -246,7 +246,7 @@ class MIGroup(Group):
         if not finite(value, embedded):
             return None
         if log_ema is not None and self.training:
-            update_buffer("MINE's moving average", self.log_ema, log_ema)
+            update_buffer("MINE's moving average", self.log_ema, log_ema, e.on_degenerate == "skip")
         return value
 
 

@@ -114,7 +114,7 @@ def mi_estimate(estimator: MIEstimator, x: Tensor, y: Tensor, ranks: Ranks) -> E
     if not all_finite(ranks, *seen):
         return e._degenerate("non-finite scores on a rank", "finite scores", x, y)
     if average is not None and e.training:
-        update_buffer("MINE's moving average", average, new_average)
+        update_buffer("MINE's moving average", average, new_average, e.on_degenerate == "skip")
     value = or_zero(value, e.on_degenerate)
     return Estimate(value.detach(), value, -value)
 
@@ -147,7 +147,7 @@ def mi_group_estimates(group: MIGroup, features: Mapping[str, Tensor], ranks: Ra
     if not all_finite(ranks, value, embedded):
         return group(gather_features({name: features[name] for name in group.sources}, ranks))
     if average is not None and group.training:
-        update_buffer("MINE's moving average", average, new_average)
+        update_buffer("MINE's moving average", average, new_average, e.on_degenerate == "skip")
     return Estimates(group.names, or_zero(value, e.on_degenerate))
 
 

@@ -1,14 +1,18 @@
 """`estimate_cmi` against closed forms, on independent data, and on what users hand in. Gaussian chains: tests/truth."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import multivariate_normal
 
 from engine import estimate_cmi
 from engine.errors import EstimatorError
-from engine.information.cmi import _neighbour_shuffle
+from engine.information.cmi import _attenuation, _neighbour_shuffle, _Reading
+from engine.information.folds import TrainingSettings
+from engine.information.likelihood import _Classes, _Mixtures, _Networks, _ridge_regressions, fit
 from tests.information import cmi_cases, knn
 
 
@@ -177,6 +181,18 @@ def test_result():
     assert [r["step"] for r in estimate.history] == [0, 10, 20, 30, 40, 48]
     low, high = estimate.interval
     assert low <= estimate.value <= high
+    assert estimate["dv"] == max(estimate["x given y"], estimate["y given x"])
+
+
+def test_a_side_of_many_columns_is_not_predicted_from_few():
+    """Ten columns from one. Nine are still tried."""
+    x, y, z = chain(200)
+    for columns, tried in ((9, {"x given y", "y given x"}), (10, {"x given y"})):
+        wide = np.hstack([y[:, None], normal(200, columns - 1, 1)])
+        found = [estimate_cmi(*sides, z, steps=1, hidden=2) for sides in ((x, wide), (wide, x))]
+        assert {name for name in found[0].readings if "given" in name} == tried
+        turned = {name.translate(str.maketrans("xy", "yx")) for name in found[1].readings if "given" in name}
+        assert turned == tried
 
 
 def test_negative_readings_are_given_as_zero():
@@ -211,6 +227,201 @@ def test_shuffle_among_neighbours():
     assert sorted(order.tolist()) == list(range(500))
     assert (order == torch.arange(500)).float().mean() < 0.02
     assert (z[order] - z).abs().median() < 0.03  # of a spread of 1
+    place = z[:, 0].argsort().argsort()
+    apart = (place[order] - place).abs()  # five neighbours lie within five places
+    assert (apart <= 5).float().mean() > 0.8 and (apart > 2).float().mean() > 0.2
+
+
+def test_shuffle_among_neighbours_of_other_groups():
+    """Rows of a group lie together in z, and none gets a row of its own group. Among rows of equal z any will do."""
+    group = torch.arange(600) // 6
+    z = group[:, None].double() + 0.01 * torch.from_numpy(normal(600, 1))
+    order = _neighbour_shuffle(z, 12, torch.Generator().manual_seed(0), group)
+    assert sorted(order.tolist()) == list(range(600))
+    apart = (group[order] - group).abs()
+    assert (apart == 0).float().mean() < 0.02 and (apart <= 2).float().mean() > 0.8
+    label = torch.arange(600)[:, None].double() % 3
+    order = _neighbour_shuffle(label, 5, torch.Generator().manual_seed(0))
+    assert (label[order] == label).float().mean() > 0.9
+
+
+def test_the_gaussian_reading_is_corrected_for_its_degrees():
+    """Four columns on each side in 120 rows: unseen rows are predicted worse by 16 / 192 nats, which are added."""
+    missing = []
+    for seed in range(8):
+        z, e, f = (normal(120, columns, 3 * seed + i) for i, columns in enumerate((1, 4, 4)))
+        u, v, rho = e, (e + f) / math.sqrt(2), math.sqrt(0.5)
+        truth = (rho * u * v - rho**2 * (u**2 + v**2) / 2) / (1 - rho**2) - math.log(1 - rho**2) / 2  # of each row
+        read = estimate_cmi(z + e, z + e + f, z, steps=1, hidden=2, seed=seed)["gaussian"]
+        missing.append(truth.sum(1).mean() - read)
+    assert abs(np.mean(missing)) < 0.1 and np.std(missing) < 0.1
+
+
+def test_the_ceiling_is_that_of_the_narrower_side():
+    x, y, z = chain(200)
+    assert estimate_cmi(np.stack([x, normal(200, 1)[:, 0]], 1), y, z, steps=5, hidden=4).ceiling == math.log(200)
+
+
+def test_few_groups_and_overfitting_are_flagged():
+    x, y, z = chain(200)
+    assert "few groups" in estimate_cmi(x, y, z, steps=5, hidden=4, groups=np.arange(200) % 30).flags
+    assert "few groups" not in estimate_cmi(x, y, z, steps=5, hidden=4, groups=np.arange(200) % 40).flags
+
+
+# -- the parts --------------------------------------------------------------------------------------------------------
+
+
+def density(overfit: float = 0.0, spread: float = 1.0) -> SimpleNamespace:
+    return SimpleNamespace(overfit=overfit, spread=spread, history=[{"held_out": 0.0}] * 2, picks=[0])
+
+
+def test_what_widens_an_interval():
+    """What z may explain beyond what was learnt reaches down, what the other side may explain reaches up."""
+    found = [
+        _Reading.interval(
+            SimpleNamespace(
+                best=SimpleNamespace(value=1.0, density=density(overfit)), value=1.0 + more, attenuation=more,
+                standard_error=0.1, confounding=confounding,
+            )
+        )
+        for overfit, confounding, more in ((0, 0, 0), (0.5, 0, 0), (0, 0.25, 0), (0, 0, 0.125))
+    ]  # fmt: skip
+    assert found[0] == pytest.approx((1 - 0.196, 1 + 0.196))
+    assert found[1] == pytest.approx((1 - 0.196, 1.5 + 0.196)) and found[2] == pytest.approx((0.75 - 0.196, 1.196))
+    assert found[3] == pytest.approx((1 - 0.196, 1.25 + 0.196))  # by as much again as the value
+
+
+def test_flags_of_a_reading():
+    def flags(value=1.0, finest=1.0, **of_density):
+        best = SimpleNamespace(density=density(**of_density), finest=finest)
+        return _Reading.flags(
+            SimpleNamespace(value=value, ceiling=5.0, best=best, grain=0.01, densities=[best.density])
+        )
+
+    assert flags() == flags(3.9) == flags(0.1, overfit=0.09) == flags(overfit=0.45) == []
+    assert flags(4.1) == flags(finest=0.04, spread=0.1) == ["saturated"] and flags(finest=0.04, spread=0.5) == []
+    assert flags(overfit=0.55) == flags(0.1, overfit=0.11) == ["overfitted"]
+
+
+def side(overfit: float, dims: int = 1, picks: tuple[int, ...] = (0, 3)) -> SimpleNamespace:
+    return SimpleNamespace(dims=dims, given_z=SimpleNamespace(overfit=overfit, picks=picks))
+
+
+def test_attenuation_is_undone_as_spearman_does():
+    """Noise of the shares a and b lowers a squared correlation by (1 + a)(1 + b)."""
+    rho, a, b = 0.6, 0.06, 0.03
+    read = -0.5 * math.log(1 - rho**2 / (1 + a) / (1 + b))
+    for dims in (1, 3):
+        found = _attenuation(dims * read, side(dims * a / 0.75, dims), side(dims * b / 0.75, dims))
+        assert found == pytest.approx(dims * (-0.5 * math.log(1 - rho**2) - read))
+    assert _attenuation(read, side(0.06, picks=(0, 0)), side(0.03, picks=(0, 0))) == 0  # regressions need none
+    assert _attenuation(read, side(0.2), side(0.0)) == 0  # of a large optimism less is known
+    assert _attenuation(-0.1, side(0.06), side(0.03)) == 0
+    high = -0.5 * math.log(1 - 0.99)  # no correlation becomes 1
+    assert _attenuation(high, side(0.06), side(0.03)) == pytest.approx(0.5 * math.log(2))
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_a_mixture_is_a_density_and_its_residual_is_its_distribution(dims):
+    """log p(e) = sum of log phi(r) + log dr/de, where r_i depends on no later column. The density integrates to 1."""
+    torch.manual_seed(0)
+    network = _Mixtures(2, dims, 2, 12, torch.Generator().manual_seed(0))
+    weights = [p.detach() + 0.4 * torch.randn_like(p) for p in network.parameters]
+    e, c = torch.randn(2, 5, dims, dtype=torch.float64), torch.randn(2, 5, 2)
+
+    def residual(e):
+        return network.residual(e, c, weights)
+
+    slopes = torch.autograd.functional.jacobian(residual, e)  # [2, 5, dims, 2, 5, dims]
+    slopes = torch.stack([torch.stack([slopes[m, b, :, m, b] for b in range(5)]) for m in range(2)])
+    assert (slopes.triu(1) == 0).all()
+    normal_log = -0.5 * residual(e).square() - 0.5 * math.log(2 * math.pi)
+    expected = (normal_log + slopes.diagonal(dim1=2, dim2=3).log()).sum(2)
+    found = network.log_density(e.float(), c, weights)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+    if dims == 1:
+        at, step = torch.linspace(-60, 60, 48_001), 120 / 48_000
+        total = network.log_density(at.expand(2, -1)[..., None], c[:, :1].expand(-1, len(at), -1), weights).exp().sum(1)
+        torch.testing.assert_close(total * step, torch.ones(2), rtol=1e-3, atol=0)
+
+
+def test_classes_start_from_the_probabilities_that_are_known():
+    network = _Classes(2, 3, 2, 8, torch.Generator().manual_seed(0))
+    known = torch.tensor([0.2, 0.5, 0.3]).log()
+    e = torch.cat([torch.tensor([[0.0], [2.0], [1.0]]), known.expand(3, -1)], 1).expand(2, -1, -1)
+    c = torch.randn(2, 3, 2)
+    torch.testing.assert_close(network.log_density(e, c), known[[0, 2, 1]].expand(2, -1))
+    weights = [p.detach() + 0.4 * torch.randn_like(p) for p in network.parameters]
+    changed = network.residual(e.double(), c, weights)
+    assert torch.equal(changed[..., 0], e[..., 0].double())
+    torch.testing.assert_close(changed[..., 1:].exp().sum(2), torch.ones(2, 3).double(), rtol=1e-5, atol=0)
+    own = changed[..., 1:].gather(2, e[..., :1].long())[..., 0]
+    torch.testing.assert_close(network.log_density(e, c, weights).double(), own, rtol=1e-4, atol=1e-5)
+    assert (changed[..., 1:] - known).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("columns", [3, 40])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_ridge_regressions_by_their_formulas(dims, columns):
+    """Fitted to some rows, read on all; more columns than rows, too."""
+    generator = torch.Generator().manual_seed(0)
+    design = torch.randn(30, columns, generator=generator, dtype=torch.float64)
+    target = design[:, :dims] + torch.randn(30, dims, generator=generator, dtype=torch.float64)
+    rows = torch.arange(24)
+    found = dict(_ridge_regressions(target, design, rows))
+    assert len(found) >= 2 * dims
+    for (ridge, shrinkage), regression in found.items():
+        d, t = design - design[rows].mean(0), target - target[rows].mean(0)
+        gram = d[rows].T @ d[rows] / 24
+        damped = gram + ridge * torch.eye(columns, dtype=torch.float64)
+        degrees = torch.linalg.solve(damped, gram).trace().item()
+        error = t - d @ torch.linalg.solve(damped, d[rows].T @ t[rows] / 24)
+        spread = error[rows].T @ error[rows] / (24 - 1 - degrees)
+        spread = (1 - shrinkage) * spread + shrinkage * torch.diag(spread.diag())
+        expected = multivariate_normal(np.zeros(dims), spread.numpy()).logpdf(error.numpy())
+        assert regression.degrees == pytest.approx(degrees, rel=1e-6)
+        np.testing.assert_allclose(regression.log_density.numpy(), expected, rtol=1e-5, atol=1e-5)
+        assert regression.log_volume.item() == pytest.approx(0.5 * torch.logdet(spread).item(), abs=1e-6)
+        whitened = torch.linalg.solve(torch.linalg.cholesky(spread), error.T).T
+        torch.testing.assert_close(regression.residual, whitened, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reference_is_subtracted_from_regressions_and_networks_alike():
+    x, noise = torch.from_numpy(normal(300, 2)).T
+    target = (torch.sin(3 * x) + 0.2 * noise)[:, None].expand(3, -1, -1)
+    fold, reference = torch.arange(300) % 3, torch.from_numpy(normal(300, 3, 5)).T
+    settings = TrainingSettings(150, 64, 1e-2, 16)
+    plain, less = (
+        fit(target, [x[:, None].expand(3, -1, -1)], fold, settings, torch.Generator().manual_seed(0), reference=r)
+        for r in (None, reference)
+    )
+    assert all(less.picks) and less.picks == plain.picks
+    own = reference[fold, torch.arange(300)]
+    torch.testing.assert_close(less.chosen, plain.chosen - own, rtol=0, atol=1e-5)
+    torch.testing.assert_close(less.regression, plain.regression - own, rtol=0, atol=1e-9)
+    assert plain.chosen.mean() > plain.regression.mean() + 0.3
+    assert plain.overfit == pytest.approx(max(0.0, plain.training - plain.chosen.mean().item()))
+
+
+def test_folds_of_several_sizes_are_read_on_their_own_rows():
+    x, noise = torch.from_numpy(normal(300, 2)).T
+    fold = (torch.arange(300) % 5).clamp(max=2)
+    target = (x.square() + 0.2 * noise)[:, None].expand(3, -1, -1)
+    design, generator = x[:, None].expand(3, -1, -1), torch.Generator().manual_seed(0)
+    found = fit(target, [design], fold, TrainingSettings(10, 64, 3e-2, 16), generator)
+    assert found.picks == [1, 1, 1]
+    means = [found.chosen[fold == f].mean().item() for f in range(3)]
+    assert found.history[1]["held_out"] == pytest.approx(np.mean(means), abs=1e-6)
+
+
+def test_a_fold_that_keeps_its_regression_keeps_its_residual():
+    network = _Mixtures(2, 1, 1, 4, torch.Generator().manual_seed(0))
+    start = torch.randn(2, 9, 1, dtype=torch.float64)
+    networks = _Networks(network, start, torch.randn(2, 9, 1), torch.zeros(2, 9))
+    weights = [p.detach() + 0.4 for p in network.parameters]
+    residual = networks.residual(weights, [0, 3])
+    assert torch.equal(residual[0], start[0]) and not torch.allclose(residual[1], start[1], atol=0.1)
+    assert torch.equal(networks.residual(weights, [0, 0]), start)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from engine import estimate_cmi, estimate_mi
 from engine.errors import EstimatorError
-from engine.information.estimate import Estimate
+from engine.information.estimate import Estimate, value_flags
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -34,6 +35,20 @@ def test_numbers_that_are_not_finite_are_null_in_json():
     assert math.isnan(Estimate.from_json(estimate.to_json()).readings["gaussian"])
 
 
+def test_what_an_estimate_holds_and_says():
+    estimate = Estimate(
+        0.5, (0.25, 0.75), 0.1, "counts", {"counts": 0.5}, 60, ("noise",), 4.0, torch.ones(60), [{"step": 0}], 3, 20
+    )
+    again = Estimate.from_json(estimate.to_json())
+    assert (again.dropped, again.groups, again.ceiling, again.samples) == (3, 20, 4.0, 60)
+    assert len(list(estimate)) == len(estimate) and {name: estimate[name] for name in estimate}["counts"] == 0.5
+    assert str(estimate) == "0.500 nats, 95 % interval 0.250 to 0.750 (noise)"
+    assert estimate == Estimate(*(getattr(estimate, name) for name in Estimate.__dataclass_fields__))
+    values = {name: getattr(estimate, name) for name in Estimate.__dataclass_fields__}
+    for change in ({"pointwise": torch.zeros(60)}, {"pointwise": None}, {"dropped": 4}):
+        assert estimate != Estimate(**values | change)
+
+
 @pytest.mark.parametrize("source", ["{", "{}", '{"value": []}', "nowhere.json", '{"a":' * 100_000])
 def test_no_estimate_is_told_in_one_line(source):
     with pytest.raises(EstimatorError, match="no estimate") as caught:
@@ -56,6 +71,12 @@ def test_a_picture_of_an_unknown_format_is_one_line(tmp_path):
 
 
 # -- flags: when they must be raised and when they must not -----------------------------------------------------------
+
+
+def test_a_value_that_may_be_none():
+    """Of the raw reading, and of the lowest one that is likely, by 1.96 standard errors."""
+    assert value_flags(0.3, 0.197, 0.1) == [] and value_flags(0.3, 0.195, 0.1) == ["noise"]
+    assert value_flags(-0.1, 0.3, 0.1) == ["below zero"]
 
 
 def test_saturation_of_infonce_is_flagged_near_the_log_of_the_rows():

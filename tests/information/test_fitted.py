@@ -68,6 +68,8 @@ def test_clones_have_the_parameters_and_no_fit():
         assert clone.discrete is not names  # a copy of its own
         assert not hasattr(clone, "estimate_")
         sklearn.utils.validation.check_is_fitted(estimator)
+        tags = sklearn.utils.get_tags(estimator)
+        assert tags.target_tags.required and tags.input_tags.string and tags.estimator_type is None
         with pytest.raises(sklearn.exceptions.NotFittedError):
             sklearn.utils.validation.check_is_fitted(clone)
 

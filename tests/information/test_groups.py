@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.special import digamma
 
 from engine import estimate_cmi, estimate_mi
 from engine.information.columns import standard_error
@@ -32,6 +33,7 @@ def test_neighbours_of_the_same_subject_are_no_evidence():
     assert sum(e.interval[0] > 0 for e in plain) >= 5  # "surely some information"
     assert all(e.interval[0] == 0 for e in grouped) and np.mean([e.value for e in grouped]) < 0.03
     assert all(e.groups == SUBJECTS and e.method == "neighbours of other groups" for e in grouped)
+    assert grouped[0].ceiling == pytest.approx(digamma(SUBJECTS) - digamma(3))
 
 
 def test_dependence_between_subjects_is_found():
@@ -104,6 +106,23 @@ def test_jackknife_of_rows_is_about_the_closed_form():
     same, jackknifed, error = jackknifed_information(x, y, torch.arange(500))
     assert torch.equal(shares, same) and jackknifed == pytest.approx(bias, rel=0.3)
     assert error == pytest.approx(standard_error(shares), rel=0.5)
+
+
+def test_jackknife_by_leaving_out_one_group_after_another():
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randint(3, (2, 60), generator=generator)
+    group = torch.cat([torch.arange(12), torch.randint(12, (48,), generator=generator)])
+
+    def information(kept):
+        codes = (side[kept].unique(return_inverse=True)[1] for side in (x, y))
+        return counted_information(*codes)[0].mean().item()
+
+    left = np.array([information(group != g) for g in range(12)])
+    shares, bias, error = jackknifed_information(x, y, group)
+    whole = information(torch.ones(60, dtype=torch.bool))
+    assert shares.mean().item() == pytest.approx(whole)
+    assert bias == pytest.approx(11 * (left.mean() - whole))
+    assert error == pytest.approx(math.sqrt(11 / 12 * ((left - left.mean()) ** 2).sum()))
 
 
 def test_pairs_of_one_group_are_left_out():

@@ -10,7 +10,7 @@ import torch
 
 from engine import estimate_cmi, estimate_mi
 from engine.errors import EstimatorError
-from engine.information.inputs import read_inputs
+from engine.information.inputs import read_inputs, varying_columns
 from engine.samples import as_codes
 
 ROWS = 60
@@ -69,6 +69,19 @@ def test_a_side_and_a_column_of_one_name():
     assert read(named, discrete={"x": ["y"]}).sides["x"].discrete.tolist() == [True, False]
 
 
+def test_a_name_of_several_columns_names_them_all():
+    twice = pd.DataFrame(np.arange(ROWS)[:, None] % 3 * np.ones(3), columns=["a", "a", "b"])
+    for discrete in ("a", {"x": ["a"]}):
+        assert read(twice, discrete=discrete).sides["x"].discrete.tolist() == [True, True, False]
+    assert not read(twice, discrete=None).sides["x"].discrete.any()
+
+
+def test_columns_keep_their_kinds_and_names_without_the_constant_ones():
+    table = frame()[["job", "age", "mood"]].assign(job="cook")
+    side = varying_columns(read(table, discrete="job").sides["x"])
+    assert side.discrete.tolist() == [False, True] and side.labels == ["age", "mood"] and side.width == 2
+
+
 def test_codes():
     assert as_codes("here", "x", np.array([10.0, -1.0, 10.0])).tolist() == [1.0, 0.0, 1.0]
     mixed = as_codes("here", "x", ["b", 3, None, "b", NAN, pd.NA, pd.NaT])
@@ -125,6 +138,9 @@ def test_rows_with_missing_entries_are_dropped_and_counted():
     groups[10:12] = NAN
     inputs = read(holes, y, groups=groups, missing="drop")
     assert inputs.dropped == 4 and inputs.groups == 99 and len(inputs.sides["y"].values) == 196
+    rare = np.where(np.isnan(holes), "only here", label)  # a category of dropped rows alone leaves no gap
+    codes = read(holes, rare, discrete="y", missing="drop").sides["y"].values.unique()
+    assert codes.tolist() == [0.0, 1.0]
     masked = np.ma.array(x, mask=np.arange(200) < 5)
     assert estimate_mi(masked, y, missing="drop").dropped == 5
     assert read(pd.Series(x).astype("Float64").where(x > -1), y, missing="drop").dropped == (x <= -1).sum()
@@ -206,6 +222,13 @@ def test_groups_that_cannot_be_used(groups, match):
     refused(match, np.arange(60.0), groups=groups)
 
 
+def test_the_least_that_is_enough():
+    """20 groups, and five rows a category."""
+    assert read(np.arange(60.0), groups=np.arange(60) % 20).groups == 20
+    assert read(np.arange(60) % 12, discrete={"x": True}).sides["x"].values.max() == 11
+    refused("a discrete x of 13 categories in 60 rows", np.arange(60) % 13, discrete={"x": True})
+
+
 def test_groups_may_have_names():
     inputs = read(np.arange(60.0), groups=[f"subject {i % 30}" for i in range(60)])
     assert inputs.groups == 30 and torch.equal(inputs.group[:30], inputs.group[30:])
@@ -220,7 +243,7 @@ def test_both_estimators_take_the_same_options():
         estimate_cmi(x, e, x[1:], steps=5)
 
 
-@pytest.mark.parametrize("seed", ["a", 1.5, None, True, 2**70])
+@pytest.mark.parametrize("seed", ["a", 1.5, None, True, 2**70, -(2**70)])
 def test_seeds_that_are_no_integers_are_refused(seed):
     x = np.random.default_rng(0).normal(size=(3, 60))
     for estimate, arguments in ((estimate_mi, x[:2]), (estimate_cmi, x)):

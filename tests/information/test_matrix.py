@@ -55,6 +55,9 @@ def test_each_entry_is_the_estimate_of_its_pair():
     assert matrix.estimates["label", "c"] == engine.estimate_mi(frame["label"], frame["c"], discrete="x", seed=4)
     assert matrix.values[1, 2] == matrix.estimates["a", "c"].value
     assert (matrix.low[1, 2], matrix.high[1, 2]) == matrix.estimates["a", "c"].interval
+    tied = frame[["a", "c"]].round(2)  # the seed decides the order of equal values
+    first, other = (mi_matrix(tied, seed=seed).estimates["a", "c"] for seed in (0, 4))
+    assert other == engine.estimate_mi(tied["a"], tied["c"], seed=4) != first
 
 
 def test_few_values_are_categories_unless_told_otherwise():
@@ -64,6 +67,13 @@ def test_few_values_are_categories_unless_told_otherwise():
     plain = mi_matrix(values, discrete=False, steps=20, hidden=8).estimates["0", "1"]
     assert "categories" not in plain.method and "discrete columns" in plain.flags
     assert mi_matrix(values, discrete=[0]).estimates["0", "2"].method == "neighbours within categories"
+    digits = np.random.default_rng(1).integers(12, size=(2000, 2))
+    assert mi_matrix(digits, discrete=True).estimates["0", "1"].method == "counts"
+    for count, few in ((10, True), (11, False)):
+        values[:, 0] = np.arange(200) % count
+        frame = pd.DataFrame(values).astype(object)  # numbers, whatever the type of their column
+        method = mi_matrix(frame, columns=[0, 1], steps=5, hidden=8).estimates["0", "1"].method
+        assert ("categories" in method) == few
 
 
 def test_blocks_of_columns():
@@ -101,6 +111,7 @@ def test_a_matrix_can_be_shown_and_kept(tmp_path):
     record = json.loads(matrix.to_json(tmp_path / "matrix.json"))
     assert record == json.loads((tmp_path / "matrix.json").read_text()) == matrix.to_dict()
     assert record["values"][0][0] is None and record["low"][0][1] == matrix.low[0, 1]
+    assert record["high"][0][1] == matrix.high[0, 1] > record["values"][0][1] > matrix.low[0, 1]
     assert all(entry["flags"] for entry in record["flags"]) and f"{matrix.values[0, 1]:.3f}" in str(matrix)
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
     assert matrix.plot(tmp_path / "matrix.png").read_bytes().startswith(b"\x89PNG")

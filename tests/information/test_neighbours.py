@@ -4,8 +4,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from scipy.special import digamma
 
 from engine import estimate_mi
+from engine.information import neighbours
+from engine.information.neighbours import Column, mixed_information, neighbour_ceiling, neighbour_information
 
 ROWS = 500
 
@@ -90,3 +94,70 @@ def test_ties_are_broken_by_the_seed_alone():
     assert first.value != other.value
     distinct = gaussian(0, 0.5)
     assert estimate_mi(*distinct, seed=0) == estimate_mi(*distinct, seed=1)
+
+
+# -- by hand ----------------------------------------------------------------------------------------------------------
+
+
+def whole_numbers(count: int, below: int, seed: int) -> torch.Tensor:
+    """Their sums and differences are exact, so that no rounding decides which row is nearer."""
+    return torch.randint(below, (count,), generator=torch.Generator().manual_seed(seed)).double()
+
+
+@pytest.mark.parametrize("block", [60, 30])
+def test_each_rows_share_by_the_definition(block, monkeypatch):
+    """Kraskov et al. (2004), equation 8, of each block of rows on its own."""
+    monkeypatch.setattr(neighbours, "BLOCK", block)
+    monkeypatch.setattr(neighbours, "CHUNK", 7)
+    x, y = whole_numbers(60, 500, 0), whole_numbers(60, 500, 1)
+    found = neighbour_information(x, y)
+    for row in range(60):
+        others = [j for j in range(row // block * block, (row // block + 1) * block) if j != row]
+        dx, dy = ((side[others] - side[row]).abs().numpy() for side in (x, y))
+        for k in (3, 10):
+            radius = np.sort(np.maximum(dx, dy))[k - 1]
+            nearer = digamma((dx < radius).sum() + 1) + digamma((dy < radius).sum() + 1)
+            assert found[k][row].item() == pytest.approx(digamma(k) + digamma(block) - nearer, abs=1e-12)
+
+
+def test_the_ceiling_is_what_a_column_shares_with_itself(monkeypatch):
+    x = whole_numbers(200, 2**40, 2)
+    assert neighbour_ceiling(200) == pytest.approx(digamma(200) - digamma(3))
+    assert neighbour_information(x, x)[3].mean().item() == pytest.approx(neighbour_ceiling(200), abs=1e-12)
+    monkeypatch.setattr(neighbours, "BLOCK", 50)
+    assert neighbour_information(x, x)[3].mean().item() == pytest.approx(neighbour_ceiling(200), abs=1e-12)
+    assert neighbour_ceiling(200) == pytest.approx(digamma(50) - digamma(3))
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_each_rows_share_with_ties_and_categories_by_the_definition(labelled, monkeypatch):
+    """Ross (2014) within categories, of one, two and three rows, too; Gao et al. (2017) where rows coincide."""
+    monkeypatch.setattr(neighbours, "CHUNK", 7)
+    x, y = whole_numbers(50, 300, 3), whole_numbers(50, 300, 4)
+    x[:14] = y[:14] = 0
+    y[14:18] = 0
+    if labelled:
+        x = torch.cat([torch.tensor([7.0, 8, 8, 9, 9, 9]), whole_numbers(44, 3, 5)])
+    found = mixed_information(Column(x, labelled), Column(y, False))
+    for row in range(50):
+        others = [j for j in range(50) if j != row]
+        dx, dy = ((side[others] - side[row]).abs().numpy() for side in (x, y))
+        if labelled:
+            dx = np.where(dx == 0, 0.0, np.inf)
+        near = np.sort(np.maximum(dx, dy))
+        for k in (3, 10):
+            count = min(k, int(np.isfinite(near).sum()))
+            if count == 0:
+                assert found[k][row] == 0
+                continue
+            radius = near[count - 1]
+            if radius == 0:
+                count = (near == 0).sum() + 1
+                beside = [(side == 0).sum() for side in (dx, dy)]
+            else:
+                beside = [(side < radius).sum() for side in (dx, dy)]
+            expected = digamma(count) + digamma(50) - sum(digamma(n + 1) for n in beside)
+            assert found[k][row].item() == pytest.approx(expected, abs=1e-12)
+    alone = mixed_information(Column(x, labelled), Column(y, False), torch.arange(50), torch.Generator().manual_seed(0))
+    for k in (3, 10):  # each row is a group of its own
+        assert torch.allclose(alone[k], found[k], atol=1e-12)

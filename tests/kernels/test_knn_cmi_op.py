@@ -200,6 +200,24 @@ def test_three_lines():
     x, y, z = torch.randn(50, 2), torch.randn(50, 3), torch.randn(50, 4)
     rows = knn_product_samples(x, y, z, m=10, k=2, generator=seeded())
     assert [tuple(part.shape) for part in rows] == [(20, 2), (20, 3), (20, 4)]
+    label = torch.arange(50)[:, None] % 5
+    x, _, z = knn_product_samples(label, y, label, m=10, k=3, generator=seeded(), discrete=True)
+    assert torch.equal(x, z)
+    for wrong in ((y[:9], y, z), (y, y[:9], y), (y, y, y[:9])):
+        with pytest.raises(EstimatorError, match="rows of x, y, z"):
+            knn_product_samples(*wrong, m=4, k=2)
+
+
+def test_terms_of_a_condition_share_their_draw_by_default():
+    drawn = ProductSampler(Bank(features()), 2).draw(TERMS[:2] + TERMS[2:3], 20, seeded())
+    assert torch.equal(drawn["I(A;C|T)"].z, drawn["I(V;C|T)"].z)
+
+
+def test_int8_is_not_for_few_columns(monkeypatch):
+    """torch's int8 product of a single column is wrong."""
+    monkeypatch.setattr(knn_cpu, "int8_is_fast", lambda: True)
+    for width, dtype in ((1, torch.float32), (7, torch.float32), (8, torch.int8)):
+        assert knn_cpu.prepare(torch.randn(20, width))[0].dtype == dtype
 
 
 def test_sampler_says_what_is_wrong():

@@ -43,6 +43,14 @@ def test_queries_of_a_draw_are_distinct(n, share, draws, seed):
     assert all(len(q.unique()) == m for q in query)
 
 
+@pytest.mark.parametrize("m", [3, 12])
+def test_numbers_drawn_in_parts(m, monkeypatch):
+    whole = module._queries_and_keys(20, 50, m, seeded(1), torch.device("cpu"))
+    monkeypatch.setattr(module, "DRAWN", 300)
+    parts = module._queries_and_keys(20, 50, m, seeded(1), torch.device("cpu"))
+    assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
+
+
 @pytest.mark.parametrize("n, m", [(20, 3), (20, 12)])
 def test_queries_are_uniform(n, m):
     """Every row as often as another, in every place, by either way of drawing; pairs are as often as chance has it."""
@@ -164,7 +172,8 @@ def test_a_bank_takes_over_the_labels_of_an_earlier_one():
     assert torch.equal(alone.neighbour, taken.neighbour) and torch.equal(alone.features, taken.features)
     other = rows["C"].clone()
     other[3] += 1
-    for changed in (other, rows["C"][:-1], rows["C"].flip(0), torch.full_like(rows["C"], float("nan"))):
+    nan = torch.full_like(rows["C"], float("nan"))
+    for changed in (other, rows["C"][:-1], rows["C"].flip(0), nan, rows["C"].reshape(-1, 2)):
         bank = Bank({"C": changed})
         bank.take_over(earlier)
         assert "C" not in bank._lines
@@ -172,6 +181,7 @@ def test_a_bank_takes_over_the_labels_of_an_earlier_one():
 
 @pytest.mark.parametrize("shared, discrete", SETTINGS)
 def test_both_ways_give_one_epoch(shared, discrete, monkeypatch):
+    monkeypatch.setattr(module, "SLICE", 200)  # less than the bank's rows: one draw at a time
     epochs = []
     for lists in (False, True):
         monkeypatch.setattr(module, "lists_pay", lambda *_, lists=lists: lists)
@@ -254,9 +264,16 @@ def test_another_epoch_in_place():
         same_rows(epoch.take(number), other.take(number))
     other.features += 1
     assert not torch.equal(epoch.features, other.features)
+    turned = draw_epoch(ProductSampler(Bank(rows[1]), 2, ("C",)), TERMS, [9, 32, 32], seeded(2))
+    epoch.load(turned)  # as many batches, of sizes in another order
+    for number in range(3):
+        same_rows(epoch.take(number), turned.take(number))
     shorter = draw_epoch(ProductSampler(Bank(rows[0]), 2, ("C",)), TERMS, sizes[:2], seeded())
     fewer = draw_epoch(ProductSampler(Bank(rows[0]), 2, ("C",)), TERMS[:2], sizes, seeded())
-    for wrong in (shorter, fewer):
+    turned = draw_epoch(ProductSampler(Bank(rows[0]), 2, ("C",)), TERMS[::-1], sizes, seeded())
+    wide = {name: value.double() for name, value in rows[0].items()}
+    double = draw_epoch(ProductSampler(Bank(wide), 2, ("C",)), TERMS, sizes, seeded())
+    for wrong in (shorter, fewer, turned, double):
         with pytest.raises(EstimatorError, match=r"EpochProducts\.load"):
             epoch.load(wrong)
 
@@ -266,8 +283,9 @@ def test_take_says_what_is_wrong():
     for number, size in ((2, None), (-1, None), (0, 9), (torch.tensor(0), 31), (torch.tensor(0), None)):
         with pytest.raises(EstimatorError, match=r"EpochProducts\.take.*sizes \[9, 32\]"):
             epoch.take(number, size)
-    with pytest.raises(EstimatorError, match=r"EpochProducts\.take.*batch 2"):
-        epoch.take(torch.tensor(2), 32)
+    for number in (2, -1):
+        with pytest.raises(EstimatorError, match=rf"EpochProducts\.take.*batch {number}"):
+            epoch.take(torch.tensor(number), 32)
 
 
 def test_epoch_says_what_is_wrong():

@@ -10,8 +10,17 @@ from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
 from engine.errors import EstimatorError
-from engine.kernels.knn_product import label_strata, product_indices, product_rows, stratified_product_indices
+from engine.kernels.knn_product import (
+    Bank,
+    label_strata,
+    product_indices,
+    product_rows,
+    reference,
+    stratified_product_indices,
+)
+from engine.kernels.knn_product.conditions import Space
 from engine.kernels.knn_product.reference import distinct
+from engine.kernels.registry import use_backend
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -148,6 +157,12 @@ def test_in_blocks(monkeypatch):
     monkeypatch.setattr("engine.kernels.knn_product.cpu.ROWS", 70)
     neighbour, _ = product_indices(z, 50, 3, query=torch.arange(50), ties="first")
     assert torch.equal(neighbour, expected)
+    query = torch.stack([torch.randperm(300, generator=seeded(s))[:50] for s in range(3)])  # blocks hold parts of draws
+    key = torch.randint(1 << 32, query.shape, generator=seeded(13))
+    assert torch.equal(Space(z).neighbours(query, key, 3), reference.nearest(z, query, key, 3, False))
+    monkeypatch.setattr(reference, "BLOCK", 9000)
+    with use_backend("reference"):
+        assert torch.equal(Space(z).neighbours(query, key, 3), reference.nearest(z, query, key, 3, False))
 
 
 @pytest.mark.parametrize("sample", [product_indices, stratified_product_indices])
@@ -166,6 +181,25 @@ def test_bank_too_small(sample):
 def test_no_queries_give_no_rows(sample):
     neighbour, query = sample(torch.randn(10, 1), 0, 2)
     assert neighbour.shape == query.shape == (0,) and neighbour.dtype == torch.int64
+
+
+def test_queries_and_strata_that_do_not_fit():
+    z = torch.arange(10.0)
+    for query in ([0, -1], [0, 10], [3, 3]):
+        for sample in (product_indices, stratified_product_indices):
+            with pytest.raises(EstimatorError, match="rows that are out of range or given twice"):
+                sample(z, 2, 1, query=torch.tensor(query))
+    assert product_indices(z, 2, 1, query=torch.tensor([0, 9]))[0].tolist() == [1, 8]
+    with pytest.raises(EstimatorError, match="strata of 9 rows for 10 labels"):
+        stratified_product_indices(z, 2, 1, strata=label_strata(z[:9], 1))
+
+
+def test_a_bank_holds_no_graph():
+    z = torch.randn(10, 2, requires_grad=True)
+    bank = Bank({"z": 2 * z})
+    assert not bank["z"].requires_grad
+    with pytest.raises(EstimatorError, match="features of a 3, b 4 rows"):
+        Bank({"a": z[:3], "b": z[:4]})
 
 
 def test_product_rows():

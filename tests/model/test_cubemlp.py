@@ -164,3 +164,8 @@ def test_an_input_of_another_shape_names_the_axis(shape, axis):
 def test_make_activation_lists_the_choices():
     with pytest.raises(ConfigError, match="gelu"):
         make_activation("silu")
+
+
+def test_a_rate_of_one_would_drop_everything():
+    with pytest.raises(ConfigError, match=r"dropout: found \[0, 0, 1\.0\]; expected three rates in \[0, 1\)"):
+        CubeMLP((5, 3, 8), [(4, 2, 6)], [(5, 3, 8)], dropout=(0, 0, 1.0))

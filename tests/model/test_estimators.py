@@ -3,10 +3,17 @@ import math
 import pytest
 import torch
 
+from engine.config import ObjectiveConfig
 from engine.errors import EstimatorError
+from engine.kernels import registry
 from engine.kernels.mi_bounds import BOUNDS
 from engine.mimrl.published import PublishedMIEstimator
-from engine.model.estimators import BASELINES, LogBaseline, MIEstimator
+from engine.model.cmi import CMIEstimator
+from engine.model.default import default_estimator
+from engine.model.estimators import BASELINES, LogBaseline, MIEstimator, build_mlp, finite, mlp_layers, run_mlp
+from engine.model.neighbour_club import NeighbourCLUB
+from engine.model.stratified import StratifiedCLUB
+from engine.objective import Term
 
 SMALL = {"hidden": 16, "embed": 8}
 KINDS = (MIEstimator, PublishedMIEstimator)
@@ -189,3 +196,72 @@ def train(steps: int = 200, **setting) -> float:
 def test_short_training_comes_near_the_truth(bound: str):
     truth = -math.log(0.6)
     assert 0.75 * truth < train(bound=bound, baseline="unnormalized") < 1.1 * truth
+
+
+def test_a_tower_that_was_changed_is_called_as_it_is():
+    x = torch.randn(5, 4)
+    tower = build_mlp(4, 2, 8, 1, "leakyrelu")
+    assert mlp_layers(tower, "leakyrelu") is not None and mlp_layers(tower) is None
+    tower[1].negative_slope = 0.3
+    assert mlp_layers(tower, "leakyrelu") is None
+    torch.testing.assert_close(run_mlp(tower, x, "leakyrelu"), tower(x))
+    for part in (slice(None), 0):
+        tower = build_mlp(4, 2, 8, 1, "relu")
+        expected = tower(x)
+        (tower if part != 0 else tower[-1]).register_forward_hook(lambda module, inputs, output: 2 * output)
+        torch.testing.assert_close(run_mlp(tower, x), 2 * expected)
+
+
+def test_which_estimates_store_no_scores_of_all_pairs():
+    for bound in (*BOUNDS, "club", "club_sample", "l1out", "ba"):
+        assert MIEstimator(4, 3, bound=bound, **SMALL).streams == (bound in ("club", "club_sample", "ba"))
+
+
+def test_large_numbers_are_finite():
+    """Also where their sum is not."""
+    assert finite(torch.full((4,), 3e38), torch.zeros(2)) and not finite(torch.zeros(2), torch.tensor([0.0, math.nan]))
+    assert not finite(torch.tensor([math.inf, -math.inf]))
+
+
+def test_the_estimator_of_a_term_has_all_settings():
+    settings = ObjectiveConfig(
+        critic="concat", bound="interpolate", baseline="unnormalized", hidden=12, embed=5, alpha=0.3, smile_tau=2.0,
+        ema_rate=0.2, cmi_estimator="nwj", k_neighbor=3, on_degenerate="skip",
+    )  # fmt: skip
+    dims, classes = {"X": 4, "Y": 3, "Z": 6, "L": 1}, {"L": 7}
+
+    def of(*names, **options):
+        estimator = default_estimator(Term(*names, **options), dims, settings, classes)
+        assert estimator.on_degenerate == "skip"
+        return estimator
+
+    mi = of("X", "Y")
+    assert (mi.dim_x, mi.dim_y, mi.bound, mi.critic.kind) == (4, 3, "interpolate", "concat")
+    assert (mi.alpha, mi.smile_tau, mi.ema_rate) == (0.3, 2.0, 0.2) and mi.critic.f[0].weight.shape == (12, 7)
+    assert mi.classes is None and mi.baseline.mlp[0].weight.shape == (12, 3)
+    other = of("X", "L", bound="smile", critic="separate")
+    assert other.bound == "smile" and other.critic.g[-1].weight.shape == (5, 12) and other.classes is None
+    assert of("X", "L", bound="club").classes == 7 and of("L", "X", bound="club").classes is None
+    cmi = of("X", "Y", "Z")
+    assert type(cmi) is CMIEstimator and (cmi.dim, cmi.estimator) == (6, "nwj")
+    assert cmi.classifier[0].weight.shape == (12, 18) and of("X", "Y", "Z", bound="dv").estimator == "dv"
+    near = of("X", "Y", "Z", bound="club")
+    assert type(near) is NeighbourCLUB and (near.k, near.dim_z, near.classes) == (3, 6, None)
+    within = of("X", "Y", "L", bound="club")
+    assert type(within) is StratifiedCLUB and within.strata == 7 and within.classes is None
+    assert near.q.mean[0].weight.shape == (12, 10) and within.q.mean[0].weight.shape == (12, 11)
+    assert of("X", "L", "Z", bound="club").classes == of("X", "L", "L", bound="club").classes == 7
+
+
+@pytest.mark.parametrize("bound", [*BOUNDS, "club", "club_sample", "l1out", "ba"])
+def test_what_cannot_be_looked_at_is_zero_where_it_is_to_be_skipped(bound):
+    """As in a graph: no value is read, and one that is not finite becomes 0. Moving averages do not see it."""
+    x, y = batch(8)
+    for on_degenerate in ("raise", "skip"):
+        estimator = MIEstimator(4, 3, bound=bound, on_degenerate=on_degenerate, **SMALL)
+        before = {name: buffer.clone() for name, buffer in estimator.named_buffers() if name != "draw"}
+        with registry.static():
+            found = estimator(x, y * math.nan)
+        for value in (found.value, found.surrogate, found.loss):
+            assert value == 0 if on_degenerate == "skip" else value.isnan()
+    assert all(torch.equal(dict(estimator.named_buffers())[name], value) for name, value in before.items())

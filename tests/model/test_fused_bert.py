@@ -9,6 +9,7 @@ from transformers import ElectraConfig, ElectraModel
 
 from engine.errors import ConfigError
 from engine.kernels import registry
+from engine.model import fused_bert
 from engine.model.fused_bert import fusable, last_hidden_state, score_bias
 from engine.model.text_encoder import TextEncoder, encode_padded, encode_without_padding, load_text_encoder
 from tests.model.test_text_encoder import SMALL, bert, distilbert, tokens
@@ -342,6 +343,24 @@ def test_what_a_gpu_runs_equals_huggingface(make, as_on_a_gpu):
         expected = outputs_and_gradients(encoder, encode_padded, ids, mask, torch.bfloat16)
     for f, e in zip(halves, expected, strict=True):
         torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4 * max(1, float(e.abs().max())))
+
+
+def test_every_dropout_has_a_number_of_its_own(as_on_a_gpu, monkeypatch):
+    """Of one seed equal numbers would draw equal masks. The embeddings' is 0."""
+    numbers = []
+    for name in ("add_norm", "attention", "embed_norm"):
+        run = getattr(fused_bert, name)
+
+        def noted(*arguments, run=run, **options):
+            numbers.append(options.get("number", 0))
+            assert options["seed"] is not None and options["p"] == 0.1
+            return run(*arguments, **options)
+
+        monkeypatch.setattr(fused_bert, name, noted)
+    encoder = TextEncoder(bert(3)).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        encode_padded(encoder, *tokens([6, 4], width=16))
+    assert sorted(numbers) == list(range(10))
 
 
 def test_a_projection_is_that_of_the_linear_layer(as_on_a_gpu):

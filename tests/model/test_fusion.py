@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from bench.pretend import PretendedGpu
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.model import fusion
@@ -65,6 +66,15 @@ def test_positions_outside_the_mask_are_not_read(name, training):
 def test_cubemlp_width_by_compose(k, t, dim):
     module = make_fusion(config(compose_k=k, compose_t=t))
     assert module.dim == dim and module(*inputs()).shape == (4, dim)
+
+
+def test_cubemlp_removes_axes_on_a_gpu_too(monkeypatch):
+    monkeypatch.setattr(fusion.CubeMLP, "forward", lambda self, x: x)
+    x, mask = inputs()
+    for k, t, expected in (("mean", "mean", x.mean((1, 2))), ("sum", "mean", x.sum(2).mean(1))):
+        with PretendedGpu():
+            found = make_fusion(config(compose_k=k, compose_t=t))(x, mask)
+        torch.testing.assert_close(found, expected)
 
 
 def test_tensor_fusion_holds_products_of_all_three_modalities():

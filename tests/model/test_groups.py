@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import checkpoint
-from engine.errors import EstimatorError
+from engine import MI, Objective, checkpoint
+from engine.config import ObjectiveConfig
+from engine.errors import ConfigError, EstimatorError
+from engine.kernels import registry
 from engine.kernels.critics import cpu
 from engine.kernels.mi_bounds import BOUNDS
 from engine.kernels.registry import use_backend
@@ -215,6 +217,13 @@ def test_parameters_that_were_moved(move: str, tmp_path):
     assert all(p.grad is not None for p in group.parameters())
 
 
+def test_a_copy_is_frozen_and_in_the_mode_of_its_group():
+    group = grouped(estimators(bound="mine"))
+    for learns in (True, False):
+        copied = group.train(learns).requires_grad_(learns).copy_of("fa")
+        assert copied.training == learns and all(p.requires_grad == learns for p in copied.parameters())
+
+
 def test_a_change_between_forward_and_backward_is_an_error():
     group, given = grouped(estimators()), features()
     loss = group(given).surrogate.sum()
@@ -292,9 +301,31 @@ def test_a_batch_that_cannot_run_together_moves_mines_average_too():
     group = grouped(estimators(bound="mine", on_degenerate="skip"))
     group(given)
     assert group.log_ema.isfinite().tolist() == [name not in ("fa", "ta") for name in group.names]
+    unread = grouped(estimators(bound="mine", on_degenerate="skip"))
+    with registry.static():  # as on a GPU, which computes all of them together
+        found = together(unread, given)
+    assert [name for name in found if found[name].value == 0] == ["fa", "ta"]
+    torch.testing.assert_close(unread.log_ema, group.log_ema)
 
 
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(cpu, "library", lambda dtype: None)
     modules = estimators()
     assert_same(together(grouped(modules), features()), one_by_one(modules, features()))
+
+
+def test_an_objective_of_a_group_of_which_one_estimator_skips_the_batch():
+    """It is left out of the loss, whose sign stays, and is marked under the name of its term."""
+    settings = ObjectiveConfig(hidden=24, embed=6, on_degenerate="skip")
+    torch.manual_seed(0)
+    objective = Objective([MI("F", "T"), MI("F", "A")], dims=DIMS, settings=settings)
+    given = {name: value.detach().clone() for name, value in features().items()}
+    given["A"][3, 2] = math.nan
+    found = objective.estimators(given).by_term
+    assert "skipped" not in found["I(F;T)"].details and found["I(F;A)"].details["skipped"] == 1
+    assert objective.estimator_loss(given).loss.item() == pytest.approx(-found["I(F;T)"].value.item())
+    view = objective.estimators["I(F;T)"]
+    state = view.state_dict()
+    for wrong in (state | {"critic.g.0.bias": torch.zeros(3)}, {"critic.g.0.bias": torch.zeros(24)}):
+        with pytest.raises(ConfigError, match="a state that differs in critic"):
+            view.load_state_dict(wrong)

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from engine.model.pretrained import resolve_text_model
 from engine.model.text_encoder import (
     PrecomputedText,
     TextEncoder,
+    _check_reads_text,
     encode_without_padding,
     length_groups,
     load_text_encoder,
@@ -241,6 +243,16 @@ def test_vocabulary_and_positions():
         encoder(torch.full((1, 59), 5), torch.ones(1, 59, dtype=torch.long))
 
 
+def test_positions_of_models_that_number_them_otherwise():
+    from transformers import GPT2Config, GPT2Model, OPTConfig, OPTModel
+
+    opt = OPTModel(OPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, ffn_dim=24, num_attention_heads=2,
+                             max_position_embeddings=30, word_embed_proj_dim=16))  # fmt: skip
+    gpt = GPT2Model(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=20))
+    assert TextEncoder(opt).positions == 30 and TextEncoder(gpt).positions == 20
+    assert TextEncoder(distilbert()).positions == 512
+
+
 def test_models_that_are_no_text_encoder(tmp_path):
     from transformers import T5Config, T5Model, ViTConfig, ViTModel
 
@@ -264,12 +276,48 @@ def test_precomputed_features():
         encoder(*tokens([2]))
     with pytest.raises(ConfigError, match="text_encoder=features"):
         load_text_encoder("features")
+    for width in (0, "300", 2.0, None):
+        with pytest.raises(ConfigError, match=r"a width of .*; expected a whole number from 1"):
+            text_encoder_from_config({"model_type": "features", "dim": width})
+
+
+class Odd(torch.nn.Module):
+    """A model that makes something else of tokens, or fails."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made, self.words = made, torch.nn.Embedding(5, 4)
+        self.config = SimpleNamespace(model_type="odd", hidden_size=4)
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, input_ids, attention_mask):
+        if self.made is None:
+            raise RuntimeError("needs\n pixels")
+        return SimpleNamespace(last_hidden_state=torch.zeros(self.made))
+
+
+def test_models_are_tried_on_two_tokens():
+    _check_reads_text(Odd((1, 2, 4)), "odd")
+    for made, found in (((1, 4), r"makes \(1, 4\) of two tokens"), (None, r"fails on two tokens \(needs pixels\)")):
+        with pytest.raises(ConfigError, match=found):
+            _check_reads_text(Odd(made), "odd")
+
+
+def test_a_description_of_more_than_the_file_holds_takes_no_memory(tmp_path):
+    bert(hidden_act="relu").save_pretrained(tmp_path)  # which transformers reads
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"vocab_size": 10_000_000}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"describes 16\d{7} parameters, but whose weights have \d+ bytes"):
+        load_text_encoder(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["./nope", "/no/such/folder", "models/of/mine"])
 def test_a_missing_folder_is_said_so(name):
-    with pytest.raises(ConfigError, match="folder"):
-        load_text_encoder(name)
+    for load in (load_text_encoder, resolve_text_model):
+        with pytest.raises(ConfigError, match="expected a folder that exists"):
+            load(name)
 
 
 def test_a_name_that_is_nowhere_is_one_line(monkeypatch):

@@ -9,12 +9,15 @@ from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Normal
 
 from engine.errors import ConfigError, EstimatorError
+from engine.kernels import registry
+from engine.model import neighbour_club
 from engine.model.custom_critics import LikelihoodCritic, SoftplusCritic
 from engine.model.estimators import Critic, MIEstimator
 from engine.model.neighbour_club import NeighbourCLUB, nearest_others
 from engine.model.stratified import StratifiedCLUB
 from engine.model.variational import (
     Categorical,
+    CategoricalMarginal,
     Gaussian,
     GaussianMarginal,
     GaussianNet,
@@ -97,6 +100,24 @@ def test_the_gaussian_marginal_is_a_normal_density():
     normal = torch.distributions.MultivariateNormal(marginal.mean, precision_matrix=factor @ factor.T)
     y = torch.randn(5, 3, dtype=torch.float64)
     torch.testing.assert_close(marginal(y), normal.log_prob(y))
+
+
+def test_the_marginal_of_classes_is_a_distribution():
+    marginal = CategoricalMarginal(4)
+    torch.testing.assert_close(marginal(torch.eye(4)), torch.full((4,), -math.log(4)))
+    nn.init.normal_(marginal.logits, std=2)
+    torch.testing.assert_close(marginal(torch.eye(4)), TorchCategorical(logits=marginal.logits).probs.log())
+
+
+def test_a_log_variance_is_limited_smoothly():
+    """Within ±5, and the network's own output near 0."""
+    net = GaussianNet(2, 1, 8, 1, "relu")
+    x = torch.randn(64, 2, generator=generator())
+    raw = net.log_var(x)
+    torch.testing.assert_close(net(x).log_var, 5 * torch.tanh(raw / 5))
+    with torch.no_grad():
+        net.log_var[-1].bias.add_(100)
+    assert torch.allclose(net(x).log_var, torch.full((64, 1), 5.0))
 
 
 # -- the estimator ---------------------------------------------------------------------------------------------
@@ -247,6 +268,8 @@ def test_settings_that_do_not_fit():
     ]:
         with pytest.raises(EstimatorError, match=text):
             MIEstimator(4, 3, **options)
+    with pytest.raises(EstimatorError, match="classes=1 for a y of width 1; expected 2 or more"):
+        MIEstimator(4, 1, bound="club", classes=1)
 
 
 # -- a condition of classes ------------------------------------------------------------------------------------
@@ -327,6 +350,30 @@ def test_rows_of_one_condition_are_neighbours_equally_often(values, k):
     assert ((z[found] == z[:, None]).sum(1) == min(k, same)).all()
     if k <= same:
         assert (found.flatten().bincount(minlength=64) == k).all()
+
+
+@pytest.mark.parametrize("kind", [StratifiedCLUB, NeighbourCLUB])
+def test_conditional_clubs_standardise_y_by_what_they_were_trained_on(kind):
+    x, y = batch()
+    z = (torch.arange(12) % 3)[:, None].float()
+    estimator = kind(4, 3, 3 if kind is StratifiedCLUB else 1, **SMALL)
+    estimator.eval()(x, y, z)
+    assert estimator.q.begun == 0
+    estimator.train()(x, y, z)
+    torch.testing.assert_close(estimator.q.y_mean, y.mean(0))
+    estimator.requires_grad_(False)(x, y + 5, z)
+    torch.testing.assert_close(estimator.q.y_mean, y.mean(0))
+    assert kind is StratifiedCLUB or estimator.k == 5
+
+
+@pytest.mark.parametrize("values", [3, 40])
+def test_neighbours_of_some_rows_at_a_time(values, monkeypatch):
+    z = torch.randint(values, (41, 2), generator=generator()).double()
+    expected = nearest_others(z, 4).sort(1).values
+    monkeypatch.setattr(neighbour_club, "SEARCHED", 7)
+    assert torch.equal(nearest_others(z, 4).sort(1).values, expected)
+    with registry.static():  # a GPU does not look whether there are ties
+        assert torch.equal(nearest_others(z, 4).sort(1).values, expected)
 
 
 @pytest.mark.parametrize("c", [0.0, 1.0])
@@ -421,6 +468,36 @@ def test_softplus_and_likelihood_critics():
     expected = torch.stack([Normal(q.mean, (q.log_var / 2).exp()).log_prob(row).sum(1) for row in y])
     torch.testing.assert_close(critic(x, y), expected)
     MIEstimator(4, 1, critic=LikelihoodCritic(4, 1, classes=3))(*batch(classes=3)).loss.backward()
+    critic.train()(x, y)  # which starts the moving mean
+    torch.testing.assert_close(critic.q.y_mean, y.mean(0))
+    moved = critic.eval()(x, y)
+    q = critic.q(x)
+    expected = torch.stack([Normal(q.mean, (q.log_var / 2).exp()).log_prob(row).sum(1) for row in q.targets(y)])
+    torch.testing.assert_close(moved, expected)
+
+
+def test_looking_at_the_orientation_leaves_a_critic_as_it_was():
+    """Each part keeps its mode, and dropout does not hide a transposed table."""
+
+    class Dropping(Product):
+        def __init__(self, transposed):
+            super().__init__(transposed)
+            self.drop, self.still = nn.Dropout(0.5), nn.Dropout(0.5).eval()
+
+        def forward(self, x, y):
+            return super().forward(self.drop(self.still(x)), y)
+
+    torch.manual_seed(0)
+    x, y = batch()
+    estimator, calls = MIEstimator(4, 3, critic=Dropping(False)), []
+    estimator.critic.module.register_forward_hook(lambda *_: calls.append(1))
+    estimator(x, y)
+    assert len(calls) == 3  # of which two look
+    estimator(x, y)
+    assert len(calls) == 4
+    assert estimator.critic.module.drop.training and not estimator.critic.module.still.training
+    with pytest.raises(EstimatorError, match="a row per x"):
+        MIEstimator(4, 3, critic=Dropping(True))(x, y)
 
 
 def test_terms_know_their_bounds():
@@ -441,6 +518,9 @@ def test_a_constant_column_leaves_the_moving_variance(value):
     net.observe(y)
     assert net.y_variance[0] == 1 and net.y_mean[0] == 0
     assert net.y_variance[1] == 4 and net.y_mean[1] == 3  # of 0 to 6
+    alone = GaussianNet(2, 1, 8, 2, "relu")  # of one column torch sums in another order
+    alone.observe(y[:, :1])
+    assert alone.y_variance == 1 and alone.y_mean == 0 and alone.begun == 0
 
 
 @pytest.mark.parametrize("bound", VARIATIONAL_BOUNDS)

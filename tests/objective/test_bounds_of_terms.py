@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 import engine
 from engine import CMI, MI, Objective, TwoStageStep, checkpoint, trainer
 from engine.config import ObjectiveConfig
 from engine.errors import ConfigError, EstimatorError
+from engine.information.probing import probe
 from engine.mimrl.published import published_estimator
 from engine.mimrl.terms import mimrl_objective
 from engine.model.estimators import Estimate
@@ -22,6 +24,7 @@ from engine.objective.expressions import expression_text, parse_expression, pars
 from engine.objective.minimised import minimised_terms
 from engine.objective.readings import is_term, mark
 from engine.objective.terms import Term
+from engine.training.records import Selection
 from engine.vocabulary import BOUNDS, CONDITIONAL_ESTIMATORS, CRITICS, VARIATIONAL_BOUNDS
 from tests.small_runs import history, timeless
 from tests.step.test_static import assert_equal
@@ -301,12 +304,25 @@ def test_a_run_resumes_bit_equal_and_reports_what_is_left(data, text_encoder, tm
     left = json.loads((whole / "metrics.json").read_text())["left"]
     assert list(left) == ["I(F;A) by club_sample", "I(F;C) by club", "I(F;V|C)"]
     assert left == json.loads((two / "metrics.json").read_text())["left"]
+    best = history(whole)[json.loads((whole / "metrics.json").read_text())["best_epoch"]]
+    assert {name: of["reading"] for name, of in left.items()} == {name: best["valid"]["bank"][name] for name in left}
     assert {"reading", "valid", "test"} == set(left["I(F;C) by club"]) and left["I(F;C) by club"]["test"][
         "kind"
     ] == "r2"
     assert trainer.evaluate(whole, data)["mae"] > 0
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert "What is left of minimised terms" in page and "I(F;A) by club_sample" in page
+
+
+def test_what_is_left_is_that_of_the_best_model(data, text_encoder, tmp_path, monkeypatch):
+    """The first epoch stays the best, so that the last weights are others."""
+    monkeypatch.setattr(Selection, "better", lambda self, a, b, split: False)
+    terms = {"terms": ["-0.1 * MI(F, A, bound=club)"]}
+    trainer.train(small(data, text_encoder, objective=terms, output={"features": True}), tmp_path / "run")
+    left = json.loads((tmp_path / "run/metrics.json").read_text())["left"]["I(F;A) by club"]["test"]
+    known, unseen = (load_file(tmp_path / f"run/features_{split}.safetensors") for split in ("train", "test"))
+    expected = probe(unseen["F"], unseen["A"], known=(known["F"], known["A"]))
+    assert (left["knn"], left["linear"]) == pytest.approx((expected.knn, expected.linear), rel=1e-3, abs=1e-4)
 
 
 def test_a_run_that_minimises_nothing_is_not_probed(data, text_encoder, tmp_path):

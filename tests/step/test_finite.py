@@ -10,8 +10,9 @@ from torch import nn
 from engine import trainer
 from engine.config import ObjectiveConfig
 from engine.errors import ConfigError, EstimatorError, NonFiniteError
+from engine.model import conditional_club, estimators
 from engine.objective import MI, Objective
-from engine.step import TwoStageStep
+from engine.step import TwoStageStep, finite
 from engine.step.finite import MOST_IN_A_ROW
 from engine.training import parts
 from tests.small_runs import changed, history
@@ -170,6 +171,58 @@ def test_a_static_epoch_says_it_at_its_end():
         TwoStageStep(step.model, None, nn.functional.mse_loss, sgd, graphs="emulate", non_finite="skip")
     with pytest.raises(ConfigError, match="non_finite='no'; expected one of stop, skip"):
         make(non_finite="no")
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """As on a GPU, whose values the host does not read."""
+    for module in (finite, estimators, conditional_club):
+        monkeypatch.setattr(module, "readable", lambda tensor: False)
+
+
+class Numbered(list):
+    """Batches that tell their rows."""
+
+    def rows(self, number):
+        return self[number][2]
+
+
+def test_an_eager_pass_says_at_its_end_what_the_host_did_not_look_at(unread):
+    step = make()
+    said = r"task loss: found a value that is not finite in batch 2 of stage2 \(4 samples, rows 8, 9, 10, 11\)"
+    with pytest.raises(NonFiniteError, match=said):
+        step.train_epoch(Numbered(batches("loss")), SAMPLES, None, batch_size=BATCH)
+    step = make(with_objective=True)
+    _, bank = step.train_epoch(batches(), SAMPLES, None, batch_size=BATCH)
+    bank.rows["H"][5] = math.nan
+    said = r"objective term I\(H;C\): found a value that is not finite in batch \d of stage1"
+    with pytest.raises(NonFiniteError, match=said):
+        step.train_epoch(batches(), SAMPLES, bank, batch_size=BATCH, stage1_features="bank")
+
+
+def test_a_loss_scaler_leaves_out_what_overflows_and_nothing_is_noted(unread):
+    """Its steps overflow until it has found a scale. That is no reason to stop."""
+    step = make(autocast=torch.float16)
+    step.train_epoch(batches("loss"), SAMPLES, None, batch_size=BATCH)
+    assert all(p.isfinite().all() for p in step.model.parameters())
+
+
+def test_an_eager_pass_leaves_out_on_the_device_what_the_host_did_not_look_at(unread):
+    step = make(non_finite="skip")
+    result, _ = step.train_epoch(Numbered(batches("loss")), SAMPLES, None, batch_size=BATCH)
+    assert result.skipped == 1 and math.isfinite(result.loss)
+    assert all(bool(value.isfinite().all()) for value in state(step))
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_with_a_loss_scaler_the_host_looks_at_no_gradients(policy, request):
+    """Nor is a step left out on the device: the scaler does that."""
+    one = torch.zeros(1)
+    scaled, plain = (make(autocast=dtype, non_finite=policy).finite for dtype in (torch.float16, None))
+    assert plain.host_looks(one) and not scaled.host_looks(one)
+    assert not plain.on_device(one) and not scaled.on_device(one)
+    request.getfixturevalue("unread")
+    assert not plain.host_looks(one) and plain.on_device(one) == (policy == "skip") and not scaled.on_device(one)
 
 
 def test_clipped_gradients_may_be_infinite():
