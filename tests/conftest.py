@@ -110,6 +110,16 @@ def no_waiting_for_the_disk(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="module")
+def as_many_threads_afterwards() -> Iterator[None]:
+    """A module leaves as many threads as it found: in forked processes, whose threads are gone, more than one hang."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
 def freed_memory_goes_back() -> Iterator[None]:
     """What a module has freed goes back to the system: a run has glibc keep it for the process (`keep_memory`)."""
     yield

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.hostile.corpora import CORPORA
 from tests.hostile.encoders import CHANGES
@@ -59,6 +60,7 @@ def answered(words: list[str], folder: Path) -> tuple[int, str]:
                 setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
             from engine.cli import main
 
+            torch.set_num_threads(1)  # the threads of the process that forked are not in this one
             code = main(words)
             sys.stdout.flush()
             sys.stderr.flush()
