@@ -40,4 +40,4 @@ def alone(function: Function) -> Function:
         with own_settings():
             return function(*args, **kwargs)
 
-    return inner  # type: ignore[return-value]
+    return inner

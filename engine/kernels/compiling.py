@@ -11,5 +11,5 @@ def constant_when_compiled(function: Function) -> Function:
 
     torch.compile does not look inside the function. It takes what it returns as a constant.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True
     return function

@@ -185,7 +185,7 @@ class Updates:
             self._move(work, optimizer, None, None)
         else:
             scaled = ScaledMove(optimizer, partial(self._move, work, optimizer))
-            scaler.step(scaled)  # type: ignore[arg-type]
+            scaler.step(scaled)
             scaler.update()
 
     def _apply_in_parts(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
@@ -274,7 +274,7 @@ class Updates:
 
 def _overflowed(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> Tensor | None:
     """0-d: 1 if the scaler found a gradient that is not finite, and will leave out the step, else 0."""
-    found = list(scaler._found_inf_per_device(optimizer).values())  # type: ignore[attr-defined]
+    found = list(scaler._found_inf_per_device(optimizer).values())
     return torch.stack([f.to(found[0].device) for f in found]).amax() if found else None
 
 

@@ -52,7 +52,7 @@ def step_without_compiler(optimizer: torch.optim.Optimizer) -> None:
     plain = getattr(graded, "__wrapped__", None)
     if not _is_torchs(hooked, "wrapper") or not _is_torchs(graded, "_use_grad") or hasattr(plain, "__wrapped__"):
         return
-    if not {*graded.__code__.co_names} <= GRADED:  # type: ignore[union-attr]
+    if not {*graded.__code__.co_names} <= GRADED:
         return
 
     @functools.wraps(plain)
@@ -60,7 +60,7 @@ def step_without_compiler(optimizer: torch.optim.Optimizer) -> None:
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             return plain(self, *args, **kwargs)
 
-    optimizer.step = types.MethodType(optimizer.profile_hook_step(step), optimizer)  # type: ignore[method-assign]
+    optimizer.step = types.MethodType(optimizer.profile_hook_step(step), optimizer)
 
 
 def _is_torchs(function: Any, name: str) -> bool:

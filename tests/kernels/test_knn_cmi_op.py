@@ -54,7 +54,7 @@ def spread(n: int, d: int, kind: str, seed: int) -> torch.Tensor:
     return z
 
 
-EXACT = pytest.mark.skipif(not knn_cpu.int8_is_exact(), reason="int8 products saturate on this processor")
+EXACT = pytest.mark.skipif(not knn_cpu.int8_is_exact(), reason="torch's int8 products are not exact on this processor")
 KINDS = ["normal", "offset", "orders", "grid", "constant", "clusters", "huge", "tiny", "outlier"]
 
 

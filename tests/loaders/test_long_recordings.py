@@ -3,7 +3,6 @@
 import csv
 import os
 import resource
-import sys
 import warnings
 from pathlib import Path
 
@@ -46,7 +45,6 @@ def interviews(folder: Path, frames: int = 30, words: int = 4) -> list[np.ndarra
     return audio
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of file handles of this kind")
 def test_more_files_than_file_handles(tmp_path):
     """Every array once had a handle of its own, and a thousand of them ended the conversion."""
     (tmp_path / "audio").mkdir()
