@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.config import ObjectiveConfig
 from engine.errors import EngineError
-from engine.kernels import InfoNCE, MILowerBound, concat_infonce, grouped_infonce
+from engine.kernels import InfoNCE, MILowerBound, concat_infonce, grouped_infonce, registry
 from engine.kernels.knn_product.op import ProductRows
 from engine.mimrl.published import published_estimator
 from engine.model.cmi import CMIEstimator
@@ -211,6 +211,36 @@ def test_a_fault_of_one_rank_is_handled_alike_on_all(ranks):
     only_first = {n: ProductRows(r.x, r.y, r.z, K) for n, r in product_rows((6, 6))[0].items()}
     right = build("infonce", "off")(batch(counts), only_first).loss
     assert abs(said[0]["one rank has no product rows"] - float(right.detach())) < 1e-9
+
+
+def averages_on_a_rank(rank, size):
+    """MINE's average after a batch whose last rank is not finite, where values cannot be read, as on a GPU."""
+    counts, averages = (6, 6), {}
+    good = {n: own(value, rank, counts) for n, value in batch(counts).items()}
+    bad = good | ({"Z": good["Z"] * float("nan")} if rank == size - 1 else {})
+    for critic in ("separate", "concat"):
+        for policy in ("raise", "skip"):
+            settings = {"hidden": 6, "embed": 5, "bound": "mine", "critic": critic, "on_degenerate": policy}
+            torch.manual_seed(4)
+            one = MIEstimator(4, 2, gather=True, **settings).double()
+            several = Objective([MI("Z", "Y"), MI("Z", "S")], dims=DIMS, settings=ObjectiveConfig(**settings)).double()
+            for name, module, call in (("one", one, lambda f, e=one: e(f["Z"], f["Y"])), ("group", several, several)):
+                call(good)
+                before = [b.clone() for n, b in module.named_buffers() if "log_ema" in n]
+                with registry.static():
+                    call(bad)
+                after = [b.clone() for n, b in module.named_buffers() if "log_ema" in n]
+                averages[f"{critic} {name} {policy}"] = torch.stack(
+                    [torch.cat([b.reshape(-1) for b in before]), torch.cat([b.reshape(-1) for b in after])]
+                )
+    return averages
+
+
+def test_a_batch_that_is_left_out_does_not_reach_mines_average(ranks):
+    for averages in ranks(2).run(averages_on_a_rank):
+        for case, (before, after) in averages.items():
+            assert before.isfinite().all() and (before != 0).all(), case
+            assert torch.equal(before, after) if case.endswith("skip") else after.isnan().all(), case
 
 
 # -- single estimators and functions ---------------------------------------------------------------

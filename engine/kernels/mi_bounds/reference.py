@@ -22,8 +22,11 @@ from engine.kernels.arguments import check_number, exact_type
 from engine.vocabulary import BOUNDS
 
 MOST_OF_ONE = 0.75
-"""A limit of the share of a score that is not its row's largest: 1/2, and room for rounding. Large scores that are
-nearly equal would get the share 1, of which no digits of the others' log-sum-exp are left."""
+"""The most that the softmax probability of a score can be that is not its row's largest: 1/2, and room for rounding.
+
+Without this limit, large scores that are nearly equal would get the probability 1. The log-sum-exp of the others would then
+have no digits left.
+"""
 
 
 def bound_value(
