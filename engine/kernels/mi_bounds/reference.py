@@ -24,8 +24,8 @@ from engine.vocabulary import BOUNDS
 MOST_OF_ONE = 0.75
 """The most that the softmax probability of a score can be that is not its row's largest: 1/2, and room for rounding.
 
-Without this limit, large scores that are nearly equal would get the probability 1. The log-sum-exp of the others would then
-have no digits left.
+Without this limit, large scores that are nearly equal would get the probability 1. The log-sum-exp of the others would
+then have no digits left.
 """
 
 
