@@ -1,9 +1,12 @@
 """The kernels' cases: in triton's interpreter on the CPU, in a process of its own, or on a GPU (`--device cuda`)."""
 
+import contextlib
+
 import pytest
 import torch
 
 from tests.interpret import device
+from tests.interpret.races import no_races
 
 
 @pytest.fixture(autouse=True)
@@ -13,7 +16,8 @@ def triton_backend():
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with use_backend("triton"), device.tests_run_there():
+    search = contextlib.nullcontext() if device.missing() or device.on_gpu() else no_races()
+    with use_backend("triton"), device.tests_run_there(), search:
         yield
     torch.set_num_threads(threads)
 

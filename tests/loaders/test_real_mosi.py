@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,8 @@ def folders(tmp_path_factory):
         subprocess.run(
             [sys.executable, str(WRITER), str(root / name), "--format", name], check=True, capture_output=True
         )
-    return root
+    yield root
+    shutil.rmtree(root)  # 260 MB
 
 
 @pytest.fixture(scope="module")

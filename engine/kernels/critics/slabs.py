@@ -111,6 +111,8 @@ def _losses(scores_ptr, loss_ptr, columns, row0, count, GRADS: tl.constexpr, COL
     above = tl.log(1.0 + e) + check_all
     tl.store(loss_ptr + own, tl.maximum(difference, 0.0) + above)
     if GRADS:
+        # every thread has read the joint score before one of them replaces it
+        tl.debug_barrier()
         diagonal = -tl.where(difference >= 0, 1.0, e) / (1.0 + e) + check_all
         # not the joint score and the loss, whose sum has few digits where the joint score is far below the others
         log_sum = tl.maximum(rest, joint) + above
