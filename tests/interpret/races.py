@@ -35,7 +35,7 @@ class Access:
     stretch: int  # how many barriers of the program came before
     line: str
     tile: int  # equal for the same addresses in the same shape
-    addresses: np.ndarray  # those that the mask lets through
+    addresses: np.ndarray  # those that the mask lets through, in order
     size: int  # bytes of an element
     writes: bool
     atomic: bool
@@ -63,9 +63,7 @@ class _Watch:
         line = _line()
         if writes and not atomic:
             self._check_repeats(addresses, np.broadcast_to(values.data, at.shape).ravel()[live], line)
-        self.accesses.append(
-            Access(self.program, self.stretch, line, tile, np.unique(addresses), size, writes, atomic)
-        )
+        self.accesses.append(Access(self.program, self.stretch, line, tile, np.unique(addresses), size, writes, atomic))
 
     def _check_repeats(self, addresses: np.ndarray, values: np.ndarray, line: str) -> None:
         order = np.argsort(addresses, kind="stable")
@@ -90,14 +88,17 @@ def _line() -> str:
 
 def faults(accesses: list[Access]) -> list[str]:
     """What of one launch's accesses depends on the order of programs or threads."""
-    if not any(a.writes for a in accesses):
+    written = [a for a in accesses if a.writes]
+    if not written:
         return []
+    # most loads are of inputs, which lie elsewhere
+    low, high = min(a.addresses[0] for a in written), max(a.addresses[-1] + a.size for a in written)
+    accesses = [a for a in accesses if a.addresses[-1] + a.size > low and a.addresses[0] < high]
     unit = min(a.size for a in accesses)
     cells = [_cells(a, unit) for a in accesses]
     number = np.repeat(np.arange(len(accesses)), [len(c) for c in cells])
     cell = np.concatenate(cells)
-    written = np.unique(np.concatenate([c for c, a in zip(cells, accesses, strict=True) if a.writes]))
-    among = np.isin(cell, written)
+    among = np.isin(cell, np.concatenate([c for c, a in zip(cells, accesses, strict=True) if a.writes]))
     cell, number = cell[among], number[among]
 
     program, stretch, tile, writes, atomic = (

@@ -89,25 +89,32 @@ def numbers(n: int = 64) -> torch.Tensor:
     return torch.zeros(n)
 
 
+def odd_address() -> torch.Tensor:
+    return numbers().view(torch.int8)[6:]
+
+
+def read_back(barrier: bool) -> None:
+    reads_an_element_back[(1,)](numbers(), numbers(), N=16, BARRIER=barrier)
+
+
+BETWEEN_PROGRAMS, BETWEEN_THREADS = "a race between programs", "a race between threads"
+
 RACES = {
-    "all programs write": (lambda: everybody_writes[(2,)](numbers(), N=16), "between programs"),
-    "a neighbour's block": (lambda: reads_the_neighbour[(4,)](numbers(), 64, N=16), "between programs"),
-    "a neighbour's element": (lambda: reads_the_neighbour[(1,)](numbers(), 16, N=16), "between threads"),
-    "a sum without atomics": (lambda: counts[(3,)](numbers(), ATOMIC=False), "between programs"),
-    "another width": (lambda: halves[(2,)](numbers(), torch.zeros(1, dtype=torch.int16), N=16), "between programs"),
-    "no barrier before reading": (
-        lambda: reads_an_element_back[(1,)](numbers(), numbers(), N=16, BARRIER=False),
-        "between threads",
-    ),
-    "no barrier before writing": (lambda: turns_round_in_place[(1,)](numbers(), N=64, BARRIER=False), "between threads"),
+    "all programs write": (lambda: everybody_writes[(2,)](numbers(), N=16), BETWEEN_PROGRAMS),
+    "a neighbour's block": (lambda: reads_the_neighbour[(4,)](numbers(), 64, N=16), BETWEEN_PROGRAMS),
+    "a sum without atomics": (lambda: counts[(3,)](numbers(), ATOMIC=False), BETWEEN_PROGRAMS),
+    "another width": (lambda: halves[(2,)](numbers(), torch.zeros(1, dtype=torch.int16), N=16), BETWEEN_PROGRAMS),
+    "a neighbour's element": (lambda: reads_the_neighbour[(1,)](numbers(), 16, N=16), BETWEEN_THREADS),
+    "no barrier before reading": (lambda: read_back(barrier=False), BETWEEN_THREADS),
+    "no barrier before writing": (lambda: turns_round_in_place[(1,)](numbers(), N=64, BARRIER=False), BETWEEN_THREADS),
     "one address twice": (lambda: folds[(1,)](numbers(), N=16, SAME=False), "different values to one address"),
     "a false promise": (lambda: promises[(1,)](numbers(), 12, N=16, MULTIPLE=8), "12 is no multiple of 8"),
-    "a false address": (lambda: promises[(1,)](numbers()[1:].view(torch.int8)[2:], 0, N=16, MULTIPLE=8), "multiple of 4"),
+    "a false address": (lambda: promises[(1,)](odd_address(), 0, N=16, MULTIPLE=8), "multiple of 4"),
 }
 
 IN_ORDER = {
     "one program": lambda: everybody_writes[(1,)](numbers(), N=16),
-    "a barrier before reading": lambda: reads_an_element_back[(1,)](numbers(), numbers(), N=16, BARRIER=True),
+    "a barrier before reading": lambda: read_back(barrier=True),
     "every program on its own": lambda: in_place[(4,)](numbers(), N=16),
     "one address twice, one value": lambda: folds[(1,)](numbers(), N=16, SAME=True),
     "an atomic sum": lambda: counts[(3,)](numbers(), ATOMIC=True),
@@ -124,7 +131,7 @@ def test_a_race_is_found(case):
 
 def test_the_lines_are_named():
     with pytest.raises(AssertionError) as told, no_races():
-        reads_an_element_back[(1,)](numbers(), numbers(), N=16, BARRIER=False)
+        read_back(barrier=False)
     line = reads_an_element_back.fn.__code__.co_firstlineno
     assert str(told.value) == (
         "reads_an_element_back: a race between threads of a program, no barrier between: one address is "
