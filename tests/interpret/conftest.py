@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.interpret import device
-from tests.interpret.races import no_races
+from tests.interpret.strict import strict
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +16,8 @@ def triton_backend():
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    search = contextlib.nullcontext() if device.missing() or device.on_gpu() else no_races()
-    with use_backend("triton"), device.tests_run_there(), search:
+    as_a_gpu = contextlib.nullcontext() if device.missing() or device.on_gpu() else strict()
+    with use_backend("triton"), device.tests_run_there(), as_a_gpu:
         yield
     torch.set_num_threads(threads)
 
