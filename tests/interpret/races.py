@@ -146,7 +146,7 @@ def _told(accesses: list[Access], programs: bool) -> str:
 
 @contextmanager
 def no_races() -> Iterator[None]:
-    """See the module's text. Within it launches take about half as long again."""
+    """See the module's text. Within it launches take about a tenth longer."""
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
     watches: list[_Watch] = []
