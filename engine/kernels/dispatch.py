@@ -43,6 +43,8 @@ TABLE = Path(__file__).with_suffix(".json")
 VARIABLE = "ENGINE_DISPATCH"
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The most programs that a GPU takes along the second and third axis of a grid.
+MOST_PROGRAMS = 65_535
 KEYS = ("operation", "precision", "architecture", "sizes")
 
 Sizes = Mapping[str, int]

@@ -333,6 +333,27 @@ class Launches(TorchDispatchMode):
         self.count += 1
 
 
+@pytest.mark.parametrize("name", ["infonce", "symmetric", "bound", "contrastive"])
+def test_more_groups_than_a_launch_takes_are_computed_by_torch(monkeypatch, name):
+    monkeypatch.setattr(dispatch, "MOST_PROGRAMS", 2)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    functions = {
+        "infonce": infonce,
+        "symmetric": lambda q, k: infonce(q, k, symmetric=True),
+        "bound": lambda q, k: mi_lower_bound(q, k, bound="nwj"),
+        "contrastive": lambda q, k: infonce(q, k, labels=torch.arange(9) % 3),
+    }
+    for groups in (2, 3):
+        q, k = torch.randn(groups, 9, 8), torch.randn(groups, 9, 8)
+        launches = []
+        with device.launches_noticed(lambda launches=launches: launches.append(1)):
+            found = evaluate(functions[name], {"q": q, "k": k}, "triton")
+        assert bool(launches) == (groups == 2)
+        expected = evaluate(functions[name], {"q": q, "k": k}, "reference")
+        for ours, theirs in ((found.value, expected.value), (found.grads, expected.grads)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_launches_are_those_declared(precision, algorithm):
     dtype = dispatch.DTYPES[precision]

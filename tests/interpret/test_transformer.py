@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from tests.interpret.device import on_gpu
+from tests.interpret.device import launches_noticed, on_gpu
 from tests.interpret.guards import Guards, require_interpreter
 
 require_interpreter()
 
 from engine.kernels.registry import use_backend
 from engine.kernels.transformer import add_norm, attention, bias_gelu, cpu, embed_norm, parts_of, plan
+from engine.kernels.transformer import op as operation
 from engine.kernels.transformer import triton as kernels
 from tests.kernels.test_transformer_op import attend, attention_case, case, draw, key_mask, norm, results
 from tests.kernels.test_transformer_op import seed as make_seed
@@ -203,6 +204,19 @@ def test_attention_of_longer_texts_runs_by_formula():
     with use_backend("cpu"):
         expected = attention(**tensors, mask=mask, heads=2)
     torch.testing.assert_close(attention(**tensors, mask=mask, heads=2), expected)
+
+
+def test_attention_of_more_texts_than_a_launch_takes_runs_by_formula(monkeypatch):
+    monkeypatch.setattr(operation, "MOST_PROGRAMS", 2)
+    for texts, kernel in ((2, 1), (3, 0)):
+        tensors = {k: t.detach() for k, t in attention_case(texts, 5, 2, 4, torch.float16, torch.float32).items()}
+        mask = key_mask(texts, 5, torch.float32)
+        count = []
+        with launches_noticed(lambda count=count: count.append(1)):
+            found = attention(**tensors, mask=mask, heads=2)
+        assert len(count) == kernel
+        with use_backend("cpu"):
+            assert_close((found,), (attention(**tensors, mask=mask, heads=2),), 2)
 
 
 def test_the_mask_is_the_cpus_bit_for_bit():

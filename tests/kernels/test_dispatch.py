@@ -11,6 +11,7 @@ import torch
 from bench import traffic
 from engine.errors import ConfigError
 from engine.kernels import dispatch
+from engine.kernels.contrastive import op as _contrastive  # noqa: F401  (registers contrastive)
 from engine.kernels.mi_bounds import op, plan  # noqa: F401  (registers infonce and mi_bound)
 from engine.kernels.mlp import plan as tiles
 
@@ -231,6 +232,17 @@ class TestCommittedTable:
                     for dtype in (torch.float32, torch.bfloat16, torch.float16):
                         found = dispatch._choose(operation, dispatch.precision_of(dtype), 90, sizes)
                         assert width <= plan.MAX_WIDTH or found != "fused"
+
+    @pytest.mark.parametrize("operation", ["infonce", "mi_bound", "contrastive"])
+    def test_more_groups_than_a_launch_takes_are_for_plain_torch(self, operation):
+        for rows, width in ((4, 16), (1 << 16, 64), (64, 512)):
+            sizes = {"groups": dispatch.MOST_PROGRAMS + 1, "rows": rows, "columns": rows, "width": width}
+            for precision in dispatch.PRECISIONS:
+                for architecture in (None, 80, 90, 100):
+                    assert dispatch._choose(operation, precision, architecture, sizes) == "eager"
+            candidates = dispatch._operations[operation].candidates
+            assert candidates["chunked"](sizes | {"groups": dispatch.MOST_PROGRAMS})
+            assert not any(fits(sizes) for name, fits in candidates.items() if name != "eager")
 
     def test_it_is_packaged(self):
         code = "import engine.kernels.dispatch as d, json; print(json.dumps(d.read()[0]))"

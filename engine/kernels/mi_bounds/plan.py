@@ -69,19 +69,26 @@ def choose(operation: str, q: Tensor, k: Tensor) -> str:
     return dispatch.choose(operation, dtype=q.dtype, device=q.device, sizes=sizes)
 
 
+def has_kernels(sizes: Mapping[str, int]) -> bool:
+    """Whether a launch takes so many groups. Those of more are small, and plain torch takes them all at once."""
+    return sizes["groups"] <= dispatch.MOST_PROGRAMS
+
+
 def rule(precision: str, sizes: Mapping[str, int]) -> str:
     """The rule without measurements: fused if its programs, one per MAX_WIDTH rows, occupy a GPU's processors.
 
     With fewer programs library products are faster. They are also faster for fp32, which a fused kernel multiplies as
     three products of tf32.
     """
+    if not has_kernels(sizes):
+        return "eager"
     many = sizes["groups"] * sizes["rows"] >= LEAST_FUSED_ROWS
     return "fused" if sizes["width"] <= MAX_WIDTH and precision in ("bf16", "fp16") and many else "chunked"
 
 
 CANDIDATES = {
-    "fused": lambda sizes: sizes["width"] <= MAX_WIDTH,
-    "chunked": lambda sizes: True,
+    "fused": lambda sizes: sizes["width"] <= MAX_WIDTH and has_kernels(sizes),
+    "chunked": has_kernels,
     "eager": lambda sizes: 4 * sizes["groups"] * sizes["rows"] * sizes["columns"] <= EAGER_BYTES,
 }
 
