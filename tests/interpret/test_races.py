@@ -13,7 +13,7 @@ import triton.language as tl
 from tests.interpret import device
 from tests.interpret.races import no_races
 
-pytestmark = pytest.mark.skipif(device.on_gpu(), reason="the interpreter's search for races has none on a GPU")
+pytestmark = pytest.mark.skipif(device.on_gpu(), reason="tests the help for the interpreter, which a GPU does not use")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import triton.language as tl
 from tests.interpret import device
 from tests.interpret.strict import poison, strict
 
-pytestmark = pytest.mark.skipif(device.on_gpu(), reason="a GPU is as strict as a GPU")
+pytestmark = pytest.mark.skipif(device.on_gpu(), reason="tests the help for the interpreter, which a GPU does not use")
 
 
 @pytest.fixture(autouse=True)

@@ -70,7 +70,7 @@ def choose(operation: str, q: Tensor, k: Tensor) -> str:
 
 
 def has_kernels(sizes: Mapping[str, int]) -> bool:
-    """Whether a launch takes so many groups. Those of more are small, and plain torch takes them all at once."""
+    """Whether one launch takes all groups. Where there are more, plain torch computes them."""
     return sizes["groups"] <= dispatch.MOST_PROGRAMS
 
 

@@ -130,8 +130,8 @@ def attention(
 ) -> Tensor:
     """dropout(softmax(q k' / sqrt(d) + mask)) v of every head, for short texts.
 
-    On a GPU one program holds one head of one text. The reference runs if `attention_fits` is False, if a launch does
-    not take so many texts, or if the mask requires a gradient.
+    On a GPU one program holds one head of one text. The reference runs if `attention_fits` is False, if there are
+    more than MOST_PROGRAMS texts, or if the mask requires a gradient.
 
     Args:
         qkv: [B · L, 3 · C], the products of queries, keys and values without their biases, head after head in each.
@@ -175,8 +175,8 @@ def attention(
         backend = "reference"  # the kernels have no gradient for it
     if not mask.is_floating_point() and width // heads > NARROW:
         mask = reference.added(mask, qkv.dtype)
-    fits = attention_fits(qkv.dtype, length, width // heads) and batch <= MOST_PROGRAMS
-    fits = fits or backend != "triton"
+    kernel_fits = attention_fits(qkv.dtype, length, width // heads) and batch <= MOST_PROGRAMS
+    fits = backend != "triton" or kernel_fits
     if parts is None and (backend == "reference" or not fits):
         return reference.attention(qkv, q_bias, k_bias, v_bias, mask, seed, p, heads, number)
     return _Attention.apply(qkv, q_bias, k_bias, v_bias, mask, parts, seed, p, heads, number)
