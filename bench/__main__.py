@@ -31,12 +31,15 @@ def _list(a: argparse.Namespace, threads: int) -> int:
 
 def _run(a: argparse.Namespace, threads: int) -> int:
     from bench import runner
+    from engine.files import require_replaceable, write_json
 
     if a.name not in (known := (*runner.NAMES, *runner.MORE_NAMES)):
         _say(f"no suite named {a.name}; there are: {', '.join(known)}")
         return 2
     machine.pin_threads(threads)
     try:
+        if a.out:
+            require_replaceable(a.out)  # before minutes of measuring, not after
         result = runner.run(
             a.name, runner.Setting(a.quick, a.device), a.rounds, threads, memory=not a.no_memory, say=_say
         )
@@ -47,8 +50,6 @@ def _run(a: argparse.Namespace, threads: int) -> int:
         _say(str(problem))
         return 2
     if a.out:
-        from engine.files import write_json
-
         write_json(a.out, result)
     if a.json:
         print(runner.as_line(result))

@@ -2,7 +2,8 @@
 
     python -m bench.guard                                  compare with bench/guard.json; exit status 1 on a difference
     python -m bench.guard --update --reason "why"          accept the present counters
-    python -m bench.guard --update-floors --reason "why"   measure the quick suites and accept their ratios x MARGIN
+    python -m bench.guard --update-floors --reason "why"   measure the quick suites and accept their ratios x MARGIN,
+                                                           for processors with this one's instructions
 
 Counted, in `engine.train` on a fixed tiny data set and model, from the end of one batch to the end of the next in a
 steady-state epoch (so drawing, loading and storing belong to it): calls of aten operations, as a dispatch mode sees
@@ -241,6 +242,11 @@ def load() -> dict[str, Any]:
     )
 
 
+def floors() -> dict[str, float]:
+    """{suite: least ratio of a quick run} on record for processors with this one's instructions; empty without any."""
+    return load()["floors"].get(machine.instructions(), {})
+
+
 def environment() -> dict[str, str]:
     """What the counters depend on beside the engine: another version's operations are others, and without a C++
     compiler the compiled kernels' fallbacks run."""
@@ -282,12 +288,13 @@ def measured_ratio(name: str, rounds: int = 3) -> float:
 
 def update_floors(reason: str, names: tuple[str, ...] = FLOOR_SUITES) -> dict[str, float]:
     """Record floors of the quick suites' ratios: the present ratios times MARGIN."""
-    floors = {name: round(MARGIN * measured_ratio(name), 2) for name in names}
-    recorded = load()
-    recorded["floors"] |= floors
-    recorded["history"].append({"reason": reason, "changes": [f"floor of {k}: {v}" for k, v in floors.items()]})
+    measured = {name: round(MARGIN * measured_ratio(name), 2) for name in names}
+    recorded, instructions = load(), machine.instructions()
+    recorded["floors"].setdefault(instructions, {}).update(measured)
+    changes = [f"floor of {name}, {instructions}: {floor}" for name, floor in measured.items()]
+    recorded["history"].append({"reason": reason, "changes": changes})
     write_json(FILE, recorded)
-    return floors
+    return measured
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -41,6 +41,7 @@ def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     """The machine without its name: processor, cores, threads in use, memory, system, and the GPU if one is used."""
     record: dict[str, Any] = {
         "processor": _processor(),
+        "instructions": instructions(),
         "cores": cores(),
         "threads": threads,
         "memory_gib": _memory_gib(),
@@ -51,6 +52,16 @@ def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
 
         record["gpu"] = torch.cuda.get_device_name(device)
     return record
+
+
+def instructions() -> str:
+    """Torch's name for the widest vectors that it uses on this processor, such as AVX2 or AVX512.
+
+    Ratios of CPU kernels depend on it more than on the processor's name.
+    """
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def versions() -> dict[str, str]:

@@ -31,7 +31,7 @@ def describe(result: Mapping[str, Any]) -> str:
         lines.append(f"  {side:22} {number} (p20 {s['p20']:.4g}, p80 {s['p80']:.4g}){extra}")
     lines += [f"  {line}" for line in verdict(result)]
     m = result["machine"]
-    lines.append(f"  {result['rounds']} rounds, {m['threads']} threads, {m['processor']}, commit {result['commit']}")
+    lines.append(f"  {result['rounds']} rounds, {m['threads']} threads, {_processor(m)}, commit {result['commit']}")
     return "\n".join(lines)
 
 
@@ -100,9 +100,14 @@ def _shown(result: Mapping[str, Any], key: str):
     return lambda v: f"{v:.3g}×"
 
 
+def _processor(machine: Mapping[str, Any]) -> str:
+    """The processor, with the instructions where the record names them."""
+    return f"{machine['processor']} ({machine['instructions']})" if "instructions" in machine else machine["processor"]
+
+
 def _place(result: Mapping[str, Any]) -> str:
     m, v = result["machine"], result["versions"]
-    where = m.get("gpu") or f"{m['processor']}, {m['threads']} threads of {m['cores']} cores"
+    where = m.get("gpu") or f"{_processor(m)}, {m['threads']} threads of {m['cores']} cores"
     return f"{where}; Python {v['python']}, torch {v['torch']}; commit {result['commit']}"
 
 

@@ -166,8 +166,12 @@ def _sweep(folder: Path, pattern: str) -> None:
             left.unlink()
 
 
-def _require_replaceable(path: Path) -> None:
-    """A pipe, a device or a link to an open file must not be replaced: for root, /dev/null is a name like others."""
+def require_replaceable(path: Path) -> None:
+    """A pipe, a device or a link to an open file must not be replaced: for root, /dev/null is a name like others.
+
+    Raises:
+        OutputError: `path` is one of these, or a folder.
+    """
     special = os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))
     if special or (path.exists() and not path.is_file()):
         found = "a folder" if path.is_dir() else "a pipe or a device"
@@ -178,7 +182,7 @@ def _require_replaceable(path: Path) -> None:
 def _temporary(path: Path, previous: Path | None = None) -> Iterator[tuple[IO[bytes], Path]]:
     """A locked temporary file beside `path`, open for writing, and its path. On success it replaces `path`."""
     try:
-        _require_replaceable(path)
+        require_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
         while True:

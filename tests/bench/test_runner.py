@@ -243,3 +243,12 @@ def test_a_quick_epoch_runs(name):
         assert work.run() > 0
     finally:
         work.close()
+
+
+def test_a_result_that_cannot_be_kept_is_said_before_anything_is_measured(tmp_path, capsys):
+    from bench import __main__
+
+    assert __main__.main(["run", "knn", "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr()
+    assert "found a folder; expected the name of a file" in told.err and not told.out
+    assert "gate" not in told.err
