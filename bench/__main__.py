@@ -31,7 +31,7 @@ def _list(a: argparse.Namespace, threads: int) -> int:
 
 def _run(a: argparse.Namespace, threads: int) -> int:
     from bench import runner
-    from engine.files import require_replaceable, write_json
+    from engine.files import require_replaceable, user_path, write_json
 
     if a.name not in (known := (*runner.NAMES, *runner.MORE_NAMES)):
         _say(f"no suite named {a.name}; there are: {', '.join(known)}")
@@ -39,7 +39,7 @@ def _run(a: argparse.Namespace, threads: int) -> int:
     machine.pin_threads(threads)
     try:
         if a.out:
-            require_replaceable(a.out)  # before minutes of measuring, not after
+            require_replaceable(user_path(a.out))  # before minutes of measuring, not after
         result = runner.run(
             a.name, runner.Setting(a.quick, a.device), a.rounds, threads, memory=not a.no_memory, say=_say
         )

@@ -167,10 +167,10 @@ def _sweep(folder: Path, pattern: str) -> None:
 
 
 def require_replaceable(path: Path) -> None:
-    """A pipe, a device or a link to an open file must not be replaced: for root, /dev/null is a name like others.
+    """Refuse a folder, a pipe, a device and a link to an open file. To root, /dev/null is a name like any other.
 
     Raises:
-        OutputError: `path` is one of these, or a folder.
+        OutputError: `path` is one of these.
     """
     special = os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))
     if special or (path.exists() and not path.is_file()):

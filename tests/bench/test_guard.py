@@ -118,5 +118,5 @@ def test_floors_are_those_of_the_processors_instructions(monkeypatch, tmp_path):
 def test_ratios_stay_above_their_floors(name):
     floor = guard.floors().get(name)
     if floor is None:
-        pytest.skip(f"no floor is on record for processors with {machine.instructions()}: see bench.guard")
+        pytest.skip(f"no floor is on record for {machine.instructions()}: python -m bench.guard --update-floors")
     assert guard.measured_ratio(name) >= floor
