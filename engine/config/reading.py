@@ -11,7 +11,7 @@ import yaml
 from engine.errors import ConfigError
 from engine.files import read_text
 
-# What a settings file may cost. Those of this project have about 150 values and 6 KB.
+# What a settings file may cost. Those of this project have about 300 values, keys included, and 2 KB.
 FILE_BYTES = 1 << 18
 FILE_VALUES = 10_000
 FILE_DEPTH = 20
