@@ -42,7 +42,8 @@ class Estimate(Mapping[str, Any]):
             sampling error, and the upper end also for what the critic may have failed to learn.
         standard_error: sampling error of the value alone, nats.
         method: the method that made the value, such as "gaussian" or "gaussian + separate network".
-        readings: other readings of the same critic on held-out rows, nats. They are not clipped and may be negative.
+        readings: other readings, such as on training rows or by the Gaussian alone, nats. They are not clipped and may
+            be negative.
         flags: reasons to doubt the value, each a key of `ADVICE`.
         ceiling: the most that the method can read with this many rows, nats; None where there is no such limit.
         samples: number of rows.

@@ -110,7 +110,8 @@ def estimate_mi(
     Two continuous columns are measured by the distances of neighbours, and two discrete variables by counting.
     Everything else is measured by critics of log p(x,y) / p(x)p(y). They start from a Gaussian fitted to ranks. A
     network adds what is not Gaussian, and is used only where it reads more on rows it has not seen. Rows are split into
-    folds. Each fold is read by a critic that was trained on the other folds. They also choose its checkpoint.
+    folds. Each fold is read by a critic that was trained on the other folds. The critics of the other folds choose
+    the checkpoint of that critic, so that its own held-out rows do not.
 
     Columns are taken by rank, which changes no information. Outliers, units and offsets do no harm.
 

@@ -92,7 +92,7 @@ def probe(
 
     Returns:
         `knn` and `linear` are the scores of two predictors, R² or for classes the accuracy. `left` is the better of the
-        two, above chance.
+        two, minus chance. For classes, `balanced` weighs every class alike, so that rare ones count.
 
     Raises:
         DataError: shapes that do not fit, numbers that are not finite, a constant target, classes of about one row

@@ -52,8 +52,8 @@ Rows = Sequence[Tensor]
 class Objective(nn.Module):
     """Information terms on named features: the estimators they need and the two losses of two-stage training.
 
-    Its state dict notes the weights in its metadata, as it does which estimators share a tensor. So a resumed loop goes
-    on with the weights that `set_weights` gave.
+    The metadata of its state dict hold the weights that `set_weights` gave, so a resumed loop goes on with them. They
+    also say which estimators share a tensor.
 
     Args:
         expressions: what to maximise. A negative weight minimises. Names must differ. `set_weights` changes weights.

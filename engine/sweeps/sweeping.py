@@ -145,8 +145,8 @@ def sweep(
 ) -> SweepResult:
     """Train every combination of settings with every seed, and write one report.
 
-    Runs are processes beside each other. The same call goes on with an interrupted sweep: finished runs stay, stopped
-    ones are resumed, failed and missing ones begin.
+    Runs are separate processes, side by side. The same call goes on with an interrupted sweep: finished runs stay,
+    stopped ones are resumed, failed and missing ones begin.
 
     Args:
         config: the settings that all runs share; `config.data.path` names the data.

@@ -96,6 +96,10 @@ def tune(
         task: "module:attribute" of a task of your own, which every process imports.
         say: is given a line for each trial that ends; default: print to standard error.
 
+    Returns:
+        The trials; `best` is the one with the best valid metric, and `config` its settings. With `seeds`, the result
+        also holds their runs, as `sweep` returns them, under `seeds`.
+
     Raises:
         EngineError: Optuna is missing, a problem with settings, space, data or storage, or another tuning in `out`.
 
