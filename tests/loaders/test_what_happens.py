@@ -256,11 +256,11 @@ def outcome(folder: Path, family: str, situation: str, encoder: str) -> tuple[st
         for i, s in enumerate(rows):
             assert np.array_equal(got.audio[i], s.audio) and np.array_equal(got.vision[i], s.vision)
     said = opened.report.lines()
-    return ("read, told" if said else "read"), said
+    return ("read, reported" if said else "read"), said
 
 
 def page(folder: Path) -> str:
-    """The table and what is told, as the page has them."""
+    """The table and what is reported, as the page has them."""
     encoder = str(small_tokenizer(folder / "encoder"))
     said: dict[tuple[str, str], str] = {}
     lines = [f"| family | {' | '.join(SITUATIONS)} |", "|---" * (len(SITUATIONS) + 1) + "|"]
@@ -274,7 +274,7 @@ def page(folder: Path) -> str:
                     (cell, situation), f"- {situation}, {cell.removeprefix('read, ')} ({family}): {'; '.join(found)}"
                 )
         lines.append(f"| {family} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "What is told, for example:", "", *said.values()])
+    return "\n".join([*lines, "", "What is reported, for example:", "", *said.values()])
 
 
 def test_the_table_is_what_happens(tmp_path):
