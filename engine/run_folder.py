@@ -51,6 +51,31 @@ def require_no_sweep(folder: Path) -> None:
         raise OutputError(str(folder), "a sweep or a tuning", "an empty or new folder", "Choose another --out.")
 
 
+def require_kind(folder: Path, seeds: bool) -> None:
+    """Refuse the folder of a single run for the runs of several seeds, and the other way round.
+
+    Their files would lie among each other. A folder that holds both already may go on.
+
+    Args:
+        seeds: whether runs of several seeds, seed0 and so on, are to be written into `folder`.
+
+    Raises:
+        OutputError: it is of the other kind.
+    """
+    single, several = (
+        any((run / mark).exists() for run in runs for mark in MARKS) for runs in ([folder], folder.glob("seed*"))
+    )
+    if single and not several and seeds:
+        raise OutputError(
+            str(folder), "another run, of one seed", "an empty or new folder", "Choose another --out, or drop seeds=."
+        )
+    if several and not single and not seeds:
+        raise OutputError(
+            str(folder), "runs of several seeds", "an empty or new folder",
+            "Choose another --out, or name the seeds to go on with them (--resume seeds=...).",
+        )  # fmt: skip
+
+
 class Checksums:
     """The checksums of a folder's files, kept in `checksums.json`.
 

@@ -29,7 +29,7 @@ from engine.errors import ConfigError
 from engine.files import user_path, write_json
 from engine.loaders.dataset import Dataset
 from engine.ranks import Ranks, joined
-from engine.run_folder import owned
+from engine.run_folder import owned, require_kind
 from engine.task import Task, find_task, load_task
 from engine.torchrun import restartable, restarted
 from engine.training.applying import Run, apply, load_run, open_split, own_tokenizer, require_labels
@@ -127,6 +127,7 @@ def train_seeds(
         if not ranks.writes:
             return _train_seeds(config, out, seeds, ranks.tell(resume), callbacks, ranks)
         with owned(out):
+            require_kind(out, seeds=True)
             resume = ranks.tell(resume or restarted(out))
             with restartable(out):
                 return _train_seeds(config, out, seeds, resume, callbacks, ranks)

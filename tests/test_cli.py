@@ -190,8 +190,11 @@ def test_a_folder_that_holds_a_run_is_refused(calls: list, data: Path, tmp_path:
         out = folder.parent if extra else folder
         message = fails(capsys, "train", "--preset", "mosi", "--data", data, "--out", out, *extra)
         assert str(folder) in message and "another run" in message and "--resume" in message
+    words = ("train", "--preset", "mosi", "--data", data, "--out")
+    assert "drop seeds=" in fails(capsys, *words, tmp_path / "one", "seeds=0-1")
+    assert "runs of several seeds" in fails(capsys, *words, tmp_path / "many")
     assert not calls
-    assert run("train", "--preset", "mosi", "--data", data, "--out", tmp_path / "one", "--resume") == 0
+    assert run(*words, tmp_path / "one", "--resume") == 0
 
 
 def test_profile_prints_where_time_went(calls: list, data: Path, tmp_path: Path, capsys):

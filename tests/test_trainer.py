@@ -437,6 +437,22 @@ class TestBadInput:
             trainer.train(config, tmp_path / "run")
         assert (tmp_path / "run" / "metrics.json").read_bytes() == before
 
+    @pytest.mark.parametrize("seeds_first", [False, True])
+    def test_a_run_among_those_of_seeds(self, config, tmp_path, seeds_first):
+        out, one = tmp_path / "run", changed(config, epochs=1)
+        calls = [
+            lambda resume: trainer.train(one, out, resume),
+            lambda resume: trainer.train_seeds(one, out, [0], resume),
+        ]
+        first, second = reversed(calls) if seeds_first else calls
+        first(False)
+        before = sorted(out.rglob("*"))
+        for resume in (False, True):
+            with pytest.raises(OutputError, match="several seeds.*--resume seeds" if seeds_first else "drop seeds"):
+                second(resume)
+        assert sorted(out.rglob("*")) == before
+        first(True)
+
     def test_an_output_folder_below_a_file(self, config, tmp_path):
         (tmp_path / "file").write_text("x", encoding="utf-8")
         with pytest.raises(OutputError, match="folder"):

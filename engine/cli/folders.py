@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import CheckpointError, OutputError
-from engine.run_folder import CONFIG, FILES, LAST, MARKS, PREVIOUS, TENSORBOARD, owned, require_no_sweep
+from engine.run_folder import CONFIG, FILES, LAST, MARKS, PREVIOUS, TENSORBOARD, owned, require_kind, require_no_sweep
 
 
 def existing_run(run: Path) -> Path:
@@ -34,6 +34,13 @@ def check_out(out: Path, resume: bool) -> None:
 def seed_folders(out: Path, seeds: Sequence[int] | None) -> list[Path]:
     """The run folders of these seeds, `out` itself where there is only one run."""
     return [out] if seeds is None else [out / f"seed{seed}" for seed in seeds]
+
+
+def check_folders(out: Path, seeds: Sequence[int] | None, resume: bool) -> None:
+    """As `check_out`, for all run folders that `out` is to hold."""
+    require_kind(out, seeds is not None)
+    for folder in seed_folders(out, seeds):
+        check_out(folder, resume)
 
 
 def saved_config(out: Path, seeds: Sequence[int] | None) -> Path | None:

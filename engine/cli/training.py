@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from engine.cli.command import Command, chosen_config, config_arguments, named_task
-from engine.cli.folders import check_out, clear_demo, saved_config, seed_folders
+from engine.cli.folders import check_folders, clear_demo, saved_config
 from engine.cli.printing import (
     meaning,
     print_information,
@@ -37,8 +37,8 @@ def _train(a: argparse.Namespace, settings: list[str]) -> None:
         raise ConfigError("--data", "no data", "the path of a feature file, a folder or a store", "Add --data PATH.")
     if not user_path(config.data.path).exists():
         raise ConfigError(f"--data {config.data.path}", "no such file or folder", "existing data", "Check the path.")
-    for folder in seed_folders(a.out, seeds) if writes else ():
-        check_out(folder, resume)
+    if writes:
+        check_folders(a.out, seeds, resume)
     if a.profile and seeds is not None:
         raise ConfigError("--profile", "several seeds", "one run", "Profile a run of one seed.")
     from engine.training.ahead import begin_ahead

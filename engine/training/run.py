@@ -37,6 +37,7 @@ from engine.run_folder import (
     TENSORBOARD,
     TOKENIZER,
     owned,
+    require_kind,
     require_no_sweep,
 )
 from engine.step.averages import EpochResult
@@ -129,6 +130,7 @@ class TrainingRun:
         """The run on the rank that writes its folder."""
         with owned(self.out):
             require_no_sweep(self.out)
+            require_kind(self.out, seeds=False)
             resume = resume or restarted(self.out)
             if not resume and any((self.out / mark).exists() for mark in MARKS):
                 raise OutputError(

@@ -145,3 +145,11 @@ def test_texts_are_encoded_in_portions(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LONGEST_TEXT", 10)
     with pytest.raises(DataError, match=r"text, row 1: found 11 characters; expected at most 10"):
         tokenizer.encode(["a" * 10, "a" * 11])
+
+
+def test_a_name_without_a_connection(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="nothing of this name on this machine or to download.*Use text_encoder=minilm"):
+        load_tokenizer("nobody/no-such-model")

@@ -321,7 +321,7 @@ def test_a_missing_folder_is_said_so(name):
 
 
 def test_a_name_that_is_nowhere_is_one_line(monkeypatch):
-    monkeypatch.setattr(pretrained, "_download_reachable", lambda: False)
+    monkeypatch.setattr(pretrained, "hub_reachable", lambda: False)
     with pytest.raises(ConfigError, match="nobody/no-such-model, which is not on this machine") as error:
         load_text_encoder("nobody/no-such-model")
     assert "\n" not in str(error.value)
@@ -332,7 +332,7 @@ def test_offline_is_not_asked_over_the_network(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: pytest.fail("went to the network"))
-    assert not pretrained._download_reachable()
+    assert not pretrained.hub_reachable()
 
 
 def test_a_damaged_folder_is_one_line(tmp_path):
