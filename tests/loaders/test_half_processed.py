@@ -1,6 +1,8 @@
 """Folders that users have half-way: lists of splits that do not match, aligned .csd files, names of their own."""
 
 import json
+import pickle
+import re
 import warnings
 
 import numpy as np
@@ -110,3 +112,44 @@ def test_every_reader_says_what_it_heeds():
     for reader in formats.formats():
         assert set(reader.choices) <= set(vars(Choice())), reader.name
         assert without_effect(reader, Choice()) == []
+
+
+def told(path) -> str:
+    with pytest.warns() as warned:
+        open_dataset(path, DataConfig(modalities=["audio", "vision"]))
+    return "\n".join(str(w.message) for w in warned)
+
+
+def test_recorded_lengths_that_hold_the_padding(tmp_path):
+    content = writers.mmsa(writers.samples())
+    for split in content.values():
+        split["audio_lengths"] = [writers.AUDIO_CAP] * len(split["id"])  # of the padded array
+    path = writers.dump(content, tmp_path / "unaligned_50.pkl")
+    said = told(path)
+    assert re.search(r"audio: \d+ of 14 sequences end in frames of zeros \(train \d, valid \d, test \d\)", said)
+    assert "data.length_rule=all_zero" in said and "vision:" not in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        right = open_dataset(path, DataConfig(modalities=["audio", "vision"], length_rule="all_zero"))
+    lengths = [len(sample.audio) for sample in writers.samples()["train"]]
+    assert right.splits["train"].lengths("audio").tolist() == lengths
+
+
+def test_tuples_whose_lengths_hold_the_padding(tmp_path):
+    folder = writers.write_tuples(tmp_path / "in", writers.samples())
+    for file in folder.glob("*.pkl"):
+        rows = []
+        for (words, visual, acoustic, spoken, *_), label, name in pickle.loads(file.read_bytes()):
+            padded = writers.pad([visual], writers.VISION_CAP, "right")[0]
+            inner = (words, padded, acoustic, spoken, len(padded), len(acoustic))
+            rows.append((inner, label, name))
+        writers.dump(rows, file)
+    assert "sequences end in frames of zeros" in told(folder)
+
+
+def test_padding_with_nan(tmp_path):
+    content = writers.mmsa_fet(writers.samples())
+    for split in content.values():
+        split.pop("vision_lengths", None)
+        split["vision"][(split["vision"] == 0).all(-1)] = np.nan
+    assert "padding is zeros, not NaN" in told(writers.dump(content, tmp_path / "unaligned_50.pkl"))
