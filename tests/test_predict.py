@@ -1,5 +1,6 @@
 """Prediction is not training: it needs a run folder and the samples, and nothing of where the run was trained."""
 
+import contextlib
 import csv
 import io
 import json
@@ -103,6 +104,34 @@ def test_one_clip_without_a_label(trained, samples, tmp_path, kind):
     assert same(found, wanted)
     again = table(trainer.predict(run, path, tmp_path / "p.csv"))  # from the store that the first call left
     assert again == found
+
+
+def kept(path: Path, *words) -> str:
+    """The error of a command that must leave a file as it is."""
+    before = path.read_bytes()
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        assert main([str(word) for word in words]) == 2
+    assert path.read_bytes() == before
+    return errors.getvalue()
+
+
+@pytest.mark.parametrize("other", ["data", "labels", "best.safetensors", "predictions_test.csv"])
+def test_results_replace_only_results(trained, samples, tmp_path, other):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    data = mmsa_clip(tmp_path, samples["test"][0])
+    labels = tmp_path / "MOSI-label.csv"
+    writers.write_csv(labels, writers.label_rows(samples))
+    target = {"data": data, "labels": labels}.get(other, run / other)
+    said = kept(target, "predict", "--run", run, "--data", data, "--out", target)
+    assert ("a file of a run" if target.parent == run else "a new name, or predictions to replace") in said
+    if other != "predictions_test.csv":
+        assert "a new name, or a page to replace" in kept(target, "report", "--run", run, "--out", target)
+    settings = ("import-command", "python Main.py --dataset mosi_Dec", "--out", target)
+    assert "a new name, or settings to replace" in kept(target, *settings)
+    for words in (("predict", "--run", run, "--data", data), ("report", "--run", run), settings[:2]):
+        for _ in range(2):  # the second time a result of the first is replaced
+            assert main([str(w) for w in (*words, "--out", tmp_path / words[0])]) == 0
 
 
 def test_one_clip_with_a_label(trained, samples, tmp_path):

@@ -7,7 +7,7 @@ import argparse
 from engine.cli.command import Command
 from engine.cli.folders import check_out
 from engine.cli.printing import print_notes, say
-from engine.files import user_path
+from engine.files import require_made_here, user_path
 
 
 def _import(a: argparse.Namespace) -> None:
@@ -33,6 +33,8 @@ def _import_arguments(p: argparse.ArgumentParser) -> None:
 def _import_command(a: argparse.Namespace) -> None:
     from engine.mimrl.commands import import_command
 
+    if a.out is not None:
+        require_made_here(a.out, b"preset:", "settings")
     config, notes = import_command(a.text)
     print_notes(notes)
     if a.out is None:
