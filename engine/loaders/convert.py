@@ -14,7 +14,7 @@ from engine.loaders import formats
 from engine.loaders.content import SplitData, StoreData, describe_tokenizer, require_text, tokenised
 from engine.loaders.formats import Choice, DataFiles, RawDataset, RawSplit, remarks
 from engine.loaders.pooling import pool
-from engine.loaders.problems import level_widths, nan_words, problems
+from engine.loaders.problems import level_padding, level_widths, nan_words, problems
 from engine.loaders.progress import with_progress
 from engine.loaders.ragged import LengthRule
 from engine.loaders.spool import spooled
@@ -176,6 +176,7 @@ def read_source(
         )  # fmt: skip
     with spooled(spool):
         raw = reader.read(source, rule, tokenizer is None and "text" in source.choice.modalities)
+        level_padding(raw)
         pool(raw, {"audio": source.choice.pool_audio, "vision": source.choice.pool_vision})
     raw.notes += formats.registry.without_effect(reader, source.choice) if training else []
     return prepare(source, raw, rule, tokenizer, mark, training)

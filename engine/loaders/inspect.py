@@ -16,7 +16,7 @@ from engine.loaders.cache import is_writable, room_for
 from engine.loaders.convert import open_current
 from engine.loaders.formats import SPLIT_ALIASES, DataFiles
 from engine.loaders.formats.tables import csv_header
-from engine.loaders.problems import level_widths, nan_words, problems, training_problems
+from engine.loaders.problems import level_padding, level_widths, nan_words, problems, training_problems
 from engine.loaders.ragged import Ragged
 from engine.loaders.spool import spooled
 from engine.loaders.store import is_store, store_path, verify_store
@@ -141,6 +141,7 @@ def _inspect_source(path: str | Path, source: DataFiles, length_rule: KnownLengt
     except DataError as problem:
         report.problems.append(str(problem))
         return report
+    level_padding(raw)
     level_widths(raw)
     report.notes += formats.remarks(source, raw) + nan_words(raw)
     sets = list(dict.fromkeys(key for keys in report.layout.values() for key in keys if "_labels" in key))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -115,6 +115,25 @@ class Sequences:
 def absent(count: int, dim: int = 1) -> Sequences:
     """A modality that no sample has: one zero frame of `dim` columns for each of `count` samples."""
     return Sequences(zero_frames(count, dim), 0, list(range(count)))
+
+
+def unpadded(part: Sequences, side: Side) -> Sequences:
+    """The same sequences without the frames of zeros at one end, if all that are present have one length.
+
+    >>> part = from_sequences([np.array([[1.0], [0.0]])], ["a"], "audio")
+    >>> unpadded(part, "right").ragged[0].tolist()
+    [[1.0]]
+    """
+    lengths = np.delete(part.ragged.lengths, part.missing)
+    if not len(lengths) or (lengths != lengths[0]).any() or not part.edges.get(side, (0, 0))[0]:
+        return part
+    pieces = []
+    for frames in part.ragged.pieces():
+        used = np.flatnonzero(frames.any(1))
+        first, end = (used[0], used[-1] + 1) if len(used) else (0, len(frames))
+        pieces.append(frames[first:] if side == "left" else frames[:end])
+    joined = Ragged.join(pieces, part.ragged.values.dtype, part.ragged.dim)
+    return replace(part, ragged=joined, side=side, edges=part.edges | {side: (0, 0)})
 
 
 def zero_frames(count: int, dim: int) -> Ragged:
