@@ -141,6 +141,7 @@ class Dataset:
         train = data.splits.get("train") or next(iter(data.splits.values()))
         train.check()
         self.normalizer = normalizer or Normalizer.fit(train, config)
+        fitted = self.normalizer.notes(train) if normalizer is None else []
         train.check()
         self.pad_id = tokenizer.pad_id if tokenizer else 0
         self.closing_id = tokenizer.closing_id if tokenizer else -1
@@ -177,6 +178,7 @@ class Dataset:
                 for kind in ("nonfinite", "missing")
             ),
             list(meta["notes"])
+            + fitted
             + (_beyond(data, config.time_len) if meta.get("cut") else [])
             + (_long_texts(self.splits, config.time_len) if tokenizer or precomputed else []),
             {n: tokenizer.unknown_share(s.tokens) for n, s in data.splits.items()} if tokenizer else {},
