@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from engine.errors import ConfigError
 from engine.files import user_path
@@ -105,3 +106,15 @@ def chosen_config(a: argparse.Namespace, settings: list[str], resumed: object = 
     if task not in (None, config.task):
         raise ConfigError(f"--task {a.task}", f"settings of the task {config.task}", "one task", "Drop one of them.")
     return config
+
+
+def set_data(config: Any, data: str | None, settings: list[str]) -> None:
+    """Put the path of --data into the configuration.
+
+    Raises:
+        ConfigError: the `key=value` words name a path, too.
+    """
+    if data and any(setting.partition("=")[0].strip() == "data.path" for setting in settings):
+        raise ConfigError("--data", "data.path= beside it", "one of the two", "Drop one.")
+    if data:
+        config.data.path = data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from engine.cli.command import Command, chosen_config, config_arguments
+from engine.cli.command import Command, chosen_config, config_arguments, set_data
 from engine.cli.printing import console, say
 from engine.cli.training import split_seeds
 from engine.errors import ConfigError
@@ -14,8 +14,7 @@ from engine.files import user_path
 
 def _common(a: argparse.Namespace, fixed: list[str]) -> Any:
     config: Any = chosen_config(a, fixed)
-    if a.data:
-        config.data.path = a.data
+    set_data(config, a.data, fixed)
     return config
 
 

@@ -8,7 +8,7 @@ import textwrap
 import time
 from pathlib import Path
 
-from engine.cli.command import Command, chosen_config, config_arguments, named_task
+from engine.cli.command import Command, chosen_config, config_arguments, named_task, set_data
 from engine.cli.folders import check_out, clear_demo, saved_config, seed_folders
 from engine.cli.printing import (
     meaning,
@@ -31,8 +31,7 @@ def _train(a: argparse.Namespace, settings: list[str]) -> None:
     writes = torchrun_shard()[0] == 0  # the other ranks of torchrun write and say nothing
     resume = a.resume or restarted(a.out)
     config = chosen_config(a, settings, resumed=saved_config(a.out, seeds) if resume else None)
-    if a.data:
-        config.data.path = a.data
+    set_data(config, a.data, settings)
     if not config.data.path:
         raise ConfigError("--data", "no data", "the path of a feature file, a folder or a store", "Add --data PATH.")
     if not user_path(config.data.path).exists():

@@ -153,3 +153,51 @@ def test_padding_with_nan(tmp_path):
         split.pop("vision_lengths", None)
         split["vision"][(split["vision"] == 0).all(-1)] = np.nan
     assert "padding is zeros, not NaN" in told(writers.dump(content, tmp_path / "unaligned_50.pkl"))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_small_split_is_padded_like_the_others(tmp_path, side):
+    """Eight sequences tell that zeros are padding. Three could not tell it by themselves."""
+    data = writers.samples(sizes={"train": 12, "valid": 3, "test": 9})
+    lengths = [len(sample.audio) for sample in data["valid"]]
+    for rows in data.values():
+        for sample in rows:
+            sample.audio = writers.pad([sample.audio], writers.AUDIO_CAP, side)[0]
+            sample.vision = sample.vision[:1].repeat(9, 0)  # all of one length, without padding
+    folder = writers.write_manifest(tmp_path / "in", data)
+    said = told(folder)
+    assert "(train, valid, test), where manifest files have none" in said and "vision" not in said
+    opened = open_dataset(folder, DataConfig(modalities=["audio", "vision"]))
+    assert opened.splits["valid"].lengths("audio").tolist() == lengths
+    pooled = open_dataset(folder, DataConfig(modalities=["audio", "vision"], pool_audio=4))
+    assert pooled.splits["valid"].lengths("audio").tolist() == [-(-n // 4) for n in lengths]
+    assert any("(train, valid, test)" in note for note in inspect_path(folder).notes)
+
+
+def test_files_that_are_still_packed(tmp_path):
+    (tmp_path / "mosi_data_noalign.pkl.gz").write_bytes(b"\x1f\x8b")
+    (tmp_path / "MOSI-label.csv").write_text("video_id,clip_id,text,label\n")
+    with pytest.raises(DataError, match=r"packed files \(mosi_data_noalign\.pkl\.gz\); .* Unpack them first\."):
+        open_dataset(tmp_path, DataConfig())
+
+
+def test_a_folder_without_a_data_set_is_listed(tmp_path):
+    (tmp_path / "manifest.tsv").write_text("id\tsplit\n")
+    with pytest.raises(DataError, match=r"no pickle, \.csd or manifest\.csv, but manifest\.tsv; expected one data set"):
+        open_dataset(tmp_path, DataConfig())
+
+
+def test_a_label_csv_whose_columns_are_misspelt(tmp_path):
+    writers.write_declarelab(tmp_path, writers.samples())
+    path = tmp_path / "MOSI-label.csv"
+    path.write_text(path.read_text().replace("video_id", "Video_ID").replace("text", "texts"))
+    with pytest.raises(DataError, match=r"Rename 'Video_ID' to 'video_id'\. Rename 'texts' to 'text'\."):
+        read(tmp_path, "recorded")
+
+
+@pytest.mark.parametrize(("wrong", "found"), [(-1, "-1 in row 2"), (1.5, "1.5 in row 2"), (np.nan, "nan in row 2")])
+def test_a_recorded_length_that_is_none(tmp_path, wrong, found):
+    content = writers.mmsa(writers.samples())
+    content["train"]["audio_lengths"][2] = wrong
+    with pytest.raises(DataError, match=rf"train/audio_lengths: found {found}; expected 7 whole numbers"):
+        read(writers.dump(content, tmp_path / "x.pkl"), "recorded")

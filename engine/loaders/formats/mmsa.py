@@ -162,14 +162,12 @@ def _lengths(split: dict[str, Any], modality: str, count: int, where: str) -> np
             lengths = np.asarray(split[key], np.float64).reshape(-1)
         except (TypeError, ValueError):
             lengths = np.zeros(0)
-        wrong = (
-            len(lengths) != count or not np.isfinite(lengths).all() or (lengths < 0).any() or (lengths % 1 != 0).any()
-        )
-        if wrong:
+        wrong = np.flatnonzero(~((lengths >= 0) & (lengths % 1 == 0)))  # NaN and infinity too
+        if len(lengths) != count or len(wrong):
+            found = f"{len(lengths)} values" if len(lengths) != count else f"{lengths[wrong[0]]:g} in row {wrong[0]}"
             raise DataError(
-                f"{where}/{key}", f"{len(lengths)} values", f"{count} whole numbers",
-                "Write one length per sample, or drop the key.",
-            )  # fmt: skip
+                f"{where}/{key}", found, f"{count} whole numbers", "Write one length per sample, or drop the key."
+            )
         return np.minimum(lengths, 1 << 31).astype(np.int64)
     return None
 
