@@ -57,6 +57,16 @@ def test_files_after_the_sdks_align(folder):
         read(folder, "recorded")
 
 
+def test_times_of_labels_in_milliseconds(folder):
+    import h5py
+
+    with h5py.File(folder / "labels.csd", "r+") as file:
+        for video in next(iter(file.values()))["data"].values():
+            video["intervals"][...] *= 1000
+    with pytest.raises(DataError, match=r"no word in any of \d segments; .* Compare the times of words and labels"):
+        read(folder, "recorded")
+
+
 def manifest(path, header: str, label: str = "0.5"):
     path.mkdir()
     np.save(path / "a.npy", np.ones((2, 3), np.float32))
