@@ -224,6 +224,7 @@ def prepare(
         "choice": asdict(source.choice),
         "draws_words": raw.draws_words,
         "cut": raw.cut,
+        "columns": raw.columns,
         "counts": counts,
         "notes": remarks(source, raw) + nan_words(raw),
     }

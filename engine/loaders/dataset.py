@@ -129,6 +129,7 @@ class Dataset:
         tokenizer: made the tokens of the texts; None without tokens.
         normalizer: the statistics in use.
         report: what was replaced or missing.
+        columns: modality -> names of its feature columns, if the files name them.
         pad_id, closing_id, time_len: of the tokens in batches.
     """
 
@@ -167,7 +168,7 @@ class Dataset:
         self.vision_dim = train.vision.dim if "vision" in modalities else 0
         precomputed = "text" in modalities and tokenizer is None and train.features is not None
         self.text_dim = train.features.dim if precomputed else 0
-        self._content = data
+        self._content, self.columns = data, meta.get("columns", {})
         counts, counted = meta["counts"], (*modalities, *(["features"] if "text" in modalities else []))
         self.report = DataReport(
             meta["format"],

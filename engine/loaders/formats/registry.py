@@ -46,6 +46,7 @@ class RawDataset:
         draws_words: each line of a text is a sentence, and the text encoder gets one random word of it (AVEC2019).
         cut: frames beyond `data.time_len` are left out before the encoders. The reference does so with data that has
             one row per step or word.
+        columns: modality -> names of its feature columns, if the files name them.
     """
 
     format: str
@@ -54,6 +55,7 @@ class RawDataset:
     notes: list[str] = field(default_factory=list)
     draws_words: bool = False
     cut: bool = False
+    columns: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Format(Protocol):
