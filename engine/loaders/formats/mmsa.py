@@ -119,12 +119,16 @@ def _labelled(split: Any) -> bool:
 
 
 def _absent(splits: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
-    """Split -> the modality of which it has no key, spelt right or wrong. MMSA-FET omits what was not extracted."""
+    """Split -> the modality of which it has no key, spelt right or wrong. MMSA-FET omits what was not extracted.
+
+    An unknown key with an array of sequences may be that modality under another name, such as `acoustic`.
+    """
     out = {}
     for s in names:
         keys = list(splits[s]) if isinstance(splits[s], dict) else []
         free = [k for k in keys if k not in KEYS]
-        gone = [m for m in ("audio", "vision") if m not in keys and not nearest(m, free, 0.5)]
+        renamed = any(getattr(splits[s][k], "ndim", 0) == 3 for k in free)
+        gone = [m for m in ("audio", "vision") if m not in keys and not nearest(m, free, 0.5) and not renamed]
         out[s] = gone if len(gone) == 1 else []
     return out
 
