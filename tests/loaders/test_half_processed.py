@@ -211,3 +211,40 @@ def test_a_recorded_length_that_is_none(tmp_path, wrong, found):
     content["train"]["audio_lengths"][2] = wrong
     with pytest.raises(DataError, match=rf"train/audio_lengths: found {found}; expected 7 whole numbers"):
         read(writers.dump(content, tmp_path / "x.pkl"), "recorded")
+
+
+def test_a_modality_under_another_name(tmp_path):
+    """It is not taken for one that was not extracted."""
+    content = writers.mmsa(writers.samples())
+    for split in content.values():
+        split["acoustic"] = split.pop("audio")
+    path = writers.dump(content, tmp_path / "x.pkl")
+    with pytest.raises(
+        DataError, match=r"found keys .*acoustic; no 'audio'; .* Add 'audio', or leave it out of data\."
+    ):
+        read(path, "recorded")
+    for split in content.values():
+        del split["acoustic"]
+    notes = read(writers.dump(content, path), "recorded")[1].notes
+    assert "the file has no audio: it is missing in every sample" in notes
+
+
+@pytest.mark.parametrize("make", [tuple, np.array])
+def test_tuples_whose_ids_name_video_start_and_end(tmp_path, make):
+    """A video has several segments, so its name is no id. MulT's files of MOSEI have such rows."""
+    content, wanted = {}, {}
+    for split, rows in writers.tuples(writers.samples()).items():
+        names = [make((name.rsplit("_", 1)[0].encode(), b"0.5", str(i).encode())) for i, (*_, name) in enumerate(rows)]
+        content[split] = [(inner, label, name) for (inner, label, _), name in zip(rows, names, strict=True)]
+        wanted[split] = [f"{name.rsplit('_', 1)[0]}_0.5_{i}" for i, (*_, name) in enumerate(rows)]
+    path = writers.dump(content, tmp_path / "mosei.pkl")
+    assert {s: split.ids for s, split in read(path, "recorded")[1].splits.items()} == wanted
+    assert inspect_path(path).problems == []
+
+
+def test_tuples_whose_words_are_numbers(tmp_path):
+    content = writers.magbert(writers.samples())
+    inner, label, name = content["train"][0]
+    content["train"][0] = (([1, 2], *inner[1:]), label, name)
+    with pytest.raises(DataError, match=r"found actual_words of type list of int; expected a list of words"):
+        read(writers.dump(content, tmp_path / "mosi.pkl"), "recorded")
