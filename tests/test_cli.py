@@ -550,3 +550,18 @@ def test_data_that_is_named_twice(capsys, tmp_path):
     for command in ("train", "sweep"):
         said = fails(capsys, command, "--preset", "mosi", "--data", "a", "--out", tmp_path / "run", "data.path=b")
         assert "--data: found data.path= beside it; expected one of the two. Drop one." in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", ""),
+        ("convert", " ", "out"),
+        ("train", "--preset", "mosi", "--data", "a", "--out", ""),
+        ("predict", "--run", "r", "--data", "", "--out", "p.csv"),
+        ("report", "--run", ""),
+        ("demo", "--out", ""),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(capsys, words):
+    assert "an empty path; is a variable of the shell not set?" in fails(capsys, *words)
