@@ -248,3 +248,12 @@ def test_tuples_whose_words_are_numbers(tmp_path):
     content["train"][0] = (([1, 2], *inner[1:]), label, name)
     with pytest.raises(DataError, match=r"found actual_words of type list of int; expected a list of words"):
         read(writers.dump(content, tmp_path / "mosi.pkl"), "recorded")
+
+
+def test_which_of_two_label_csvs_is_read(tmp_path):
+    writers.write_declarelab(tmp_path, writers.samples())
+    table = (tmp_path / "MOSI-label.csv").read_text()
+    (tmp_path / "translated.csv").write_text(table.replace("film", "filme"))
+    source, raw = read(tmp_path, "recorded")
+    assert "texts are from MOSI-label.csv, of MOSI-label.csv, translated.csv: its name is most similar" in source.notes
+    assert not any("filme" in text for text in raw.splits["train"].text)

@@ -216,7 +216,12 @@ def find_csv(source: DataFiles) -> Path:
             "a CSV with columns video_id, clip_id, text, label beside the pickle, which has no transcripts",
             "Put it there, use text_encoder=features, or leave text out of data.modalities.",
         )  # fmt: skip
-    return max(tables, key=lambda p: difflib.SequenceMatcher(None, p.stem.lower(), file.stem.lower()).ratio())
+    best = max(tables, key=lambda p: difflib.SequenceMatcher(None, p.stem.lower(), file.stem.lower()).ratio())
+    if len(tables) > 1:
+        source.notes.append(
+            f"texts are from {best.name}, of {listed(p.name for p in tables)}: its name is most similar"
+        )
+    return best
 
 
 def _read_csv(path: Path) -> list[_Row]:
