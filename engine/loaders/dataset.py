@@ -7,13 +7,13 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from engine.config import AugmentConfig, DataConfig
-from engine.errors import printable
+from engine.errors import ConfigError, printable
 from engine.loaders.augment import Augmentation
 from engine.loaders.cache import load_content
 from engine.loaders.choice import Kind, build, choose
@@ -228,8 +228,14 @@ class Dataset:
 
         Raises:
             DataError: task is classification and a label is not a class number.
-            ConfigError: kind is dali and DALI is not installed, or the environment is not torchrun's.
+            ConfigError: there is no such split, task or kind, a number is out of range, kind is dali and DALI is not
+                installed, or the environment is not torchrun's.
         """
+        for name, value, known in (("split", split, list(self.splits)), ("task", task, get_args(ModelTask))):
+            if value not in known:
+                raise ConfigError(name, f"{value!r}"[:60], f"one of {', '.join(known)}", "Choose one of these.")
+        if workers is not None and (type(workers) is not int or workers < 0):
+            raise ConfigError("workers", f"{workers!r}"[:60], "0 or more processes, or None", "Change the value.")
         data, device = self.splits[split], torch.device(device)
         lengths = None
         if max_padding is not None:

@@ -26,7 +26,7 @@ from engine.loaders.inspect import inspect_path
 from engine.loaders.ragged import Ragged
 from engine.loaders.store import is_store, open_store, verify_store, write_store
 from tests.loaders import writers
-from tests.loaders.test_loaders import KINDS
+from tests.loaders.test_loaders import KINDS, of
 from tests.loaders.test_text import small_tokenizer
 
 CONFIG = DataConfig(length_rule="recorded")
@@ -302,7 +302,7 @@ def test_stores_of_different_vocabularies(tmp_path, source, tokenizer):
 @pytest.mark.parametrize("change", ["cut off", "emptied", "overwritten", "longer"])
 def test_store_changed_while_in_use(tmp_path, source, tokenizer, kind, change):
     path = convert(source, tmp_path / "x", tokenizer)
-    loader = open_dataset(path, CONFIG, tokenizer).loader("train", 2, kind=kind)
+    loader = open_dataset(path, CONFIG, tokenizer).loader("train", 2, **of(kind))
     size = path.stat().st_size
     if change == "overwritten":
         with path.open("r+b") as file:
@@ -323,7 +323,7 @@ def test_store_replaced_while_in_use(tmp_path, source, tokenizer, kind):
     again = open_dataset(path, CONFIG, tokenizer)
     other = writers.dump(writers.mmsa(writers.samples(seed=5)), tmp_path / "other.pkl")
     convert(other, path, tokenizer)
-    found = [b.audio for b in again.loader("train", 2, kind=kind)]
+    found = [b.audio for b in again.loader("train", 2, **of(kind))]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert open_store(path).splits["train"].label[0, 0] != opened.splits["train"].label[0, 0]
 
