@@ -25,6 +25,7 @@ STATES = {"gru": (24, 15), "lstm": (16, 10), "conv": (4, 3)}
 """Numbers that training on a CPU holds at least, by `model.encoder`, in units of model.d_common for each frame: for the
 backward pass of all modalities, and in addition while that of one modality runs. Measured with torch 2.13."""
 UNSEEN = 20  # sequences longer than so many times data.time_len get a warning that most of them is not seen
+ENOUGH = 20  # labels of a scale from which on some lie on both sides of 0
 HELD = 8  # tensors as large as the largest one that a step holds at least
 
 PLAIN = "MAE, Corr, CCC and RMSE"
@@ -88,9 +89,16 @@ def evaluated_scale(config: Config, split: Split) -> str:
     if config.model.task == "classification" or scale not in metrics.SCALES or not len(labels):
         return declared
     low, high = float(labels.min()), float(labels.max())
-    if _within(scale, low, high):
-        return declared
     first, last = metrics.SCALES[scale]
+    if _within(scale, low, high):
+        if len(labels) >= ENOUGH and not _fits(scale, low, high):
+            warnings.warn(
+                f"labels from {low:g} to {high:g}: the accuracies are right only if they are on the scale of the run's "
+                f"training data, [{first:g}, {last:g}].",
+                DataWarning,
+                stacklevel=2,
+            )
+        return declared
     why = f"labels from {low:g} to {high:g} leave the scale of the run's training data, [{first:g}, {last:g}]"
     warnings.warn(f"{why}: only {PLAIN} are reported.", DataWarning, stacklevel=2)
     return "none"

@@ -178,6 +178,29 @@ def require_replaceable(path: Path) -> None:
         raise OutputError(str(path), found, "the name of a file", "Choose another name.")
 
 
+def require_made_here(path: Path, begins: bytes, what: str) -> None:
+    """Refuse to replace a file that is something else than the engine would write there, such as the user's data.
+
+    Args:
+        begins: the first bytes of what is written, in lower case. what: its name for the message.
+
+    Raises:
+        OutputError: the file is there, is not empty, and begins otherwise.
+    """
+    require_replaceable(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(begins))
+    except FileNotFoundError:
+        return
+    except OSError as cause:
+        raise output_error(path, cause) from cause
+    if head and head.lower() != begins:
+        raise OutputError(
+            str(path), "another kind of file", f"a new name, or {what} to replace", "Choose another name."
+        )
+
+
 @contextlib.contextmanager
 def _temporary(path: Path, previous: Path | None = None) -> Iterator[tuple[IO[bytes], Path]]:
     """A locked temporary file beside `path`, open for writing, and its path. On success it replaces `path`."""

@@ -76,6 +76,16 @@ def require_kind(folder: Path, seeds: bool) -> None:
         )  # fmt: skip
 
 
+def require_no_run_file(path: Path) -> None:
+    """Refuse to replace a file of a run, which would no longer match its checksum.
+
+    Raises:
+        OutputError: it is one.
+    """
+    if path.name in FILES and path.exists() and any((path.parent / mark).exists() for mark in MARKS):
+        raise OutputError(str(path), "a file of a run", "a name outside the run's own files", "Choose another name.")
+
+
 class Checksums:
     """The checksums of a folder's files, kept in `checksums.json`.
 

@@ -26,10 +26,10 @@ from engine.callbacks import Callback
 from engine.config import Config, require_config
 from engine.config.seeds import different_seeds
 from engine.errors import ConfigError
-from engine.files import user_path, write_json
+from engine.files import require_made_here, user_path, write_json
 from engine.loaders.dataset import Dataset
 from engine.ranks import Ranks, joined
-from engine.run_folder import owned, require_kind
+from engine.run_folder import owned, require_kind, require_no_run_file
 from engine.task import Task, find_task, load_task
 from engine.torchrun import restartable, restarted
 from engine.training.applying import Run, apply, load_run, open_split, own_tokenizer, require_labels
@@ -215,23 +215,26 @@ def predict(
     nothing.
 
     Args:
-        out: the CSV to write, with the columns id, label and prediction, and for classes a score each.
+        out: the CSV to write, with the columns id, label and prediction, and for classes a score each. Of existing
+            files only such a CSV is replaced.
 
     Returns:
         The path of the CSV.
 
     Raises:
         CheckpointError, ConfigError, DataError: as for `evaluate`, except that labels may be missing.
-        OutputError: the CSV cannot be written.
+        OutputError: the CSV cannot be written, or `out` is another file or one of a run.
 
     Example:
         >>> predict("run", "data/mosi_data_noalign.pkl", "predictions.csv").name
         'predictions.csv'
     """
+    out = user_path(out)
+    require_no_run_file(out)
+    require_made_here(out, b"id,label,prediction", "predictions")
     loaded = _load(run, device, task)
     split, dataset = open_split(loaded, data, split)
     result = apply(loaded, dataset, split, batch_size, "regression")  # which asks nothing of the labels
-    out = user_path(out)
     write_predictions(out, loaded.config, dataset.splits[split], result)
     return out
 

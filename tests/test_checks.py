@@ -96,6 +96,16 @@ def test_labels_that_leave_the_scale_of_a_run_have_regression_metrics_only():
         assert checks.evaluated_scale(run, splits["other"]) == "none"
 
 
+def test_labels_that_hardly_have_the_scale_of_a_run_are_told():
+    run = Config(data={"dataset": "mosi", "label_scale": "mosi"})
+    splits = labelled(classes=[0.0, 1.0] * 10, mosi=[-2.0, 1.0] * 10, few=[1.0] * 19).splits
+    with pytest.warns(DataWarning, match=r"labels from 0 to 1: the accuracies are right only .* \[-3, 3\]"):
+        assert checks.evaluated_scale(run, splits["classes"]) == "mosi"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        assert checks.evaluated_scale(run, splits["mosi"]) == checks.evaluated_scale(run, splits["few"]) == "mosi"
+
+
 def test_class_numbers_of_every_split():
     settings = Config(model={"task": "classification", "num_class": 3}, train={"loss": "CE"})
     checks.class_numbers(settings, labelled(train=[0.0, 2.0], valid=[1.0]))

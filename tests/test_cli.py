@@ -547,3 +547,24 @@ def test_wrong_words_of_data_commands(tmp_path, capsys):
 def test_no_report_of_a_sweep_by_the_command_for_runs(tmp_path, capsys):
     (tmp_path / "plan.json").write_text("{}")
     assert "found a sweep or a tuning; expected a run" in fails(capsys, "report", "--run", tmp_path)
+
+
+def test_data_that_is_named_twice(capsys, tmp_path):
+    for command in ("train", "sweep"):
+        said = fails(capsys, command, "--preset", "mosi", "--data", "a", "--out", tmp_path / "run", "data.path=b")
+        assert "--data: found data.path= beside it; expected one of the two. Drop one." in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", ""),
+        ("convert", " ", "out"),
+        ("train", "--preset", "mosi", "--data", "a", "--out", ""),
+        ("predict", "--run", "r", "--data", "", "--out", "p.csv"),
+        ("report", "--run", ""),
+        ("demo", "--out", ""),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(capsys, words):
+    assert "an empty path; is a variable of the shell not set?" in fails(capsys, *words)

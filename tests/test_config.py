@@ -201,6 +201,8 @@ def test_the_last_override_holds_and_siblings_stay():
         ("train.lr=.inf", ["train.lr", "finite"]),
         ("train.lr=-1", ["train.lr: found -1; expected a value > 0"]),
         ("mode=fsat", ["mode: found fsat; expected one of fast, faithful", "Did you mean fast?"]),
+        ("data.modalities=[face]", ["data.modalities[0]: found face; expected 'text', 'audio' or 'vision'."]),
+        ("data.modalities=[]", ["data.modalities: found []; expected at least 1 of them."]),
         ("text.freeze=some", ["one of no, part, all"]),
         ("output.report=maybe", ["expected true or false"]),
         ("device=gpu", ["device: found gpu; expected auto, cpu, cuda"]),

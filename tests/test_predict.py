@@ -1,5 +1,6 @@
 """Prediction is not training: it needs a run folder and the samples, and nothing of where the run was trained."""
 
+import contextlib
 import csv
 import io
 import json
@@ -16,7 +17,7 @@ from engine import checkpoint, trainer
 from engine.cli import main
 from engine.config import DataConfig
 from engine.errors import ConfigError, DataError
-from engine.loaders import open_dataset
+from engine.loaders import DataWarning, open_dataset
 from engine.loaders.inspect import inspect_path
 from engine.loaders.text import load_tokenizer
 from tests.loaders import writers
@@ -103,6 +104,72 @@ def test_one_clip_without_a_label(trained, samples, tmp_path, kind):
     assert same(found, wanted)
     again = table(trainer.predict(run, path, tmp_path / "p.csv"))  # from the store that the first call left
     assert again == found
+
+
+def kept(path: Path, *words) -> str:
+    """The error of a command that must leave a file as it is."""
+    before = path.read_bytes()
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        assert main([str(word) for word in words]) == 2
+    assert path.read_bytes() == before
+    return errors.getvalue()
+
+
+@pytest.mark.parametrize("other", ["data", "labels", "best.safetensors", "predictions_test.csv"])
+def test_results_replace_only_results(trained, samples, tmp_path, other):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    data = mmsa_clip(tmp_path, samples["test"][0])
+    labels = tmp_path / "MOSI-label.csv"
+    writers.write_csv(labels, writers.label_rows(samples))
+    target = {"data": data, "labels": labels}.get(other, run / other)
+    said = kept(target, "predict", "--run", run, "--data", data, "--out", target)
+    assert ("a file of a run" if target.parent == run else "a new name, or predictions to replace") in said
+    if other != "predictions_test.csv":
+        assert "a new name, or a page to replace" in kept(target, "report", "--run", run, "--out", target)
+    settings = ("import-command", "python Main.py --dataset mosi_Dec", "--out", target)
+    assert "a new name, or settings to replace" in kept(target, *settings)
+    for words in (("predict", "--run", run, "--data", data), ("report", "--run", run), settings[:2]):
+        for _ in range(2):  # the second time a result of the first is replaced
+            assert main([str(w) for w in (*words, "--out", tmp_path / words[0])]) == 0
+
+
+def with_names(folder: Path, data, names: list[str]) -> Path:
+    """A manifest whose audio is in CSV files with these column names, after one of frame numbers."""
+    writers.write_manifest(folder, data)
+    for file in (folder / "audio").glob("*.npy"):
+        values = np.load(file)
+        table = np.column_stack([np.arange(len(values)), values[:, [ord(name[-1]) - ord("a") for name in names]]])
+        np.savetxt(file.with_suffix(".csv"), table, "%.9g", ",", header=",".join(["frame", *names]), comments="")
+        file.unlink()
+    manifest = folder / "manifest.csv"
+    rows = [line.split(",") for line in manifest.read_text().splitlines()]
+    place = rows[0].index("audio")
+    cells = [[c.replace(".npy", ".csv") if i == place else c for i, c in enumerate(row)] for row in rows]
+    manifest.write_text("\n".join(map(",".join, cells)))
+    return folder
+
+
+def test_columns_in_another_order_than_the_run_was_trained_with(samples, text_encoder, tmp_path):
+    """The width is the same, and every feature would be taken for another one."""
+    names = ["F_a", "F_b", "F_c", "F_d", "F_e"]
+    data = with_names(tmp_path / "data", samples, names)
+    settings = changed(small_config(data, text_encoder), epochs=1, data={"skip_columns": ["frame"]})
+    trainer.train(settings, tmp_path / "run")
+    wanted = table(tmp_path / "run" / "predictions_test.csv")
+    clip = {"test": samples["test"][2:4]}
+    other = with_names(tmp_path / "other", clip, names[::-1])
+    found = r"audio: found the columns in another order \('F_e' as column 1\); expected 'F_a' there, as the run was"
+    for apply in (trainer.evaluate, lambda *a: trainer.predict(*a, tmp_path / "p.csv")):
+        with pytest.raises(ConfigError, match=found):
+            apply(tmp_path / "run", other)
+    same_order = with_names(tmp_path / "same", clip, [name.lower() for name in names])
+    assert same(table(trainer.predict(tmp_path / "run", same_order, tmp_path / "p.csv")), wanted)
+    renamed = with_names(tmp_path / "renamed", clip, [name.replace("F", "G") for name in names])
+    with pytest.warns(DataWarning, match=r"other column names .*'G_a', not 'F_a'\): columns are taken by their place"):
+        assert same(table(trainer.predict(tmp_path / "run", renamed, tmp_path / "p.csv")), wanted)
+    without = writers.write_manifest(tmp_path / "npy", clip)  # .npy files name no columns
+    assert same(table(trainer.predict(tmp_path / "run", without, tmp_path / "p.csv")), wanted)
 
 
 def test_one_clip_with_a_label(trained, samples, tmp_path):

@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from engine.errors import ConfigError
 from engine.files import user_path
@@ -36,6 +38,17 @@ class Command:
     takes_settings: bool = False
 
 
+def given_path(text: str) -> Path:
+    """A path from the command line, with ~ expanded. An empty one would be the current folder.
+
+    Raises:
+        ArgumentTypeError: it is empty, as of a variable of the shell that is not set.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty path; is a variable of the shell not set?")
+    return user_path(text)
+
+
 def task_argument(p: argparse.ArgumentParser) -> None:
     """Add --task."""
     p.add_argument(
@@ -54,7 +67,7 @@ def config_arguments(p: argparse.ArgumentParser) -> None:
 def run_folder_argument(p: argparse.ArgumentParser) -> None:
     """Add --run, and --run-folder for torchrun, which has a --run of its own."""
     p.add_argument(
-        "--run", "--run-folder", metavar="DIR", type=user_path, required=True, dest="run_folder",
+        "--run", "--run-folder", metavar="DIR", type=given_path, required=True, dest="run_folder",
         help="a run folder; under torchrun, which has a --run of its own, write --run-folder",
     )  # fmt: skip
 
@@ -63,7 +76,7 @@ def run_arguments(p: argparse.ArgumentParser) -> None:
     """Add the options of a command that applies a run's best model to data."""
     p.add_argument("--task", metavar="MODULE:ATTRIBUTE", help="where the run's task is, if it is one of your own")
     run_folder_argument(p)
-    p.add_argument("--data", metavar="PATH", type=user_path, required=True, help="feature file or folder, or a store")
+    p.add_argument("--data", metavar="PATH", type=given_path, required=True, help="feature file or folder, or a store")
     p.add_argument("--split", choices=SPLITS, help="which split (test, or the only one that the data has)")
     p.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1 or mps (auto)")
 
@@ -105,3 +118,15 @@ def chosen_config(a: argparse.Namespace, settings: list[str], resumed: object = 
     if task not in (None, config.task):
         raise ConfigError(f"--task {a.task}", f"settings of the task {config.task}", "one task", "Drop one of them.")
     return config
+
+
+def set_data(config: Any, data: str | None, settings: list[str]) -> None:
+    """Put the path of --data into the configuration.
+
+    Raises:
+        ConfigError: the `key=value` words name a path, too.
+    """
+    if data and any(setting.partition("=")[0].strip() == "data.path" for setting in settings):
+        raise ConfigError("--data", "data.path= beside it", "one of the two", "Drop one.")
+    if data:
+        config.data.path = data

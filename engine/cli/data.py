@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from engine.cli.command import Command
+from engine.cli.command import Command, given_path
 from engine.cli.printing import console, say
 from engine.errors import DataError
-from engine.files import user_path
 from engine.vocabulary import ALIGNMENTS, LENGTH_RULES
 
 DTYPES = {"fp32": "float32", "fp16": "float16"}
@@ -36,8 +35,8 @@ def _convert(a: argparse.Namespace) -> None:
 
 
 def _convert_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("src", metavar="SRC", type=user_path, help="feature file or folder")
-    p.add_argument("dst", metavar="DST", type=user_path, help="the store to write")
+    p.add_argument("src", metavar="SRC", type=given_path, help="feature file or folder")
+    p.add_argument("dst", metavar="DST", type=given_path, help="the store to write")
     p.add_argument("--text-encoder", metavar="NAME", default="minilm", help="whose tokeniser to use (minilm)")
     p.add_argument("--length-rule", choices=LENGTH_RULES, default="auto", help="how padding is told from frames (auto)")
     p.add_argument("--precision", choices=tuple(DTYPES), help="of frames; fp16 halves the store (fp32)")
@@ -61,7 +60,7 @@ def _make_data(a: argparse.Namespace) -> None:
 
 
 def _make_data_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("out", metavar="DIR", type=user_path, help="a new or empty folder")
+    p.add_argument("out", metavar="DIR", type=given_path, help="a new or empty folder")
     p.add_argument("--shape", choices=("mosi", "mosei", "avec2019"), required=True, help="whose lengths and widths")
     p.add_argument("--n", metavar="N", type=int, help="samples in all three splits (as many as the real data has)")
     p.add_argument("--format", metavar="NAME", help="layout of the files (declarelab, or avec2019 for that shape)")
@@ -81,7 +80,7 @@ def _inspect(a: argparse.Namespace) -> None:
 
 
 def _inspect_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("path", metavar="PATH", type=user_path, help="feature file or folder, or a store")
+    p.add_argument("path", metavar="PATH", type=given_path, help="feature file or folder, or a store")
     p.add_argument(
         "--verify", action="store_true", help="compare all checksums of a store, and end with an error on any problem"
     )

@@ -8,10 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from engine.cli.command import Command, named_task, run_arguments, run_folder_argument
+from engine.cli.command import Command, given_path, named_task, run_arguments, run_folder_argument
 from engine.cli.folders import existing_run
 from engine.cli.printing import print_metrics, say
-from engine.files import user_path
 
 
 def _evaluate(a: argparse.Namespace) -> None:
@@ -50,7 +49,7 @@ def _predict_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--out",
         metavar="CSV",
-        type=user_path,
+        type=given_path,
         required=True,
         help="the file to write, - for standard output: id, label, prediction",
     )
@@ -64,7 +63,7 @@ def _report(a: argparse.Namespace) -> None:
 
 def _report_arguments(p: argparse.ArgumentParser) -> None:
     run_folder_argument(p)
-    p.add_argument("--out", metavar="HTML", type=user_path, help="the file to write (report.html in the run folder)")
+    p.add_argument("--out", metavar="HTML", type=given_path, help="the file to write (report.html in the run folder)")
 
 
 COMMANDS = (

@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from engine.cli.command import Command, chosen_config, config_arguments
+from engine.cli.command import Command, chosen_config, config_arguments, given_path, set_data
 from engine.cli.printing import console, say
 from engine.cli.training import split_seeds
 from engine.errors import ConfigError
-from engine.files import user_path
 
 
 def _common(a: argparse.Namespace, fixed: list[str]) -> Any:
     config: Any = chosen_config(a, fixed)
-    if a.data:
-        config.data.path = a.data
+    set_data(config, a.data, fixed)
     return config
 
 
@@ -78,8 +76,8 @@ def _print_sweep(result: Any) -> None:
 def _sweep_arguments(p: argparse.ArgumentParser) -> None:
     config_arguments(p)
     p.add_argument("--data", metavar="PATH", help="feature file or folder, or a store made by engine convert")
-    p.add_argument("--out", metavar="DIR", type=user_path, required=True, help="folder of the sweep")
-    p.add_argument("--space", metavar="FILE", type=user_path, help="YAML with seeds, grid and named settings")
+    p.add_argument("--out", metavar="DIR", type=given_path, required=True, help="folder of the sweep")
+    p.add_argument("--space", metavar="FILE", type=given_path, help="YAML with seeds, grid and named settings")
     p.add_argument("--jobs", metavar="N", type=int, help="runs at a time (one per GPU, or as many as the cores allow)")
 
 
@@ -124,9 +122,9 @@ def _tune(a: argparse.Namespace, words: list[str]) -> None:
 def _tune_arguments(p: argparse.ArgumentParser) -> None:
     config_arguments(p)
     p.add_argument("--data", metavar="PATH", help="feature file or folder, or a store made by engine convert")
-    p.add_argument("--out", metavar="DIR", type=user_path, required=True, help="folder of the tuning")
+    p.add_argument("--out", metavar="DIR", type=given_path, required=True, help="folder of the tuning")
     p.add_argument(
-        "--space", metavar="FILE", type=user_path, help="YAML: {train.lr: {low: 1e-4, high: 1e-2, log: true}}"
+        "--space", metavar="FILE", type=given_path, help="YAML: {train.lr: {low: 1e-4, high: 1e-2, log: true}}"
     )
     p.add_argument("--trials", metavar="N", type=int, default=30, help="in all, earlier starts included (30)")
     p.add_argument(

@@ -8,7 +8,7 @@ import textwrap
 import time
 from pathlib import Path
 
-from engine.cli.command import Command, chosen_config, config_arguments, named_task
+from engine.cli.command import Command, chosen_config, config_arguments, given_path, named_task, set_data
 from engine.cli.folders import check_folders, clear_demo, saved_config
 from engine.cli.printing import (
     meaning,
@@ -31,8 +31,7 @@ def _train(a: argparse.Namespace, settings: list[str]) -> None:
     writes = torchrun_shard()[0] == 0  # the other ranks of torchrun write and say nothing
     resume = a.resume or restarted(a.out)
     config = chosen_config(a, settings, resumed=saved_config(a.out, seeds) if resume else None)
-    if a.data:
-        config.data.path = a.data
+    set_data(config, a.data, settings)
     if not config.data.path:
         raise ConfigError("--data", "no data", "the path of a feature file, a folder or a store", "Add --data PATH.")
     if not user_path(config.data.path).exists():
@@ -99,7 +98,7 @@ def split_seeds(settings: list[str]) -> tuple[list[int] | None, list[str]]:
 def _train_arguments(p: argparse.ArgumentParser) -> None:
     config_arguments(p)
     p.add_argument("--data", metavar="PATH", help="feature file or folder, or a store made by engine convert")
-    p.add_argument("--out", metavar="DIR", type=user_path, required=True, help="the run folder to write")
+    p.add_argument("--out", metavar="DIR", type=given_path, required=True, help="the run folder to write")
     p.add_argument(
         "--resume", action="store_true", help="continue the run in DIR, with its own settings if none are given"
     )
@@ -149,7 +148,9 @@ def _demo(a: argparse.Namespace, settings: list[str]) -> None:
 
 
 def _demo_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--out", metavar="DIR", type=user_path, default=Path("runs/demo"), help="the run folder (runs/demo)")
+    p.add_argument(
+        "--out", metavar="DIR", type=given_path, default=Path("runs/demo"), help="the run folder (runs/demo)"
+    )
 
 
 def _show_config(a: argparse.Namespace, settings: list[str]) -> None:

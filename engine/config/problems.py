@@ -96,12 +96,14 @@ def translate(cause: ValidationError, root: type[Section], task: str | None = No
     context = error.get("ctx", {})
     limit = next((f"{sign} {context[k]}" for k, sign in _LIMITS.items() if k in context), None)
     if error["type"] == "literal_error":
-        choices = [str(choice) for choice in get_args(annotation)]
-        if choices:
+        choices = get_args(annotation)
+        if choices and all(isinstance(choice, str) for choice in choices):  # else of a list's items
             return wrong_choice(name, error["input"], choices)
         return ConfigError(name, value, context["expected"], "Choose one of these.")
     if limit:
         return ConfigError(name, value, f"a value {limit}", "Change the value.")
+    if error["type"] == "too_short":
+        return ConfigError(name, value, f"at least {context['min_length']} of them", "Change the value.")
     if error["type"] == "string_pattern_mismatch":
         return ConfigError(name, value, section.model_fields[parts[-1]].description, "Change the value.")
     if error["type"] == "missing":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -36,11 +36,13 @@ def choose(kind: Kind, size: int, device: torch.device) -> tuple[str, str]:
     """The kind of loader for frames of `size` bytes, and why.
 
     Raises:
-        ConfigError: kind is dali, which is not installed.
+        ConfigError: there is no such kind, or it is dali, which is not installed.
 
     >>> choose("resident", 0, torch.device("cpu"))
     ('resident', 'as data.loader says')
     """
+    if kind not in get_args(Kind):
+        raise ConfigError("kind", f"{kind!r}"[:60], f"one of {', '.join(get_args(Kind))}", "Choose one of these.")
     if kind == "dali" and not has_dali():
         raise ConfigError(
             "data.loader", "dali, which is not installed", "auto, resident or torch", "pip install 'engine[dali]'."

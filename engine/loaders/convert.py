@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 from engine import __version__
 from engine.errors import DataError, OutputError
-from engine.files import parse_json, sweep
+from engine.files import parse_json, sweep, user_path
 from engine.loaders import formats
 from engine.loaders.content import SplitData, StoreData, describe_tokenizer, require_text, tokenised
 from engine.loaders.formats import Choice, DataFiles, RawDataset, RawSplit, remarks
 from engine.loaders.pooling import pool
-from engine.loaders.problems import level_widths, nan_words, problems
+from engine.loaders.problems import level_padding, level_widths, nan_words, problems
 from engine.loaders.progress import with_progress
 from engine.loaders.ragged import LengthRule
 from engine.loaders.spool import spooled
-from engine.loaders.store import CHUNK, KEY, VERSION, is_store, no_room, open_store, store_path, write_store
+from engine.loaders.store import CHUNK, FILE, KEY, VERSION, is_store, no_room, open_store, store_path, write_store
 from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
 from engine.vocabulary import LengthRule as LengthRuleSetting
 
@@ -60,10 +60,10 @@ def convert(
     tokenizer = load_tokenizer(text_encoder) if needs_text and text_encoder != PRECOMPUTED else None
     target = store_path(dst)
     _require_replaceable(target)
-    if is_store(src):
+    source = _files_under(src, target, choice)
+    if source is None:
         data = _opened(src, target, length_rule)
     else:
-        source = formats.find_source(src, choice)
         beside = csv_beside(source)
         rule = "recorded" if length_rule == "auto" else length_rule
         try:
@@ -97,8 +97,46 @@ def _require_replaceable(target: Path) -> None:
         raise DataError(str(target), "a file that is no store", "a new name, or a store to replace", do)
 
 
+def _files_under(src: str | Path, target: Path, choice: Choice | None) -> DataFiles | None:
+    """The files to convert; None if `src` is a store. A store in the folder of its own files is made of them anew."""
+    if not is_store(src):
+        return formats.find_source(src, choice)
+    if not user_path(src).is_dir() or store_path(src).resolve() != target.resolve():
+        return None
+    try:
+        return formats.find_source(src, choice)
+    except DataError:  # there are no files beside the store
+        return None
+
+
+def open_current(path: str | Path) -> StoreData:
+    """Open a store. A folder that holds files beside the store must hold those that it was made from.
+
+    Raises:
+        DataError: it is no store, or the files have changed since.
+    """
+    data = open_store(path)
+    folder = user_path(path)
+    if not folder.is_dir():
+        return data
+    try:
+        source = formats.find_source(folder)
+    except DataError:  # no data beside the store
+        return data
+    beside = csv_beside(source)
+    if fingerprint(source, beside) != data.meta["fingerprint"]:  # a copy has other times
+        made_from = data.meta.get("sha256") or {}
+        now = source_sums(source, beside)
+        if not made_from or any(now.get(name) != value for name, value in made_from.items()):
+            raise DataError(
+                str(folder), f"{FILE} and files that it was not made from, or that have changed since", "one data set",
+                f"Name the file that is meant, or convert again: engine convert {folder} {folder}",
+            )  # fmt: skip
+    return data
+
+
 def _opened(src: str | Path, target: Path, length_rule: str) -> StoreData:
-    data = open_store(src)
+    data = open_current(src)
     made = data.meta["length_rule"]
     if length_rule not in ("auto", made):
         raise DataError(
@@ -138,6 +176,7 @@ def read_source(
         )  # fmt: skip
     with spooled(spool):
         raw = reader.read(source, rule, tokenizer is None and "text" in source.choice.modalities)
+        level_padding(raw)
         pool(raw, {"audio": source.choice.pool_audio, "vision": source.choice.pool_vision})
     raw.notes += formats.registry.without_effect(reader, source.choice) if training else []
     return prepare(source, raw, rule, tokenizer, mark, training)
@@ -185,6 +224,7 @@ def prepare(
         "choice": asdict(source.choice),
         "draws_words": raw.draws_words,
         "cut": raw.cut,
+        "columns": raw.columns,
         "counts": counts,
         "notes": remarks(source, raw) + nan_words(raw),
     }

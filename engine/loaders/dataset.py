@@ -7,13 +7,13 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from engine.config import AugmentConfig, DataConfig
-from engine.errors import printable
+from engine.errors import ConfigError, printable
 from engine.loaders.augment import Augmentation
 from engine.loaders.cache import load_content
 from engine.loaders.choice import Kind, build, choose
@@ -129,6 +129,7 @@ class Dataset:
         tokenizer: made the tokens of the texts; None without tokens.
         normalizer: the statistics in use.
         report: what was replaced or missing.
+        columns: modality -> names of its feature columns, if the files name them.
         pad_id, closing_id, time_len: of the tokens in batches.
     """
 
@@ -141,6 +142,7 @@ class Dataset:
         train = data.splits.get("train") or next(iter(data.splits.values()))
         train.check()
         self.normalizer = normalizer or Normalizer.fit(train, config)
+        fitted = self.normalizer.notes(train) if normalizer is None else []
         train.check()
         self.pad_id = tokenizer.pad_id if tokenizer else 0
         self.closing_id = tokenizer.closing_id if tokenizer else -1
@@ -166,7 +168,7 @@ class Dataset:
         self.vision_dim = train.vision.dim if "vision" in modalities else 0
         precomputed = "text" in modalities and tokenizer is None and train.features is not None
         self.text_dim = train.features.dim if precomputed else 0
-        self._content = data
+        self._content, self.columns = data, meta.get("columns", {})
         counts, counted = meta["counts"], (*modalities, *(["features"] if "text" in modalities else []))
         self.report = DataReport(
             meta["format"],
@@ -177,6 +179,7 @@ class Dataset:
                 for kind in ("nonfinite", "missing")
             ),
             list(meta["notes"])
+            + fitted
             + (_beyond(data, config.time_len) if meta.get("cut") else [])
             + (_long_texts(self.splits, config.time_len) if tokenizer or precomputed else []),
             {n: tokenizer.unknown_share(s.tokens) for n, s in data.splits.items()} if tokenizer else {},
@@ -225,8 +228,14 @@ class Dataset:
 
         Raises:
             DataError: task is classification and a label is not a class number.
-            ConfigError: kind is dali and DALI is not installed, or the environment is not torchrun's.
+            ConfigError: there is no such split, task or kind, a number is out of range, kind is dali and DALI is not
+                installed, or the environment is not torchrun's.
         """
+        for name, value, known in (("split", split, list(self.splits)), ("task", task, get_args(ModelTask))):
+            if value not in known:
+                raise ConfigError(name, f"{value!r}"[:60], f"one of {', '.join(known)}", "Choose one of these.")
+        if workers is not None and (type(workers) is not int or workers < 0):
+            raise ConfigError("workers", f"{workers!r}"[:60], "0 or more processes, or None", "Change the value.")
         data, device = self.splits[split], torch.device(device)
         lengths = None
         if max_padding is not None:

@@ -4,8 +4,9 @@
 stdin, one JSON array per line. It answers on stdout with a JSON object in one line, then the bytes that this announces:
 
 - `["open", path]` -> `{"root", "videos": [name, ...], "kind": "numbers"|"words"}`, for a CMU-SDK .csd file;
-- `["video", name]` -> `{"shape": [n, d], "dtype", "size"}`, then intervals float64 [n, 2] and features [n, d] (float64
-  if the file has 8 bytes per value, else float32); for words `{"words": [...], "size"}`, then the intervals.
+- `["video", name]` -> `{"shape": [n, d], "dtype", "size"}`, then intervals float64 [n, 2] and features [n, d] (float32
+  where that holds every value of the file's type, else float64); for words `{"words": [...], "size"}`, then the
+  intervals.
 
 An answer `{"error": [found, expected]}` says why a file is refused. Links that leave their place, data kept in other
 files, and filters that need a plugin are refused: reading a file must not open others.
@@ -106,7 +107,7 @@ class Csd:
             raise Refused(f"dtype {features.dtype} of {name}"[:300], "the same kind of features in every video")
         intervals = np.ascontiguousarray(intervals, "<f8")
         if self.kind == "numbers":
-            dtype = "<f8" if features.dtype.itemsize > 4 else "<f4"
+            dtype = "<f4" if np.can_cast(features.dtype, np.float32) else "<f8"
             body = np.ascontiguousarray(features, dtype).tobytes()
             return {"shape": list(features.shape), "dtype": dtype}, intervals.tobytes() + body
         if features.shape[1] != 1:

@@ -13,12 +13,13 @@ import numpy as np
 from engine.errors import DataError, OutputError, printable
 from engine.loaders import formats
 from engine.loaders.cache import is_writable, room_for
+from engine.loaders.convert import open_current
 from engine.loaders.formats import SPLIT_ALIASES, DataFiles
 from engine.loaders.formats.tables import csv_header
-from engine.loaders.problems import level_widths, nan_words, problems, training_problems
+from engine.loaders.problems import level_padding, level_widths, nan_words, problems, training_problems
 from engine.loaders.ragged import Ragged
 from engine.loaders.spool import spooled
-from engine.loaders.store import is_store, open_store, store_path, verify_store
+from engine.loaders.store import is_store, store_path, verify_store
 from engine.vocabulary import KnownLengthRule
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def inspect_path(path: str | Path, length_rule: KnownLengthRule = "recorded", ve
         DataError: there is no data set, or more than one.
     """
     if is_store(path):
-        return _inspect_store(store_path(path), verify)
+        return _inspect_store(path, verify)
     source = formats.find_source(path)
     room = next((p for p in room_for(source) if is_writable(p)), None)
     try:
@@ -140,6 +141,7 @@ def _inspect_source(path: str | Path, source: DataFiles, length_rule: KnownLengt
     except DataError as problem:
         report.problems.append(str(problem))
         return report
+    level_padding(raw)
     level_widths(raw)
     report.notes += formats.remarks(source, raw) + nan_words(raw)
     sets = list(dict.fromkeys(key for keys in report.layout.values() for key in keys if "_labels" in key))
@@ -157,10 +159,11 @@ def _inspect_source(path: str | Path, source: DataFiles, length_rule: KnownLengt
     return report
 
 
-def _inspect_store(file: Path, verify: bool) -> InspectReport:
+def _inspect_store(path: str | Path, verify: bool) -> InspectReport:
+    file = store_path(path)
     report = InspectReport(str(file), "engine store", {file.name: file.stat().st_size})
     try:
-        data = open_store(file)
+        data = open_current(path)
         report.format = f"engine store (made from {data.meta['format']}: {data.meta['source']})"
         report.length_rule = data.meta["length_rule"]
         report.notes += data.meta["notes"]

@@ -110,9 +110,12 @@ class Loader:
         """Go on where `state_dict` was taken: the next iteration gives the rest of that epoch, later ones whole epochs.
 
         Raises:
-            CheckpointError: the position belongs to other data or another order.
+            CheckpointError: it is no position, or belongs to other data or another order.
         """
         own = self.sampler.state()
+        if not isinstance(state, dict) or not {"sampler", "epoch", "batch"} <= set(state):
+            found = f"a {type(state).__name__} without sampler, epoch and batch"
+            raise CheckpointError("loader position", found, "what state_dict gave", "Use it as it was.")
         wrong = [k for k, v in own.items() if state["sampler"].get(k) != v]
         if wrong:
             raise CheckpointError(

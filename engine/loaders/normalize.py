@@ -19,11 +19,13 @@ from engine.config import DataConfig
 from engine.errors import DataError
 from engine.files import atomic_path, parse_json
 from engine.kernels.ragged import scale
+from engine.loaders.formats.checks import listed
 from engine.vocabulary import Normalization
 
 if TYPE_CHECKING:
     from engine.loaders.content import SplitData
 
+SQUEEZED = 0.01  # of a standard deviation, or of half the range: with less, a column is as good as constant
 BLOCK = 1 << 16  # frames read at a time: bounds temporary copies of a memory-mapped array
 
 
@@ -84,6 +86,19 @@ class ColumnNormalizer:
             result.shift = middle + mean
             result.scale = np.divide(1, deviation, out=np.zeros(dim), where=varies & (deviation > 0))
         return result
+
+    def squeezed(self, values: np.ndarray) -> list[int]:
+        """Columns of `values`, on which this was fitted, that hardly differ once normalised, as few are so large.
+
+        Nine tenths of the frames that are looked at lie within `SQUEEZED`.
+        """
+        looked_at = np.asarray(values[:: max(1, len(values) // BLOCK)], np.float64)
+        looked_at = looked_at[looked_at.any(1)]
+        if self.kind == "none" or not len(looked_at):
+            return []
+        low, high = np.quantile(self._logarithm(looked_at), (0.05, 0.95), axis=0)
+        spread = (high - low) * self.scale
+        return np.flatnonzero((spread > 0) & (spread < SQUEEZED)).tolist()
 
     def check(self) -> None:
         """Raise ValueError unless the statistics, which may come from a file, are such as `fit` makes."""
@@ -199,6 +214,19 @@ class Normalizer:
             ColumnNormalizer.fit(split.audio.values, data.normalize_audio, data.log_audio, data.clip),
             ColumnNormalizer.fit(split.vision.values, data.normalize_vision, data.log_vision, data.clip),
         )
+
+    def notes(self, split: SplitData) -> list[str]:
+        """What the user should know of the training split that this was fitted on."""
+        notes = []
+        for modality in ("audio", "vision"):
+            columns = getattr(self, modality).squeezed(getattr(split, modality).values)
+            if columns:
+                notes.append(
+                    f"{modality}: nine tenths of the training values of columns {listed(map(str, columns))} lie within "
+                    f"{SQUEEZED} of each other once normalised, because a few are far larger: correct these, or set "
+                    f"data.log_{modality}=true"
+                )
+        return notes
 
     def state(self) -> dict[str, np.ndarray]:
         """The statistics, float64 [d] each, by `<modality>.<name>`."""

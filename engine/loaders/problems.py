@@ -11,7 +11,7 @@ from engine.errors import DataError
 from engine.loaders.content import SplitData
 from engine.loaders.formats import SPLITS, RawDataset, RawSplit
 from engine.loaders.formats.checks import missing_split
-from engine.loaders.ragged import absent
+from engine.loaders.ragged import PADDED, absent, unpadded
 
 NAN_WORDS = ("nan", "none", "null", "<na>", "n/a")
 
@@ -24,6 +24,19 @@ def level_widths(raw: RawDataset) -> None:
         for name, part in parts.items():
             if present and len(part.missing) == len(part.ragged) and part.ragged.dim != present[0]:
                 setattr(raw.splits[name], modality, absent(len(part.ragged), present[0]))
+
+
+def level_padding(raw: RawDataset) -> None:
+    """A split of too few sequences to tell padding has it where the other splits have.
+
+    This matters for formats without padding, where zeros are taken for padding only if enough sequences show it.
+    """
+    for modality in ("audio", "vision", "features"):
+        parts = {n: p for n, s in raw.splits.items() if (p := getattr(s, modality)) is not None}
+        sides = {p.side for p in parts.values() if p.side is not None and p.usual is None}
+        for name, part in parts.items():
+            if len(sides) == 1 and part.side is None and part.usual is None and len(part.ragged) < PADDED:
+                setattr(raw.splits[name], modality, unpadded(part, *sides))
 
 
 def nan_words(raw: RawDataset) -> list[str]:

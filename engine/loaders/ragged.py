@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -98,6 +98,8 @@ class Sequences:
         side: the side of the padding if it is not that of the format; else None.
         usual: the format's side of the padding; None if the format has no padding.
         coarse: columns whose values lie so far from 0 that float32 tells fewer than `STEPS` of them apart.
+        edges: side -> number of sequences with frames of zeros at that end, and number of these frames. They count as
+            frames. Missing sequences do not count.
     """
 
     ragged: Ragged
@@ -107,11 +109,31 @@ class Sequences:
     side: Side | None = None
     usual: Side | None = None
     coarse: list[int] = field(default_factory=list)
+    edges: dict[Side, tuple[int, int]] = field(default_factory=dict)
 
 
 def absent(count: int, dim: int = 1) -> Sequences:
     """A modality that no sample has: one zero frame of `dim` columns for each of `count` samples."""
     return Sequences(zero_frames(count, dim), 0, list(range(count)))
+
+
+def unpadded(part: Sequences, side: Side) -> Sequences:
+    """The same sequences without the frames of zeros at one end, if all that are present have one length.
+
+    >>> part = from_sequences([np.array([[1.0], [0.0]])], ["a"], "audio")
+    >>> unpadded(part, "right").ragged[0].tolist()
+    [[1.0]]
+    """
+    lengths = np.delete(part.ragged.lengths, part.missing)
+    if not len(lengths) or (lengths != lengths[0]).any() or not part.edges.get(side, (0, 0))[0]:
+        return part
+    pieces = []
+    for frames in part.ragged.pieces():
+        used = np.flatnonzero(frames.any(1))
+        first, end = (used[0], used[-1] + 1) if len(used) else (0, len(frames))
+        pieces.append(frames[first:] if side == "left" else frames[:end])
+    joined = Ragged.join(pieces, part.ragged.values.dtype, part.ragged.dim)
+    return replace(part, ragged=joined, side=side, edges=part.edges | {side: (0, 0)})
 
 
 def zero_frames(count: int, dim: int) -> Ragged:
@@ -124,10 +146,12 @@ class _Cleaner:
 
     Attributes:
         nonfinite: values replaced by 0 so far.
+        edges: see `Sequences.edges`.
     """
 
     def __init__(self, dim: int, ids: Sequence[str], where: str):
         self._ids, self._where, self.nonfinite = ids, where, 0
+        self.edges: dict[Side, tuple[int, int]] = {"left": (0, 0), "right": (0, 0)}
         self._low, self._high = np.full(dim, np.inf), np.full(dim, -np.inf)
 
     def __call__(self, given: np.ndarray, row: int) -> np.ndarray:
@@ -146,11 +170,19 @@ class _Cleaner:
                 )  # fmt: skip
             frames[~finite] = 0
             self.nonfinite += bad
-        elif given.dtype.itemsize > 4 and frames.any():
+        elif not np.can_cast(given.dtype, np.float32) and frames.any():
             present = given[frames.any(1)]
             np.minimum(self._low, present.min(0), out=self._low)
             np.maximum(self._high, present.max(0), out=self._high)
         return frames
+
+    def look_at_edges(self, frames: np.ndarray) -> None:
+        """Count the frames of zeros at the ends of a sequence that has others."""
+        sides: tuple[tuple[Side, np.ndarray], ...] = (("left", frames), ("right", frames[::-1]))
+        for side, inwards in sides:
+            if not inwards[0].any():
+                sequences, zeros = self.edges[side]
+                self.edges[side] = sequences + 1, zeros + int(inwards.any(1).argmax())
 
     def coarse(self) -> list[int]:
         """See `Sequences.coarse`."""
@@ -240,6 +272,7 @@ def from_sequences(
                 kept += frames.size
                 if 4 * kept > room:
                     raise _shared_too_often(where, len(arrays), len(distinct), size)
+                clean.look_at_edges(frames)
                 joined.add(frames)
                 if array is not None:
                     release(array)
@@ -255,7 +288,9 @@ def from_sequences(
             "frames in most sequences", "Check the feature extraction.",
         )  # fmt: skip
     turned = side if side != usual else None
-    return Sequences(Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, turned, usual, clean.coarse())
+    return Sequences(
+        Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, turned, usual, clean.coarse(), clean.edges
+    )
 
 
 def _padding(arrays: list[np.ndarray | None]) -> tuple[Side | None, list[int]]:
@@ -389,13 +424,17 @@ def from_padded(
         block = padded[first : first + BLOCK]
         for row, n in enumerate(length[first : first + BLOCK].tolist(), first):
             frames = clean(block[row - first, total - n :] if side == "left" else block[row - first, :n], row)
-            if not frames.any():
+            if frames.any():
+                clean.look_at_edges(frames)
+            else:
                 missing.append(row)
                 frames = np.zeros((1, dim), np.float32)
             joined.add(frames)
         release(block)
     turned = side if side != usual else None
-    return Sequences(Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, turned, usual, clean.coarse())
+    return Sequences(
+        Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, turned, usual, clean.coarse(), clean.edges
+    )
 
 
 def _inside(

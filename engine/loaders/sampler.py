@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.errors import ConfigError
 from engine.torchrun import torchrun_shard
 
 __all__ = ["Lengths", "Sampler", "epoch_order", "torchrun_shard"]
@@ -62,6 +63,9 @@ class Sampler:
             batch_size of 1, or a single batch) do some processes end one step earlier.
         lengths: needed for `max_padding`.
 
+    Raises:
+        ConfigError: a number is no integer or out of range.
+
     >>> [batch.tolist() for batch in Sampler(5, 2).batches(epoch=0)]
     [[0, 1], [2, 3], [4]]
     """
@@ -75,6 +79,22 @@ class Sampler:
     max_padding: float | None = None
     shard: tuple[int, int] = (0, 1)
     lengths: Lengths | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        numbers = {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "shard": self.shard[0],
+            "shard size": self.shard[1],
+        }
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise ConfigError(name, f"{value!r}"[:60], "an integer", "Change the value.")
+        if self.batch_size < 1:
+            raise ConfigError("batch_size", str(self.batch_size), "1 or more", "Change the value.")
+        rank, world = self.shard
+        if not 0 <= rank < world:
+            raise ConfigError("shard", f"rank {rank} of {world}", "a rank from 0 to the last", "Count ranks from 0.")
 
     def batches(self, epoch: int) -> list[Tensor]:
         """Rows int64 of every batch of this process in an epoch."""

@@ -312,6 +312,7 @@ def _described(meta: dict[str, Any]) -> bool:
         and isinstance(meta.get("notes"), list)
         and isinstance(meta.get("checksums"), dict)
         and isinstance(meta.get("tokenizer", 0), (dict, type(None)))
+        and is_named(meta.get("columns", {}))
         and isinstance(counts, dict)
         and bool(counts)
         and set(counts) <= set(SPLITS)
@@ -320,6 +321,13 @@ def _described(meta: dict[str, Any]) -> bool:
             for split in counts.values()
             for kind in ("nonfinite", "missing", "dropped")
         )
+    )
+
+
+def is_named(columns: Any) -> bool:
+    """Whether a value from a file can be the names of feature columns by modality."""
+    return isinstance(columns, dict) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in columns.values()
     )
 
 

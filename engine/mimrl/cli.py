@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from engine.cli.command import Command
+from engine.cli.command import Command, given_path
 from engine.cli.folders import check_out
 from engine.cli.printing import print_notes, say
-from engine.files import user_path
+from engine.files import require_made_here
 
 
 def _import(a: argparse.Namespace) -> None:
@@ -22,17 +22,19 @@ def _import(a: argparse.Namespace) -> None:
 
 
 def _import_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("checkpoint", metavar="REF.pth.tar", type=user_path, help="the published code's checkpoint")
+    p.add_argument("checkpoint", metavar="REF.pth.tar", type=given_path, help="the published code's checkpoint")
     group = p.add_mutually_exclusive_group()
     group.add_argument("--command", metavar="TEXT", dest="reference_command", help="'python Main.py --task_name ...'")
     group.add_argument("--config", metavar="FILE", help="a YAML file instead of --command")
     p.add_argument("--text-encoder", metavar="NAME", help="the text encoder it was trained with: a path or a name")
-    p.add_argument("--out", metavar="DIR", type=user_path, required=True, help="the run folder to write")
+    p.add_argument("--out", metavar="DIR", type=given_path, required=True, help="the run folder to write")
 
 
 def _import_command(a: argparse.Namespace) -> None:
     from engine.mimrl.commands import import_command
 
+    if a.out is not None:
+        require_made_here(a.out, b"preset:", "settings")
     config, notes = import_command(a.text)
     print_notes(notes)
     if a.out is None:
@@ -44,7 +46,7 @@ def _import_command(a: argparse.Namespace) -> None:
 
 def _import_command_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("text", metavar="'python Main.py ...'", help="the command line, in quotes")
-    p.add_argument("--out", metavar="FILE", type=user_path, help="write the YAML to a file instead of printing it")
+    p.add_argument("--out", metavar="FILE", type=given_path, help="write the YAML to a file instead of printing it")
 
 
 COMMANDS = (

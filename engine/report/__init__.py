@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.files import user_path, write_text
+from engine.files import require_made_here, user_path, write_text
 from engine.report.environment import environment as environment
 from engine.report.folder import Run as Run
 from engine.report.folder import read_run
@@ -20,16 +20,19 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
 
     Args:
         run: folder of a run; an unfinished one is reported as far as it came.
-        out: another file for the page, where the run folder cannot be written to. An existing file is replaced.
+        out: another file for the page, where the run folder cannot be written to. Of existing files only a page is
+            replaced.
 
     Returns:
         The path of the page.
 
     Raises:
         CheckpointError: the folder is missing or holds no run, or a file of it is not what the run wrote.
-        OutputError: the page cannot be written.
+        OutputError: the page cannot be written, or `out` is another kind of file.
     """
     content = read_run(run)
     path = content.folder / "report.html" if out is None else user_path(out)
+    if out is not None:
+        require_made_here(path, b"<!doctype html", "a page")
     write_text(path, render(content))
     return path

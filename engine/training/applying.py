@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from torch import nn
 from engine import checkpoint, checks
 from engine.config import Config, load_config
 from engine.config.section import LONGEST
-from engine.errors import CheckpointError, ConfigError, DataError
+from engine.errors import CheckpointError, ConfigError, DataError, printable
 from engine.files import user_path
-from engine.loaders.dataset import Dataset, Split
+from engine.loaders.dataset import Dataset, DataWarning, Split
 from engine.loaders.normalize import Normalizer
 from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
 from engine.objective import Objective
@@ -112,7 +113,32 @@ def open_split(run: Run, data: str | Path, split: str | None) -> tuple[str, Data
                 f"{expected}, as the run was trained with",
                 "Use its features.",
             )
+        _compare_columns(f"{data}: {kind}", dataset.columns.get(kind), run.meta.get("columns", {}).get(kind))
     return split, dataset
+
+
+def _compare_columns(where: str, found: list[str] | None, trained: list[str] | None) -> None:
+    """Compare the names of feature columns with those of the training data, if both have names.
+
+    Raises:
+        ConfigError: they are in another order, which gives the model other features.
+    """
+    pairs = list(zip(map(str.lower, found or ()), map(str.lower, trained or ()), strict=False))
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if found is None or trained is None or place is None:
+        return
+    if sorted(a for a, _ in pairs) == sorted(b for _, b in pairs):
+        raise ConfigError(
+            where,
+            f"the columns in another order ({found[place]!r} as column {place + 1})",
+            f"{trained[place]!r} there, as the run was trained with",
+            "Write the columns in that order.",
+        )
+    message = (
+        f"{where}: other column names than the run was trained with ({found[place]!r}, not {trained[place]!r}): "
+        "columns are taken by their place"
+    )
+    warnings.warn(printable(message), DataWarning, stacklevel=3)
 
 
 def require_labels(split: Split, where: str) -> None:

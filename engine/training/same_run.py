@@ -13,6 +13,7 @@ from engine import checkpoint
 from engine.config import Config, load_config, text_of
 from engine.errors import CheckpointError
 from engine.loaders.dataset import Dataset
+from engine.loaders.store import is_named
 from engine.model.described import without_memory
 from engine.precision import autocast_dtype
 from engine.run_folder import CONFIG, DIVERGED, NORMALIZER, verify
@@ -112,6 +113,7 @@ def require_described(
         not all(type(dim) is int and 0 <= dim <= WIDEST_INPUT for dim in dims)
         or type(meta.get("epoch", "")) not in ((int,) if trained else (int, type(None)))
         or not isinstance(settings, dict)
+        or not is_named(meta.get("columns", {}))
         or not isinstance(encoder, (dict, type(None)))
         or (encoder is None) == ("text" in config.data.modalities)
         or not {"model", "objective"} <= set(state)

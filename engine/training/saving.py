@@ -159,6 +159,7 @@ class RunFiles:
         return {
             "epoch": history[-1]["epoch"] if history else -1,
             "audio_dim": parts.dataset.audio_dim,
+            "columns": parts.dataset.columns,
             "vision_dim": parts.dataset.vision_dim,
             "text_encoder": parts.text_config,
             "settings": parts.config.model_dump(mode="json"),

@@ -11,7 +11,7 @@ from engine.loaders import open_dataset
 from engine.loaders.augment import Augmentation, _key, _mix
 from engine.loaders.batch import Batch
 from tests.loaders import writers
-from tests.loaders.test_loaders import KINDS, same
+from tests.loaders.test_loaders import KINDS, of, same
 from tests.loaders.test_text import small_tokenizer
 
 EMPTY, UNKNOWN, PAD = (2, 3), 0, 1
@@ -162,7 +162,7 @@ def test_loaders_and_shards(tmp_path, kind):
     path = writers.dump(writers.mmsa(writers.samples(sizes={"train": 23, "valid": 3, "test": 3})), tmp_path / "x.pkl")
     opened = open_dataset(path, DataConfig(), str(small_tokenizer(tmp_path / "encoder")))
     plain = next(iter(opened.loader("train", 23, kind="resident")))
-    loader = opened.loader("train", 23, seed=5, kind=kind, augment=FULL)
+    loader = opened.loader("train", 23, seed=5, augment=FULL, **of(kind))
     first, second = [], []
     for epoch, kept in ((0, first), (1, second)):
         loader.set_epoch(epoch)
@@ -170,7 +170,8 @@ def test_loaders_and_shards(tmp_path, kind):
     expected = opened.loader("train", 23, seed=5, kind="resident", augment=FULL)
     same(first[0], next(iter(expected)))
     assert not torch.equal(first[0].audio, plain.audio) and not torch.equal(first[0].audio, second[0].audio)
-    one, other = (next(iter(opened.loader("train", 12, seed=5, kind=kind, augment=FULL, shard=(r, 2)))) for r in (0, 1))
+    sharing = {"seed": 5, "augment": FULL, **of(kind)}
+    one, other = (next(iter(opened.loader("train", 12, shard=(rank, 2), **sharing))) for rank in (0, 1))
     for part in (one, other):
         width = part.audio.shape[1]
         assert torch.equal(part.audio, first[0].audio[part.index, :width])

@@ -223,3 +223,18 @@ def test_the_child_cannot_be_misled_by_modules_beside_it(folder, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert read(folder, "recorded")[1].format == "csd"
     assert json and sys  # the standard library's
+
+
+def test_integers_come_whole(folder):
+    large = (1 << 24) + 1  # float32 has no such number
+
+    def integers(file, data):
+        for video in data.values():
+            values = video["features"][()]
+            del video["features"]
+            video["features"] = np.full(values.shape, large, np.int32)
+
+    change(folder, integers)
+    with CsdReader() as reader:
+        covarep = reader.open(folder / "COVAREP.csd")
+        assert float(covarep.video(covarep.videos[0])[1].max()) == large

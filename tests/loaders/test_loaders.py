@@ -260,3 +260,32 @@ def test_torchruns_environment(monkeypatch, path, tokenizer):
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(ConfigError, match="RANK=2 and WORLD_SIZE=2; expected numbers with RANK < WORLD_SIZE"):
         torchrun_shard()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        ({"split": "dev"}, r"^split: found 'dev'; expected one of train, valid, test"),
+        ({"task": "clasification"}, r"^task: found 'clasification'; expected one of regression, classification"),
+        ({"kind": "numpy"}, r"^kind: found 'numpy'; expected one of auto, resident, dali, torch"),
+        ({"batch_size": 0}, r"^batch_size: found 0; expected 1 or more"),
+        ({"batch_size": 2.5}, r"^batch_size: found 2\.5; expected an integer"),
+        ({"seed": "a"}, r"^seed: found 'a'; expected an integer"),
+        ({"shard": (2, 2)}, r"^shard: found rank 2 of 2; expected a rank from 0 to the last\. Count ranks from 0"),
+        ({"shard": (-1, 2)}, r"^shard: found rank -1 of 2"),
+        ({"workers": -1}, r"^workers: found -1; expected 0 or more processes"),
+    ],
+)
+def test_wrong_arguments_are_named(path, wrong, found):
+    """A rank beyond the last would train on rows that others have, too."""
+    opened = open_dataset(path, DataConfig(modalities=["audio", "vision"]))
+    arguments = {"split": "train", "batch_size": 4} | wrong
+    with pytest.raises(ConfigError, match=found):
+        opened.loader(**arguments)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"epoch": 0}, [1]])
+def test_what_is_no_position_is_refused(path, state):
+    loader = open_dataset(path, DataConfig(modalities=["audio", "vision"])).loader("train", 4)
+    with pytest.raises(CheckpointError, match="without sampler, epoch and batch; expected what state_dict gave"):
+        loader.load_state_dict(state)

@@ -1,5 +1,7 @@
 """Normalisation: train statistics, missing frames, constant columns, save and load."""
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,11 +11,12 @@ from engine.config import DataConfig
 from engine.errors import DataError
 from engine.kernels import use_backend
 from engine.kernels.ragged import cpu
-from engine.loaders import normalize
+from engine.loaders import normalize, open_dataset
 from engine.loaders.content import SplitData
 from engine.loaders.normalize import ColumnNormalizer, Normalizer
 from engine.loaders.ragged import Ragged
 from engine.loaders.split import Split
+from tests.loaders import writers
 
 
 def columns(count=500, seed=0):
@@ -206,3 +209,30 @@ def test_statistics_that_fit_does_not_make_are_refused(tmp_path, changes, found)
     Normalizer(ColumnNormalizer(**sound), ColumnNormalizer(**(sound | changes))).save(path)
     with pytest.raises(DataError, match=found):
         Normalizer.load(path)
+
+
+def test_a_few_values_that_squeeze_all_others_are_told():
+    x = np.random.default_rng(0).normal(size=(400, 4)).astype(np.float32)
+    x[:, 3] = 0
+    x[7, 2:] = 1e9  # in a column of its own 0 and one value: nothing is lost
+    split = SplitData([], None, x, *(Ragged(part, np.array([0, 400])) for part in (x, x[:, :2])))
+    for kind in ("zscore", "minmax"):
+        notes = Normalizer.fit(split, DataConfig(normalize_audio=kind)).notes(split)
+        assert len(notes) == 1 and "audio: nine tenths of the training values of columns 2 lie within 0.01" in notes[0]
+    assert Normalizer.fit(split, DataConfig(normalize_audio="none")).notes(split) == []
+    assert Normalizer.fit(split, DataConfig(log_audio=True)).notes(split) == []
+
+
+def test_squeezed_values_are_told_once(tmp_path):
+    data = writers.samples()
+    for rows in data.values():
+        for sample in rows:
+            sample.audio = np.repeat(sample.audio, 9, 0)
+    data["train"][0].audio[0, 0] = 1e9
+    opened = DataConfig(modalities=["audio", "vision"])
+    path = writers.write_tuples(tmp_path, data)
+    with pytest.warns(UserWarning, match="training values of columns 0 lie within"):
+        fitted = open_dataset(path, opened).normalizer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_dataset(path, opened, normalizer=fitted)

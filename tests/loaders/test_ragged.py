@@ -251,3 +251,18 @@ def test_columns_that_float32_cannot_tell_apart():
         got = from_padded(values.astype(dtype), "left", "all_zero", None, IDS, "x")
         assert got.coarse == expected
         assert from_sequences(list(values.astype(dtype)), IDS, "x").coarse == expected
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64])
+def test_integers_that_float32_blurs_are_told(dtype):
+    clock = np.arange(1_700_000_000, 1_700_000_100).astype(dtype)  # seconds since 1970
+    values = np.stack([clock, clock % 7], -1)[None]
+    assert from_padded(values, "right", "all_zero", None, ["a"], "x").coarse == [0]
+    assert from_sequences(list(values), ["a"], "x").coarse == [0]
+
+
+def test_zeros_at_the_ends_of_sequences_are_counted():
+    frames = [[[0], [0], [1], [0]], [[0], [2], [3], [4]], [[0], [0], [0], [0]]]
+    got = from_padded(np.array(frames, np.float32), "right", "recorded", np.array([4, 4, 4]), IDS, "x")
+    assert (got.edges, got.missing) == ({"left": (2, 3), "right": (1, 1)}, [2])
+    assert from_sequences([np.array(f, np.float32) for f in frames], IDS, "x").edges == got.edges

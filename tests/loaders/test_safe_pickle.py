@@ -473,3 +473,15 @@ def test_shapes_and_names_of_endless_size(tmp_path):
     os.mkfifo(tmp_path / "pipe.pkl")
     with pytest.raises(DataError, match="no file"):
         safe_pickle.load(tmp_path / "pipe.pkl")
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_second_pickle_in_the_file(tmp_path, protocol):
+    """One pickle.dump for every split into one file: only the first would be read."""
+    path = write(tmp_path / "x.pkl", {"train": [1]}, protocol)
+    one = path.read_bytes()
+    path.write_bytes(one + one)
+    with pytest.raises(DataError, match=rf"another one after it, at byte {len(one)} of {2 * len(one)}; .* in one dict"):
+        safe_pickle.load(path)
+    path.write_bytes(one + bytes(512))  # a block that was filled up
+    assert safe_pickle.load(path) == {"train": [1]}

@@ -22,10 +22,11 @@ from engine.loaders import DataWarning, cache, open_dataset, safe_pickle
 from engine.loaders import store as store_module
 from engine.loaders.content import SplitData
 from engine.loaders.convert import convert
+from engine.loaders.inspect import inspect_path
 from engine.loaders.ragged import Ragged
 from engine.loaders.store import is_store, open_store, verify_store, write_store
 from tests.loaders import writers
-from tests.loaders.test_loaders import KINDS
+from tests.loaders.test_loaders import KINDS, of
 from tests.loaders.test_text import small_tokenizer
 
 CONFIG = DataConfig(length_rule="recorded")
@@ -301,7 +302,7 @@ def test_stores_of_different_vocabularies(tmp_path, source, tokenizer):
 @pytest.mark.parametrize("change", ["cut off", "emptied", "overwritten", "longer"])
 def test_store_changed_while_in_use(tmp_path, source, tokenizer, kind, change):
     path = convert(source, tmp_path / "x", tokenizer)
-    loader = open_dataset(path, CONFIG, tokenizer).loader("train", 2, kind=kind)
+    loader = open_dataset(path, CONFIG, tokenizer).loader("train", 2, **of(kind))
     size = path.stat().st_size
     if change == "overwritten":
         with path.open("r+b") as file:
@@ -322,7 +323,7 @@ def test_store_replaced_while_in_use(tmp_path, source, tokenizer, kind):
     again = open_dataset(path, CONFIG, tokenizer)
     other = writers.dump(writers.mmsa(writers.samples(seed=5)), tmp_path / "other.pkl")
     convert(other, path, tokenizer)
-    found = [b.audio for b in again.loader("train", 2, kind=kind)]
+    found = [b.audio for b in again.loader("train", 2, **of(kind))]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert open_store(path).splits["train"].label[0, 0] != opened.splits["train"].label[0, 0]
 
@@ -432,3 +433,27 @@ def test_a_description_of_another_form(tmp_path, meta):
     with pytest.raises(DataError) as error:
         open_store(tmp_path / "x.safetensors")
     assert "\n" not in str(error.value)
+
+
+def test_a_store_in_the_folder_of_its_files(tmp_path, source, tokenizer):
+    folder = source.parent
+    convert(folder, folder, tokenizer)
+    os.utime(source, (1, 1))  # a copy of a folder has other times
+    (folder / "notes.csv").write_text("a,b\n")
+    assert open_dataset(folder, CONFIG, tokenizer).splits["train"].label[0] > -3
+    content = pickle.loads(source.read_bytes())
+    content["train"]["regression_labels"][0] = -3
+    writers.dump(content, source)
+    stale = r"store\.safetensors and files that it was not made from, or that have changed since"
+    with pytest.raises(DataError, match=stale):
+        open_dataset(folder, CONFIG, tokenizer)
+    with pytest.raises(DataError, match=stale):
+        convert(folder, tmp_path / "other.safetensors", tokenizer)
+    assert "have changed since" in inspect_path(folder).problems[0]
+    assert open_dataset(folder / "store.safetensors", CONFIG, tokenizer).splits["train"].label[0] > -3
+    convert(folder, folder, tokenizer)  # as the error says
+    assert open_dataset(folder, CONFIG, tokenizer).splits["train"].label[0] == -3
+    source.unlink()
+    assert inspect_path(folder).problems == []
+    with pytest.raises(DataError, match="source and destination the same"):
+        convert(folder, folder, tokenizer)

@@ -91,7 +91,10 @@ class CSD:
             own = [x for x in spoken if x.split == s]
             where = f"{source.path}, {s}"
             if not own:
-                raise DataError(where, "no segment", "labelled segments of its videos", "Check the list of videos.")
+                silent = sum(x.split == s for x in segments)
+                found = f"no word in any of {silent} segments" if silent else "no segment"
+                do = "Compare the times of words and labels: seconds." if silent else "Check the list of videos."
+                raise DataError(where, found, "labelled segments of its videos", do)
             ids = [x.id for x in own]
             label = read_labels(
                 np.stack([x.label for x in own]), len(own), f"{where}, labels", ids, source.choice.label_column

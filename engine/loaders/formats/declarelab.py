@@ -26,6 +26,7 @@ from engine.loaders.formats.checks import (
     check_keys,
     check_rows,
     check_splits,
+    listed,
     may_be_labelled,
     nearest,
     note_keys,
@@ -199,14 +200,28 @@ def find_csv(source: DataFiles) -> Path:
         DataError: there is none.
     """
     file = next(iter(source.files.values()))
-    tables = [p for p in csv_files(file.parent) if {"video_id", "text"} <= set(csv_header(p))]
+    headers = {p: csv_header(p) for p in csv_files(file.parent)}
+    tables = [p for p, columns in headers.items() if {"video_id", "text"} <= set(columns)]
+    for path, columns in headers.items():
+        near = {need: nearest(need, columns, 0.8) for need in ("video_id", "text")}
+        if not tables and all(near.values()):
+            wrong = {need: like[0] for need, like in near.items() if like[0] != need}
+            raise DataError(
+                str(path), f"columns {listed(columns)}", f"columns {' and '.join(wrong)}, as a label CSV has",
+                " ".join(f"Rename {like!r} to {need!r}." for need, like in wrong.items()),
+            )  # fmt: skip
     if not tables:
         raise DataError(
             str(source.path), f"no label CSV in {file.parent}",
             "a CSV with columns video_id, clip_id, text, label beside the pickle, which has no transcripts",
             "Put it there, use text_encoder=features, or leave text out of data.modalities.",
         )  # fmt: skip
-    return max(tables, key=lambda p: difflib.SequenceMatcher(None, p.stem.lower(), file.stem.lower()).ratio())
+    best = max(tables, key=lambda p: difflib.SequenceMatcher(None, p.stem.lower(), file.stem.lower()).ratio())
+    if len(tables) > 1:
+        source.notes.append(
+            f"texts are from {best.name}, of {listed(p.name for p in tables)}: its name is most similar"
+        )
+    return best
 
 
 def _read_csv(path: Path) -> list[_Row]:

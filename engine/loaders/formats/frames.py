@@ -68,6 +68,12 @@ class ColumnNames:
                 self.skipped[name] = self.skipped.get(name, 0) + 1
         return frames.values[:, kept]
 
+    @property
+    def kept(self) -> list[str]:
+        """Names of the features, as the first file that has names has them."""
+        skip = {name.lower() for name in self.skip}
+        return [name for name in self.first if name.lower() not in skip]
+
     def add(self, frames: Frames, where: str) -> None:
         """Take note of a file.
 

@@ -77,6 +77,7 @@ class Manifest:
                 parts.get("text_features"),
             )  # fmt: skip
         data.notes += [note for kind, one in names.items() for note in one.notes(kind)]
+        data.columns = {kind: one.kept for kind, one in names.items() if one.kept and not one.others}
         found = {name.lower() for one in names.values() for name in one.skipped}
         unknown = [name for name in skip if name.lower() not in found]
         data.notes += [f"no file has the columns {listed(unknown)} of data.skip_columns"] if unknown else []

@@ -119,12 +119,16 @@ def _labelled(split: Any) -> bool:
 
 
 def _absent(splits: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
-    """Split -> the modality of which it has no key, spelt right or wrong. MMSA-FET omits what was not extracted."""
+    """Split -> the modality of which it has no key, spelt right or wrong. MMSA-FET omits what was not extracted.
+
+    An unknown key with an array of sequences may be that modality under another name, such as `acoustic`.
+    """
     out = {}
     for s in names:
         keys = list(splits[s]) if isinstance(splits[s], dict) else []
         free = [k for k in keys if k not in KEYS]
-        gone = [m for m in ("audio", "vision") if m not in keys and not nearest(m, free, 0.5)]
+        renamed = any(getattr(splits[s][k], "ndim", 0) == 3 for k in free)
+        gone = [m for m in ("audio", "vision") if m not in keys and not nearest(m, free, 0.5) and not renamed]
         out[s] = gone if len(gone) == 1 else []
     return out
 
@@ -162,14 +166,12 @@ def _lengths(split: dict[str, Any], modality: str, count: int, where: str) -> np
             lengths = np.asarray(split[key], np.float64).reshape(-1)
         except (TypeError, ValueError):
             lengths = np.zeros(0)
-        wrong = (
-            len(lengths) != count or not np.isfinite(lengths).all() or (lengths < 0).any() or (lengths % 1 != 0).any()
-        )
-        if wrong:
+        wrong = np.flatnonzero(~((lengths >= 0) & (lengths % 1 == 0)))  # NaN and infinity too
+        if len(lengths) != count or len(wrong):
+            found = f"{len(lengths)} values" if len(lengths) != count else f"{lengths[wrong[0]]:g} in row {wrong[0]}"
             raise DataError(
-                f"{where}/{key}", f"{len(lengths)} values", f"{count} whole numbers",
-                "Write one length per sample, or drop the key.",
-            )  # fmt: skip
+                f"{where}/{key}", found, f"{count} whole numbers", "Write one length per sample, or drop the key."
+            )
         return np.minimum(lengths, 1 << 31).astype(np.int64)
     return None
 

@@ -46,6 +46,7 @@ class RawDataset:
         draws_words: each line of a text is a sentence, and the text encoder gets one random word of it (AVEC2019).
         cut: frames beyond `data.time_len` are left out before the encoders. The reference does so with data that has
             one row per step or word.
+        columns: modality -> names of its feature columns, if the files name them.
     """
 
     format: str
@@ -54,6 +55,7 @@ class RawDataset:
     notes: list[str] = field(default_factory=list)
     draws_words: bool = False
     cut: bool = False
+    columns: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Format(Protocol):
@@ -252,10 +254,30 @@ def remarks(source: DataFiles, raw: RawDataset) -> list[str]:
                 f"{what}: {sum(dropped.values())} frames that are not zero left out, since they lie outside the "
                 f"lengths of their sequences ({', '.join(f'{s} {n}' for s, n in dropped.items())})"
             )
+        notes += _zeros_at_ends(parts, what)
         coarse = sorted({column for p in parts.values() for column in p.coarse})
         if coarse:
             notes.append(
                 f"{what}: columns {listed(map(str, coarse))} lie so far from 0 that float32 tells fewer than {STEPS} "
                 "values of them apart; subtract a constant from them before they are saved"
+            )
+    return notes
+
+
+def _zeros_at_ends(parts: dict[str, Sequences], what: str) -> list[str]:
+    """Notes on frames of zeros at one end of most sequences, on average more than one or two of them.
+
+    They are rather padding that was taken for frames. One may be real: the first difference of a sequence, for example.
+    """
+    notes, present = [], sum(len(p.ragged) - len(p.missing) for p in parts.values())
+    for side, verb in (("left", "begin"), ("right", "end")):
+        found = {s: p.edges[side] for s, p in parts.items() if side in p.edges}
+        sequences, zeros = sum(n for n, _ in found.values()), sum(n for _, n in found.values())
+        if 2 * sequences > present and zeros > 2 * sequences:
+            counts = ", ".join(f"{s} {n}" for s, (n, _) in found.items() if n)
+            notes.append(
+                f"{what}: {sequences} of {present} sequences {verb} in frames of zeros ({counts}), {zeros} frames that "
+                "are read as any other. If they are padding, correct the recorded lengths or ignore them with "
+                "data.length_rule=all_zero; padding is zeros, not NaN"
             )
     return notes

@@ -21,6 +21,7 @@ MANIFEST = "manifest.csv"
 SPLITS_FILE = "splits.json"
 EDAIC_LABELS = "labels/train_split.csv"
 CSD = (".csd", ".hdf5", ".h5")
+PACKED = (".gz", ".tgz", ".zip", ".7z", ".rar", ".xz", ".bz2", ".tar", ".zst")
 COMPANIONS = ("thumbs.db", "desktop.ini")  # file managers leave these in folders, and names that begin with a dot
 
 
@@ -204,18 +205,22 @@ def _find(path: Path, choice: Choice) -> DataFiles:
                 str(path), f"the interviews of E-DAIC (AVEC2019), with {EDAIC_LABELS}", "one data set",
                 "Write a manifest.csv that names their feature files: docs/formats.md, section AVEC2019.",
             )  # fmt: skip
+        packed = [p.name for p in sorted(path.iterdir()) if p.suffix.lower() in PACKED and not is_hidden(p)]
+        if packed and not names:
+            raise DataError(str(path), f"packed files ({listed(packed)})", "one data set", "Unpack them first.")
         if tables:
             raise DataError(
                 str(path), f"no manifest.csv, but {listed(tables)}", "one data set",
                 "Write all samples into one manifest.csv with the columns id, split, label and modalities, or name the "
                 "file that is it.",
             )  # fmt: skip
-        raise DataError(
-            str(path),
-            f"{len(names)} candidates ({', '.join(sorted(names)[:6])})" if names else "no pickle, .csd or manifest.csv",
-            "one data set",
-            "Name the file that is meant." if names else "Name the file or the folder that holds the features.",
-        )
+        if names:
+            found = f"{len(names)} candidates ({', '.join(sorted(names)[:6])})"
+            raise DataError(str(path), found, "one data set", "Name the file that is meant.")
+        there = sorted(p.name for p in path.iterdir() if not is_hidden(p))
+        found = f"no pickle, .csd or manifest.csv{', but ' if there else ''}{listed(there)}"
+        do = "Name the file or the folder that holds the features."
+        raise DataError(str(path), found, "one data set", do)
     if single:
         return DataFiles(path, {"": single[0]}, choice)
     if csd:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
-from engine.loaders.formats.checks import as_numbers, check_rows, present, read_labels, to_id, to_texts
+from engine.loaders.formats.checks import as_numbers, check_rows, present, read_labels, to_id, to_text, to_texts
 from engine.loaders.formats.registry import RawDataset, RawSplit, first_rows, row_family, splits_with_words
 from engine.loaders.formats.source import Choice, DataFiles
 from engine.loaders.ragged import LengthRule, absent, from_sequences
@@ -36,15 +36,22 @@ class Tuples:
     def read(self, source: DataFiles, rule: LengthRule, features: bool) -> RawDataset:
         splits = splits_with_words(source, self.title, features)
         data = RawDataset(self.name, {})
+        firsts: dict[str, list[str]] = {}
         for s in present(splits):
             where = f"{source.files.get(s, source.path)}, {s}"
-            data.splits[s] = self._split(splits.pop(s), rule, where, source.choice)
+            data.splits[s], firsts[s] = self._split(splits.pop(s), rule, where, source.choice)
+        every = [name for names in firsts.values() for name in names]
+        if len(set(every)) == len(every):  # else they name the video only, as in MOSEI's (video, start, end)
+            for s, names in firsts.items():
+                data.splits[s].ids = names
         first = next(iter(data.splits.values())).audio.ragged.values
         data.dtypes = {"audio": str(first.dtype), "vision": str(first.dtype)}
         return data
 
-    def _split(self, rows: Any, rule: LengthRule, where: str, choice: Choice) -> RawSplit:
+    def _split(self, rows: Any, rule: LengthRule, where: str, choice: Choice) -> tuple[RawSplit, list[str]]:
+        """A split, and the first part of each of its ids."""
         check_rows(where, rows, self.title)
+        firsts: list[str] = []
         ids, text, label, visual, acoustic = [], [], [], [], []
         vlen, alen = [], []
         for i, row in enumerate(rows):
@@ -53,9 +60,10 @@ class Tuples:
                     f"{where}, row {i}", "another kind of row", f"({self.inner}, label, id)", "Write every row alike."
                 )
             inner, value, name = row
-            listed = isinstance(name, (list, tuple)) or (isinstance(name, np.ndarray) and name.ndim > 0)
-            name = name[0] if listed and len(name) else name
-            ids.append(to_id(name, f"{where}, row {i}, id"))
+            cells = name.ravel().tolist() if isinstance(name, np.ndarray) else name
+            cells = cells if isinstance(cells, (list, tuple)) and len(cells) else [name]
+            firsts.append(to_id(cells[0], f"{where}, row {i}, id"))
+            ids.append("_".join([firsts[-1], *(to_text(cell, f"{where}, row {i}, id") for cell in cells[1:])]))
             at = f"{where}, row {i} (id {ids[-1]})"
             if "text" in choice.modalities:
                 text.append(" ".join(_words(inner[self.words], self.inner, at)))
@@ -68,11 +76,12 @@ class Tuples:
                 arrays.append(_frames(frames, at))
                 recorded.append(_length(length, at))
         modalities = choice.modalities
-        return RawSplit(
+        split = RawSplit(
             ids, text if "text" in modalities else None, stacked_labels(label, where, ids, choice.label_column),
             from_sequences(acoustic, ids, f"{where}, acoustic", alen) if "audio" in modalities else absent(len(ids)),
             from_sequences(visual, ids, f"{where}, visual", vlen) if "vision" in modalities else absent(len(ids)),
         )  # fmt: skip
+        return split, firsts
 
 
 class MAGBert(Tuples):
@@ -103,7 +112,9 @@ def _words(words: Any, inner: str, where: str) -> list[str]:
         or (isinstance(words, np.ndarray) and words.ndim != 1)
         or not all(isinstance(w, (str, bytes)) for w in words)
     ):
-        raise DataError(where, f"actual_words of type {type(words).__name__}", "a list of words", f"Write {inner}.")
+        other = next((w for w in words if not isinstance(w, (str, bytes))), None) if isinstance(words, list) else None
+        found = f"actual_words of type {type(words).__name__}{'' if other is None else f' of {type(other).__name__}'}"
+        raise DataError(where, found, "a list of words", f"Write {inner}.")
     return to_texts(words, where)
 
 

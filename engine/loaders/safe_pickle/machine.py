@@ -47,6 +47,7 @@ class Machine:
             code = data[at]
             self.at = at + 1
             if code == 0x2E:  # STOP
+                self.nothing_after()
                 return self.stack.pop()
             execute = table[code]
             if execute is None:
@@ -57,6 +58,15 @@ class Machine:
             f"at most {MAX_STEPS}",
             "Save numpy arrays: lists of numbers take one instruction per number.",
         )
+
+    def nothing_after(self) -> None:
+        """Refuse a second pickle in the same file: what was dumped after the first would be left unread."""
+        if self.data[self.at : self.at + 1] == b"\x80":
+            raise Limit(
+                f"another one after it, at byte {self.at} of {self.size}",
+                "one pickle per file",
+                "Save all splits in one dict, or each in a file of its own.",
+            )
 
     # -- reading arguments --
 
