@@ -266,7 +266,7 @@ def test_torchruns_environment(monkeypatch, path, tokenizer):
     ("wrong", "found"),
     [
         ({"split": "dev"}, r"^split: found 'dev'; expected one of train, valid, test"),
-        ({"task": "clasification"}, r"^task: found 'clasification'; expected one of regression, classification"),
+        ({"task": "classes"}, r"^task: found 'classes'; expected one of regression, classification"),
         ({"kind": "numpy"}, r"^kind: found 'numpy'; expected one of auto, resident, dali, torch"),
         ({"batch_size": 0}, r"^batch_size: found 0; expected 1 or more"),
         ({"batch_size": 2.5}, r"^batch_size: found 2\.5; expected an integer"),
