@@ -157,7 +157,8 @@ def infonce(
     if negatives is not None:
         if negatives.dim() != k.dim() or negatives.shape[:-2] != k.shape[:-2] or negatives.shape[-1] != k.shape[-1]:
             raise wrong_shapes("infonce", negatives, k, "negatives with the width and groups of k")
-        k = torch.cat([k, negatives], dim=-2)
+        with torch.autocast(k.device.type, enabled=False):  # whose cat refuses the other type of 16 bits
+            k = torch.cat([k, negatives], dim=-2)
     q, k, scale = prepared("infonce", q, k, temperature)
     _check_options(q, k, negatives is not None, positives, exclude_self, symmetric)
     return _infonce(q, k, scale, positives, exclude_self, symmetric, reduction)
