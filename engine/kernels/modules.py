@@ -242,7 +242,7 @@ class KeyQueue(nn.Module):
 
     def keys(self) -> Tensor:
         """A copy, [size, width], so that a later `push` does not change what a backward pass needs."""
-        return as_read(self.stored).clone()
+        return as_read("KeyQueue", self.stored, self.training).clone()
 
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:
@@ -329,7 +329,7 @@ class MILowerBound(nn.Module):
         }  # fmt: skip
         if self.bound != "mine":
             return mi_lower_bound(scores_or_q, k, **settings)
-        average = as_read(self.log_ema)
+        average = as_read("MINE's moving average", self.log_ema, self.training)
         value, log_ema = mi_lower_bound(scores_or_q, k, log_ema=average, ema_rate=self.ema_rate, **settings)
         if self.training:
             update_buffer("MINE's moving average", self.log_ema, log_ema)

@@ -260,7 +260,8 @@ class MIEstimator(nn.Module):
             return self._degenerate("non-finite scores", "finite scores", x, y)
         log_ema = None
         if self.bound == "mine" and self.keeps_average:
-            log_ema = update_log_ema(as_read(self.log_ema), scores, self.ema_rate)
+            average = as_read("MINE's moving average", self.log_ema, self.training)
+            log_ema = update_log_ema(average, scores, self.ema_rate)
         value, surrogate = self.read_scores(scores, log_baseline, log_ema)
         if not finite(value):
             size = scores.detach().abs().max().item()
@@ -285,7 +286,8 @@ class MIEstimator(nn.Module):
             if self.bound == "club":
                 value = club(q, y)
             elif self.bound == "club_sample":
-                value = club_sample(q, y, other_rows(len(y), as_read(self.draw)))
+                draw = as_read("the pairs of club_sample", self.draw, self.training)
+                value = club_sample(q, y, other_rows(len(y), draw))
             elif self.bound == "l1out":
                 value = leave_one_out_bound(q, y)
             else:

@@ -240,7 +240,8 @@ class MIGroup(Group):
         settings = {"bound": e.bound, "alpha": e.alpha, "smile_tau": e.smile_tau}
         log_ema = None
         if e.bound == "mine":
-            value, log_ema = mi_lower_bound(q, k, log_ema=as_read(self.log_ema), ema_rate=e.ema_rate, **settings)
+            average = as_read("MINE's moving average", self.log_ema, self.training)
+            value, log_ema = mi_lower_bound(q, k, log_ema=average, ema_rate=e.ema_rate, **settings)
         else:
             value = mi_lower_bound(q, k, **settings)
         # A non-finite score makes every bound non-finite, unless its formula clips scores. So check embeddings, too.

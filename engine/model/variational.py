@@ -219,7 +219,9 @@ class GaussianNet(nn.Module):
     def forward(self, x: Tensor) -> Gaussian:
         mean, raw = (run_mlp(tower, x, self.activation) for tower in (self.mean, self.log_var))
         log_var = LOG_VARIANCE_LIMIT * torch.tanh(raw / LOG_VARIANCE_LIMIT)
-        return Gaussian(mean, log_var, as_read(self.y_mean), as_read(self.y_variance).sqrt())
+        buffers = self.y_mean, self.y_variance
+        centre, variance = (as_read("the moving mean of y", buffer, learns(self)) for buffer in buffers)
+        return Gaussian(mean, log_var, centre, variance.sqrt())
 
     @torch.no_grad()
     def observe(self, y: Tensor) -> None:

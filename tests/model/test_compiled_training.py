@@ -1,4 +1,4 @@
-"""Modules that read a buffer and update it in one forward pass, compiled in training mode: gradients stay right."""
+"""Modules that read a buffer and update it in one forward pass: compiled, gradients stay right; run again, refused."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from engine import MIEstimator
+from engine.errors import ConfigError
 from engine.kernels import KeyQueue, MILowerBound, infonce
 from engine.model.neighbour_club import NeighbourCLUB
 from engine.model.stratified import StratifiedCLUB
@@ -81,6 +83,29 @@ def test_three_compiled_steps_are_those_of_eager_mode(name: str):
             found.append([value, *torch.autograd.grad(value, leaves, allow_unused=True), *module.buffers()])
         for expected, actual in zip(*found, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_a_pass_that_checkpoint_runs_again_is_refused(name: str, reentrant: bool):
+    """It read what the first one had updated, and gave gradients of other numbers."""
+    module, (x, y) = CASES[name](), torch.randn(2, ROWS, 4)
+    value = checkpoint(module, x.requires_grad_(), y.requires_grad_(), use_reentrant=reentrant)
+    with pytest.raises(ConfigError, match="outside of checkpoint"):
+        value.backward()
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n != "queue"])
+def test_checkpoint_of_a_module_in_eval_mode(name: str):
+    module, (x, y) = CASES[name](), torch.randn(2, ROWS, 4)
+    module(x, y)
+    x, y = x.requires_grad_(), y.requires_grad_()
+    leaves = [x, y, *module.eval().parameters()]
+    found = [
+        torch.autograd.grad(value, leaves, allow_unused=True)
+        for value in (module(x, y), checkpoint(module, x, y, use_reentrant=False))
+    ]
+    torch.testing.assert_close(*found)
 
 
 def test_the_operation_keeps_what_torch_asks_of_one():

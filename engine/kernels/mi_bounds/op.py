@@ -376,7 +376,7 @@ def _square(where: str, scores: Tensor) -> Tensor:
     """Scores [G, B, B] in full precision; [B, B] is one group."""
     scores = full_precision(scores)
     square = scores if scores.dim() == 3 else scores[None]
-    if square.dim() != 3 or square.shape[1] != square.shape[2]:
+    if square.dim() != 3 or square.shape[1] != square.shape[2] or len(square) == 0:
         raise EstimatorError(where, f"scores {list(scores.shape)}", "[B, B] or [G, B, B]", "Score all pairs.")
     return square
 
