@@ -432,6 +432,18 @@ class TestOneEstimator:
         objective.estimators["a_b"].requires_grad_(True)
         assert all(p.requires_grad for p in objective.parameters())
 
+    def test_freezing_and_freeing_while_all_are_off(self):
+        """A loop turns all of them off for stage 2; what is frozen or freed there stays so when they are on again."""
+        objective = build()
+        freed = objective.freeze("I(a;c)")
+        objective.requires_grad_(False)
+        frozen, own = objective.freeze("I(a;b)"), objective.split("I(c;b|s)")
+        freed.requires_grad_(True)
+        objective.requires_grad_(True)
+        assert not any(p.requires_grad for p in frozen.parameters())
+        assert all(p.requires_grad for module in (freed, own) for p in module.parameters())
+        assert all(p.requires_grad for group in objective.estimators.groups for p in group.parameters())
+
     def test_a_group_left_by_all_is_gone(self):
         objective = build("two")
         modules = [objective.split(name) for name in ("I(a;b)", "I(a;c)")]

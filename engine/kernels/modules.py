@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine.errors import EstimatorError
 from engine.kernels.arguments import check_count, check_number, exact_type
+from engine.kernels.compiling import as_read
 from engine.kernels.contrastive.op import check_reduction, siglip
 from engine.kernels.gradients import transformed, update_buffer
 from engine.kernels.mi_bounds.embeddings import check_temperature
@@ -241,7 +242,7 @@ class KeyQueue(nn.Module):
 
     def keys(self) -> Tensor:
         """A copy, [size, width], so that a later `push` does not change what a backward pass needs."""
-        return self.stored.clone()
+        return as_read("KeyQueue", self.stored, self.training).clone()
 
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:
@@ -328,7 +329,8 @@ class MILowerBound(nn.Module):
         }  # fmt: skip
         if self.bound != "mine":
             return mi_lower_bound(scores_or_q, k, **settings)
-        value, log_ema = mi_lower_bound(scores_or_q, k, log_ema=self.log_ema, ema_rate=self.ema_rate, **settings)
+        average = as_read("MINE's moving average", self.log_ema, self.training)
+        value, log_ema = mi_lower_bound(scores_or_q, k, log_ema=average, ema_rate=self.ema_rate, **settings)
         if self.training:
             update_buffer("MINE's moving average", self.log_ema, log_ema)
         return value

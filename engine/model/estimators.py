@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from engine.errors import EstimatorError
 from engine.kernels.arguments import exact_type
 from engine.kernels.cmi import READINGS
+from engine.kernels.compiling import as_read
 from engine.kernels.critics import concat_infonce, concat_scores
 from engine.kernels.gradients import transformed, update_buffer
 from engine.kernels.mi_bounds import BOUNDS, bound_value, update_log_ema
@@ -259,7 +260,8 @@ class MIEstimator(nn.Module):
             return self._degenerate("non-finite scores", "finite scores", x, y)
         log_ema = None
         if self.bound == "mine" and self.keeps_average:
-            log_ema = update_log_ema(self.log_ema, scores, self.ema_rate)
+            average = as_read("MINE's moving average", self.log_ema, self.training)
+            log_ema = update_log_ema(average, scores, self.ema_rate)
         value, surrogate = self.read_scores(scores, log_baseline, log_ema)
         if not finite(value):
             size = scores.detach().abs().max().item()
@@ -284,7 +286,8 @@ class MIEstimator(nn.Module):
             if self.bound == "club":
                 value = club(q, y)
             elif self.bound == "club_sample":
-                value = club_sample(q, y, other_rows(len(y), self.draw))
+                draw = as_read("the pairs of club_sample", self.draw, self.training)
+                value = club_sample(q, y, other_rows(len(y), draw))
             elif self.bound == "l1out":
                 value = leave_one_out_bound(q, y)
             else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels.cmi.op import classifier_logits, cmi
+from engine.kernels.compiling import as_read
 from engine.kernels.critics.op import entries, grouped_mlp, infonce_of_towers
 from engine.kernels.gradients import update_buffer
 from engine.kernels.knn_product.op import ProductRows
@@ -239,7 +240,8 @@ class MIGroup(Group):
         settings = {"bound": e.bound, "alpha": e.alpha, "smile_tau": e.smile_tau}
         log_ema = None
         if e.bound == "mine":
-            value, log_ema = mi_lower_bound(q, k, log_ema=self.log_ema, ema_rate=e.ema_rate, **settings)
+            average = as_read("MINE's moving average", self.log_ema, self.training)
+            value, log_ema = mi_lower_bound(q, k, log_ema=average, ema_rate=e.ema_rate, **settings)
         else:
             value = mi_lower_bound(q, k, **settings)
         # A non-finite score makes every bound non-finite, unless its formula clips scores. So check embeddings, too.

@@ -244,12 +244,19 @@ class TermEstimators(nn.Module):
         self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], strict: bool,
         missing_keys: list[str], *rest: Any,
     ) -> None:  # fmt: skip
-        saved = local_metadata.get("stacks")
-        if saved is not None and saved != self._stacks():
+        saved = local_metadata.get("stacks") or {}
+        if saved != self._stacks():
             for stack, members in saved.items():
                 whole = state_dict.pop(f"{prefix}{stack}", ())
                 for (estimator, part), single in zip(members, whole, strict=False):
                     state_dict.setdefault(f"{prefix}{estimator}.{part}", single)  # one that left its group has its own
+        # those that left their group here, but not in the state
+        left = [key for key in self._alone if not any(name.startswith(f"{prefix}{key}.") for name in state_dict)]
+        own = {f"{key}.{name}": t.shape for key in left for name, t in self._modules[key].state_dict().items()}
+        for stack, members in saved.items():
+            for (estimator, part), single in zip(members, state_dict.get(f"{prefix}{stack}", ()), strict=False):
+                if own.get(f"{estimator}.{part}") == single.shape:
+                    state_dict[f"{prefix}{estimator}.{part}"] = single
         for n, group in enumerate(self.groups):
             missing_keys += group.restack(state_dict, prefix, f"{prefix}groups.{n}.", absent=self._alone)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import EstimatorError
+from engine.kernels.compiling import as_read
 from engine.kernels.gradients import update_buffer
 from engine.kernels.mi_bounds.reference import full_precision
 from engine.model.mlps import Initialise, build_mlp, run_mlp
@@ -218,7 +219,9 @@ class GaussianNet(nn.Module):
     def forward(self, x: Tensor) -> Gaussian:
         mean, raw = (run_mlp(tower, x, self.activation) for tower in (self.mean, self.log_var))
         log_var = LOG_VARIANCE_LIMIT * torch.tanh(raw / LOG_VARIANCE_LIMIT)
-        return Gaussian(mean, log_var, self.y_mean, self.y_variance.sqrt())
+        buffers = self.y_mean, self.y_variance
+        centre, variance = (as_read("the moving mean of y", buffer, learns(self)) for buffer in buffers)
+        return Gaussian(mean, log_var, centre, variance.sqrt())
 
     @torch.no_grad()
     def observe(self, y: Tensor) -> None:

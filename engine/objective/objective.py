@@ -251,7 +251,8 @@ class Objective(nn.Module):
             self._off = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         frozen, self._off = self._off or set(), None if requires_grad else self._off
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(requires_grad and name not in frozen)
+            # one that learns was freed since, by `requires_grad_` of its own module
+            parameter.requires_grad_(requires_grad and (name not in frozen or parameter.requires_grad))
         return self
 
     def freeze(self, term: Term | str) -> nn.Module:
@@ -260,7 +261,10 @@ class Objective(nn.Module):
         The estimator is `split` off and its parameters require no gradients. MINE's moving average still follows the
         scores. Call `requires_grad_(True)` on the returned module to train it again.
         """
-        return self.split(term).requires_grad_(False)
+        own = self.split(term).requires_grad_(False)
+        if self._off is not None:
+            self._off |= {f"estimators.{self.estimators.key(term)}.{name}" for name, _ in own.named_parameters()}
+        return own
 
     def estimator_state(self, grads: bool = False) -> dict[str, Tensor | None]:
         """All parameters and buffers, detached, under the names that they have in single estimators.

@@ -114,6 +114,9 @@ class WeightAverage:
         self.hold: Tensor | None = None  # on the device: 1 where the present step is left out, else 0
         self._made: Tensor | None = None  # on the device: updates that were made, where it may leave out some
         self.values = {k: v.detach().clone() for k, v in module.state_dict().items() if v.is_floating_point()}
+        parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        # entries of these may be infinite: a mask of -inf, or MINE's moving average before its first batch
+        self._unbounded = {k for k, v in self.values.items() if k not in parameters or not _all_finite(v)}
 
     def next_rate(self) -> float:
         """Weight of the present in the next update. Each call counts as one update."""
@@ -148,13 +151,20 @@ class WeightAverage:
     def update(self, rate: float | Tensor, moved: frozenset[str] = frozenset()) -> None:
         """Move the average towards the module's present weights by `rate`, a number or a 0-d tensor.
 
+        An entry whose present or average is infinite has no mean: it becomes the present one.
+
         Args:
             moved: names of averages that have already moved.
         """
-        names = [name for name in self.values if name not in moved]
+        state = self.module.state_dict()
+        for name in self._unbounded - moved:
+            value, now = local(self.values[name]), local(state[name].detach())
+            change = now - value
+            mean = value + rate * change if isinstance(rate, Tensor) else torch.lerp(value, now, rate)
+            value.copy_(torch.where(change.isfinite(), mean, now))
+        names = [name for name in self.values if name not in moved and name not in self._unbounded]
         if not names:
             return
-        state = self.module.state_dict()
         values, present = [local(self.values[k]) for k in names], [local(state[k].detach()) for k in names]
         if not isinstance(rate, Tensor):
             torch._foreach_lerp_(values, present, rate)
@@ -192,6 +202,10 @@ class WeightAverage:
             self._made.fill_(self.updates)
         for name, value in state["values"].items():
             self.values[name].copy_(value)
+
+
+def _all_finite(value: Tensor) -> bool:
+    return value.is_meta or bool(local(value).isfinite().all())
 
 
 @torch.no_grad()

@@ -70,6 +70,8 @@ def run_epoch(
     if collects and position.enter("collect"):
         with part("collect"):
             bank = position.bank = passes.collect(loader, size, done, position)
+        if not bank.rows:
+            raise no_batch()
     *of_stage1, of_stage2 = _draw(step, loader, size, bank, batch_size, stage1_n, fresh, position)
     seen = passes.stage1_bank(size, position) if of_stage1 and fresh else bank
     # elsewhere the values of all passes are read at once, so that a GPU does not wait between two of them

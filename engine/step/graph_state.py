@@ -75,6 +75,9 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
             "Use such an optimiser, or graphs off.",
         )  # fmt: skip
     if device.type != "cuda":
+        if not all(group.get("fused") for group in optimizer.param_groups):
+            found = f"the optimiser {kind} on {device.type}, which there counts its steps on the host"
+            raise ConfigError("graphs", found, "one with fused=True", "Use Adam(..., fused=True), or graphs off.")
         return
     for group in optimizer.param_groups:
         if "capturable" in group:

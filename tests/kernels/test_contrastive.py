@@ -77,6 +77,18 @@ def test_16_bits_and_autocast(name, dtype):
         assert [g.dtype for g in grads] == [x.dtype for x in inputs.values()]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"decoupled": True}])
+def test_a_queue_under_the_autocast_of_the_other_16_bits(dtype, options):
+    """torch.cat refuses to join such tensors there."""
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    q, k, queue = (draw((5, 4), seed).to(dtype) for seed in range(3))
+    with torch.autocast("cpu", dtype=other):
+        found = infonce(q, k, negatives=queue, **options), siglip(q, k, negatives=queue)
+    assert torch.equal(found[0], infonce(q, k, negatives=queue, **options))
+    assert torch.equal(found[1], siglip(q, k, negatives=queue))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("name", NAMES)
 def test_extreme_scores_are_finite(name, backend):
@@ -278,6 +290,23 @@ def test_refused_in_one_line(options, match):
     with pytest.raises(EstimatorError, match=match) as caught:
         infonce(draw((6, 4), 0), **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_scores_of_minus_infinity_are_not_taken_for_a_row_without_negatives(backend, reduction, gradient):
+    """Embeddings that have become infinite: the row's loss was 0, or it was left out, and training went on."""
+    q, k, queue = draw((4, 3), 0), draw((4, 3), 1).abs(), -draw((2, 3), 2).abs()
+    q[0] = math.inf  # its positive scores inf, and all negatives -inf
+    q.requires_grad_(gradient)
+    with use_backend(backend):
+        for options in ({}, {"decoupled": True}):
+            found = infonce(q, k, negatives=queue, in_batch=False, reduction=reduction, **options)
+            if reduction == "none":
+                assert found.isfinite().tolist() == [False, True, True, True]
+            else:
+                assert not found.isfinite()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

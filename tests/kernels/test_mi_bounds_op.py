@@ -431,3 +431,9 @@ def test_another_default_device_changes_nothing():
     expected = infonce(q, k)
     with torch.device("meta"):
         assert torch.equal(infonce(q, k), expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4), (0, 0)])
+def test_no_scores_are_refused(shape: tuple[int, ...]):
+    with pytest.raises(EstimatorError, match=r"scores \[0, 4, 4\]|a batch of 0"):
+        mi_lower_bound(torch.zeros(shape))

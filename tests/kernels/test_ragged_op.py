@@ -125,6 +125,34 @@ def test_no_rows():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [None, 0, 3])
+def test_sequences_that_are_all_empty(dtype, d):
+    """Values of no numbers were taken for none, and integers of 8 bytes were written into a batch of 4-byte floats."""
+    values, offsets = ragged([0] * 5, d, dtype)
+    for _ in range(20):
+        found = pad(values, offsets, torch.arange(5), 6, fill=-2)
+        expected = reference.pad(values, offsets, torch.arange(5), 6, -2, -1)
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize(
+    "offsets, found",
+    [
+        ([0, 3, 5], "from 0 to 5 of 4 values"),
+        ([0, 3, 2], "from 0 to 2 of 4 values"),
+        ([-1, 3, 4], "from -1 to 4 of 4 values"),
+        ([0, 9, 4], "from 0 to 4 of 4 values"),
+    ],
+)
+def test_offsets_that_leave_the_values_are_refused(offsets, found):
+    values, rows = torch.randn(4, 2), torch.arange(2)
+    with pytest.raises(ValueError, match=found):
+        pad(values, torch.tensor(offsets), rows, 3)
+    with pytest.raises(ValueError, match=found):
+        next(pad_batches([Source(values, torch.tensor(offsets))], rows, [2], [[3]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
     values, offsets = ragged([3, 1, 4], None if dtype == torch.int32 else 3, dtype)
     rows = torch.tensor([2, 0])

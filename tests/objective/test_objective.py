@@ -531,6 +531,29 @@ class TestStateOfOtherTerms:
             other.load_state_dict(one.state_dict(), strict=False)
             assert self.values(other) == pytest.approx(self.values(one), abs=1e-6)
 
+    @pytest.mark.parametrize("strict", [True, False])
+    @pytest.mark.parametrize("terms", [("Y", "S"), ("S", "Y")])
+    def test_an_estimator_that_left_its_group_takes_its_entry_of_a_stack(self, terms, strict):
+        """Splitting before loading left it as it was made: an error, and none with strict=False."""
+        one, other = self.objective("Y", "S"), self.objective(*terms)
+        other.freeze("I(Z;Y)")
+        with torch.no_grad():
+            for parameter in one.parameters():
+                parameter.mul_(1.5)
+        found = other.load_state_dict(one.state_dict(), strict=strict)
+        assert not found.missing_keys and not found.unexpected_keys
+        assert self.values(other) == pytest.approx(self.values(one), abs=1e-6)
+
+    def test_an_estimator_of_another_kind_takes_no_entry_of_a_stack(self):
+        """The stack still holds what the replaced one left."""
+        one, other = self.objective("Y", "S"), self.objective("Y", "S")
+        one.replace("I(Z;Y)", MIEstimator(WIDTHS["Z"], WIDTHS["Y"], critic="concat"))
+        other.split("I(Z;Y)")
+        before = self.values(other)["I(Z;Y)"]
+        found = other.load_state_dict(one.state_dict(), strict=False)
+        assert {name.split(".")[1] for name in found.missing_keys} == {"Z_Y"}
+        assert self.values(other)["I(Z;Y)"] == before
+
 
 class TestFrozenConditionals:
     def test_a_frozen_club_stays_what_it_is(self):

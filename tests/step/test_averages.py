@@ -24,6 +24,33 @@ def test_sums_are_read_when_they_are_asked_for():
     assert average.sums() == {"a": (5.75, 5)} and len(read) == 2
 
 
+class Masked(nn.Module):
+    """A causal mask as a buffer and as a frozen parameter, and a moving average that has not begun."""
+
+    def __init__(self):
+        super().__init__()
+        mask = torch.full((3, 3), -torch.inf).triu(1)
+        self.layer, self.frozen = nn.Linear(2, 2), nn.Parameter(mask.clone(), requires_grad=False)
+        self.register_buffer("mask", mask)
+        self.register_buffer("log_ema", torch.tensor(-torch.inf))
+        self.register_buffer("mean", torch.tensor([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_entries_that_are_infinite_stay_what_they_are(kind):
+    model = Masked()
+    average = WeightAverage(model, 0.5)
+    average.update(kind(0.25))
+    for value in (3.0, 5.0):
+        model.log_ema.fill_(value)
+        model.mean.fill_(9.0)
+        average.update(kind(0.25))
+    values = average.values
+    assert torch.equal(values["mask"], model.mask) and torch.equal(values["frozen"], model.frozen)
+    assert values["log_ema"] == 3.5  # begun at 3, then a quarter of the way to 5
+    torch.testing.assert_close(values["mean"], torch.tensor([4.5, 5.0625]))
+
+
 def averaged_kinds():
     def tied(model):
         model[2].weight = model[1].weight

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine.config import ObjectiveConfig
-from engine.errors import ConfigError, NonFiniteError
+from engine.errors import ConfigError, DataError, NonFiniteError
 from engine.kernels import registry
 from engine.loaders.feed import CopyFeed
 from engine.mimrl.published import published_estimator
@@ -619,6 +619,20 @@ def test_an_optimizer_that_reads_its_rate_on_the_host_is_refused():
     step = make("emulate", optimizer=lambda p: torch.optim.SGD(p, 0.1))
     with pytest.raises(ConfigError, match=r"optimiser SGD.*fused=True"):
         run(step, 1)
+
+
+def test_an_optimizer_that_counts_its_steps_on_the_host_is_refused():
+    step = make("emulate", optimizer=lambda p: torch.optim.Adam(p, 0.1))
+    with pytest.raises(ConfigError, match=r"optimiser Adam on cpu.*fused=True"):
+        run(step, 1)
+
+
+@pytest.mark.parametrize("features", ["cached", "fresh", "bank"])
+def test_a_later_epoch_without_a_batch_is_refused(features: str):
+    step, used = make("off"), iter(())
+    _, bank = step.train_epoch(batches(n=N), N, None, batch_size=BATCH)
+    with pytest.raises(DataError, match="no batch"):
+        step.train_epoch(used, N, bank, batch_size=BATCH, stage1_features=features)
 
 
 def test_auto_means_a_gpu():

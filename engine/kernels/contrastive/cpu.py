@@ -83,7 +83,7 @@ def statistics(
         bias: 0-d, for the sigmoid loss: then the first row is the sum of softplus(-(S + bias)) over the positives and
             of softplus(S + bias) over the negatives, and the others are undefined.
         hardness: as in `losses.Options`.
-        with_total: whether the sum over the negatives is wanted. Their number is counted for that and for hardness.
+        with_total: whether the sum over the negatives is wanted.
         pairs: the fields of `pairs.Pairs`.
     """
     groups, rows, _ = q.shape
@@ -153,6 +153,7 @@ def fused(
             softmax = _Softmax(scores, block, hardness, smoothing > 0, state)
             if joint is not None:
                 state[POSITIVES], state[POSITIVE_COUNT] = joint[:, part], 1
+                state[SPREAD] = joint[:, part] - joint[:, part]  # 0, or NaN where it is not finite
             rows = Statistics(*state)
             found[:, part], other[:, part] = losses(rows, options)
             grads = row_gradients(rows, options)
@@ -190,8 +191,7 @@ class _Softmax:
         found[POSITIVES], found[POSITIVE_COUNT] = lse, block.count
         mean = block.sums(values) / block.count.clamp(min=1)
         found[SPREAD] = torch.where(block.count > 0, lse - mean, 0.0)
-        if hardness or with_total:
-            found[NEGATIVE_COUNT] = block.negative_count(scores.shape[2])
+        found[NEGATIVE_COUNT] = block.negative_count(scores.shape[2])
         if with_total:
             block.keep_negatives_(scores, 0.0, 0.0)
             found[TOTAL] = scores.sum(2)

@@ -36,7 +36,7 @@ class Statistics(NamedTuple):
         negatives: LSE of (1 + hardness) S over N; -inf without any.
         weights: LSE of hardness * S over N; unused without hardness.
         total: Sum of S over N; unused without smoothing.
-        positive_count, negative_count: How many; that of N unused without hardness and smoothing.
+        positive_count, negative_count: How many.
     """
 
     positives: Tensor
@@ -62,7 +62,7 @@ def losses(statistics: Statistics, options: Options) -> tuple[Tensor, Tensor]:
     """
     has = statistics.positive_count > 0
     if options.decoupled:
-        has = has & (statistics.negatives != -math.inf)  # NaN is a value, and stays in sight
+        has = has & (statistics.negative_count > 0)
     # what stands in for a missing row keeps gradients free of NaN
     positives = torch.where(has, statistics.positives, 0.0)
     spread = torch.where(has, statistics.spread, 0.0)

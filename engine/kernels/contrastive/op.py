@@ -236,7 +236,8 @@ def row_losses(keys: Keys, pairs: Pairs, own_mask: Tensor | None, options: Optio
         found = with_more_negatives(found, scale * autograd.scores_of_own(q, own_negatives), own_mask, options)
     if own_positive is not None:
         joint = _joint(keys)
-        found = found._replace(positives=joint, spread=torch.zeros_like(joint), positive_count=torch.ones_like(joint))
+        spread = (joint - joint).detach()  # 0, or NaN where it is not finite
+        found = found._replace(positives=joint, spread=spread, positive_count=torch.ones_like(joint))
     return losses(found, options)
 
 
@@ -334,7 +335,8 @@ def _keys(
     elif negatives is not None:
         shared = grouped(negatives.to(dtype))
     if in_batch:
-        shared = k if shared is None else torch.cat([k, shared], 1)
+        with torch.autocast(q.device.type, enabled=False):  # whose cat refuses the other type of 16 bits
+            shared = k if shared is None else torch.cat([k, shared], 1)
     return Keys(q, shared, None if in_batch else k, own_negatives, scale)
 
 

@@ -157,7 +157,8 @@ def infonce(
     if negatives is not None:
         if negatives.dim() != k.dim() or negatives.shape[:-2] != k.shape[:-2] or negatives.shape[-1] != k.shape[-1]:
             raise wrong_shapes("infonce", negatives, k, "negatives with the width and groups of k")
-        k = torch.cat([k, negatives], dim=-2)
+        with torch.autocast(k.device.type, enabled=False):  # whose cat refuses the other type of 16 bits
+            k = torch.cat([k, negatives], dim=-2)
     q, k, scale = prepared("infonce", q, k, temperature)
     _check_options(q, k, negatives is not None, positives, exclude_self, symmetric)
     return _infonce(q, k, scale, positives, exclude_self, symmetric, reduction)
@@ -375,7 +376,7 @@ def _square(where: str, scores: Tensor) -> Tensor:
     """Scores [G, B, B] in full precision; [B, B] is one group."""
     scores = full_precision(scores)
     square = scores if scores.dim() == 3 else scores[None]
-    if square.dim() != 3 or square.shape[1] != square.shape[2]:
+    if square.dim() != 3 or square.shape[1] != square.shape[2] or len(square) == 0:
         raise EstimatorError(where, f"scores {list(scores.shape)}", "[B, B] or [G, B, B]", "Score all pairs.")
     return square
 

@@ -34,7 +34,7 @@ def pad(values: Tensor, offsets: Tensor, rows: Tensor, width: int, fill: int, cl
     """As `reference.pad`.
 
     Raises:
-        ValueError: rows out of range.
+        ValueError: rows out of range, or offsets that fall or leave the values.
     """
     batches = Batches([(values, offsets, fill, closing, width, None)], rows, [len(rows)], [[width]])
     lengths = rows.new_empty(len(rows))
@@ -51,7 +51,7 @@ class Batches:
         widths: for each batch, the widths of its tensors, one per source.
 
     Raises:
-        ValueError: rows out of range.
+        ValueError: rows out of range, or offsets that fall or leave the values.
     """
 
     def __init__(
@@ -74,8 +74,11 @@ class Batches:
         frames = []  # shape of a frame, and dtype of the result
         for at, (values, offsets, fill, closing, longest, scale) in enumerate(sources):
             kind, d, frame, dtype = 0, 1, (), torch.int64
+            _check_offsets(offsets, None if values is None else len(values))
             if values is not None:
                 values, kind, frame = values.contiguous(), KINDS[values.dtype], tuple(values.shape[1:])
+                if values.numel() == 0:
+                    values = values.new_zeros(1)  # of no numbers there is no address, which would mean no values
                 d, dtype = math.prod(frame), torch.int64 if values.dtype == torch.int32 else torch.float32
             shift, factor, clip = scale or (None, None, 0.0)
             parts = [values, offsets.contiguous(), shift, factor]
@@ -103,6 +106,20 @@ class Batches:
             None if lengths is None else lengths.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return batch
+
+
+def _check_offsets(offsets: Tensor, total: int | None) -> None:
+    """Refuse offsets by which the kernel would read or write other memory.
+
+    Args:
+        total: how many values there are; None: the kernel reads none.
+    """
+    if len(offsets) < 2:
+        return
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first < 0 or (total is not None and last > total) or bool((offsets.diff() < 0).any()):
+        of = "" if total is None else f" of {total} values"
+        raise ValueError(f"offsets from {first} to {last}{of}: they must rise from 0 or stay, and not leave the values")
 
 
 class _Source(ctypes.Structure):

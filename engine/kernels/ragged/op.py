@@ -37,7 +37,7 @@ def pad(
         The batch [B, width, d] or [B, width], float32 (int64 for int32 values); and lengths int64 [B], at most `width`.
 
     Raises:
-        ValueError: Wrong shapes or dtypes; on a CPU also rows out of range.
+        ValueError: Wrong shapes or dtypes; on a CPU also rows out of range, or offsets that fall or leave the values.
 
     Example:
         >>> values, offsets = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 3])
@@ -106,7 +106,7 @@ def pad_batches(
         The batch's tensors, one per source.
 
     Raises:
-        ValueError: on a CPU, rows out of range.
+        ValueError: on a CPU, rows out of range, or offsets that fall or leave the values.
     """
     values = next(s.values for s in sources if s.values is not None)
     if registry.backend_for(values, "ragged_pad") == "cpu" and cpu.library() is not None:

@@ -1,0 +1,113 @@
+"""Modules that read a buffer and update it in one forward pass: compiled, gradients stay right; run again, refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from engine import MIEstimator
+from engine.errors import ConfigError
+from engine.kernels import KeyQueue, MILowerBound, infonce
+from engine.model.neighbour_club import NeighbourCLUB
+from engine.model.stratified import StratifiedCLUB
+
+ROWS = 12
+
+
+class Mine(nn.Module):
+    """MINE of embeddings that a layer gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.bound = nn.Linear(4, 4), MILowerBound("mine")
+
+    def forward(self, x, y):
+        return self.bound(self.layer(y), x)
+
+
+class Queue(nn.Module):
+    """MoCo: the queue is read, and then takes the keys of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.queue = nn.Linear(4, 4), KeyQueue(16, 4)
+
+    def forward(self, x, y):
+        loss = infonce(self.layer(y), x, negatives=self.queue.keys(), in_batch=False)
+        self.queue.push(x.detach())
+        return loss
+
+
+class Of(nn.Module):
+    """One number that holds value and loss of an estimator."""
+
+    def __init__(self, estimator: nn.Module):
+        super().__init__()
+        self.estimator = estimator
+
+    def forward(self, x, y):
+        conditional = not isinstance(self.estimator, MIEstimator)
+        more = (torch.arange(ROWS)[:, None].remainder(2).float(),) if conditional else ()
+        estimate = self.estimator(x, y, *more)
+        return estimate.surrogate + estimate.loss.sin()
+
+
+CASES = {
+    **{b: lambda b=b: Of(MIEstimator(4, 4, bound=b, hidden=8)) for b in ("club", "club_sample", "l1out", "ba", "mine")},
+    "mine, concat": lambda: Of(MIEstimator(4, 4, bound="mine", critic="concat", hidden=8)),
+    "strata": lambda: Of(StratifiedCLUB(4, 4, 2, hidden=8)),
+    "neighbours": lambda: Of(NeighbourCLUB(4, 4, 1, hidden=8)),
+    "bound": Mine,
+    "queue": Queue,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_three_compiled_steps_are_those_of_eager_mode(name: str):
+    torch.manual_seed(0)
+    eager = CASES[name]()
+    other = copy.deepcopy(eager)
+    torch._dynamo.reset()
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        x = torch.randn(ROWS, 4)
+        y = x + torch.randn(ROWS, 4) + 2  # far from what the buffers begin with
+        found = []
+        for module, run in ((eager, eager), (other, compiled)):
+            leaves = [x.clone().requires_grad_(), y.clone().requires_grad_(), *module.parameters()]
+            value = run(*leaves[:2])
+            found.append([value, *torch.autograd.grad(value, leaves, allow_unused=True), *module.buffers()])
+        for expected, actual in zip(*found, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_a_pass_that_checkpoint_runs_again_is_refused(name: str, reentrant: bool):
+    """It read what the first one had updated, and gave gradients of other numbers."""
+    module, (x, y) = CASES[name](), torch.randn(2, ROWS, 4)
+    value = checkpoint(module, x.requires_grad_(), y.requires_grad_(), use_reentrant=reentrant)
+    with pytest.raises(ConfigError, match="outside of checkpoint"):
+        value.backward()
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n != "queue"])
+def test_checkpoint_of_a_module_in_eval_mode(name: str):
+    module, (x, y) = CASES[name](), torch.randn(2, ROWS, 4)
+    module(x, y)
+    x, y = x.requires_grad_(), y.requires_grad_()
+    leaves = [x, y, *module.eval().parameters()]
+    found = [
+        torch.autograd.grad(value, leaves, allow_unused=True)
+        for value in (module(x, y), checkpoint(module, x, y, use_reentrant=False))
+    ]
+    torch.testing.assert_close(*found)
+
+
+def test_the_operation_keeps_what_torch_asks_of_one():
+    for buffer in (torch.randn(3), torch.tensor(4)):
+        torch.library.opcheck(torch.ops.engine.as_read.default, (buffer,))
