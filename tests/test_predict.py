@@ -125,10 +125,15 @@ def test_results_replace_only_results(trained, samples, tmp_path, other):
     target = {"data": data, "labels": labels}.get(other, run / other)
     said = kept(target, "predict", "--run", run, "--data", data, "--out", target)
     assert ("a file of a run" if target.parent == run else "a new name, or predictions to replace") in said
-    if other != "predictions_test.csv":
+    if other != "predictions_test.csv":  # a report of the run itself may lie among its files
         assert "a new name, or a page to replace" in kept(target, "report", "--run", run, "--out", target)
     settings = ("import-command", "python Main.py --dataset mosi_Dec", "--out", target)
-    assert "a new name, or settings to replace" in kept(target, *settings)
+    for own in ("config.yaml", "report.html"):
+        words = settings[:2] if own == "config.yaml" else ("report", "--run", trained[0])
+        (run / "report.html").write_text("<!doctype html>")
+        assert "a file of a run" in kept(run / own, *words, "--out", run / own)
+    if target.parent != run:
+        assert "a new name, or settings to replace" in kept(target, *settings)
     for words in (("predict", "--run", run, "--data", data), ("report", "--run", run), settings[:2]):
         for _ in range(2):  # the second time a result of the first is replaced
             assert main([str(w) for w in (*words, "--out", tmp_path / words[0])]) == 0

@@ -281,6 +281,17 @@ def hub_reachable() -> bool:
     return True
 
 
+def _is_cached(name: str) -> bool:
+    """Whether the hub's cache has a model of this name."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:  # a path
+        return False
+
+
 def _from_transformers(name: str) -> tuple[Any, str | None]:
     from transformers import AutoTokenizer
 
@@ -300,7 +311,7 @@ def _from_transformers(name: str) -> tuple[Any, str | None]:
                 "one with tokenizer.json, or one that transformers has itself",
                 "Choose another text encoder: engine never runs code that comes with a model.",
             ) from None  # fmt: skip
-        if not user_path(name).is_dir() and not hub_reachable():
+        if not user_path(name).is_dir() and not _is_cached(name) and not hub_reachable():
             raise DataError(
                 f"text_encoder={name}", "no such folder, and nothing of this name on this machine or to download",
                 "minilm, a folder that holds the model, or a cached or downloadable Hugging Face name",

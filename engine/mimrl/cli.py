@@ -8,6 +8,7 @@ from engine.cli.command import Command, given_path
 from engine.cli.folders import check_out
 from engine.cli.printing import print_notes, say
 from engine.files import require_made_here
+from engine.run_folder import require_no_run_file
 
 
 def _import(a: argparse.Namespace) -> None:
@@ -34,6 +35,7 @@ def _import_command(a: argparse.Namespace) -> None:
     from engine.mimrl.commands import import_command
 
     if a.out is not None:
+        require_no_run_file(a.out)
         require_made_here(a.out, b"preset:", "settings")
     config, notes = import_command(a.text)
     print_notes(notes)

@@ -13,6 +13,7 @@ from engine.report.environment import environment as environment
 from engine.report.folder import Run as Run
 from engine.report.folder import read_run
 from engine.report.page import render
+from engine.run_folder import require_no_run_file
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
@@ -33,6 +34,8 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     content = read_run(run)
     path = content.folder / "report.html" if out is None else user_path(out)
     if out is not None:
+        if not path.parent.is_dir() or not path.parent.samefile(content.folder):
+            require_no_run_file(path)
         require_made_here(path, b"<!doctype html", "a page")
     write_text(path, render(content))
     return path

@@ -147,9 +147,16 @@ def test_texts_are_encoded_in_portions(tmp_path, monkeypatch):
         tokenizer.encode(["a" * 10, "a" * 11])
 
 
-def test_a_name_without_a_connection(monkeypatch):
+def test_a_name_without_a_connection(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--me--cached" / "snapshots" / ("a" * 40)
+    for path, content in ((snapshot / "config.json", "{}"), (snapshot.parents[1] / "refs/main", "a" * 40)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    with pytest.raises(DataError, match="me/cached: found no tokeniser"):  # but there is something of this name
+        load_tokenizer("me/cached")
     with pytest.raises(DataError, match=r"nothing of this name on this machine.*Use text_encoder=minilm"):
         load_tokenizer("nobody/no-such-model")
