@@ -22,7 +22,6 @@ from engine.loaders import DataWarning, cache, open_dataset, safe_pickle
 from engine.loaders import store as store_module
 from engine.loaders.content import SplitData
 from engine.loaders.convert import convert
-from engine.loaders.inspect import inspect_path
 from engine.loaders.ragged import Ragged
 from engine.loaders.store import is_store, open_store, verify_store, write_store
 from tests.loaders import writers
@@ -433,27 +432,3 @@ def test_a_description_of_another_form(tmp_path, meta):
     with pytest.raises(DataError) as error:
         open_store(tmp_path / "x.safetensors")
     assert "\n" not in str(error.value)
-
-
-def test_a_store_in_the_folder_of_its_files(tmp_path, source, tokenizer):
-    folder = source.parent
-    convert(folder, folder, tokenizer)
-    os.utime(source, (1, 1))  # a copy of a folder has other times
-    (folder / "notes.csv").write_text("a,b\n")
-    assert open_dataset(folder, CONFIG, tokenizer).splits["train"].label[0] > -3
-    content = pickle.loads(source.read_bytes())
-    content["train"]["regression_labels"][0] = -3
-    writers.dump(content, source)
-    stale = r"store\.safetensors and files that it was not made from, or that have changed since"
-    with pytest.raises(DataError, match=stale):
-        open_dataset(folder, CONFIG, tokenizer)
-    with pytest.raises(DataError, match=stale):
-        convert(folder, tmp_path / "other.safetensors", tokenizer)
-    assert "have changed since" in inspect_path(folder).problems[0]
-    assert open_dataset(folder / "store.safetensors", CONFIG, tokenizer).splits["train"].label[0] > -3
-    convert(folder, folder, tokenizer)  # as the error says
-    assert open_dataset(folder, CONFIG, tokenizer).splits["train"].label[0] == -3
-    source.unlink()
-    assert inspect_path(folder).problems == []
-    with pytest.raises(DataError, match="source and destination the same"):
-        convert(folder, folder, tokenizer)
