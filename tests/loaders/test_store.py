@@ -19,6 +19,7 @@ import engine
 from engine.config import DataConfig
 from engine.errors import DataError
 from engine.loaders import DataWarning, cache, open_dataset, safe_pickle
+from engine.loaders import convert as convert_module
 from engine.loaders import store as store_module
 from engine.loaders.content import SplitData
 from engine.loaders.convert import convert
@@ -110,6 +111,18 @@ def test_changed_source_or_rule_is_read_again(source, tokenizer):
     assert len(list(source.parent.glob("*.safetensors"))) == 1  # replaced, not added
     open_dataset(source, DataConfig(length_rule="sum_zero"), tokenizer)
     assert len(list(source.parent.glob("*.safetensors"))) == 2
+
+
+def test_source_is_read_again_when_readers_have_changed(tmp_path, source, tokenizer, monkeypatch):
+    named = convert(source, tmp_path / "named", tokenizer)
+    open_dataset(source, CONFIG, tokenizer)
+    (made,) = source.parent.glob("*.safetensors")
+    before = open_store(made).meta["fingerprint"]
+    monkeypatch.setattr(convert_module, "READERS", convert_module.READERS + 1)
+    open_dataset(source, CONFIG, tokenizer)
+    assert list(source.parent.glob("*.safetensors")) == [made]  # replaced, not added
+    assert open_store(made).meta["fingerprint"] != before
+    assert len(open_dataset(named, CONFIG, tokenizer).splits["train"]) == 7  # a store that was asked for stays
 
 
 def test_changed_csv_is_read_again(tmp_path, tokenizer):
