@@ -12,7 +12,7 @@ from typing import Any, Literal
 from engine.errors import DataError, OutputError
 from engine.files import cache_home
 from engine.loaders.content import StoreData
-from engine.loaders.convert import csv_beside, fingerprint, open_current, read_source
+from engine.loaders.convert import fingerprint, open_current, read_source
 from engine.loaders.formats import Choice, DataFiles, find_source
 from engine.loaders.ragged import LengthRule
 from engine.loaders.store import VERSION, is_store, open_store, write_store
@@ -43,7 +43,7 @@ def load_content(
         return open_current(path)
     rule = "recorded" if rule == "auto" else rule
     source = find_source(path, choice)
-    mark = fingerprint(source, csv_beside(source))
+    mark = fingerprint(source)
     features = tokenizer is None and "text" in source.choice.modalities
     settings = {"length_rule": rule, "features": features, "expected": expected, **_chosen(source.choice)}
     known = places = cache_places(source, settings)

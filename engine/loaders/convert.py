@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +19,11 @@ from engine.loaders.problems import level_padding, level_widths, nan_words, prob
 from engine.loaders.progress import with_progress
 from engine.loaders.ragged import LengthRule
 from engine.loaders.spool import spooled
-from engine.loaders.store import CHUNK, FILE, KEY, VERSION, is_store, no_room, open_store, store_path, write_store
+from engine.loaders.store import CHUNK, KEY, VERSION, is_store, no_room, open_store, store_path, write_store
 from engine.loaders.text import PRECOMPUTED, Tokenizer, load_tokenizer
 from engine.vocabulary import LengthRule as LengthRuleSetting
 
+READERS = 1  # raise it when readers make something else of the same files: stores of first use are then made anew
 HEAD_BYTES = 1 << 20
 LARGEST_HEADER = 1 << 27
 
@@ -64,15 +66,14 @@ def convert(
     if source is None:
         data = _opened(src, target, length_rule)
     else:
-        beside = csv_beside(source)
         rule = "recorded" if length_rule == "auto" else length_rule
         try:
             sweep(target)
             room = next(p for p in target.absolute().parents if p.is_dir())
-            data = read_source(source, rule, tokenizer, expected, fingerprint(source, beside), room)
+            data = read_source(source, rule, tokenizer, expected, fingerprint(source), room)
         except OutputError as problem:
             raise no_room(problem) from problem
-        data.meta["sha256"] = source_sums(source, beside)
+        data.meta["sha256"] = source_sums(source)
     if needs_text:
         require_text(data, tokenizer, str(src), text_encoder)
     return write_store(target, tokenised(data, tokenizer) if tokenizer else data, dtype)
@@ -110,27 +111,31 @@ def _files_under(src: str | Path, target: Path, choice: Choice | None) -> DataFi
 
 
 def open_current(path: str | Path) -> StoreData:
-    """Open a store. A folder that holds files beside the store must hold those that it was made from.
+    """Open a store. If its folder is named, the source files that are still there must be those it was made from.
+
+    Only files with a later time than the store's are read for this.
 
     Raises:
-        DataError: it is no store, or the files have changed since.
+        DataError: it is no store, or one of the files has changed since.
     """
     data = open_store(path)
-    folder = user_path(path)
+    folder, file = user_path(path), store_path(path)
     if not folder.is_dir():
         return data
-    try:
-        source = formats.find_source(folder)
-    except DataError:  # no data beside the store
-        return data
-    beside = csv_beside(source)
-    if fingerprint(source, beside) != data.meta["fingerprint"]:  # a copy has other times
-        made_from = data.meta.get("sha256") or {}
-        now = source_sums(source, beside)
-        if not made_from or any(now.get(name) != value for name, value in made_from.items()):
+    for name, made_from in data.meta.get("sha256", {}).items():
+        try:
+            source = folder / name
+            later = source.is_file() and source.stat().st_mtime_ns > file.stat().st_mtime_ns
+            changed = later and _sha256(source) != made_from
+        except (OSError, ValueError):  # a file that cannot be read is as good as absent
+            continue
+        if changed:
+            named = shlex.quote(str(folder))
             raise DataError(
-                str(folder), f"{FILE} and files that it was not made from, or that have changed since", "one data set",
-                f"Name the file that is meant, or convert again: engine convert {folder} {folder}",
+                str(folder), f"{name}, which has changed since {file.name} was made from it",
+                "the files that it was made from",
+                f"Convert again, with the same options (engine convert {named} {named} ...), or name the store itself "
+                "to read it as it is.",
             )  # fmt: skip
     return data
 
@@ -246,21 +251,18 @@ def _counts(split: RawSplit) -> dict[str, Any]:
     }
 
 
-def csv_beside(source: DataFiles) -> list[Path]:
-    """The CSV files beside a source. They may hold its labels and texts."""
-    return formats.csv_files(next(iter(source.files.values())).parent)
+def fingerprint(source: DataFiles) -> str:
+    """A mark that changes whenever a source file changes, or what the readers make of it.
 
-
-def fingerprint(source: DataFiles, beside: list[Path]) -> str:
-    """A mark that changes whenever a source file changes.
-
-    It is the sha256 of names, sizes, times and the first MiB of the source's files and of `beside`. The source may have
-    one further part per sample; only names, sizes and times of these count.
+    It is the sha256 of `READERS`, and of names, sizes, times and the first MiB of the source's files and of the CSV
+    files beside them, which may hold labels and texts. The source may have one further part per sample; only names,
+    sizes and times of these count.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{READERS} ".encode())
     for part in source.parts:
         state = part.stat()
         digest.update(f"{part} {state.st_size} {state.st_mtime_ns} ".encode())
+    beside = formats.csv_files(next(iter(source.files.values())).parent)
     for file in [*source.files.values(), *beside]:
         state = file.stat()
         digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns} ".encode())
@@ -269,18 +271,22 @@ def fingerprint(source: DataFiles, beside: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def source_sums(source: DataFiles, beside: list[Path]) -> dict[str, str]:
+def source_sums(source: DataFiles) -> dict[str, str]:
     """sha256 of every file that data was read from, by its path below the source's folder.
 
     Publishers of data sets name them too.
     """
-    files = list(dict.fromkeys([*source.files.values(), *source.parts, *beside]))
+    files = list(dict.fromkeys([*source.files.values(), *source.parts]))
     folder, sums = files[0].parent, {}
     for path in with_progress(files, "computing checksums", "files"):
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while piece := file.read(CHUNK):
-                digest.update(piece)
         name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
-        sums[name] = digest.hexdigest()
+        sums[name] = _sha256(path)
     return sums
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()

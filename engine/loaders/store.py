@@ -311,6 +311,7 @@ def _described(meta: dict[str, Any]) -> bool:
         all(isinstance(meta.get(key), str) for key in ("format", "source", "fingerprint", "length_rule"))
         and isinstance(meta.get("notes"), list)
         and isinstance(meta.get("checksums"), dict)
+        and isinstance(meta.get("sha256", {}), dict)
         and isinstance(meta.get("tokenizer", 0), (dict, type(None)))
         and is_named(meta.get("columns", {}))
         and isinstance(counts, dict)

@@ -19,10 +19,10 @@ import engine
 from engine.config import DataConfig
 from engine.errors import DataError
 from engine.loaders import DataWarning, cache, open_dataset, safe_pickle
+from engine.loaders import convert as convert_module
 from engine.loaders import store as store_module
 from engine.loaders.content import SplitData
 from engine.loaders.convert import convert
-from engine.loaders.inspect import inspect_path
 from engine.loaders.ragged import Ragged
 from engine.loaders.store import is_store, open_store, verify_store, write_store
 from tests.loaders import writers
@@ -111,6 +111,18 @@ def test_changed_source_or_rule_is_read_again(source, tokenizer):
     assert len(list(source.parent.glob("*.safetensors"))) == 1  # replaced, not added
     open_dataset(source, DataConfig(length_rule="sum_zero"), tokenizer)
     assert len(list(source.parent.glob("*.safetensors"))) == 2
+
+
+def test_source_is_read_again_when_readers_have_changed(tmp_path, source, tokenizer, monkeypatch):
+    named = convert(source, tmp_path / "named", tokenizer)
+    open_dataset(source, CONFIG, tokenizer)
+    (made,) = source.parent.glob("*.safetensors")
+    before = open_store(made).meta["fingerprint"]
+    monkeypatch.setattr(convert_module, "READERS", convert_module.READERS + 1)
+    open_dataset(source, CONFIG, tokenizer)
+    assert list(source.parent.glob("*.safetensors")) == [made]  # replaced, not added
+    assert open_store(made).meta["fingerprint"] != before
+    assert len(open_dataset(named, CONFIG, tokenizer).splits["train"]) == 7  # a store that was asked for stays
 
 
 def test_changed_csv_is_read_again(tmp_path, tokenizer):
@@ -433,27 +445,3 @@ def test_a_description_of_another_form(tmp_path, meta):
     with pytest.raises(DataError) as error:
         open_store(tmp_path / "x.safetensors")
     assert "\n" not in str(error.value)
-
-
-def test_a_store_in_the_folder_of_its_files(tmp_path, source, tokenizer):
-    folder = source.parent
-    convert(folder, folder, tokenizer)
-    os.utime(source, (1, 1))  # a copy of a folder has other times
-    (folder / "notes.csv").write_text("a,b\n")
-    assert open_dataset(folder, CONFIG, tokenizer).splits["train"].label[0] > -3
-    content = pickle.loads(source.read_bytes())
-    content["train"]["regression_labels"][0] = -3
-    writers.dump(content, source)
-    stale = r"store\.safetensors and files that it was not made from, or that have changed since"
-    with pytest.raises(DataError, match=stale):
-        open_dataset(folder, CONFIG, tokenizer)
-    with pytest.raises(DataError, match=stale):
-        convert(folder, tmp_path / "other.safetensors", tokenizer)
-    assert "have changed since" in inspect_path(folder).problems[0]
-    assert open_dataset(folder / "store.safetensors", CONFIG, tokenizer).splits["train"].label[0] > -3
-    convert(folder, folder, tokenizer)  # as the error says
-    assert open_dataset(folder, CONFIG, tokenizer).splits["train"].label[0] == -3
-    source.unlink()
-    assert inspect_path(folder).problems == []
-    with pytest.raises(DataError, match="source and destination the same"):
-        convert(folder, folder, tokenizer)

@@ -208,6 +208,7 @@ def _splits(source: DataFiles, notes: list[str]) -> dict[str, str]:
     for table in csv_files(folder):
         columns = csv_header(table)
         if {"video_id", "mode"} <= set(columns):
+            source.parts.append(table)
             read = read_table(table, "columns video_id and mode", ("video_id", "mode"), "replace")
             rows = [(row["video_id"].strip(), row["mode"].strip()) for _, row in read.rows]
             return _one_split_each(str(table), ((v, SPLIT_ALIASES[mode]) for v, mode in rows if mode in SPLIT_ALIASES))

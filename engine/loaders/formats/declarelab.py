@@ -238,6 +238,7 @@ def _read_csv(path: Path) -> list[_Row]:
 def _join(source: DataFiles, samples: dict[str, list[_Sample]], notes: list[str]) -> dict[str, list[str]]:
     """The transcript of every sample: by id if the CSV allows it, else by position. Labels must agree."""
     path = find_csv(source)
+    source.parts.append(path)
     rows = _read_csv(path)
     every = [(s, x) for s in samples for x in samples[s]]
     joined = _matched(every, rows, path, notes)

@@ -84,7 +84,7 @@ class DataFiles:
         path: as named.
         files: the file under "", the files by split name, or .csd files by their stems.
         choice: what to take if there is more than one of a kind.
-        parts: further files of the data. A change of these is noticed too.
+        parts: further files of the data. A change of these is noticed too. Readers add those that they find themselves.
         notes: remarks for the user on what is skipped.
     """
 
