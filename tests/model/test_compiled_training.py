@@ -95,6 +95,37 @@ def test_a_pass_that_checkpoint_runs_again_is_refused(name: str, reentrant: bool
         value.backward()
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["club", "bound", "queue"])
+def test_checkpoint_of_a_compiled_module_is_refused(name: str, reentrant: bool):
+    torch._dynamo.reset()
+    module, (x, y) = torch.compile(CASES[name](), backend="aot_eager"), torch.randn(2, ROWS, 4)
+    value = checkpoint(module, x.requires_grad_(), y.requires_grad_(), use_reentrant=reentrant)
+    with pytest.raises(ConfigError, match="while a backward pass runs"):
+        value.backward()
+
+
+@pytest.mark.parametrize("name", ["club", "bound", "queue"])
+def test_a_compiled_checkpoint_is_refused(name: str):
+    torch._dynamo.reset()
+    module, (x, y) = CASES[name](), torch.randn(2, ROWS, 4)
+
+    @torch.compile(backend="aot_eager")
+    def again(x, y):
+        return checkpoint(module, x, y, use_reentrant=False)
+
+    value = again(x.requires_grad_(), y.requires_grad_())
+    with pytest.raises(ConfigError, match="while a backward pass runs"):
+        value.backward()
+
+
+def test_a_pass_in_a_hook_is_refused():
+    module, (x, y) = Mine(), torch.randn(2, ROWS, 4)
+    x.requires_grad_().register_hook(lambda _: module(x.detach(), y))
+    with pytest.raises(ConfigError, match="outside of checkpoint and of hooks"):
+        x.sum().backward()
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if n != "queue"])
 def test_checkpoint_of_a_module_in_eval_mode(name: str):
     module, (x, y) = CASES[name](), torch.randn(2, ROWS, 4)
@@ -110,4 +141,4 @@ def test_checkpoint_of_a_module_in_eval_mode(name: str):
 
 def test_the_operation_keeps_what_torch_asks_of_one():
     for buffer in (torch.randn(3), torch.tensor(4)):
-        torch.library.opcheck(torch.ops.engine.as_read.default, (buffer,))
+        torch.library.opcheck(torch.ops.engine.as_read.default, (buffer, "buffer", "Wait.", True))
