@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from engine.config import ObjectiveConfig
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 from engine.kernels import InfoNCE, MILowerBound, concat_infonce, grouped_infonce, registry
 from engine.kernels.knn_product.op import ProductRows
 from engine.mimrl.published import published_estimator
@@ -241,6 +242,30 @@ def test_a_batch_that_is_left_out_does_not_reach_mines_average(ranks):
         for case, (before, after) in averages.items():
             assert before.isfinite().all() and (before != 0).all(), case
             assert torch.equal(before, after) if case.endswith("skip") else after.isnan().all(), case
+
+
+def again_on_a_rank(rank, size):
+    """What a backward pass says that runs the forward pass again, of a single MINE and of a group of two."""
+    features = {name: torch.randn(4, 3).requires_grad_() for name in "abc"}
+    said = []
+    for pairs, critic in (("b", "separate"), ("b", "concat"), ("bc", "separate")):
+        objective = Objective(
+            [MI("a", other, bound="mine", critic=critic) for other in pairs],
+            dims=dict.fromkeys("abc", 3),
+            gather="ring",
+        )
+        loss = checkpoint(lambda: objective(features, {}, stage="model").loss, use_reentrant=False)  # noqa: B023
+        try:
+            loss.backward()
+            said.append("nothing")
+        except ConfigError as problem:
+            said.append(str(problem))
+    return said
+
+
+def test_mine_over_ranks_is_not_run_again_within_a_backward_pass(ranks):
+    for said in ranks(2).run(again_on_a_rank):
+        assert len(said) == 3 and all("while a backward pass runs" in line for line in said), said
 
 
 # -- single estimators and functions ---------------------------------------------------------------
