@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from engine import MIEstimator
 from engine.errors import ConfigError
 from engine.kernels import KeyQueue, MILowerBound, infonce
+from engine.model.custom_critics import LikelihoodCritic
 from engine.model.neighbour_club import NeighbourCLUB
 from engine.model.stratified import StratifiedCLUB
 
@@ -63,6 +64,7 @@ CASES = {
     "neighbours": lambda: Of(NeighbourCLUB(4, 4, 1, hidden=8)),
     "bound": Mine,
     "queue": Queue,
+    "likelihood critic": lambda: Of(MIEstimator(4, 4, critic=LikelihoodCritic(4, 4, hidden=8))),
 }
 
 
