@@ -451,6 +451,29 @@ def test_fsdp2_of_an_objective_trains_like_one_process(ranks):
         torch.testing.assert_close(result, {n: p.detach() for n, p in objective.named_parameters()})
 
 
+def loaded_on_a_rank(rank, size):
+    from torch.distributed.fsdp import fully_shard
+
+    objectives = [fully_shard(build("mine", "off")) for _ in range(2)]
+    with torch.no_grad():
+        for parameter in objectives[0].parameters():
+            parameter.add_(1)
+    state = objectives[0].state_dict()
+    objectives[1].load_state_dict(state)
+    loaded = objectives[1].state_dict()
+    return [any(n.startswith("estimators.groups") for n in state), state.keys() == loaded.keys()] + [
+        torch.equal(getattr(loaded[n], "full_tensor", lambda n=n: loaded[n])(), t.full_tensor())
+        for n, t in state.items()
+        if hasattr(t, "full_tensor")
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_the_state_of_a_sharded_objective_is_loaded(ranks):
+    for same in ranks(2).run(loaded_on_a_rank):
+        assert len(same) > 6 and all(same), same
+
+
 # -- one process -----------------------------------------------------------------------------------
 
 
