@@ -93,7 +93,7 @@ def test_a_pass_that_checkpoint_runs_again_is_refused(name: str, reentrant: bool
     """It read what the first one had updated, and gave gradients of other numbers."""
     module, (x, y) = CASES[name](), torch.randn(2, ROWS, 4)
     value = checkpoint(module, x.requires_grad_(), y.requires_grad_(), use_reentrant=reentrant)
-    with pytest.raises(ConfigError, match="outside of checkpoint"):
+    with pytest.raises(ConfigError, match="outside of checkpoint and of hooks"):
         value.backward()
 
 
@@ -139,6 +139,34 @@ def test_checkpoint_of_a_module_in_eval_mode(name: str):
         for value in (module(x, y), checkpoint(module, x, y, use_reentrant=False))
     ]
     torch.testing.assert_close(*found)
+
+
+def test_keys_that_are_read_outside_of_checkpoint():
+    """As the error says."""
+    module, (x, y) = Queue(), torch.randn(2, ROWS, 4)
+    with pytest.raises(ConfigError, match=r"Read keys\(\) outside of checkpoint"):
+        checkpoint(module, x, y.requires_grad_(), use_reentrant=False).backward()
+
+    def loss(y, keys):
+        return infonce(module.layer(y), x, negatives=keys, in_batch=False)
+
+    keys = module.queue.keys()
+    values = loss(y, keys), checkpoint(loss, y, keys, use_reentrant=False)
+    module.queue.push(x)
+    torch.testing.assert_close(*(torch.autograd.grad(v, [y, *module.layer.parameters()]) for v in values))
+
+
+def test_a_compiled_queue_copies_its_keys_once():
+    nodes = []
+
+    def counted(graph, _):
+        nodes.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    queue = KeyQueue(16, 4)
+    torch.testing.assert_close(torch.compile(queue.keys, backend=counted, fullgraph=True)(), queue.stored)
+    assert sum("as_read" in node for node in nodes) == 1 and not any("clone" in node for node in nodes), nodes
 
 
 def test_the_operation_keeps_what_torch_asks_of_one():
