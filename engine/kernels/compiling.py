@@ -21,12 +21,30 @@ def constant_when_compiled(function: Function) -> Function:
     return function
 
 
-LIB.define("as_read(Tensor buffer) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-LIB.impl("as_read", torch.clone, "CompositeExplicitAutograd")
-torch.library.register_fake("engine::as_read", torch.empty_like, lib=LIB)
+def _refuse_again(where: str, advice: str, changes: bool) -> None:
+    if changes and torch._C._current_graph_task_id() != -1:
+        raise ConfigError(
+            where, "a forward pass while a backward pass runs, as in torch.utils.checkpoint or in a hook",
+            "a forward pass outside of one: run again, it would read what the first has updated", advice,
+        )  # fmt: skip
 
 
-def as_read(where: str, buffer: Tensor, changes: bool = True) -> Tensor:
+def _copied(buffer: Tensor, where: str, advice: str, changes: bool) -> Tensor:
+    _refuse_again(where, advice, changes)  # here, too, since only the running graph knows whether it is run again
+    return buffer.clone()
+
+
+LIB.define("as_read(Tensor buffer, str where, str advice, bool changes) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIB.impl("as_read", _copied, "CompositeExplicitAutograd")
+torch.library.register_fake("engine::as_read", lambda buffer, *_: torch.empty_like(buffer), lib=LIB)
+
+
+def as_read(
+    where: str,
+    buffer: Tensor,
+    changes: bool = True,
+    advice: str = "Call this module outside of checkpoint and of hooks, or in eval mode.",
+) -> Tensor:
     """A buffer for a forward pass that also updates it.
 
     A compiled backward pass computes some values again, from the buffer itself. By then it holds other numbers, and the
@@ -36,16 +54,12 @@ def as_read(where: str, buffer: Tensor, changes: bool = True) -> Tensor:
     Args:
         where: what the buffer is, for the error.
         changes: whether this pass updates it.
+        advice: what to do, for the error.
 
     Raises:
-        ConfigError: the forward pass is run again within a backward pass, which would read the updated buffer.
+        ConfigError: a backward pass is running. A forward pass that is run again would read the updated buffer.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.engine.as_read(buffer)
-    if changes and torch._C._current_graph_task_id() != -1:
-        raise ConfigError(
-            where, "a forward pass within a backward pass, as torch.utils.checkpoint runs it again",
-            "one forward pass: the second would read what the first has updated",
-            "Call this module outside of checkpoint, or in eval mode.",
-        )  # fmt: skip
+        return torch.ops.engine.as_read(buffer, where, advice, changes)
+    _refuse_again(where, advice, changes)
     return buffer

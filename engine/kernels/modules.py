@@ -241,8 +241,14 @@ class KeyQueue(nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
     def keys(self) -> Tensor:
-        """A copy, [size, width], so that a later `push` does not change what a backward pass needs."""
-        return as_read("KeyQueue", self.stored, self.training).clone()
+        """A copy, [size, width], so that a later `push` does not change what a backward pass needs.
+
+        Raises:
+            ConfigError: In training mode while a backward pass runs: keys may have been pushed since the forward pass.
+        """
+        advice = "Read keys() outside of checkpoint and of hooks, and pass them in."
+        stored = as_read("KeyQueue", self.stored, self.training, advice)
+        return stored if torch.compiler.is_compiling() else stored.clone()  # in a graph it is a copy already
 
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:

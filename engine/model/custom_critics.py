@@ -96,7 +96,8 @@ class LikelihoodCritic(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         q = self.q(x)
-        if learns(self.q):
-            self.q.observe(y)
         with torch.autocast(x.device.type, enabled=False):
-            return q.pairs(q.targets(y)).to(full_precision(x).dtype)
+            scores = q.pairs(q.targets(y)).to(full_precision(x).dtype)
+        if learns(self.q):
+            self.q.observe(y)  # last, since q may read these buffers themselves
+        return scores

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels.cmi import READINGS
+from engine.kernels.compiling import as_read
 from engine.kernels.critics.op import entries, grouped_mlp
 from engine.kernels.gradients import update_buffer
 from engine.kernels.knn_product.op import ProductRows
@@ -94,8 +95,10 @@ def mi_estimate(estimator: MIEstimator, x: Tensor, y: Tensor, ranks: Ranks) -> E
         layers = mlp_layers(e.critic.f, e.critic.activation)
     if e.group_key is None or (e.critic.kind == "concat" and layers is None):
         return joined(e, (x, y), ranks)
-    average = e.log_ema if e.bound == "mine" and e.keeps_average else None
+    average = None
     with checked(ranks, x, y):
+        if e.bound == "mine" and e.keeps_average:
+            average = as_read("MINE's moving average", e.log_ema, e.training)
         e._check_shapes(x, y)
         x, y = own_type(where, e, x, y)
         baseline = e.baseline(y) if e.bound in ("tuba", "interpolate") else None
@@ -114,7 +117,7 @@ def mi_estimate(estimator: MIEstimator, x: Tensor, y: Tensor, ranks: Ranks) -> E
     if not all_finite(ranks, *seen):
         return e._degenerate("non-finite scores on a rank", "finite scores", x, y)
     if average is not None and e.training:
-        update_buffer("MINE's moving average", average, new_average, e.on_degenerate == "skip")
+        update_buffer("MINE's moving average", e.log_ema, new_average, e.on_degenerate == "skip")
     value = or_zero(value, e.on_degenerate)
     return Estimate(value.detach(), value, -value)
 
@@ -135,19 +138,22 @@ def mi_group_estimates(group: MIGroup, features: Mapping[str, Tensor], ranks: Ra
     """`MIGroup.forward` of the joined batch."""
     e, inputs = group.example, [features[source] for source in group.sources]
     widths = [layer.weight.shape[2] for layer in group.first]
+    average = None
+    with checked(ranks, inputs[0]):
+        if e.bound == "mine":
+            average = as_read("MINE's moving average", group.log_ema, group.training)
     fits = all(x.dim() == 2 and x.shape == (len(inputs[0]), w) for x, w in zip(inputs, widths, strict=True))
     if not true_on_all(ranks, fits and len(inputs[0]) > 0, inputs[0].device):
         return group(gather_features({name: features[name] for name in group.sources}, ranks))
     first, rest = ([(layer.weight, layer.bias) for layer in layers] for layers in (group.first, group.rest))
     embedded = grouped_mlp(inputs, first, rest)
-    average = group.log_ema if e.bound == "mine" else None
     value, new_average = _bound(
         e, entries(embedded, group.rows), entries(embedded, group.columns), None, average, ranks
     )
     if not all_finite(ranks, value, embedded):
         return group(gather_features({name: features[name] for name in group.sources}, ranks))
     if average is not None and group.training:
-        update_buffer("MINE's moving average", average, new_average, e.on_degenerate == "skip")
+        update_buffer("MINE's moving average", group.log_ema, new_average, e.on_degenerate == "skip")
     return Estimates(group.names, or_zero(value, e.on_degenerate))
 
 

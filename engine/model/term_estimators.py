@@ -253,7 +253,7 @@ class TermEstimators(nn.Module):
         # those that left their group here, but not in the state
         left = [key for key in self._alone if not any(name.startswith(f"{prefix}{key}.") for name in state_dict)]
         own = {f"{key}.{name}": t.shape for key in left for name, t in self._modules[key].state_dict().items()}
-        for stack, members in saved.items():
+        for stack, members in saved.items() if own else ():  # a stack that FSDP shards cannot be taken apart
             for (estimator, part), single in zip(members, state_dict.get(f"{prefix}{stack}", ()), strict=False):
                 if own.get(f"{estimator}.{part}") == single.shape:
                     state_dict[f"{prefix}{estimator}.{part}"] = single

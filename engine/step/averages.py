@@ -151,17 +151,18 @@ class WeightAverage:
     def update(self, rate: float | Tensor, moved: frozenset[str] = frozenset()) -> None:
         """Move the average towards the module's present weights by `rate`, a number or a 0-d tensor.
 
-        An entry whose present or average is infinite has no mean: it becomes the present one.
+        An entry whose present or average is infinite has no mean: it becomes the present one, unless the rate is 0.
 
         Args:
             moved: names of averages that have already moved.
         """
         state = self.module.state_dict()
-        for name in self._unbounded - moved:
-            value, now = local(self.values[name]), local(state[name].detach())
-            change = now - value
-            mean = value + rate * change if isinstance(rate, Tensor) else torch.lerp(value, now, rate)
-            value.copy_(torch.where(change.isfinite(), mean, now))
+        alike: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+        for name, value in self.values.items():
+            if name in self._unbounded and name not in moved:
+                alike.setdefault((value.device, value.dtype), []).append(name)
+        for names in alike.values():
+            _move([local(self.values[k]) for k in names], [local(state[k].detach()) for k in names], rate)
         names = [name for name in self.values if name not in moved and name not in self._unbounded]
         if not names:
             return
@@ -202,6 +203,18 @@ class WeightAverage:
             self._made.fill_(self.updates)
         for name, value in state["values"].items():
             self.values[name].copy_(value)
+
+
+def _move(values: Sequence[Tensor], present: Sequence[Tensor], rate: float | Tensor) -> None:
+    """Move values of one type towards the present, of which some may be infinite. Joined, for few launches."""
+    value, now = (torch.cat([t.flatten() for t in tensors]) for tensors in (values, present))
+    change = now - value
+    if isinstance(rate, Tensor):
+        mean, without_mean = value + rate * change, torch.where(rate > 0, now, value)
+    else:
+        mean, without_mean = torch.lerp(value, now, rate), now if rate > 0 else value
+    parts = torch.where(change.isfinite(), mean, without_mean).split([t.numel() for t in values])
+    torch._foreach_copy_(list(values), [part.view(t.shape) for part, t in zip(parts, values, strict=True)])
 
 
 def _all_finite(value: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from engine import MIEstimator
 from engine.errors import ConfigError
 from engine.kernels import KeyQueue, MILowerBound, infonce
+from engine.model.custom_critics import LikelihoodCritic
 from engine.model.neighbour_club import NeighbourCLUB
 from engine.model.stratified import StratifiedCLUB
 
@@ -63,6 +64,7 @@ CASES = {
     "neighbours": lambda: Of(NeighbourCLUB(4, 4, 1, hidden=8)),
     "bound": Mine,
     "queue": Queue,
+    "likelihood critic": lambda: Of(MIEstimator(4, 4, critic=LikelihoodCritic(4, 4, hidden=8))),
 }
 
 
@@ -91,8 +93,39 @@ def test_a_pass_that_checkpoint_runs_again_is_refused(name: str, reentrant: bool
     """It read what the first one had updated, and gave gradients of other numbers."""
     module, (x, y) = CASES[name](), torch.randn(2, ROWS, 4)
     value = checkpoint(module, x.requires_grad_(), y.requires_grad_(), use_reentrant=reentrant)
-    with pytest.raises(ConfigError, match="outside of checkpoint"):
+    with pytest.raises(ConfigError, match="outside of checkpoint and of hooks"):
         value.backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["club", "bound", "queue"])
+def test_checkpoint_of_a_compiled_module_is_refused(name: str, reentrant: bool):
+    torch._dynamo.reset()
+    module, (x, y) = torch.compile(CASES[name](), backend="aot_eager"), torch.randn(2, ROWS, 4)
+    value = checkpoint(module, x.requires_grad_(), y.requires_grad_(), use_reentrant=reentrant)
+    with pytest.raises(ConfigError, match="while a backward pass runs"):
+        value.backward()
+
+
+@pytest.mark.parametrize("name", ["club", "bound", "queue"])
+def test_a_compiled_checkpoint_is_refused(name: str):
+    torch._dynamo.reset()
+    module, (x, y) = CASES[name](), torch.randn(2, ROWS, 4)
+
+    @torch.compile(backend="aot_eager")
+    def again(x, y):
+        return checkpoint(module, x, y, use_reentrant=False)
+
+    value = again(x.requires_grad_(), y.requires_grad_())
+    with pytest.raises(ConfigError, match="while a backward pass runs"):
+        value.backward()
+
+
+def test_a_pass_in_a_hook_is_refused():
+    module, (x, y) = Mine(), torch.randn(2, ROWS, 4)
+    x.requires_grad_().register_hook(lambda _: module(x.detach(), y))
+    with pytest.raises(ConfigError, match="outside of checkpoint and of hooks"):
+        x.sum().backward()
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "queue"])
@@ -108,6 +141,34 @@ def test_checkpoint_of_a_module_in_eval_mode(name: str):
     torch.testing.assert_close(*found)
 
 
+def test_keys_that_are_read_outside_of_checkpoint():
+    """As the error says."""
+    module, (x, y) = Queue(), torch.randn(2, ROWS, 4)
+    with pytest.raises(ConfigError, match=r"Read keys\(\) outside of checkpoint"):
+        checkpoint(module, x, y.requires_grad_(), use_reentrant=False).backward()
+
+    def loss(y, keys):
+        return infonce(module.layer(y), x, negatives=keys, in_batch=False)
+
+    keys = module.queue.keys()
+    values = loss(y, keys), checkpoint(loss, y, keys, use_reentrant=False)
+    module.queue.push(x)
+    torch.testing.assert_close(*(torch.autograd.grad(v, [y, *module.layer.parameters()]) for v in values))
+
+
+def test_a_compiled_queue_copies_its_keys_once():
+    nodes = []
+
+    def counted(graph, _):
+        nodes.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    queue = KeyQueue(16, 4)
+    torch.testing.assert_close(torch.compile(queue.keys, backend=counted, fullgraph=True)(), queue.stored)
+    assert sum("as_read" in node for node in nodes) == 1 and not any("clone" in node for node in nodes), nodes
+
+
 def test_the_operation_keeps_what_torch_asks_of_one():
     for buffer in (torch.randn(3), torch.tensor(4)):
-        torch.library.opcheck(torch.ops.engine.as_read.default, (buffer,))
+        torch.library.opcheck(torch.ops.engine.as_read.default, (buffer, "buffer", "Wait.", True))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from engine.config import ObjectiveConfig
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 from engine.kernels import InfoNCE, MILowerBound, concat_infonce, grouped_infonce, registry
 from engine.kernels.knn_product.op import ProductRows
 from engine.mimrl.published import published_estimator
@@ -243,6 +244,30 @@ def test_a_batch_that_is_left_out_does_not_reach_mines_average(ranks):
             assert torch.equal(before, after) if case.endswith("skip") else after.isnan().all(), case
 
 
+def again_on_a_rank(rank, size):
+    """What a backward pass says that runs the forward pass again, of a single MINE and of a group of two."""
+    features = {name: torch.randn(4, 3).requires_grad_() for name in "abc"}
+    said = []
+    for pairs, critic in (("b", "separate"), ("b", "concat"), ("bc", "separate")):
+        objective = Objective(
+            [MI("a", other, bound="mine", critic=critic) for other in pairs],
+            dims=dict.fromkeys("abc", 3),
+            gather="ring",
+        )
+        loss = checkpoint(lambda: objective(features, {}, stage="model").loss, use_reentrant=False)  # noqa: B023
+        try:
+            loss.backward()
+            said.append("nothing")
+        except ConfigError as problem:
+            said.append(str(problem))
+    return said
+
+
+def test_mine_over_ranks_is_not_run_again_within_a_backward_pass(ranks):
+    for said in ranks(2).run(again_on_a_rank):
+        assert len(said) == 3 and all("while a backward pass runs" in line for line in said), said
+
+
 # -- single estimators and functions ---------------------------------------------------------------
 
 
@@ -424,6 +449,29 @@ def test_fsdp2_of_an_objective_trains_like_one_process(ranks):
         optimizer.step()
     for result in results:
         torch.testing.assert_close(result, {n: p.detach() for n, p in objective.named_parameters()})
+
+
+def loaded_on_a_rank(rank, size):
+    from torch.distributed.fsdp import fully_shard
+
+    objectives = [fully_shard(build("mine", "off")) for _ in range(2)]
+    with torch.no_grad():
+        for parameter in objectives[0].parameters():
+            parameter.add_(1)
+    state = objectives[0].state_dict()
+    objectives[1].load_state_dict(state)
+    loaded = objectives[1].state_dict()
+    return [any(n.startswith("estimators.groups") for n in state), state.keys() == loaded.keys()] + [
+        torch.equal(getattr(loaded[n], "full_tensor", lambda n=n: loaded[n])(), t.full_tensor())
+        for n, t in state.items()
+        if hasattr(t, "full_tensor")
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_the_state_of_a_sharded_objective_is_loaded(ranks):
+    for same in ranks(2).run(loaded_on_a_rank):
+        assert len(same) > 6 and all(same), same
 
 
 # -- one process -----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.step.averages import Average, WeightAverage
 
@@ -49,6 +50,45 @@ def test_entries_that_are_infinite_stay_what_they_are(kind):
     assert torch.equal(values["mask"], model.mask) and torch.equal(values["frozen"], model.frozen)
     assert values["log_ema"] == 3.5  # begun at 3, then a quarter of the way to 5
     torch.testing.assert_close(values["mean"], torch.tensor([4.5, 5.0625]))
+
+
+@pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_an_update_that_is_left_out_copies_no_infinite_entry(rate):
+    model = Masked().double()
+    model.log_ema.fill_(3.0)
+    average = WeightAverage(model, 0.5)
+    before = copy.deepcopy(average.values)
+    for value in (torch.inf, torch.nan):
+        model.log_ema.fill_(value)
+        model.mean[0] = value
+        average.update(rate)
+        assert all(torch.equal(average.values[k], v) for k, v in before.items())
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations other than views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += str(func.overloadpacket) not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+VIEWS = {f"aten.{name}" for name in ("view", "detach", "alias", "split_with_sizes", "_unsafe_view")}
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_more_buffers_need_no_more_operations(kind):
+    counts = []
+    for size in (1, 20):
+        average = WeightAverage(nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(size))), 0.5)
+        with Counted() as counted:
+            average.update(kind(0.25))
+        counts.append(counted.count)
+    assert 0 < counts[0] == counts[1] < 20, counts
 
 
 def averaged_kinds():
