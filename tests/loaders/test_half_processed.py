@@ -184,6 +184,33 @@ def test_a_small_split_is_padded_like_the_others(tmp_path, side):
     assert any("(train, valid, test)" in note for note in inspect_path(folder).notes)
 
 
+def test_a_small_split_of_another_length_keeps_its_frames(tmp_path):
+    """Its sequences are not padded to the length of the others, so its frames of zeros are real."""
+    data = writers.samples(sizes={"train": 12, "valid": 2, "test": 9})
+    for name, rows in data.items():
+        for sample in rows:
+            sample.audio = writers.pad([sample.audio[:4]], 6 if name == "valid" else writers.AUDIO_CAP, "right")[0]
+    folder = writers.write_manifest(tmp_path / "in", data)
+    assert "(train, test), where manifest files have none" in told(folder)
+    opened = open_dataset(folder, DataConfig(modalities=["audio", "vision"]))
+    assert opened.splits["valid"].lengths("audio").tolist() == [6, 6]
+
+
+def test_missing_sequences_do_not_tell_padding(tmp_path):
+    """Of nine sequences, three that are not missing are too few. All padded ones would be taken for frames."""
+    data = writers.samples(sizes={"train": 12, "valid": 9, "test": 9})
+    lengths = [len(sample.audio) if row < 3 else 1 for row, sample in enumerate(data["valid"])]
+    for name, rows in data.items():
+        for row, sample in enumerate(rows):
+            sample.audio = writers.pad([sample.audio], writers.AUDIO_CAP, "right")[0]
+            if name == "valid" and row >= 3:
+                sample.audio = sample.audio[:0]
+    folder = writers.write_manifest(tmp_path / "in", data)
+    assert "(train, valid, test), where manifest files have none" in told(folder)
+    opened = open_dataset(folder, DataConfig(modalities=["audio", "vision"]))
+    assert opened.splits["valid"].lengths("audio").tolist() == lengths
+
+
 def test_files_that_are_still_packed(tmp_path):
     (tmp_path / "mosi_data_noalign.pkl.gz").write_bytes(b"\x1f\x8b")
     (tmp_path / "MOSI-label.csv").write_text("video_id,clip_id,text,label\n")
