@@ -97,6 +97,7 @@ class Sequences:
         dropped: frames that are not zero and were left out, because they lie outside the length of their sequence.
         side: the side of the padding if it is not that of the format; else None.
         usual: the format's side of the padding; None if the format has no padding.
+        rule: the length rule that told frames from padding; None if the format has none.
         padded_to: length of the sequences with their padding, if that was found in a format without; else None.
         coarse: columns whose values lie so far from 0 that float32 tells fewer than `STEPS` of them apart.
         edges: side -> number of sequences with frames of zeros at that end, and number of these frames. They count as
@@ -109,6 +110,7 @@ class Sequences:
     dropped: int = 0
     side: Side | None = None
     usual: Side | None = None
+    rule: LengthRule | None = None
     padded_to: int | None = None
     coarse: list[int] = field(default_factory=list)
     edges: dict[Side, tuple[int, int]] = field(default_factory=dict)
@@ -292,7 +294,7 @@ def from_sequences(
     turned = side if side != usual else None
     padded_to = next(len(a) for a in arrays if a is not None) if usual is None and side else None
     return Sequences(
-        Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, turned, usual, padded_to, clean.coarse(),
+        Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, turned, usual, None, padded_to, clean.coarse(),
         clean.edges,
     )  # fmt: skip
 
@@ -421,6 +423,8 @@ def from_padded(
     total, dim = padded.shape[1], padded.shape[2]
     if dim == 0 or total == 0:  # nothing was extracted
         return absent(len(padded), max(dim, 1))
+    if rule == "recorded" and lengths is None:
+        rule = "all_zero"
     usual = side
     side, length, dropped = _inside(padded, usual, rule, lengths, where, least)
     clean, joined, missing = _Cleaner(dim, ids, where), Joiner(dim), []
@@ -437,8 +441,9 @@ def from_padded(
         release(block)
     turned = side if side != usual else None
     return Sequences(
-        Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, turned, usual, None, clean.coarse(), clean.edges
-    )
+        Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, turned, usual, rule, None, clean.coarse(),
+        clean.edges,
+    )  # fmt: skip
 
 
 def _inside(
@@ -446,7 +451,7 @@ def _inside(
 ) -> tuple[Side, np.ndarray, int]:
     """The side of the padding, the sequences' lengths, and how many frames that are not zero lie outside them."""
     (used, summed), total = _look(padded, rule), padded.shape[1]
-    if rule == "sum_zero" or (rule == "recorded" and lengths is not None):
+    if rule != "all_zero":
         length = summed if rule == "sum_zero" else np.clip(lengths, 0, total)
         side, dropped = _kept_side(used, length, usual)
         if dropped > (1 - least) * np.count_nonzero(used):

@@ -137,7 +137,7 @@ def test_recorded_lengths_that_hold_the_padding(tmp_path):
     path = writers.dump(content, tmp_path / "unaligned_50.pkl")
     said = told(path)
     assert re.search(r"audio: \d+ of 14 sequences end in frames of zeros \(train \d, valid \d, test \d\)", said)
-    assert "data.length_rule=all_zero" in said and "vision:" not in said
+    assert "data.length_rule=all_zero" in said and "vision:" not in said and "NaN" not in said
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         right = open_dataset(path, DataConfig(modalities=["audio", "vision"], length_rule="all_zero"))
@@ -154,7 +154,27 @@ def test_tuples_whose_lengths_hold_the_padding(tmp_path):
             inner = (words, padded, acoustic, spoken, len(padded), len(acoustic))
             rows.append((inner, label, name))
         writers.dump(rows, file)
-    assert "sequences end in frames of zeros" in told(folder)
+    assert "If they are padding, cut them off before the sequences are saved" in told(folder)
+
+
+@pytest.mark.parametrize("rule", ["recorded", "all_zero"])
+def test_zeros_that_no_length_rule_removes(tmp_path, rule):
+    """A manifest has no lengths; and zeros at the side without padding are frames by every rule."""
+    data = writers.samples()
+    for rows in data.values():
+        for sample in rows:
+            sample.audio = np.pad(sample.audio[:4], ((3, 0), (0, 0)))
+    content = writers.mmsa(data)
+    for split in content.values():
+        split["audio"] = np.pad(split["audio"], ((0, 0), (0, 8), (0, 0)))  # at the right, as is usual
+        split["audio_lengths"] = [7] * len(split["id"])
+    mmsa = writers.dump(content, tmp_path / "unaligned_50.pkl")
+    for rows in data.values():
+        rows[0].audio = rows[0].audio[:-1]  # of another length
+    for path in (mmsa, writers.write_manifest(tmp_path / "in", data)):
+        (note,) = [note for note in inspect_path(path, rule).notes if note.startswith("audio: ")]
+        assert "sequences begin in frames of zeros" in note
+        assert note.endswith("If they are padding, cut them off before the sequences are saved")
 
 
 def test_padding_with_nan(tmp_path):
