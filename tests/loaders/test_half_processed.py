@@ -266,10 +266,12 @@ def test_a_modality_under_another_name(tmp_path):
     for split in content.values():
         split["acoustic"] = split.pop("audio")
     path = writers.dump(content, tmp_path / "x.pkl")
-    with pytest.raises(
-        DataError, match=r"found keys .*acoustic; no 'audio'; .* Add 'audio', or leave it out of data\."
-    ):
+    found = r"Rename 'acoustic' to 'audio' if it is that; else remove the key, or leave audio out of data\.modalities\."
+    with pytest.raises(DataError, match=found):
         read(path, "recorded")
+    without = read(path, "recorded", choice=Choice(modalities=("text", "vision")))[1]
+    assert without.notes == ["keys that are not read: acoustic"]
+    assert open_dataset(path, DataConfig(modalities=["vision"])).splits["train"].lengths("vision").min() > 0
     for split in content.values():
         del split["acoustic"]
     notes = read(writers.dump(content, path), "recorded")[1].notes
