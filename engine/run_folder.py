@@ -62,13 +62,16 @@ def require_kind(folder: Path, seeds: bool) -> None:
     Raises:
         OutputError: it is of the other kind.
     """
+    of_seeds = [run for run in folder.glob("seed[0-9]*") if run.is_dir()]
+    # the name config.yaml may be that of a user's own file
     single, several = (
-        any((run / mark).exists() for run in runs for mark in MARKS) for runs in ([folder], folder.glob("seed*"))
+        any((run / mark).exists() for run in runs for mark in MARKS if mark != CONFIG) for runs in ([folder], of_seeds)
     )
     if single and not several and seeds:
         raise OutputError(
-            str(folder), "another run, of one seed", "an empty or new folder", "Choose another --out, or drop seeds=."
-        )
+            str(folder), "another run, of one seed", "an empty or new folder",
+            "Choose another --out, or drop seeds= and go on with --resume.",
+        )  # fmt: skip
     if several and not single and not seeds:
         raise OutputError(
             str(folder), "runs of several seeds", "an empty or new folder",

@@ -27,6 +27,20 @@ from tests.loaders import writers
 from tests.small_runs import SIZES, changed, history, small_config, timeless
 
 
+@pytest.mark.parametrize("path", ["seed_backup/metrics.json", "config.yaml", "seed0"])
+def test_files_of_ones_own_are_no_run(tmp_path, path):
+    """A copy of some seed's run, a settings file, and a file that is named like a folder."""
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).write_text("{}", encoding="utf-8")
+    for seeds in (False, True):
+        run_folder.require_kind(tmp_path, seeds)
+    (tmp_path / "seed12").mkdir()
+    (tmp_path / "seed12/metrics.json").write_text("{}", encoding="utf-8")
+    run_folder.require_kind(tmp_path, seeds=True)
+    with pytest.raises(OutputError, match="runs of several seeds"):
+        run_folder.require_kind(tmp_path, seeds=False)
+
+
 @pytest.fixture(scope="module")
 def trained(data, text_encoder, tmp_path_factory) -> Path:
     """A finished run of three epochs with every file that a run can have but TensorBoard's."""

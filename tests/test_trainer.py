@@ -448,7 +448,9 @@ class TestBadInput:
         first(False)
         before = sorted(out.rglob("*"))
         for resume in (False, True):
-            with pytest.raises(OutputError, match="several seeds.*--resume seeds" if seeds_first else "drop seeds"):
+            with pytest.raises(
+                OutputError, match="several seeds.*--resume seeds" if seeds_first else "drop seeds= and"
+            ):
                 second(resume)
         assert sorted(out.rglob("*")) == before
         first(True)

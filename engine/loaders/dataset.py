@@ -234,7 +234,8 @@ class Dataset:
         for name, value, known in (("split", split, list(self.splits)), ("task", task, get_args(ModelTask))):
             if value not in known:
                 raise ConfigError(name, f"{value!r}"[:60], f"one of {', '.join(known)}", "Choose one of these.")
-        if workers is not None and (type(workers) is not int or workers < 0):
+        count = isinstance(workers, (int, np.integer)) and not isinstance(workers, bool) and workers >= 0
+        if workers is not None and not count:
             raise ConfigError("workers", f"{workers!r}"[:60], "0 or more processes, or None", "Change the value.")
         data, device = self.splits[split], torch.device(device)
         lengths = None
@@ -253,8 +254,8 @@ class Dataset:
         if augment is not None and any(augment.model_dump().values()):
             augmentation = Augmentation(augment, seed, self._empty, self._unknown, self.pad_id)
         return build(
-            chosen, data, sampler, padding, device=device, draw_words=draw_words, task=task, why=why, workers=workers,
-            augmentation=augmentation,
+            chosen, data, sampler, padding, device=device, draw_words=draw_words, task=task, why=why,
+            workers=None if workers is None else int(workers), augmentation=augmentation,
         )  # fmt: skip
 
 

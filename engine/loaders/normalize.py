@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from engine.loaders.content import SplitData
 
 SQUEEZED = 0.01  # of a standard deviation, or of half the range: with less, a column is as good as constant
+LOOKED_AT = 1 << 12  # frames that are enough to tell it
 BLOCK = 1 << 16  # frames read at a time: bounds temporary copies of a memory-mapped array
 
 
@@ -90,9 +91,9 @@ class ColumnNormalizer:
     def squeezed(self, values: np.ndarray) -> list[int]:
         """Columns of `values`, on which this was fitted, that hardly differ once normalised, as few are so large.
 
-        Nine tenths of the frames that are looked at lie within `SQUEEZED`.
+        Nine tenths of the frames that are looked at, at most `LOOKED_AT`, lie within `SQUEEZED`.
         """
-        looked_at = np.asarray(values[:: max(1, len(values) // BLOCK)], np.float64)
+        looked_at = np.asarray(values[:: max(1, -(-len(values) // LOOKED_AT))], np.float64)
         looked_at = looked_at[looked_at.any(1)]
         if self.kind == "none" or not len(looked_at):
             return []

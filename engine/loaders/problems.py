@@ -27,16 +27,20 @@ def level_widths(raw: RawDataset) -> None:
 
 
 def level_padding(raw: RawDataset) -> None:
-    """A split of too few sequences to tell padding has it where the other splits have.
+    """A split of too few sequences to tell padding has it where the other splits have, if it has their length.
 
     This matters for formats without padding, where zeros are taken for padding only if enough sequences show it.
     """
     for modality in ("audio", "vision", "features"):
         parts = {n: p for n, s in raw.splits.items() if (p := getattr(s, modality)) is not None}
-        sides = {p.side for p in parts.values() if p.side is not None and p.usual is None}
+        found = {(p.side, p.padded_to) for p in parts.values() if p.side is not None and p.padded_to is not None}
+        if len(found) != 1:
+            continue
+        ((side, length),) = found
         for name, part in parts.items():
-            if len(sides) == 1 and part.side is None and part.usual is None and len(part.ragged) < PADDED:
-                setattr(raw.splits[name], modality, unpadded(part, *sides))
+            few = len(part.ragged) - len(part.missing) < PADDED
+            if few and part.usual is None and part.padded_to is None:
+                setattr(raw.splits[name], modality, unpadded(part, side, length))
 
 
 def nan_words(raw: RawDataset) -> list[str]:

@@ -97,6 +97,8 @@ class Sequences:
         dropped: frames that are not zero and were left out, because they lie outside the length of their sequence.
         side: the side of the padding if it is not that of the format; else None.
         usual: the format's side of the padding; None if the format has no padding.
+        rule: the length rule that told frames from padding; None if the format has none.
+        padded_to: length of the sequences with their padding, if that was found in a format without; else None.
         coarse: columns whose values lie so far from 0 that float32 tells fewer than `STEPS` of them apart.
         edges: side -> number of sequences with frames of zeros at that end, and number of these frames. They count as
             frames. Missing sequences do not count.
@@ -108,6 +110,8 @@ class Sequences:
     dropped: int = 0
     side: Side | None = None
     usual: Side | None = None
+    rule: LengthRule | None = None
+    padded_to: int | None = None
     coarse: list[int] = field(default_factory=list)
     edges: dict[Side, tuple[int, int]] = field(default_factory=dict)
 
@@ -117,15 +121,15 @@ def absent(count: int, dim: int = 1) -> Sequences:
     return Sequences(zero_frames(count, dim), 0, list(range(count)))
 
 
-def unpadded(part: Sequences, side: Side) -> Sequences:
-    """The same sequences without the frames of zeros at one end, if all that are present have one length.
+def unpadded(part: Sequences, side: Side, length: int) -> Sequences:
+    """The same sequences without the frames of zeros at one end, if all that are present have `length` frames.
 
     >>> part = from_sequences([np.array([[1.0], [0.0]])], ["a"], "audio")
-    >>> unpadded(part, "right").ragged[0].tolist()
+    >>> unpadded(part, "right", 2).ragged[0].tolist()
     [[1.0]]
     """
     lengths = np.delete(part.ragged.lengths, part.missing)
-    if not len(lengths) or (lengths != lengths[0]).any() or not part.edges.get(side, (0, 0))[0]:
+    if (lengths != length).any() or not part.edges.get(side, (0, 0))[0]:
         return part
     pieces = []
     for frames in part.ragged.pieces():
@@ -133,7 +137,7 @@ def unpadded(part: Sequences, side: Side) -> Sequences:
         first, end = (used[0], used[-1] + 1) if len(used) else (0, len(frames))
         pieces.append(frames[first:] if side == "left" else frames[:end])
     joined = Ragged.join(pieces, part.ragged.values.dtype, part.ragged.dim)
-    return replace(part, ragged=joined, side=side, edges=part.edges | {side: (0, 0)})
+    return replace(part, ragged=joined, side=side, padded_to=length, edges=part.edges | {side: (0, 0)})
 
 
 def zero_frames(count: int, dim: int) -> Ragged:
@@ -231,8 +235,8 @@ def from_sequences(
 ) -> Sequences:
     """Clean and join sequences. Rows may share one array.
 
-    As a rule, sequences without recorded lengths are not padded. But if all have one length (`PADDED` rows or more) and
-    most of them have zeros at one end, those zeros are padding.
+    As a rule, sequences without recorded lengths are not padded. But if all have one length, `PADDED` of them or more
+    are not all zero, and most of these have zeros at one end, those zeros are padding.
 
     Args:
         sequences: N arrays [length, d] of any real dtype; length may be 0. If all are empty, d is 1.
@@ -288,9 +292,11 @@ def from_sequences(
             "frames in most sequences", "Check the feature extraction.",
         )  # fmt: skip
     turned = side if side != usual else None
+    padded_to = next(len(a) for a in arrays if a is not None) if usual is None and side else None
     return Sequences(
-        Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, turned, usual, clean.coarse(), clean.edges
-    )
+        Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, turned, usual, None, padded_to, clean.coarse(),
+        clean.edges,
+    )  # fmt: skip
 
 
 def _padding(arrays: list[np.ndarray | None]) -> tuple[Side | None, list[int]]:
@@ -307,8 +313,8 @@ def _padding(arrays: list[np.ndarray | None]) -> tuple[Side | None, list[int]]:
             used = (a != 0).any(1)
             ends[id(a)] = (int(used.argmax()), int(used[::-1].argmax()), bool(used.any()))
     zeros = np.array([(0, 0, False) if a is None else ends[id(a)] for a in arrays])
-    most = int(np.count_nonzero(zeros[:, :2], 0).argmax())
-    if 2 * np.count_nonzero(zeros[:, most]) <= np.count_nonzero(zeros[:, 2]):
+    most, count = int(np.count_nonzero(zeros[:, :2], 0).argmax()), int(np.count_nonzero(zeros[:, 2]))
+    if count < PADDED or 2 * np.count_nonzero(zeros[:, most]) <= count:
         return None, []
     return ("left", "right")[most], (len(present[0]) - zeros[:, most]).tolist()
 
@@ -417,6 +423,8 @@ def from_padded(
     total, dim = padded.shape[1], padded.shape[2]
     if dim == 0 or total == 0:  # nothing was extracted
         return absent(len(padded), max(dim, 1))
+    if rule == "recorded" and lengths is None:
+        rule = "all_zero"
     usual = side
     side, length, dropped = _inside(padded, usual, rule, lengths, where, least)
     clean, joined, missing = _Cleaner(dim, ids, where), Joiner(dim), []
@@ -433,8 +441,9 @@ def from_padded(
         release(block)
     turned = side if side != usual else None
     return Sequences(
-        Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, turned, usual, clean.coarse(), clean.edges
-    )
+        Ragged(*joined.arrays()), clean.nonfinite, missing, dropped, turned, usual, rule, None, clean.coarse(),
+        clean.edges,
+    )  # fmt: skip
 
 
 def _inside(
@@ -442,7 +451,7 @@ def _inside(
 ) -> tuple[Side, np.ndarray, int]:
     """The side of the padding, the sequences' lengths, and how many frames that are not zero lie outside them."""
     (used, summed), total = _look(padded, rule), padded.shape[1]
-    if rule == "sum_zero" or (rule == "recorded" and lengths is not None):
+    if rule != "all_zero":
         length = summed if rule == "sum_zero" else np.clip(lengths, 0, total)
         side, dropped = _kept_side(used, length, usual)
         if dropped > (1 - least) * np.count_nonzero(used):

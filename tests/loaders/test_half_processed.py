@@ -137,7 +137,7 @@ def test_recorded_lengths_that_hold_the_padding(tmp_path):
     path = writers.dump(content, tmp_path / "unaligned_50.pkl")
     said = told(path)
     assert re.search(r"audio: \d+ of 14 sequences end in frames of zeros \(train \d, valid \d, test \d\)", said)
-    assert "data.length_rule=all_zero" in said and "vision:" not in said
+    assert "data.length_rule=all_zero" in said and "vision:" not in said and "NaN" not in said
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         right = open_dataset(path, DataConfig(modalities=["audio", "vision"], length_rule="all_zero"))
@@ -154,7 +154,27 @@ def test_tuples_whose_lengths_hold_the_padding(tmp_path):
             inner = (words, padded, acoustic, spoken, len(padded), len(acoustic))
             rows.append((inner, label, name))
         writers.dump(rows, file)
-    assert "sequences end in frames of zeros" in told(folder)
+    assert "If they are padding, cut them off before the sequences are saved" in told(folder)
+
+
+@pytest.mark.parametrize("rule", ["recorded", "all_zero"])
+def test_zeros_that_no_length_rule_removes(tmp_path, rule):
+    """A manifest has no lengths; and zeros at the side without padding are frames by every rule."""
+    data = writers.samples()
+    for rows in data.values():
+        for sample in rows:
+            sample.audio = np.pad(sample.audio[:4], ((3, 0), (0, 0)))
+    content = writers.mmsa(data)
+    for split in content.values():
+        split["audio"] = np.pad(split["audio"], ((0, 0), (0, 8), (0, 0)))  # at the right, as is usual
+        split["audio_lengths"] = [7] * len(split["id"])
+    mmsa = writers.dump(content, tmp_path / "unaligned_50.pkl")
+    for rows in data.values():
+        rows[0].audio = rows[0].audio[:-1]  # of another length
+    for path in (mmsa, writers.write_manifest(tmp_path / "in", data)):
+        (note,) = [note for note in inspect_path(path, rule).notes if note.startswith("audio: ")]
+        assert "sequences begin in frames of zeros" in note
+        assert note.endswith("If they are padding, cut them off before the sequences are saved")
 
 
 def test_padding_with_nan(tmp_path):
@@ -182,6 +202,33 @@ def test_a_small_split_is_padded_like_the_others(tmp_path, side):
     pooled = open_dataset(folder, DataConfig(modalities=["audio", "vision"], pool_audio=4))
     assert pooled.splits["valid"].lengths("audio").tolist() == [-(-n // 4) for n in lengths]
     assert any("(train, valid, test)" in note for note in inspect_path(folder).notes)
+
+
+def test_a_small_split_of_another_length_keeps_its_frames(tmp_path):
+    """Its sequences are not padded to the length of the others, so its frames of zeros are real."""
+    data = writers.samples(sizes={"train": 12, "valid": 2, "test": 9})
+    for name, rows in data.items():
+        for sample in rows:
+            sample.audio = writers.pad([sample.audio[:4]], 6 if name == "valid" else writers.AUDIO_CAP, "right")[0]
+    folder = writers.write_manifest(tmp_path / "in", data)
+    assert "(train, test), where manifest files have none" in told(folder)
+    opened = open_dataset(folder, DataConfig(modalities=["audio", "vision"]))
+    assert opened.splits["valid"].lengths("audio").tolist() == [6, 6]
+
+
+def test_missing_sequences_do_not_tell_padding(tmp_path):
+    """Of nine sequences, three that are not missing are too few. All padded ones would be taken for frames."""
+    data = writers.samples(sizes={"train": 12, "valid": 9, "test": 9})
+    lengths = [len(sample.audio) if row < 3 else 1 for row, sample in enumerate(data["valid"])]
+    for name, rows in data.items():
+        for row, sample in enumerate(rows):
+            sample.audio = writers.pad([sample.audio], writers.AUDIO_CAP, "right")[0]
+            if name == "valid" and row >= 3:
+                sample.audio = sample.audio[:0]
+    folder = writers.write_manifest(tmp_path / "in", data)
+    assert "(train, valid, test), where manifest files have none" in told(folder)
+    opened = open_dataset(folder, DataConfig(modalities=["audio", "vision"]))
+    assert opened.splits["valid"].lengths("audio").tolist() == lengths
 
 
 def test_files_that_are_still_packed(tmp_path):
@@ -219,10 +266,12 @@ def test_a_modality_under_another_name(tmp_path):
     for split in content.values():
         split["acoustic"] = split.pop("audio")
     path = writers.dump(content, tmp_path / "x.pkl")
-    with pytest.raises(
-        DataError, match=r"found keys .*acoustic; no 'audio'; .* Add 'audio', or leave it out of data\."
-    ):
+    found = r"Rename 'acoustic' to 'audio' if it is that; else remove the key, or leave audio out of data\.modalities\."
+    with pytest.raises(DataError, match=found):
         read(path, "recorded")
+    without = read(path, "recorded", choice=Choice(modalities=("text", "vision")))[1]
+    assert without.notes == ["keys that are not read: acoustic"]
+    assert open_dataset(path, DataConfig(modalities=["vision"])).splits["train"].lengths("vision").min() > 0
     for split in content.values():
         del split["acoustic"]
     notes = read(writers.dump(content, path), "recorded")[1].notes

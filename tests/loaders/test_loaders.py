@@ -274,6 +274,8 @@ def test_torchruns_environment(monkeypatch, path, tokenizer):
         ({"shard": (2, 2)}, r"^shard: found rank 2 of 2; expected a rank from 0 to the last\. Count ranks from 0"),
         ({"shard": (-1, 2)}, r"^shard: found rank -1 of 2"),
         ({"workers": -1}, r"^workers: found -1; expected 0 or more processes"),
+        ({"workers": 1.0}, r"^workers: found 1\.0; expected 0 or more processes"),
+        ({"workers": True}, r"^workers: found True; expected 0 or more processes"),
     ],
 )
 def test_wrong_arguments_are_named(path, wrong, found):
@@ -282,6 +284,11 @@ def test_wrong_arguments_are_named(path, wrong, found):
     arguments = {"split": "train", "batch_size": 4} | wrong
     with pytest.raises(ConfigError, match=found):
         opened.loader(**arguments)
+
+
+def test_workers_may_be_a_numpy_integer(path):
+    opened = open_dataset(path, DataConfig(modalities=["audio", "vision"]))
+    assert len(list(opened.loader("test", 4, kind="torch", workers=np.int64(0)))) == 1
 
 
 @pytest.mark.parametrize("state", [None, {}, {"epoch": 0}, [1]])

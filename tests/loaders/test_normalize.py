@@ -223,6 +223,18 @@ def test_a_few_values_that_squeeze_all_others_are_told():
     assert Normalizer.fit(split, DataConfig(log_audio=True)).notes(split) == []
 
 
+def test_a_long_split_is_looked_at_in_part(monkeypatch):
+    """A sort of all values would take as long as the fit."""
+    x = np.random.default_rng(0).normal(size=(9000, 2)).astype(np.float32)
+    x[::900, 1] = 1e9
+    looked_at, quantile = [], np.quantile
+    monkeypatch.setattr(
+        np, "quantile", lambda values, *a, **k: looked_at.append(len(values)) or quantile(values, *a, **k)
+    )
+    assert ColumnNormalizer.fit(x, "zscore").squeezed(x) == [1]
+    assert looked_at == [3000]
+
+
 def test_squeezed_values_are_told_once(tmp_path):
     data = writers.samples()
     for rows in data.values():

@@ -217,10 +217,13 @@ def test_sequences_of_one_length_with_zeros_at_one_end_are_padded(side):
     got = from_sequences([*rows, np.zeros((5, 2)), np.zeros((0, 2))], ids, "x")
     assert all(np.array_equal(got.ragged[i], s) for i, s in enumerate(sequences))
     assert (got.side, got.usual, got.missing, got.dropped) == (side, None, [8, 9], 0)
-    for kept in ([*rows, np.zeros((6, 2))], [rows[0], *[sequences[2]] * 8]):  # of two lengths; too few with zeros
+    assert got.padded_to == 5
+    few = [*rows[:5], *[np.zeros((5, 2))] * 4]  # that are not all zero
+    for kept in ([*rows, np.zeros((6, 2))], [rows[0], *[sequences[2]] * 8], few):  # of two lengths; too few with zeros
         got = from_sequences(kept, ids[:9], "x")
         assert got.side is None
-        assert got.ragged.lengths.tolist()[:8] == [5] * 8
+        assert set(got.ragged.lengths.tolist()[:5]) == {5}
+        assert got.padded_to is None
 
 
 def test_rows_that_share_an_array():

@@ -10,6 +10,7 @@ holds precomputed features [N, Lt, d_t]; `text_bert` [N, 3, Lt] holds token ids,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ class MMSA:
         notes = check_splits(where, splits)
         names, modalities = present(splits), source.choice.modalities
         key = _label_key(splits, names, source.choice.label_key, where)
-        gone = {s: [m for m in lacking if m in modalities] for s, lacking in _absent(splits, names).items()}
+        gone = _absent(splits, names, modalities, where)
         text_key = ["text" if features else "raw_text"] if "text" in modalities else []
         there = {s: [m for m in ("audio", "vision") if m in modalities and m not in gone[s]] for s in names}
         named = source.choice.label_key not in ("auto", "classes")
@@ -118,18 +119,29 @@ def _labelled(split: Any) -> bool:
     return isinstance(split, dict) and any(key in split for key in LABELS)
 
 
-def _absent(splits: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
-    """Split -> the modality of which it has no key, spelt right or wrong. MMSA-FET omits what was not extracted.
+def _absent(splits: dict[str, Any], names: list[str], modalities: Sequence[str], where: str) -> dict[str, list[str]]:
+    """Split -> the modality, of `modalities`, that it has no key of, spelt right or wrong. MMSA-FET omits what was not
+    extracted.
 
-    An unknown key with an array of sequences may be that modality under another name, such as `acoustic`.
+    Raises:
+        DataError: it has an unknown key with an array of sequences. This may be that modality under another name.
     """
     out = {}
     for s in names:
         keys = list(splits[s]) if isinstance(splits[s], dict) else []
         free = [k for k in keys if k not in KEYS]
-        renamed = any(getattr(splits[s][k], "ndim", 0) == 3 for k in free)
-        gone = [m for m in ("audio", "vision") if m not in keys and not nearest(m, free, 0.5) and not renamed]
-        out[s] = gone if len(gone) == 1 else []
+        gone = [m for m in ("audio", "vision") if m not in keys and not nearest(m, free, 0.5)]
+        asked = [m for m in gone if m in modalities]
+        out[s] = asked if len(gone) == 1 else []
+        arrays = [k for k in free if getattr(splits[s][k], "ndim", 0) == 3]
+        if asked and arrays:
+            m = asked[0]
+            raise DataError(
+                f"{where}, {s}", f"no {m!r}, but an unknown key {arrays[0]!r} with an array of sequences",
+                f"the keys of an {TITLE} file",
+                f"Rename {arrays[0]!r} to {m!r} if it is that; else remove the key, or leave {m} out of "
+                "data.modalities.",
+            )  # fmt: skip
     return out
 
 

@@ -275,9 +275,16 @@ def _zeros_at_ends(parts: dict[str, Sequences], what: str) -> list[str]:
         sequences, zeros = sum(n for n, _ in found.values()), sum(n for _, n in found.values())
         if 2 * sequences > present and zeros > 2 * sequences:
             counts = ", ".join(f"{s} {n}" for s, (n, _) in found.items() if n)
+            # text features have lengths of their own, whatever data.length_rule is
+            recorded = what != "text features" and any(
+                parts[s].rule == "recorded" and side == (parts[s].side or parts[s].usual) for s in found
+            )
+            do = "cut them off before the sequences are saved"
+            if recorded:
+                do = "correct the recorded lengths or ignore them with data.length_rule=all_zero"
+            nan = "; padding is zeros, not NaN" if any(p.nonfinite for p in parts.values()) else ""
             notes.append(
                 f"{what}: {sequences} of {present} sequences {verb} in frames of zeros ({counts}), {zeros} frames that "
-                "are read as any other. If they are padding, correct the recorded lengths or ignore them with "
-                "data.length_rule=all_zero; padding is zeros, not NaN"
+                f"are read as any other. If they are padding, {do}{nan}"
             )
     return notes

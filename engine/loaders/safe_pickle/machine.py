@@ -60,13 +60,17 @@ class Machine:
         )
 
     def nothing_after(self) -> None:
-        """Refuse a second pickle in the same file: what was dumped after the first would be left unread."""
-        if self.data[self.at : self.at + 1] == b"\x80":
-            raise Limit(
-                f"another one after it, at byte {self.at} of {self.size}",
-                "one pickle per file",
-                "Save all splits in one dict, or each in a file of its own.",
-            )
+        """Refuse a second pickle in the same file: what was dumped after the first would be left unread.
+
+        Older protocols have no first byte of their own, so only blanks and NUL bytes may follow.
+        """
+        for start in range(self.at, self.size, LARGE):
+            if self.data[start : start + LARGE].strip(b"\0 \t\r\n\v\f"):
+                raise Limit(
+                    f"another one or other bytes after it, at byte {self.at} of {self.size}",
+                    "one pickle per file",
+                    "Save all splits in one dict, or each in a file of its own.",
+                )
 
     # -- reading arguments --
 
