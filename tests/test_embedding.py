@@ -432,13 +432,17 @@ class TestOneEstimator:
         objective.estimators["a_b"].requires_grad_(True)
         assert all(p.requires_grad for p in objective.parameters())
 
-    def test_freezing_and_freeing_while_all_are_off(self):
+    @pytest.mark.parametrize("off_again", [False, True])
+    def test_freezing_and_freeing_while_all_are_off(self, off_again):
         """A loop turns all of them off for stage 2; what is frozen or freed there stays so when they are on again."""
         objective = build()
         freed = objective.freeze("I(a;c)")
         objective.requires_grad_(False)
         frozen, own = objective.freeze("I(a;b)"), objective.split("I(c;b|s)")
         freed.requires_grad_(True)
+        if off_again:
+            objective.requires_grad_(False)
+            assert not any(p.requires_grad for p in objective.parameters())
         objective.requires_grad_(True)
         assert not any(p.requires_grad for p in frozen.parameters())
         assert all(p.requires_grad for module in (freed, own) for p in module.parameters())

@@ -247,8 +247,9 @@ class Objective(nn.Module):
 
         A loop of its own turns the estimators off while their terms move the model; frozen ones then stay frozen.
         """
-        if not requires_grad and self._off is None:
-            self._off = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        if not requires_grad:
+            off = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+            self._off = off if self._off is None else self._off & off  # without those that were freed since
         frozen, self._off = self._off or set(), None if requires_grad else self._off
         for name, parameter in self.named_parameters():
             # one that learns was freed since, by `requires_grad_` of its own module
